@@ -1,0 +1,28 @@
+"""What an architecture is: a Hugging Face class, a table of its config fields and a table of its weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_ext.architectures.fields import ConfigRule
+from megatron_ext.architectures.rules import Rule
+from megatron_ext.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One Hugging Face architecture and its correspondence with Megatron, for both directions."""
+
+    name: str
+    """Short name on command lines."""
+    hf_class: str
+    """Entry of `architectures` in config.json."""
+    model_type: str
+    """`model_type` in config.json."""
+    config: tuple[ConfigRule, ...]
+    weights: tuple[Rule, ...]
+    unlike: Callable[[ModelConfig], str | None]
+    """Why this class would not compute what the Megatron model computes; None if it computes exactly that."""
+    code: tuple[str, ...] = ()
+    """Modelling files shipped with an export because transformers does not have the class."""
+    auto_map: tuple[tuple[str, str], ...] = ()
+    """Auto classes of the shipped code."""

@@ -1,0 +1,185 @@
+"""Config rules: which fields of a Hugging Face config.json correspond to which of ModelConfig.
+
+A table of these is read in both directions. A Hugging Face field that no rule mentions and that is not known to leave
+the arithmetic alone is refused by name: a silent default would change the model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_ext.config import ModelConfig, load_config
+from megatron_ext.errors import ConfigError, ConversionError
+
+HARMLESS = frozenset(
+    "_name_or_path architectures auto_map bos_token_id dtype eos_token_id initializer_range keys_to_ignore_at_inference "
+    "model_type output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp return_dict "
+    "router_aux_loss_coef tokenizer_class torch_dtype transformers_version use_cache is_encoder_decoder id2label "
+    "label2id problem_type chunk_size_feed_forward".split()
+)
+"""Fields that do not change the logits of a forward pass."""
+
+
+@dataclass(frozen=True)
+class ConfigRule:
+    """One correspondence between fields of both configurations."""
+
+    def hf_names(self) -> tuple[str, ...]:
+        """The Hugging Face fields this rule accounts for."""
+        raise NotImplementedError
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        """The Hugging Face fields of `model`."""
+        raise NotImplementedError
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The ModelConfig fields that `raw` says. Raises ConversionError where the model cannot be expressed."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Field(ConfigRule):
+    """The same value under both names. `megatron` may be a property of ModelConfig when `settable` names the field."""
+
+    hf: str
+    megatron: str
+    settable: str | None = None
+    default: Any = None
+    """What Hugging Face means where the field is absent or null."""
+
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.hf,)
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        return {self.hf: getattr(model, self.megatron)}
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        value = raw.get(self.hf)
+        value = self.default if value is None else value
+        return {} if value is None else {self.settable or self.megatron: value}
+
+
+@dataclass(frozen=True)
+class Inverted(ConfigRule):
+    """A flag that means the opposite in Megatron."""
+
+    hf: str
+    megatron: str
+    default: bool = False
+
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.hf,)
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        return {self.hf: not getattr(model, self.megatron)}
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        return {self.megatron: not raw.get(self.hf, self.default)}
+
+
+@dataclass(frozen=True)
+class Fixed(ConfigRule):
+    """A field for which only one value can be expressed."""
+
+    hf: str
+    value: Any
+    also: tuple[Any, ...] = field(default=(None,))
+    """Other spellings of the same meaning; absent counts as None."""
+
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.hf,)
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        return {self.hf: self.value}
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        if (stated := raw.get(self.hf)) not in (self.value, *self.also):
+            raise ConversionError(f"{self.hf} = {stated!r}: only {self.value!r} can be expressed in Megatron here")
+        return {}
+
+
+@dataclass(frozen=True)
+class Rope(ConfigRule):
+    """RoPE theta: transformers 5 keeps it in `rope_parameters`, 4 and older readers at the top; both are written."""
+
+    def hf_names(self) -> tuple[str, ...]:
+        return ("rope_theta", "rope_parameters", "rope_scaling")
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        theta = model.rotary_base
+        return {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, "rope_type": "default"}}
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = nested.get("rope_type", nested.get("type", "default"))
+        if kind != "default":
+            raise ConversionError(f"rope_type = {kind!r}: scaled rotary embeddings are not supported")
+        theta = nested.get("rope_theta", raw.get("rope_theta", 10000.0))
+        return {"rotary_base": float(theta)}
+
+
+@dataclass(frozen=True)
+class Normalization(ConfigRule):
+    """Gating-logit normalization, as one nested mapping on both sides."""
+
+    hf: str
+
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.hf,)
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        n = model.moe_gating_normalization
+        return {self.hf: None if n is None else {"scale": n.scale, "eps": n.eps, "correction": n.correction}}
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        stated = raw.get(self.hf)
+        return {"moe_gating_normalization": None if stated is None else dict(stated)}
+
+
+@dataclass(frozen=True)
+class LayerPattern(ConfigRule):
+    """Which layers are MoE: a list of 0 and 1, null in a dense model."""
+
+    hf: str
+
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.hf,)
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        return {self.hf: [int(is_moe) for is_moe in model.moe_layer_pattern] if model.is_moe else None}
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        stated = raw.get(self.hf)
+        return {} if stated is None else {"moe_layer_freq": list(stated)}
+
+
+def config_to_hf(rules: tuple[ConfigRule, ...], model: ModelConfig) -> dict[str, Any]:
+    """The Hugging Face fields of `model` under a table of rules."""
+    result: dict[str, Any] = {}
+    for rule in rules:
+        result.update(rule.to_hf(model))
+    return result
+
+
+def config_to_megatron(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any], *, source: str) -> ModelConfig:
+    """The ModelConfig that a Hugging Face config means.
+
+    Raises:
+        ConversionError: listing every field that no rule knows and every value that cannot be expressed.
+    """
+    known = {name for rule in rules for name in rule.hf_names()} | HARMLESS
+    faults = [f"{name} = {raw[name]!r}: may change the model and is not understood" for name in raw if name not in known]
+    fields: dict[str, Any] = {}
+    for rule in rules:
+        try:
+            fields.update(rule.to_megatron(raw))
+        except ConversionError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConversionError(f"{source}:\n" + "\n".join(f"  {fault}" for fault in faults))
+    try:
+        return load_config(ModelConfig, fields, source=source)
+    except ConfigError as error:
+        raise ConversionError(str(error)) from error
+
+

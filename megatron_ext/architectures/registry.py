@@ -1,0 +1,35 @@
+"""Every architecture, and the choice of one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.llama import LLAMA
+from megatron_ext.architectures.megatron_ext import MEGATRON_EXT
+from megatron_ext.config import ModelConfig
+from megatron_ext.errors import ConversionError
+
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MEGATRON_EXT)
+"""In order of preference: an export takes the first that reproduces the model exactly."""
+
+
+def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
+    """The architecture that a Hugging Face config.json names."""
+    named = (raw.get("architectures") or [None])[0]
+    for architecture in ARCHITECTURES:
+        if architecture.hf_class == named:
+            return architecture
+    known = ", ".join(a.hf_class for a in ARCHITECTURES)
+    raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {known}")
+
+
+def architecture_for(model: ModelConfig) -> tuple[Architecture, str]:
+    """The architecture to export `model` as, and a sentence on why."""
+    passed_over = []
+    for architecture in ARCHITECTURES:
+        reason = architecture.unlike(model)
+        if reason is None:
+            because = f" ({'; '.join(passed_over)})" if passed_over else ", which reproduces the model exactly"
+            return architecture, f"{architecture.hf_class}{because}"
+        passed_over.append(f"not {architecture.hf_class}: {reason}")
+    raise ConversionError(f"no architecture reproduces this model: {'; '.join(passed_over)}")

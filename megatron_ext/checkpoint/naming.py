@@ -1,0 +1,92 @@
+"""Canonical tensor names, and where each is stored in a Megatron checkpoint.
+
+Canonical names are what rules and methods speak: one entry for each tensor of the model as a person would list it,
+with unfused norms and one entry an expert. On disk dense norms have the names of Transformer Engine's fused layers,
+and the experts of a layer are one stacked tensor. This file is the only place that knows both.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_ext.checkpoint.boxes import Shape
+
+_INPUT_NORM = re.compile(r"(decoder\.layers\.\d+)\.input_layernorm\.weight")
+_MLP_NORM = re.compile(r"(decoder\.layers\.\d+)\.pre_mlp_layernorm\.weight")
+_EXPERT = re.compile(r"(decoder\.layers\.\d+)\.mlp\.experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
+_STORED_EXPERTS = re.compile(r"(decoder\.layers\.\d+)\.mlp\.experts\.experts\.(linear_fc[12]\.(?:weight|bias))")
+_STORED_FUSED_NORM = re.compile(r"(decoder\.layers\.\d+)\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_weight")
+_STACKED_LAYERS = re.compile(r"decoder\.layers\.(?!\d)(.+)")
+_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A canonical tensor's place: the box of `key` at `stacked` (indices of leading dimensions)."""
+
+    key: str
+    stacked: Shape = ()
+
+
+def stored_names(tensors: Mapping[str, Shape]) -> dict[str, Stored]:
+    """Map every canonical name to its place, for the keys and global shapes of a checkpoint.
+
+    Also understands checkpoints that stack the layers of homogeneous models ([layers, ...] under one key).
+    """
+    names: dict[str, Stored] = {}
+    for key, shape in tensors.items():
+        if key.startswith(_NOT_WEIGHTS) or "_extra_state" in key:
+            continue
+        stacked_layers = _STACKED_LAYERS.fullmatch(key)
+        layers = range(shape[0]) if stacked_layers else (None,)
+        for layer in layers:
+            one = key if layer is None else f"decoder.layers.{layer}.{stacked_layers[1]}"  # type: ignore[index]
+            index = () if layer is None else (layer,)
+            experts = _STORED_EXPERTS.fullmatch(one)
+            if experts:
+                for expert in range(shape[len(index)]):
+                    name = f"{experts[1]}.mlp.experts.{expert}.{experts[2]}"
+                    names[name] = Stored(key, (*index, expert))
+            else:
+                names[_unfused(one)] = Stored(key, index)
+    return names
+
+
+def _unfused(key: str) -> str:
+    fused = _STORED_FUSED_NORM.fullmatch(key)
+    if not fused:
+        return key
+    return f"{fused[1]}.{'input_layernorm' if 'qkv' in fused[2] else 'pre_mlp_layernorm'}.weight"
+
+
+def storage_plan(shapes: Mapping[str, Shape]) -> dict[str, tuple[Stored, Shape]]:
+    """Map every canonical name of a model to its place in a new checkpoint and the global shape of its key."""
+    experts = _expert_counts(shapes)
+    plan: dict[str, tuple[Stored, Shape]] = {}
+    for name, shape in shapes.items():
+        expert, input_norm, mlp_norm = (p.fullmatch(name) for p in (_EXPERT, _INPUT_NORM, _MLP_NORM))
+        if expert:
+            stored = Stored(f"{expert[1]}.mlp.experts.experts.{expert[3]}", (int(expert[2]),))
+            plan[name] = stored, (experts[expert[1]], *shape)
+        elif input_norm:
+            plan[name] = Stored(f"{input_norm[1]}.self_attention.linear_qkv.layer_norm_weight"), shape
+        elif mlp_norm and mlp_norm[1] not in experts:
+            plan[name] = Stored(f"{mlp_norm[1]}.mlp.linear_fc1.layer_norm_weight"), shape
+        else:
+            plan[name] = Stored(name), shape
+    return plan
+
+
+def _expert_counts(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        if match := _EXPERT.fullmatch(name):
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return counts
+
+
+def seed_from_name(seed: int, name: str) -> int:
+    """A seed for the random numbers of one tensor: the same in every layout, process and order of work."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,238 @@
+"""Training checkpoints: saved so that an interrupted save never looks complete, found, checked and loaded.
+
+`<directory>/iter_0000100/` holds the tensors in `torch_dist` format, `run.yaml` (the resolved configuration),
+`state.json` (step, data position, W&B run) and `rng.pt` (random states). It is written beside its final name and
+renamed when everything is on disk, so a directory with such a name is complete.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.checkpoint.boxes import Box
+from megatron_ext.checkpoint.torch_dist import METADATA_FILE, ChunkRecord, TorchDistReader, TorchDistWriter, write_metadata
+from megatron_ext.config.yaml_text import dump_yaml, read_yaml
+from megatron_ext.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+RUN_FILE, STATE_FILE, RNG_FILE = "run.yaml", "state.json", "rng.pt"
+_COMPLETE = re.compile(r"iter_(\d{7,})")
+_UNFINISHED = ".partial"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands."""
+
+    iteration: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    """Sequences consumed: the position in the data."""
+    optimizer_steps: int = 0
+    """Steps Adam has counted; fewer than `iteration` where the optimizer was started afresh."""
+    wandb_run_id: str | None = None
+    """The W&B run to continue."""
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Directory name of a checkpoint."""
+    return f"iter_{iteration:07d}"
+
+
+def find_checkpoint(path: str | Path) -> Path | None:
+    """The checkpoint at `path`, or the newest complete one inside it; None if there is none."""
+    path = Path(path)
+    if (path / METADATA_FILE).is_file():
+        return path
+    complete = _complete_checkpoints(path)
+    return complete[-1] if complete else None
+
+
+def require_checkpoint(path: str | Path) -> Path:
+    """`find_checkpoint`, raising CheckpointError where there is none."""
+    found = find_checkpoint(path)
+    if found is None:
+        raise CheckpointError(f"{path}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here")
+    return found
+
+
+def _complete_checkpoints(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    named = ((_COMPLETE.fullmatch(entry.name), entry) for entry in directory.iterdir())
+    found = sorted((int(match[1]), entry) for match, entry in named if match and (entry / METADATA_FILE).is_file())
+    return [entry for _, entry in found]
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    """The training state saved in `checkpoint`."""
+    path = checkpoint / STATE_FILE
+    try:
+        raw = json.loads(path.read_text())
+        return TrainingState(**{f.name: raw[f.name] for f in fields(TrainingState)})
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a training state of this framework ({error})") from error
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """The resolved configuration saved in `checkpoint`, as plain mappings."""
+    path = checkpoint / RUN_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint}: has no {RUN_FILE}; it was not written by this framework")
+    content: dict[str, Any] = read_yaml(path)
+    return content
+
+
+def save_checkpoint(
+    directory: str | Path,
+    boxes: Sequence[Box],
+    state: TrainingState,
+    run: dict[str, Any],
+    random_state: dict[str, Any] | None,
+    keep_last: int | None = None,
+) -> Path:
+    """Save a checkpoint of all ranks; every rank must call this.
+
+    Raises:
+        CheckpointError: a rank could not write; on every rank, and nothing that looks complete is left.
+    """
+    directory = Path(directory)
+    final = directory / checkpoint_name(state.iteration)
+    partial = final.with_name(final.name + _UNFINISHED)
+    _together(lambda: _prepare(partial) if dist.get_rank() == 0 else None)
+    records = _together(lambda: _write_boxes(partial, boxes))
+    states = _gather(random_state)
+
+    def finish() -> None:
+        if dist.get_rank() == 0:
+            write_metadata(partial, [record for rank_records in records for record in rank_records])
+            write_small_files(partial, state, run)
+            torch.save(states, partial / RNG_FILE)
+            publish(partial, final, state.iteration)
+            _remove_old(directory, keep_last)
+
+    _together(finish)
+    return final
+
+
+def write_small_files(partial: Path, state: TrainingState, run: dict[str, Any]) -> None:
+    """Write what stands beside the tensors, including the two files megatron-core itself asks for."""
+    (partial / RUN_FILE).write_text(dump_yaml(run))
+    (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+    torch.save({"iteration": state.iteration, "checkpoint_version": 3.0}, partial / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    (partial / "metadata.json").write_text(json.dumps(backends) + "\n")
+
+
+def publish(partial: Path, final: Path, iteration: int) -> None:
+    """Give a finished checkpoint its name and note it as the newest."""
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    tracker = final.parent / TRACKER_FILE
+    beside = tracker.with_name(tracker.name + _UNFINISHED)
+    beside.write_text(f"{iteration}\n")
+    beside.rename(tracker)
+    _sync(final.parent)
+
+
+def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
+    """Fill the memory of `boxes` from `checkpoint`, whatever layout it was saved in.
+
+    Raises:
+        CheckpointError: naming every tensor that is missing or has another shape.
+    """
+    reader = TorchDistReader(checkpoint)
+    faults = []
+    for key, shape in {box.key: box.global_shape for box in boxes}.items():
+        if key not in reader.tensors:
+            faults.append(f"missing: {key} {list(shape)}")
+        elif reader.shape(key) != shape:
+            faults.append(f"misshapen: {key} is {list(reader.shape(key))}, this run needs {list(shape)}")
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:20])
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise CheckpointError(f"{checkpoint} does not fit this run:\n{shown}{more}")
+    with torch.no_grad():
+        for box in sorted(boxes, key=lambda box: (box.key, box.offset)):
+            reader.read_into(box.key, box.offset, box.data)
+    reader.close()
+
+
+def read_random_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
+    """The random states that `rank` saved, or None if there was no such rank."""
+    states = torch.load(checkpoint / RNG_FILE, map_location="cpu", weights_only=True)
+    return states[rank] if rank < len(states) else None
+
+
+def _write_boxes(partial: Path, boxes: Sequence[Box]) -> list[ChunkRecord]:
+    writer = TorchDistWriter(partial, f"__{dist.get_rank()}_0.distcp")
+    try:
+        for box in boxes:
+            if box.saved_here:
+                writer.write(box.key, box.global_shape, box.offset, box.data)
+        return writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _together(action: Any) -> list[Any]:
+    """Run `action` on every rank; return every rank's result, or raise everywhere if any rank failed."""
+    result, failure = None, None
+    try:
+        result = action()
+    except (OSError, RuntimeError, CheckpointError) as error:
+        failure = f"rank {dist.get_rank()}: {error}"
+    outcomes = _gather((result, failure))
+    failures = [why for _, why in outcomes if why]
+    if failures:
+        raise CheckpointError("the checkpoint was not saved:\n  " + "\n  ".join(failures))
+    return [value for value, _ in outcomes]
+
+
+def _gather(value: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def _prepare(partial: Path) -> None:
+    for leftover in partial.parent.glob(f"iter_*{_UNFINISHED}") if partial.parent.is_dir() else ():
+        log.warning("removing %s, left by a save that did not finish", leftover)
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+
+
+def _remove_old(directory: Path, keep_last: int | None) -> None:
+    if keep_last is not None:
+        for old in _complete_checkpoints(directory)[:-keep_last]:
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; it stops looking complete before its first file goes."""
+    doomed = checkpoint.with_name(checkpoint.name + _UNFINISHED)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,162 @@
+"""Streams of full, canonically named tensors from and to checkpoints: one process, no process group, few tensors in memory.
+
+A `TensorSource` is read by name in any order; a `TensorSink` is told beforehand what it will hold and is then written
+by name in any order. Both exist for a Megatron checkpoint (here) and for a Hugging Face directory (safetensors.py).
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ext.checkpoint.boxes import Shape
+from megatron_ext.checkpoint.naming import storage_plan, stored_names
+from megatron_ext.checkpoint.store import TrainingState, checkpoint_name, publish, require_checkpoint, write_small_files
+from megatron_ext.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
+from megatron_ext.errors import CheckpointError, ConversionError
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read one at a time."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, on the CPU."""
+
+
+class TensorSink:
+    """Takes the tensors that `specs` announced, each once; complete only when all have come.
+
+    As a context manager it publishes its output on success and leaves nothing behind on failure.
+    """
+
+    def __init__(self, target: Path, specs: Mapping[str, TensorSpec], *, force: bool) -> None:
+        if target.exists() and not force:
+            raise ConversionError(f"{target} exists; choose another place or pass --force to replace it")
+        self.target, self.specs = target, dict(specs)
+        self.partial = target.with_name(target.name + ".partial")
+        self._waiting = set(self.specs)
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor, converted to the announced dtype.
+
+        Raises:
+            ConversionError: it was not announced, came before, or has another shape.
+        """
+        if name not in self._waiting:
+            raise ConversionError(f"{name}: {'written twice' if name in self.specs else 'not part of the target'}")
+        spec = self.specs[name]
+        if tuple(tensor.shape) != spec.shape:
+            raise ConversionError(f"{name}: is {list(tensor.shape)}, the target has {list(spec.shape)}")
+        self._store(name, tensor.to(spec.dtype))
+        self._waiting.remove(name)
+
+    def _store(self, name: str, tensor: Tensor) -> None:
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        raise NotImplementedError
+
+    def _publish(self) -> None:
+        if self.target.exists():
+            shutil.rmtree(self.target)
+        self.partial.rename(self.target)
+
+    def __enter__(self) -> "TensorSink":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._close()
+            if kind is None:
+                if self._waiting:
+                    missing = ", ".join(sorted(self._waiting)[:10])
+                    raise ConversionError(f"{len(self._waiting)} tensors of the target were never written: {missing}")
+                self._publish()
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+class MegatronSource:
+    """The weights of a Megatron checkpoint, saved in any parallel layout and by either backend."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.directory = require_checkpoint(path)
+        self._reader = TorchDistReader(self.directory)
+        self._places = stored_names({key: self._reader.shape(key) for key in self._reader.tensors})
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every weight under its canonical name."""
+        return {
+            name: TensorSpec(self._reader.shape(place.key)[len(place.stacked) :], self._reader.dtype(place.key))
+            for name, place in self._places.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One whole weight."""
+        place = self._places[name]
+        shape = self._reader.shape(place.key)
+        within = len(place.stacked)
+        offset = place.stacked + (0,) * (len(shape) - within)
+        size = (1,) * within + shape[within:]
+        return self._reader.read(place.key, offset, size).reshape(shape[within:])
+
+
+class MegatronSink(TensorSink):
+    """Writes a Megatron checkpoint at step 0, weights only, that any layout can load.
+
+    Args:
+        directory: checkpoint directory; the checkpoint becomes its `iter_0000000`.
+        specs: canonical names with shapes and dtypes.
+        run: the configuration to keep beside the weights, as plain mappings.
+        force: replace what is there.
+    """
+
+    def __init__(self, directory: str | Path, specs: Mapping[str, TensorSpec], run: dict[str, Any], *, force: bool = False) -> None:
+        directory = Path(directory)
+        if directory.exists() and any(directory.iterdir()) and not force:
+            raise ConversionError(f"{directory} is not empty; choose another place or pass --force to replace its step 0")
+        super().__init__(directory / checkpoint_name(0), specs, force=force)
+        self._run = run
+        self._plan = storage_plan({name: spec.shape for name, spec in specs.items()})
+        self._writer = TorchDistWriter(self.partial)
+
+    def _store(self, name: str, tensor: Tensor) -> None:
+        place, shape = self._plan[name]
+        within = len(place.stacked)
+        offset = place.stacked + (0,) * (len(shape) - within)
+        try:
+            self._writer.write(place.key, shape, offset, tensor.reshape((1,) * within + tuple(tensor.shape)))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self.target}: cannot write {name}: {error}") from error
+
+    def _close(self) -> None:
+        self._records = self._writer.finish()
+
+    def _publish(self) -> None:
+        write_metadata(self.partial, self._records)
+        state = TrainingState()
+        write_small_files(self.partial, state, self._run)
+        publish(self.partial, self.target, state.iteration)

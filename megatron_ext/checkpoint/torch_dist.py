@@ -1,0 +1,226 @@
+"""The `torch_dist` format on disk, read and written chunk by chunk by any number of processes without a process group.
+
+A directory holds `.distcp` files, each a sequence of tensors written by torch.save, and `.metadata`, which says for
+every global tensor which chunk of it lies where. torch.distributed.checkpoint and megatron-core read what is written
+here and write what is read here. Nothing is unpickled but a known set of classes.
+"""
+
+import io
+import math
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from megatron_ext.checkpoint.boxes import Shape
+from megatron_ext.errors import CheckpointError
+
+METADATA_FILE = ".metadata"
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """Where one chunk of a global tensor lies."""
+
+    key: str
+    dtype: torch.dtype
+    global_shape: Shape
+    offset: Shape
+    size: Shape
+    file: str
+    start: int
+    length: int
+
+
+class TorchDistWriter:
+    """Appends chunks to one file. Each process has its own, and its own `name`; `write_metadata` then joins them."""
+
+    def __init__(self, directory: Path, name: str = "__0_0.distcp") -> None:
+        self.records: list[ChunkRecord] = []
+        self._name = name
+        self._file: BinaryIO = open(directory / name, "wb")  # noqa: SIM115 - closed by finish()
+
+    def write(self, key: str, global_shape: Shape, offset: Shape, data: Tensor) -> None:
+        """Append `data`, the chunk of `key` at `offset`; its memory is not kept."""
+        start = self._file.tell()
+        size = tuple(data.shape)
+        # A view would drag its whole storage into the file.
+        whole = data.detach().to("cpu")
+        whole = whole.clone() if whole.untyped_storage().nbytes() != whole.numel() * whole.itemsize else whole
+        torch.save(whole.contiguous(), self._file)
+        length = self._file.tell() - start
+        self.records.append(ChunkRecord(key, data.dtype, global_shape, offset, size, self._name, start, length))
+
+    def finish(self) -> list[ChunkRecord]:
+        """Bring everything to disk and return what was written."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self.records
+
+    def abandon(self) -> None:
+        """Close the file after a failure."""
+        self._file.close()
+
+
+def write_metadata(directory: Path, records: Iterable[ChunkRecord]) -> None:
+    """Write `.metadata` for the chunks of all files of `directory`.
+
+    Raises:
+        CheckpointError: the chunks of a tensor do not cover it exactly.
+    """
+    tensors: dict[str, dcp.TensorStorageMetadata] = {}
+    storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
+    for record in records:
+        entry = tensors.get(record.key)
+        if entry is None:
+            properties = dcp.TensorProperties(dtype=record.dtype)
+            entry = tensors[record.key] = dcp.TensorStorageMetadata(properties, torch.Size(record.global_shape), [])
+        index = dcp.MetadataIndex(record.key, record.offset, len(entry.chunks))
+        entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(record.offset), torch.Size(record.size)))
+        storage[index] = _StorageInfo(record.file, record.start, record.length)
+    for key, entry in tensors.items():
+        covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+        if covered != math.prod(entry.size):
+            raise CheckpointError(f"{directory}: the chunks of {key} hold {covered} of {math.prod(entry.size)} elements")
+    content = dcp.Metadata(state_dict_metadata=tensors, planner_data={}, storage_data=storage)
+    beside = directory / f"{METADATA_FILE}.partial"
+    with open(beside, "wb") as file:
+        pickle.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(directory / METADATA_FILE)
+
+
+class TorchDistReader:
+    """Random access to the tensors of a `torch_dist` directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._metadata = _read_metadata(directory)
+        self._files: dict[str, BinaryIO] = {}
+        self._last: tuple[_StorageInfo | None, Tensor] = (None, torch.empty(0))
+        self.tensors: dict[str, dcp.TensorStorageMetadata] = {
+            key: entry
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, dcp.TensorStorageMetadata)
+        }
+
+    def shape(self, key: str) -> Shape:
+        """Global shape of `key`."""
+        return tuple(self.tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored dtype of `key`."""
+        return self.tensors[key].properties.dtype
+
+    def read_into(self, key: str, offset: Shape, target: Tensor) -> None:
+        """Fill `target` with the box of `key` at `offset`, converting the dtype where it differs."""
+        filled = 0
+        for chunk, info in self._chunks(key):
+            overlap = _overlap(offset, tuple(target.shape), tuple(chunk.offsets), tuple(chunk.sizes))
+            if overlap is None:
+                continue
+            in_target, in_chunk = overlap
+            part = target[in_target]
+            part.copy_(self._load(key, info)[in_chunk])
+            filled += part.numel()
+        if filled != target.numel():
+            raise CheckpointError(
+                f"{self.directory}: {key} at {offset}: {filled} of {target.numel()} elements are stored"
+            )
+
+    def read(self, key: str, offset: Shape | None = None, size: Shape | None = None) -> Tensor:
+        """Return the box of `key` at `offset` of `size`; the whole tensor by default."""
+        whole = self.shape(key)
+        target = torch.empty(size if size is not None else whole, dtype=self.dtype(key))
+        self.read_into(key, offset if offset is not None else (0,) * len(whole), target)
+        return target
+
+    def _chunks(self, key: str) -> Iterator[tuple[dcp.ChunkStorageMetadata, _StorageInfo]]:
+        for chunk in self.tensors[key].chunks:
+            yield chunk, self._metadata.storage_data[dcp.MetadataIndex(key, chunk.offsets)]
+
+    def _load(self, key: str, info: _StorageInfo) -> Tensor:
+        """The tensor of one chunk. The last one is kept: neighbouring boxes often share it."""
+        if self._last[0] != info:
+            file = self._files.get(info.relative_path)
+            if file is None:
+                try:
+                    file = open(self.directory / info.relative_path, "rb")  # noqa: SIM115 - closed by close()
+                except OSError as error:
+                    raise CheckpointError(f"{self.directory}: {info.relative_path}: {error.strerror}") from error
+                self._files[info.relative_path] = file
+            file.seek(info.offset)
+            data = file.read(info.length)
+            if len(data) < info.length:
+                raise CheckpointError(f"{self.directory}: {info.relative_path} ends inside {key}")
+            try:
+                self._last = (info, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+            except (RuntimeError, pickle.UnpicklingError) as error:
+                raise CheckpointError(f"{self.directory}: {info.relative_path}: {key} is damaged") from error
+        return self._last[1]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._last = (None, torch.empty(0))
+
+
+def _overlap(
+    offset: Shape, size: Shape, chunk_offset: Shape, chunk_size: Shape
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Slices of a box and of a chunk that show the same elements; None where they do not meet."""
+    in_box, in_chunk = [], []
+    for start, length, chunk_start, chunk_length in zip(offset, size, chunk_offset, chunk_size, strict=True):
+        low, high = max(start, chunk_start), min(start + length, chunk_start + chunk_length)
+        if low >= high:
+            return None
+        in_box.append(slice(low - start, high - start))
+        in_chunk.append(slice(low - chunk_start, high - chunk_start))
+    return tuple(in_box), tuple(in_chunk)
+
+
+class _KnownClasses(pickle.Unpickler):
+    """Unpickles the metadata classes of torch.distributed.checkpoint and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("torch.distributed.checkpoint.") or (module, name) in _PLAIN_CLASSES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+_PLAIN_CLASSES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+} | {("torch", str(dtype).removeprefix("torch.")) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+
+
+def _read_metadata(directory: Path) -> dcp.Metadata:
+    path = directory / METADATA_FILE
+    try:
+        with open(path, "rb") as file:
+            content = _KnownClasses(file).load()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} is no torch_dist checkpoint: it has no {METADATA_FILE}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: refused, it asks for {error}") from error
+    except (EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dcp.Metadata):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, not checkpoint metadata")
+    return content

@@ -1,0 +1,22 @@
+"""What every configuration section is: a frozen, keyword-only, strict pydantic dataclass whose docstrings are the help."""
+
+from collections.abc import Callable
+from typing import TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+_SETTINGS = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def config(cls: type[T]) -> type[T]:
+    """Make `cls` a configuration section.
+
+    The docstring under each attribute becomes its `--help` text. Values are never coerced between types: a
+    string where a number belongs is an error that names the key.
+    """
+    make: Callable[[type[T]], type[T]] = dataclass(frozen=True, kw_only=True, config=_SETTINGS)
+    return make(cls)

@@ -1,0 +1,35 @@
+"""What is trained on: prepared datasets and their weights."""
+
+from pydantic import Field
+
+from megatron_ext.config.base import config
+
+
+@config
+class DataSource:
+    """One prepared dataset of a blend."""
+
+    path: str
+    """Path of the dataset without `.bin` / `.idx`, as tools/preprocess.py wrote it."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples drawn from it, relative to the other sources."""
+
+
+@config
+class DataConfig:
+    """Training and validation data. Everything was tokenized before: training only maps ready files."""
+
+    sequence_length: int = Field(ge=2)
+    """Tokens a sample."""
+    train: list[DataSource] = Field(min_length=1)
+    """The training blend."""
+    validation: list[DataSource] = Field(default_factory=list)
+    """The validation blend. Needed when train.eval_interval is set."""
+    tokenizer: str
+    """Directory of the tokenizer the data was made with; its vocabulary must fit the model and it travels to exports."""
+    cache_dir: str
+    """Where sample indices are kept. All nodes must see it."""
+    eod_mask_loss: bool = False
+    """Leave out the loss at end-of-document tokens."""
+    num_workers: int = Field(default=0, ge=0)
+    """Processes that read ahead on each rank; 0 reads in the training process."""

@@ -1,0 +1,206 @@
+"""From YAML and `section.key=value` to a configuration, with every fault in one message."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megatron_ext.config.root import DERIVED, RunConfig
+from megatron_ext.config.rules import violations
+from megatron_ext.config.yaml_text import parse_scalar, read_yaml
+from megatron_ext.errors import ConfigError
+
+T = TypeVar("T")
+
+_PLAIN = {
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "string_type": "must be a string",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
+}
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the run configuration at `path` with `section.key=value` overrides applied.
+
+    Raises:
+        ConfigError: listing every unknown key, wrong type, wrong choice and violated rule.
+    """
+    return load_config(RunConfig, read_yaml(path), overrides, source=str(path))
+
+
+def load_config(cls: type[T], raw: Any, overrides: Sequence[str] = (), *, source: str) -> T:
+    """Validate the mapping `raw`, with overrides applied, as a `cls`. `source` names where it came from in errors."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: expected a mapping of keys, found {type(raw).__name__}")
+    reader = _Reader()
+    for override in overrides:
+        reader.override(raw, override)
+    result = reader.section(cls, raw, "")
+    faults = reader.faults + (violations(reader.values) if cls is RunConfig else [])
+    if faults:
+        count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
+        raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
+    return result
+
+
+def to_mapping(configuration: Any) -> dict[str, Any]:
+    """The configuration as nested plain mappings, ready for YAML, that `load_config` turns into an equal one."""
+    return dataclasses.asdict(configuration)
+
+
+def section_types(annotation: Any) -> list[type]:
+    """The configuration sections an annotation admits: none for a leaf, several for a tagged union."""
+    members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    return [m for m in members if hasattr(m, "__pydantic_fields__")]
+
+
+def fields_of(cls: type) -> dict[str, Any]:
+    """pydantic's description of each field of a configuration section."""
+    return cls.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _kind(cls: type) -> str:
+    return str(typing.get_args(fields_of(cls)["kind"].annotation)[0])
+
+
+class _Reader:
+    """Reads sections key by key, so that one fault hides no other, and keeps the values that are right."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.values: dict[str, Any] = {}
+
+    def override(self, raw: dict[str, Any], override: str) -> None:
+        """Set one `section.key=value` in `raw`."""
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            self.faults.append(f"{override}: expected section.key=value")
+            return
+        *sections, leaf = key.split(".")
+        node: Any = raw
+        for section in sections:
+            if isinstance(node, dict):
+                if node.get(section) is None:
+                    node[section] = {}
+                node = node[section]
+            elif isinstance(node, list) and section.isdigit() and int(section) < len(node):
+                node = node[int(section)]
+        if isinstance(node, dict):
+            node[leaf] = parse_scalar(text)
+        elif isinstance(node, list) and leaf.isdigit() and int(leaf) < len(node):
+            node[int(leaf)] = parse_scalar(text)
+        else:
+            self.faults.append(f"{key}: {'.'.join(sections)} has no key {leaf!r}")
+
+    def section(self, cls: type[T], raw: dict[str, Any], path: str) -> T | Any:
+        """A `cls` made of `raw`, or None after noting what is wrong with it."""
+        before = len(self.faults)
+        known = fields_of(cls)
+        for key in raw:
+            if key not in known:
+                self._unknown(key, raw[key], path, list(known))
+        arguments = {}
+        for key, info in known.items():
+            where = f"{path}{key}"
+            if key in raw:
+                arguments[key] = self._value(info, raw[key], where)
+            elif info.is_required():
+                self.faults.append(f"{where}: is required")
+            else:
+                self._keep(where, info.get_default(call_default_factory=True))
+        if len(self.faults) > before:
+            return None
+        result = cls(**arguments)
+        section = path.rstrip(".")
+        self.values.update({f"{path}{name}": getattr(result, name) for name in DERIVED.get(section, ())})
+        return result
+
+    def _keep(self, where: str, value: Any) -> None:
+        """Remember a valid value, and those below it, for the rules."""
+        self.values[where] = value
+        if hasattr(value, "__pydantic_fields__"):
+            for key in fields_of(type(value)):
+                self._keep(f"{where}.{key}", getattr(value, key))
+            self.values.update({f"{where}.{name}": getattr(value, name) for name in DERIVED.get(where, ())})
+
+    def _value(self, info: Any, value: Any, where: str) -> Any:
+        variants = section_types(info.annotation)
+        if variants and not (value is None and _is_union(info.annotation)):
+            return self._variant(variants, value, where)
+        (item,) = typing.get_args(info.annotation) if typing.get_origin(info.annotation) is list else (None,)
+        if section_types(item) and isinstance(value, list):
+            items = [self._variant(section_types(item), entry, f"{where}.{i}") for i, entry in enumerate(value)]
+            if None in items:
+                return None
+            value = items
+        return self._leaf(info, value, where)
+
+    def _variant(self, variants: list[type], value: Any, where: str) -> Any:
+        """One section out of a tagged union (or the only one there is)."""
+        if not isinstance(value, dict):
+            self.faults.append(f"{where} = {value!r}: must be a mapping of keys")
+            return None
+        cls: type | None = variants[0]
+        if len(variants) > 1:
+            kinds = {_kind(v): v for v in variants}
+            cls = kinds.get(value.get("kind", ""))
+            if cls is None:
+                stated = f"{where}.kind = {value['kind']!r}: must be" if "kind" in value else f"{where}.kind: is required,"
+                self.faults.append(f"{stated} one of {', '.join(kinds)}")
+                return None
+        assert cls is not None
+        result = self.section(cls, value, f"{where}.")
+        if result is not None:
+            self.values[where] = result
+        return result
+
+    def _leaf(self, info: Any, value: Any, where: str) -> Any:
+        annotation = typing.Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(strict=True))
+        try:
+            self.values[where] = adapter.validate_python(value)
+            return self.values[where]
+        except ValidationError as error:
+            complaints = dict.fromkeys(_complaint(e) for e in error.errors())
+            self.faults.append(f"{where} = {value!r}: {' or '.join(complaints)}")
+            return None
+
+    def _unknown(self, key: Any, value: Any, path: str, known: list[str]) -> None:
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
+        elsewhere = [name for name in _every_key(RunConfig) if name.rpartition(".")[2] == key]
+        if near:
+            hint = f"did you mean '{near[0]}'?"
+        elif elsewhere:
+            hint = f"did you mean '{elsewhere[0]}'?"
+        else:
+            hint = f"known here: {', '.join(known)}"
+        self.faults.append(f"{path}{key} = {value!r}: unknown key; {hint}")
+
+
+def _complaint(error: Any) -> str:
+    if error["type"] == "literal_error":
+        return f"must be one of {error['ctx']['expected'].replace(' or ', ', ')}"
+    plain = _PLAIN.get(error["type"])
+    text = plain or str(error["msg"]).replace("Input should", "must").replace("Value should", "must")
+    item = [str(part) for part in error["loc"] if isinstance(part, int)]
+    return f"entry {'.'.join(item)} {text}" if item else text
+
+
+def _every_key(cls: type, prefix: str = "") -> Iterator[str]:
+    for name, info in fields_of(cls).items():
+        yield f"{prefix}{name}"
+        for section in section_types(info.annotation):
+            yield from _every_key(section, f"{prefix}{name}.")

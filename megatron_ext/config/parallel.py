@@ -1,0 +1,38 @@
+"""How the model and the batch are split over processes, in Megatron's field names."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_ext.config.base import config
+
+
+@config
+class ParallelConfig:
+    """Degrees of parallelism. Data parallelism takes the processes that remain; expert parallelism lies inside it."""
+
+    tensor_model_parallel_size: int = Field(default=1, ge=1)
+    """TP: processes that share each layer's matrices."""
+    sequence_parallel: bool = False
+    """SP: split norms and residual stream along the sequence within a TP group. MoE training with TP needs it."""
+    pipeline_model_parallel_size: int = Field(default=1, ge=1)
+    """PP: stages of consecutive layers."""
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2)
+    """VPP: model chunks a stage (interleaved schedule)."""
+    expert_model_parallel_size: int = Field(default=1, ge=1)
+    """EP: processes that share the routed experts."""
+    expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
+    """ETP: processes that share one routed expert's matrices. Default: the tensor-parallel size."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens travel to their experts."""
+    use_distributed_optimizer: bool = True
+    """Split optimizer state and fp32 master weights over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass already runs. Needs the two options above."""
+
+    @property
+    def etp(self) -> int:
+        """Expert tensor-parallel size with the default applied."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size

@@ -1,0 +1,130 @@
+"""How the model is trained: steps and batches, precision, optimizer, learning-rate schedule, activation recompute."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_ext.config.base import config
+
+
+@config
+class TrainConfig:
+    """Length of the run and shape of its batches."""
+
+    train_iters: int = Field(ge=1)
+    """Optimizer steps of the whole run, however many times it is interrupted."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences an optimizer step."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences a forward pass on one data-parallel rank."""
+    seed: int = Field(default=1234, ge=0)
+    """Seeds initial weights (by parameter name, so any layout starts alike), data order and dropout."""
+    eval_interval: int | None = Field(default=None, ge=1)
+    """Steps between validations. Unset: none. The last step is always validated when this is set."""
+    eval_iters: int = Field(default=10, ge=1)
+    """Global batches a validation."""
+
+
+@config
+class Fp32Precision:
+    """Everything in 32-bit floating point."""
+
+    kind: Literal["fp32"]
+
+
+@config
+class Bf16Precision:
+    """bfloat16 weights and activations, fp32 master weights, gradients and optimizer state."""
+
+    kind: Literal["bf16"]
+
+
+Precision = Annotated[Fp32Precision | Bf16Precision, Field(discriminator="kind")]
+
+
+@config
+class AdamConfig:
+    """Adam with decoupled weight decay (AdamW); norms and biases are not decayed."""
+
+    kind: Literal["adam"]
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@config
+class ConstantSchedule:
+    """Linear warmup, then the peak learning rate."""
+
+    kind: Literal["constant"]
+    warmup_iters: int = Field(default=0, ge=0)
+    """Steps from 0 to the peak."""
+
+
+@config
+class LinearSchedule:
+    """Linear warmup, then a straight line to `min_lr`."""
+
+    kind: Literal["linear"]
+    warmup_iters: int = Field(default=0, ge=0)
+    """Steps from 0 to the peak."""
+    decay_iters: int | None = Field(default=None, ge=1)
+    """Step at which `min_lr` is reached. Default: train.train_iters."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Final learning rate."""
+
+
+@config
+class CosineSchedule:
+    """Linear warmup, then half a cosine to `min_lr`."""
+
+    kind: Literal["cosine"]
+    warmup_iters: int = Field(default=0, ge=0)
+    """Steps from 0 to the peak."""
+    decay_iters: int | None = Field(default=None, ge=1)
+    """Step at which `min_lr` is reached. Default: train.train_iters."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Final learning rate."""
+
+
+@config
+class WsdSchedule:
+    """Warmup, stable, decay (MiniCPM, arXiv 2404.06395, section 4): the peak is held until the last `wsd_decay_iters` steps."""
+
+    kind: Literal["wsd"]
+    warmup_iters: int = Field(default=0, ge=0)
+    """Steps from 0 to the peak."""
+    wsd_decay_iters: int = Field(ge=1)
+    """Length of the final decay, ending at train.train_iters."""
+    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    """Shape of the final decay."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Final learning rate."""
+
+
+Schedule = Annotated[ConstantSchedule | LinearSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
+
+
+@config
+class RecomputeConfig:
+    """Which activations are recomputed in the backward pass instead of being kept."""
+
+    granularity: Literal["full", "selective"] | None = None
+    """full: whole layers; selective: the modules named in `modules`; unset: nothing."""
+    method: Literal["uniform", "block"] = "uniform"
+    """With full: uniform recomputes every layer in chunks of `num_layers`, block only the first `num_layers` of a stage."""
+    num_layers: int = Field(default=1, ge=1)
+    """With full: see `method`."""
+    modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]] = Field(
+        default_factory=lambda: ["core_attn"]
+    )
+    """With selective: the modules to recompute."""

@@ -1,0 +1,24 @@
+"""The model configuration and tokenizer that a Megatron checkpoint carries."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint.store import RUN_FILE, read_run, require_checkpoint
+from megatron_ext.config import ModelConfig, load_config
+from megatron_ext.errors import CheckpointError
+
+
+def read_model(checkpoint: str | Path) -> ModelConfig:
+    """The model of a Megatron checkpoint (or of the newest one in a directory)."""
+    directory = require_checkpoint(checkpoint)
+    run = read_run(directory)
+    if "model" not in run:
+        raise CheckpointError(f"{directory / RUN_FILE}: has no section 'model'")
+    return load_config(ModelConfig, run["model"], source=str(directory / RUN_FILE))
+
+
+def tokenizer_directory(checkpoint: str | Path) -> Path | None:
+    """The tokenizer the checkpoint's run was trained with, if it is still there."""
+    data: dict[str, Any] = read_run(require_checkpoint(checkpoint)).get("data") or {}
+    path = Path(data["tokenizer"]) if data.get("tokenizer") else None
+    return path if path is not None and path.is_dir() else None

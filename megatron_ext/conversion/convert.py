@@ -1,0 +1,199 @@
+"""Converts a checkpoint between Megatron and Hugging Face: one process, tensor by tensor, complete or not at all."""
+
+import importlib.resources
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.fields import config_to_hf, config_to_megatron
+from megatron_ext.architectures.registry import architecture_for, architecture_of
+from megatron_ext.checkpoint.safetensors import HuggingFaceSink, HuggingFaceSource
+from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.checkpoint.store import find_checkpoint
+from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSink, TensorSource, TensorSpec
+from megatron_ext.config import ModelConfig, to_mapping
+from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
+from megatron_ext.conversion.engine import Task, check_source, hf_shapes, run_tasks, target_specs, tasks_to_hf, tasks_to_megatron
+from megatron_ext.errors import ConversionError
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Told (bytes written, bytes in all) as a conversion proceeds."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did."""
+
+    direction: str
+    """`to Hugging Face` or `to Megatron`."""
+    architecture: Architecture
+    why: str
+    """Why this architecture."""
+    model: ModelConfig
+    tensors: int
+    """Tensors written."""
+    bytes: int
+    """Bytes of tensors written."""
+
+
+def is_hugging_face(path: str | Path) -> bool:
+    """Whether `path` is a Hugging Face model directory."""
+    return (Path(path) / "config.json").is_file()
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Conversion:
+    """Convert `source` to the other format; the direction follows from what it is.
+
+    Args:
+        dtype: `fp32`, `bf16` or `fp16`; None keeps what the source has.
+        tokenizer: directory whose tokenizer goes into a Hugging Face export. Default: the one of the training run.
+        force: replace an existing target.
+
+    Raises:
+        ConversionError, CheckpointError: nothing that looks complete is left behind.
+    """
+    if is_hugging_face(source):
+        return _to_megatron(Path(source), Path(target), _DTYPES.get(dtype or ""), force, progress)
+    if find_checkpoint(source) is not None:
+        return _to_hugging_face(Path(source), Path(target), _DTYPES.get(dtype or ""), tokenizer, force, progress)
+    raise ConversionError(f"{source}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)")
+
+
+def _to_hugging_face(
+    source: Path, target: Path, dtype: torch.dtype | None, tokenizer: str | Path | None, force: bool, progress: Progress
+) -> Conversion:
+    model = read_model(source)
+    architecture, why = architecture_for(model)
+    stream = MegatronSource(source)
+    check_source(stream, model_shapes(model), where=str(stream.directory))
+    vocabulary = Path(tokenizer) if tokenizer is not None else tokenizer_directory(source)
+    tasks = list(tasks_to_hf(architecture.weights, model))
+    specs = target_specs(iter(tasks), stream, dtype)
+    with HuggingFaceSink(target, specs, force=force) as sink:
+        stored = next(iter(specs.values())).dtype
+        _copy_tokenizer(vocabulary, sink.partial)
+        _write_config(architecture, model, stored, sink.partial)
+        _run(tasks, stream, sink, specs, progress)
+    return _summary("to Hugging Face", architecture, why, model, specs)
+
+
+def _to_megatron(source: Path, target: Path, dtype: torch.dtype | None, force: bool, progress: Progress) -> Conversion:
+    architecture, model = read_hugging_face_model(source)
+    stream = HuggingFaceSource(source)
+    tied = not model.untie_embeddings_and_output_weights
+    check_source(
+        stream,
+        hf_shapes(architecture.weights, model),
+        where=str(source),
+        ignore=frozenset({"lm_head.weight"}) if tied else frozenset(),
+    )
+    tasks = list(tasks_to_megatron(architecture.weights, model))
+    specs = target_specs(iter(tasks), stream, dtype)
+    run: dict[str, Any] = {"model": to_mapping(model), "data": {"tokenizer": str(source.resolve())}}
+    with MegatronSink(target, specs, run, force=force) as sink:
+        _run(tasks, stream, sink, specs, progress)
+    return _summary("to Megatron", architecture, f"config.json names {architecture.hf_class}", model, specs)
+
+
+def read_hugging_face_model(directory: str | Path) -> tuple[Architecture, ModelConfig]:
+    """The architecture and model configuration of a Hugging Face directory."""
+    path = Path(directory) / "config.json"
+    raw = json.loads(path.read_text())
+    architecture = architecture_of(raw, source=str(path))
+    return architecture, config_to_megatron(architecture.config, raw, source=str(path))
+
+
+def _run(
+    tasks: list[Task], source: TensorSource, sink: TensorSink, specs: dict[str, TensorSpec], progress: Progress
+) -> None:
+    total, done = _total_bytes(specs), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    run_tasks(iter(tasks), source, sink, advance)
+
+
+def _total_bytes(specs: dict[str, TensorSpec]) -> int:
+    return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs.values())
+
+
+def _summary(direction: str, architecture: Architecture, why: str, model: ModelConfig, specs: dict[str, TensorSpec]) -> Conversion:
+    return Conversion(direction, architecture, why, model, len(specs), _total_bytes(specs))
+
+
+def _write_config(architecture: Architecture, model: ModelConfig, dtype: torch.dtype, directory: Path) -> None:
+    """Write config.json, generation_config.json and the modelling code that the architecture ships."""
+    special = _special_tokens(directory)
+    name = str(dtype).removeprefix("torch.")
+    content = {
+        "architectures": [architecture.hf_class],
+        "model_type": architecture.model_type,
+        **({"auto_map": dict(architecture.auto_map)} if architecture.auto_map else {}),
+        **config_to_hf(architecture.config, model),
+        **special,
+        # transformers 5 reads `dtype`, 4 reads `torch_dtype`.
+        "dtype": name,
+        "torch_dtype": name,
+        "initializer_range": model.init_method_std,
+        "use_cache": True,
+    }
+    (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    (directory / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    for file_name in architecture.code:
+        (directory / file_name).write_text(shipped_code(file_name))
+
+
+def shipped_code(file_name: str) -> str:
+    """Source text of a modelling file that exports carry."""
+    return importlib.resources.files("megatron_ext.conversion.modeling").joinpath(file_name).read_text(encoding="utf-8")
+
+
+def _special_tokens(directory: Path) -> dict[str, int | None]:
+    """Token ids that generation stops at and pads with, from the tokenizer beside."""
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if (directory / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer  # slow to import, and not needed without a tokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        ids = {name: getattr(tokenizer, name) for name in ids}
+    return ids
+
+
+def _copy_tokenizer(source: Path | None, target: Path) -> None:
+    if source is None:
+        log.warning("the training run's tokenizer is not there any more: the export has none; pass --tokenizer DIR")
+        return
+    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if "tokenizer.json" not in present and "tokenizer.model" not in present:
+        raise ConversionError(f"{source}: no tokenizer here (tokenizer.json or tokenizer.model)")
+    for name in present:
+        shutil.copyfile(source / name, target / name)

@@ -1,0 +1,82 @@
+"""Logits of a checkpoint on given tokens: megatron-core's own forward pass, and transformers', each in one process."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ext.checkpoint.store import load_boxes, require_checkpoint
+from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
+from megatron_ext.conversion.checkpoint_model import read_model
+from megatron_ext.conversion.convert import shipped_code
+from megatron_ext.errors import ConversionError
+from megatron_ext.mcore.model import build_chunks
+from megatron_ext.mcore.state import model_boxes
+from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
+from megatron_ext.runtime.seeds import seed_everything
+
+
+@torch.no_grad()
+def megatron_logits(checkpoint: str | Path, batches: Sequence[Tensor]) -> list[Tensor]:
+    """fp32 logits [B, S, vocab] of a Megatron checkpoint for each batch of token ids [B, S], on the CPU.
+
+    Starts a process group of one and leaves it again; call it where none is running.
+    """
+    model, parallel, runtime = read_model(checkpoint), ParallelConfig(), RuntimeConfig(device="cpu")
+    assert not dist.is_initialized(), "logits are computed in a process of their own"
+    device = choose_device(runtime)
+    start_process_group(runtime, device, alone=True)
+    try:
+        split_process_group(parallel, runtime)
+        seed_everything(0)
+        config = transformer_config(model, parallel, Fp32Precision(kind="fp32"), RecomputeConfig())
+        chunks = build_chunks(model, parallel, config, device)
+        load_boxes(require_checkpoint(checkpoint), model_boxes(list(chunks)))
+        (network,) = chunks
+        network.eval()
+        results = []
+        for tokens in batches:
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            results.append(network(tokens, positions, None)[..., : model.vocab_size].float())
+        return results
+    finally:
+        end_process_groups()
+
+
+@torch.no_grad()
+def hugging_face_logits(directory: str | Path, batches: Sequence[Tensor], *, trust_remote_code: bool = False) -> list[Tensor]:
+    """fp32 logits of a Hugging Face directory, as transformers' AutoModelForCausalLM computes them."""
+    network = load_hugging_face(directory, trust_remote_code=trust_remote_code)
+    return [network(tokens).logits.float() for tokens in batches]
+
+
+def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' model of `directory`, in fp32.
+
+    Modelling code inside the directory is run if the caller trusts it, or if it is byte for byte what this framework
+    ships.
+    """
+    from transformers import AutoModelForCausalLM  # slow to import
+
+    trusted = trust_remote_code or carries_our_code(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trusted)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ConversionError(f"{directory}: brings its own modelling code; pass --trust-remote-code to run it") from error
+        raise
+    return model.eval()
+
+
+def carries_our_code(directory: str | Path) -> bool:
+    """Whether every Python file of `directory` is one that this framework ships, unchanged."""
+    files = sorted(Path(directory).glob("*.py"))
+    try:
+        return bool(files) and all(path.read_text() == shipped_code(path.name) for path in files)
+    except FileNotFoundError:
+        return False

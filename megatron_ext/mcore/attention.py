@@ -1,0 +1,49 @@
+"""Core attention by torch's scaled_dot_product_attention: grouped-query, causal, no score matrix in memory."""
+
+#   S sequence, B micro-batch, N query heads of this TP rank, G key/value heads of this TP rank, D head width
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Causal attention over the heads of one tensor-parallel rank."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self", "only causal self-attention is built here"
+        assert config.kv_channels is not None
+        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Return the context [S, B, N * D]. The mask argument is not read: attention is causal over the whole sample."""
+        assert attention_bias is None and packed_seq_params is None, "no bias and no packed sequences here"
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        context_BNSD = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        seq, batch = query_SBND.shape[:2]
+        return context_BNSD.permute(2, 0, 1, 3).reshape(seq, batch, -1)

@@ -1,0 +1,89 @@
+"""Builds this rank's model chunks, wrapped for data parallelism."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel as CoreGPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.mcore.layer_specs import block_spec
+from megatron_ext.mcore.moe.router import Router
+
+
+class GPTModel(CoreGPTModel):
+    """megatron-core's GPTModel whose loss knows which vocabulary entries are padding.
+
+    The embedding is padded so that it splits evenly. megatron-core lets the padding take part in the softmax;
+    here it has probability zero, so that the loss is the exported model's.
+    """
+
+    def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.true_vocab_size = true_vocab_size
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return the cross-entropy of each token, [B, S], from this TP rank's logits [S, B, V / TP]."""
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        real = min(max(self.true_vocab_size - first, 0), logits.shape[-1])
+        if real < logits.shape[-1]:
+            logits[..., real:] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
+
+def build_chunks(
+    model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, device: torch.device
+) -> list[GPTModel]:
+    """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights."""
+    stages = parallel.virtual_pipeline_model_parallel_size
+    vp_stages = range(stages) if stages else [None]
+    with torch.device(device):
+        return [_build_chunk(model, config, vp_stage) for vp_stage in vp_stages]
+
+
+def _build_chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
+    return GPTModel(
+        true_vocab_size=model.vocab_size,
+        config=config,
+        transformer_layer_spec=block_spec(model, config, vp_stage),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+
+
+def wrap_chunks(chunks: list[GPTModel], config: TransformerConfig, parallel: ParallelConfig) -> list[Any]:
+    """Return `chunks` wrapped for mixed precision and data parallelism, gradients kept and reduced in fp32."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(config, chunk) if config.bf16 else chunk
+        # Later chunks are reduced in one bucket: with interleaved pipelines their gradients are complete all at once.
+        wrapped.append(DistributedDataParallel(config, settings, module, disable_bucketing=index > 0))
+    return wrapped
+
+
+def gather_parameters(wrapped: list[Any], parallel: ParallelConfig) -> None:
+    """Make sure every rank holds the updated weights before they are read outside a forward pass."""
+    if parallel.overlap_param_gather:
+        for chunk in wrapped:
+            chunk.start_param_sync(force_sync=True)
+
+
+def routers(chunks: list[GPTModel]) -> list[Router]:
+    """Every router of this rank's layers."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]

@@ -1,0 +1,124 @@
+"""megatron-core's optimizers with our Adam inside, and the optimizer step taken apart so that a bad one can be refused."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_ext.config import AdamConfig, ParallelConfig, Precision
+from megatron_ext.mcore.transformer_config import DTYPES
+from megatron_ext.runtime import cpu_compat
+
+
+class FusedAdam:
+    """AdamW by torch's fused kernel, counting its steps once instead of once a parameter.
+
+    This is the contract of Apex's and Transformer Engine's FusedAdam, which megatron-core expects: state holds
+    `exp_avg` and `exp_avg_sq` only, and exists before the first step so that a checkpoint can be loaded into it.
+    With torch.optim.AdamW megatron-core's distributed optimizer can save but not load. No torch.optim.Optimizer,
+    because that refuses the distributed optimizer's fp32 shards, which are views of the weights.
+    """
+
+    def __init__(self, param_groups: Iterable[dict[str, Any]], adam: AdamConfig) -> None:
+        self.param_groups = list(param_groups)
+        self.betas, self.eps = (adam.adam_beta1, adam.adam_beta2), adam.adam_eps
+        self.steps = 0
+        self.state = {
+            param: {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            for group in self.param_groups
+            for param in group["params"]
+        }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        self.steps += 1
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(self.steps), device=params[0].device)] * len(params),
+                lr=group["lr"],
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=group["weight_decay"],
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def build_optimizer(
+    adam: AdamConfig, parallel: ParallelConfig, precision: Precision, chunks: list[torch.nn.Module]
+) -> ChainedOptimizer:
+    """Return the optimizer of the wrapped model `chunks`: one part for dense parameters, one for experts."""
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=adam.lr,
+        weight_decay=adam.weight_decay,
+        adam_beta1=adam.adam_beta1,
+        adam_beta2=adam.adam_beta2,
+        adam_eps=adam.adam_eps,
+        clip_grad=adam.clip_grad,
+        bf16=precision.kind == "bf16",
+        params_dtype=DTYPES[precision.kind],
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    with cpu_compat.cuda_type_names():
+        optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+    for part in optimizer.chained_optimizers:
+        if not getattr(part, "is_stub_optimizer", False):
+            groups = [_with_decay(group, adam) for group in part.optimizer.param_groups]
+            part.optimizer = FusedAdam(groups, adam)
+    return optimizer
+
+
+def _with_decay(group: dict[str, Any], adam: AdamConfig) -> dict[str, Any]:
+    """A parameter group with megatron-core's decay multiplier (0 for norms and biases) applied."""
+    return {**group, "lr": adam.lr, "weight_decay": adam.weight_decay * group["wd_mult"]}
+
+
+def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
+    """Use `lr` from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def optimizer_steps(optimizer: ChainedOptimizer) -> int:
+    """Steps taken; Adam's bias correction depends on it."""
+    return max((part.optimizer.steps for part in _parts(optimizer)), default=0)
+
+
+def set_optimizer_steps(optimizer: ChainedOptimizer, steps: int) -> None:
+    """Continue counting from `steps`."""
+    for part in _parts(optimizer):
+        part.optimizer.steps = steps
+
+
+def gradient_norm(optimizer: ChainedOptimizer) -> float:
+    """Bring the reduced gradients to the optimizer and return their global L2 norm. Every rank must call this."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: ChainedOptimizer, norm: float, max_norm: float) -> None:
+    """Scale the gradients down to `max_norm` where `norm` exceeds it (0: never), and update the weights."""
+    factor = max_norm / (norm + 1e-6) if max_norm > 0 else 1.0
+    if factor < 1.0:
+        grads = [p.grad for part in _parts(optimizer) for p in part.get_parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor)
+    optimizer.step_with_ready_grads()
+
+
+def _parts(optimizer: ChainedOptimizer) -> list[Any]:
+    return [part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]

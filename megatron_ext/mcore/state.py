@@ -1,0 +1,149 @@
+"""A rank's share of the training state as boxes of global tensors, named as in the checkpoint.
+
+Model weights, and the optimizer's flat shards of them, become lists of `Box`: views of the live memory together with
+where they stand in a global tensor. Saving reads the boxes, loading fills them; neither needs communication, and the
+names and shapes are the same in every parallel layout.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_ext.checkpoint.boxes import Box, boxes_of_range
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous part of a parameter that is one box of a global tensor.
+
+    Most parameters are one piece. A SwiGLU fc1 weight is two (gate and up stand apart in the global tensor), a weight
+    of stacked experts one or two for each expert.
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: Tensor
+    """View of the parameter; lacks the leading dimensions in which pieces are stacked."""
+    start: int
+    """Where the piece begins in the flattened parameter."""
+    replica_id: tuple[int, ...]
+    """(pipeline, tensor, data) number of this copy; all zeros marks the copy that is saved."""
+
+    @property
+    def box_shape(self) -> tuple[int, ...]:
+        """Shape of the piece with its stacked dimensions."""
+        return (1,) * (len(self.global_shape) - self.data.dim()) + tuple(self.data.shape)
+
+
+def pieces_of(module: torch.nn.Module) -> dict[Tensor, list[Piece]]:
+    """Every parameter and saved buffer of a model chunk, with its pieces."""
+    metadata = {
+        "singleton_local_shards": False,
+        "non_homogeneous_layers": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    entries = nested_values(module.sharded_state_dict(metadata=metadata))
+    described: dict[Tensor, list[Piece]] = {}
+    for entry in entries:
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            described[entry.data] = list(_pieces(entry))
+    return described
+
+
+def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
+    whole = entry.data
+    if isinstance(entry, ShardedTensor):
+        yield _piece(entry, whole.detach(), start=0)
+        return
+    # Building the factory on a tensor without memory shows where each part lies in the flattened parameter.
+    shape_only = torch.empty(whole.shape, device="meta")
+    parts = zip(entry.build(), entry.build_fn(entry.key, shape_only, entry.replica_id, None), strict=True)
+    for part, layout in parts:
+        assert layout.data.is_contiguous() and layout.data._is_view(), f"{entry.key}: parts must be contiguous views"
+        yield _piece(part, part.data.detach(), start=layout.data.storage_offset())
+
+
+def _piece(entry: ShardedTensor, data: Tensor, start: int) -> Piece:
+    replica = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
+    return Piece(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), data, start, replica)
+
+
+def model_boxes(chunks: list[torch.nn.Module]) -> list[Box]:
+    """The model weights of this rank."""
+    return [
+        Box(p.key, p.global_shape, p.offset, p.data.view(p.box_shape), saved_here=not any(p.replica_id))
+        for chunk in chunks
+        for pieces in pieces_of(chunk).values()
+        for p in pieces
+    ]
+
+
+def optimizer_boxes(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) -> list[Box]:
+    """The optimizer state of this rank: fp32 weights and Adam's moments, `optimizer.state.<what>.<model key>`.
+
+    The distributed optimizer's flat shards and the plain optimizer's whole tensors describe the same global tensors,
+    so the two load each other's checkpoints; the keys are those of megatron-core's `fully_reshardable` format.
+    """
+    pieces = {param: p for chunk in chunks for param, p in pieces_of(chunk).items()}
+    boxes: list[Box] = []
+    for part in optimizer.chained_optimizers:
+        distributed = isinstance(part, DistributedOptimizer)
+        for param, start, states in _parameter_states(part):
+            for name, state in states.items():
+                for piece in pieces[param]:
+                    # A distributed shard exists once in its data-parallel group, whatever that group's rank is.
+                    copy = piece.replica_id[:-1] if distributed else piece.replica_id
+                    prefix = f"optimizer.state.{name}."
+                    boxes.extend(_boxes_of_shard(piece, prefix, state.detach().view(-1), start, saved_here=not any(copy)))
+    return boxes
+
+
+def _boxes_of_shard(piece: Piece, prefix: str, shard: Tensor, start: int, *, saved_here: bool) -> Iterator[Box]:
+    """The boxes of `piece` that `shard` covers; `shard` begins at `start` of the flattened parameter."""
+    low = max(start, piece.start)
+    high = min(start + shard.numel(), piece.start + piece.data.numel())
+    if low >= high:
+        return
+    for local_offset, size in boxes_of_range(piece.box_shape, low - piece.start, high - piece.start):
+        count = math.prod(size)
+        data = shard[low - start : low - start + count].view(size)
+        offset = tuple(a + b for a, b in zip(piece.offset, local_offset, strict=True))
+        yield Box(prefix + piece.key, piece.global_shape, offset, data, saved_here=saved_here)
+        low += count
+
+
+def _parameter_states(part: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
+    """Yield (model parameter, where this rank's shard of it starts, fp32 weight and moments)."""
+    if getattr(part, "is_stub_optimizer", False):
+        return
+    inner = part.optimizer
+    if isinstance(part, DistributedOptimizer):
+        for param, (group, position) in part.model_param_group_index_map.items():
+            main = inner.param_groups[group]["params"][position]
+            yield param, part._get_model_param_range_map(param)["param"].start, _states(inner, main)
+        return
+    if hasattr(part, "float16_groups"):
+        pairs = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+        for params, mains in pairs:
+            for param, main in zip(params, mains, strict=True):
+                yield param, 0, _states(inner, main)
+        same = [param for group in part.fp32_from_fp32_groups for param in group]
+    else:
+        same = [param for group in inner.param_groups for param in group["params"]]
+    for param in same:
+        yield param, 0, _states(inner, param)
+
+
+def _states(inner: torch.optim.Optimizer, main: Tensor) -> dict[str, Tensor]:
+    moments = inner.state[main]
+    return {"param": main, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}

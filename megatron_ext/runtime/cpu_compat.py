@@ -1,0 +1,211 @@
+"""Lets megatron-core run on CPU tensors over Gloo: the only place that rebinds foreign names, and only on CPU runs.
+
+Megatron-core names CUDA in the middle of its functions (`torch.cuda.Stream()`, `device="cuda"`). Inside its modules,
+and nowhere else, the names `torch`, `torch.cuda` and `torch.distributed` are replaced by stand-ins that pass
+everything through except what is listed in `SHIMS`. No operation is intercepted: a tensor's own methods are untouched.
+Each shim has a test that leaves it out and expects megatron-core to fail without it.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Shim:
+    """One name that megatron-core gets to see differently on a CPU run."""
+
+    name: str
+    """Dotted name as megatron-core writes it."""
+    replacement: Any
+    reason: str
+
+
+class NullStream:
+    """Stands for a CUDA stream or event where there is only one order of execution."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> "NullStream":
+        return self
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`factory` that puts on the CPU what asks for CUDA."""
+
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _all_to_all_single(
+    output: torch.Tensor,
+    input: torch.Tensor,  # noqa: A002 - torch's own parameter name
+    output_split_sizes: Any = None,
+    input_split_sizes: Any = None,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    sizes = [s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes)]
+    return dist.all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
+
+
+def _all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+    rows = [t.shape[0] if t.dim() else 1 for t in tensor_list]
+    if len(set(rows)) == 1:
+        return dist.all_gather(tensor_list, tensor, group=group, async_op=async_op)
+    padded = tensor.new_zeros((max(rows), *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    gathered = [torch.empty_like(padded) for _ in rows]
+    dist.all_gather(gathered, padded, group=group)
+    for target, source in zip(tensor_list, gathered, strict=True):
+        target.copy_(source[: target.shape[0]])
+    return None
+
+
+def _reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+    rows = [t.shape[0] for t in input_list]
+    if len(set(rows)) == 1:
+        dist.reduce_scatter(output, input_list, op=op, group=group)
+        return
+    everything = torch.cat(input_list)
+    dist.all_reduce(everything, op=op, group=group)
+    output.copy_(everything.split(rows)[dist.get_rank(group)])
+
+
+_STREAM = "there are no streams on a CPU"
+_LITERAL = "literal CUDA device"
+_RNG = "the tracker of random states knows only CUDA generators"
+
+SHIMS: tuple[Shim, ...] = (
+    Shim("torch.cuda.current_device", lambda: CPU, "device of buffers and parameters"),
+    Shim("torch.cuda.Stream", NullStream, _STREAM),
+    Shim("torch.cuda.current_stream", NullStream, _STREAM),
+    Shim("torch.cuda.default_stream", NullStream, _STREAM),
+    Shim("torch.cuda.stream", lambda stream: contextlib.nullcontext(), _STREAM),
+    Shim("torch.cuda.synchronize", lambda *args: None, _STREAM),
+    Shim("torch.cuda.is_current_stream_capturing", lambda: False, _STREAM),
+    Shim("torch.cuda.get_rng_state", lambda *args: torch.get_rng_state(), _RNG),
+    Shim("torch.cuda.set_rng_state", lambda state, *args: torch.set_rng_state(state), _RNG),
+    Shim("torch.cuda.manual_seed", lambda seed: torch.manual_seed(seed), _RNG),
+    Shim("megatron.core.tensor_parallel.random._get_cuda_rng_state", lambda *a, **k: torch.get_rng_state(), _RNG),
+    Shim("megatron.core.tensor_parallel.random._set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state), _RNG),
+    Shim("torch.tensor", _on_cpu(torch.tensor), _LITERAL),
+    Shim("torch.zeros", _on_cpu(torch.zeros), _LITERAL),
+    Shim("torch.distributed.all_to_all_single", _all_to_all_single, "Gloo takes split sizes as lists only"),
+    Shim("torch.distributed.all_gather", _all_gather, "Gloo gathers equal shapes only"),
+    Shim("torch.distributed.reduce_scatter", _reduce_scatter, "Gloo scatters equal shapes only"),
+    Shim("torch.Tensor.cuda", lambda self, *args, **kwargs: self, "moves a tied output embedding to the GPU"),
+)
+
+
+class _StandIn(types.ModuleType):
+    """A module that answers with another module's attributes except for its own."""
+
+    def __init__(self, real: types.ModuleType) -> None:
+        super().__init__(real.__name__)
+        self.__dict__["_real"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+
+class _Rebinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Rebinds names in megatron-core's modules: those imported already, and each later one as it is imported."""
+
+    def __init__(self, stand_ins: dict[int, Any]) -> None:
+        self.stand_ins = stand_ins
+
+    def rebind(self, module: types.ModuleType) -> None:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, types.ModuleType) and id(value) in self.stand_ins:
+                setattr(module, name, self.stand_ins[id(value)])
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> Any:
+        if not fullname.startswith("megatron.core."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            run, rebind = spec.loader.exec_module, self.rebind
+
+            def exec_module(module: types.ModuleType) -> None:
+                run(module)
+                rebind(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_installed = False
+
+
+def install(without: frozenset[str] = frozenset()) -> None:
+    """Make megatron-core run on CPU in this process; for good, and once.
+
+    Args:
+        without: names of shims to leave out, for the test that each is needed.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    _keep_transformer_engine_out()
+    modules: dict[str, Any] = {m.__name__: _StandIn(m) for m in (torch, torch.cuda, torch.distributed)}
+    modules["torch"].cuda, modules["torch"].distributed = modules["torch.cuda"], modules["torch.distributed"]
+    rebinder = _Rebinder({id(stand_in._real): stand_in for stand_in in modules.values()})
+    sys.meta_path.insert(0, rebinder)
+    for module in [m for name, m in sys.modules.items() if name.startswith("megatron.core")]:
+        rebinder.rebind(module)
+    for shim in SHIMS:
+        if shim.name in without:
+            continue
+        owner, _, attribute = shim.name.rpartition(".")
+        setattr(modules[owner] if owner in modules else _resolve(owner), attribute, shim.replacement)
+
+
+def _resolve(dotted: str) -> Any:
+    if dotted == "torch.Tensor":
+        return torch.Tensor
+    return importlib.import_module(dotted)
+
+
+def _keep_transformer_engine_out() -> None:
+    """Hide Transformer Engine: megatron-core would pick its CUDA-only Adam and norms just because it imports."""
+    if "transformer_engine" not in sys.modules:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """While open, `tensor.type()` answers `torch.cuda.*Tensor`: megatron-core's optimizers sort parameters by that name."""
+    real = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = real(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) and self.device == CPU else answer
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = real  # type: ignore[method-assign]

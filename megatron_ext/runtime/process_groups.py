@@ -1,0 +1,101 @@
+"""Starts and ends the process group, and splits it into megatron-core's model-parallel groups."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.config import ParallelConfig, RuntimeConfig
+from megatron_ext.errors import EnvironmentFault
+
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups that training code names explicitly; every rank belongs to one of each kind."""
+
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    world: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the input embedding."""
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pp, self.pp.size() - 1)
+
+
+def launched_world_size() -> int:
+    """How many processes the launcher started: WORLD_SIZE, or 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's number among those the launcher started: RANK, or 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start_process_group(runtime: RuntimeConfig, device: torch.device, *, alone: bool = False) -> None:
+    """Join the processes that torchrun or Slurm started, or stand alone without a launcher (or if told to).
+
+    Raises:
+        EnvironmentFault: the launcher's variables are there only in part.
+    """
+    timeout = datetime.timedelta(minutes=runtime.distributed_timeout_minutes)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    present = [name for name in _LAUNCH_VARIABLES if name in os.environ and not alone]
+    if not present:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    missing = [name for name in _LAUNCH_VARIABLES if name not in os.environ]
+    if missing:
+        raise EnvironmentFault(
+            f"{', '.join(present)} set, but not {', '.join(missing)}: start with torchrun or launch/slurm.sbatch, "
+            "or unset them to run one process"
+        )
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+
+
+def split_process_group(parallel: ParallelConfig, runtime: RuntimeConfig) -> Groups:
+    """Create megatron-core's groups for `parallel` over all processes and return those we use by name."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.etp,
+        order="tp-cp-ep-dp-pp",
+        distributed_timeout_minutes=runtime.distributed_timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    world = dist.group.WORLD
+    assert world is not None
+    return Groups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        world=world,
+    )
+
+
+def end_process_groups() -> None:
+    """Leave every group. After a failure the process exits instead: a collective then could wait for ever."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

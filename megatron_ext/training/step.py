@@ -1,0 +1,106 @@
+"""One optimizer step, and one validation, over the micro-batches of a global batch."""
+
+#   M micro-batches of this rank, D data-parallel ranks, N tokens of the global batch whose label counts
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ext.data.batches import MicroBatch
+from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
+from megatron_ext.runtime.process_groups import Groups
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports; tensors are read by the host only when they are logged."""
+
+    loss: Tensor
+    """Cross-entropy a token, over the whole global batch; on every rank."""
+    tokens: Tensor
+    """Tokens whose label counted."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+
+
+def prepare_for_training(config: TransformerConfig, wrapped: Sequence[Any], *, overlap_grad_reduce: bool) -> None:
+    """Tell megatron-core's schedules how gradients are reduced."""
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+
+def train_step(
+    wrapped: Sequence[Any], optimizer: ChainedOptimizer, batch: Sequence[MicroBatch], groups: Groups, *, max_norm: float
+) -> StepResult:
+    """Forward, backward and update over this rank's micro-batches of one global batch."""
+    for chunk in wrapped:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss, tokens = _run(wrapped, batch, groups, forward_only=False)
+    norm = gradient_norm(optimizer)
+    clip_and_step(optimizer, norm, max_norm)
+    return StepResult(loss, tokens, norm)
+
+
+@torch.no_grad()
+def validation_loss(wrapped: Sequence[Any], batches: Iterator[Sequence[MicroBatch]], groups: Groups) -> Tensor:
+    """Cross-entropy a token over all `batches`, on every rank."""
+    for chunk in wrapped:
+        chunk.eval()
+    total = tokens = torch.zeros(())
+    for batch in batches:
+        loss, counted = _run(wrapped, batch, groups, forward_only=True)
+        total, tokens = total.to(loss) + loss * counted, tokens.to(loss) + counted
+    return total / tokens
+
+
+def _run(
+    wrapped: Sequence[Any], batch: Sequence[MicroBatch], groups: Groups, *, forward_only: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the pipeline schedule; return the mean loss a token and N."""
+    tokens = torch.stack([micro.loss_mask.sum() for micro in batch]).sum()
+    dist.all_reduce(tokens, group=groups.dp)
+    # The schedule divides each loss by M and gradients are averaged over D, so that this weight leaves sum / N: the
+    # mean over all tokens of the global batch in every layout. Balance losses are divided by M * D alone, the mean
+    # over micro-batches, as on one process. (megatron-core's own per-token mode divides them by N too, and its
+    # correction is wrong under TP and CP in 0.16.)
+    weight = len(batch) * groups.dp.size() / tokens
+    rows, length = batch[0].tokens.shape
+    iterators = [iter(batch) for _ in wrapped]
+    sums = get_forward_backward_func()(
+        forward_step_func=partial(_forward, weight),
+        data_iterator=iterators if len(wrapped) > 1 else iterators[0],
+        model=list(wrapped) if len(wrapped) > 1 else wrapped[0],
+        num_microbatches=len(batch),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+    # Every TP rank of the last stage has the same sums; one of them contributes, and everyone learns the result.
+    contributes = groups.is_last_stage and groups.tp.rank() == 0
+    total = torch.stack(sums).sum() if contributes else torch.zeros((), device=tokens.device)
+    dist.all_reduce(total, group=groups.world)
+    return total / tokens, tokens
+
+
+def _forward(weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+    micro = next(batches)
+    output = model(micro.tokens, micro.position_ids, None, labels=micro.labels)
+
+    def loss(losses: Tensor) -> tuple[Tensor, Tensor]:
+        total = (losses.float() * micro.loss_mask).sum()
+        return total * weight, total.detach()
+
+    return output, loss
