@@ -54,11 +54,7 @@ class HuggingFaceSource:
             self._file_of.update({key: name for key in self._handles[name].keys()})  # noqa: SIM118 - not a dict
         if index.is_file() and (lost := sorted(set(weight_map) - set(self._file_of))):
             raise ConversionError(f"{index}: names tensors that no shard holds: {', '.join(lost[:10])}")
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """Every tensor."""
-        return {key: self._spec(key) for key in self._file_of}
+        self.specs = {key: self._spec(key) for key in self._file_of}
 
     def _spec(self, key: str) -> TensorSpec:
         view = self._handles[self._file_of[key]].get_slice(key)

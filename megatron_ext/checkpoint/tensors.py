@@ -105,11 +105,7 @@ class MegatronSource:
         self.directory = require_checkpoint(path)
         self._reader = TorchDistReader(self.directory)
         self._places = stored_names({key: self._reader.shape(key) for key in self._reader.tensors})
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """Every weight under its canonical name."""
-        return {
+        self.specs = {
             name: TensorSpec(self._reader.shape(place.key)[len(place.stacked) :], self._reader.dtype(place.key))
             for name, place in self._places.items()
         }

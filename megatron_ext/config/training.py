@@ -12,7 +12,9 @@ class TrainConfig:
     """Length of the run and shape of its batches."""
 
     train_iters: int = Field(ge=1)
-    """Optimizer steps of the whole run, however many times it is interrupted."""
+    """Optimizer steps of the whole run, however many times it is interrupted. Learning rate and data follow it."""
+    stop_at_iteration: int | None = Field(default=None, ge=1)
+    """Save and end after this step, to go on later; the plan of the run stays what it is."""
     global_batch_size: int = Field(ge=1)
     """Sequences an optimizer step."""
     micro_batch_size: int = Field(default=1, ge=1)

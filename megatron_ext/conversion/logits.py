@@ -73,6 +73,13 @@ def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False)
     return model.eval()
 
 
+def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer of `directory`; trusted like the model beside it."""
+    from transformers import AutoTokenizer  # slow to import
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code or carries_our_code(directory))
+
+
 def carries_our_code(directory: str | Path) -> bool:
     """Whether every Python file of `directory` is one that this framework ships, unchanged."""
     files = sorted(Path(directory).glob("*.py"))

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config import ModelConfig, ParallelConfig, Precision, RecomputeConfig
 from megatron_ext.errors import ConfigError
+from megatron_ext.runtime.core_guard import refuse_faulty_overrides
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -23,6 +24,7 @@ def transformer_config(
             refuses the combination.
     """
     check_override_names(model)
+    refuse_faulty_overrides(model.transformer_overrides)
     dtype = DTYPES[precision.kind]
     fields = {
         **_architecture(model),

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# The main job, end to end, on one machine: text -> tokenizer -> dense model -> upcycled MoE -> verified Hugging Face model.
+#
+#   make quickstart                     on the documentation and sources of the running Python
+#   CORPUS=path make quickstart         on your own text (.jsonl, .txt or a folder)
+#   MEGATRON_EXT_SAMPLE_DATA=folder make quickstart
+#                                       on Japanese, English and Hindi together (folder/corpus/{ja,en,hi}_*.jsonl)
+#
+# Results go to build/quickstart. Each step is an ordinary tool with a YAML beside this file and can be run alone.
+# Interrupted and started again, the job goes on with the first step whose result is missing.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+tools=$here/../../tools
+python=${PYTHON:-python}
+out=build/quickstart
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=true HF_HUB_DISABLE_PROGRESS_BARS=1
+
+tool() { local name=$1; shift; "$python" "$tools/$name.py" "$@"; }
+
+# train PROCESSES RUN.yaml [key=value ...]
+train() { local n=$1; shift; "$python" -m torch.distributed.run --standalone --nproc-per-node "$n" "$tools/train.py" "$@"; }
+
+# step NAME RESULT COMMAND...: run COMMAND unless RESULT is there already
+step() {
+  local name=$1 result=$2 begin=$SECONDS
+  shift 2
+  if [ -e "$result" ]; then
+    echo "== $name: done before ($result)"
+  else
+    echo "== $name"
+    "$@"
+    echo "   $name took $((SECONDS - begin)) s"
+  fi
+}
+
+free_gib() { "$python" -c 'import psutil; print(int(psutil.virtual_memory().available / 2**30))'; }
+
+# --- what to train on --------------------------------------------------------------------------------------------------
+if [ -n "${CORPUS:-}" ]; then source=$CORPUS; elif [ -n "${MEGATRON_EXT_SAMPLE_DATA:-}" ]; then source=$MEGATRON_EXT_SAMPLE_DATA; else source=python; fi
+mkdir -p $out
+if [ -e $out/source ] && [ "$(cat $out/source)" != "$source" ]; then
+  echo "error: build/quickstart holds results for another corpus ($(cat $out/source)); move it away first" >&2
+  exit 2
+fi
+echo "$source" > $out/source
+
+overrides=()
+if [ "$source" = python ]; then
+  step corpus $out/corpus.jsonl tool corpus --config "$here/corpus.yaml"
+  step tokenizer $out/tokenizer tool tokenizer train --config "$here/tokenizer.yaml"
+  step preprocess $out/data/python tool preprocess --config "$here/preprocess.yaml"
+  text=$out/data/python/validation
+  prompts=()
+elif [ -n "${CORPUS:-}" ]; then
+  step tokenizer $out/tokenizer tool tokenizer train "$CORPUS" --config "$here/tokenizer.yaml"
+  step preprocess $out/data/python tool preprocess "$CORPUS" --config "$here/preprocess.yaml"
+  text=$out/data/python/validation
+  prompts=(--prompts "The ")
+else
+  step tokenizer $out/tokenizer tool tokenizer train "$source"/corpus/*.jsonl --config "$here/tokenizer.yaml"
+  for language in ja en hi; do
+    step "preprocess ($language)" $out/data/$language tool preprocess "$source"/corpus/${language}_*.jsonl \
+      --output $out/data/$language --split 0.96 0.02 0.02 --config "$here/preprocess.yaml"
+  done
+  blend() { echo "[{path: $out/data/ja/$1, weight: 0.45}, {path: $out/data/en/$1, weight: 0.4}, {path: $out/data/hi/$1, weight: 0.15}]"; }
+  overrides=("data.train=$(blend train)" "data.validation=$(blend validation)")
+  text=$out/data/ja/validation
+  prompts=(--prompts "吾輩は" "The " "- किसी ")
+fi
+
+# --- dense -> MoE ------------------------------------------------------------------------------------------------------
+step "dense pretraining" $out/dense/iter_0000200 train 2 "$here/dense.yaml" "${overrides[@]}"
+step upcycling $out/upcycled tool upcycle --config "$here/upcycle.yaml" --text "$text"
+
+# The first half under TP2 x EP2 x PP2 on 8 processes if there is memory for them, else TP2 x EP2 on 4; the second half
+# in another layout, PP2 x EP2 x DP2 on 4.
+first_half=(8); [ "$(free_gib)" -ge 5 ] || first_half=(4 parallel.pipeline_model_parallel_size=1)
+if [ ! -e $out/moe/iter_0000080 ]; then
+  step "MoE pretraining, first half (${first_half[0]} processes)" $out/moe/iter_0000040 \
+    train "${first_half[0]}" "$here/moe.yaml" train.stop_at_iteration=40 "${first_half[@]:1}" "${overrides[@]}"
+fi
+step "MoE pretraining, second half in another layout" $out/moe/iter_0000080 \
+  train 4 "$here/moe.yaml" parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false "${overrides[@]}"
+
+# --- MoE -> Hugging Face -----------------------------------------------------------------------------------------------
+step export $out/hf tool convert --config "$here/convert.yaml"
+step verify $out/verification.json tool verify --config "$here/verify.yaml" --text "$text"
+step generate $out/generated.json tool generate --config "$here/generate.yaml" "${prompts[@]}"
+
+echo "== report"
+tool report --config "$here/report.yaml"
+echo "Hugging Face model: $out/hf"

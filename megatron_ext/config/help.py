@@ -1,0 +1,57 @@
+"""Help texts written from the configuration itself: every key with its type, default and docstring."""
+
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_ext.config.load import fields_of, section_types
+
+_WIDTH = 110
+
+
+def describe_keys(cls: type, prefix: str = "") -> str:
+    """All keys of a configuration, section by section."""
+    return "\n".join(_section(cls, prefix))
+
+
+def _section(cls: type, prefix: str) -> Iterator[str]:
+    leaves = {name: info for name, info in fields_of(cls).items() if not section_types(info.annotation)}
+    for name, info in leaves.items():
+        default = "required" if info.is_required() else f"default {plain(info.get_default(call_default_factory=True))}"
+        yield f"  {prefix}{name}  ({type_name(info.annotation)}, {default})"
+        yield textwrap.fill(info.description or "", _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    for name, info in fields_of(cls).items():
+        for variant in section_types(info.annotation):
+            summary = (variant.__doc__ or "").split("\n")[0]
+            kind = fields_of(variant).get("kind")
+            title = f"{prefix}{name}" + (f" (kind: {typing.get_args(kind.annotation)[0]})" if kind else "")
+            yield f"\n{title}: {summary}"
+            yield from _section(variant, f"{prefix}{name}.")
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a reader of YAML would call it."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(plain(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(type_name(a) for a in arguments)
+    if origin is list:
+        return f"list of {type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if annotation is type(None):
+        return "null"
+    names = {int: "integer", float: "number", str: "string", bool: "true | false"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def plain(value: Any) -> str:
+    """A value as it is written in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

@@ -1,0 +1,144 @@
+"""Training samples out of prepared datasets: megatron-core's GPTDataset, read for any number of epochs, blended by weight.
+
+Which sample stands at position n is a pure function of the configuration and n. It does not depend on how long the run
+is planned, on the number of ranks or on where a run was interrupted, so resuming means going on at n.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_ext.config import DataConfig, DataSource
+from megatron_ext.data.batches import MicroBatch, collate, sample_indices
+from megatron_ext.data.preprocess import check_dataset
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.errors import DataError
+
+_UNLIMITED = 2**62
+
+
+class _Vocabulary:
+    """What GPTDataset asks of a tokenizer. It has no padding token: samples are full."""
+
+    def __init__(self, tokenizer: Tokenizer, content: dict[str, Any]) -> None:
+        self.vocab_size, self.eod = tokenizer.vocab_size, tokenizer.eod
+        # Part of the name of the index cache: an index never outlives the tokens it points into.
+        self.unique_identifiers = {"tokenizer": tokenizer.fingerprint, **content}
+
+
+class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
+    """One prepared dataset read over and over, every epoch in another order.
+
+    The first epoch has GPTDataset's order. Epoch e > 0 permutes its samples by a generator seeded with
+    (seed, e), so position n never depends on how many epochs there will be.
+    """
+
+    index_split = Split.train
+
+    def __init__(self, dataset: GPTDataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.samples_per_epoch = len(dataset)
+        self.unique_identifiers = {"class": type(self).__name__, "source": dataset.unique_identifiers}
+        self._epoch, self._order = 0, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return _UNLIMITED
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, within = divmod(int(position), self.samples_per_epoch)
+        if epoch:
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = np.random.default_rng((self.seed, epoch)).permutation(self.samples_per_epoch)
+            within = int(self._order[within])
+        sample: dict[str, Any] = self.dataset[within]
+        return sample
+
+
+def build_blend(
+    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int
+) -> torch.utils.data.Dataset[dict[str, Any]]:
+    """Return a dataset of at least `num_samples` samples drawn from `sources` by weight.
+
+    Indices are built by rank 0 and read by the others from `data.cache_dir`; every rank must call this.
+
+    Raises:
+        DataError: a source is missing, damaged, too short or was made with another tokenizer.
+    """
+    for source in sources:
+        counts = check_dataset(source.path, tokenizer)
+        if counts.tokens <= data.sequence_length:
+            raise DataError(f"{source.path}: {counts.tokens} tokens are not one sample of {data.sequence_length}")
+    return _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
+
+
+def _blend(
+    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int
+) -> torch.utils.data.Dataset[dict[str, Any]]:
+    parts = [_source(source.path, data, tokenizer, seed + number) for number, source in enumerate(sources)]
+    if len(parts) == 1:
+        return parts[0]
+    weights = [float(source.weight) for source in sources]
+    return BlendedDataset(parts, weights, num_samples, parts[0].dataset.config)
+
+
+def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> EpochedSource:
+    tokens = Path(f"{path}.bin").stat()
+    content = {"bytes": tokens.st_size, "modified": tokens.st_mtime_ns}
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=data.sequence_length,
+        blend=([path], None),
+        split="1,0,0",
+        path_to_cache=data.cache_dir,
+        tokenizer=_Vocabulary(tokenizer, content),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=False,
+    )
+    indexed = IndexedDataset(path, multimodal=False, mmap=True)
+    documents = np.arange(indexed.sequence_lengths.shape[0], dtype=np.int32)
+    return EpochedSource(GPTDataset(indexed, path, documents, None, Split.train, config), seed)
+
+
+def _first_on_rank_zero(build: Callable[[], Any]) -> Any:
+    """Run `build` on rank 0 and then on the others, which find what it left in the cache."""
+    result = build() if dist.get_rank() == 0 else None
+    dist.barrier()
+    return result if dist.get_rank() == 0 else build()
+
+
+def read_batches(
+    dataset: torch.utils.data.Dataset[dict[str, Any]],
+    *,
+    first_sample: int,
+    steps: int,
+    global_batch: int,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[list[MicroBatch]]:
+    """Yield this rank's micro-batches of each of `steps` global batches, from position `first_sample` on."""
+    num_microbatches = global_batch // (micro_batch * dp_size)
+    plan = (
+        rows
+        for step in range(steps)
+        for rows in sample_indices(first_sample + step * global_batch, dp_rank, dp_size, micro_batch, num_microbatches)
+    )
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=plan, collate_fn=collate, num_workers=num_workers, pin_memory=device.type == "cuda"
+    )
+    micro_batches = iter(loader)
+    for _ in range(steps):
+        yield [next(micro_batches).to(device) for _ in range(num_microbatches)]

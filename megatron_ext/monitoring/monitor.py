@@ -1,0 +1,126 @@
+"""Reports of a run: one line a step on the console, everything in the metrics file and in W&B. Only rank 0 has one."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config import Layout, RunConfig, to_mapping
+from megatron_ext.mcore.moe.metrics import ExpertStatistics
+from megatron_ext.monitoring.metrics_file import MetricsFile
+from megatron_ext.monitoring.wandb_run import WandbRun
+from megatron_ext.planning.flops import training_flops_per_token
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one report says."""
+
+    iteration: int
+    """Steps done."""
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    consumed_samples: int
+    memory_bytes: int
+    """Peak memory of the process that used most: device memory on CUDA, resident memory on CPU."""
+    experts: ExpertStatistics | None
+
+
+class Monitor:
+    """Receives reports and hands them on, with the throughput since the last one."""
+
+    def __init__(self, run: RunConfig, layout: Layout, iteration: int, run_id: str) -> None:
+        directory = Path(run.checkpoint.directory)
+        self._run, self._layout = run, layout
+        self._file = MetricsFile(Path(run.logging.metrics_file or directory / "metrics.jsonl"))
+        configuration = to_mapping(run)
+        self._wandb = WandbRun(run.logging.wandb, run_id, directory, configuration)
+        self._file.write({"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size})
+        self._flops = training_flops_per_token(run.model, run.data.sequence_length)
+        self._last_iteration, self._last_time = iteration, time.perf_counter()
+
+    def step(self, report: StepReport) -> None:
+        """Report a training step."""
+        seconds, rate, tflops = self._throughput(report.iteration)
+        record: dict[str, Any] = {
+            "iteration": report.iteration,
+            "loss": report.loss,
+            "learning_rate": report.learning_rate,
+            "grad_norm": report.grad_norm,
+            "consumed_samples": report.consumed_samples,
+            "consumed_tokens": report.consumed_samples * self._run.data.sequence_length,
+            "seconds_per_step": seconds,
+            "tokens_per_second": rate,
+            "tflops_per_device": tflops,
+            "memory_bytes": report.memory_bytes,
+            "time": time.time(),
+        }
+        if self._run.logging.peak_tflops:
+            record["mfu"] = tflops / self._run.logging.peak_tflops
+        log.info(self._line(report, record))
+        self._wandb.log({**_grouped(record), **self._expert_values(report.experts)}, report.iteration)
+        if report.experts is not None:
+            record["expert_load"] = {str(layer): load for layer, load in report.experts.load.items()}
+            record["balance_loss"] = {str(layer): loss for layer, loss in report.experts.balance_loss.items()}
+        self._file.write(record)
+
+    def validation(self, iteration: int, loss: float) -> None:
+        """Report a validation."""
+        log.info("step %d | validation loss %.4f", iteration, loss)
+        self._file.write({"iteration": iteration, "validation_loss": loss, "time": time.time()})
+        self._wandb.log({"validation/loss": loss}, iteration)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of the throughput what happened since the last report."""
+        self._last_time = time.perf_counter()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish all records."""
+        self._file.close()
+        self._wandb.close(failed=failed)
+
+    def _throughput(self, iteration: int) -> tuple[float, float, float]:
+        """Seconds a step, tokens a second over all devices, model TFLOP/s of one device."""
+        now = time.perf_counter()
+        seconds = (now - self._last_time) / max(iteration - self._last_iteration, 1)
+        self._last_iteration, self._last_time = iteration, now
+        rate = self._run.train.global_batch_size * self._run.data.sequence_length / seconds
+        return seconds, rate, rate * self._flops / self._layout.world_size / 1e12
+
+    def _line(self, report: StepReport, record: dict[str, Any]) -> str:
+        parts = [
+            f"step {report.iteration}/{self._run.train.train_iters}",
+            f"loss {report.loss:.4f}",
+            f"lr {report.learning_rate:.2e}",
+            f"norm {report.grad_norm:.3f}",
+            f"{record['tokens_per_second']:,.0f} tok/s",
+            f"{record['tflops_per_device']:.3g} TFLOP/s/device",
+            f"{report.memory_bytes / 2**20:,.0f} MiB",
+        ]
+        if report.experts is not None and report.experts.load:
+            worst = max(report.experts.max_violation(layer) for layer in report.experts.load)
+            parts.append(f"MaxVio {worst:.2f}")
+        return " | ".join(parts)
+
+    def _expert_values(self, experts: ExpertStatistics | None) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for layer in experts.load if experts is not None else ():
+            assert experts is not None
+            values[f"moe/load/layer_{layer:03d}"] = self._wandb.load(experts.load[layer])
+            values[f"moe/max_violation/layer_{layer:03d}"] = experts.max_violation(layer)
+            values[f"moe/balance_loss/layer_{layer:03d}"] = experts.balance_loss[layer]
+        return values
+
+
+def _grouped(record: dict[str, Any]) -> dict[str, Any]:
+    """Metrics under the groups that W&B makes panels of."""
+    groups = {
+        "train": ("loss", "learning_rate", "grad_norm", "consumed_samples", "consumed_tokens"),
+        "throughput": ("seconds_per_step", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"),
+    }
+    return {f"{group}/{name}": record[name] for group, names in groups.items() for name in names if name in record}

@@ -1,0 +1,194 @@
+"""One self-contained HTML page about a finished piece of work: curves, expert load, figures and generated text."""
+
+import base64
+import html
+import importlib.resources
+import io
+import json
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.monitoring.metrics_file import read_metrics
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training run of the report, by its metrics file."""
+
+    name: str
+    records: list[dict[str, Any]]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Reports of training steps."""
+        return [record for record in self.records if "loss" in record]
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        """Reports of validations."""
+        return [record for record in self.records if "validation_loss" in record]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens consumed by the whole phase."""
+        return int(self.steps[-1]["consumed_tokens"]) if self.steps else 0
+
+
+def read_phases(named_files: Sequence[str]) -> list[Phase]:
+    """Phases from `name=metrics.jsonl` entries, in order."""
+    return [Phase(name, read_metrics(path)) for name, _, path in (entry.partition("=") for entry in named_files)]
+
+
+def write_report(
+    output: str | Path, title: str, phases: Sequence[Phase], figures: Sequence[str | Path], generated: str | Path | None
+) -> None:
+    """Write the page to `output`.
+
+    Args:
+        figures: JSON files written by tools/upcycle.py and tools/verify.py.
+        generated: JSON file written by tools/generate.py.
+    """
+    sections = [
+        _section("Training", _summary_table(phases) + _image(_curves(phases), "loss, learning rate and throughput")),
+        *(_load_section(phase) for phase in phases if any("expert_load" in step for step in phase.steps)),
+        *(_figures_section(Path(path)) for path in figures),
+    ]
+    if generated is not None:
+        sections.append(_generated_section(json.loads(Path(generated).read_text())))
+    template = importlib.resources.files("megatron_ext.monitoring").joinpath("report.html").read_text(encoding="utf-8")
+    page = string.Template(template).substitute(title=html.escape(title), sections="\n".join(sections))
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(output.name + ".partial")
+    beside.write_text(page, encoding="utf-8")
+    beside.rename(output)
+
+
+def summary_rows(phases: Sequence[Phase]) -> list[tuple[str, ...]]:
+    """One row a phase: name, steps, tokens, first and last loss, last validation loss, tokens/s, TFLOP/s a device."""
+    rows = []
+    for phase in phases:
+        if not phase.steps:
+            continue
+        rates = sorted(step["tokens_per_second"] for step in phase.steps)
+        tflops = sorted(step["tflops_per_device"] for step in phase.steps)
+        validation = f"{phase.validations[-1]['validation_loss']:.3f}" if phase.validations else "-"
+        rows.append(
+            (
+                phase.name,
+                f"{phase.steps[-1]['iteration']}",
+                f"{phase.tokens:,}",
+                f"{phase.steps[0]['loss']:.3f}",
+                f"{phase.steps[-1]['loss']:.3f}",
+                validation,
+                f"{rates[len(rates) // 2]:,.0f}",
+                f"{tflops[len(tflops) // 2]:.3g}",
+            )
+        )
+    return rows
+
+
+SUMMARY_HEADER = ("phase", "steps", "tokens", "first loss", "last loss", "validation", "tokens/s", "TFLOP/s/device")
+
+
+def _summary_table(phases: Sequence[Phase]) -> str:
+    return _table(SUMMARY_HEADER, summary_rows(phases))
+
+
+def _curves(phases: Sequence[Phase]) -> Any:
+    """Loss of all phases on one axis of consumed tokens; below it learning rate, tokens/s and TFLOP/s."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(4, 1, figsize=(9, 10), sharex=True, height_ratios=(3, 1, 1, 1))
+    start = 0
+    for color, phase in enumerate(phases):
+        style = {"color": f"C{color}"}
+        tokens = [(start + step["consumed_tokens"]) / 1e6 for step in phase.steps]
+        axes[0].plot(tokens, [step["loss"] for step in phase.steps], label=phase.name, linewidth=1, **style)
+        position = {step["iteration"]: x for step, x in zip(phase.steps, tokens, strict=True)}
+        seen = [(position[v["iteration"]], v["validation_loss"]) for v in phase.validations if v["iteration"] in position]
+        if seen:
+            axes[0].plot(*zip(*seen, strict=True), "o", label=f"{phase.name}, validation", markersize=4, **style)
+        for axis, key in zip(axes[1:], ("learning_rate", "tokens_per_second", "tflops_per_device"), strict=True):
+            axis.plot(tokens, [step[key] for step in phase.steps], linewidth=1, **style)
+        start += phase.tokens
+    for axis, label in zip(axes, ("loss (nats a token)", "learning rate", "tokens/s", "TFLOP/s a device"), strict=True):
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    axes[-1].set_xlabel("tokens (millions)")
+    return figure
+
+
+def _load_section(phase: Phase) -> str:
+    steps = [step for step in phase.steps if step.get("expert_load")]
+    return _section(f"Expert load, {phase.name}", _image(_load_map(steps), "share of tokens each expert received"))
+
+
+def _load_map(steps: Sequence[dict[str, Any]]) -> Any:
+    """For each MoE layer a heat map: steps across, experts down, the colour says how busy against an even share."""
+    plt = _pyplot()
+    layers = sorted(steps[-1]["expert_load"], key=int)
+    figure, axes = plt.subplots(len(layers), 1, figsize=(9, 1.2 + 1.3 * len(layers)), sharex=True, squeeze=False)
+    for axis, layer in zip(axes[:, 0], layers, strict=True):
+        shares = [step["expert_load"][layer] for step in steps]
+        experts = len(shares[0])
+        relative = [[share[expert] * experts for share in shares] for expert in range(experts)]
+        extent = (steps[0]["iteration"], steps[-1]["iteration"] + 1, experts - 0.5, -0.5)
+        picture = axis.imshow(relative, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r", extent=extent, interpolation="nearest")
+        axis.set_ylabel(f"layer {layer}\nexpert")
+    axes[-1, 0].set_xlabel("step")
+    figure.colorbar(picture, ax=axes[:, 0], label="load / even share")
+    return figure
+
+
+def _figures_section(path: Path) -> str:
+    comparisons: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    rows = [
+        (name, key.replace("_", " "), _number(value))
+        for name, figures in comparisons.items()
+        for key, value in figures.items()
+    ]
+    return _section(f"Verification: {', '.join(comparisons)}", _table(("comparison", "figure", "value"), rows))
+
+
+def _generated_section(rows: Sequence[dict[str, str]]) -> str:
+    body = "".join(
+        f"<pre><b>{html.escape(row['prompt'])}</b>{html.escape(row['continuation'])}</pre>" for row in rows
+    )
+    return _section("Generated by the exported model", body)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return "none" if not value else ", ".join(map(str, value[:5]))
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>\n{body}</section>"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def _image(figure: Any, description: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    _pyplot().close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")  # pictures are written, never shown
+    import matplotlib.pyplot as plt
+
+    return plt

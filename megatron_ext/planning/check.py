@@ -1,0 +1,45 @@
+"""What a run would be: the text that `--check` prints before anything is started."""
+
+from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
+from megatron_ext.planning.flops import training_flops_per_token
+from megatron_ext.planning.memory import state_memory
+from megatron_ext.planning.parameters import count_parameters
+
+_MOST_ROWS = 32
+
+
+def describe_run(run: RunConfig, world_size: int | None) -> str:
+    """The resolved configuration, the rank grid, parameters, FLOPs and state memory of `run`.
+
+    Args:
+        world_size: processes; None takes the fewest the layout needs.
+    """
+    processes = world_size or smallest_world_size(run.parallel)
+    layout = run.resolve(processes)
+    counts = count_parameters(run.model)
+    memory = state_memory(run, layout)
+    flops = training_flops_per_token(run.model, run.data.sequence_length)
+    tokens = run.planned_samples * run.data.sequence_length
+    lines = [
+        dump_yaml(to_mapping(run)),
+        _grid(layout, assumed=world_size is None),
+        "",
+        f"parameters      {counts.total:,} in all, {counts.active:,} active for each token",
+        f"training        {tokens:,} tokens, {flops / 1e9:,.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all",
+        f"state memory    {memory.bytes / 2**30:,.2f} GiB on the fullest rank ({memory.parameters:,} parameters, "
+        "without activations)",
+        f"micro-batches   {layout.num_microbatches} of {run.train.micro_batch_size} x {run.data.sequence_length} tokens a rank and step",
+    ]
+    return "\n".join(lines)
+
+
+def _grid(layout: Layout, *, assumed: bool) -> str:
+    origin = " (the fewest this layout needs; --world-size N for another number)" if assumed else ""
+    sizes = f"TP {layout.tp} x DP {layout.dp} x PP {layout.pp}, experts ETP {layout.etp} x EP {layout.ep} x EDP {layout.edp}"
+    rows = [f"rank grid of {layout.world_size} processes{origin}: {sizes}", "  rank   tp   dp   pp  etp   ep  edp"]
+    for rank in range(min(layout.world_size, _MOST_ROWS)):
+        p = layout.position(rank)
+        rows.append(f"  {p.rank:4d} {p.tp:4d} {p.dp:4d} {p.pp:4d} {p.etp:4d} {p.ep:4d} {p.edp:4d}")
+    if layout.world_size > _MOST_ROWS:
+        rows.append(f"  ... and {layout.world_size - _MOST_ROWS} more")
+    return "\n".join(rows)

@@ -1,0 +1,60 @@
+"""Memory of the training state of one rank: weights, gradients and optimizer, without activations."""
+
+import math
+from dataclasses import dataclass
+
+from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.config import Layout, ModelConfig, RunConfig
+
+_SPLIT_OVER_TP = ("linear_qkv.", "linear_proj.", "linear_fc1.", "linear_fc2.", "word_embeddings.", "output_layer.")
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """The fullest rank's share."""
+
+    parameters: int
+    bytes: int
+
+
+def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
+    """Parameters and bytes of state on the rank that holds most.
+
+    A parameter takes 4 (fp32) or 2 (bf16) bytes and its gradient 4. Adam's two moments (and in bf16 the fp32 master
+    weight) take 8 (12) bytes, split over the data-parallel ranks by the distributed optimizer.
+    """
+    stages = [_stage(run.model, layout, stage) for stage in range(layout.pp)]
+    weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
+    dense_share = layout.dp if run.parallel.use_distributed_optimizer else 1
+    expert_share = layout.edp if run.parallel.use_distributed_optimizer else 1
+
+    def size(dense: int, expert: int) -> int:
+        held = (dense + expert) * (weight + 4)
+        return held + math.ceil(dense / dense_share) * state + math.ceil(expert / expert_share) * state
+
+    dense, expert = max(stages, key=lambda parts: size(*parts))
+    return StateMemory(dense + expert, size(dense, expert))
+
+
+def _stage(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
+    """Dense and expert parameters that a rank of pipeline stage `stage` holds."""
+    dense = expert = 0
+    for name, shape in model_shapes(model).items():
+        if stage not in _stages_of(name, model, layout.pp):
+            continue
+        count = math.prod(shape)
+        if ".mlp.experts." in name:
+            expert += count // (layout.ep * layout.etp)
+        else:
+            dense += count // (layout.tp if any(part in name for part in _SPLIT_OVER_TP) else 1)
+    return dense, expert
+
+
+def _stages_of(name: str, model: ModelConfig, pp: int) -> tuple[int, ...]:
+    """The pipeline stages that hold a tensor. With chunks a stage has the same number of layers, others than here."""
+    if name.startswith("decoder.layers."):
+        return (int(name.split(".")[2]) * pp // model.num_layers,)
+    if name.startswith("embedding."):
+        tied = not model.untie_embeddings_and_output_weights
+        return (0, pp - 1) if tied and pp > 1 else (0,)
+    return (pp - 1,)

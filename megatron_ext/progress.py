@@ -1,0 +1,29 @@
+"""Progress bars for long work, on a terminal; a line at the end elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that is told (bytes done, bytes in all) and shows a bar with MB/s and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    begun, total_bytes = time.perf_counter(), 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal total_bytes
+            total_bytes = total
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+    if not console.is_terminal and total_bytes:
+        seconds = time.perf_counter() - begun
+        print(f"{what}: {total_bytes / 1e6:.1f} MB in {seconds:.1f} s ({total_bytes / 1e6 / seconds:.0f} MB/s)", file=sys.stderr)

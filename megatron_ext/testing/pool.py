@@ -1,0 +1,124 @@
+"""A pool of Gloo processes that stay alive between tests: importing megatron-core is what costs, not starting a group."""
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class WorkerFailure(AssertionError):
+    """A function failed on a rank; the message has that rank's traceback."""
+
+
+class GlooPool:
+    """Runs functions on any number of processes up to `size`, each call in a fresh process group.
+
+    Functions must be importable (defined at the top of a module); arguments and results are pickled. Workers are
+    forked from a server that has imported this framework once, so that they share its memory.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["megatron_ext.testing.preload"])
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, world_size: int, function: Callable[..., T], *args: Any, timeout: float = 180.0) -> list[T]:
+        """Call `function(*args)` on ranks 0 to `world_size` - 1 and return their results in order of rank.
+
+        Raises:
+            WorkerFailure: a rank raised or died, or `timeout` seconds passed. The workers are replaced.
+        """
+        assert world_size <= self.size, f"the pool has {self.size} processes"
+        self._start(world_size)
+        with tempfile.TemporaryDirectory(prefix="gloo-") as directory:
+            store = str(Path(directory) / "store")
+            for rank in range(world_size):
+                self._workers[rank][1].send((function, args, rank, world_size, store))
+            try:
+                return self._collect(world_size, timeout)
+            except WorkerFailure:
+                self.close()
+                raise
+
+    def _start(self, count: int) -> None:
+        while len(self._workers) < count:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _collect(self, world_size: int, timeout: float) -> list[Any]:
+        deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+        results: dict[int, Any] = {}
+        rank_of = {self._workers[rank][1]: rank for rank in range(world_size)}
+        while len(results) < world_size:
+            left = (deadline - datetime.datetime.now()).total_seconds()
+            waiting = [connection for connection, rank in rank_of.items() if rank not in results]
+            ready = wait(waiting, timeout=max(left, 0))
+            if not ready:
+                raise WorkerFailure(f"no answer within {timeout:.0f} s from ranks {[rank_of[c] for c in waiting]}")
+            for connection in ready:
+                rank = rank_of[connection]  # type: ignore[index]
+                try:
+                    succeeded, results[rank] = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    raise WorkerFailure(f"rank {rank} died") from None
+                if not succeeded:
+                    raise WorkerFailure(f"rank {rank}:\n{results[rank]}")
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End all workers."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+    def __enter__(self) -> "GlooPool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _work(connection: Connection) -> None:
+    """Serve calls until the pool closes the connection."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    with contextlib.suppress(EOFError):
+        while True:
+            function, args, rank, world_size, store = connection.recv()
+            try:
+                answer = (True, _call(function, args, rank, world_size, store))
+            except BaseException:  # noqa: BLE001 - the traceback travels to the caller
+                answer = (False, traceback.format_exc())
+            connection.send(answer)
+
+
+def _call(function: Callable[..., T], args: tuple[Any, ...], rank: int, world_size: int, store: str) -> T:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ext.config import RuntimeConfig
+    from megatron_ext.runtime.device import choose_device
+    from megatron_ext.runtime.process_groups import end_process_groups
+
+    choose_device(RuntimeConfig(device="cpu", threads=1))
+    torch.manual_seed(0)
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        return function(*args)
+    finally:
+        end_process_groups()

@@ -1,0 +1,48 @@
+"""Tiny models and random batches, the same in every layout."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_ext.config import GatingNormalization, ModelConfig
+from megatron_ext.data.batches import MicroBatch, sample_indices
+
+VOCABULARY = 250
+SEQUENCE_LENGTH = 32
+
+
+def tiny_model(*, moe: bool = False, **changes: Any) -> ModelConfig:
+    """A 4-layer model: grouped-query attention, odd vocabulary, and as MoE a dense first layer, 4 experts, top-2, a
+    shared expert, gating-logit normalization and a balance loss."""
+    fields: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "vocab_size": VOCABULARY,
+        "make_vocab_size_divisible_by": 4,
+        "max_position_embeddings": 64,
+    }
+    if moe:
+        fields |= {
+            "num_moe_experts": 4,
+            "moe_ffn_hidden_size": 48,
+            "moe_first_k_dense": 1,
+            "moe_shared_expert_intermediate_size": 64,
+            "moe_gating_normalization": GatingNormalization(),
+            "moe_aux_loss_coeff": 1e-2,
+        }
+    return ModelConfig(**(fields | changes))
+
+
+def random_batch(
+    step: int, *, samples: int, micro_batch: int, dp_rank: int, dp_size: int, vocabulary: int = VOCABULARY, length: int = SEQUENCE_LENGTH
+) -> list[MicroBatch]:
+    """This rank's micro-batches of global batch `step`, with about a third of the labels masked."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, vocabulary, (samples, length + 1), generator=generator)
+    mask = (torch.rand(samples, length, generator=generator) > 0.3).float()
+    rows: Sequence[list[int]] = sample_indices(0, dp_rank, dp_size, micro_batch, samples // (micro_batch * dp_size))
+    return [MicroBatch(tokens[r, :-1], tokens[r, 1:], mask[r]) for r in rows]

@@ -1,0 +1,90 @@
+"""The training loop."""
+
+import logging
+import math
+
+import torch.distributed as dist
+
+from megatron_ext.config import RunConfig
+from megatron_ext.errors import TrainingError
+from megatron_ext.mcore.optimizer import set_learning_rate
+from megatron_ext.monitoring.monitor import Monitor, StepReport
+from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.logs import setup_logging
+from megatron_ext.runtime.process_groups import end_process_groups, launched_rank, launched_world_size, split_process_group, start_process_group
+from megatron_ext.training.schedule import learning_rate
+from megatron_ext.training.session import RunData, Session, open_session
+from megatron_ext.training.step import StepResult
+
+log = logging.getLogger(__name__)
+
+
+def train(run: RunConfig) -> None:
+    """Run, or continue, the training that `run` describes, as one of the processes the launcher started."""
+    setup_logging(launched_rank())
+    layout = run.resolve(launched_world_size())
+    device = choose_device(run.runtime)
+    start_process_group(run.runtime, device)
+    groups = split_process_group(run.parallel, run.runtime)
+    data = RunData(run)
+    session = open_session(run, layout, groups, device)
+    assert session.state.wandb_run_id is not None
+    is_reporter = dist.get_rank() == 0
+    monitor = Monitor(run, layout, session.state.iteration, session.state.wandb_run_id) if is_reporter else None
+    try:
+        _train(session, data, monitor)
+    except BaseException:
+        # No collective after a failure: another rank may never join it.
+        if monitor is not None:
+            monitor.close(failed=True)
+        raise
+    if monitor is not None:
+        monitor.close()
+    end_process_groups()
+
+
+def _train(session: Session, data: RunData, monitor: Monitor | None) -> None:
+    run = session.run
+    last = min(run.train.train_iters, run.train.stop_at_iteration or run.train.train_iters)
+    if session.state.iteration >= last:
+        log.info("nothing to do: %d of %d steps are done", session.state.iteration, run.train.train_iters)
+        return
+    for batch in data.train(session):
+        lr = learning_rate(run, session.state.iteration)
+        set_learning_rate(session.optimizer, lr)
+        result = session.step(batch)
+        done = session.state.iteration
+        if _due(done, run.logging.log_interval, last):
+            _report(session, monitor, result, lr)
+        if run.train.eval_interval is not None and _due(done, run.train.eval_interval, last):
+            loss = session.validate(data.validation(session))
+            if monitor is not None:
+                monitor.validation(done, loss)
+        if _due(done, run.checkpoint.save_interval, last):
+            _require_finite(float(result.loss), done)
+            log.info("saved %s", session.save())
+            if monitor is not None:
+                monitor.restart_clock()
+        if done == last:
+            break
+
+
+def _due(done: int, interval: int | None, last: int) -> bool:
+    return done == last or (interval is not None and done % interval == 0)
+
+
+def _report(session: Session, monitor: Monitor | None, result: StepResult, lr: float) -> None:
+    """Bring together what all ranks know and hand it to the monitor; every rank must call this."""
+    done = session.state.iteration
+    loss = float(result.loss)
+    _require_finite(loss, done)
+    experts = session.expert_statistics(steps=done - session.reported)
+    memory = session.peak_memory()
+    session.reported = done
+    if monitor is not None:
+        monitor.step(StepReport(done, loss, lr, result.grad_norm, session.state.consumed_samples, memory, experts))
+
+
+def _require_finite(loss: float, done: int) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss of step {done} is {loss}; the last checkpoint was saved before it")

@@ -1,0 +1,223 @@
+"""Everything a run has in its hands while it trains: model, optimizer, data, groups, and how they are saved and loaded."""
+
+import dataclasses
+import logging
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.boxes import Box
+from megatron_ext.checkpoint.store import TrainingState
+from megatron_ext.config import DataSource, Layout, ModelConfig, RunConfig, load_config, to_mapping
+from megatron_ext.data.batches import MicroBatch
+from megatron_ext.data.datasets import build_blend, read_batches
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.errors import CheckpointError, DataError
+from megatron_ext.mcore.initialization import initialize_weights
+from megatron_ext.mcore.model import build_chunks, gather_parameters, routers, wrap_chunks
+from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
+from megatron_ext.mcore.optimizer import build_optimizer, optimizer_steps, set_optimizer_steps
+from megatron_ext.mcore.state import model_boxes, optimizer_boxes
+from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.monitoring.wandb_run import new_run_id
+from megatron_ext.runtime.process_groups import Groups
+from megatron_ext.runtime.seeds import random_state, restore_random_state, seed_everything
+from megatron_ext.training.step import StepResult, prepare_for_training, train_step, validation_loss
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """One rank's part of a run. Built by `open_session`, after the process groups are."""
+
+    run: RunConfig
+    layout: Layout
+    groups: Groups
+    device: torch.device
+    chunks: list[Any]
+    """Model chunks as built; their weights are what is saved."""
+    wrapped: list[Any]
+    """The same chunks wrapped for training."""
+    optimizer: Any
+    state: TrainingState
+    reported: int = 0
+    """Step of the last report."""
+
+    def step(self, batch: list[MicroBatch]) -> StepResult:
+        """Train on one global batch and advance the position."""
+        result = train_step(self.wrapped, self.optimizer, batch, self.groups, max_norm=self.run.optimizer.clip_grad)
+        self.state = dataclasses.replace(
+            self.state,
+            iteration=self.state.iteration + 1,
+            consumed_samples=self.state.consumed_samples + self.run.train.global_batch_size,
+            optimizer_steps=optimizer_steps(self.optimizer),
+        )
+        return result
+
+    def validate(self, batches: Iterator[list[MicroBatch]]) -> float:
+        """Loss a token over `batches`."""
+        return float(validation_loss(self.wrapped, batches, self.groups))
+
+    def expert_statistics(self, steps: int) -> ExpertStatistics | None:
+        """Routing over the last `steps` steps; None in a dense model."""
+        if not self.run.model.is_moe:
+            return None
+        assert self.run.model.num_moe_experts is not None
+        return collect_statistics(
+            routers(self.chunks),
+            num_layers=self.run.model.num_layers,
+            num_experts=self.run.model.num_moe_experts,
+            num_microbatches=steps * self.layout.num_microbatches * self.layout.dp,
+            group=self.groups.world,
+            device=self.device,
+        )
+
+    def peak_memory(self) -> int:
+        """Bytes used at most by the rank that used most: device memory on CUDA, resident memory on CPU."""
+        if self.device.type == "cuda":
+            used = torch.cuda.max_memory_allocated()
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        most = torch.tensor(float(used), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.world)
+        return int(most)
+
+    def save(self) -> Path:
+        """Save a checkpoint."""
+        gather_parameters(self.wrapped, self.run.parallel)
+        return store.save_checkpoint(
+            self.run.checkpoint.directory,
+            self._boxes(with_optimizer=True),
+            self.state,
+            to_mapping(self.run),
+            random_state(self.device),
+            self.run.checkpoint.keep_last,
+        )
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from `checkpoint`, saved in any layout."""
+        check_same_model(self.run.model, checkpoint)
+        with_optimizer = self.run.checkpoint.load_optimizer
+        store.load_boxes(checkpoint, self._boxes(with_optimizer))
+        self.state = store.read_state(checkpoint)
+        if with_optimizer:
+            set_optimizer_steps(self.optimizer, self.state.optimizer_steps)
+        else:
+            self._take_over_weights()
+        same_layout = store.read_run(checkpoint).get("parallel") == to_mapping(self.run.parallel)
+        saved = store.read_random_state(checkpoint, dist.get_rank()) if same_layout else None
+        if saved is not None:
+            restore_random_state(saved, self.device)
+        log.info("continuing %s at step %d%s", checkpoint, self.state.iteration, "" if same_layout else ", in another layout")
+
+    def initialize_from(self, checkpoint: Path) -> None:
+        """Take the weights of `checkpoint` and start at step 0."""
+        check_same_model(self.run.model, checkpoint)
+        store.load_boxes(checkpoint, self._boxes(with_optimizer=False))
+        self._take_over_weights()
+        log.info("weights from %s", checkpoint)
+
+    def _take_over_weights(self) -> None:
+        """Give the optimizer's fp32 weights the value of the model's."""
+        self.optimizer.reload_model_params()
+
+    def _boxes(self, with_optimizer: bool) -> list[Box]:
+        return model_boxes(self.chunks) + (optimizer_boxes(self.chunks, self.optimizer) if with_optimizer else [])
+
+
+def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.device) -> Session:
+    """Build the model and optimizer with fresh weights, or those that the run continues or starts from."""
+    seed_everything(run.train.seed)
+    config = transformer_config(run.model, run.parallel, run.precision, run.recompute)
+    chunks = build_chunks(run.model, run.parallel, config, device)
+    initialize_weights(run.model, list(chunks), run.train.seed)
+    wrapped = wrap_chunks(chunks, config, run.parallel)
+    optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, wrapped)
+    prepare_for_training(config, wrapped, overlap_grad_reduce=run.parallel.overlap_grad_reduce)
+    session = Session(run, layout, groups, device, list(chunks), wrapped, optimizer, TrainingState())
+    if (checkpoint := store.find_checkpoint(run.checkpoint.directory)) is not None:
+        session.resume(checkpoint)
+    elif run.checkpoint.initialize_from is not None:
+        session.initialize_from(store.require_checkpoint(run.checkpoint.initialize_from))
+    session.reported = session.state.iteration
+    if session.state.wandb_run_id is None:
+        session.state = dataclasses.replace(session.state, wandb_run_id=new_run_id())
+    return session
+
+
+def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError naming every field in which `checkpoint` holds another model than `model`."""
+    raw = store.read_run(checkpoint).get("model") or {}
+    saved = load_config(ModelConfig, raw, source=str(checkpoint / store.RUN_FILE))
+    # Fields that shape neither weights nor function may change between runs.
+    free = {"max_position_embeddings", "init_method_std", "moe_aux_loss_coeff", "moe_router_load_balancing_type", "transformer_overrides"}
+    different = [
+        f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
+        for name in ModelConfig.__dataclass_fields__
+        if name not in free and _meaning(saved, name) != _meaning(model, name)
+    ]
+    if different:
+        raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
+
+
+def _meaning(model: ModelConfig, name: str) -> Any:
+    """The value of a field with its default applied, so that two spellings of one model are equal."""
+    applied = {
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_dim,
+        "make_vocab_size_divisible_by": model.padded_vocab_size,
+        "moe_ffn_hidden_size": model.expert_ffn_hidden_size if model.is_moe else None,
+        "moe_layer_freq": model.moe_layer_pattern,
+        "moe_first_k_dense": None,
+    }
+    return applied.get(name, getattr(model, name))
+
+
+class RunData:
+    """The training and validation samples of a run."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._run = run
+        self._tokenizer = Tokenizer(run.data.tokenizer)
+        if self._tokenizer.vocab_size > run.model.vocab_size:
+            raise DataError(
+                f"{run.data.tokenizer} has {self._tokenizer.vocab_size} tokens, more than model.vocab_size = {run.model.vocab_size}"
+            )
+        self._train = self._blend(run.data.train, run.planned_samples)
+        self._validation = None
+        if run.train.eval_interval is not None:
+            self._validation = self._blend(run.data.validation, run.train.eval_iters * run.train.global_batch_size)
+
+    def _blend(self, sources: list[DataSource], num_samples: int) -> Any:
+        return build_blend(sources, self._run.data, self._tokenizer, num_samples=num_samples, seed=self._run.train.seed)
+
+    def train(self, session: Session) -> Iterator[list[MicroBatch]]:
+        """The rest of the run, from the session's position on."""
+        steps = self._run.train.train_iters - session.state.iteration
+        return self._read(self._train, session, session.state.consumed_samples, steps)
+
+    def validation(self, session: Session) -> Iterator[list[MicroBatch]]:
+        """The validation batches: the same ones every time."""
+        return self._read(self._validation, session, 0, self._run.train.eval_iters)
+
+    def _read(self, dataset: Any, session: Session, first_sample: int, steps: int) -> Iterator[list[MicroBatch]]:
+        return read_batches(
+            dataset,
+            first_sample=first_sample,
+            steps=steps,
+            global_batch=self._run.train.global_batch_size,
+            micro_batch=self._run.train.micro_batch_size,
+            dp_rank=session.groups.dp.rank(),
+            dp_size=session.groups.dp.size(),
+            num_workers=self._run.data.num_workers,
+            device=session.device,
+        )

@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Write a corpus that every machine has: documentation and sources of the running Python, as JSONL.
+
+  python tools/corpus.py --output corpus.jsonl
+"""
+
+from pydantic import Field
+
+from megatron_ext.command import parse_command, run_command
+from megatron_ext.config.base import config
+from megatron_ext.data.python_corpus import write_python_corpus
+
+
+@config
+class CorpusOptions:
+    """Options of this command."""
+
+    output: str = Field()
+    """JSONL file to write."""
+
+
+def main() -> None:
+    """Parse the command line and write the corpus."""
+    options = parse_command(CorpusOptions, __doc__)
+    documents, size = write_python_corpus(options.output)
+    print(f"{options.output}: {documents} documents, {size / 1e6:.1f} MB of text")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""Continue prompts with a model: a Hugging Face directory or a Megatron checkpoint.
+
+  python tools/generate.py CHECKPOINT_OR_HF --prompts "Once upon a time"
+"""
+
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from megatron_ext.command import parse_command, run_command
+from megatron_ext.config.base import config
+
+
+@config
+class GenerateOptions:
+    """Options of this command."""
+
+    checkpoint: str
+    """Hugging Face directory or Megatron checkpoint."""
+    prompts: list[str] = Field(min_length=1)
+    """Texts to continue."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest continuation."""
+    temperature: float = Field(default=0.8, ge=0)
+    """Spread of the sampling; 0 takes the likeliest token each time."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+    trust_remote_code: bool = False
+    """Run modelling code inside a Hugging Face directory. Code that this framework shipped, unchanged, needs no trust."""
+    output: str | None = None
+    """JSON file for prompts and continuations."""
+
+
+def main() -> None:
+    """Parse the command line and generate."""
+    o = parse_command(GenerateOptions, __doc__, positional=["checkpoint"])
+    from megatron_ext.generation.sample import generate
+
+    sampling = {"temperature": o.temperature, "top_p": o.top_p, "seed": o.seed}
+    texts = generate(
+        o.checkpoint, o.prompts, max_new_tokens=o.max_new_tokens, trust_remote_code=o.trust_remote_code, **sampling
+    )
+    for prompt, text in zip(o.prompts, texts, strict=True):
+        print(f"{prompt}>>>{text}\n")
+    if o.output:
+        rows = [{"prompt": prompt, "continuation": text} for prompt, text in zip(o.prompts, texts, strict=True)]
+        Path(o.output).write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Tokenize documents into train, validation and test files for training. Interrupted, it goes on where it was.
+
+  python tools/preprocess.py corpus.jsonl ... --tokenizer DIR --output DIR
+"""
+
+import os
+
+from pydantic import Field
+
+from megatron_ext.command import parse_command, run_command
+from megatron_ext.config.base import config
+
+
+@config
+class PreprocessOptions:
+    """Options of this command."""
+
+    inputs: list[str] = Field(min_length=1)
+    """Text: .jsonl (a document a line), .txt (a document a file) or folders of them."""
+    tokenizer: str
+    """Directory of the tokenizer."""
+    output: str
+    """Directory to write: train, validation and test as .bin and .idx, and dataset.json."""
+    text_key: str = "text"
+    """Where the text stands in a line of JSONL."""
+    split: list[float] = Field(default_factory=lambda: [0.98, 0.01, 0.01])
+    """Shares of train, validation and test, by a hash of each document."""
+    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    """Processes."""
+    force: bool = False
+    """Replace an existing output."""
+
+
+def main() -> None:
+    """Parse the command line and prepare the data."""
+    o = parse_command(PreprocessOptions, __doc__, positional=["inputs"])
+    from megatron_ext.data.preprocess import preprocess
+    from megatron_ext.progress import byte_progress
+
+    settings = {"text_key": o.text_key, "split": o.split, "workers": o.workers, "force": o.force}
+    with byte_progress("tokenizing") as progress:
+        summary = preprocess(o.inputs, o.tokenizer, o.output, progress=progress, **settings)
+    for name, counts in summary.items():
+        print(f"{o.output}/{name}: {counts.documents:,} documents, {counts.tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    run_command(main)

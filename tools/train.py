@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""Train a model, or go on training it where it was interrupted.
+
+  torchrun --nproc-per-node 8 tools/train.py RUN.yaml [section.key=value ...]
+  python tools/train.py RUN.yaml                  one process
+  python tools/train.py RUN.yaml --check          show the resolved run, start nothing
+"""
+
+from megatron_ext.command import run_command, run_parser
+from megatron_ext.config import load_run
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = run_parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="print configuration, rank grid, parameters and memory")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --check: the number of processes")
+    arguments = parser.parse_args()
+    run = load_run(arguments.run, arguments.overrides)
+    if arguments.check:
+        from megatron_ext.planning.check import describe_run
+
+        print(describe_run(run, arguments.world_size))
+        return
+    from megatron_ext.training.loop import train
+
+    train(run)
+
+
+if __name__ == "__main__":
+    run_command(main)
