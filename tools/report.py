@@ -32,7 +32,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from megatron_ext.monitoring.report import SUMMARY_HEADER, read_phases, summary_rows, write_report
+    from megatron_ext.monitoring.report import SUMMARY_HEADER, figure_lines, read_phases, summary_rows, write_report
 
     phases = read_phases(o.metrics)
     write_report(o.output, o.title, phases, o.figures, o.generated)
@@ -40,7 +40,7 @@ def main() -> None:
     for row in summary_rows(phases):
         table.add_row(*row)
     Console(width=110).print(table)
-    print(f"report: {o.output}")
+    print(*figure_lines(o.figures), f"report: {o.output}", sep="\n")
 
 
 if __name__ == "__main__":

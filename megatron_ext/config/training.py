@@ -126,7 +126,7 @@ class RecomputeConfig:
     """With full: uniform recomputes every layer in chunks of `num_layers`, block only the first `num_layers` of a stage."""
     num_layers: int = Field(default=1, ge=1)
     """With full: see `method`."""
-    modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]] = Field(
+    modules: list[Literal["core_attn", "mlp", "moe", "shared_experts"]] = Field(
         default_factory=lambda: ["core_attn"]
     )
     """With selective: the modules to recompute."""

@@ -94,6 +94,16 @@ def summary_rows(phases: Sequence[Phase]) -> list[tuple[str, ...]]:
 SUMMARY_HEADER = ("phase", "steps", "tokens", "first loss", "last loss", "validation", "tokens/s", "TFLOP/s/device")
 
 
+def figure_lines(files: Sequence[str | Path]) -> list[str]:
+    """One line a comparison, for the terminal."""
+    lines = []
+    for path in files:
+        for name, figures in json.loads(Path(path).read_text()).items():
+            shown = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in figures.items())
+            lines.append(f"{name}: {shown}")
+    return lines
+
+
 def _summary_table(phases: Sequence[Phase]) -> str:
     return _table(SUMMARY_HEADER, summary_rows(phases))
 

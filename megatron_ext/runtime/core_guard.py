@@ -115,6 +115,13 @@ FAULTS: tuple[Fault, ...] = (
         fixed_in="0.19.0",
     ),
     Fault(
+        "norm_recompute_needs_transformer_engine",
+        "selective recompute of norms names a Transformer Engine class that is unbound without it (NameError)",
+        "refused",
+        "recompute other modules, or whole layers with recompute.granularity: full (config/training.py)",
+        overrides=("recompute_modules",),
+    ),
+    Fault(
         "torch_adam_cannot_resume",
         "the distributed optimizer with torch's AdamW cannot load what it saved",
         "mended",

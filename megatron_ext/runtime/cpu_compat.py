@@ -83,16 +83,6 @@ def _all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: An
     return None
 
 
-def _reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
-    rows = [t.shape[0] for t in input_list]
-    if len(set(rows)) == 1:
-        dist.reduce_scatter(output, input_list, op=op, group=group)
-        return
-    everything = torch.cat(input_list)
-    dist.all_reduce(everything, op=op, group=group)
-    output.copy_(everything.split(rows)[dist.get_rank(group)])
-
-
 _STREAM = "there are no streams on a CPU"
 _LITERAL = "literal CUDA device"
 _RNG = "the tracker of random states knows only CUDA generators"
@@ -101,12 +91,8 @@ SHIMS: tuple[Shim, ...] = (
     Shim("torch.cuda.current_device", lambda: CPU, "device of buffers and parameters"),
     Shim("torch.cuda.Stream", NullStream, _STREAM),
     Shim("torch.cuda.current_stream", NullStream, _STREAM),
-    Shim("torch.cuda.default_stream", NullStream, _STREAM),
-    Shim("torch.cuda.stream", lambda stream: contextlib.nullcontext(), _STREAM),
     Shim("torch.cuda.synchronize", lambda *args: None, _STREAM),
-    Shim("torch.cuda.is_current_stream_capturing", lambda: False, _STREAM),
     Shim("torch.cuda.get_rng_state", lambda *args: torch.get_rng_state(), _RNG),
-    Shim("torch.cuda.set_rng_state", lambda state, *args: torch.set_rng_state(state), _RNG),
     Shim("torch.cuda.manual_seed", lambda seed: torch.manual_seed(seed), _RNG),
     Shim("megatron.core.tensor_parallel.random._get_cuda_rng_state", lambda *a, **k: torch.get_rng_state(), _RNG),
     Shim("megatron.core.tensor_parallel.random._set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state), _RNG),
@@ -114,7 +100,6 @@ SHIMS: tuple[Shim, ...] = (
     Shim("torch.zeros", _on_cpu(torch.zeros), _LITERAL),
     Shim("torch.distributed.all_to_all_single", _all_to_all_single, "Gloo takes split sizes as lists only"),
     Shim("torch.distributed.all_gather", _all_gather, "Gloo gathers equal shapes only"),
-    Shim("torch.distributed.reduce_scatter", _reduce_scatter, "Gloo scatters equal shapes only"),
     Shim("torch.Tensor.cuda", lambda self, *args, **kwargs: self, "moves a tied output embedding to the GPU"),
 )
 

@@ -1,0 +1,48 @@
+"""Every entry of core_guard describes the installed megatron-core: its fault can be shown, or is fixed where it says so."""
+
+import pytest
+
+from megatron_ext.errors import ConfigError, EnvironmentFault
+from megatron_ext.runtime import core_guard
+from megatron_ext.testing.pool import GlooPool
+from tests.distributed.core_faults import SHOWN
+
+
+@pytest.mark.parametrize("fault", core_guard.FAULTS, ids=lambda fault: fault.name)
+def test_fault_is_there_in_the_versions_listed(fault: core_guard.Fault, pool: GlooPool) -> None:
+    version = core_guard.installed_version()
+    shown = SHOWN[fault.name](pool)
+    expected = fault.present_in(version)
+    assert shown == expected, (
+        f"megatron-core {version} {'has' if shown else 'no longer has'} this fault: {fault.what}. "
+        "Change fixed_in in core_guard.FAULTS, and remove our answer where no supported version needs it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch_p2p_comm", True),
+        ("calculate_per_token_loss", True),
+        ("moe_input_jitter_eps", 0.1),
+        ("fp8", "hybrid"),
+        ("moe_router_load_balancing_type", "global_aux_loss"),
+    ],
+)
+def test_overrides_that_bring_a_fault_back_are_refused(field: str, value: object) -> None:
+    present = any(field in f.overrides and f.present_in(core_guard.installed_version()) for f in core_guard.FAULTS)
+    if not present:
+        core_guard.refuse_faulty_overrides({field: value})
+        return
+    with pytest.raises(ConfigError, match=f"transformer_overrides.{field}"):
+        core_guard.refuse_faulty_overrides({field: value})
+
+
+def test_harmless_overrides_pass() -> None:
+    core_guard.refuse_faulty_overrides({"attention_softmax_in_fp32": True})
+
+
+def test_versions_outside_the_tested_range_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.20.0")
+    with pytest.raises(EnvironmentFault, match="0.20.0 is installed"):
+        core_guard.installed_version()

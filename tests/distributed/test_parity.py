@@ -1,0 +1,138 @@
+"""Every layout trains like one process: the parity grid."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config import ParallelConfig, RecomputeConfig
+from megatron_ext.testing.parity import Cell, Difference, Trajectory, compare, run_layout
+from megatron_ext.testing.pool import GlooPool
+from megatron_ext.testing.tiny import tiny_model
+
+# fp32 rounds to 6e-8. Splitting a matrix product or a batch changes the order of additions, and Adam turns a relative
+# error of a gradient into the same relative error of a step; after 5 steps the largest difference seen is 7e-7. Real
+# faults (a gradient reduced over the wrong group, a loss scaled wrongly) show as 1e-4 and more.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    processes: int
+    parallel: ParallelConfig
+
+
+def layout(name: str, processes: int, **degrees: object) -> Layout:
+    short = {
+        "tp": "tensor_model_parallel_size",
+        "sp": "sequence_parallel",
+        "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
+        "dispatch": "moe_token_dispatcher_type",
+    }
+    return Layout(name, processes, ParallelConfig(**{short[key]: value for key, value in degrees.items()}))
+
+
+DENSE = [
+    layout("DP2", 2),
+    layout("TP2", 2, tp=2),
+    layout("TP2 SP", 2, tp=2, sp=True),
+    layout("PP2", 2, pp=2),
+    layout("PP2 VPP2", 2, pp=2, vpp=2),
+    layout("TP2 SP PP2 DP2", 8, tp=2, sp=True, pp=2),
+]
+MOE = [
+    layout("DP2", 2),
+    layout("TP2 SP ETP2", 2, tp=2, sp=True),
+    layout("PP2", 2, pp=2),
+    layout("PP2 VPP2", 2, pp=2, vpp=2),
+    layout("EP2 all-to-all", 2, ep=2),
+    layout("EP2 all-gather", 2, ep=2, dispatch="allgather"),
+    layout("EP2 ETP2", 4, tp=2, sp=True, ep=2, etp=2, dispatch="allgather"),
+    layout("TP2 SP EP2 ETP1", 2, tp=2, sp=True, ep=2, etp=1),
+    layout("TP2 SP EP2 ETP2", 4, tp=2, sp=True, ep=2, etp=2),
+    layout("PP2 EP2", 4, pp=2, ep=2),
+    layout("PP2 VPP2 EP2", 4, pp=2, vpp=2, ep=2),
+    layout("TP2 SP PP2 EP2 ETP1", 8, tp=2, sp=True, pp=2, ep=2, etp=1),
+    layout("TP2 SP PP2 EP2 ETP2", 8, tp=2, sp=True, pp=2, ep=2, etp=2),
+]
+MODELS = {"dense": tiny_model(), "MoE": tiny_model(moe=True)}
+CASES = [(kind, entry) for kind, layouts in (("dense", DENSE), ("MoE", MOE)) for entry in layouts]
+RECOMPUTE = {"no recompute": RecomputeConfig(), "full recompute": RecomputeConfig(granularity="full")}
+
+
+@pytest.fixture(scope="module")
+def references(pool: GlooPool) -> dict[str, Trajectory]:
+    """Each model on one process, without any option."""
+    plain = ParallelConfig(use_distributed_optimizer=False)
+    return {kind: run_layout(pool, Cell(model, plain), 1) for kind, model in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def table(repository: Path) -> Iterator[dict[tuple[str, str], dict[str, Difference]]]:
+    """Collects measured differences; a complete grid is written into tests/README.md."""
+    rows: dict[tuple[str, str], dict[str, Difference]] = {}
+    yield rows
+    if len(rows) == len(CASES) and all(len(cells) == 4 for cells in rows.values()):
+        write_table(repository / "tests" / "README.md", rows)
+
+
+@pytest.mark.parametrize(("kind", "entry"), CASES, ids=[f"{kind}-{entry.name.replace(' ', '-')}" for kind, entry in CASES])
+@pytest.mark.parametrize("distributed_optimizer", [True, False], ids=["zero1", "plain"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_layout_equals_one_process(
+    kind: str,
+    entry: Layout,
+    distributed_optimizer: bool,
+    recompute: str,
+    pool: GlooPool,
+    references: dict[str, Trajectory],
+    table: dict[tuple[str, str], dict[str, Difference]],
+) -> None:
+    parallel = replace(entry.parallel, use_distributed_optimizer=distributed_optimizer)
+    cell = Cell(MODELS[kind], parallel, recompute=RECOMPUTE[recompute])
+    difference = compare(run_layout(pool, cell, entry.processes), references[kind])
+    column = f"{'distributed optimizer' if distributed_optimizer else 'plain optimizer'}, {recompute}"
+    table.setdefault((kind, entry.name), {})[column] = difference
+    print(f"{kind} {entry.name}, {column}: loss {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
+    assert difference.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("gather", [False, True], ids=["reduce", "reduce-and-gather"])
+def test_overlap_changes_nothing(kind: str, gather: bool, pool: GlooPool, references: dict[str, Trajectory]) -> None:
+    expert_degree = 2 if kind == "MoE" else 1
+    parallel = ParallelConfig(expert_model_parallel_size=expert_degree, overlap_grad_reduce=True, overlap_param_gather=gather)
+    difference = compare(run_layout(pool, Cell(MODELS[kind], parallel), 4), references[kind])
+    assert difference.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("modules", [["core_attn"], ["moe"], ["shared_experts"], ["mlp"]], ids=lambda m: m[0])
+def test_selective_recompute_changes_nothing(modules: list[str], pool: GlooPool, references: dict[str, Trajectory]) -> None:
+    recompute = RecomputeConfig(granularity="selective", modules=modules)
+    difference = compare(run_layout(pool, Cell(MODELS["MoE"], ParallelConfig(), recompute=recompute), 1), references["MoE"])
+    assert difference.worst < TOLERANCE
+
+
+def test_a_difference_would_be_seen(pool: GlooPool, references: dict[str, Trajectory]) -> None:
+    """The grid can fail: without its balance loss the MoE model trains measurably differently."""
+    cell = Cell(replace(MODELS["MoE"], moe_aux_loss_coeff=0.0), ParallelConfig())
+    assert compare(run_layout(pool, cell, 1), references["MoE"]).worst > 100 * TOLERANCE
+
+
+def write_table(path: Path, rows: dict[tuple[str, str], dict[str, Difference]]) -> None:
+    """Replace the table between the markers of `path`."""
+    columns = [f"{o} optimizer, {r}" for o, r in itertools.product(("distributed", "plain"), RECOMPUTE)]
+    lines = ["| model | layout | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for (kind, name), cells in rows.items():
+        figures = [f"{cells[c].loss:.0e} / {cells[c].norm:.0e}" for c in columns]
+        lines.append(f"| {kind} | {name} | " + " | ".join(figures) + " |")
+    begin, end = "<!-- parity grid: written by tests/distributed/test_parity.py -->", "<!-- end of parity grid -->"
+    before, _, rest = path.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}")
