@@ -74,7 +74,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "sequence_balance_loss_scale",
-        "seq_aux_loss: its gradient depends on the micro-batch size",
+        "seq_aux_loss with calculate_per_token_loss: its gradient depends on the micro-batch size",
         "refused",
         "use moe_router_load_balancing_type: aux_loss",
         fixed_in="0.19.0",

@@ -162,10 +162,10 @@ def experts_left_out_of_gradient_norm(pool: GlooPool) -> bool:
 
 
 def sequence_loss_gradient(micro_batch: int) -> list[float]:
-    """Mean over micro-batches of the gradient that two samples give, together or one by one."""
-    config = core_config(ParallelConfig(), moe_router_load_balancing_type="seq_aux_loss")
+    """The gradient that two samples give, together or one by one; summed over tokens it must be the same."""
+    config = core_config(ParallelConfig(), moe_router_load_balancing_type="seq_aux_loss", calculate_per_token_loss=True)
     parts = some_tokens(8, 2).split(micro_batch, dim=1)
-    return (sum(router_gradient(config, part) for part in parts) / len(parts)).flatten().tolist()
+    return sum(router_gradient(config, part) for part in parts).flatten().tolist()
 
 
 def sequence_balance_loss_scale(pool: GlooPool) -> bool:
