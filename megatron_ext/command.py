@@ -15,10 +15,13 @@ T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that keeps the layout of long texts."""
+    """argparse that keeps the layout of long texts and takes options and values in any order."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self.parse_intermixed_args(args, namespace)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

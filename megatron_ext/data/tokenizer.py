@@ -136,7 +136,8 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(f"SentencePiece could not train {vocab_size} pieces on {len(lines)} lines: {error}") from error
+        reason = str(error).rsplit("] ", 1)[-1]
+        raise DataError(f"SentencePiece could not train {vocab_size} pieces on {len(lines)} lines: {reason}") from error
     return model.getvalue()
 
 

@@ -75,10 +75,10 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "sequence_balance_loss_scale",
         "seq_aux_loss with calculate_per_token_loss: its gradient depends on the micro-batch size",
-        "refused",
-        "use moe_router_load_balancing_type: aux_loss",
+        "avoided",
+        "calculate_per_token_loss is never used (training/step.py)",
         fixed_in="0.19.0",
-        overrides=("moe_router_load_balancing_type",),
+        overrides=("calculate_per_token_loss",),
     ),
     Fault(
         "global_balance_loss_scale",

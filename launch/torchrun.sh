@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Start tools/train.py with torchrun, on one node or on several.
+#
+#   launch/torchrun.sh RUN.yaml [section.key=value ...]
+#
+# One node: every GPU of it (or NPROC_PER_NODE processes).
+# Several: run the same command on every node with
+#   NNODES=2 NODE_RANK=0..1 MASTER_ADDR=<host of node 0> [MASTER_PORT=29500] launch/torchrun.sh RUN.yaml
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || python=python3
+[ $# -ge 1 ] || { sed -n '2,9p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+
+gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || gpus=0
+per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+# Megatron expects one hardware queue for the order of its communication on GPUs before Blackwell.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((gpus > 0 ? 8 : 1))}
+
+if [ -z "${MASTER_ADDR:-}" ]; then
+  rendezvous=(--standalone)
+else
+  : "${NNODES:?set NNODES, the number of nodes}" "${NODE_RANK:?set NODE_RANK, 0 on the node of MASTER_ADDR}"
+  rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+fi
+exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$per_node" "$root/tools/train.py" "$@"

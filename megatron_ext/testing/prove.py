@@ -1,0 +1,188 @@
+"""Proves a user's own layout before a GPU is booked: the run, shrunk, trained on Gloo processes and in one process.
+
+The shrunk model has the same layer pattern, experts, heads, router and features; only widths, vocabulary and sequence
+are smaller. Layers and degrees of parallelism are kept where this machine can hold them and halved where it cannot.
+"""
+
+from dataclasses import dataclass, replace
+
+import psutil
+
+from megatron_ext.config import (
+    Fp32Precision,
+    ModelConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+    smallest_world_size,
+)
+from megatron_ext.config.rules import violations
+from megatron_ext.errors import ConfigError
+from megatron_ext.testing.parity import Cell, Difference, Trajectory, compare, run_layout
+from megatron_ext.testing.pool import GlooPool
+
+# Measured: a forked process that trains the shrunk model needs 80 to 150 MB of its own; shared libraries come on top once.
+_BYTES_A_PROCESS = 250 * 2**20
+_MOST_PROCESSES = 32
+_MOST_LAYERS = 16
+_STEPS = 5
+
+# As in the parity grid: fp32 rounding shows as 1e-7 to 1e-6, real faults as 1e-4 and more.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, and in what it differs from the run besides its widths."""
+
+    cell: Cell
+    processes: int
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Both trainings and how far they are apart."""
+
+    plan: Plan
+    layout: Trajectory
+    single: Trajectory
+
+    @property
+    def difference(self) -> Difference:
+        """Largest relative differences over the steps."""
+        return compare(self.layout, self.single)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the layout trains what one process trains."""
+        return self.difference.worst < TOLERANCE
+
+
+def processes_that_fit() -> int:
+    """How many processes this machine can hold."""
+    return max(1, min(_MOST_PROCESSES, int(psutil.virtual_memory().available * 0.8) // _BYTES_A_PROCESS))
+
+
+def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> Plan:
+    """Shrink `run` to at most `limit` processes.
+
+    Args:
+        world_size: processes of the real run; None takes the fewest its layout needs, twice that if that leaves no
+            data parallelism.
+    """
+    fewest = smallest_world_size(run.parallel)
+    data_parallel = fewest // (run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size)
+    wanted = world_size or (fewest if data_parallel > 1 else 2 * fewest)
+    if world_size:
+        run.resolve(world_size)
+    parallel, processes, changes = _fit_processes(run.parallel, run.model, wanted, limit)
+    model, layer_changes = _shrink_model(run.model, parallel)
+    data_ranks = processes // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    # Enough micro-batches for the pipeline to be full once, and a number that the interleaved schedule takes.
+    samples = data_ranks * 2 * max(parallel.pipeline_model_parallel_size, 1)
+    cell = Cell(
+        model,
+        parallel,
+        Fp32Precision(kind="fp32"),
+        _fit_recompute(run, model, parallel),
+        steps=_STEPS,
+        samples=samples,
+        length=16 * parallel.tensor_model_parallel_size,
+        seed=run.train.seed,
+    )
+    _require_legal(cell)
+    return Plan(cell, processes, tuple(changes + layer_changes))
+
+
+def prove(plan: Plan) -> Proof:
+    """Train `plan` in its layout and in one process, from the same weights on the same data."""
+    single = replace(
+        plan.cell,
+        parallel=ParallelConfig(use_distributed_optimizer=False, moe_token_dispatcher_type=plan.cell.parallel.moe_token_dispatcher_type),
+    )
+    with GlooPool(plan.processes) as pool:
+        reference = run_layout(pool, single, 1)
+        return Proof(plan, run_layout(pool, plan.cell, plan.processes), reference)
+
+
+def _fit_processes(parallel: ParallelConfig, model: ModelConfig, processes: int, limit: int) -> tuple[ParallelConfig, int, list[str]]:
+    """Halve data parallelism first, then the largest degree, until `processes` is at most `limit`."""
+    original, started = parallel, processes
+    while processes > limit:
+        if processes // 2 >= smallest_world_size(parallel) and (processes // 2) % smallest_world_size(parallel) == 0:
+            processes //= 2
+            continue
+        smaller = _halve_largest(parallel, model)
+        if smaller is None:
+            raise ConfigError(f"this machine holds {limit} processes; the layout needs at least {smallest_world_size(parallel)}")
+        parallel = smaller
+        processes = smallest_world_size(parallel)
+    changes = [
+        f"parallel.{name}: {getattr(original, name)} -> {getattr(parallel, name)}"
+        for name in ParallelConfig.__dataclass_fields__
+        if getattr(original, name) != getattr(parallel, name)
+    ]
+    if processes != started:
+        changes.insert(0, f"processes: {started} -> {processes}, what this machine holds")
+    return parallel, processes, changes
+
+
+def _halve_largest(parallel: ParallelConfig, model: ModelConfig) -> ParallelConfig | None:
+    degrees = ("pipeline_model_parallel_size", "tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size")
+    candidates = [name for name in degrees if (getattr(parallel, name) or 1) > 1 and (getattr(parallel, name) or 1) % 2 == 0]
+    if not candidates:
+        return None
+    largest = max(candidates, key=lambda name: getattr(parallel, name))
+    smaller = replace(parallel, **{largest: getattr(parallel, largest) // 2})
+    if smaller.tensor_model_parallel_size == 1:
+        smaller = replace(smaller, sequence_parallel=False)
+    if smaller.pipeline_model_parallel_size == 1:
+        smaller = replace(smaller, virtual_pipeline_model_parallel_size=None)
+    if model.is_moe and smaller.expert_model_parallel_size == 1:
+        smaller = replace(smaller, expert_tensor_parallel_size=None)
+    return smaller
+
+
+def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelConfig, list[str]]:
+    """The same model with small widths, and with fewer layers where there are very many."""
+    tp, etp = parallel.tensor_model_parallel_size, parallel.etp
+    changes: list[str] = []
+    layers, step = model.num_layers, parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    while layers > _MOST_LAYERS and layers % 2 == 0 and (layers // 2) % step == 0:
+        layers //= 2
+    if layers != model.num_layers:
+        changes.append(f"model.num_layers: {model.num_layers} -> {layers}")
+    frequency = model.moe_layer_freq[:layers] if isinstance(model.moe_layer_freq, list) else model.moe_layer_freq
+    small = replace(
+        model,
+        num_layers=layers,
+        hidden_size=8 * max(tp, 8),
+        kv_channels=8,
+        ffn_hidden_size=24 * tp,
+        vocab_size=30 * tp - 1,
+        make_vocab_size_divisible_by=2 * tp,
+        max_position_embeddings=16 * tp,
+        moe_layer_freq=frequency,
+        moe_ffn_hidden_size=12 * etp if model.num_moe_experts else None,
+        moe_shared_expert_intermediate_size=16 * tp if model.moe_shared_expert_intermediate_size else None,
+    )
+    return small, changes
+
+
+def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig) -> RecomputeConfig:
+    chunk = model.num_layers // (parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1))
+    return replace(run.recompute, num_layers=min(run.recompute.num_layers, chunk))
+
+
+def _require_legal(cell: Cell) -> None:
+    """The shrunk model must obey the same rules; a violation here is a fault of the shrinking."""
+    values: dict[str, object] = {}
+    for section, config, derived in (
+        ("model", cell.model, ("head_dim", "expert_ffn_hidden_size", "padded_vocab_size")),
+        ("parallel", cell.parallel, ("etp",)),
+    ):
+        values.update({f"{section}.{name}": getattr(config, name) for name in (*config.__dataclass_fields__, *derived)})
+    broken = violations(values)
+    assert not broken, f"the shrunk run is illegal: {broken}"
+

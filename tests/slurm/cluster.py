@@ -1,0 +1,113 @@
+"""A two-node Slurm on loopback, for one test run: its own munge key, daemons and configuration in one directory."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scontrol")
+
+CONFIGURATION = """\
+ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge.socket
+CredType=cred/munge
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool_%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd_%n.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd_%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/builtin
+ReturnToService=2
+SlurmdParameters=config_overrides
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+InactiveLimit=0
+KillWait=5
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_node_port}-{last_node_port}] CPUs=4 RealMemory=2000 State=UNKNOWN
+PartitionName=tests Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+"""
+
+
+def unavailable() -> str | None:
+    """Why no Slurm can be started here; None if it can."""
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (Debian: apt-get install slurm-wlm munge)"
+    if os.geteuid() != 0:
+        return "starting Slurm's daemons needs root"
+    return None
+
+
+class Cluster:
+    """The daemons. Use as a context manager."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
+
+    def __enter__(self) -> "Cluster":
+        d = self.directory
+        for name in ("state", "spool_n1", "spool_n2"):
+            (d / name).mkdir()
+        (d / "munge.key").write_bytes(secrets.token_bytes(1024))
+        (d / "munge.key").chmod(0o600)
+        host = socket.gethostname().split(".")[0]
+        ports = {"port": 16817, "first_node_port": 17001, "last_node_port": 17002}
+        (d / "slurm.conf").write_text(CONFIGURATION.format(host=host, directory=d, **ports))
+        files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munge.seed"}
+        self._start("munged", "--force", *(f"--{option}={d / name}" for option, name in files.items()))
+        self._start("slurmctld", "-c", "-f", str(d / "slurm.conf"))
+        for node in ("n1", "n2"):
+            self._start("slurmd", "-N", node, "-f", str(d / "slurm.conf"))
+        self._wait_for_nodes()
+        return self
+
+    def _start(self, *command: str) -> None:
+        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=30)
+
+    def run(self, *command: str, **environment: str) -> str:
+        """Run a Slurm client and return what it prints."""
+        result = subprocess.run(command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def _wait_for_nodes(self) -> None:
+        for _ in range(60):
+            if len(set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())) == 2:
+                return
+            time.sleep(0.5)
+        raise AssertionError("nodes did not come up:\n" + (self.directory / "slurmctld.log").read_text())
+
+    def wait_for_job(self, job: str, seconds: float) -> str:
+        """Wait until `job` has ended and return its state."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            fields = dict(f.split("=", 1) for f in self.run("scontrol", "show", "job", job).split() if "=" in f)
+            if fields["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+                return fields["JobState"]
+            time.sleep(1)
+        self.run("scancel", job)
+        raise AssertionError(f"job {job} did not end within {seconds:.0f} s")
+
+    def __exit__(self, *error: object) -> None:
+        for name in ("slurmd_n1.pid", "slurmd_n2.pid", "slurmctld.pid", "munged.pid"):
+            pid_file = self.directory / name
+            if pid_file.is_file():
+                os.kill(int(pid_file.read_text()), signal.SIGTERM)
