@@ -110,11 +110,13 @@ class Rope(ConfigRule):
         return {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, "rope_type": "default"}}
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        kind = nested.get("rope_type", nested.get("type", "default"))
-        if kind != "default":
-            raise ConversionError(f"rope_type = {kind!r}: scaled rotary embeddings are not supported")
-        theta = nested.get("rope_theta", raw.get("rope_theta", 10000.0))
+        theta = raw.get("rope_theta", 10000.0)
+        for name in ("rope_scaling", "rope_parameters"):
+            nested = raw.get(name) or {}
+            kind = nested.get("rope_type", nested.get("type", "default"))
+            if kind != "default":
+                raise ConversionError(f"{name}: rope_type = {kind!r}: scaled rotary embeddings are not supported")
+            theta = nested.get("rope_theta", theta)
         return {"rotary_base": float(theta)}
 
 

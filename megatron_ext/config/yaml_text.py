@@ -72,4 +72,8 @@ def parse_scalar(text: str) -> Any:
 
 def dump_yaml(value: Any) -> str:
     """`value` as YAML that `read_yaml` turns into an equal one, keys in their given order."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    if parse_scalar(text) == value:
+        return text
+    # PyYAML writes a few line separators of Unicode as they are and reads them as line ends.
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=False, width=120)

@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Told (bytes written, bytes in all) as a conversion proceeds."""
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+    *_TOKENIZERS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -115,7 +115,9 @@ def _to_megatron(source: Path, target: Path, dtype: torch.dtype | None, force: b
     )
     tasks = list(tasks_to_megatron(architecture.weights, model))
     specs = target_specs(iter(tasks), stream, dtype)
-    run: dict[str, Any] = {"model": to_mapping(model), "data": {"tokenizer": str(source.resolve())}}
+    run: dict[str, Any] = {"model": to_mapping(model)}
+    if any((source / name).is_file() for name in _TOKENIZERS):
+        run["data"] = {"tokenizer": str(source.resolve())}
     with MegatronSink(target, specs, run, force=force) as sink:
         _run(tasks, stream, sink, specs, progress)
     return _summary("to Megatron", architecture, f"config.json names {architecture.hf_class}", model, specs)
@@ -193,7 +195,7 @@ def _copy_tokenizer(source: Path | None, target: Path) -> None:
         log.warning("the training run's tokenizer is not there any more: the export has none; pass --tokenizer DIR")
         return
     present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if "tokenizer.json" not in present and "tokenizer.model" not in present:
+    if not set(_TOKENIZERS) & set(present):
         raise ConversionError(f"{source}: no tokenizer here (tokenizer.json or tokenizer.model)")
     for name in present:
         shutil.copyfile(source / name, target / name)

@@ -1,5 +1,6 @@
 """Logits of a checkpoint on given tokens: megatron-core's own forward pass, and transformers', each in one process."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,9 @@ def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False)
     from transformers import AutoModelForCausalLM  # slow to import
 
     trusted = trust_remote_code or carries_our_code(directory)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trusted)
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise ConversionError(f"{directory}: brings its own modelling code; pass --trust-remote-code to run it") from error
-        raise
-    return model.eval()
+    if not trusted and "auto_map" in json.loads((Path(directory) / "config.json").read_text()):
+        raise ConversionError(f"{directory}: brings its own modelling code; pass --trust-remote-code to run it")
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trusted).eval()
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -1,0 +1,90 @@
+"""Hugging Face directories as streams: the library reads what we write, shards and index, and failures leave nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSink, HuggingFaceSource
+from megatron_ext.checkpoint.tensors import TensorSpec
+from megatron_ext.errors import ConversionError
+
+TENSORS = {
+    "a": torch.randn(5, 3),
+    "b": torch.randn(7).bfloat16(),
+    "c": torch.arange(6).view(2, 3),
+    "d": torch.tensor(2.5),
+}
+SPECS = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in TENSORS.items()}
+
+
+def test_library_reads_what_we_write_in_any_order(tmp_path: Path) -> None:
+    with HuggingFaceSink(tmp_path / "out", SPECS) as sink:
+        for name in reversed(TENSORS):
+            sink.write(name, TENSORS[name])
+    loaded = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+
+
+def test_shards_have_an_index_and_are_read_back(tmp_path: Path) -> None:
+    with HuggingFaceSink(tmp_path / "out", SPECS, shard_bytes=64) as sink:
+        for name, tensor in TENSORS.items():
+            sink.write(name, tensor)
+    index = json.loads((tmp_path / "out" / INDEX_FILE).read_text())
+    assert len(set(index["weight_map"].values())) == 3
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in TENSORS.values())
+    source = HuggingFaceSource(tmp_path / "out")
+    assert source.specs == SPECS
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_single_files_of_others_are_read(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert HuggingFaceSource(tmp_path).specs == {"x": TensorSpec((3,), torch.float32)}
+
+
+def test_an_index_that_names_absent_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(3)}, tmp_path / "one.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"x": "one.safetensors", "y": "one.safetensors"}}))
+    with pytest.raises(ConversionError, match="no shard holds: y"):
+        HuggingFaceSource(tmp_path)
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ConversionError, match=r"model\.safetensors"):
+        HuggingFaceSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("z", torch.zeros(1), "z: not part of the target"),
+        ("a", torch.zeros(3, 5), r"a: is \[3, 5\], the target has \[5, 3\]"),
+    ],
+)
+def test_wrong_writes_leave_nothing(tmp_path: Path, name: str, tensor: torch.Tensor, expected: str) -> None:
+    with pytest.raises(ConversionError, match=expected), HuggingFaceSink(tmp_path / "out", SPECS) as sink:
+        sink.write(name, tensor)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_too_few_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="3 tensors of the target were never written: b, c, d"):
+        with HuggingFaceSink(tmp_path / "out", SPECS) as sink:
+            sink.write("a", TENSORS["a"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target_is_kept_unless_forced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(ConversionError, match="exists; choose another place or pass --force"):
+        HuggingFaceSink(tmp_path / "out", SPECS)
+    with HuggingFaceSink(tmp_path / "out", SPECS, force=True) as sink:
+        assert (tmp_path / "out" / "precious").is_file(), "replaced only when the new one is complete"
+        for name, tensor in TENSORS.items():
+            sink.write(name, tensor)
+    assert not (tmp_path / "out" / "precious").exists()

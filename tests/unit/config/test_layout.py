@@ -1,0 +1,60 @@
+"""The rank grid: its sizes, its refusals, and megatron-core's own groups."""
+
+import pytest
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.config import ParallelConfig, Position, RuntimeConfig, TrainConfig
+from megatron_ext.config.layout import Layout, resolve_layout, smallest_world_size
+from megatron_ext.errors import ConfigError
+from megatron_ext.runtime.process_groups import split_process_group
+from megatron_ext.testing.pool import GlooPool
+
+GRIDS = [
+    ParallelConfig(),
+    ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+    ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=4, expert_tensor_parallel_size=1, pipeline_model_parallel_size=2),
+    ParallelConfig(expert_model_parallel_size=4, pipeline_model_parallel_size=2),
+]
+TRAIN = TrainConfig(train_iters=1, global_batch_size=32, micro_batch_size=2)
+
+
+def core_position(parallel: ParallelConfig) -> Position:
+    split_process_group(parallel, RuntimeConfig(device="cpu"))
+    return Position(
+        rank=dist.get_rank(),
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        dp=parallel_state.get_data_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_rank(),
+        edp=parallel_state.get_expert_data_parallel_rank(),
+    )
+
+
+@pytest.mark.parametrize("parallel", GRIDS, ids=range(len(GRIDS)))
+def test_positions_are_those_of_megatron_core(parallel: ParallelConfig, pool: GlooPool) -> None:
+    layout = resolve_layout(parallel, TRAIN, 8)
+    assert pool.run(8, core_position, parallel) == [layout.position(rank) for rank in range(8)]
+
+
+def test_sizes() -> None:
+    layout = resolve_layout(GRIDS[3], TRAIN, 16)
+    assert layout == Layout(world_size=16, tp=2, dp=4, pp=2, etp=1, ep=4, edp=2, num_microbatches=4)
+    assert smallest_world_size(GRIDS[3]) == 8
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "expected"),
+    [
+        (GRIDS[1], 6, "6 processes cannot be split into tensor_model_parallel_size = 2"),
+        (GRIDS[2], 3, "start a multiple of 2"),
+        (GRIDS[4], 4, "cannot hold experts split over"),
+        (ParallelConfig(), 5, "train.global_batch_size = 32 is not a multiple"),
+        (ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2), 32, "multiples of pipeline_model_parallel_size = 4"),
+    ],
+)
+def test_impossible_grids_are_refused(parallel: ParallelConfig, world_size: int, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        resolve_layout(parallel, TRAIN, world_size)

@@ -1,0 +1,174 @@
+"""Loading a run: every fault in one message, overrides, and a resolved configuration that reloads as itself."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.config import RunConfig, dump_yaml, load_config, load_run, to_mapping
+from megatron_ext.config.help import describe_keys
+from megatron_ext.config.yaml_text import parse_yaml
+from megatron_ext.errors import ConfigError
+
+
+def mapping(**sections: Any) -> dict[str, Any]:
+    """A minimal valid run with sections merged in."""
+    base: dict[str, Any] = {
+        "model": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 1000},
+        "precision": {"kind": "fp32"},
+        "train": {"train_iters": 100, "global_batch_size": 8},
+        "optimizer": {"kind": "adam", "lr": 1e-3},
+        "schedule": {"kind": "cosine"},
+        "data": {"sequence_length": 64, "train": [{"path": "a"}], "tokenizer": "t", "cache_dir": "c"},
+        "checkpoint": {"directory": "d"},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return base
+
+
+def load(raw: Any, *overrides: str) -> RunConfig:
+    return load_config(RunConfig, raw, overrides, source="run.yaml")
+
+
+def faults(raw: Any, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(raw, *overrides)
+    return str(caught.value)
+
+
+def test_minimal_run_is_valid() -> None:
+    run = load(mapping())
+    assert run.model.query_groups == 4
+    assert run.model.padded_vocab_size == 1024
+    assert run.planned_samples == 800
+
+
+def test_misspelt_key_wrong_type_and_illegal_layout_come_in_one_message() -> None:
+    raw = mapping(
+        model={"num_moe_experts": 8, "num_layers": "four"},
+        parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1, "pipeline_model_paralel_size": 2},
+    )
+    message = faults(raw)
+    assert message.startswith("run.yaml: 3 problems")
+    assert "parallel.pipeline_model_paralel_size = 2: unknown key; did you mean 'pipeline_model_parallel_size'?" in message
+    assert "model.num_layers = 'four': must be an integer" in message
+    assert "parallel.tensor_model_parallel_size = 2, parallel.expert_model_parallel_size = 1" in message
+    assert "raise expert_model_parallel_size" in message
+
+
+def test_required_keys_are_named() -> None:
+    raw = mapping()
+    del raw["model"]["hidden_size"], raw["data"]
+    message = faults(raw)
+    assert "model.hidden_size: is required" in message
+    assert "data: is required" in message
+
+
+def test_a_key_of_another_section_is_recognised() -> None:
+    assert "did you mean 'optimizer.lr'?" in faults(mapping(checkpoint={"lr": 1e-4}))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        ("precision", {"kind": "fp7"}, "precision.kind = 'fp7': must be one of fp32, bf16"),
+        ("train", {"train_iters": 0}, "train.train_iters = 0: must be greater than or equal to 1"),
+        ("train", {"train_iters": 1.5}, "train.train_iters = 1.5: must be an integer"),
+        ("parallel", {"sequence_parallel": "yes"}, "parallel.sequence_parallel = 'yes': must be true or false"),
+        ("data", {"train": []}, "data.train = []"),
+        ("data", {"train": [{"path": "a", "weight": -1}]}, "data.train.0.weight = -1: must be greater than 0"),
+        ("model", {"moe_layer_freq": "all"}, "model.moe_layer_freq = 'all': must be an integer or must be a list"),
+        ("schedule", {"kind": "cosine", "wsd_decay_iters": 3}, "schedule.wsd_decay_iters = 3: unknown key"),
+    ],
+)
+def test_wrong_values_are_explained(section: str, values: dict[str, Any], expected: str) -> None:
+    assert expected in faults(mapping(**{section: values}))
+
+
+def test_kind_is_mandatory_when_a_union_is_given() -> None:
+    raw = mapping()
+    raw["schedule"] = {"warmup_iters": 3}
+    assert "schedule.kind: is required, one of constant, linear, cosine, wsd" in faults(raw)
+
+
+def test_overrides_replace_single_keys() -> None:
+    raw = mapping(model={"num_moe_experts": 8})
+    run = load(raw, "optimizer.lr=3e-4", "data.train.0.weight=2.5", "logging.wandb.mode=off", "model.moe_layer_freq=[1,1,0,1]")
+    assert run.optimizer.lr == 3e-4
+    assert run.data.train[0].weight == 2.5
+    assert run.logging.wandb.mode == "off"
+    assert run.model.moe_layer_freq == [1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr", "=3", "data.train.7.weight=1", "optimizer.lr.x=1"])
+def test_broken_overrides_are_refused(override: str) -> None:
+    assert override.split("=")[0] in faults(mapping(), override)
+
+
+def test_resolved_run_reloads_as_itself(tmp_path: Path) -> None:
+    run = load(
+        mapping(
+            model={"num_moe_experts": 4, "moe_gating_normalization": {"scale": 2.0}, "moe_layer_freq": [0, 1, 1, 1]},
+            schedule={"kind": "wsd", "wsd_decay_iters": 10},
+            recompute={"granularity": "selective", "modules": ["moe"]},
+        )
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(to_mapping(run)))
+    assert load_run(path) == run
+
+
+@given(st.floats(min_value=1e-12, max_value=1.0), st.integers(min_value=1, max_value=10**9), st.text(max_size=20))
+def test_values_survive_yaml(lr: float, seed: int, name: str) -> None:
+    run = load(mapping(optimizer={"lr": lr}, train={"seed": seed}, logging={"wandb": {"name": name}}))
+    again = load(parse_yaml(dump_yaml(to_mapping(run)), source="test"))
+    assert again == run
+
+
+def test_yaml_is_read_as_people_mean_it() -> None:
+    assert parse_yaml("{a: 1e-4, b: off, c: no, d: true, e: 1.5E+3, f: 12}", source="t") == {
+        "a": 1e-4, "b": "off", "c": "no", "d": True, "e": 1500.0, "f": 12,
+    }  # fmt: skip
+
+
+def test_a_key_written_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"t:3:1: the key 'a' is written twice"):
+        parse_yaml("a: 1\nb: 2\na: 3\n", source="t")
+
+
+def test_broken_yaml_names_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {num_layers: 4\ntrain: 3\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:2"):
+        load_run(path)
+
+
+def test_missing_file_is_one_error() -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+        load_run("nowhere.yaml")
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(mapping()).train.seed = 5  # type: ignore[misc]
+
+
+def test_help_documents_every_key() -> None:
+    text = describe_keys(RunConfig)
+    for key in ("model.num_layers", "parallel.expert_model_parallel_size", "schedule.wsd_decay_iters", "logging.wandb.mode"):
+        assert f"  {key}  (" in text
+    lines = text.splitlines()
+    undocumented = [line for line, after in zip(lines, lines[1:], strict=False) if line.startswith("  ") and line[2] != " " and not after.strip()]
+    assert undocumented == ["  " + line.strip() for line in undocumented if ".kind " in line], "keys without a docstring"
+
+
+def test_configuration_imports_neither_torch_nor_megatron() -> None:
+    code = "import sys, megatron_ext.config, megatron_ext.command; print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
