@@ -30,7 +30,7 @@ def write_corpus(path: Path, documents: int = 300, seed: int = 0) -> Path:
 def prepare_data(directory: Path) -> None:
     """Corpus, tokenizer and token files below `directory`."""
     corpus = write_corpus(directory / "corpus.jsonl")
-    train_tokenizer([corpus], directory / "tokenizer", 310)
+    train_tokenizer([corpus], directory / "tokenizer", 330)
     preprocess([corpus], directory / "tokenizer", directory / "data", split=(0.8, 0.1, 0.1))
 
 
@@ -42,7 +42,7 @@ def run_mapping(directory: Path, *, moe: bool = False) -> dict[str, Any]:
         "ffn_hidden_size": 64,
         "num_attention_heads": 4,
         "num_query_groups": 2,
-        "vocab_size": 310,
+        "vocab_size": 330,
         "max_position_embeddings": 128,
     }
     if moe:

@@ -128,6 +128,8 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=True,
             split_digits=True,
             user_defined_symbols=["\n"],
+            # The letters of "</s>" and "<0x0A>": spelt out in a text they must have a reading as plain characters.
+            required_chars="<>/0123456789ABCDEFxsunkpad",
             unk_id=_UNK,
             bos_id=_BOS,
             eos_id=_EOS,
