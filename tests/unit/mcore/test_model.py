@@ -1,0 +1,94 @@
+"""The translation to megatron-core, the padded vocabulary in the loss, and initial weights that no layout changes."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_ext.config import Fp32Precision, ModelConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.mcore.initialization import initialize_weights
+from megatron_ext.mcore.model import build_chunks
+from megatron_ext.mcore.state import model_boxes
+from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.runtime.process_groups import split_process_group
+from megatron_ext.runtime.seeds import seed_everything
+from megatron_ext.testing.pool import GlooPool
+from megatron_ext.testing.tiny import tiny_model
+
+FP32 = Fp32Precision(kind="fp32")
+
+
+def test_overrides_reach_megatron_and_are_checked() -> None:
+    model = tiny_model(transformer_overrides={"attention_softmax_in_fp32": False})
+    assert transformer_config(model, ParallelConfig(), FP32, RecomputeConfig()).attention_softmax_in_fp32 is False
+    with pytest.raises(ConfigError, match="did you mean 'attention_softmax_in_fp32'"):
+        transformer_config(tiny_model(transformer_overrides={"attention_softmax_fp32": True}), ParallelConfig(), FP32, RecomputeConfig())
+
+
+def build(model: ModelConfig, parallel: ParallelConfig, seed: int = 1) -> list:
+    split_process_group(parallel, RuntimeConfig(device="cpu"))
+    seed_everything(0)
+    config = transformer_config(model, parallel, FP32, RecomputeConfig())
+    chunks = build_chunks(model, parallel, config, torch.device("cpu"))
+    initialize_weights(model, list(chunks), seed)
+    return list(chunks)
+
+
+def padded_loss() -> tuple[float, float]:
+    model = tiny_model(vocab_size=250, make_vocab_size_divisible_by=64)
+    (network,) = build(model, ParallelConfig())
+    tokens = torch.randint(0, 250, (2, 17), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(16).expand(2, -1)
+    loss = network(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+    logits = network(tokens[:, :-1], positions, None)[..., :250]
+    return float(loss), float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+def test_padding_takes_no_part_in_the_loss(pool: GlooPool) -> None:
+    ((loss, expected),) = pool.run(1, padded_loss)
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def saved_pieces(model: ModelConfig, parallel: ParallelConfig) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
+    boxes = model_boxes(build(model, parallel))
+    return {(box.key, box.offset): box.data.clone() for box in boxes if box.saved_here}
+
+
+def assemble(ranks: list[dict], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    whole = {key: torch.full(shape, math.nan) for key, shape in shapes.items()}
+    for pieces in ranks:
+        for (key, offset), data in pieces.items():
+            whole[key][tuple(slice(o, o + s) for o, s in zip(offset, data.shape, strict=True))] = data
+    return whole
+
+
+def global_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {box.key: box.global_shape for box in model_boxes(build(model, ParallelConfig()))}
+
+
+def test_initial_weights_do_not_depend_on_the_layout(pool: GlooPool) -> None:
+    model = tiny_model(moe=True)
+    (shapes,) = pool.run(1, global_shapes, model)
+    reference = assemble(pool.run(1, saved_pieces, model, ParallelConfig()), shapes)
+    for processes, degrees in (
+        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+        (8, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    ):  # fmt: skip
+        whole = assemble(pool.run(processes, saved_pieces, model, ParallelConfig(**degrees)), shapes)
+        assert all(torch.equal(whole[key], reference[key]) for key in shapes), degrees
+
+
+def test_initial_weights_have_megatrons_scale(pool: GlooPool) -> None:
+    model = tiny_model(moe=True, init_method_std=0.05)
+    (shapes,) = pool.run(1, global_shapes, model)
+    weights = assemble(pool.run(1, saved_pieces, model, ParallelConfig()), shapes)
+    for key, weight in weights.items():
+        if "norm" in key:
+            assert (weight == 1).all()
+        else:
+            expected = 0.05 / math.sqrt(8) if key.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0.05
+            assert float(weight.std()) == pytest.approx(expected, rel=0.15), key
+    experts = weights["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"]
+    assert not torch.equal(experts[0], experts[1])
