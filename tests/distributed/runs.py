@@ -1,0 +1,91 @@
+"""Parts of a run as functions for the process pool: train some steps, save, load, save again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.checkpoint import store
+from megatron_ext.config import ModelConfig, ParallelConfig, RunConfig, load_config, to_mapping
+from megatron_ext.mcore.optimizer import set_learning_rate
+from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.process_groups import split_process_group
+from megatron_ext.testing.tiny import random_batch
+from megatron_ext.training.session import Session, open_session
+
+GLOBAL_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a run in one layout."""
+
+    model: ModelConfig
+    directory: Path
+    parallel: ParallelConfig = ParallelConfig()
+    precision: str = "fp32"
+    seed: int = 1234
+    checkpoint: tuple[tuple[str, Any], ...] = ()
+
+    def run_config(self) -> RunConfig:
+        raw = {
+            "model": to_mapping(self.model),
+            "parallel": to_mapping(self.parallel),
+            "precision": {"kind": self.precision},
+            "train": {"train_iters": 8, "global_batch_size": GLOBAL_BATCH, "seed": self.seed},
+            "optimizer": {"kind": "adam", "lr": 1e-3},
+            "schedule": {"kind": "constant"},
+            # These parts are fed with random batches; the data section is only carried along.
+            "data": {"sequence_length": 32, "tokenizer": "unused", "cache_dir": "unused", "train": [{"path": "unused"}]},
+            "checkpoint": {"directory": str(self.directory), **dict(self.checkpoint)},
+            "runtime": {"device": "cpu", "threads": 1},
+        }
+        return load_config(RunConfig, raw, source="part")
+
+
+def open_part(part: Part) -> Session:
+    run = part.run_config()
+    groups = split_process_group(run.parallel, run.runtime)
+    return open_session(run, run.resolve(dist.get_world_size()), groups, choose_device(run.runtime))
+
+
+def train_steps(session: Session, until: int) -> list[tuple[float, float]]:
+    """Train to step `until`; return (loss, gradient norm) of each step."""
+    set_learning_rate(session.optimizer, session.run.optimizer.lr)
+    results = []
+    while (step := session.state.iteration) < until:
+        batch = random_batch(
+            step, samples=GLOBAL_BATCH, micro_batch=1, dp_rank=session.groups.dp.rank(), dp_size=session.groups.dp.size()
+        )
+        result = session.step(batch)
+        results.append((float(result.loss), result.grad_norm))
+    return results
+
+
+def train_and_save(part: Part, until: int, save: bool = True) -> list[tuple[float, float]]:
+    """Train on from the checkpoint of `part`, if there is one."""
+    session = open_part(part)
+    results = train_steps(session, until)
+    if save:
+        session.save()
+    return results
+
+
+def load_and_save_to(part: Part, target: Path) -> None:
+    """Load the newest checkpoint of `part` and save it, as it is, below `target`."""
+    session = open_part(part)
+    checkpoint = {**to_mapping(session.run.checkpoint), "directory": str(target)}
+    raw = {**to_mapping(session.run), "checkpoint": checkpoint}
+    session.run = load_config(RunConfig, raw, source="part")
+    session.save()
+
+
+def resumed_random_states(part: Part) -> tuple[bool, Any]:
+    """Resume; return whether this rank's generator stands where the checkpoint says."""
+    open_part(part)
+    checkpoint = store.require_checkpoint(part.directory)
+    saved = store.read_random_state(checkpoint, dist.get_rank())
+    assert saved is not None
+    return torch.equal(saved["torch"], torch.get_rng_state()), saved["torch"].sum().item()

@@ -1,0 +1,275 @@
+"""A checkpoint of any layout continues in any other, bit for bit where the layout is the same, and fails closed."""
+
+import itertools
+import multiprocessing
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource
+from megatron_ext.checkpoint.torch_dist import TorchDistReader
+from megatron_ext.config import ModelConfig, ParallelConfig, to_mapping
+from megatron_ext.errors import CheckpointError
+from megatron_ext.mcore.state import model_boxes
+from megatron_ext.testing.pool import GlooPool, WorkerFailure
+from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.training.session import Session
+from tests.distributed.runs import Part, load_and_save_to, open_part, resumed_random_states, train_and_save, train_steps
+
+# As in the parity grid: another layout adds in another order. Largest difference seen 2e-7.
+TOLERANCE = 1e-5
+
+DENSE, MOE = tiny_model(), tiny_model(moe=True)
+TIED = tiny_model(untie_embeddings_and_output_weights=False)
+ALONE = ParallelConfig(use_distributed_optimizer=False)
+DP = ParallelConfig()
+TP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+VPP = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+EP = ParallelConfig(expert_model_parallel_size=2)
+EP_PP = ParallelConfig(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
+ETP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2)
+ETP1 = replace(ETP2, expert_tensor_parallel_size=1)
+ALL = replace(ETP1, pipeline_model_parallel_size=2)
+
+MOVES = {
+    "dense: DP2 to TP2 SP": (DENSE, (DP, 2), (TP, 2)),
+    "dense: TP2 SP to PP2 VPP2": (DENSE, (TP, 4), (VPP, 2)),
+    "dense: PP2 VPP2 to DP4": (DENSE, (VPP, 2), (DP, 4)),
+    "dense: distributed to plain optimizer": (DENSE, (DP, 4), (replace(TP, use_distributed_optimizer=False), 2)),
+    "dense: plain to distributed optimizer": (DENSE, (ALONE, 1), (DP, 2)),
+    "tied: PP2 VPP2 to TP2 SP": (TIED, (VPP, 2), (TP, 2)),
+    "MoE: TP2 SP EP2 ETP1 to PP2 EP2": (MOE, (ETP1, 4), (EP_PP, 4)),
+    "MoE: TP2 SP EP2 ETP2 to one process": (MOE, (ETP2, 4), (ALONE, 1)),
+    "MoE: one process to TP2 SP PP2 EP2 ETP1": (MOE, (ALONE, 1), (ALL, 8)),
+    "MoE: TP2 SP PP2 EP2 ETP1 to EP2": (MOE, (ALL, 8), (EP, 4)),
+    "MoE: EP2, plain optimizer, to PP2 VPP2": (MOE, (replace(EP, use_distributed_optimizer=False), 2), (VPP, 2)),
+}
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = TorchDistReader(checkpoint)
+    return {key: reader.read(key) for key in reader.tensors}
+
+
+def assert_same_tensors(a: Path, b: Path) -> int:
+    first, second = tensors_of(a), tensors_of(b)
+    assert sorted(first) == sorted(second)
+    different = [key for key in first if first[key].dtype != second[key].dtype or not torch.equal(first[key], second[key])]
+    assert not different
+    return len(first)
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_training_continues_in_another_layout(move: str, pool: GlooPool, tmp_path: Path) -> None:
+    model, (before, processes_before), (after, processes_after) = MOVES[move]
+    whole = pool.run(1, train_and_save, Part(model, tmp_path / "whole", ALONE), 4, False)[0]
+    part = Part(model, tmp_path / "run", before)
+    first = pool.run(processes_before, train_and_save, part, 2)[0]
+    # Other initial weights: whatever is not loaded from the checkpoint would show.
+    second = pool.run(processes_after, train_and_save, replace(part, parallel=after, seed=99), 4)[0]
+    pairs = zip(itertools.chain(*first, *second), itertools.chain(*whole), strict=True)
+    difference = max(abs(a - b) / abs(b) for a, b in pairs)
+    print(f"{move}: largest relative difference of loss and gradient norm {difference:.1e}")
+    assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("move", MOVES)
+def test_every_tensor_survives_another_layout_bit_for_bit(move: str, precision: str, pool: GlooPool, tmp_path: Path) -> None:
+    model, (before, processes_before), (after, processes_after) = MOVES[move]
+    part = Part(model, tmp_path / "a", before, precision)
+    pool.run(processes_before, train_and_save, part, 1)
+    pool.run(processes_after, load_and_save_to, replace(part, parallel=after, seed=99), tmp_path / "b")
+    first, second = (store.require_checkpoint(tmp_path / name) for name in "ab")
+    count = assert_same_tensors(first, second)
+    assert store.read_state(first) == store.read_state(second)
+    weights = len(MegatronSource(first).specs)
+    print(f"{move}, {precision}: {count} tensors of {weights} weights equal")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("model", "parallel", "processes"), [(DENSE, DP, 2), (MOE, ETP1, 4)], ids=["dense", "MoE"])
+def test_same_layout_continues_bit_for_bit(
+    model: ModelConfig, parallel: ParallelConfig, processes: int, precision: str, pool: GlooPool, tmp_path: Path
+) -> None:
+    whole = pool.run(processes, train_and_save, Part(model, tmp_path / "whole", parallel, precision), 4)
+    part = Part(model, tmp_path / "run", parallel, precision)
+    first = pool.run(processes, train_and_save, part, 2)
+    second = pool.run(processes, train_and_save, replace(part, seed=99), 4)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+    assert_same_tensors(tmp_path / "whole" / "iter_0000004", tmp_path / "run" / "iter_0000004")
+
+
+def test_master_weights_are_kept_at_full_precision(pool: GlooPool, tmp_path: Path) -> None:
+    pool.run(2, train_and_save, Part(MOE, tmp_path, DP, "bf16"), 2)
+    tensors = tensors_of(store.require_checkpoint(tmp_path))
+    masters = {key.removeprefix("optimizer.state.param."): t for key, t in tensors.items() if key.startswith("optimizer.state.param.")}
+    assert masters.keys() == {key for key in tensors if not key.startswith("optimizer.")}
+    for key, master in masters.items():
+        assert master.dtype == torch.float32
+        assert tensors[key].dtype == torch.bfloat16 or key.endswith("router.weight")
+        assert torch.equal(master.to(tensors[key].dtype), tensors[key])
+    weight = masters["embedding.word_embeddings.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float()), "master weights hold no more than bf16 would"
+
+
+def test_random_states_are_those_that_were_saved(pool: GlooPool, tmp_path: Path) -> None:
+    part = Part(MOE, tmp_path, ETP1)
+    pool.run(4, train_and_save, part, 1)
+    restored = pool.run(4, resumed_random_states, replace(part, seed=99))
+    assert all(same for same, _ in restored)
+
+
+def test_a_new_optimizer_can_be_asked_for(pool: GlooPool, tmp_path: Path) -> None:
+    part = Part(MOE, tmp_path / "run", EP)
+    pool.run(2, train_and_save, part, 2)
+    fresh = replace(part, checkpoint=(("load_optimizer", False),))
+    pool.run(2, train_and_save, fresh, 3)
+    state = store.read_state(store.require_checkpoint(tmp_path / "run"))
+    assert (state.iteration, state.consumed_samples, state.optimizer_steps) == (3, 24, 1)
+
+
+def test_a_run_starts_from_the_weights_of_another(pool: GlooPool, tmp_path: Path) -> None:
+    pool.run(2, train_and_save, Part(MOE, tmp_path / "a", EP), 2)
+    part = Part(MOE, tmp_path / "b", ETP1, checkpoint=(("initialize_from", str(tmp_path / "a")),))
+    pool.run(4, train_and_save, part, 0)
+    a, b = MegatronSource(tmp_path / "a"), MegatronSource(tmp_path / "b")
+    assert a.specs == b.specs
+    assert all(torch.equal(a.read(name), b.read(name)) for name in a.specs)
+    state = store.read_state(store.require_checkpoint(tmp_path / "b"))
+    assert (state.iteration, state.consumed_samples) == (0, 0)
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def fail_to_save_on_one_rank(part: Part) -> str:
+    """Rank 1 may write only a few bytes to a file; return the error of this rank."""
+    session = open_part(part)
+    train_steps(session, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        session.save()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return "saved"
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_never_looks_complete(pool: GlooPool, tmp_path: Path) -> None:
+    part = Part(DENSE, tmp_path, DP)
+    errors = pool.run(2, fail_to_save_on_one_rank, part)
+    assert len(set(errors)) == 1
+    assert "not saved" in errors[0]
+    assert "rank 1: " in errors[0]
+    assert store.find_checkpoint(tmp_path) is None
+    # The same command again starts over, and clears up.
+    pool.run(2, train_and_save, part, 1)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+
+
+def test_old_checkpoints_go_when_newer_ones_are_complete(pool: GlooPool, tmp_path: Path) -> None:
+    part = Part(DENSE, tmp_path, ALONE, checkpoint=(("keep_last", 2),))
+    for step in (1, 2, 3, 4):
+        pool.run(1, train_and_save, part, step)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+    assert (tmp_path / store.TRACKER_FILE).read_text() == "4\n"
+
+
+def test_another_model_is_refused_by_name_of_the_fields(pool: GlooPool, tmp_path: Path) -> None:
+    pool.run(1, train_and_save, Part(MOE, tmp_path, ALONE), 1)
+    other = replace(MOE, moe_router_topk=3, num_query_groups=4)
+    with pytest.raises(WorkerFailure, match="holds another model") as failure:
+        pool.run(1, train_and_save, Part(other, tmp_path, ALONE), 2)
+    assert "model.moe_router_topk: 2 in the checkpoint, 3 in this run" in str(failure.value)
+    assert "model.num_query_groups: 2 in the checkpoint, 4 in this run" in str(failure.value)
+
+
+def test_missing_tensors_are_named(pool: GlooPool, tmp_path: Path) -> None:
+    pool.run(1, train_and_save, Part(DENSE, tmp_path / "whole", ALONE), 1)
+    source = MegatronSource(tmp_path / "whole")
+    specs = {name: spec for name, spec in source.specs.items() if "layers.2" not in name}
+    with MegatronSink(tmp_path / "lacking", specs, {"model": to_mapping(DENSE)}) as sink:
+        for name in specs:
+            sink.write(name, source.read(name))
+    part = Part(DENSE, tmp_path / "new", ALONE, checkpoint=(("initialize_from", str(tmp_path / "lacking")),))
+    with pytest.raises(WorkerFailure, match=r"missing: decoder\.layers\.2\.mlp\.linear_fc1\.weight \[192, 64\]"):
+        pool.run(1, open_and_forget, part)
+
+
+def open_and_forget(part: Part) -> None:
+    open_part(part)
+
+
+def test_a_damaged_file_is_named(pool: GlooPool, tmp_path: Path) -> None:
+    part = Part(DENSE, tmp_path, ALONE)
+    pool.run(1, train_and_save, part, 1)
+    data = tmp_path / "iter_0000001" / "__0_0.distcp"
+    with open(data, "r+b") as file:
+        file.truncate(data.stat().st_size // 2)
+    with pytest.raises(WorkerFailure, match=r"__0_0\.distcp ends inside"):
+        pool.run(1, train_and_save, part, 2)
+
+
+# --- megatron-core reads and writes the same format ----------------------------------------------------------------------
+
+
+def plain_model_state(part: Part) -> tuple[Session, dict[str, object]]:
+    """A session and its model's sharded state dict, as megatron-core makes it."""
+    session = open_part(part)
+    metadata = {"singleton_local_shards": False, "non_homogeneous_layers": True, "dp_cp_group": session.groups.dp}
+    states = {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(session.chunks)}
+    return session, states
+
+
+def load_with_megatron_core(part: Part, checkpoint: Path) -> bool:
+    """Overwrite fresh weights by what megatron-core loads from `checkpoint`; compare with what we load."""
+    session, states = plain_model_state(part)
+    # Its layers ask for Transformer Engine's fp8 state too, which no checkpoint of this backend has.
+    loaded = dist_checkpointing.load(states, str(checkpoint), strict=StrictHandling.LOG_ALL)
+    for number, chunk in enumerate(session.chunks):
+        chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+    measured = {box.key + str(box.offset): box.data.clone() for box in model_boxes(session.chunks)}
+    session.resume(checkpoint)
+    return all(torch.equal(measured[box.key + str(box.offset)], box.data) for box in model_boxes(session.chunks))
+
+
+def save_with_megatron_core(part: Part, directory: Path) -> None:
+    """Save the model with megatron-core and, for comparison, with us."""
+    session, states = plain_model_state(part)
+    if dist.get_rank() == 0:
+        directory.mkdir()
+    dist.barrier()
+    # Its writer starts processes, which a daemon (every worker of the pool) may not do.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    dist_checkpointing.save(states, str(directory))
+    session.save()
+
+
+@pytest.mark.parametrize(("model", "parallel", "processes"), [(DENSE, VPP, 2), (MOE, ALL, 8)], ids=["dense", "MoE"])
+def test_megatron_core_loads_our_checkpoints(
+    model: ModelConfig, parallel: ParallelConfig, processes: int, pool: GlooPool, tmp_path: Path
+) -> None:
+    pool.run(1, train_and_save, Part(model, tmp_path / "run", ALONE), 1)
+    part = Part(model, tmp_path / "none", parallel, seed=99)
+    assert all(pool.run(processes, load_with_megatron_core, part, store.require_checkpoint(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(("model", "parallel", "processes"), [(DENSE, VPP, 2), (MOE, ETP2, 4)], ids=["dense", "MoE"])
+def test_we_read_checkpoints_of_megatron_core(
+    model: ModelConfig, parallel: ParallelConfig, processes: int, pool: GlooPool, tmp_path: Path
+) -> None:
+    pool.run(processes, save_with_megatron_core, Part(model, tmp_path / "ours", parallel), tmp_path / "theirs")
+    ours, theirs = MegatronSource(tmp_path / "ours"), MegatronSource(tmp_path / "theirs")
+    assert ours.specs == theirs.specs
+    assert all(torch.equal(ours.read(name), theirs.read(name)) for name in ours.specs)
