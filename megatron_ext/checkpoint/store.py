@@ -139,9 +139,10 @@ def publish(partial: Path, final: Path, iteration: int) -> None:
     """Give a finished checkpoint its name and note it as the newest."""
     for path in (*partial.iterdir(), partial):
         _sync(path)
-    if final.exists():
-        _remove(final)
+    replaced = _set_aside(final) if final.exists() else None
     partial.rename(final)
+    if replaced is not None:
+        shutil.rmtree(replaced)
     tracker = final.parent / TRACKER_FILE
     beside = tracker.with_name(tracker.name + _UNFINISHED)
     beside.write_text(f"{iteration}\n")
@@ -220,14 +221,14 @@ def _prepare(partial: Path) -> None:
 def _remove_old(directory: Path, keep_last: int | None) -> None:
     if keep_last is not None:
         for old in _complete_checkpoints(directory)[:-keep_last]:
-            _remove(old)
+            shutil.rmtree(_set_aside(old))
 
 
-def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; it stops looking complete before its first file goes."""
-    doomed = checkpoint.with_name(checkpoint.name + _UNFINISHED)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that it stops looking complete before its first file is deleted."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.old{_UNFINISHED}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 def _sync(path: Path) -> None:

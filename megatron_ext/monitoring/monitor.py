@@ -1,7 +1,9 @@
 """Reports of a run: one line a step on the console, everything in the metrics file and in W&B. Only rank 0 has one."""
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +75,13 @@ class Monitor:
         log.info("step %d | validation loss %.4f", iteration, loss)
         self._file.write({"iteration": iteration, "validation_loss": loss, "time": time.time()})
         self._wandb.log({"validation/loss": loss}, iteration)
-        self.restart_clock()
 
-    def restart_clock(self) -> None:
-        """Leave out of the throughput what happened since the last report."""
-        self._last_time = time.perf_counter()
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leave out of the throughput what happens inside: validation, saving."""
+        begun = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - begun
 
     def close(self, *, failed: bool = False) -> None:
         """Finish all records."""

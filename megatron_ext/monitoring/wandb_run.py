@@ -10,6 +10,9 @@ from megatron_ext.config import WandbConfig
 
 log = logging.getLogger(__name__)
 
+# Without a limit wandb waits at the end until the network is back, and the job with it.
+_FINISH_SECONDS = 60
+
 
 def new_run_id() -> str:
     """An identifier for a W&B run."""
@@ -77,5 +80,5 @@ def _start(settings: WandbConfig, mode: str, run_id: str, directory: Path, confi
         mode=mode,
         dir=str(where),
         config=dict(configuration),
-        settings=wandb.Settings(init_timeout=30, console="off", silent=True),
+        settings=wandb.Settings(init_timeout=30, finish_timeout=_FINISH_SECONDS, console="off", silent=True),
     )

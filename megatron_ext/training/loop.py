@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import logging
 import math
 
@@ -56,17 +57,20 @@ def _train(session: Session, data: RunData, monitor: Monitor | None) -> None:
         done = session.state.iteration
         if _due(done, run.logging.log_interval, last):
             _report(session, monitor, result, lr)
-        if run.train.eval_interval is not None and _due(done, run.train.eval_interval, last):
-            loss = session.validate(data.validation(session))
-            if monitor is not None:
-                monitor.validation(done, loss)
-        if _due(done, run.checkpoint.save_interval, last):
-            _require_finite(float(result.loss), done)
-            log.info("saved %s", session.save())
-            if monitor is not None:
-                monitor.restart_clock()
+        with monitor.clock_stopped() if monitor is not None else contextlib.nullcontext():
+            if run.train.eval_interval is not None and _due(done, run.train.eval_interval, last):
+                _validate(session, data, monitor)
+            if _due(done, run.checkpoint.save_interval, last):
+                _require_finite(float(result.loss), done)
+                log.info("saved %s", session.save())
         if done == last:
             break
+
+
+def _validate(session: Session, data: RunData, monitor: Monitor | None) -> None:
+    loss = session.validate(data.validation(session))
+    if monitor is not None:
+        monitor.validation(session.state.iteration, loss)
 
 
 def _due(done: int, interval: int | None, last: int) -> bool:

@@ -1,0 +1,56 @@
+"""Reports of a run: throughput and FLOP/s from the clock and the formula, in the metrics file and on the console."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config import to_mapping
+from megatron_ext.mcore.moe.metrics import ExpertStatistics
+from megatron_ext.monitoring.metrics_file import read_metrics
+from megatron_ext.monitoring.monitor import Monitor, StepReport
+from megatron_ext.planning.flops import training_flops_per_token
+from megatron_ext.testing.tiny import tiny_model
+from tests.unit.config.test_load import load, mapping
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+
+def step(iteration: int, experts: ExpertStatistics | None = None) -> StepReport:
+    return StepReport(iteration, 2.5, 1e-3, 0.7, iteration * 8, 3 * 2**20, experts)
+
+
+def test_throughput_leaves_out_what_is_not_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock(monkeypatch)
+    caplog.set_level(logging.INFO)
+    raw = mapping(checkpoint={"directory": str(tmp_path)}, logging={"log_interval": 4, "peak_tflops": 1e-3})
+    raw["model"] = to_mapping(tiny_model(moe=True))
+    run = load(raw)
+    monitor = Monitor(run, run.resolve(2), 0, "abcd1234")
+    clock.now += 20  # two steps
+    with monitor.clock_stopped():
+        clock.now += 1000
+        monitor.validation(2, 3.25)
+    clock.now += 20  # two more
+    load_of_layers = {1: [0.4, 0.2, 0.2, 0.2], 2: [0.25] * 4}
+    monitor.step(step(4, ExpertStatistics(load_of_layers, {1: 1.1, 2: 1.0})))
+    monitor.close()
+    validation, report = read_metrics(tmp_path / "metrics.jsonl")
+    assert validation["validation_loss"] == 3.25
+    assert report["seconds_per_step"] == 10
+    rate = 8 * 64 / 10
+    assert report["tokens_per_second"] == pytest.approx(rate)
+    tflops = rate * training_flops_per_token(run.model, 64) / 2 / 1e12
+    assert report["tflops_per_device"] == pytest.approx(tflops)
+    assert report["mfu"] == pytest.approx(tflops / 1e-3)
+    assert report["expert_load"] == {"1": [0.4, 0.2, 0.2, 0.2], "2": [0.25] * 4}
+    assert report["balance_loss"] == {"1": 1.1, "2": 1.0}
+    assert report["consumed_tokens"] == 4 * 8 * 64
+    assert "step 4/100 | loss 2.5000 | lr 1.00e-03 | norm 0.700 | 51 tok/s" in caplog.text
+    assert "MaxVio 0.60" in caplog.text

@@ -1,0 +1,63 @@
+"""Weights & Biases: runs are recorded and continued, and nothing that happens to it reaches training."""
+
+from pathlib import Path
+
+from tests.unit.monitoring import wandb_client
+from tests.unit.monitoring.wandb_server import WandbServer
+from tests.workspace import command
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+def report(directory: Path, mode: str, *arguments: str, url: str = NOWHERE, key: str = "0" * 40) -> str:
+    """Run the client; return what it logged."""
+    environment = {"WANDB_BASE_URL": url, "WANDB_API_KEY": key, "WANDB_MODE": "online", "NETRC": "/nonexistent", "HOME": str(directory)}
+    process = command("-m", wandb_client.__name__, directory / "run", mode, *(arguments or ("1", "3")), timeout=60, **environment)
+    assert process.returncode == 0, process.stderr
+    assert "training went on to its end" in process.stdout
+    return process.stderr
+
+
+def recorded(directory: Path) -> list[str]:
+    return sorted(path.parent.name[: path.parent.name.index("run")] for path in directory.glob("run/wandb/*run-*-abcd1234/run-abcd1234.wandb"))
+
+
+def test_off_leaves_nothing(tmp_path: Path) -> None:
+    report(tmp_path, "off")
+    assert not (tmp_path / "run").exists()
+
+
+def test_offline_keeps_the_run_for_a_later_sync_under_its_id(tmp_path: Path) -> None:
+    report(tmp_path, "offline")
+    assert recorded(tmp_path) == ["offline-"]
+
+
+def test_online_reports_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
+    server = WandbServer()
+    report(tmp_path, "online", "1", "2", url=server.url)
+    report(tmp_path, "online", "3", "3", url=server.url)
+    server.go_away()
+    assert set(server.started) == {"abcd1234"}
+    assert [(line["_step"], line["loss"]) for line in server.history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert server.history[0]["load"]["values"] == [0.5, 0.25, 0.25]
+
+
+def test_without_credentials_it_goes_offline(tmp_path: Path) -> None:
+    assert "set WANDB_API_KEY or run `wandb login`" in report(tmp_path, "online", key="")
+    assert recorded(tmp_path) == ["offline-"]
+
+
+def test_without_network_it_goes_offline(tmp_path: Path) -> None:
+    assert "could not start in mode online" in report(tmp_path, "online")
+    assert recorded(tmp_path) == ["offline-"]
+
+
+def test_the_network_may_go_away_for_good(tmp_path: Path) -> None:
+    server = WandbServer(only_start=True)
+    report(tmp_path, "online", "1", "20", url=server.url)
+    assert server.started == ["abcd1234"]
+    assert recorded(tmp_path) == [""]
+
+
+def test_wandb_may_die(tmp_path: Path) -> None:
+    assert "W&B stopped taking reports" in report(tmp_path, "offline", "1", "20", "kill")

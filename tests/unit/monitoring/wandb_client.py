@@ -1,0 +1,33 @@
+"""Starts, feeds and ends a W&B run as training does, in a process of its own: wandb reads its environment only once.
+
+Arguments: directory, mode, first step, last step, and `kill` to end wandb's service process after the start.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import psutil
+
+from megatron_ext.config import WandbConfig
+from megatron_ext.monitoring import wandb_run
+from megatron_ext.monitoring.wandb_run import WandbRun
+
+
+def main(directory: str, mode: str, first: str, last: str, kill: str = "") -> None:
+    logging.basicConfig(level=logging.INFO)
+    wandb_run._FINISH_SECONDS = 3
+    run = WandbRun(WandbConfig(mode=mode), "abcd1234", Path(directory), {"model": {"num_layers": 4}})
+    if kill:
+        service = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb")]
+        assert service
+        for process in service:
+            process.kill()
+    for step in range(int(first), int(last) + 1):
+        run.log({"loss": 1.0 / step, "load": run.load([0.5, 0.25, 0.25])}, step)
+    run.close()
+    print("training went on to its end")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
