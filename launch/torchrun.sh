@@ -20,9 +20,12 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((gpus > 0 ? 8 : 1))}
 
 if [ -z "${MASTER_ADDR:-}" ]; then
+  [ "${NNODES:-1}" = 1 ] || { echo "error: NNODES=$NNODES: several nodes need MASTER_ADDR, the host of node 0" >&2; exit 2; }
   rendezvous=(--standalone)
 else
   : "${NNODES:?set NNODES, the number of nodes}" "${NODE_RANK:?set NODE_RANK, 0 on the node of MASTER_ADDR}"
   rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
+# One process reads the run before many start: what is wrong with it is said once, with exit code 2.
+"$python" "$root/tools/train.py" "$@" --check --world-size $((per_node * ${NNODES:-1})) > /dev/null
 exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$per_node" "$root/tools/train.py" "$@"

@@ -1,7 +1,9 @@
 """What every command line shares: options made from a configuration, help that teaches, and exit codes."""
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -29,12 +31,23 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except MegatronExtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise  # not about a file: a fault of ours, or of the network
+        _fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    # Most faults meet every rank. A launcher ends the others once one has exited: before they repeat what it said.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def run_parser(description: str) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_ext.config import dump_yaml
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
+from megatron_ext.monitoring.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
@@ -92,3 +93,8 @@ def train(processes: int, *arguments: str | Path, timeout: float = 240) -> subpr
     """Train as a user would, on several processes with torchrun."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)) if processes > 1 else ()
     return command(*launcher, TOOLS / "train.py", *arguments, timeout=timeout)
+
+
+def reported_losses(directory: Path) -> list[float]:
+    """The training losses of a run, step by step."""
+    return [record["loss"] for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]

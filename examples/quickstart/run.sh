@@ -19,7 +19,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=true HF_HUB_DISABLE_PROGRESS_BAR
 tool() { local name=$1; shift; "$python" "$tools/$name.py" "$@"; }
 
 # train PROCESSES RUN.yaml [key=value ...]
-train() { local n=$1; shift; "$python" -m torch.distributed.run --standalone --nproc-per-node "$n" "$tools/train.py" "$@"; }
+train() { local n=$1; shift; PYTHON=$python NPROC_PER_NODE=$n MASTER_ADDR="" "$here/../../launch/torchrun.sh" "$@"; }
 
 # step NAME RESULT COMMAND...: run COMMAND unless RESULT is there already
 step() {

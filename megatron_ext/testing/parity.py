@@ -1,5 +1,6 @@
 """Is a layout equal to one process? The same model, weights and data trained for a few steps in both."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,4 +105,6 @@ def compare(measured: Trajectory, reference: Trajectory) -> Difference:
 
 
 def _relative(measured: Sequence[float], reference: Sequence[float]) -> float:
-    return max(abs(m - r) / abs(r) for m, r in zip(measured, reference, strict=True))
+    differences = [abs(m - r) / abs(r) for m, r in zip(measured, reference, strict=True)]
+    # NaN compares false with everything: max() would pass it over.
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf

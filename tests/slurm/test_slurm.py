@@ -5,15 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.monitoring.metrics_file import read_metrics
 from tests.slurm.cluster import Cluster, unavailable
-from tests.workspace import prepare_data, run_mapping, train, write_run
+from tests.workspace import prepare_data, reported_losses, run_mapping, train, write_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(unavailable() is not None, reason=f"no Slurm: {unavailable()}")]
-
-
-def losses(directory: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
 
 
 def test_two_nodes_train_like_one_process(tmp_path: Path, repository: Path) -> None:
@@ -48,7 +43,7 @@ def test_two_nodes_train_like_one_process(tmp_path: Path, repository: Path) -> N
     output = (tmp_path / "job.out").read_text()
     assert state == "COMPLETED", output
     assert f"job {job} on 2 nodes" in output
-    measured, expected = losses(tmp_path / "cluster"), losses(tmp_path / "alone")
+    measured, expected = reported_losses(tmp_path / "cluster"), reported_losses(tmp_path / "alone")
     difference = max(abs(m - e) / e for m, e in zip(measured, expected, strict=True))
     print(f"2 nodes x 2 processes against one process: largest relative difference of the loss {difference:.1e}")
     assert difference < 1e-5  # fp32 rounding, as in the parity grid

@@ -1,0 +1,122 @@
+"""Every command line says what it does, reads its example, and answers bad input with one message and exit code 2."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config import dump_yaml, load_config, load_run, read_yaml
+from tests.workspace import ROOT, TOOLS, command, run_mapping, write_run
+
+TOOL_NAMES = sorted(path.stem for path in TOOLS.glob("*.py") if path.stem != "__init__")
+EXAMPLE = ROOT / "examples" / "quickstart"
+RUNS = [path for path in sorted(ROOT.glob("examples/*/*.yaml")) if "model" in read_yaml(path)]
+OPTIONS = [path for path in sorted(ROOT.glob("examples/*/*.yaml")) if path not in RUNS]
+
+
+def assert_clear_error(process: object, *parts: str) -> None:
+    stderr: str = process.stderr  # type: ignore[attr-defined]
+    assert process.returncode == 2, stderr  # type: ignore[attr-defined]
+    assert "Traceback" not in stderr
+    assert stderr.count("error: ") == 1
+    for part in parts:
+        assert part in stderr
+
+
+@pytest.mark.parametrize("tool", TOOL_NAMES)
+def test_help_teaches(tool: str) -> None:
+    process = command(TOOLS / f"{tool}.py", "--help")
+    assert process.returncode == 0
+    assert f"python tools/{tool}.py" in process.stdout, "no example of use"
+
+
+@pytest.mark.parametrize("tool", [name for name in TOOL_NAMES if name not in ("train", "prove", "tokenizer")])
+def test_every_option_is_explained(tool: str) -> None:
+    text = command(TOOLS / f"{tool}.py", "--help").stdout
+    module = importlib.import_module(f"tools.{tool}")
+    (options,) = (value for name, value in vars(module).items() if name.endswith("Options"))
+    flat = " ".join(text.split())
+    for name, info in options.__pydantic_fields__.items():
+        assert f"--{name.replace('_', '-')}" in text or name.upper() in text
+        assert info.description, f"{tool}: {name} has no docstring"
+        assert " ".join(info.description.split()[:4]) in flat
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
+def test_example_options_are_those_of_their_tool(path: Path) -> None:
+    module = importlib.import_module(f"tools.{path.stem}")
+    cls = module.TrainOptions if path.stem == "tokenizer" else getattr(module, f"{path.stem.capitalize()}Options")
+    load_config(cls, read_yaml(path), source=str(path))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_example_runs_are_valid(path: Path, tmp_path: Path) -> None:
+    process = command(TOOLS / "train.py", path, "--check")
+    assert process.returncode == 0, process.stderr
+    assert "rank grid" in process.stdout
+
+
+def test_check_shows_the_run_and_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    process = command(TOOLS / "train.py", EXAMPLE / "moe.yaml", "train.seed=7", "--check", "--world-size", "8")
+    assert process.returncode == 0, process.stderr
+    assert not list(tmp_path.iterdir())
+    resolved, _, rest = process.stdout.partition("\nrank grid")
+    (tmp_path / "resolved.yaml").write_text(resolved)
+    assert load_run(tmp_path / "resolved.yaml") == load_run(EXAMPLE / "moe.yaml", ["train.seed=7"])
+    assert "TP 2 x DP 2 x PP 2, experts ETP 1 x EP 2 x EDP 2" in rest
+    assert re.search(r"parameters +7,607,424 in all, 4,068,480 active", rest)
+    assert "state memory" in rest
+
+
+def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
+    mapping = run_mapping(tmp_path, moe=True)
+    mapping["model"]["num_layers"] = "four"
+    mapping["trian"] = mapping.pop("train")
+    mapping["parallel"] = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1}
+    process = command(TOOLS / "train.py", write_run(tmp_path / "run.yaml", mapping), "--check")
+    assert_clear_error(
+        process,
+        "4 problems",
+        "unknown key; did you mean 'train'?",
+        "train: is required",
+        "model.num_layers = 'four': must be an integer",
+        "parallel.expert_tensor_parallel_size = 1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train.py", "nowhere.yaml"], ["nowhere.yaml: No such file"]),
+        (["prove.py", "nowhere.yaml"], ["nowhere.yaml: No such file"]),
+        (["corpus.py"], ["output: is required"]),
+        (["preprocess.py", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], ["nowhere.jsonl"]),
+        (["tokenizer.py", "train", "nowhere.jsonl", "--output", "o"], ["nowhere.jsonl"]),
+        (["upcycle.py", "nowhere", "target", "--num-experts", "4"], ["nowhere: no complete Megatron checkpoint"]),
+        (["upcycle.py", "nowhere", "target", "--num-experts", "four"], ["num_experts = 'four': must be an integer"]),
+        (["convert.py", "nowhere", "target"], ["nowhere"]),
+        (["verify.py", "nowhere", "target"], ["nowhere"]),
+        (["generate.py", "nowhere", "--prompts", "a"], ["nowhere"]),
+        (["report.py", "--metrics", "a=nowhere.jsonl", "--output", "r.html"], ["nowhere.jsonl"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_error(arguments: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_clear_error(command(TOOLS / arguments[0], *arguments[1:]), *parts)
+    assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_a_fault_that_meets_every_rank_is_said_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run.yaml", run_mapping(tmp_path))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    process = command(*launcher, TOOLS / "train.py", run, "train.global_batch_size=6", "train.micro_batch_size=1")
+    assert process.returncode != 0
+    assert process.stderr.count("no tokenizer here") == 1
+
+
+def test_options_of_a_file_and_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "corpus.yaml").write_text(dump_yaml({"output": str(tmp_path / "a.jsonl"), "outptu": 1}))
+    assert_clear_error(command(TOOLS / "corpus.py", "--config", tmp_path / "corpus.yaml"), "outptu = 1: unknown key; did you mean 'output'?")

@@ -1,0 +1,69 @@
+"""tools/prove.py: a user's layout is proven on this machine, and a layout that differs would be seen."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config import load_run
+from megatron_ext.testing.parity import Trajectory
+from megatron_ext.testing.prove import TOLERANCE, Proof, plan_proof
+from tests.workspace import ROOT, TOOLS, command, run_mapping, write_run
+
+EXAMPLE = ROOT / "examples" / "quickstart" / "moe.yaml"
+
+
+def test_the_quickstart_layout_is_proven() -> None:
+    process = command(TOOLS / "prove.py", EXAMPLE, "--world-size", "8", "--processes", "8")
+    assert process.returncode == 0, process.stderr
+    assert "training 5 steps on 8 processes" in process.stdout
+    assert "verdict: this layout trains what one process trains" in process.stdout
+    print(process.stdout)
+
+
+def test_a_large_run_is_shrunk_to_this_machine_and_says_so(tmp_path: Path) -> None:
+    mapping = run_mapping(tmp_path, moe=True)
+    mapping["model"] |= {"num_layers": 48, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8}
+    mapping["model"] |= {"num_moe_experts": 64, "moe_ffn_hidden_size": 2048, "moe_router_topk": 6, "moe_first_k_dense": 1}
+    mapping["parallel"] = {
+        "tensor_model_parallel_size": 4,
+        "sequence_parallel": True,
+        "pipeline_model_parallel_size": 8,
+        "virtual_pipeline_model_parallel_size": 2,
+        "expert_model_parallel_size": 8,
+        "expert_tensor_parallel_size": 1,
+    }
+    mapping["train"] |= {"global_batch_size": 1024, "micro_batch_size": 1}
+    plan = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 256, 8)
+    assert plan.processes <= 8
+    assert plan.changes[0].startswith("processes: 256 -> 8")
+    assert any(change.startswith("parallel.pipeline_model_parallel_size: 8 ->") for change in plan.changes)
+    assert "model.num_layers: 48 -> 12" in plan.changes
+    small = plan.cell.model
+    kept = ("num_moe_experts", "moe_router_topk", "num_attention_heads", "num_query_groups", "moe_first_k_dense", "moe_gating_normalization")
+    large = load_run(tmp_path / "run.yaml").model
+    assert all(getattr(small, name) == getattr(large, name) for name in kept)
+    assert small.hidden_size < 128
+
+
+def test_a_layout_that_differs_is_not_proven() -> None:
+    plan = plan_proof(load_run(EXAMPLE), 8, 8)
+    single = Trajectory((5.0, 4.0), (1.0, 1.0))
+    assert Proof(plan, single, single).holds
+    assert Proof(plan, Trajectory((5.0, 4.0 + TOLERANCE), (1.0, 1.0)), single).holds
+    assert not Proof(plan, Trajectory((5.0, 4.0), (1.0, 1.0 + 2 * TOLERANCE)), single).holds
+    assert not Proof(plan, replace(single, losses=(5.0, float("nan"))), single).holds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "6"], "6 processes cannot be split"),
+        (["parallel.expert_model_parallel_size=1"], "parallel.expert_tensor_parallel_size = 1"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_an_error(arguments: list[str], message: str) -> None:
+    process = command(TOOLS / "prove.py", EXAMPLE, *arguments)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert message in process.stderr

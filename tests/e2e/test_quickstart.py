@@ -1,0 +1,126 @@
+"""The main job as a user runs it: text to a verified Hugging Face MoE; interrupted, it goes on with what is missing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_ext.monitoring.metrics_file import read_metrics
+from tests.workspace import ROOT, reported_losses
+
+MOST_BYTES = 6 * 2**30
+
+
+def proportional_memory(process: psutil.Process) -> int:
+    """Memory of `process` and all below it; pages that several share are counted once."""
+    total = 0
+    for member in [process, *process.children(recursive=True)]:
+        try:
+            total += member.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
+def quickstart(directory: Path) -> tuple[str, int]:
+    """Run it in `directory`; return what it printed and the most memory it used."""
+    process = subprocess.Popen(
+        [ROOT / "examples" / "quickstart" / "run.sh"],
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while process.poll() is None:
+            peak = max(peak, proportional_memory(psutil.Process(process.pid)))
+            time.sleep(1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, _ = process.communicate(timeout=1200)
+    watcher.join()
+    assert process.returncode == 0, output
+    return output, peak
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
+    directory = tmp_path_factory.mktemp("quickstart")
+    output, peak = quickstart(directory)
+    return directory / "build" / "quickstart", output, peak
+
+
+def test_it_ends_with_a_summary_and_stays_within_its_memory(done: tuple[Path, str, int]) -> None:
+    out, output, peak = done
+    print(output)
+    print(f"most memory used: {peak / 2**30:.2f} GiB")
+    assert peak < MOST_BYTES
+    assert "tokens/s" in output
+    assert "build/quickstart/report.html" in output
+    assert (out / "report.html").stat().st_size > 100_000
+
+
+def test_both_phases_learn_and_the_curve_goes_on_in_the_other_layout(done: tuple[Path, str, int]) -> None:
+    out, _, _ = done
+    dense, moe = reported_losses(out / "dense"), reported_losses(out / "moe")
+    assert len(dense), len(moe) == (200, 80)
+    assert dense[-1] < dense[0] - 3
+    # The upcycled model starts where the dense one ended, and does not jump where the layout changes (step 40).
+    assert abs(moe[0] - dense[-1]) < 1
+    steps = [abs(b - a) for a, b in zip(moe[10:], moe[11:], strict=False)]
+    assert abs(moe[40] - moe[39]) <= max(steps)
+    world_sizes = [json.loads(line)["world_size"] for line in (out / "moe" / "metrics.jsonl").read_text().splitlines() if "world_size" in line]
+    assert world_sizes[-1] == 4
+    validation = [r["validation_loss"] for r in read_metrics(out / "moe" / "metrics.jsonl") if "validation_loss" in r]
+    assert validation[-1] < validation[0]
+
+
+def test_the_exported_model_is_the_trained_one(done: tuple[Path, str, int]) -> None:
+    out, _, _ = done
+    upcycling = json.loads((out / "upcycling.json").read_text())["upcycling"]
+    figures = json.loads((out / "verification.json").read_text())
+    print(f"upcycling: {upcycling}\nverification: {figures}")
+    assert upcycling["max_abs_difference"] < 1e-5 * upcycling["scale"]
+    assert figures["weights"]["different"] == []
+    assert figures["logits"]["max_abs_difference"] < 1e-5 * figures["logits"]["scale"]
+    assert figures["logits"]["argmax_agreement"] > 0.999
+    generated = json.loads((out / "generated.json").read_text())
+    assert all(row["continuation"] for row in generated)
+
+
+def test_started_again_it_does_only_what_is_missing(done: tuple[Path, str, int]) -> None:
+    out, _, _ = done
+    shutil.rmtree(out / "hf")
+    (out / "report.html").unlink()
+    output, _ = quickstart(out.parents[1])
+    lines = [line.removeprefix("== ") for line in output.splitlines() if line.startswith("== ")]
+    repeated = [line for line in lines if "done before" not in line]
+    assert repeated == ["export", "report"]
+    assert (out / "hf" / "config.json").is_file()
+    assert (out / "report.html").is_file()
+
+
+def test_another_corpus_does_not_mix_with_finished_steps(done: tuple[Path, str, int], tmp_path: Path) -> None:
+    out, _, _ = done
+    (tmp_path / "text.txt").write_text("some text")
+    process = subprocess.run(
+        [ROOT / "examples" / "quickstart" / "run.sh"],
+        cwd=out.parents[1],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, "CORPUS": str(tmp_path / "text.txt")},
+    )
+    assert process.returncode == 2
+    assert "holds results for another corpus" in process.stderr

@@ -1,0 +1,55 @@
+"""Devices, launch variables and random states: what is asked for is given, or refused with the reason."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.config import RuntimeConfig
+from megatron_ext.errors import EnvironmentFault
+from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.process_groups import start_process_group
+from megatron_ext.runtime.seeds import random_state, restore_random_state, seed_everything
+from megatron_ext.testing.pool import GlooPool
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_that_is_not_there_is_refused() -> None:
+    with pytest.raises(EnvironmentFault, match=r"runtime\.device = 'cuda': torch finds no CUDA device"):
+        choose_device(RuntimeConfig(device="cuda"))
+
+
+def test_a_half_set_launch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EnvironmentFault, match="RANK, WORLD_SIZE set, but not MASTER_ADDR, MASTER_PORT"):
+        start_process_group(RuntimeConfig(), CPU)
+
+
+def drawn_twice() -> tuple[list[float], list[float]]:
+    """Numbers drawn after a state was saved, and again after it was restored."""
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(())), random.gauss(0, 1), float(np.random.randn())]
+
+    from megatron_ext.config import ParallelConfig
+    from megatron_ext.runtime.process_groups import split_process_group
+
+    split_process_group(ParallelConfig(), RuntimeConfig(device="cpu"))
+    seed_everything(5)
+    np.random.randn()  # leaves half of a pair behind, which is part of the state
+    state = random_state(CPU)
+    first = draw()
+    seed_everything(6)
+    restore_random_state(state, CPU)
+    return first, draw()
+
+
+def test_random_states_repeat(pool: GlooPool) -> None:
+    first, second = pool.run(1, drawn_twice)[0]
+    assert first == second
