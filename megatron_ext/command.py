@@ -58,7 +58,9 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_command(cls: type[T], description: str, *, positional: Sequence[str] = (), argv: Sequence[str] | None = None) -> T:
+def parse_command(
+    cls: type[T], description: str, *, positional: Sequence[str] = (), argv: Sequence[str] | None = None
+) -> T:
     """Read a `cls` from `--config FILE` and options named after its fields; options win.
 
     Args:

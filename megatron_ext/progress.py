@@ -13,7 +13,13 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     begun, total_bytes = time.perf_counter(), 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
@@ -26,4 +32,7 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
     if not console.is_terminal and total_bytes:
         seconds = time.perf_counter() - begun
-        print(f"{what}: {total_bytes / 1e6:.1f} MB in {seconds:.1f} s ({total_bytes / 1e6 / seconds:.0f} MB/s)", file=sys.stderr)
+        print(
+            f"{what}: {total_bytes / 1e6:.1f} MB in {seconds:.1f} s ({total_bytes / 1e6 / seconds:.0f} MB/s)",
+            file=sys.stderr,
+        )

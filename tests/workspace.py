@@ -15,7 +15,9 @@ from megatron_ext.monitoring.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
-WORDS = "the model learns slowly when its data is small and every expert sees only a part of it , which is why we test".split()
+WORDS = (
+    "the model learns slowly when its data is small and every expert sees only a part of it , which is why we test"
+).split()
 
 
 def write_corpus(path: Path, documents: int = 300, seed: int = 0) -> Path:
@@ -24,7 +26,9 @@ def write_corpus(path: Path, documents: int = 300, seed: int = 0) -> Path:
     with open(path, "w", encoding="utf-8") as file:
         for number in range(documents):
             words = generator.choices(WORDS, k=generator.randint(20, 120))
-            file.write(json.dumps({"text": f"{number}: {' '.join(words)}.\n日本語 {number}"}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"text": f"{number}: {' '.join(words)}.\n日本語 {number}"}, ensure_ascii=False) + "\n"
+            )
     return path
 
 
@@ -91,7 +95,9 @@ def command(*arguments: str | Path, timeout: float = 240, **environment: str) ->
 
 def train(processes: int, *arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Train as a user would, on several processes with torchrun."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)) if processes > 1 else ()
+    launcher = (
+        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)) if processes > 1 else ()
+    )
     return command(*launcher, TOOLS / "train.py", *arguments, timeout=timeout)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write a corpus that every machine has: documentation and sources of the running Python, as JSONL.
 
-  python tools/corpus.py --output corpus.jsonl
+python tools/corpus.py --output corpus.jsonl
 """
 
 from pydantic import Field

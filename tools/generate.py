@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Continue prompts with a model: a Hugging Face directory or a Megatron checkpoint.
 
-  python tools/generate.py CHECKPOINT_OR_HF --prompts "Once upon a time"
+python tools/generate.py CHECKPOINT_OR_HF --prompts "Once upon a time"
 """
 
 import json
@@ -30,7 +30,7 @@ class GenerateOptions:
     seed: int = 0
     """Seed of the sampling."""
     trust_remote_code: bool = False
-    """Run modelling code inside a Hugging Face directory. Code that this framework shipped, unchanged, needs no trust."""
+    """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
     output: str | None = None
     """JSON file for prompts and continuations."""
 

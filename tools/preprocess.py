@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tokenize documents into train, validation and test files for training. Interrupted, it goes on where it was.
 
-  python tools/preprocess.py corpus.jsonl ... --tokenizer DIR --output DIR
+python tools/preprocess.py corpus.jsonl ... --tokenizer DIR --output DIR
 """
 
 import os

@@ -31,9 +31,9 @@ def main() -> None:
     rows = zip(proof.layout.losses, proof.single.losses, proof.layout.norms, proof.single.norms, strict=True)
     for step, (loss, single_loss, norm, single_norm) in enumerate(rows, start=1):
         print(f"  {step:4d}  {loss:12.7f}  {single_loss:15.7f}  {norm:17.7f}  {single_norm:15.7f}")
-    worst = proof.difference
-    print(f"largest relative difference: loss {worst.loss:.1e}, gradient norm {worst.norm:.1e} (accepted: {TOLERANCE:.0e})")
-    print("verdict: this layout trains what one process trains" if proof.holds else "verdict: this layout is NOT equal to one process")
+    loss, norm = proof.difference.loss, proof.difference.norm
+    print(f"largest relative difference: loss {loss:.1e}, gradient norm {norm:.1e} (accepted: {TOLERANCE:.0e})")
+    print(f"verdict: this layout {'trains what one process trains' if proof.holds else 'is NOT equal to one process'}")
     sys.exit(0 if proof.holds else 1)
 
 

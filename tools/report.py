@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write one self-contained HTML page about one or more training runs, and print their summary.
 
-  python tools/report.py --metrics dense=runs/dense/metrics.jsonl moe=runs/moe/metrics.jsonl --output report.html
+python tools/report.py --metrics dense=runs/dense/metrics.jsonl moe=runs/moe/metrics.jsonl --output report.html
 """
 
 from pydantic import Field

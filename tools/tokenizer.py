@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a tokenizer, or export a SentencePiece model for Hugging Face.
 
-  python tools/tokenizer.py train corpus.jsonl ... --output DIR --vocab-size 8192
-  python tools/tokenizer.py export tokenizer.model --output DIR
+python tools/tokenizer.py train corpus.jsonl ... --output DIR --vocab-size 8192
+python tools/tokenizer.py export tokenizer.model --output DIR
 """
 
 import os

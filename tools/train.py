@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train a model, or go on training it where it was interrupted.
 
-  torchrun --nproc-per-node 8 tools/train.py RUN.yaml [section.key=value ...]
-  python tools/train.py RUN.yaml                  one process
-  python tools/train.py RUN.yaml --check          show the resolved run, start nothing
+torchrun --nproc-per-node 8 tools/train.py RUN.yaml [section.key=value ...]
+python tools/train.py RUN.yaml                  one process
+python tools/train.py RUN.yaml --check          show the resolved run, start nothing
 """
 
 from megatron_ext.command import run_command, run_parser

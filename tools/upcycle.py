@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make a Mixture-of-Experts checkpoint out of a dense one, and measure whether it computes the same.
 
-  python tools/upcycle.py DENSE_CHECKPOINT TARGET --num-experts 8
+python tools/upcycle.py DENSE_CHECKPOINT TARGET --num-experts 8
 """
 
 from dataclasses import replace
@@ -59,7 +59,11 @@ def main() -> None:
         upcycle(o.source, o.target, moe, method, seed=o.seed, force=o.force, progress=progress)
     comparison = function_check(o.source, o.target, moe, method, comparison_batches(o.source, o.text, None))
     expected = method.inexact(moe) or "the function is kept"
-    print(f"{o.target}: {o.method}, {moe.num_moe_experts} experts; expected: {expected}", *logit_lines(comparison), sep="\n")
+    print(
+        f"{o.target}: {o.method}, {moe.num_moe_experts} experts; expected: {expected}",
+        *logit_lines(comparison),
+        sep="\n",
+    )
     if o.figures:
         write_figures(o.figures, upcycling=comparison)
 

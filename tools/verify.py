@@ -33,7 +33,7 @@ class VerifyOptions:
     tolerance: float = Field(default=1e-5, gt=0)
     """Largest difference of logits that counts as equal, as a share of the largest logit."""
     trust_remote_code: bool = False
-    """Run modelling code inside a Hugging Face directory. Code that this framework shipped, unchanged, needs no trust."""
+    """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
     figures: str | None = None
     """JSON file for the figures."""
 

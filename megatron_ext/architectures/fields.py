@@ -12,10 +12,10 @@ from megatron_ext.config import ModelConfig, load_config
 from megatron_ext.errors import ConfigError, ConversionError
 
 HARMLESS = frozenset(
-    "_name_or_path architectures auto_map bos_token_id dtype eos_token_id initializer_range keys_to_ignore_at_inference "
-    "model_type output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp return_dict "
-    "router_aux_loss_coef tokenizer_class torch_dtype transformers_version use_cache is_encoder_decoder id2label "
-    "label2id problem_type chunk_size_feed_forward".split()
+    "_name_or_path architectures auto_map bos_token_id dtype eos_token_id initializer_range "
+    "keys_to_ignore_at_inference model_type output_attentions output_hidden_states output_router_logits "
+    "pad_token_id pretraining_tp return_dict router_aux_loss_coef tokenizer_class torch_dtype transformers_version "
+    "use_cache is_encoder_decoder id2label label2id problem_type chunk_size_feed_forward".split()
 )
 """Fields that do not change the logits of a forward pass."""
 
@@ -170,7 +170,9 @@ def config_to_megatron(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any], *,
         ConversionError: listing every field that no rule knows and every value that cannot be expressed.
     """
     known = {name for rule in rules for name in rule.hf_names()} | HARMLESS
-    faults = [f"{name} = {raw[name]!r}: may change the model and is not understood" for name in raw if name not in known]
+    faults = [
+        f"{name} = {raw[name]!r}: may change the model and is not understood" for name in raw if name not in known
+    ]
     fields: dict[str, Any] = {}
     for rule in rules:
         try:
@@ -183,5 +185,3 @@ def config_to_megatron(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any], *,
         return load_config(ModelConfig, fields, source=source)
     except ConfigError as error:
         raise ConversionError(str(error)) from error
-
-

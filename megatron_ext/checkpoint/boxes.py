@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Box:
-    """`data` stands at `offset` of the global tensor `key`. `data` is live memory: saving reads it, loading fills it."""
+    """`data` stands at `offset` of the global tensor `key`. It is live memory: saving reads it, loading fills it."""
 
     key: str
     global_shape: Shape

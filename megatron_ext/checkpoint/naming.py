@@ -16,7 +16,9 @@ _INPUT_NORM = re.compile(r"(decoder\.layers\.\d+)\.input_layernorm\.weight")
 _MLP_NORM = re.compile(r"(decoder\.layers\.\d+)\.pre_mlp_layernorm\.weight")
 _EXPERT = re.compile(r"(decoder\.layers\.\d+)\.mlp\.experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
 _STORED_EXPERTS = re.compile(r"(decoder\.layers\.\d+)\.mlp\.experts\.experts\.(linear_fc[12]\.(?:weight|bias))")
-_STORED_FUSED_NORM = re.compile(r"(decoder\.layers\.\d+)\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_weight")
+_STORED_FUSED_NORM = re.compile(
+    r"(decoder\.layers\.\d+)\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_weight"
+)
 _STACKED_LAYERS = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state")
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories as tensor streams: safetensors shards with an index, read lazily and written as they come."""
+"""Hugging Face directories as tensor streams: safetensors shards with an index, read lazily, written as they come."""
 
 import json
 import struct
@@ -120,7 +120,7 @@ class HuggingFaceSink(TensorSink):
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         try:
             file.seek(start)
-            file.write(memoryview(data))
+            file.write(data.data)
         except OSError as error:
             raise ConversionError(f"{self.target}: cannot write {name}: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""The tensors a model has, under their canonical names, with their shapes: the yardstick of conversion and of parameter counts."""
+"""The tensors a model has, by canonical name and shape: the yardstick of conversion and of parameter counts."""
 
 from collections.abc import Iterator
 

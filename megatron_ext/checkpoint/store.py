@@ -19,7 +19,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint.boxes import Box
-from megatron_ext.checkpoint.torch_dist import METADATA_FILE, ChunkRecord, TorchDistReader, TorchDistWriter, write_metadata
+from megatron_ext.checkpoint.torch_dist import (
+    METADATA_FILE,
+    ChunkRecord,
+    TorchDistReader,
+    TorchDistWriter,
+    write_metadata,
+)
 from megatron_ext.config.yaml_text import dump_yaml, read_yaml
 from megatron_ext.errors import CheckpointError
 
@@ -131,7 +137,12 @@ def write_small_files(partial: Path, state: TrainingState, run: dict[str, Any]) 
     (partial / RUN_FILE).write_text(dump_yaml(run))
     (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
     torch.save({"iteration": state.iteration, "checkpoint_version": 3.0}, partial / "common.pt")
-    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    backends = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
     (partial / "metadata.json").write_text(json.dumps(backends) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Streams of full, canonically named tensors from and to checkpoints: one process, no process group, few tensors in memory.
+"""Streams of full, canonically named tensors from and to checkpoints, in one process and with few tensors in memory.
 
 A `TensorSource` is read by name in any order; a `TensorSink` is told beforehand what it will hold and is then written
 by name in any order. Both exist for a Megatron checkpoint (here) and for a Hugging Face directory (safetensors.py).
@@ -130,10 +130,14 @@ class MegatronSink(TensorSink):
         force: replace what is there.
     """
 
-    def __init__(self, directory: str | Path, specs: Mapping[str, TensorSpec], run: dict[str, Any], *, force: bool = False) -> None:
+    def __init__(
+        self, directory: str | Path, specs: Mapping[str, TensorSpec], run: dict[str, Any], *, force: bool = False
+    ) -> None:
         directory = Path(directory)
         if directory.exists() and any(directory.iterdir()) and not force:
-            raise ConversionError(f"{directory} is not empty; choose another place or pass --force to replace its step 0")
+            raise ConversionError(
+                f"{directory} is not empty; choose another place or pass --force to replace its step 0"
+            )
         super().__init__(directory / checkpoint_name(0), specs, force=force)
         self._run = run
         self._plan = storage_plan({name: spec.shape for name, spec in specs.items()})

@@ -89,8 +89,10 @@ def write_metadata(directory: Path, records: Iterable[ChunkRecord]) -> None:
     for key, entry in tensors.items():
         covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
         if covered != math.prod(entry.size):
-            raise CheckpointError(f"{directory}: the chunks of {key} hold {covered} of {math.prod(entry.size)} elements")
-    content = dcp.Metadata(state_dict_metadata=tensors, planner_data={}, storage_data=storage)
+            raise CheckpointError(
+                f"{directory}: the chunks of {key} hold {covered} of {math.prod(entry.size)} elements"
+            )
+    content = dcp.Metadata(state_dict_metadata={**tensors}, planner_data={}, storage_data=storage)
     beside = directory / f"{METADATA_FILE}.partial"
     with open(beside, "wb") as file:
         pickle.dump(content, file)

@@ -1,7 +1,7 @@
-"""What every configuration section is: a frozen, keyword-only, strict pydantic dataclass whose docstrings are the help."""
+"""What every configuration section is: a frozen, strict pydantic dataclass whose docstrings are the help."""
 
 from collections.abc import Callable
-from typing import TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -18,5 +18,6 @@ def config(cls: type[T]) -> type[T]:
     The docstring under each attribute becomes its `--help` text. Values are never coerced between types: a
     string where a number belongs is an error that names the key.
     """
-    make: Callable[[type[T]], type[T]] = dataclass(frozen=True, kw_only=True, config=_SETTINGS)
-    return make(cls)
+    make: Callable[[type[T]], Any] = dataclass(frozen=True, kw_only=True, config=_SETTINGS)
+    made: type[T] = make(cls)
+    return made

@@ -26,7 +26,7 @@ class DataConfig:
     validation: list[DataSource] = Field(default_factory=list)
     """The validation blend. Needed when train.eval_interval is set."""
     tokenizer: str
-    """Directory of the tokenizer the data was made with; its vocabulary must fit the model and it travels to exports."""
+    """Directory of the tokenizer the data was made with. Its vocabulary must fit the model; exports carry it."""
     cache_dir: str
     """Where sample indices are kept. All nodes must see it."""
     eod_mask_loss: bool = False

@@ -64,7 +64,7 @@ def section_types(annotation: Any) -> list[type]:
 
 
 def fields_of(cls: type) -> dict[str, Any]:
-    """pydantic's description of each field of a configuration section."""
+    """Pydantic's description of each field of a configuration section."""
     return cls.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
 
 
@@ -158,7 +158,9 @@ class _Reader:
             kinds = {_kind(v): v for v in variants}
             cls = kinds.get(value.get("kind", ""))
             if cls is None:
-                stated = f"{where}.kind = {value['kind']!r}: must be" if "kind" in value else f"{where}.kind: is required,"
+                stated = (
+                    f"{where}.kind = {value['kind']!r}: must be" if "kind" in value else f"{where}.kind: is required,"
+                )
                 self.faults.append(f"{stated} one of {', '.join(kinds)}")
                 return None
         assert cls is not None
@@ -168,7 +170,7 @@ class _Reader:
         return result
 
     def _leaf(self, info: Any, value: Any, where: str) -> Any:
-        annotation = typing.Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+        annotation: Any = typing.Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
         adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(strict=True))
         try:
             self.values[where] = adapter.validate_python(value)

@@ -51,7 +51,7 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = True
     """False: the output layer uses the input embedding's weights."""
     init_method_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of initial weights; layers that write to the residual stream use std / sqrt(2 * num_layers)."""
+    """Standard deviation of initial weights; layers that write to the residual stream: it / sqrt(2 * num_layers)."""
     make_vocab_size_divisible_by: int = Field(default=128, ge=1)
     """The padded vocabulary is a multiple of this, whatever the tensor-parallel size, so that layouts can change."""
 
@@ -62,7 +62,7 @@ class ModelConfig:
     moe_router_topk: int = Field(default=2, ge=1)
     """Experts each token is sent to."""
     moe_router_pre_softmax: bool = False
-    """False: softmax over the selected experts, weights sum to 1 (Mixtral). True: softmax over all, then select (Qwen2-MoE)."""
+    """False: softmax over the selected experts, weights sum to 1 (Mixtral). True: softmax over all (Qwen2-MoE)."""
     moe_router_topk_scaling_factor: float | None = Field(default=None, gt=0)
     """Factor on the selected experts' weights (DeepSeek's routed_scaling_factor)."""
     moe_gating_normalization: GatingNormalization | None = None

@@ -53,4 +53,3 @@ DERIVED: dict[str, tuple[str, ...]] = {
     "parallel": ("etp",),
 }
 """Properties that rules read like keys."""
-

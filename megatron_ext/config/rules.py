@@ -1,4 +1,4 @@
-"""Rules between configuration keys: each names its keys and says what is wrong with their values together, and the way out.
+"""Rules between configuration keys: each names its keys, says what is wrong with their values, and the way out.
 
 A rule is a pure function of leaf values, so the loader can apply it to the keys that are right even when others in
 the same file are not, and report everything at once.
@@ -153,7 +153,9 @@ _register_tp_width("model.padded_vocab_size", TP, "tensor-parallel")
 
 @rule("model.expert_ffn_hidden_size", "parallel.etp", given=(EXPERTS,))
 def _etp_divides_experts(width: int, etp: int, experts: int | None) -> str | None:
-    return "an expert's width must be a multiple of the expert-tensor-parallel size" if experts and width % etp else None
+    return (
+        "an expert's width must be a multiple of the expert-tensor-parallel size" if experts and width % etp else None
+    )
 
 
 @rule(EXPERTS, EP)
@@ -175,7 +177,11 @@ def _chunks_need_stages(vpp: int | None, pp: int) -> str | None:
 
 @rule(SP, TP)
 def _sp_needs_tp(sp: bool, tp: int) -> str | None:
-    return "sequence parallelism splits within a tensor-parallel group; it needs more than one process" if sp and tp == 1 else None
+    return (
+        "sequence parallelism splits within a tensor-parallel group; it needs more than one process"
+        if sp and tp == 1
+        else None
+    )
 
 
 @rule(TP, SP, given=(EXPERTS,))
@@ -197,12 +203,20 @@ def _expert_grid_is_right(tp: int, ep: int, etp: int | None, experts: int | None
 
 @rule("data.sequence_length", TP, given=(SP,))
 def _sp_divides_sequence(length: int, tp: int, sp: bool) -> str | None:
-    return "sequence parallelism needs a length that is a multiple of the tensor-parallel size" if sp and length % tp else None
+    return (
+        "sequence parallelism needs a length that is a multiple of the tensor-parallel size"
+        if sp and length % tp
+        else None
+    )
 
 
 @rule("data.sequence_length", "model.max_position_embeddings")
 def _sequence_fits_model(length: int, positions: int) -> str | None:
-    return "samples are longer than the model is declared for; raise max_position_embeddings" if length > positions else None
+    return (
+        "samples are longer than the model is declared for; raise max_position_embeddings"
+        if length > positions
+        else None
+    )
 
 
 @rule("parallel.overlap_param_gather", "parallel.overlap_grad_reduce", "parallel.use_distributed_optimizer")

@@ -100,7 +100,7 @@ class CosineSchedule:
 
 @config
 class WsdSchedule:
-    """Warmup, stable, decay (MiniCPM, arXiv 2404.06395, section 4): the peak is held until the last `wsd_decay_iters` steps."""
+    """Warmup, stable, decay (MiniCPM, arXiv 2404.06395, section 4): the peak is held until the final decay."""
 
     kind: Literal["wsd"]
     warmup_iters: int = Field(default=0, ge=0)
@@ -116,6 +116,9 @@ class WsdSchedule:
 Schedule = Annotated[ConstantSchedule | LinearSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
 
+Recomputable = Literal["core_attn", "mlp", "moe", "shared_experts"]
+
+
 @config
 class RecomputeConfig:
     """Which activations are recomputed in the backward pass instead of being kept."""
@@ -123,10 +126,8 @@ class RecomputeConfig:
     granularity: Literal["full", "selective"] | None = None
     """full: whole layers; selective: the modules named in `modules`; unset: nothing."""
     method: Literal["uniform", "block"] = "uniform"
-    """With full: uniform recomputes every layer in chunks of `num_layers`, block only the first `num_layers` of a stage."""
+    """With full: uniform recomputes all layers in chunks of `num_layers`, block the first `num_layers` of a stage."""
     num_layers: int = Field(default=1, ge=1)
     """With full: see `method`."""
-    modules: list[Literal["core_attn", "mlp", "moe", "shared_experts"]] = Field(
-        default_factory=lambda: ["core_attn"]
-    )
+    modules: list[Recomputable] = Field(default_factory=lambda: list[Recomputable](["core_attn"]))
     """With selective: the modules to recompute."""

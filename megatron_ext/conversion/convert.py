@@ -20,7 +20,15 @@ from megatron_ext.checkpoint.store import find_checkpoint
 from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSink, TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig, to_mapping
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
-from megatron_ext.conversion.engine import Task, check_source, hf_shapes, run_tasks, target_specs, tasks_to_hf, tasks_to_megatron
+from megatron_ext.conversion.engine import (
+    Task,
+    check_source,
+    hf_shapes,
+    run_tasks,
+    target_specs,
+    tasks_to_hf,
+    tasks_to_megatron,
+)
 from megatron_ext.errors import ConversionError
 
 log = logging.getLogger(__name__)
@@ -82,7 +90,9 @@ def convert(
         return _to_megatron(Path(source), Path(target), _DTYPES.get(dtype or ""), force, progress)
     if find_checkpoint(source) is not None:
         return _to_hugging_face(Path(source), Path(target), _DTYPES.get(dtype or ""), tokenizer, force, progress)
-    raise ConversionError(f"{source}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)")
+    raise ConversionError(
+        f"{source}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
+    )
 
 
 def _to_hugging_face(
@@ -148,7 +158,9 @@ def _total_bytes(specs: dict[str, TensorSpec]) -> int:
     return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs.values())
 
 
-def _summary(direction: str, architecture: Architecture, why: str, model: ModelConfig, specs: dict[str, TensorSpec]) -> Conversion:
+def _summary(
+    direction: str, architecture: Architecture, why: str, model: ModelConfig, specs: dict[str, TensorSpec]
+) -> Conversion:
     return Conversion(direction, architecture, why, model, len(specs), _total_bytes(specs))
 
 

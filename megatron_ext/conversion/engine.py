@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,14 +33,30 @@ def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Task]:
     """Every step from Megatron's tensors of `model` to Hugging Face's."""
     for rule, holes in _expanded(rules, model):
         names = {role: name.format(**holes) for role, name in rule.hf_names().items()}
-        yield Task({MEGATRON: rule.megatron.format(**holes)}, names, lambda parts, rule=rule: rule.to_hf(parts[MEGATRON], model))
+        yield Task(
+            {MEGATRON: rule.megatron.format(**holes)},
+            names,
+            partial(_to_hf, rule, model),
+        )
 
 
 def tasks_to_megatron(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Task]:
     """Every step from Hugging Face's tensors to Megatron's tensors of `model`."""
     for rule, holes in _expanded(rules, model):
         names = {role: name.format(**holes) for role, name in rule.hf_names().items()}
-        yield Task(names, {MEGATRON: rule.megatron.format(**holes)}, lambda parts, rule=rule: {MEGATRON: rule.to_megatron(parts, model)})
+        yield Task(
+            names,
+            {MEGATRON: rule.megatron.format(**holes)},
+            partial(_to_megatron, rule, model),
+        )
+
+
+def _to_hf(rule: Rule, model: ModelConfig, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return rule.to_hf(parts[MEGATRON], model)
+
+
+def _to_megatron(rule: Rule, model: ModelConfig, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {MEGATRON: rule.to_megatron(parts, model)}
 
 
 def _expanded(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[tuple[Rule, dict[str, int]]]:
@@ -68,7 +85,11 @@ def check_source(
     """
     present = source.specs
     faults = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in present]
-    faults += [f"unexpected: {name} {list(spec.shape)}" for name, spec in present.items() if name not in expected and name not in ignore]
+    faults += [
+        f"unexpected: {name} {list(spec.shape)}"
+        for name, spec in present.items()
+        if name not in expected and name not in ignore
+    ]
     faults += [
         f"misshapen: {name} is {list(present[name].shape)}, the configuration says {list(shape)}"
         for name, shape in expected.items()
@@ -80,22 +101,21 @@ def check_source(
         raise ConversionError(f"{where} does not hold the model its configuration describes:\n{shown}{more}")
 
 
-def target_specs(
-    tasks: Iterator[Task], source: TensorSource, dtype: torch.dtype | None
-) -> dict[str, TensorSpec]:
-    """What `tasks` will write: shapes found by running them on tensors without memory; `dtype` None keeps the source's."""
+def target_specs(tasks: Iterator[Task], source: TensorSource, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+    """What `tasks` will write, found by running them on tensors without memory; `dtype` None keeps the source's."""
     present = source.specs
     specs: dict[str, TensorSpec] = {}
     for task in tasks:
-        parts = {role: torch.empty(present[name].shape, dtype=present[name].dtype, device="meta") for role, name in task.reads.items()}
+        parts = {
+            role: torch.empty(present[name].shape, dtype=present[name].dtype, device="meta")
+            for role, name in task.reads.items()
+        }
         for role, tensor in task.make(parts).items():
             specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), dtype or tensor.dtype)
     return specs
 
 
-def run_tasks(
-    tasks: Iterator[Task], source: TensorSource, sink: TensorSink, advance: Callable[[int], None]
-) -> None:
+def run_tasks(tasks: Iterator[Task], source: TensorSource, sink: TensorSink, advance: Callable[[int], None]) -> None:
     """Read, transform and write, one task at a time; `advance` is told the bytes written."""
     for task in tasks:
         made = task.make({role: source.read(name) for role, name in task.reads.items()})

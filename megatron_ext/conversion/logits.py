@@ -50,14 +50,16 @@ def megatron_logits(checkpoint: str | Path, batches: Sequence[Tensor]) -> list[T
 
 
 @torch.no_grad()
-def hugging_face_logits(directory: str | Path, batches: Sequence[Tensor], *, trust_remote_code: bool = False) -> list[Tensor]:
+def hugging_face_logits(
+    directory: str | Path, batches: Sequence[Tensor], *, trust_remote_code: bool = False
+) -> list[Tensor]:
     """fp32 logits of a Hugging Face directory, as transformers' AutoModelForCausalLM computes them."""
     network = load_hugging_face(directory, trust_remote_code=trust_remote_code)
     return [network(tokens).logits.float() for tokens in batches]
 
 
 def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """transformers' model of `directory`, in fp32.
+    """Transformers' model of `directory`, in fp32.
 
     Modelling code inside the directory is run if the caller trusts it, or if it is byte for byte what this framework
     ships.
@@ -71,7 +73,7 @@ def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False)
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """transformers' tokenizer of `directory`; trusted like the model beside it."""
+    """Transformers' tokenizer of `directory`; trusted like the model beside it."""
     from transformers import AutoTokenizer  # slow to import
 
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code or carries_our_code(directory))

@@ -20,16 +20,18 @@ _SENTENCES = (
     "The committee met on Thursday and, after a long discussion, decided to postpone the decision until March.",
     "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",
     "सूरज पूरब में उगता है और पश्चिम में डूबता है; यह बात हर बच्चा जानता है।",
-    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)\n",
+    "def add(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n",
     "3.14159 is the ratio of a circle's circumference to its diameter, to five decimal places.",
 )
 
 
-def token_batches(source: str | Path | None, tokenizer: Tokenizer, *, batches: int, rows: int, length: int) -> list[Tensor]:
+def token_batches(
+    source: str | Path | None, tokenizer: Tokenizer, *, batches: int, rows: int, length: int
+) -> list[Tensor]:
     """Return up to `batches` batches of token ids [rows, length].
 
     Args:
-        source: a text corpus (.txt, .jsonl, a folder), the prefix of a prepared dataset, or None for built-in sentences.
+        source: a corpus (.txt, .jsonl, a folder), the prefix of a prepared dataset, or None for built-in sentences.
 
     Raises:
         DataError: too little text for one batch.
@@ -64,7 +66,13 @@ def _tokens(source: str | Path | None, tokenizer: Tokenizer) -> Iterator[Iterabl
 
 
 def comparison_batches(
-    checkpoint: str | Path, source: str | Path | None, tokenizer: str | Path | None, *, batches: int = 4, rows: int = 2, length: int = 128
+    checkpoint: str | Path,
+    source: str | Path | None,
+    tokenizer: str | Path | None,
+    *,
+    batches: int = 4,
+    rows: int = 2,
+    length: int = 128,
 ) -> list[Tensor]:
     """Token batches for comparing `checkpoint` with another model.
 

@@ -1,0 +1,1 @@
+"""From text to training samples: corpora, tokenizers, prepared token files, blends and batches."""

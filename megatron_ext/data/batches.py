@@ -25,7 +25,9 @@ class MicroBatch:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
 
 
-def sample_indices(first_sample: int, dp_rank: int, dp_size: int, micro_batch: int, num_microbatches: int) -> list[list[int]]:
+def sample_indices(
+    first_sample: int, dp_rank: int, dp_size: int, micro_batch: int, num_microbatches: int
+) -> list[list[int]]:
     """Which samples of a global batch a data-parallel rank takes, one list a micro-batch.
 
     Micro-batch m of rank r takes the rows (m * dp_size + r) * micro_batch onwards, so that the set of micro-batches
@@ -37,5 +39,7 @@ def sample_indices(first_sample: int, dp_rank: int, dp_size: int, micro_batch: i
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> MicroBatch:
     """Stack samples of a megatron GPTDataset."""
-    columns = (torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in ("tokens", "labels", "loss_mask"))
+    columns = (
+        torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in ("tokens", "labels", "loss_mask")
+    )
     return MicroBatch(*columns)

@@ -1,4 +1,4 @@
-"""Training samples out of prepared datasets: megatron-core's GPTDataset, read for any number of epochs, blended by weight.
+"""Training samples out of prepared datasets: megatron-core's GPTDataset, for any number of epochs, blended by weight.
 
 Which sample stands at position n is a pure function of the configuration and n. It does not depend on how long the run
 is planned, on the number of ranks or on where a run was interrupted, so resuming means going on at n.

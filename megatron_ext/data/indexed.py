@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset on disk: token ids in `.bin`, document lengths in `.idx`. Written here, read by megatron-core."""
+"""Megatron's indexed dataset on disk: token ids in `.bin`, document lengths in `.idx`; megatron-core reads it."""
 
 import struct
 from collections.abc import Sequence

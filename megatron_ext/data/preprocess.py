@@ -94,7 +94,9 @@ def _checked_fractions(split: Sequence[float]) -> tuple[float, ...]:
 def _plan(files: Sequence[Path], tokenizer: Tokenizer, text_key: str, fractions: tuple[float, ...]) -> dict[str, Any]:
     """Everything the result depends on."""
     return {
-        "sources": [{"path": str(p.resolve()), "bytes": p.stat().st_size, "modified": p.stat().st_mtime_ns} for p in files],
+        "sources": [
+            {"path": str(p.resolve()), "bytes": p.stat().st_size, "modified": p.stat().st_mtime_ns} for p in files
+        ],
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,

@@ -36,7 +36,7 @@ def write_python_corpus(output: str | Path) -> tuple[int, int]:
     if size < _LEAST_BYTES:
         beside.unlink()
         raise DataError(
-            f"this Python has only {size / 1e6:.1f} MB of documentation and sources; bring a corpus of your own: CORPUS=path"
+            f"this Python has only {size / 1e6:.1f} MB of documentation and sources; bring a corpus: CORPUS=path"
         )
     beside.rename(output)
     return len(seen), size

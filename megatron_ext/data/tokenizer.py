@@ -77,8 +77,10 @@ def _newline_piece(pieces: sentencepiece.SentencePieceProcessor) -> int | None:
 
 
 def _encode(pieces: sentencepiece.SentencePieceProcessor, newline: int | None, text: str) -> list[int]:
-    """Encode `text`, line by line where possible: over a long text SentencePiece's sums in single precision lose the
-    difference between a better and a worse segmentation."""
+    """Encode `text`, line by line where possible.
+
+    Over a long text SentencePiece's sums in single precision lose the difference between two segmentations.
+    """
     if newline is None:
         return list(pieces.encode(text))
     ids: list[int] = []
@@ -194,15 +196,24 @@ def _fast_tokenizer(pieces: sentencepiece.SentencePieceProcessor) -> tokenizers.
     fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
     fast.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens(
-        [AddedToken(p, special=True, normalized=False) for i, (p, _) in enumerate(vocabulary) if pieces.is_control(i) or pieces.is_unknown(i)]
+        [
+            AddedToken(p, special=True, normalized=False)
+            for i, (p, _) in enumerate(vocabulary)
+            if pieces.is_control(i) or pieces.is_unknown(i)
+        ]
     )
-    fast.add_tokens([AddedToken(p, normalized=False) for i, (p, _) in enumerate(vocabulary) if _is_user_defined(pieces, i)])
+    fast.add_tokens(
+        [AddedToken(p, normalized=False) for i, (p, _) in enumerate(vocabulary) if _is_user_defined(pieces, i)]
+    )
     return fast
 
 
 def _matching_score(pieces: sentencepiece.SentencePieceProcessor, number: int) -> float:
-    """Log-probability of a piece. SentencePiece never finds control and byte pieces in text ("<s>" spelt out is three
-    characters); tokenizers would, unless that is unlikely."""
+    """Log-probability of a piece.
+
+    SentencePiece never finds control and byte pieces in text ("<s>" spelt out is three characters); tokenizers would,
+    unless that is unlikely.
+    """
     hidden = pieces.is_control(number) or pieces.is_unknown(number) or pieces.is_byte(number)
     return -1000.0 if hidden else float(pieces.get_score(number))
 

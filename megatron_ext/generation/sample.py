@@ -35,7 +35,9 @@ def generate(
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     network = load_hugging_face(checkpoint, trust_remote_code=trust_remote_code)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
     continuations = []
     for prompt in prompts:
         tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

@@ -25,7 +25,7 @@ class ScaledDotProductAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        assert attn_mask_type == AttnMaskType.causal and attention_type == "self", "only causal self-attention is built here"
+        assert (attn_mask_type, attention_type) == (AttnMaskType.causal, "self"), "only causal self-attention is built"
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
@@ -39,8 +39,9 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Return the context [S, B, N * D]. The mask argument is not read: attention is causal over the whole sample."""
-        assert attention_bias is None and packed_seq_params is None, "no bias and no packed sequences here"
+        """Return the context [S, B, N * D]. The mask is not read: attention is causal over the whole sample."""
+        assert attention_bias is None, "no attention bias here"
+        assert packed_seq_params is None, "no packed sequences here"
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         context_BNSD = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]

@@ -38,4 +38,3 @@ def _draw(model: ModelConfig, piece: Piece, seed: int) -> torch.Tensor:
     for dim, (start, size) in enumerate(zip(piece.offset[stacked:], piece.data.shape, strict=True)):
         whole = whole.narrow(dim, start, size)
     return whole
-

@@ -1,4 +1,4 @@
-"""megatron-core's optimizers with our Adam inside, and the optimizer step taken apart so that a bad one can be refused."""
+"""megatron-core's optimizers with our Adam inside, and the step taken apart so that a bad one can be refused."""
 
 from collections.abc import Iterable
 from typing import Any

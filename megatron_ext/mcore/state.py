@@ -69,7 +69,8 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
     shape_only = torch.empty(whole.shape, device="meta")
     parts = zip(entry.build(), entry.build_fn(entry.key, shape_only, entry.replica_id, None), strict=True)
     for part, layout in parts:
-        assert layout.data.is_contiguous() and layout.data._is_view(), f"{entry.key}: parts must be contiguous views"
+        assert layout.data._is_view(), f"{entry.key}: parts must be views"
+        assert layout.data.is_contiguous(), f"{entry.key}: parts must be contiguous"
         yield _piece(part, part.data.detach(), start=layout.data.storage_offset())
 
 
@@ -104,7 +105,9 @@ def optimizer_boxes(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) 
                     # A distributed shard exists once in its data-parallel group, whatever that group's rank is.
                     copy = piece.replica_id[:-1] if distributed else piece.replica_id
                     prefix = f"optimizer.state.{name}."
-                    boxes.extend(_boxes_of_shard(piece, prefix, state.detach().view(-1), start, saved_here=not any(copy)))
+                    boxes.extend(
+                        _boxes_of_shard(piece, prefix, state.detach().view(-1), start, saved_here=not any(copy))
+                    )
     return boxes
 
 

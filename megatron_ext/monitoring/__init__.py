@@ -1,0 +1,1 @@
+"""Reports of a run: console, metrics file, Weights & Biases and the page at the end."""

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class MetricsFile:
-    """Appends one JSON object a line. A run that continues from step n says so, and later lines take the place of those after n."""
+    """Appends one JSON object a line. A run that continues from step n says so; what came after n is then void."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

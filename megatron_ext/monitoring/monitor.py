@@ -41,7 +41,9 @@ class Monitor:
         self._file = MetricsFile(Path(run.logging.metrics_file or directory / "metrics.jsonl"))
         configuration = to_mapping(run)
         self._wandb = WandbRun(run.logging.wandb, run_id, directory, configuration)
-        self._file.write({"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size})
+        self._file.write(
+            {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
+        )
         self._flops = training_flops_per_token(run.model, run.data.sequence_length)
         self._last_iteration, self._last_time = iteration, time.perf_counter()
 

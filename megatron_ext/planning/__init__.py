@@ -1,0 +1,1 @@
+"""What a run will cost, by formula: parameters, FLOPs and state memory."""

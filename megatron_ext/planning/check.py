@@ -25,18 +25,24 @@ def describe_run(run: RunConfig, world_size: int | None) -> str:
         _grid(layout, assumed=world_size is None),
         "",
         f"parameters      {counts.total:,} in all, {counts.active:,} active for each token",
-        f"training        {tokens:,} tokens, {flops / 1e9:,.3f} GFLOP a token, {flops * tokens / 1e15:,.3f} PFLOP in all",
+        f"training        {tokens:,} tokens, {flops / 1e9:,.3f} GFLOP a token, "
+        f"{flops * tokens / 1e15:,.3f} PFLOP in all",
         f"state memory    {memory.bytes / 2**30:,.2f} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
-        f"micro-batches   {layout.num_microbatches} of {run.train.micro_batch_size} x {run.data.sequence_length} tokens a rank and step",
+        f"micro-batches   {layout.num_microbatches} of {run.train.micro_batch_size} x {run.data.sequence_length} "
+        "tokens a rank and step",
     ]
     return "\n".join(lines)
 
 
 def _grid(layout: Layout, *, assumed: bool) -> str:
     origin = " (the fewest this layout needs; --world-size N for another number)" if assumed else ""
-    sizes = f"TP {layout.tp} x DP {layout.dp} x PP {layout.pp}, experts ETP {layout.etp} x EP {layout.ep} x EDP {layout.edp}"
-    rows = [f"rank grid of {layout.world_size} processes{origin}: {sizes}", "  rank   tp   dp   pp  etp   ep  edp"]
+    dense = f"TP {layout.tp} x DP {layout.dp} x PP {layout.pp}"
+    experts = f"ETP {layout.etp} x EP {layout.ep} x EDP {layout.edp}"
+    rows = [
+        f"rank grid of {layout.world_size} processes{origin}: {dense}, experts {experts}",
+        "  rank   tp   dp   pp  etp   ep  edp",
+    ]
     for rank in range(min(layout.world_size, _MOST_ROWS)):
         p = layout.position(rank)
         rows.append(f"  {p.rank:4d} {p.tp:4d} {p.dp:4d} {p.pp:4d} {p.etp:4d} {p.ep:4d} {p.edp:4d}")

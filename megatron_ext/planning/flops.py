@@ -14,6 +14,8 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     attention = hidden * (queries + 2 * keys) + queries * hidden + queries * sequence_length
     moe_layers = sum(model.moe_layer_pattern)
     dense_layers = model.num_layers - moe_layers
-    expert_width = model.moe_router_topk * model.expert_ffn_hidden_size + (model.moe_shared_expert_intermediate_size or 0)
+    expert_width = model.moe_router_topk * model.expert_ffn_hidden_size + (
+        model.moe_shared_expert_intermediate_size or 0
+    )
     feed_forward = 3 * hidden * (expert_width * moe_layers + model.ffn_hidden_size * dense_layers)
     return 6.0 * (model.num_layers * attention + feed_forward + hidden * model.padded_vocab_size)

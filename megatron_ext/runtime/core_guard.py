@@ -59,7 +59,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "per_token_balance_loss_scale",
-        "calculate_per_token_loss: the balance loss is scaled by each rank's share of the tokens, wrong under TP and CP",
+        "calculate_per_token_loss: the balance loss is scaled by a rank's share of the tokens, wrong under TP and CP",
         "avoided",
         "losses are weighted so that the default scaling is the exact mean over tokens (training/step.py)",
         fixed_in="0.19.0",
@@ -103,7 +103,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "learning_rate_of_the_checkpoint",
-        "the parameter scheduler takes the peak learning rate from the checkpoint's parameter groups: a new one is ignored",
+        "the parameter scheduler takes the peak learning rate from the checkpoint: a new one is ignored",
         "avoided",
         "the learning rate is a pure function of the step (training/schedule.py)",
     ),
@@ -147,7 +147,9 @@ def installed_version() -> Version:
     except importlib.metadata.PackageNotFoundError as error:
         raise EnvironmentFault("megatron-core is not installed: pip install 'megatron-core>=0.16.1,<0.20'") from error
     if not OLDEST <= version < TOO_NEW:
-        raise EnvironmentFault(f"megatron-core {version} is installed; this framework is tested with >= {OLDEST}, < {TOO_NEW}")
+        raise EnvironmentFault(
+            f"megatron-core {version} is installed; this framework is tested with >= {OLDEST}, < {TOO_NEW}"
+        )
     return version
 
 

@@ -70,7 +70,9 @@ def _all_to_all_single(
     return dist.all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
 
 
-def _all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+def _all_gather(
+    tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
     rows = [t.shape[0] if t.dim() else 1 for t in tensor_list]
     if len(set(rows)) == 1:
         return dist.all_gather(tensor_list, tensor, group=group, async_op=async_op)
@@ -95,7 +97,11 @@ SHIMS: tuple[Shim, ...] = (
     Shim("torch.cuda.get_rng_state", lambda *args: torch.get_rng_state(), _RNG),
     Shim("torch.cuda.manual_seed", lambda seed: torch.manual_seed(seed), _RNG),
     Shim("megatron.core.tensor_parallel.random._get_cuda_rng_state", lambda *a, **k: torch.get_rng_state(), _RNG),
-    Shim("megatron.core.tensor_parallel.random._set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state), _RNG),
+    Shim(
+        "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+        lambda state, *a, **k: torch.set_rng_state(state),
+        _RNG,
+    ),
     Shim("torch.tensor", _on_cpu(torch.tensor), _LITERAL),
     Shim("torch.zeros", _on_cpu(torch.zeros), _LITERAL),
     Shim("torch.distributed.all_to_all_single", _all_to_all_single, "Gloo takes split sizes as lists only"),
@@ -182,7 +188,7 @@ def _keep_transformer_engine_out() -> None:
 
 @contextlib.contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """While open, `tensor.type()` answers `torch.cuda.*Tensor`: megatron-core's optimizers sort parameters by that name."""
+    """While open, `tensor.type()` says `torch.cuda.*Tensor`: megatron-core's optimizers sort parameters by it."""
     real = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

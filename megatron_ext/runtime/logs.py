@@ -1,4 +1,4 @@
-"""Logging for many processes: rank 0 speaks, the others only when something is wrong, and foreign chatter is kept out."""
+"""Logging for many processes: rank 0 speaks, the others only when something is wrong; foreign chatter is kept out."""
 
 import logging
 

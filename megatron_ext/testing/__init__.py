@@ -1,1 +1,1 @@
-"""What tests of parallel training need: Gloo processes, tiny models, and the comparison of layouts. Public: users prove their own runs with it."""
+"""What tests of parallel training need: Gloo processes, tiny models, the comparison of layouts. Open to users."""

@@ -1,4 +1,4 @@
-"""A pool of Gloo processes that stay alive between tests: importing megatron-core is what costs, not starting a group."""
+"""A pool of Gloo processes that stay alive between tests: importing megatron-core costs, starting a group does not."""
 
 import contextlib
 import datetime
@@ -89,7 +89,9 @@ class GlooPool:
     def __enter__(self) -> "GlooPool":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -117,7 +119,9 @@ def _call(function: Callable[..., T], args: tuple[Any, ...], rank: int, world_si
     choose_device(RuntimeConfig(device="cpu", threads=1))
     torch.manual_seed(0)
     timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout
+    )
     try:
         return function(*args)
     finally:

@@ -21,7 +21,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.testing.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
 
-# Measured: a forked process that trains the shrunk model needs 80 to 150 MB of its own; shared libraries come on top once.
+# Measured: a forked process that trains the shrunk model needs 80 to 150 MB of its own, and shares its libraries.
 _BYTES_A_PROCESS = 250 * 2**20
 _MOST_PROCESSES = 32
 _MOST_LAYERS = 16
@@ -99,14 +99,18 @@ def prove(plan: Plan) -> Proof:
     """Train `plan` in its layout and in one process, from the same weights on the same data."""
     single = replace(
         plan.cell,
-        parallel=ParallelConfig(use_distributed_optimizer=False, moe_token_dispatcher_type=plan.cell.parallel.moe_token_dispatcher_type),
+        parallel=ParallelConfig(
+            use_distributed_optimizer=False, moe_token_dispatcher_type=plan.cell.parallel.moe_token_dispatcher_type
+        ),
     )
     with GlooPool(plan.processes) as pool:
         reference = run_layout(pool, single, 1)
         return Proof(plan, run_layout(pool, plan.cell, plan.processes), reference)
 
 
-def _fit_processes(parallel: ParallelConfig, model: ModelConfig, processes: int, limit: int) -> tuple[ParallelConfig, int, list[str]]:
+def _fit_processes(
+    parallel: ParallelConfig, model: ModelConfig, processes: int, limit: int
+) -> tuple[ParallelConfig, int, list[str]]:
     """Halve data parallelism first, then the largest degree, until `processes` is at most `limit`."""
     original, started = parallel, processes
     while processes > limit:
@@ -115,7 +119,9 @@ def _fit_processes(parallel: ParallelConfig, model: ModelConfig, processes: int,
             continue
         smaller = _halve_largest(parallel, model)
         if smaller is None:
-            raise ConfigError(f"this machine holds {limit} processes; the layout needs at least {smallest_world_size(parallel)}")
+            raise ConfigError(
+                f"this machine holds {limit} processes; the layout needs at least {smallest_world_size(parallel)}"
+            )
         parallel = smaller
         processes = smallest_world_size(parallel)
     changes = [
@@ -129,8 +135,15 @@ def _fit_processes(parallel: ParallelConfig, model: ModelConfig, processes: int,
 
 
 def _halve_largest(parallel: ParallelConfig, model: ModelConfig) -> ParallelConfig | None:
-    degrees = ("pipeline_model_parallel_size", "tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size")
-    candidates = [name for name in degrees if (getattr(parallel, name) or 1) > 1 and (getattr(parallel, name) or 1) % 2 == 0]
+    degrees = (
+        "pipeline_model_parallel_size",
+        "tensor_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    )
+    candidates = [
+        name for name in degrees if (getattr(parallel, name) or 1) > 1 and (getattr(parallel, name) or 1) % 2 == 0
+    ]
     if not candidates:
         return None
     largest = max(candidates, key=lambda name: getattr(parallel, name))
@@ -148,7 +161,10 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
     """The same model with small widths, and with fewer layers where there are very many."""
     tp, etp = parallel.tensor_model_parallel_size, parallel.etp
     changes: list[str] = []
-    layers, step = model.num_layers, parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    layers, step = (
+        model.num_layers,
+        parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1),
+    )
     while layers > _MOST_LAYERS and layers % 2 == 0 and (layers // 2) % step == 0:
         layers //= 2
     if layers != model.num_layers:
@@ -171,7 +187,9 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
 
 
 def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig) -> RecomputeConfig:
-    chunk = model.num_layers // (parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1))
+    chunk = model.num_layers // (
+        parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    )
     return replace(run.recompute, num_layers=min(run.recompute.num_layers, chunk))
 
 
@@ -185,4 +203,3 @@ def _require_legal(cell: Cell) -> None:
         values.update({f"{section}.{name}": getattr(config, name) for name in (*config.__dataclass_fields__, *derived)})
     broken = violations(values)
     assert not broken, f"the shrunk run is illegal: {broken}"
-

@@ -13,8 +13,10 @@ SEQUENCE_LENGTH = 32
 
 
 def tiny_model(*, moe: bool = False, **changes: Any) -> ModelConfig:
-    """A 4-layer model: grouped-query attention, odd vocabulary, and as MoE a dense first layer, 4 experts, top-2, a
-    shared expert, gating-logit normalization and a balance loss."""
+    """A 4-layer model with grouped-query attention and a vocabulary that needs padding.
+
+    As MoE: a dense first layer, 4 experts, top-2, a shared expert, gating-logit normalization and a balance loss.
+    """
     fields: dict[str, Any] = {
         "num_layers": 4,
         "hidden_size": 64,
@@ -38,7 +40,14 @@ def tiny_model(*, moe: bool = False, **changes: Any) -> ModelConfig:
 
 
 def random_batch(
-    step: int, *, samples: int, micro_batch: int, dp_rank: int, dp_size: int, vocabulary: int = VOCABULARY, length: int = SEQUENCE_LENGTH
+    step: int,
+    *,
+    samples: int,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    vocabulary: int = VOCABULARY,
+    length: int = SEQUENCE_LENGTH,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of global batch `step`, with about a third of the labels masked."""
     generator = torch.Generator().manual_seed(step)

@@ -1,0 +1,1 @@
+"""The training loop and everything one run has in its hands."""

@@ -12,7 +12,13 @@ from megatron_ext.mcore.optimizer import set_learning_rate
 from megatron_ext.monitoring.monitor import Monitor, StepReport
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.logs import setup_logging
-from megatron_ext.runtime.process_groups import end_process_groups, launched_rank, launched_world_size, split_process_group, start_process_group
+from megatron_ext.runtime.process_groups import (
+    end_process_groups,
+    launched_rank,
+    launched_world_size,
+    split_process_group,
+    start_process_group,
+)
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.session import RunData, Session, open_session
 from megatron_ext.training.step import StepResult

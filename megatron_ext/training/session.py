@@ -1,4 +1,4 @@
-"""Everything a run has in its hands while it trains: model, optimizer, data, groups, and how they are saved and loaded."""
+"""Everything a run has in its hands while it trains: model, optimizer, data, groups; how they are saved and loaded."""
 
 import dataclasses
 import logging
@@ -117,7 +117,9 @@ class Session:
         saved = store.read_random_state(checkpoint, dist.get_rank()) if same_layout else None
         if saved is not None:
             restore_random_state(saved, self.device)
-        log.info("continuing %s at step %d%s", checkpoint, self.state.iteration, "" if same_layout else ", in another layout")
+        log.info(
+            "continuing %s at step %d%s", checkpoint, self.state.iteration, "" if same_layout else ", in another layout"
+        )
 
     def initialize_from(self, checkpoint: Path) -> None:
         """Take the weights of `checkpoint` and start at step 0."""
@@ -159,7 +161,13 @@ def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
     raw = store.read_run(checkpoint).get("model") or {}
     saved = load_config(ModelConfig, raw, source=str(checkpoint / store.RUN_FILE))
     # Fields that shape neither weights nor function may change between runs.
-    free = {"max_position_embeddings", "init_method_std", "moe_aux_loss_coeff", "moe_router_load_balancing_type", "transformer_overrides"}
+    free = {
+        "max_position_embeddings",
+        "init_method_std",
+        "moe_aux_loss_coeff",
+        "moe_router_load_balancing_type",
+        "transformer_overrides",
+    }
     different = [
         f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
         for name in ModelConfig.__dataclass_fields__
@@ -190,15 +198,19 @@ class RunData:
         self._tokenizer = Tokenizer(run.data.tokenizer)
         if self._tokenizer.vocab_size > run.model.vocab_size:
             raise DataError(
-                f"{run.data.tokenizer} has {self._tokenizer.vocab_size} tokens, more than model.vocab_size = {run.model.vocab_size}"
+                f"{run.data.tokenizer} has {self._tokenizer.vocab_size} tokens, more than "
+                f"model.vocab_size = {run.model.vocab_size}"
             )
-        self._train = self._blend(run.data.train, run.planned_samples)
+        self._train = self._blend(run.data.train, run.planned_samples, run.train.seed)
         self._validation = None
         if run.train.eval_interval is not None:
-            self._validation = self._blend(run.data.validation, run.train.eval_iters * run.train.global_batch_size)
+            # Whatever a run's seed is, it is validated on the same samples: losses of different runs can be compared.
+            self._validation = self._blend(
+                run.data.validation, run.train.eval_iters * run.train.global_batch_size, seed=0
+            )
 
-    def _blend(self, sources: list[DataSource], num_samples: int) -> Any:
-        return build_blend(sources, self._run.data, self._tokenizer, num_samples=num_samples, seed=self._run.train.seed)
+    def _blend(self, sources: list[DataSource], num_samples: int, seed: int) -> Any:
+        return build_blend(sources, self._run.data, self._tokenizer, num_samples=num_samples, seed=seed)
 
     def train(self, session: Session) -> Iterator[list[MicroBatch]]:
         """The rest of the run, from the session's position on."""

@@ -1,0 +1,1 @@
+"""Dense checkpoints to MoE checkpoints: methods over a stream of tensors, and the check of what they promise."""

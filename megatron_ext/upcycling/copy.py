@@ -34,7 +34,9 @@ class Copy:
         if moe.moe_router_pre_softmax:
             return "moe_router_pre_softmax: the selected experts' weights do not sum to 1"
         if moe.moe_router_topk_scaling_factor not in (None, 1.0):
-            return f"moe_router_topk_scaling_factor = {moe.moe_router_topk_scaling_factor}: weights sum to that, not to 1"
+            return (
+                f"moe_router_topk_scaling_factor = {moe.moe_router_topk_scaling_factor}: weights sum to that, not to 1"
+            )
         return None
 
     def experts(self, ffn: FeedForward, moe: ModelConfig) -> Iterator[FeedForward]:

@@ -22,7 +22,9 @@ METHODS: dict[str, Method] = {method.name: method for method in (Copy(),)}
 
 # Everything but the feed-forward layers must stay what it is.
 _MAY_CHANGE = {
-    name for name in ModelConfig.__dataclass_fields__ if name.startswith("moe_") or name in ("num_moe_experts", "init_method_std", "transformer_overrides")
+    name
+    for name in ModelConfig.__dataclass_fields__
+    if name.startswith("moe_") or name in ("num_moe_experts", "init_method_std", "transformer_overrides")
 }
 
 
@@ -38,7 +40,7 @@ def upcycle(
 ) -> None:
     """Write to `target` a Megatron checkpoint of `moe` made of the dense Megatron checkpoint `source`.
 
-    Routers are normal with `moe.init_method_std`, drawn from `seed` and the tensor's name. The optimizer is not carried.
+    Routers are normal with `moe.init_method_std`, drawn from `seed` and their names. The optimizer is not carried.
 
     Raises:
         ConfigError: the method cannot make this model of that one.

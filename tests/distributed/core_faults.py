@@ -136,7 +136,9 @@ def some_tokens(sequence: int, batch: int) -> torch.Tensor:
 
 def per_token_gradient(parallel: ParallelConfig) -> list[float]:
     config = core_config(parallel, moe_router_load_balancing_type="aux_loss", calculate_per_token_loss=True)
-    tokens = some_tokens(8, 1).chunk(parallel.tensor_model_parallel_size)[parallel_state.get_tensor_model_parallel_rank()]
+    tokens = some_tokens(8, 1).chunk(parallel.tensor_model_parallel_size)[
+        parallel_state.get_tensor_model_parallel_rank()
+    ]
     gradient = router_gradient(config, tokens)
     dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
     return gradient.flatten().tolist()
@@ -148,7 +150,10 @@ def per_token_balance_loss_scale(pool: GlooPool) -> bool:
 
 def unmarked_expert_counts() -> bool:
     """Whether each TP rank counts an expert parameter that, like Transformer Engine's, is not marked as split."""
-    split_process_group(ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1), RuntimeConfig(device="cpu"))
+    split_process_group(
+        ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+        RuntimeConfig(device="cpu"),
+    )
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.allreduce = False
     groups = [parallel_state.get_tensor_model_parallel_group()]
@@ -232,7 +237,7 @@ def router_needs_transformer_engine(pool: GlooPool) -> bool:
 
 def train_with_norm_recompute(cell: Cell) -> Trajectory:
     selective = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
-    with mock.patch.object(transformer_config, "_recompute", lambda recompute: selective):
+    with mock.patch.object(transformer_config, "_recompute", return_value=selective):
         return run_cell(cell)
 
 

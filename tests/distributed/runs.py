@@ -1,6 +1,6 @@
 """Parts of a run as functions for the process pool: train some steps, save, load, save again."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,12 @@ class Part:
             "optimizer": {"kind": "adam", "lr": 1e-3},
             "schedule": {"kind": "constant"},
             # These parts are fed with random batches; the data section is only carried along.
-            "data": {"sequence_length": 32, "tokenizer": "unused", "cache_dir": "unused", "train": [{"path": "unused"}]},
+            "data": {
+                "sequence_length": 32,
+                "tokenizer": "unused",
+                "cache_dir": "unused",
+                "train": [{"path": "unused"}],
+            },
             "checkpoint": {"directory": str(self.directory), **dict(self.checkpoint)},
             "runtime": {"device": "cpu", "threads": 1},
         }
@@ -57,7 +62,11 @@ def train_steps(session: Session, until: int) -> list[tuple[float, float]]:
     results = []
     while (step := session.state.iteration) < until:
         batch = random_batch(
-            step, samples=GLOBAL_BATCH, micro_batch=1, dp_rank=session.groups.dp.rank(), dp_size=session.groups.dp.size()
+            step,
+            samples=GLOBAL_BATCH,
+            micro_batch=1,
+            dp_rank=session.groups.dp.rank(),
+            dp_size=session.groups.dp.size(),
         )
         result = session.step(batch)
         results.append((float(result.loss), result.grad_norm))

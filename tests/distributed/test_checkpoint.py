@@ -61,7 +61,9 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 def assert_same_tensors(a: Path, b: Path) -> int:
     first, second = tensors_of(a), tensors_of(b)
     assert sorted(first) == sorted(second)
-    different = [key for key in first if first[key].dtype != second[key].dtype or not torch.equal(first[key], second[key])]
+    different = [
+        key for key in first if first[key].dtype != second[key].dtype or not torch.equal(first[key], second[key])
+    ]
     assert not different
     return len(first)
 
@@ -82,7 +84,9 @@ def test_training_continues_in_another_layout(move: str, pool: GlooPool, tmp_pat
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("move", MOVES)
-def test_every_tensor_survives_another_layout_bit_for_bit(move: str, precision: str, pool: GlooPool, tmp_path: Path) -> None:
+def test_every_tensor_survives_another_layout_bit_for_bit(
+    move: str, precision: str, pool: GlooPool, tmp_path: Path
+) -> None:
     model, (before, processes_before), (after, processes_after) = MOVES[move]
     part = Part(model, tmp_path / "a", before, precision)
     pool.run(processes_before, train_and_save, part, 1)
@@ -110,7 +114,11 @@ def test_same_layout_continues_bit_for_bit(
 def test_master_weights_are_kept_at_full_precision(pool: GlooPool, tmp_path: Path) -> None:
     pool.run(2, train_and_save, Part(MOE, tmp_path, DP, "bf16"), 2)
     tensors = tensors_of(store.require_checkpoint(tmp_path))
-    masters = {key.removeprefix("optimizer.state.param."): t for key, t in tensors.items() if key.startswith("optimizer.state.param.")}
+    masters = {
+        key.removeprefix("optimizer.state.param."): t
+        for key, t in tensors.items()
+        if key.startswith("optimizer.state.param.")
+    }
     assert masters.keys() == {key for key in tensors if not key.startswith("optimizer.")}
     for key, master in masters.items():
         assert master.dtype == torch.float32
@@ -147,7 +155,7 @@ def test_a_run_starts_from_the_weights_of_another(pool: GlooPool, tmp_path: Path
     assert (state.iteration, state.consumed_samples) == (0, 0)
 
 
-# --- what goes wrong ---------------------------------------------------------------------------------------------------
+# --- what goes wrong ----------------------------------------------------------------------------------------
 
 
 def fail_to_save_on_one_rank(part: Part) -> str:
@@ -221,7 +229,7 @@ def test_a_damaged_file_is_named(pool: GlooPool, tmp_path: Path) -> None:
         pool.run(1, train_and_save, part, 2)
 
 
-# --- megatron-core reads and writes the same format ----------------------------------------------------------------------
+# --- megatron-core reads and writes the same format ---------------------------------------------------------
 
 
 def plain_model_state(part: Part) -> tuple[Session, dict[str, object]]:

@@ -1,4 +1,4 @@
-"""Every entry of core_guard describes the installed megatron-core: its fault can be shown, or is fixed where it says so."""
+"""Every entry of core_guard describes the installed megatron-core: its fault can be shown, or is fixed as it says."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Each shim of cpu_compat is needed: left out, megatron-core fails on CPU. A shim that upstream made superfluous fails here."""
+"""Each shim of cpu_compat is needed: left out, megatron-core fails on CPU. One that is needed no more fails here."""
 
 import datetime
 import multiprocessing
@@ -28,11 +28,18 @@ EXPERTS = ParallelConfig(
 )
 PROBES = [
     Cell(tiny_model(moe=True), EXPERTS, steps=1, samples=4),
-    # A tied output embedding on the last stage is moved "to the GPU"; uneven pieces travel only between experts' TP ranks.
-    Cell(tiny_model(untie_embeddings_and_output_weights=False), ParallelConfig(pipeline_model_parallel_size=2), steps=1, samples=4),
+    # A tied output embedding on the last stage is moved "to the GPU".
+    Cell(
+        tiny_model(untie_embeddings_and_output_weights=False),
+        ParallelConfig(pipeline_model_parallel_size=2),
+        steps=1,
+        samples=4,
+    ),
     Cell(
         tiny_model(),
-        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, use_distributed_optimizer=False),
+        ParallelConfig(
+            pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, use_distributed_optimizer=False
+        ),
         steps=1,
         samples=4,
     ),

@@ -82,7 +82,9 @@ def table(repository: Path) -> Iterator[dict[tuple[str, str], dict[str, Differen
         write_table(repository / "tests" / "README.md", rows)
 
 
-@pytest.mark.parametrize(("kind", "entry"), CASES, ids=[f"{kind}-{entry.name.replace(' ', '-')}" for kind, entry in CASES])
+@pytest.mark.parametrize(
+    ("kind", "entry"), CASES, ids=[f"{kind}-{entry.name.replace(' ', '-')}" for kind, entry in CASES]
+)
 @pytest.mark.parametrize("distributed_optimizer", [True, False], ids=["zero1", "plain"])
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_layout_equals_one_process(
@@ -107,15 +109,21 @@ def test_layout_equals_one_process(
 @pytest.mark.parametrize("gather", [False, True], ids=["reduce", "reduce-and-gather"])
 def test_overlap_changes_nothing(kind: str, gather: bool, pool: GlooPool, references: dict[str, Trajectory]) -> None:
     expert_degree = 2 if kind == "MoE" else 1
-    parallel = ParallelConfig(expert_model_parallel_size=expert_degree, overlap_grad_reduce=True, overlap_param_gather=gather)
+    parallel = ParallelConfig(
+        expert_model_parallel_size=expert_degree, overlap_grad_reduce=True, overlap_param_gather=gather
+    )
     difference = compare(run_layout(pool, Cell(MODELS[kind], parallel), 4), references[kind])
     assert difference.worst < TOLERANCE
 
 
 @pytest.mark.parametrize("modules", [["core_attn"], ["moe"], ["shared_experts"], ["mlp"]], ids=lambda m: m[0])
-def test_selective_recompute_changes_nothing(modules: list[str], pool: GlooPool, references: dict[str, Trajectory]) -> None:
+def test_selective_recompute_changes_nothing(
+    modules: list[str], pool: GlooPool, references: dict[str, Trajectory]
+) -> None:
     recompute = RecomputeConfig(granularity="selective", modules=modules)
-    difference = compare(run_layout(pool, Cell(MODELS["MoE"], ParallelConfig(), recompute=recompute), 1), references["MoE"])
+    difference = compare(
+        run_layout(pool, Cell(MODELS["MoE"], ParallelConfig(), recompute=recompute), 1), references["MoE"]
+    )
     assert difference.worst < TOLERANCE
 
 

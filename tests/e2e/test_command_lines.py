@@ -103,7 +103,9 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_error(arguments: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_one_error(
+    arguments: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert_clear_error(command(TOOLS / arguments[0], *arguments[1:]), *parts)
     assert not list(tmp_path.iterdir()), "something was left behind"
@@ -119,4 +121,7 @@ def test_a_fault_that_meets_every_rank_is_said_once(tmp_path: Path) -> None:
 
 def test_options_of_a_file_and_of_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "corpus.yaml").write_text(dump_yaml({"output": str(tmp_path / "a.jsonl"), "outptu": 1}))
-    assert_clear_error(command(TOOLS / "corpus.py", "--config", tmp_path / "corpus.yaml"), "outptu = 1: unknown key; did you mean 'output'?")
+    assert_clear_error(
+        command(TOOLS / "corpus.py", "--config", tmp_path / "corpus.yaml"),
+        "outptu = 1: unknown key; did you mean 'output'?",
+    )

@@ -57,7 +57,9 @@ def test_two_nodes_train_like_one(tmp_path: Path) -> None:
         ({"NPROC_PER_NODE": "3"}, "multiple of 2"),
     ],
 )
-def test_what_is_missing_is_said_before_anything_starts(environment: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_said_before_anything_starts(
+    environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
     run = write_run(tmp_path / "run.yaml", run_mapping(tmp_path))
     process = start(run, "parallel.tensor_model_parallel_size=2", **environment)
     _, errors = process.communicate(timeout=60)

@@ -23,8 +23,19 @@ def test_the_quickstart_layout_is_proven() -> None:
 
 def test_a_large_run_is_shrunk_to_this_machine_and_says_so(tmp_path: Path) -> None:
     mapping = run_mapping(tmp_path, moe=True)
-    mapping["model"] |= {"num_layers": 48, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8}
-    mapping["model"] |= {"num_moe_experts": 64, "moe_ffn_hidden_size": 2048, "moe_router_topk": 6, "moe_first_k_dense": 1}
+    mapping["model"] |= {
+        "num_layers": 48,
+        "hidden_size": 4096,
+        "ffn_hidden_size": 14336,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+    }
+    mapping["model"] |= {
+        "num_moe_experts": 64,
+        "moe_ffn_hidden_size": 2048,
+        "moe_router_topk": 6,
+        "moe_first_k_dense": 1,
+    }
     mapping["parallel"] = {
         "tensor_model_parallel_size": 4,
         "sequence_parallel": True,
@@ -40,7 +51,14 @@ def test_a_large_run_is_shrunk_to_this_machine_and_says_so(tmp_path: Path) -> No
     assert any(change.startswith("parallel.pipeline_model_parallel_size: 8 ->") for change in plan.changes)
     assert "model.num_layers: 48 -> 12" in plan.changes
     small = plan.cell.model
-    kept = ("num_moe_experts", "moe_router_topk", "num_attention_heads", "num_query_groups", "moe_first_k_dense", "moe_gating_normalization")
+    kept = (
+        "num_moe_experts",
+        "moe_router_topk",
+        "num_attention_heads",
+        "num_query_groups",
+        "moe_first_k_dense",
+        "moe_gating_normalization",
+    )
     large = load_run(tmp_path / "run.yaml").model
     assert all(getattr(small, name) == getattr(large, name) for name in kept)
     assert small.hidden_size < 128

@@ -55,6 +55,10 @@ def quickstart(directory: Path) -> tuple[str, int]:
     return output, peak
 
 
+def validation_losses(directory: Path) -> list[float]:
+    return [r["validation_loss"] for r in read_metrics(directory / "metrics.jsonl") if "validation_loss" in r]
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
     directory = tmp_path_factory.mktemp("quickstart")
@@ -75,16 +79,21 @@ def test_it_ends_with_a_summary_and_stays_within_its_memory(done: tuple[Path, st
 def test_both_phases_learn_and_the_curve_goes_on_in_the_other_layout(done: tuple[Path, str, int]) -> None:
     out, _, _ = done
     dense, moe = reported_losses(out / "dense"), reported_losses(out / "moe")
-    assert len(dense), len(moe) == (200, 80)
+    assert (len(dense), len(moe)) == (200, 80)
     assert dense[-1] < dense[0] - 3
     # The upcycled model starts where the dense one ended, and does not jump where the layout changes (step 40).
     assert abs(moe[0] - dense[-1]) < 1
     steps = [abs(b - a) for a, b in zip(moe[10:], moe[11:], strict=False)]
     assert abs(moe[40] - moe[39]) <= max(steps)
-    world_sizes = [json.loads(line)["world_size"] for line in (out / "moe" / "metrics.jsonl").read_text().splitlines() if "world_size" in line]
+    world_sizes = [
+        json.loads(line)["world_size"]
+        for line in (out / "moe" / "metrics.jsonl").read_text().splitlines()
+        if "world_size" in line
+    ]
     assert world_sizes[-1] == 4
-    validation = [r["validation_loss"] for r in read_metrics(out / "moe" / "metrics.jsonl") if "validation_loss" in r]
-    assert validation[-1] < validation[0]
+    before, after = (validation_losses(out / phase)[-1] for phase in ("dense", "moe"))
+    print(f"validation loss {before:.3f} after the dense phase, {after:.3f} after the MoE phase")
+    assert after < before
 
 
 def test_the_exported_model_is_the_trained_one(done: tuple[Path, str, int]) -> None:

@@ -37,7 +37,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reports(directory: Path) -> list[tuple[Any, ...]]:
     """Every figure of training that does not depend on the clock."""
     records = read_metrics(directory / "metrics.jsonl")
-    names = ("iteration", "loss", "validation_loss", "learning_rate", "grad_norm", "consumed_samples", "expert_load", "balance_loss")
+    names = (
+        "iteration",
+        "loss",
+        "validation_loss",
+        "learning_rate",
+        "grad_norm",
+        "consumed_samples",
+        "expert_load",
+        "balance_loss",
+    )
     return [tuple(record.get(name) for name in names) for record in records]
 
 
@@ -70,7 +79,9 @@ def kill_a_rank_after(launcher: subprocess.Popen[bytes], directory: Path, *, ran
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(rank: int, work: Path, uninterrupted: Path) -> None:
+def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(
+    rank: int, work: Path, uninterrupted: Path
+) -> None:
     directory = work / f"killed-{rank}"
     arguments = [work / "run.yaml", *LAYOUT, f"checkpoint.directory={directory}"]
     kill_a_rank_after(start(4, *arguments), directory, rank=rank, step=12)
@@ -101,12 +112,14 @@ def test_another_layout_continues_the_curve_and_the_data(
     directory = tmp_path / "run"
     first = train(4, work / "run.yaml", *LAYOUT, f"checkpoint.directory={directory}", "train.stop_at_iteration=7")
     assert first.returncode == 0, first.stderr
-    second = train(processes, work / "run.yaml", *layout, f"checkpoint.directory={directory}", "train.stop_at_iteration=20")
+    second = train(
+        processes, work / "run.yaml", *layout, f"checkpoint.directory={directory}", "train.stop_at_iteration=20"
+    )
     assert second.returncode == 0, second.stderr
     pairs = zip(reported_losses(directory), reported_losses(uninterrupted)[:20], strict=True)
     difference = max(abs(a - b) / b for a, b in pairs)
     print(f"moved at step 7: largest relative difference of the loss until step 20 {difference:.1e}")
-    # Rounding as in the parity grid; with other micro-batches the balance loss (a mean over them) pulls a little elsewhere.
+    # Rounding as in the parity grid; over other micro-batches the balance loss, a mean over them, is another.
     assert difference < (1e-3 if "train.micro_batch_size=1" in layout else 1e-5)
 
 
@@ -119,7 +132,12 @@ def test_a_finished_run_does_nothing(work: Path, uninterrupted: Path) -> None:
 
 
 def test_bf16_with_recompute_and_overlap_follows_fp32(work: Path, uninterrupted: Path) -> None:
-    options = ["precision.kind=bf16", "recompute.granularity=full", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+    options = [
+        "precision.kind=bf16",
+        "recompute.granularity=full",
+        "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true",
+    ]
     process = train(4, work / "run.yaml", *LAYOUT, *options, f"checkpoint.directory={work / 'bf16'}")
     assert process.returncode == 0, process.stderr
     pairs = zip(reported_losses(work / "bf16"), reported_losses(uninterrupted), strict=True)

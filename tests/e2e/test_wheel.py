@@ -1,4 +1,4 @@
-"""The built wheel has everything an installed copy needs: tools, the modelling code of exports, the page of the report."""
+"""The built wheel has everything an installed copy needs: tools, modelling code of exports, the page of the report."""
 
 import os
 import subprocess
@@ -19,14 +19,20 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the wheel installed into it."""
     directory = tmp_path_factory.mktemp("wheel")
     # setuptools leaves build/ behind: it builds from a copy of the tracked and new files.
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in names.splitlines():
         if (ROOT / name).is_file():
             target = directory / "source" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
     run = [sys.executable, "-m"]
-    subprocess.run([*run, "build", "--wheel", "--no-isolation", "--outdir", directory, directory / "source"], check=True, capture_output=True)
+    subprocess.run(
+        [*run, "build", "--wheel", "--no-isolation", "--outdir", directory, directory / "source"],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = directory.glob("*.whl")
     subprocess.run([*run, "pip", "install", "--quiet", "--no-deps", "--target", directory / "site", wheel], check=True)
     return directory
@@ -34,7 +40,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_installed_copy(installed: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(installed / "site"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=installed, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=installed,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_wheel_is_the_package_and_the_tools(installed: Path) -> None:
@@ -57,6 +70,8 @@ def test_an_installed_copy_exports_verifies_and_reports(installed: Path) -> None
     assert verified.returncode == 0, verified.stderr
     assert "verdict: the same model" in verified.stdout
     metrics = write_metrics(installed / "metrics.jsonl", 5, loss=3.0)
-    reported = in_installed_copy(installed, "-m", "megatron_ext.tools.report", "--metrics", f"run={metrics}", "--output", "report.html")
+    reported = in_installed_copy(
+        installed, "-m", "megatron_ext.tools.report", "--metrics", f"run={metrics}", "--output", "report.html"
+    )
     assert reported.returncode == 0, reported.stderr
     assert "<title>" in (installed / "report.html").read_text()

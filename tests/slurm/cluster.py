@@ -40,7 +40,7 @@ SlurmdParameters=config_overrides
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 InactiveLimit=0
 KillWait=5
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_node_port}-{last_node_port}] CPUs=4 RealMemory=2000 State=UNKNOWN
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=4 RealMemory=2000 State=UNKNOWN
 PartitionName=tests Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
 
@@ -69,9 +69,15 @@ class Cluster:
         (d / "munge.key").write_bytes(secrets.token_bytes(1024))
         (d / "munge.key").chmod(0o600)
         host = socket.gethostname().split(".")[0]
-        ports = {"port": 16817, "first_node_port": 17001, "last_node_port": 17002}
+        ports = {"port": 16817, "node_ports": "17001-17002"}
         (d / "slurm.conf").write_text(CONFIGURATION.format(host=host, directory=d, **ports))
-        files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munge.seed"}
+        files = {
+            "key-file": "munge.key",
+            "socket": "munge.socket",
+            "pid-file": "munged.pid",
+            "log-file": "munged.log",
+            "seed-file": "munge.seed",
+        }
         self._start("munged", "--force", *(f"--{option}={d / name}" for option, name in files.items()))
         self._start("slurmctld", "-c", "-f", str(d / "slurm.conf"))
         for node in ("n1", "n2"):
@@ -84,7 +90,9 @@ class Cluster:
 
     def run(self, *command: str, **environment: str) -> str:
         """Run a Slurm client and return what it prints."""
-        result = subprocess.run(command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60
+        )
         assert result.returncode == 0, result.stderr
         return result.stdout
 

@@ -1,0 +1,1 @@
+"""Modelling code that travels inside exports; it imports nothing of this framework."""

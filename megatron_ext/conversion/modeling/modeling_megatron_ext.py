@@ -64,7 +64,7 @@ class MegatronExtMoE(nn.Module):
             self.shared_expert = MegatronExtMLP(config.hidden_size, config.shared_expert_intermediate_size)
 
     def route(self, hidden):
-        """hidden [T, H] -> expert ids [T, K] and their weights [T, K], in fp32 as in training."""
+        """Hidden [T, H] -> expert ids [T, K] and their weights [T, K], in fp32 as in training."""
         logits = F.linear(hidden.float(), self.gate.weight.float())
         if self.normalization is not None:
             centred = logits - logits.mean(dim=-1, keepdim=True)

@@ -1,0 +1,1 @@
+"""The parts of a MoE layer that this framework brings: router, experts and their statistics."""

@@ -24,7 +24,7 @@ def _expert_linear(tokens: Tensor, weights: Tensor, tokens_per_expert_E: Tensor)
 
 
 class GroupedExperts(MegatronModule):
-    """SwiGLU experts computed by `torch.nn.functional.grouped_mm`, one call a projection whatever the number of experts.
+    """SwiGLU experts by `torch.nn.functional.grouped_mm`: one call a projection, whatever the number of experts.
 
     Checkpoint keys and shapes are those of megatron-core's SequentialMLP and TEGroupedMLP, so the three load each
     other's checkpoints: `experts.linear_fc1.weight` [experts, 2F, H] (gate above up) and `experts.linear_fc2.weight`
@@ -39,7 +39,7 @@ class GroupedExperts(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        assert config.gated_linear_unit and not config.add_bias_linear, "experts are SwiGLU without biases"
+        assert (config.gated_linear_unit, config.add_bias_linear) == (True, False), "experts are SwiGLU without biases"
         self.num_local_experts = num_local_experts
         self.ep_group, self.etp_group, self.edp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.width = config.moe_ffn_hidden_size // self.etp_group.size()

@@ -27,7 +27,13 @@ class ExpertStatistics:
 
 
 def collect_statistics(
-    routers: Sequence[Router], *, num_layers: int, num_experts: int, num_microbatches: int, group: dist.ProcessGroup, device: torch.device
+    routers: Sequence[Router],
+    *,
+    num_layers: int,
+    num_experts: int,
+    num_microbatches: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
 ) -> ExpertStatistics:
     """Sum the counts of all ranks over `group` (one all-reduce) and reset them.
 

@@ -16,10 +16,12 @@ from megatron_ext.testing.tiny import tiny_model
 
 
 def same_model(a: ModelConfig, b: ModelConfig) -> bool:
-    fields = ("num_layers hidden_size ffn_hidden_size num_attention_heads query_groups head_dim vocab_size rotary_base layernorm_epsilon "
-              "untie_embeddings_and_output_weights max_position_embeddings num_moe_experts expert_ffn_hidden_size moe_router_topk "
-              "moe_router_pre_softmax moe_router_topk_scaling_factor moe_gating_normalization moe_shared_expert_intermediate_size "
-              "moe_layer_pattern").split()  # fmt: skip
+    fields = (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads query_groups head_dim vocab_size rotary_base "
+        "layernorm_epsilon untie_embeddings_and_output_weights max_position_embeddings num_moe_experts "
+        "expert_ffn_hidden_size moe_router_topk moe_router_pre_softmax moe_router_topk_scaling_factor "
+        "moe_gating_normalization moe_shared_expert_intermediate_size moe_layer_pattern"
+    ).split()
     return all(getattr(a, name) == getattr(b, name) for name in fields)
 
 
@@ -29,7 +31,9 @@ def same_model(a: ModelConfig, b: ModelConfig) -> bool:
         tiny_model(),
         tiny_model(untie_embeddings_and_output_weights=False, rotary_base=5e5, kv_channels=24),
         tiny_model(moe=True),
-        tiny_model(moe=True, moe_router_pre_softmax=True, moe_router_topk_scaling_factor=2.5, moe_gating_normalization=None),
+        tiny_model(
+            moe=True, moe_router_pre_softmax=True, moe_router_topk_scaling_factor=2.5, moe_gating_normalization=None
+        ),
     ],
 )
 def test_our_fields_survive_the_way_there_and_back(model: ModelConfig) -> None:
@@ -39,7 +43,9 @@ def test_our_fields_survive_the_way_there_and_back(model: ModelConfig) -> None:
 
 
 def test_transformers_own_config_is_understood() -> None:
-    raw = LlamaConfig(hidden_size=48, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, rope_theta=5e5).to_dict()
+    raw = LlamaConfig(
+        hidden_size=48, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, rope_theta=5e5
+    ).to_dict()
     model = config_to_megatron(LLAMA.config, {k: v for k, v in raw.items()}, source="t")
     assert (model.hidden_size, model.query_groups, model.rotary_base) == (48, 2, 5e5)
 

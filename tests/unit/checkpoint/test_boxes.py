@@ -16,7 +16,10 @@ def test_boxes_tile_the_range_in_order(shape: tuple[int, ...], data: st.DataObje
     stop = data.draw(st.integers(start, size))
     numbers = torch.arange(size).view(shape)
     boxes = list(boxes_of_range(shape, start, stop))
-    visited = [numbers[tuple(slice(o, o + s) for o, s in zip(offset, extent, strict=True))].flatten() for offset, extent in boxes]
+    visited = [
+        numbers[tuple(slice(o, o + s) for o, s in zip(offset, extent, strict=True))].flatten()
+        for offset, extent in boxes
+    ]
     joined = torch.cat(visited) if visited else torch.empty(0, dtype=torch.long)
     assert joined.tolist() == list(range(start, stop))
     assert len(boxes) <= 2 * len(shape) - 1

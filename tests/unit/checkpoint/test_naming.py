@@ -16,18 +16,32 @@ def test_storage_plan_and_stored_names_are_inverse() -> None:
 
 def test_dense_norms_have_the_fused_names_and_moe_norms_their_own() -> None:
     plan = storage_plan(model_shapes(tiny_model(moe=True)))
-    assert plan["decoder.layers.0.pre_mlp_layernorm.weight"][0].key == "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
+    assert (
+        plan["decoder.layers.0.pre_mlp_layernorm.weight"][0].key == "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
+    )
     assert plan["decoder.layers.1.pre_mlp_layernorm.weight"][0].key == "decoder.layers.1.pre_mlp_layernorm.weight"
-    assert plan["decoder.layers.1.input_layernorm.weight"][0].key == "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
+    assert (
+        plan["decoder.layers.1.input_layernorm.weight"][0].key
+        == "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
+    )
 
 
 def test_optimizer_state_and_extra_state_are_no_weights() -> None:
-    keys = {"optimizer.state.exp_avg.x": (3,), "decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1": (1,), "a.weight": (2,)}
+    keys = {
+        "optimizer.state.exp_avg.x": (3,),
+        "decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1": (1,),
+        "a.weight": (2,),
+    }
     assert stored_names(keys) == {"a.weight": Stored("a.weight")}
 
 
 def test_layers_stacked_under_one_key_are_taken_apart() -> None:
-    names = stored_names({"decoder.layers.self_attention.linear_proj.weight": (2, 8, 8), "decoder.layers.mlp.experts.experts.linear_fc2.weight": (2, 3, 4, 4)})
+    names = stored_names(
+        {
+            "decoder.layers.self_attention.linear_proj.weight": (2, 8, 8),
+            "decoder.layers.mlp.experts.experts.linear_fc2.weight": (2, 3, 4, 4),
+        }
+    )
     assert names["decoder.layers.1.self_attention.linear_proj.weight"].stacked == (1,)
     assert names["decoder.layers.1.mlp.experts.2.linear_fc2.weight"].stacked == (1, 2)
     assert len(names) == 2 + 6

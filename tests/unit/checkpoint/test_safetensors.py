@@ -1,4 +1,4 @@
-"""Hugging Face directories as streams: the library reads what we write, shards and index, and failures leave nothing."""
+"""Hugging Face directories as streams: safetensors reads what we write; failures leave nothing behind."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,9 @@ def test_library_reads_what_we_write_in_any_order(tmp_path: Path) -> None:
         for name in reversed(TENSORS):
             sink.write(name, TENSORS[name])
     loaded = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
 
 
 def test_shards_have_an_index_and_are_read_back(tmp_path: Path) -> None:
@@ -72,9 +74,9 @@ def test_wrong_writes_leave_nothing(tmp_path: Path, name: str, tensor: torch.Ten
 
 
 def test_a_tensor_too_few_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="3 tensors of the target were never written: b, c, d"):
-        with HuggingFaceSink(tmp_path / "out", SPECS) as sink:
-            sink.write("a", TENSORS["a"])
+    complaint = pytest.raises(ConversionError, match="3 tensors of the target were never written: b, c, d")
+    with complaint, HuggingFaceSink(tmp_path / "out", SPECS) as sink:
+        sink.write("a", TENSORS["a"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,8 +13,19 @@ from megatron_ext.testing.pool import GlooPool
 GRIDS = [
     ParallelConfig(),
     ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
-    ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
-    ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=4, expert_tensor_parallel_size=1, pipeline_model_parallel_size=2),
+    ParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+    ),
+    ParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+        pipeline_model_parallel_size=2,
+    ),
     ParallelConfig(expert_model_parallel_size=4, pipeline_model_parallel_size=2),
 ]
 TRAIN = TrainConfig(train_iters=1, global_batch_size=32, micro_batch_size=2)
@@ -52,7 +63,11 @@ def test_sizes() -> None:
         (GRIDS[2], 3, "start a multiple of 2"),
         (GRIDS[4], 4, "cannot hold experts split over"),
         (ParallelConfig(), 5, "train.global_batch_size = 32 is not a multiple"),
-        (ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2), 32, "multiples of pipeline_model_parallel_size = 4"),
+        (
+            ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2),
+            32,
+            "multiples of pipeline_model_parallel_size = 4",
+        ),
     ],
 )
 def test_impossible_grids_are_refused(parallel: ParallelConfig, world_size: int, expected: str) -> None:

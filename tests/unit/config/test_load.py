@@ -19,7 +19,13 @@ from megatron_ext.errors import ConfigError
 def mapping(**sections: Any) -> dict[str, Any]:
     """A minimal valid run with sections merged in."""
     base: dict[str, Any] = {
-        "model": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 1000},
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 64,
+            "ffn_hidden_size": 96,
+            "num_attention_heads": 4,
+            "vocab_size": 1000,
+        },
         "precision": {"kind": "fp32"},
         "train": {"train_iters": 100, "global_batch_size": 8},
         "optimizer": {"kind": "adam", "lr": 1e-3},
@@ -52,11 +58,18 @@ def test_minimal_run_is_valid() -> None:
 def test_misspelt_key_wrong_type_and_illegal_layout_come_in_one_message() -> None:
     raw = mapping(
         model={"num_moe_experts": 8, "num_layers": "four"},
-        parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1, "pipeline_model_paralel_size": 2},
+        parallel={
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "expert_tensor_parallel_size": 1,
+            "pipeline_model_paralel_size": 2,
+        },
     )
     message = faults(raw)
     assert message.startswith("run.yaml: 3 problems")
-    assert "parallel.pipeline_model_paralel_size = 2: unknown key; did you mean 'pipeline_model_parallel_size'?" in message
+    assert (
+        "parallel.pipeline_model_paralel_size = 2: unknown key; did you mean 'pipeline_model_parallel_size'?" in message
+    )
     assert "model.num_layers = 'four': must be an integer" in message
     assert "parallel.tensor_model_parallel_size = 2, parallel.expert_model_parallel_size = 1" in message
     assert "raise expert_model_parallel_size" in message
@@ -99,7 +112,9 @@ def test_kind_is_mandatory_when_a_union_is_given() -> None:
 
 def test_overrides_replace_single_keys() -> None:
     raw = mapping(model={"num_moe_experts": 8})
-    run = load(raw, "optimizer.lr=3e-4", "data.train.0.weight=2.5", "logging.wandb.mode=off", "model.moe_layer_freq=[1,1,0,1]")
+    run = load(
+        raw, "optimizer.lr=3e-4", "data.train.0.weight=2.5", "logging.wandb.mode=off", "model.moe_layer_freq=[1,1,0,1]"
+    )
     assert run.optimizer.lr == 3e-4
     assert run.data.train[0].weight == 2.5
     assert run.logging.wandb.mode == "off"
@@ -161,14 +176,28 @@ def test_configurations_are_frozen() -> None:
 
 def test_help_documents_every_key() -> None:
     text = describe_keys(RunConfig)
-    for key in ("model.num_layers", "parallel.expert_model_parallel_size", "schedule.wsd_decay_iters", "logging.wandb.mode"):
+    for key in (
+        "model.num_layers",
+        "parallel.expert_model_parallel_size",
+        "schedule.wsd_decay_iters",
+        "logging.wandb.mode",
+    ):
         assert f"  {key}  (" in text
     lines = text.splitlines()
-    undocumented = [line for line, after in zip(lines, lines[1:], strict=False) if line.startswith("  ") and line[2] != " " and not after.strip()]
-    assert undocumented == ["  " + line.strip() for line in undocumented if ".kind " in line], "keys without a docstring"
+    undocumented = [
+        line
+        for line, after in zip(lines, lines[1:], strict=False)
+        if line.startswith("  ") and line[2] != " " and not after.strip()
+    ]
+    assert undocumented == ["  " + line.strip() for line in undocumented if ".kind " in line], (
+        "keys without a docstring"
+    )
 
 
 def test_configuration_imports_neither_torch_nor_megatron() -> None:
-    code = "import sys, megatron_ext.config, megatron_ext.command; print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, megatron_ext.config, megatron_ext.command; "
+        "print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

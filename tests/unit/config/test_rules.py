@@ -18,15 +18,24 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": MOE | {"moe_layer_freq": [1, 0]}}, ["model.moe_layer_freq = [1, 0]", "one a layer"]),
     ({"model": MOE | {"moe_layer_freq": 0}}, ["at least 1"]),
     ({"model": MOE | {"moe_first_k_dense": 4}}, ["leaves no MoE layer"]),
-    ({"model": MOE | {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.1}}, ["without a balance loss"]),
+    (
+        {"model": MOE | {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.1}},
+        ["without a balance loss"],
+    ),
     ({"model": {"moe_aux_loss_coeff": 0.1}}, ["model.moe_aux_loss_coeff = 0.1", "no meaning in a dense model"]),
     ({"model": {"moe_gating_normalization": {}}}, ["no meaning in a dense model"]),
     ({"parallel": {"expert_model_parallel_size": 2}}, ["no meaning in a dense model"]),
-    ({"parallel": {"tensor_model_parallel_size": 3}}, ["model.num_attention_heads = 4", "parallel.tensor_model_parallel_size = 3"]),
+    (
+        {"parallel": {"tensor_model_parallel_size": 3}},
+        ["model.num_attention_heads = 4", "parallel.tensor_model_parallel_size = 3"],
+    ),
     ({"model": {"num_query_groups": 1}, "parallel": {"tensor_model_parallel_size": 2}}, ["model.num_query_groups = 1"]),
     ({"model": {"ffn_hidden_size": 97}, "parallel": {"tensor_model_parallel_size": 2}}, ["model.ffn_hidden_size = 97"]),
     (
-        {"model": {"make_vocab_size_divisible_by": 1, "vocab_size": 1001}, "parallel": {"tensor_model_parallel_size": 2}},
+        {
+            "model": {"make_vocab_size_divisible_by": 1, "vocab_size": 1001},
+            "parallel": {"tensor_model_parallel_size": 2},
+        },
         ["model.padded_vocab_size = 1001"],
     ),
     (
@@ -37,11 +46,17 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["model.moe_shared_expert_intermediate_size = 7"],
     ),
     (
-        {"model": MOE | {"moe_ffn_hidden_size": 9}, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+        {
+            "model": MOE | {"moe_ffn_hidden_size": 9},
+            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        },
         ["model.expert_ffn_hidden_size = 9", "parallel.etp = 2"],
     ),
     ({"model": MOE, "parallel": {"expert_model_parallel_size": 3}}, ["model.num_moe_experts = 8", "= 3"]),
-    ({"parallel": {"pipeline_model_parallel_size": 3}}, ["model.num_layers = 4", "parallel.pipeline_model_parallel_size = 3"]),
+    (
+        {"parallel": {"pipeline_model_parallel_size": 3}},
+        ["model.num_layers = 4", "parallel.pipeline_model_parallel_size = 3"],
+    ),
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, ["pipeline_model_parallel_size > 1"]),
     ({"parallel": {"sequence_parallel": True}}, ["more than one process"]),
     ({"model": MOE, "parallel": {"tensor_model_parallel_size": 2}}, ["sequence_parallel: true"]),

@@ -26,9 +26,15 @@ MODELS = {
     "dense": tiny_model(),
     "dense tied": tiny_model(untie_embeddings_and_output_weights=False, rotary_base=5e5, kv_channels=10),
     "MoE": tiny_model(moe=True, num_moe_experts=5, moe_ffn_hidden_size=41),
-    "MoE pre-softmax": tiny_model(moe=True, moe_router_pre_softmax=True, moe_router_topk_scaling_factor=1.7, moe_router_topk=3),
-    "MoE plain": tiny_model(moe=True, moe_gating_normalization=None, moe_shared_expert_intermediate_size=None, moe_layer_freq=2),
-    "MoE population std": tiny_model(moe=True, moe_gating_normalization=GatingNormalization(scale=2.0, eps=1e-3, correction=0)),
+    "MoE pre-softmax": tiny_model(
+        moe=True, moe_router_pre_softmax=True, moe_router_topk_scaling_factor=1.7, moe_router_topk=3
+    ),
+    "MoE plain": tiny_model(
+        moe=True, moe_gating_normalization=None, moe_shared_expert_intermediate_size=None, moe_layer_freq=2
+    ),
+    "MoE population std": tiny_model(
+        moe=True, moe_gating_normalization=GatingNormalization(scale=2.0, eps=1e-3, correction=0)
+    ),
 }
 
 
@@ -76,7 +82,12 @@ def test_weights_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
 def test_transformers_own_model_is_imported(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=250, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=250,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron")
@@ -92,14 +103,18 @@ def test_exported_moe_loads_with_trust_remote_code_and_generates_with_cache(tmp_
     prompt = torch.randint(0, 250, (2, 5), generator=torch.Generator().manual_seed(2))
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(prompt, **settings), model.generate(prompt, use_cache=False, **settings))
-    eager = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32, attn_implementation="eager")
+    eager = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         assert torch.allclose(model(prompt).logits, eager.eval()(prompt).logits, atol=1e-5)
     padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), prompt), dim=1)
     mask = torch.cat((torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)), dim=1)
     with torch.no_grad():
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        assert torch.allclose(model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:], model(prompt).logits, atol=1e-5)
+        assert torch.allclose(
+            model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:], model(prompt).logits, atol=1e-5
+        )
 
 
 def test_exported_code_saves_and_reloads_itself(tmp_path: Path) -> None:
@@ -163,7 +178,7 @@ def test_sources_that_are_nothing_are_named(tmp_path: Path) -> None:
 
 
 def gradients(checkpoint: str, exported: str) -> dict[str, float]:
-    """Largest relative difference of each Megatron weight's gradient from transformers', on the same weights and tokens."""
+    """Largest relative difference of each weight's gradient from transformers', on the same weights and tokens."""
     from megatron_ext.architectures.registry import architecture_for
     from megatron_ext.checkpoint.store import load_boxes, require_checkpoint
     from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
@@ -195,7 +210,10 @@ def gradients(checkpoint: str, exported: str) -> dict[str, float]:
         for task in tasks_to_megatron(architecture_for(model)[0].weights, model)
     }
     own = MegatronGradients(pieces_of(network))
-    return {name: float((own.whole(name, g.shape) - g).abs().max() / (g.abs().max() + 1e-12)) for name, g in expected.items()}
+    return {
+        name: float((own.whole(name, g.shape) - g).abs().max() / (g.abs().max() + 1e-12))
+        for name, g in expected.items()
+    }
 
 
 class MegatronGradients:
@@ -204,7 +222,11 @@ class MegatronGradients:
     def __init__(self, pieces: dict) -> None:
         from megatron_ext.checkpoint.naming import stored_names
 
-        flat = [(piece, param.grad.flatten()[piece.start : piece.start + piece.data.numel()]) for param, ps in pieces.items() for piece in ps]
+        flat = [
+            (piece, param.grad.flatten()[piece.start : piece.start + piece.data.numel()])
+            for param, ps in pieces.items()
+            for piece in ps
+        ]
         self.pieces = flat
         self.places = stored_names({piece.key: piece.global_shape for piece, _ in flat})
 

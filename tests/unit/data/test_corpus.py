@@ -14,7 +14,9 @@ from megatron_ext.errors import DataError
 
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.text(max_size=30), max_size=20), size=st.integers(1, 80))
-def test_shards_of_any_size_hold_every_document_once(texts: list[str], size: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_shards_of_any_size_hold_every_document_once(
+    texts: list[str], size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("corpus") / "c.jsonl"
     path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
     read = [text for shard in split_into_shards([path], size) for text in read_shard(shard)]

@@ -23,7 +23,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
         preprocess([corpus], directory / "t", directory / corpus.stem, split=(1, 0, 0))
     return DataConfig(
         sequence_length=32,
-        train=[DataSource(path=str(directory / "0" / "train"), weight=3.0), DataSource(path=str(directory / "1" / "train"), weight=1.0)],
+        train=[
+            DataSource(path=str(directory / "0" / "train"), weight=3.0),
+            DataSource(path=str(directory / "1" / "train"), weight=1.0),
+        ],
         tokenizer=str(directory / "t"),
         cache_dir=str(directory / "cache"),
     )
@@ -105,17 +108,24 @@ def test_labels_are_the_next_tokens_and_all_count(data: DataConfig, pool: GlooPo
 
 def sample_fields(data: DataConfig) -> list[tuple[list[int], list[int], list[float]]]:
     blend = build_blend(data.train, data, Tokenizer(data.tokenizer), num_samples=20, seed=7)
-    return [tuple(torch.as_tensor(blend[n][key]).tolist() for key in ("tokens", "labels", "loss_mask")) for n in range(20)]
+    return [
+        tuple(torch.as_tensor(blend[n][key]).tolist() for key in ("tokens", "labels", "loss_mask")) for n in range(20)
+    ]
 
 
 def test_new_data_at_the_same_place_gets_a_new_index(tmp_path: Path, data: DataConfig, pool: GlooPool) -> None:
     config = DataConfig(
-        sequence_length=32, train=[DataSource(path=str(tmp_path / "d" / "train"))], tokenizer=data.tokenizer, cache_dir=str(tmp_path / "cache")
+        sequence_length=32,
+        train=[DataSource(path=str(tmp_path / "d" / "train"))],
+        tokenizer=data.tokenizer,
+        cache_dir=str(tmp_path / "cache"),
     )
     corpus = write_corpus(tmp_path / "c.jsonl", documents=80, seed=3)
     preprocess([corpus], data.tokenizer, tmp_path / "d", split=(1, 0, 0))
     (before,) = pool.run(1, samples, config, 50, 0, 50)
-    preprocess([write_corpus(corpus, documents=50, seed=4)], data.tokenizer, tmp_path / "d", split=(1, 0, 0), force=True)
+    preprocess(
+        [write_corpus(corpus, documents=50, seed=4)], data.tokenizer, tmp_path / "d", split=(1, 0, 0), force=True
+    )
     (after,) = pool.run(1, samples, config, 50, 0, 50)
     assert not {tuple(s) for s in before} & {tuple(s) for s in after}
 

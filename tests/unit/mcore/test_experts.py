@@ -48,7 +48,10 @@ def errors(width: int, counts: list[int]) -> dict[str, float]:
     reference = torch.cat(parts)
     expected = (reference, *torch.autograd.grad(reference, exact, upstream.double()))
     names = ("output", "tokens", "weights", "fc1", "fc2")
-    return {n: float((m - e).abs().max() / (e.abs().max() + 1e-30)) for n, m, e in zip(names, measured, expected, strict=True)}
+    return {
+        n: float((m - e).abs().max() / (e.abs().max() + 1e-30))
+        for n, m, e in zip(names, measured, expected, strict=True)
+    }
 
 
 @pytest.mark.parametrize("width", [48, 41], ids=["grouped kernel", "unaligned"])

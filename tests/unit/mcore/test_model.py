@@ -1,6 +1,7 @@
 """The translation to megatron-core, the padded vocabulary in the loss, and initial weights that no layout changes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,12 @@ def test_overrides_reach_megatron_and_are_checked() -> None:
     model = tiny_model(transformer_overrides={"attention_softmax_in_fp32": False})
     assert transformer_config(model, ParallelConfig(), FP32, RecomputeConfig()).attention_softmax_in_fp32 is False
     with pytest.raises(ConfigError, match="did you mean 'attention_softmax_in_fp32'"):
-        transformer_config(tiny_model(transformer_overrides={"attention_softmax_fp32": True}), ParallelConfig(), FP32, RecomputeConfig())
+        transformer_config(
+            tiny_model(transformer_overrides={"attention_softmax_fp32": True}),
+            ParallelConfig(),
+            FP32,
+            RecomputeConfig(),
+        )
 
 
 def build(model: ModelConfig, parallel: ParallelConfig, seed: int = 1) -> list:
@@ -71,13 +77,15 @@ def test_initial_weights_do_not_depend_on_the_layout(pool: GlooPool) -> None:
     model = tiny_model(moe=True)
     (shapes,) = pool.run(1, global_shapes, model)
     reference = assemble(pool.run(1, saved_pieces, model, ParallelConfig()), shapes)
-    for processes, degrees in (
-        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
-        (8, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
-        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
-    ):  # fmt: skip
-        whole = assemble(pool.run(processes, saved_pieces, model, ParallelConfig(**degrees)), shapes)
-        assert all(torch.equal(whole[key], reference[key]) for key in shapes), degrees
+    experts = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2)
+    layouts = {
+        "TP2 SP EP2 ETP2": (4, experts),
+        "TP2 SP PP2 EP2 ETP1": (8, replace(experts, pipeline_model_parallel_size=2, expert_tensor_parallel_size=1)),
+        "PP2 VPP2": (2, ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    }
+    for name, (processes, parallel) in layouts.items():
+        whole = assemble(pool.run(processes, saved_pieces, model, parallel), shapes)
+        assert all(torch.equal(whole[key], reference[key]) for key in shapes), name
 
 
 def test_initial_weights_have_megatrons_scale(pool: GlooPool) -> None:

@@ -18,9 +18,7 @@ from megatron_ext.testing.tiny import random_batch, tiny_model
 
 
 @settings(deadline=None)
-@given(
-    st.integers(2, 9), st.floats(0.1, 5.0), st.floats(1e-6, 1e-2), st.sampled_from([0, 1]), st.integers(0, 10**6)
-)
+@given(st.integers(2, 9), st.floats(0.1, 5.0), st.floats(1e-6, 1e-2), st.sampled_from([0, 1]), st.integers(0, 10**6))
 def test_normalization_is_the_formula(experts: int, scale: float, eps: float, correction: int, seed: int) -> None:
     """Skywork-MoE eq. 6, written out in float64."""
     logits = torch.randn(5, experts, generator=torch.Generator().manual_seed(seed))

@@ -66,7 +66,9 @@ def test_page_is_self_contained_and_complete(named: list[str], tmp_path: Path) -
     generated = [{"prompt": "a < b", "continuation": " & so <script>on</script>"}]
     (tmp_path / "generated.json").write_text(json.dumps(generated))
     phases = read_phases(named)
-    write_report(tmp_path / "out" / "report.html", "A & B", phases, [tmp_path / "figures.json"], tmp_path / "generated.json")
+    write_report(
+        tmp_path / "out" / "report.html", "A & B", phases, [tmp_path / "figures.json"], tmp_path / "generated.json"
+    )
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page(text)
     assert page.tags.count("img") == 2, "curves, and a heat map for the MoE phase only"

@@ -11,15 +11,26 @@ NOWHERE = "http://127.0.0.1:9"
 
 def report(directory: Path, mode: str, *arguments: str, url: str = NOWHERE, key: str = "0" * 40) -> str:
     """Run the client; return what it logged."""
-    environment = {"WANDB_BASE_URL": url, "WANDB_API_KEY": key, "WANDB_MODE": "online", "NETRC": "/nonexistent", "HOME": str(directory)}
-    process = command("-m", wandb_client.__name__, directory / "run", mode, *(arguments or ("1", "3")), timeout=60, **environment)
+    environment = {
+        "WANDB_BASE_URL": url,
+        "WANDB_API_KEY": key,
+        "WANDB_MODE": "online",
+        "NETRC": "/nonexistent",
+        "HOME": str(directory),
+    }
+    process = command(
+        "-m", wandb_client.__name__, directory / "run", mode, *(arguments or ("1", "3")), timeout=60, **environment
+    )
     assert process.returncode == 0, process.stderr
     assert "training went on to its end" in process.stdout
     return process.stderr
 
 
 def recorded(directory: Path) -> list[str]:
-    return sorted(path.parent.name[: path.parent.name.index("run")] for path in directory.glob("run/wandb/*run-*-abcd1234/run-abcd1234.wandb"))
+    return sorted(
+        path.parent.name[: path.parent.name.index("run")]
+        for path in directory.glob("run/wandb/*run-*-abcd1234/run-abcd1234.wandb")
+    )
 
 
 def test_off_leaves_nothing(tmp_path: Path) -> None:

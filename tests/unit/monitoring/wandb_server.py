@@ -6,7 +6,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-_USER = {"id": "1", "entity": "team", "username": "someone", "flags": "{}", "teams": {"edges": []}, "apiKeys": {"edges": []}}
+_USER = {
+    "id": "1",
+    "entity": "team",
+    "username": "someone",
+    "flags": "{}",
+    "teams": {"edges": []},
+    "apiKeys": {"edges": []},
+}
 _PROJECT = {"id": "p", "name": "megatron_ext", "entity": {"id": "e", "name": "team"}}
 
 
@@ -41,7 +48,14 @@ class WandbServer:
         if "upsertBucket" in request["query"]:
             name = request["variables"]["name"]
             self.started.append(name)
-            bucket = {"id": "b", "name": name, "displayName": name, "config": "{}", "project": _PROJECT, "historyLineCount": 0}
+            bucket = {
+                "id": "b",
+                "name": name,
+                "displayName": name,
+                "config": "{}",
+                "project": _PROJECT,
+                "historyLineCount": 0,
+            }
             data["upsertBucket"] = {"bucket": bucket, "inserted": True}
         if "createRunFiles" in request["query"]:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in request["variables"]["files"]]

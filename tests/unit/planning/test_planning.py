@@ -96,7 +96,12 @@ def allocated_bytes(model: ModelConfig, parallel: ParallelConfig, precision: Pre
     "degrees",
     [
         {},
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+        },
         {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
         {"use_distributed_optimizer": False, "expert_model_parallel_size": 2},
     ],

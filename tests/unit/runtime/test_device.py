@@ -35,7 +35,13 @@ def drawn_twice() -> tuple[list[float], list[float]]:
     """Numbers drawn after a state was saved, and again after it was restored."""
 
     def draw() -> list[float]:
-        return [random.random(), float(np.random.rand()), float(torch.rand(())), random.gauss(0, 1), float(np.random.randn())]
+        return [
+            random.random(),
+            float(np.random.rand()),
+            float(torch.rand(())),
+            random.gauss(0, 1),
+            float(np.random.randn()),
+        ]
 
     from megatron_ext.config import ParallelConfig
     from megatron_ext.runtime.process_groups import split_process_group

@@ -39,7 +39,12 @@ def test_cosine() -> None:
 
 @pytest.mark.parametrize(
     ("style", "half_way"),
-    [("linear", 0.55), ("cosine", 0.55), ("minus_sqrt", 0.1 + 0.9 * (1 - math.sqrt(0.5))), ("exponential", math.sqrt(0.1))],
+    [
+        ("linear", 0.55),
+        ("cosine", 0.55),
+        ("minus_sqrt", 0.1 + 0.9 * (1 - math.sqrt(0.5))),
+        ("exponential", math.sqrt(0.1)),
+    ],
 )
 def test_wsd(style: str, half_way: float) -> None:
     values = rates("wsd", warmup_iters=10, wsd_decay_iters=20, decay_style=style, min_lr=0.1)

@@ -1,4 +1,4 @@
-"""Upcycling a dense checkpoint: what is copied, what is drawn, and that the function is kept, measured as a user would."""
+"""Upcycling a dense checkpoint: what is copied, what is drawn, and that the function is kept, measured on logits."""
 
 from dataclasses import replace
 from pathlib import Path
