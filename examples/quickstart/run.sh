@@ -90,4 +90,5 @@ step generate $out/generated.json tool generate --config "$here/generate.yaml" "
 
 echo "== report"
 tool report --config "$here/report.yaml"
+echo "checkpoints: $out/dense, $out/moe"
 echo "Hugging Face model: $out/hf"

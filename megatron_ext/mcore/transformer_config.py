@@ -1,7 +1,5 @@
 """The one translation of our configuration into megatron-core's TransformerConfig."""
 
-import dataclasses
-import difflib
 from typing import Any
 
 import torch
@@ -9,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config import ModelConfig, ParallelConfig, Precision, RecomputeConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.runtime.core_guard import refuse_faulty_overrides
+from megatron_ext.mcore.overrides import check_overrides
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -20,11 +18,9 @@ def transformer_config(
     """Return megatron-core's configuration of the transformer.
 
     Raises:
-        ConfigError: model.transformer_overrides names a field that megatron-core does not have, or megatron-core
-            refuses the combination.
+        ConfigError: an override would not do what it says, or megatron-core refuses the combination.
     """
-    check_override_names(model)
-    refuse_faulty_overrides(model.transformer_overrides)
+    check_overrides(model)
     dtype = DTYPES[precision.kind]
     fields = {
         **_architecture(model),
@@ -40,16 +36,6 @@ def transformer_config(
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"megatron-core refuses this model: {error}") from error
-
-
-def check_override_names(model: ModelConfig) -> None:
-    """Raise ConfigError where an override is not a field of the installed megatron-core's TransformerConfig."""
-    known = [field.name for field in dataclasses.fields(TransformerConfig)]
-    for name in model.transformer_overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "see megatron.core.transformer.TransformerConfig"
-            raise ConfigError(f"model.transformer_overrides.{name}: no such field in megatron-core; {hint}")
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,14 @@ def describe_run(run: RunConfig, world_size: int | None) -> str:
 
     Args:
         world_size: processes; None takes the fewest the layout needs.
+
+    Raises:
+        ConfigError: megatron-core would refuse an override, or ignore it.
     """
+    if run.model.transformer_overrides:
+        from megatron_ext.mcore.transformer_config import transformer_config  # seconds to import, seldom needed
+
+        transformer_config(run.model, run.parallel, run.precision, run.recompute)
     processes = world_size or smallest_world_size(run.parallel)
     layout = run.resolve(processes)
     counts = count_parameters(run.model)

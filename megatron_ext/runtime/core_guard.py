@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from packaging.version import Version
 
-from megatron_ext.errors import ConfigError, EnvironmentFault
+from megatron_ext.errors import EnvironmentFault
 
 OLDEST, TOO_NEW = Version("0.16.1"), Version("0.20")
 
@@ -153,15 +153,13 @@ def installed_version() -> Version:
     return version
 
 
-def refuse_faulty_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raise ConfigError for every override that would bring back a fault of the installed megatron-core."""
+def complaints_about(overrides: Mapping[str, Any]) -> list[str]:
+    """One complaint for every override that would bring back a fault of the installed megatron-core."""
     version = installed_version()
-    complaints = [
+    return [
         f"model.transformer_overrides.{name} = {overrides[name]!r}: {fault.what} (megatron-core {version}); {fault.how}"
         for fault in FAULTS
         if fault.present_in(version)
         for name in fault.overrides
         if name in overrides
     ]
-    if complaints:
-        raise ConfigError("\n".join(complaints))

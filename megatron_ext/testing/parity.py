@@ -14,7 +14,7 @@ from megatron_ext.config import (
     RuntimeConfig,
 )
 from megatron_ext.mcore.initialization import initialize_weights
-from megatron_ext.mcore.model import build_chunks, wrap_chunks
+from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
 from megatron_ext.mcore.optimizer import build_optimizer, set_learning_rate
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.runtime.device import choose_device
@@ -89,6 +89,7 @@ def run_cell(cell: Cell) -> Trajectory:
         result = train_step(wrapped, optimizer, batch, groups, max_norm=adam.clip_grad)
         losses.append(float(result.loss))
         norms.append(result.grad_norm)
+    release_chunks(wrapped)
     return Trajectory(tuple(losses), tuple(norms))
 
 

@@ -21,7 +21,7 @@ from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, DataError
 from megatron_ext.mcore.initialization import initialize_weights
-from megatron_ext.mcore.model import build_chunks, gather_parameters, routers, wrap_chunks
+from megatron_ext.mcore.model import build_chunks, gather_parameters, release_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.mcore.optimizer import build_optimizer, optimizer_steps, set_optimizer_steps
 from megatron_ext.mcore.state import model_boxes, optimizer_boxes
@@ -127,6 +127,10 @@ class Session:
         store.load_boxes(checkpoint, self._boxes(with_optimizer=False))
         self._take_over_weights()
         log.info("weights from %s", checkpoint)
+
+    def close(self) -> None:
+        """Let go of model and groups, in a process that goes on; the session is of no use afterwards."""
+        release_chunks(self.wrapped)
 
     def _take_over_weights(self) -> None:
         """Give the optimizer's fp32 weights the value of the model's."""

@@ -1,5 +1,7 @@
 """Parts of a run as functions for the process pool: train some steps, save, load, save again."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,13 @@ class Part:
         return load_config(RunConfig, raw, source="part")
 
 
-def open_part(part: Part) -> Session:
+@contextmanager
+def open_part(part: Part) -> Iterator[Session]:
     run = part.run_config()
     groups = split_process_group(run.parallel, run.runtime)
-    return open_session(run, run.resolve(dist.get_world_size()), groups, choose_device(run.runtime))
+    session = open_session(run, run.resolve(dist.get_world_size()), groups, choose_device(run.runtime))
+    yield session
+    session.close()
 
 
 def train_steps(session: Session, until: int) -> list[tuple[float, float]]:
@@ -75,26 +80,26 @@ def train_steps(session: Session, until: int) -> list[tuple[float, float]]:
 
 def train_and_save(part: Part, until: int, save: bool = True) -> list[tuple[float, float]]:
     """Train on from the checkpoint of `part`, if there is one."""
-    session = open_part(part)
-    results = train_steps(session, until)
-    if save:
-        session.save()
+    with open_part(part) as session:
+        results = train_steps(session, until)
+        if save:
+            session.save()
     return results
 
 
 def load_and_save_to(part: Part, target: Path) -> None:
     """Load the newest checkpoint of `part` and save it, as it is, below `target`."""
-    session = open_part(part)
-    checkpoint = {**to_mapping(session.run.checkpoint), "directory": str(target)}
-    raw = {**to_mapping(session.run), "checkpoint": checkpoint}
-    session.run = load_config(RunConfig, raw, source="part")
-    session.save()
+    with open_part(part) as session:
+        checkpoint = {**to_mapping(session.run.checkpoint), "directory": str(target)}
+        raw = {**to_mapping(session.run), "checkpoint": checkpoint}
+        session.run = load_config(RunConfig, raw, source="part")
+        session.save()
 
 
 def resumed_random_states(part: Part) -> tuple[bool, Any]:
     """Resume; return whether this rank's generator stands where the checkpoint says."""
-    open_part(part)
-    checkpoint = store.require_checkpoint(part.directory)
-    saved = store.read_random_state(checkpoint, dist.get_rank())
-    assert saved is not None
-    return torch.equal(saved["torch"], torch.get_rng_state()), saved["torch"].sum().item()
+    with open_part(part):
+        checkpoint = store.require_checkpoint(part.directory)
+        saved = store.read_random_state(checkpoint, dist.get_rank())
+        assert saved is not None
+        return torch.equal(saved["torch"], torch.get_rng_state()), saved["torch"].sum().item()

@@ -160,17 +160,17 @@ def test_a_run_starts_from_the_weights_of_another(pool: GlooPool, tmp_path: Path
 
 def fail_to_save_on_one_rank(part: Part) -> str:
     """Rank 1 may write only a few bytes to a file; return the error of this rank."""
-    session = open_part(part)
-    train_steps(session, 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-    try:
-        session.save()
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with open_part(part) as session:
+        train_steps(session, 1)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        try:
+            session.save()
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "saved"
 
 
@@ -216,7 +216,8 @@ def test_missing_tensors_are_named(pool: GlooPool, tmp_path: Path) -> None:
 
 
 def open_and_forget(part: Part) -> None:
-    open_part(part)
+    with open_part(part):
+        pass
 
 
 def test_a_damaged_file_is_named(pool: GlooPool, tmp_path: Path) -> None:
@@ -232,36 +233,34 @@ def test_a_damaged_file_is_named(pool: GlooPool, tmp_path: Path) -> None:
 # --- megatron-core reads and writes the same format ---------------------------------------------------------
 
 
-def plain_model_state(part: Part) -> tuple[Session, dict[str, object]]:
-    """A session and its model's sharded state dict, as megatron-core makes it."""
-    session = open_part(part)
+def plain_model_state(session: Session) -> dict[str, object]:
+    """The model's sharded state dict, as megatron-core makes it."""
     metadata = {"singleton_local_shards": False, "non_homogeneous_layers": True, "dp_cp_group": session.groups.dp}
-    states = {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(session.chunks)}
-    return session, states
+    return {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(session.chunks)}
 
 
 def load_with_megatron_core(part: Part, checkpoint: Path) -> bool:
     """Overwrite fresh weights by what megatron-core loads from `checkpoint`; compare with what we load."""
-    session, states = plain_model_state(part)
-    # Its layers ask for Transformer Engine's fp8 state too, which no checkpoint of this backend has.
-    loaded = dist_checkpointing.load(states, str(checkpoint), strict=StrictHandling.LOG_ALL)
-    for number, chunk in enumerate(session.chunks):
-        chunk.load_state_dict(loaded[f"model{number}"], strict=False)
-    measured = {box.key + str(box.offset): box.data.clone() for box in model_boxes(session.chunks)}
-    session.resume(checkpoint)
-    return all(torch.equal(measured[box.key + str(box.offset)], box.data) for box in model_boxes(session.chunks))
+    with open_part(part) as session:
+        # Its layers ask for Transformer Engine's fp8 state too, which no checkpoint of this backend has.
+        loaded = dist_checkpointing.load(plain_model_state(session), str(checkpoint), strict=StrictHandling.LOG_ALL)
+        for number, chunk in enumerate(session.chunks):
+            chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+        measured = {box.key + str(box.offset): box.data.clone() for box in model_boxes(session.chunks)}
+        session.resume(checkpoint)
+        return all(torch.equal(measured[box.key + str(box.offset)], box.data) for box in model_boxes(session.chunks))
 
 
 def save_with_megatron_core(part: Part, directory: Path) -> None:
     """Save the model with megatron-core and, for comparison, with us."""
-    session, states = plain_model_state(part)
-    if dist.get_rank() == 0:
-        directory.mkdir()
-    dist.barrier()
-    # Its writer starts processes, which a daemon (every worker of the pool) may not do.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    dist_checkpointing.save(states, str(directory))
-    session.save()
+    with open_part(part) as session:
+        if dist.get_rank() == 0:
+            directory.mkdir()
+        dist.barrier()
+        # Its writer starts processes, which a daemon (every worker of the pool) may not do.
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+        dist_checkpointing.save(plain_model_state(session), str(directory))
+        session.save()
 
 
 @pytest.mark.parametrize(("model", "parallel", "processes"), [(DENSE, VPP, 2), (MOE, ALL, 8)], ids=["dense", "MoE"])

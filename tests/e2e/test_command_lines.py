@@ -90,6 +90,10 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
     ("arguments", "parts"),
     [
         (["train.py", "nowhere.yaml"], ["nowhere.yaml: No such file"]),
+        (
+            ["train.py", str(EXAMPLE / "moe.yaml"), "--check", "model.transformer_overrides={window_size: [3, 0]}"],
+            ["model.transformer_overrides.window_size: attention is causal, over the whole sample"],
+        ),
         (["prove.py", "nowhere.yaml"], ["nowhere.yaml: No such file"]),
         (["corpus.py"], ["output: is required"]),
         (["preprocess.py", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], ["nowhere.jsonl"]),

@@ -172,6 +172,15 @@ def test_conversion_needs_no_process_group(tmp_path: Path) -> None:
     assert not torch.distributed.is_initialized()
 
 
+def test_overrides_that_could_change_the_function_are_not_exported(tmp_path: Path) -> None:
+    harmless = tiny_model(moe=True, transformer_overrides={"moe_z_loss_coeff": 1e-3})
+    convert(write_checkpoint(tmp_path / "a", harmless), tmp_path / "hf")
+    other = tiny_model(moe=True, transformer_overrides={"rotary_interleaved": True})
+    with pytest.raises(ConversionError, match="sets rotary_interleaved: no table says"):
+        convert(write_checkpoint(tmp_path / "b", other), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_sources_that_are_nothing_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="neither a Hugging Face directory"):
         convert(tmp_path, tmp_path / "out")

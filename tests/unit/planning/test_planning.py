@@ -68,7 +68,7 @@ def allocated_bytes(model: ModelConfig, parallel: ParallelConfig, precision: Pre
     """Bytes of weights, gradient buffers, master weights and moments that this rank holds."""
     import torch
 
-    from megatron_ext.mcore.model import build_chunks, wrap_chunks
+    from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
     from megatron_ext.mcore.optimizer import build_optimizer
     from megatron_ext.mcore.transformer_config import transformer_config
     from megatron_ext.runtime.process_groups import split_process_group
@@ -88,6 +88,7 @@ def allocated_bytes(model: ModelConfig, parallel: ParallelConfig, precision: Pre
                 moments = part.optimizer.state[main]
                 states += sum(t.numel() * t.element_size() for t in moments.values())
                 states += main.numel() * 4 if precision.kind == "bf16" else 0
+    release_chunks(wrapped)
     return weights + states
 
 

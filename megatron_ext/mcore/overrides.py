@@ -1,0 +1,59 @@
+"""model.transformer_overrides: which of megatron-core's own fields may be set, since our modules compute them."""
+
+import dataclasses
+import difflib
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.config import ModelConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.runtime.core_guard import complaints_about
+
+# Our modules would not read these: the model would train as if they had not been set.
+_NOT_COMPUTED = {
+    "attention is causal, over the whole sample, with plain softmax and no dropout": (
+        "attention_dropout attention_output_gate apply_query_key_layer_scaling flash_decode log_max_attention_logit "
+        "qk_clip qk_clip_alpha qk_clip_threshold qk_layernorm qk_l2_norm softmax_type window_attn_skip_freq window_size"
+    ),
+    "every layer is attention and a feed-forward network": (
+        "dsa_indexer_head_dim dsa_indexer_loss_coeff dsa_indexer_n_heads dsa_indexer_topk dsa_indexer_use_sparse_loss "
+        "experimental_attention_variant heterogeneous_block_specs is_hybrid_model linear_attention_freq "
+        "linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads linear_num_value_heads linear_value_head_dim "
+        "mtp_loss_scaling_factor mtp_num_layers multi_latent_attention"
+    ),
+    "feed-forward networks are SwiGLU without biases": (
+        "activation_func activation_func_clamp_value add_bias_linear add_qkv_bias gated_linear_unit glu_linear_offset "
+        "moe_apply_probs_on_input moe_latent_size moe_shared_expert_gate use_te_activation_func"
+    ),
+    "every norm is an RMSNorm": "layernorm_zero_centered_gamma normalization",
+    "weights are drawn by parameter name, with model.init_method_std": (
+        "embedding_init_method embedding_init_method_std init_method init_model_with_meta_device "
+        "output_layer_init_method use_cpu_initialization"
+    ),
+    "precision is set by precision.kind": (
+        "autocast_dtype enable_autocast first_last_layers_bf16 fp16 fp4 fp4_param fp4_recipe fp8_dot_product_attention "
+        "fp8_multi_head_attention moe_router_dtype num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 quant_recipe"
+    ),
+    "it is not built": "context_parallel_size cp_comm_type hierarchical_context_parallel_sizes transformer_impl",
+}
+
+
+def check_overrides(model: ModelConfig) -> None:
+    """Raise ConfigError naming every override that would not do what it says.
+
+    It is no field of the installed megatron-core, brings back one of its known faults, or is not read by our modules.
+    """
+    overrides = model.transformer_overrides
+    complaints = complaints_about(overrides)
+    known = [field.name for field in dataclasses.fields(TransformerConfig)]
+    reasons = {name: reason for reason, names in _NOT_COMPUTED.items() for name in names.split()}
+    for name in overrides:
+        where = f"model.transformer_overrides.{name}"
+        if name not in known and name not in reasons:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "see megatron.core.transformer.TransformerConfig"
+            complaints.append(f"{where}: no such field in megatron-core; {hint}")
+        elif name in reasons:
+            complaints.append(f"{where}: {reasons[name]}; this would be ignored. Remove it")
+    if complaints:
+        raise ConfigError("\n".join(complaints))
