@@ -50,6 +50,13 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def positive_integer(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return int(text)
+
+
 def run_parser(description: str) -> argparse.ArgumentParser:
     """A parser for commands about a training run: RUN.yaml and `section.key=value` overrides."""
     parser = _Parser(description=description, epilog="Keys of RUN.yaml:\n\n" + describe_keys(RunConfig))

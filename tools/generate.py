@@ -5,7 +5,6 @@ python tools/generate.py CHECKPOINT_OR_HF --prompts "Once upon a time"
 """
 
 import json
-from pathlib import Path
 
 from pydantic import Field
 
@@ -27,7 +26,7 @@ class GenerateOptions:
     """Spread of the sampling; 0 takes the likeliest token each time."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Sample among the likeliest tokens that together have this probability."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the sampling."""
     trust_remote_code: bool = False
     """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
@@ -38,6 +37,7 @@ class GenerateOptions:
 def main() -> None:
     """Parse the command line and generate."""
     o = parse_command(GenerateOptions, __doc__, positional=["checkpoint"])
+    from megatron_ext.files import write_text
     from megatron_ext.generation.sample import generate
 
     sampling = {"temperature": o.temperature, "top_p": o.top_p, "seed": o.seed}
@@ -48,7 +48,7 @@ def main() -> None:
         print(f"{prompt}>>>{text}\n")
     if o.output:
         rows = [{"prompt": prompt, "continuation": text} for prompt, text in zip(o.prompts, texts, strict=True)]
-        Path(o.output).write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+        write_text(o.output, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ Gloo processes and for 5 in one process, from the same weights. Exit code 1 if t
 
 import sys
 
-from megatron_ext.command import run_command, run_parser
+from megatron_ext.command import positive_integer, run_command, run_parser
 from megatron_ext.config import load_run
 
 
 def main() -> None:
     """Parse the command line and prove."""
     parser = run_parser(__doc__)
-    parser.add_argument("--world-size", type=int, metavar="N", help="processes of the real run")
-    parser.add_argument("--processes", type=int, metavar="N", help="most processes to start here (default: what fits)")
+    parser.add_argument("--world-size", type=positive_integer, metavar="N", help="processes of the real run")
+    parser.add_argument(
+        "--processes", type=positive_integer, metavar="N", help="most to start here (default: what fits)"
+    )
     arguments = parser.parse_args()
     run = load_run(arguments.run, arguments.overrides)
     from megatron_ext.testing.prove import TOLERANCE, plan_proof, processes_that_fit, prove

@@ -6,7 +6,7 @@ python tools/train.py RUN.yaml                  one process
 python tools/train.py RUN.yaml --check          show the resolved run, start nothing
 """
 
-from megatron_ext.command import run_command, run_parser
+from megatron_ext.command import positive_integer, run_command, run_parser
 from megatron_ext.config import load_run
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = run_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="print configuration, rank grid, parameters and memory")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --check: the number of processes")
+    parser.add_argument("--world-size", type=positive_integer, metavar="N", help="with --check: number of processes")
     arguments = parser.parse_args()
     run = load_run(arguments.run, arguments.overrides)
     if arguments.check:

@@ -28,6 +28,8 @@ class UpcycleOptions:
     """Routed experts."""
     topk: int = Field(default=2, ge=1)
     """Experts a token is sent to."""
+    pre_softmax: bool = False
+    """Softmax over all experts before the selection, as topk 1 needs. The function is then not kept."""
     shared_expert_size: int | None = Field(default=None, ge=1)
     """Intermediate width of a shared expert."""
     gating_normalization: bool = True
@@ -38,6 +40,8 @@ class UpcycleOptions:
     """Seed of the routers."""
     text: str | None = None
     """Text or prepared dataset for the function check. Default: built-in sentences."""
+    tokenizer: str | None = None
+    """Tokenizer for the text. Default: the checkpoint's own."""
     figures: str | None = None
     """JSON file for the figures of the function check."""
     force: bool = False
@@ -55,9 +59,10 @@ def main() -> None:
     from megatron_ext.upcycling.upcycle import METHODS, upcycle
 
     moe, method = moe_model(read_model(o.source), o), METHODS[o.method]
+    batches = comparison_batches(o.source, o.text, o.tokenizer)
     with byte_progress("upcycling") as progress:
         upcycle(o.source, o.target, moe, method, seed=o.seed, force=o.force, progress=progress)
-    comparison = function_check(o.source, o.target, moe, method, comparison_batches(o.source, o.text, None))
+    comparison = function_check(o.source, o.target, moe, method, batches)
     expected = method.inexact(moe) or "the function is kept"
     print(
         f"{o.target}: {o.method}, {moe.num_moe_experts} experts; expected: {expected}",
@@ -75,6 +80,7 @@ def moe_model(dense: ModelConfig, o: UpcycleOptions) -> ModelConfig:
         dense,
         num_moe_experts=o.num_experts,
         moe_router_topk=o.topk,
+        moe_router_pre_softmax=o.pre_softmax,
         moe_shared_expert_intermediate_size=o.shared_expert_size,
         moe_gating_normalization=normalization,
         moe_first_k_dense=o.first_k_dense,

@@ -35,7 +35,7 @@ class VerifyOptions:
     trust_remote_code: bool = False
     """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
     figures: str | None = None
-    """JSON file for the figures."""
+    """JSON file for the figures; written if both are the same model."""
 
 
 def main() -> None:
@@ -50,9 +50,9 @@ def main() -> None:
     a, b = (checkpoint_logits(path, batches, trust_remote_code=o.trust_remote_code) for path in (o.a, o.b))
     logits = compare_logits(a, b)
     print(*weight_lines(weights), *logit_lines(logits), sep="\n")
-    if o.figures:
-        write_figures(o.figures, weights=weights, logits=logits)
     same = not weights.different and logits.relative <= o.tolerance
+    if o.figures and same:
+        write_figures(o.figures, weights=weights, logits=logits)
     print("verdict: the same model" if same else "verdict: NOT the same model")
     sys.exit(0 if same else 1)
 

@@ -71,7 +71,7 @@ fi
 
 # --- dense -> MoE ------------------------------------------------------------------------------------------------------
 step "dense pretraining" $out/dense/iter_0000200 train 2 "$here/dense.yaml" "${overrides[@]}"
-step upcycling $out/upcycled tool upcycle --config "$here/upcycle.yaml" --text "$text"
+step upcycling $out/upcycling.json tool upcycle --config "$here/upcycle.yaml" --text "$text" --force
 
 # The first half under TP2 x EP2 x PP2 on 8 processes if there is memory for them, else TP2 x EP2 on 4; the second half
 # in another layout, PP2 x EP2 x DP2 on 4.

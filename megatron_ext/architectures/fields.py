@@ -110,13 +110,17 @@ class Rope(ConfigRule):
         return {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, "rope_type": "default"}}
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        theta = raw.get("rope_theta", 10000.0)
+        theta = raw.get("rope_theta") or 10000.0
         for name in ("rope_scaling", "rope_parameters"):
             nested = raw.get(name) or {}
+            if not isinstance(nested, dict):
+                raise ConversionError(f"{name} = {nested!r}: expected a mapping")
             kind = nested.get("rope_type", nested.get("type", "default"))
             if kind != "default":
                 raise ConversionError(f"{name}: rope_type = {kind!r}: scaled rotary embeddings are not supported")
             theta = nested.get("rope_theta", theta)
+        if not isinstance(theta, int | float):
+            raise ConversionError(f"rope_theta = {theta!r}: expected a number")
         return {"rotary_base": float(theta)}
 
 

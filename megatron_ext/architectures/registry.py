@@ -12,15 +12,6 @@ from megatron_ext.errors import ConversionError
 ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MEGATRON_EXT)
 """In order of preference: an export takes the first that reproduces the model exactly."""
 
-TRAINING_ONLY = frozenset(
-    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split attention_softmax_in_fp32 "
-    "barrier_with_L1_time batch_p2p_sync deallocate_pipeline_outputs deterministic_mode "
-    "distribute_saved_activations hidden_dropout microbatch_group_size_per_vp_stage moe_per_layer_logging "
-    "moe_shared_expert_overlap moe_z_loss_coeff num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage "
-    "pipeline_model_parallel_layout".split()
-)
-"""Overrides of megatron-core's fields that leave the logits of a trained model alone."""
-
 
 def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
     """The architecture that a Hugging Face config.json names."""
@@ -38,12 +29,11 @@ def architecture_for(model: ModelConfig) -> tuple[Architecture, str]:
     Raises:
         ConversionError: none computes what the model computes.
     """
-    unknown = sorted(set(model.transformer_overrides) - TRAINING_ONLY)
-    if unknown:
+    if unknown := sorted(model.function_overrides):
         raise ConversionError(
             f"model.transformer_overrides sets {', '.join(unknown)}: no table says what that is in Hugging Face, and "
             "an export could compute something else. If it leaves the logits alone, add it to TRAINING_ONLY in "
-            "architectures/registry.py"
+            "config/model.py"
         )
     passed_over = []
     for architecture in ARCHITECTURES:

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.tensors import TensorSink, TensorSpec
 from megatron_ext.errors import ConversionError
+from megatron_ext.files import read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -37,8 +38,11 @@ class HuggingFaceSource:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
+        weight_map: dict[str, str] = {}
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map = read_json_object(index, ConversionError).get("weight_map", {})
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ConversionError(f"{index}: has no weight_map")
             files = sorted(set(weight_map.values()))
         elif single.is_file():
             files = [SINGLE_FILE]
@@ -52,13 +56,16 @@ class HuggingFaceSource:
             except (OSError, SafetensorError) as error:
                 raise ConversionError(f"{self.directory / name}: {error}") from error
             self._file_of.update({key: name for key in self._handles[name].keys()})  # noqa: SIM118 - not a dict
-        if index.is_file() and (lost := sorted(set(weight_map) - set(self._file_of))):
+        if lost := sorted(set(weight_map) - set(self._file_of)):
             raise ConversionError(f"{index}: names tensors that no shard holds: {', '.join(lost[:10])}")
         self.specs = {key: self._spec(key) for key in self._file_of}
 
     def _spec(self, key: str) -> TensorSpec:
         view = self._handles[self._file_of[key]].get_slice(key)
-        return TensorSpec(tuple(view.get_shape()), _CODES[view.get_dtype()])
+        code = view.get_dtype()
+        if code not in _CODES:
+            raise ConversionError(f"{self.directory / self._file_of[key]}: {key} is {code}; convert it to BF16 first")
+        return TensorSpec(tuple(view.get_shape()), _CODES[code])
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
@@ -72,10 +79,18 @@ class HuggingFaceSink(TensorSink):
     Shards are laid out from the announced shapes: headers first, then each tensor at its place as it comes.
     """
 
+    mark = "config.json"
+
     def __init__(
-        self, target: str | Path, specs: Mapping[str, TensorSpec], *, shard_bytes: int = 5 * 10**9, force: bool = False
+        self,
+        target: str | Path,
+        specs: Mapping[str, TensorSpec],
+        *,
+        shard_bytes: int = 5 * 10**9,
+        force: bool = False,
+        inputs: Sequence[Path] = (),
     ) -> None:
-        super().__init__(Path(target), specs, force=force)
+        super().__init__(Path(target), specs, force=force, inputs=inputs)
         self._places: dict[str, tuple[BinaryIO, int]] = {}
         self._files: list[BinaryIO] = []
         shards = _split_into_shards(self.specs, shard_bytes)

@@ -1,8 +1,8 @@
 """Training checkpoints: saved so that an interrupted save never looks complete, found, checked and loaded.
 
 `<directory>/iter_0000100/` holds the tensors in `torch_dist` format, `run.yaml` (the resolved configuration),
-`state.json` (step, data position, W&B run) and `rng.pt` (random states). It is written beside its final name and
-renamed when everything is on disk, so a directory with such a name is complete.
+`state.json` (step, data position, W&B run), `rng.pt` (random states) and `tokenizer/`. It is written beside its final
+name and renamed when everything is on disk, so a directory with such a name is complete.
 """
 
 import json
@@ -28,13 +28,16 @@ from megatron_ext.checkpoint.torch_dist import (
 )
 from megatron_ext.config.yaml_text import dump_yaml, read_yaml
 from megatron_ext.errors import CheckpointError
+from megatron_ext.files import UNFINISHED
 
 log = logging.getLogger(__name__)
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
-RUN_FILE, STATE_FILE, RNG_FILE = "run.yaml", "state.json", "rng.pt"
+RUN_FILE, STATE_FILE, RNG_FILE, TOKENIZER_FOLDER = "run.yaml", "state.json", "rng.pt", "tokenizer"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""Files of which a tokenizer has at least one."""
+_TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _COMPLETE = re.compile(r"iter_(\d{7,})")
-_UNFINISHED = ".partial"
 
 
 @dataclass(frozen=True)
@@ -106,16 +109,22 @@ def save_checkpoint(
     state: TrainingState,
     run: dict[str, Any],
     random_state: dict[str, Any] | None,
+    *,
+    tokenizer: Path | None = None,
     keep_last: int | None = None,
 ) -> Path:
     """Save a checkpoint of all ranks; every rank must call this.
+
+    Args:
+        tokenizer: directory whose tokenizer the checkpoint carries.
+        keep_last: remove all but this many checkpoints.
 
     Raises:
         CheckpointError: a rank could not write; on every rank, and nothing that looks complete is left.
     """
     directory = Path(directory)
     final = directory / checkpoint_name(state.iteration)
-    partial = final.with_name(final.name + _UNFINISHED)
+    partial = final.with_name(final.name + UNFINISHED)
     _together(lambda: _prepare(partial) if dist.get_rank() == 0 else None)
     records = _together(lambda: _write_boxes(partial, boxes))
     states = _gather(random_state)
@@ -123,7 +132,7 @@ def save_checkpoint(
     def finish() -> None:
         if dist.get_rank() == 0:
             write_metadata(partial, [record for rank_records in records for record in rank_records])
-            write_small_files(partial, state, run)
+            write_small_files(partial, state, run, tokenizer)
             torch.save(states, partial / RNG_FILE)
             publish(partial, final, state.iteration)
             _remove_old(directory, keep_last)
@@ -132,8 +141,11 @@ def save_checkpoint(
     return final
 
 
-def write_small_files(partial: Path, state: TrainingState, run: dict[str, Any]) -> None:
+def write_small_files(partial: Path, state: TrainingState, run: dict[str, Any], tokenizer: Path | None) -> None:
     """Write what stands beside the tensors, including the two files megatron-core itself asks for."""
+    if tokenizer is not None and tokenizer.is_dir():
+        (partial / TOKENIZER_FOLDER).mkdir()
+        copy_tokenizer(tokenizer, partial / TOKENIZER_FOLDER)
     (partial / RUN_FILE).write_text(dump_yaml(run))
     (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
     torch.save({"iteration": state.iteration, "checkpoint_version": 3.0}, partial / "common.pt")
@@ -146,16 +158,24 @@ def write_small_files(partial: Path, state: TrainingState, run: dict[str, Any]) 
     (partial / "metadata.json").write_text(json.dumps(backends) + "\n")
 
 
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the tokenizer of `source` into the folder `target`; whether there was one."""
+    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    for name in present:
+        shutil.copyfile(source / name, target / name)
+    return bool(set(TOKENIZERS) & set(present))
+
+
 def publish(partial: Path, final: Path, iteration: int) -> None:
     """Give a finished checkpoint its name and note it as the newest."""
-    for path in (*partial.iterdir(), partial):
+    for path in (*partial.rglob("*"), partial):
         _sync(path)
     replaced = _set_aside(final) if final.exists() else None
     partial.rename(final)
     if replaced is not None:
         shutil.rmtree(replaced)
     tracker = final.parent / TRACKER_FILE
-    beside = tracker.with_name(tracker.name + _UNFINISHED)
+    beside = tracker.with_name(tracker.name + UNFINISHED)
     beside.write_text(f"{iteration}\n")
     beside.rename(tracker)
     _sync(final.parent)
@@ -223,7 +243,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _prepare(partial: Path) -> None:
-    for leftover in partial.parent.glob(f"iter_*{_UNFINISHED}") if partial.parent.is_dir() else ():
+    for leftover in partial.parent.glob(f"iter_*{UNFINISHED}") if partial.parent.is_dir() else ():
         log.warning("removing %s, left by a save that did not finish", leftover)
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
@@ -237,7 +257,7 @@ def _remove_old(directory: Path, keep_last: int | None) -> None:
 
 def _set_aside(checkpoint: Path) -> Path:
     """Rename a checkpoint so that it stops looking complete before its first file is deleted."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.old{_UNFINISHED}")
+    aside = checkpoint.with_name(f"{checkpoint.name}.old{UNFINISHED}")
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 

@@ -4,8 +4,9 @@ A `TensorSource` is read by name in any order; a `TensorSink` is told beforehand
 by name in any order. Both exist for a Megatron checkpoint (here) and for a Hugging Face directory (safetensors.py).
 """
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,17 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.naming import storage_plan, stored_names
-from megatron_ext.checkpoint.store import TrainingState, checkpoint_name, publish, require_checkpoint, write_small_files
+from megatron_ext.checkpoint.store import (
+    RUN_FILE,
+    TrainingState,
+    checkpoint_name,
+    publish,
+    require_checkpoint,
+    write_small_files,
+)
 from megatron_ext.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
 from megatron_ext.errors import CheckpointError, ConversionError
+from megatron_ext.files import UNFINISHED, check_output, publish_directory
 
 
 @dataclass(frozen=True)
@@ -46,14 +55,19 @@ class TensorSink:
     As a context manager it publishes its output on success and leaves nothing behind on failure.
     """
 
-    def __init__(self, target: Path, specs: Mapping[str, TensorSpec], *, force: bool) -> None:
-        if target.exists() and not force:
-            raise ConversionError(f"{target} exists; choose another place or pass --force to replace it")
+    mark: str
+    """A file that every finished output of this kind has."""
+
+    def __init__(
+        self, target: Path, specs: Mapping[str, TensorSpec], *, force: bool, inputs: Sequence[Path] = ()
+    ) -> None:
+        check_output(target, ConversionError, force=force, mark=self.mark, inputs=inputs)
         self.target, self.specs = target, dict(specs)
-        self.partial = target.with_name(target.name + ".partial")
+        self.partial = target.with_name(target.name + UNFINISHED)
         self._waiting = set(self.specs)
         if self.partial.exists():
             shutil.rmtree(self.partial)
+        self._made = [folder for folder in self.partial.parents if not folder.exists()]
         self.partial.mkdir(parents=True)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -77,9 +91,7 @@ class TensorSink:
         raise NotImplementedError
 
     def _publish(self) -> None:
-        if self.target.exists():
-            shutil.rmtree(self.target)
-        self.partial.rename(self.target)
+        publish_directory(self.partial, self.target)
 
     def __enter__(self) -> "TensorSink":
         return self
@@ -96,6 +108,9 @@ class TensorSink:
                 self._publish()
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
+            for folder in self._made:
+                with contextlib.suppress(OSError):  # it holds the output, or something of somebody else
+                    folder.rmdir()
 
 
 class MegatronSource:
@@ -127,19 +142,31 @@ class MegatronSink(TensorSink):
         directory: checkpoint directory; the checkpoint becomes its `iter_0000000`.
         specs: canonical names with shapes and dtypes.
         run: the configuration to keep beside the weights, as plain mappings.
+        tokenizer: directory whose tokenizer the checkpoint carries.
         force: replace what is there.
+        inputs: what the tensors are made of; never replaced.
     """
 
+    mark = RUN_FILE
+
     def __init__(
-        self, directory: str | Path, specs: Mapping[str, TensorSpec], run: dict[str, Any], *, force: bool = False
+        self,
+        directory: str | Path,
+        specs: Mapping[str, TensorSpec],
+        run: dict[str, Any],
+        *,
+        tokenizer: Path | None = None,
+        force: bool = False,
+        inputs: Sequence[Path] = (),
     ) -> None:
         directory = Path(directory)
-        if directory.exists() and any(directory.iterdir()) and not force:
+        present = [p.name for p in directory.iterdir() if p.suffix != UNFINISHED] if directory.is_dir() else []
+        if present and not force:
             raise ConversionError(
                 f"{directory} is not empty; choose another place or pass --force to replace its step 0"
             )
-        super().__init__(directory / checkpoint_name(0), specs, force=force)
-        self._run = run
+        super().__init__(directory / checkpoint_name(0), specs, force=force, inputs=inputs)
+        self._run, self._tokenizer = run, tokenizer
         self._plan = storage_plan({name: spec.shape for name, spec in specs.items()})
         self._writer = TorchDistWriter(self.partial)
 
@@ -158,5 +185,5 @@ class MegatronSink(TensorSink):
     def _publish(self) -> None:
         write_metadata(self.partial, self._records)
         state = TrainingState()
-        write_small_files(self.partial, state, self._run)
+        write_small_files(self.partial, state, self._run, self._tokenizer)
         publish(self.partial, self.target, state.iteration)

@@ -193,15 +193,30 @@ def _overlap(
 
 
 class _KnownClasses(pickle.Unpickler):
-    """Unpickles the metadata classes of torch.distributed.checkpoint and nothing else."""
+    """Unpickles the few classes that checkpoint metadata is made of, by their exact names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("torch.distributed.checkpoint.") or (module, name) in _PLAIN_CLASSES:
+        if (module, name) in _METADATA_CLASSES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise _Refused(f"{module}.{name}")
 
 
-_PLAIN_CLASSES = {
+class _Refused(Exception):
+    """A pickle asks for something that checkpoint metadata has no use for."""
+
+
+_DCP = "torch.distributed.checkpoint"
+_METADATA_CLASSES = {
+    (f"{_DCP}.metadata", "Metadata"),
+    (f"{_DCP}.metadata", "MetadataIndex"),
+    (f"{_DCP}.metadata", "TensorStorageMetadata"),
+    (f"{_DCP}.metadata", "BytesStorageMetadata"),
+    (f"{_DCP}.metadata", "ChunkStorageMetadata"),
+    (f"{_DCP}.metadata", "TensorProperties"),
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_DCP}.metadata", "StorageMeta"),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    (f"{_DCP}.filesystem", "_StoragePrefix"),
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
@@ -219,9 +234,9 @@ def _read_metadata(directory: Path) -> dcp.Metadata:
             content = _KnownClasses(file).load()
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} is no torch_dist checkpoint: it has no {METADATA_FILE}") from error
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise CheckpointError(f"{path}: refused, it asks for {error}") from error
-    except (EOFError, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - damaged pickles fail in any way
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dcp.Metadata):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not checkpoint metadata")

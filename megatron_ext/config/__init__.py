@@ -2,7 +2,7 @@
 
 from megatron_ext.config.data import DataConfig, DataSource
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
-from megatron_ext.config.load import load_config, load_run, to_mapping
+from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
 from megatron_ext.config.model import GatingNormalization, ModelConfig
 from megatron_ext.config.output import CheckpointConfig, LoggingConfig, RuntimeConfig, WandbConfig
 from megatron_ext.config.parallel import ParallelConfig
@@ -46,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "WsdSchedule",
+    "check_model",
     "dump_yaml",
     "load_config",
     "load_run",

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
 
-_SETTINGS = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+_SETTINGS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))

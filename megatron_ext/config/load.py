@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.root import DERIVED, RunConfig
 from megatron_ext.config.rules import violations
 from megatron_ext.config.yaml_text import parse_scalar, read_yaml
@@ -38,18 +39,26 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_config(cls: type[T], raw: Any, overrides: Sequence[str] = (), *, source: str) -> T:
-    """Validate the mapping `raw`, with overrides applied, as a `cls`. `source` names where it came from in errors."""
+    """Validate the mapping `raw`, with overrides applied, as a `cls`. `source` names where it came from in errors.
+
+    A model alone is held to the rules between its own keys, as within a run.
+    """
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: expected a mapping of keys, found {type(raw).__name__}")
     reader = _Reader()
     for override in overrides:
         reader.override(raw, override)
-    result = reader.section(cls, raw, "")
-    faults = reader.faults + (violations(reader.values) if cls is RunConfig else [])
+    result = reader.section(cls, raw, "model." if cls is ModelConfig else "")
+    faults = reader.faults + (violations(reader.values) if cls in (RunConfig, ModelConfig) else [])
     if faults:
         count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
         raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
     return result
+
+
+def check_model(model: ModelConfig, *, source: str) -> None:
+    """Raise ConfigError where the values of `model` do not go together."""
+    load_config(ModelConfig, to_mapping(model), source=source)
 
 
 def to_mapping(configuration: Any) -> dict[str, Any]:
@@ -156,7 +165,7 @@ class _Reader:
         cls: type | None = variants[0]
         if len(variants) > 1:
             kinds = {_kind(v): v for v in variants}
-            cls = kinds.get(value.get("kind", ""))
+            cls = kinds.get(str(value.get("kind")))
             if cls is None:
                 stated = (
                     f"{where}.kind = {value['kind']!r}: must be" if "kind" in value else f"{where}.kind: is required,"
@@ -171,7 +180,7 @@ class _Reader:
 
     def _leaf(self, info: Any, value: Any, where: str) -> Any:
         annotation: Any = typing.Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(strict=True))
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
         try:
             self.values[where] = adapter.validate_python(value)
             return self.values[where]
@@ -182,7 +191,7 @@ class _Reader:
 
     def _unknown(self, key: Any, value: Any, path: str, known: list[str]) -> None:
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-        elsewhere = [name for name in _every_key(RunConfig) if name.rpartition(".")[2] == key]
+        elsewhere = [n for n in _every_key(RunConfig) if n.rpartition(".")[2] == key and n != f"{path}{key}"]
         if near:
             hint = f"did you mean '{near[0]}'?"
         elif elsewhere:

@@ -1,7 +1,7 @@
 """What the model is: the architecture, in Megatron's field names, without anything about how it is trained or split."""
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,15 @@ class GatingNormalization:
     """Added to the standard deviation."""
     correction: Literal[0, 1] = 1
     """1: sample standard deviation (Skywork's and Tanuki's code); 0: population standard deviation."""
+
+
+TRAINING_ONLY = frozenset(
+    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split barrier_with_L1_time batch_p2p_sync "
+    "deallocate_pipeline_outputs deterministic_mode distribute_saved_activations hidden_dropout "
+    "microbatch_group_size_per_vp_stage moe_per_layer_logging moe_shared_expert_overlap moe_z_loss_coeff "
+    "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout".split()
+)
+"""Overrides of megatron-core's fields that leave the logits of a trained model alone."""
 
 
 @config
@@ -71,7 +80,7 @@ class ModelConfig:
     """Total intermediate width of the shared experts that every token passes through."""
     moe_first_k_dense: int = Field(default=0, ge=0)
     """The first k layers stay dense (DeepSeek's first_k_dense_replace)."""
-    moe_layer_freq: int | list[Literal[0, 1]] = 1
+    moe_layer_freq: Annotated[int, Field(ge=1)] | list[Literal[0, 1]] = 1
     """n: every n-th layer is MoE, starting with layer 0. A list with one entry a layer: 1 is MoE, 0 is dense."""
     moe_router_load_balancing_type: Literal["aux_loss", "none"] = "aux_loss"
     """Balance loss: `aux_loss` is the Switch Transformer's over each micro-batch."""
@@ -80,6 +89,11 @@ class ModelConfig:
 
     transformer_overrides: dict[str, Any] = Field(default_factory=dict)
     """Escape hatch: fields of megatron.core's TransformerConfig set as they are, checked against its names."""
+
+    @property
+    def function_overrides(self) -> dict[str, Any]:
+        """The overrides that may change what a trained model computes."""
+        return {name: value for name, value in self.transformer_overrides.items() if name not in TRAINING_ONLY}
 
     @property
     def is_moe(self) -> bool:

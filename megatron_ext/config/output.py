@@ -44,7 +44,7 @@ class LoggingConfig:
     """What is reported, and how often."""
 
     log_interval: int = Field(default=1, ge=1)
-    """Steps between reports. A report costs one host synchronisation; other steps cost none."""
+    """Steps between reports. Loss and expert load are read from the device only then."""
     metrics_file: str | None = None
     """JSONL file of all metrics. Default: metrics.jsonl in the checkpoint directory."""
     peak_tflops: float | None = Field(default=None, gt=0)

@@ -61,6 +61,8 @@ EP = "parallel.expert_model_parallel_size"
 ETP = "parallel.expert_tensor_parallel_size"
 MOE_ONLY = {
     "model.moe_ffn_hidden_size": None,
+    "model.moe_router_topk": 2,
+    "model.moe_router_pre_softmax": False,
     "model.moe_router_topk_scaling_factor": None,
     "model.moe_gating_normalization": None,
     "model.moe_shared_expert_intermediate_size": None,
@@ -115,14 +117,14 @@ def _top1_needs_pre_softmax(topk: int, pre_softmax: bool, experts: int | None) -
 
 @rule("model.moe_layer_freq", "model.num_layers")
 def _layer_freq_fits(freq: int | list[int], layers: int) -> str | None:
-    if isinstance(freq, list):
-        return f"the list has {len(freq)} entries; it needs one a layer" if len(freq) != layers else None
-    return "must be at least 1" if freq < 1 else None
+    if isinstance(freq, list) and len(freq) != layers:
+        return f"the list has {len(freq)} entries; it needs one a layer"
+    return None
 
 
-@rule("model.moe_first_k_dense", "model.num_layers", given=(EXPERTS,))
-def _some_layer_is_moe(first_dense: int, layers: int, experts: int | None) -> str | None:
-    return "leaves no MoE layer" if experts and first_dense >= layers else None
+@rule(EXPERTS, "model.moe_first_k_dense", "model.moe_layer_freq", given=("model.is_moe",))
+def _some_layer_is_moe(experts: int | None, first_dense: int, freq: int | list[int], is_moe: bool) -> str | None:
+    return "no layer is left to be MoE" if experts and not is_moe else None
 
 
 @rule("model.moe_router_load_balancing_type", "model.moe_aux_loss_coeff")
@@ -263,6 +265,19 @@ def _exponential_needs_floor(style: str, floor: float) -> str | None:
 def _recompute_fits(granularity: str | None, chunk: int, layers: int, pp: int, vpp: int | None) -> str | None:
     stage = layers // (pp * (vpp or 1))
     return f"a stage chunk has only {stage} layers" if granularity == "full" and chunk > stage else None
+
+
+@rule("recompute.modules", "recompute.granularity")
+def _modules_are_selective(modules: list[str], granularity: str | None) -> str | None:
+    if granularity == "selective":
+        return None if modules else "nothing would be recomputed; name modules, or unset the granularity"
+    return "has no effect; set granularity: selective" if modules != ["core_attn"] else None
+
+
+@rule("recompute.method", "recompute.num_layers", "recompute.granularity")
+def _method_is_full(method: str, layers: int, granularity: str | None) -> str | None:
+    given = (method, layers) != ("uniform", 1)
+    return "have no effect; set granularity: full" if given and granularity != "full" else None
 
 
 @rule("model.transformer_overrides")

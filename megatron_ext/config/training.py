@@ -19,7 +19,7 @@ class TrainConfig:
     """Sequences an optimizer step."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences a forward pass on one data-parallel rank."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=2**31)
     """Seeds initial weights (by parameter name, so any layout starts alike), data order and dropout."""
     eval_interval: int | None = Field(default=None, ge=1)
     """Steps between validations. Unset: none. The last step is always validated when this is set."""

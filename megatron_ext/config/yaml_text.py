@@ -10,18 +10,24 @@ from megatron_ext.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's booleans and floats, refusing duplicate keys."""
+    """SafeLoader with YAML 1.2's booleans and numbers, without dates, refusing duplicate keys."""
 
 
-# YAML 1.1 (PyYAML) reads `no`, `off` and `on` as booleans and `1e-4` as a string; YAML 1.2 does neither.
+# YAML 1.1 (PyYAML) reads `no`, `off` and `on` as booleans, `1e-4` as a string, `4:16` and `0400` as 256 and
+# `2024-02-30` as a date that does not exist; YAML 1.2 does none of this.
 _Loader.yaml_implicit_resolvers = {
     first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp")
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$|^0x[0-9a-fA-F]+$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -57,6 +63,8 @@ def read_yaml(path: str | Path) -> Any:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from error
     return parse_yaml(text, source=str(path))
 
 
@@ -68,13 +76,15 @@ def parse_yaml(text: str, *, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ConfigError(f"{source}{where}: {error.problem}") from error
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not YAML that can be read here ({error})") from error
 
 
 def parse_scalar(text: str) -> Any:
     """The value that `text` has in a YAML file; text that is not YAML stands for itself."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError:
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError):
         return text
 
 

@@ -1,9 +1,8 @@
 """The model configuration and tokenizer that a Megatron checkpoint carries."""
 
 from pathlib import Path
-from typing import Any
 
-from megatron_ext.checkpoint.store import RUN_FILE, read_run, require_checkpoint
+from megatron_ext.checkpoint.store import RUN_FILE, TOKENIZER_FOLDER, read_run, require_checkpoint
 from megatron_ext.config import ModelConfig, load_config
 from megatron_ext.errors import CheckpointError
 
@@ -18,7 +17,6 @@ def read_model(checkpoint: str | Path) -> ModelConfig:
 
 
 def tokenizer_directory(checkpoint: str | Path) -> Path | None:
-    """The tokenizer the checkpoint's run was trained with, if it is still there."""
-    data: dict[str, Any] = read_run(require_checkpoint(checkpoint)).get("data") or {}
-    path = Path(data["tokenizer"]) if data.get("tokenizer") else None
-    return path if path is not None and path.is_dir() else None
+    """The tokenizer that the checkpoint carries, if it has one."""
+    path = require_checkpoint(checkpoint) / TOKENIZER_FOLDER
+    return path if path.is_dir() else None

@@ -3,11 +3,9 @@
 import importlib.resources
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +14,7 @@ from megatron_ext.architectures.fields import config_to_hf, config_to_megatron
 from megatron_ext.architectures.registry import architecture_for, architecture_of
 from megatron_ext.checkpoint.safetensors import HuggingFaceSink, HuggingFaceSource
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.store import find_checkpoint
+from megatron_ext.checkpoint.store import TOKENIZERS, copy_tokenizer, find_checkpoint
 from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSink, TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig, to_mapping
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
@@ -29,20 +27,16 @@ from megatron_ext.conversion.engine import (
     tasks_to_hf,
     tasks_to_megatron,
 )
+from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
+from megatron_ext.files import read_json_object
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Told (bytes written, bytes in all) as a conversion proceeds."""
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_TOKENIZER_FILES = (
-    *_TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,7 +74,7 @@ def convert(
 
     Args:
         dtype: `fp32`, `bf16` or `fp16`; None keeps what the source has.
-        tokenizer: directory whose tokenizer goes into a Hugging Face export. Default: the one of the training run.
+        tokenizer: directory whose tokenizer goes into a Hugging Face export. Default: the checkpoint's own.
         force: replace an existing target.
 
     Raises:
@@ -105,7 +99,9 @@ def _to_hugging_face(
     vocabulary = Path(tokenizer) if tokenizer is not None else tokenizer_directory(source)
     tasks = list(tasks_to_hf(architecture.weights, model))
     specs = target_specs(iter(tasks), stream, dtype)
-    with HuggingFaceSink(target, specs, force=force) as sink:
+    if tokenizer is not None and Tokenizer(tokenizer).vocab_size > model.vocab_size:
+        raise ConversionError(f"{tokenizer} has more tokens than the model's vocab_size, {model.vocab_size}")
+    with HuggingFaceSink(target, specs, force=force, inputs=[stream.directory]) as sink:
         stored = next(iter(specs.values())).dtype
         _copy_tokenizer(vocabulary, sink.partial)
         _write_config(architecture, model, stored, sink.partial)
@@ -116,19 +112,12 @@ def _to_hugging_face(
 def _to_megatron(source: Path, target: Path, dtype: torch.dtype | None, force: bool, progress: Progress) -> Conversion:
     architecture, model = read_hugging_face_model(source)
     stream = HuggingFaceSource(source)
-    tied = not model.untie_embeddings_and_output_weights
-    check_source(
-        stream,
-        hf_shapes(architecture.weights, model),
-        where=str(source),
-        ignore=frozenset({"lm_head.weight"}) if tied else frozenset(),
-    )
+    check_hugging_face(stream, architecture, model)
     tasks = list(tasks_to_megatron(architecture.weights, model))
     specs = target_specs(iter(tasks), stream, dtype)
-    run: dict[str, Any] = {"model": to_mapping(model)}
-    if any((source / name).is_file() for name in _TOKENIZERS):
-        run["data"] = {"tokenizer": str(source.resolve())}
-    with MegatronSink(target, specs, run, force=force) as sink:
+    tokenizer = source if any((source / name).is_file() for name in TOKENIZERS) else None
+    run = {"model": to_mapping(model)}
+    with MegatronSink(target, specs, run, tokenizer=tokenizer, force=force, inputs=[source]) as sink:
         _run(tasks, stream, sink, specs, progress)
     return _summary("to Megatron", architecture, f"config.json names {architecture.hf_class}", model, specs)
 
@@ -136,9 +125,26 @@ def _to_megatron(source: Path, target: Path, dtype: torch.dtype | None, force: b
 def read_hugging_face_model(directory: str | Path) -> tuple[Architecture, ModelConfig]:
     """The architecture and model configuration of a Hugging Face directory."""
     path = Path(directory) / "config.json"
-    raw = json.loads(path.read_text())
+    raw = read_json_object(path, ConversionError)
     architecture = architecture_of(raw, source=str(path))
     return architecture, config_to_megatron(architecture.config, raw, source=str(path))
+
+
+def check_hugging_face(stream: HuggingFaceSource, architecture: Architecture, model: ModelConfig) -> None:
+    """Account for every tensor of a Hugging Face directory.
+
+    Raises:
+        ConversionError: naming those that are missing, unexpected or misshapen.
+    """
+    where, tied = str(stream.directory), not model.untie_embeddings_and_output_weights
+    may_repeat = frozenset({_OUTPUT} if tied else ())
+    check_source(stream, hf_shapes(architecture.weights, model), where=where, ignore=may_repeat)
+    # transformers leaves a tied model's output layer alone where the file has another one.
+    if tied and _OUTPUT in stream.specs and not torch.equal(stream.read(_OUTPUT), stream.read(_EMBEDDING)):
+        raise ConversionError(
+            f"{where}: config.json ties {_OUTPUT} to {_EMBEDDING}, but the weights are not equal; "
+            "set tie_word_embeddings: false there if both are meant"
+        )
 
 
 def _run(
@@ -204,10 +210,6 @@ def _special_tokens(directory: Path) -> dict[str, int | None]:
 
 def _copy_tokenizer(source: Path | None, target: Path) -> None:
     if source is None:
-        log.warning("the training run's tokenizer is not there any more: the export has none; pass --tokenizer DIR")
-        return
-    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if not set(_TOKENIZERS) & set(present):
-        raise ConversionError(f"{source}: no tokenizer here (tokenizer.json or tokenizer.model)")
-    for name in present:
-        shutil.copyfile(source / name, target / name)
+        log.warning("the checkpoint carries no tokenizer, so the export has none; pass --tokenizer DIR")
+    elif not copy_tokenizer(source, target):
+        raise ConversionError(f"{source}: no tokenizer here ({' or '.join(TOKENIZERS)})")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.conversion.verify import LogitComparison, WeightComparison
+from megatron_ext.files import write_text
 
 
 def logit_lines(comparison: LogitComparison) -> list[str]:
@@ -32,9 +33,5 @@ def weight_lines(comparison: WeightComparison) -> list[str]:
 
 def write_figures(path: str | Path, **comparisons: LogitComparison | WeightComparison) -> None:
     """Keep figures as JSON, one object a comparison."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {name: asdict(comparison) for name, comparison in comparisons.items()}
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.rename(path)
+    write_text(path, json.dumps(content, indent=2) + "\n")

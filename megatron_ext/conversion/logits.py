@@ -1,6 +1,5 @@
 """Logits of a checkpoint on given tokens: megatron-core's own forward pass, and transformers', each in one process."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.architectures.registry import ARCHITECTURES
 from megatron_ext.checkpoint.store import load_boxes, require_checkpoint
 from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.conversion.checkpoint_model import read_model
 from megatron_ext.conversion.convert import shipped_code
-from megatron_ext.errors import ConversionError
+from megatron_ext.errors import ConversionError, DataError
+from megatron_ext.files import read_json_object
 from megatron_ext.mcore.model import build_chunks
 from megatron_ext.mcore.state import model_boxes
 from megatron_ext.mcore.transformer_config import transformer_config
@@ -67,22 +68,32 @@ def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False)
     from transformers import AutoModelForCausalLM  # slow to import
 
     trusted = trust_remote_code or carries_our_code(directory)
-    if not trusted and "auto_map" in json.loads((Path(directory) / "config.json").read_text()):
+    if not trusted and "auto_map" in read_json_object(Path(directory) / "config.json", ConversionError):
         raise ConversionError(f"{directory}: brings its own modelling code; pass --trust-remote-code to run it")
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trusted).eval()
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Transformers' tokenizer of `directory`; trusted like the model beside it."""
+    """Transformers' tokenizer of `directory`. An export of ours brings none of its own code, so none is run unasked.
+
+    Raises:
+        DataError: there is none that transformers can use.
+    """
     from transformers import AutoTokenizer  # slow to import
 
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code or carries_our_code(directory))
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"{directory}: no tokenizer here that transformers can use ({reason})") from error
 
 
 def carries_our_code(directory: str | Path) -> bool:
-    """Whether every Python file of `directory` is one that this framework ships, unchanged."""
-    files = sorted(Path(directory).glob("*.py"))
-    try:
-        return bool(files) and all(path.read_text() == shipped_code(path.name) for path in files)
-    except FileNotFoundError:
+    """Whether the code that config.json names is what this framework ships, unchanged and with nothing beside it."""
+    directory = Path(directory)
+    named = read_json_object(directory / "config.json", ConversionError).get("auto_map")
+    ours = next((a for a in ARCHITECTURES if a.code and named == dict(a.auto_map)), None)
+    if ours is None:
         return False
+    files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.py"))
+    return files == sorted(ours.code) and all((directory / name).read_text() == shipped_code(name) for name in files)

@@ -79,12 +79,16 @@ def comparison_batches(
     The tokenizer is the one given, the one inside a Hugging Face directory or the one of the training run. Where there
     is none, and no text was asked for, token ids are random.
     """
+    model = read_hugging_face_model(checkpoint)[1] if is_hugging_face(checkpoint) else read_model(checkpoint)
     directory = Path(tokenizer) if tokenizer is not None else _own_tokenizer(checkpoint)
     if directory is not None:
-        return token_batches(source, Tokenizer(directory), batches=batches, rows=rows, length=length)
+        reader = Tokenizer(directory)
+        result = token_batches(source, reader, batches=batches, rows=rows, length=length)
+        if (largest := max(int(tokens.max()) for tokens in result)) >= model.vocab_size:
+            raise DataError(f"{directory}: makes token {largest}, but {checkpoint} has {model.vocab_size} tokens only")
+        return result
     if source is not None:
         raise DataError(f"{checkpoint} has no tokenizer to read {source} with; pass --tokenizer DIR")
-    model = read_hugging_face_model(checkpoint)[1] if is_hugging_face(checkpoint) else read_model(checkpoint)
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, model.vocab_size, (rows, length), generator=generator) for _ in range(batches)]
 

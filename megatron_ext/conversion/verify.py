@@ -1,5 +1,6 @@
 """Proof that two checkpoints are the same model: their weights bit for bit, their logits on given text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
+from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.checkpoint_model import read_model
-from megatron_ext.conversion.convert import is_hugging_face, read_hugging_face_model
-from megatron_ext.conversion.engine import MEGATRON, tasks_to_megatron
+from megatron_ext.conversion.convert import check_hugging_face, is_hugging_face, read_hugging_face_model
+from megatron_ext.conversion.engine import MEGATRON, check_source, tasks_to_megatron
 from megatron_ext.conversion.logits import hugging_face_logits, megatron_logits
 from megatron_ext.errors import ConversionError
 
@@ -45,7 +47,9 @@ class LogitComparison:
     @property
     def relative(self) -> float:
         """Largest difference over the logits' scale."""
-        return self.max_abs_difference / self.scale
+        if self.max_abs_difference == 0:
+            return 0.0
+        return self.max_abs_difference / self.scale if self.scale else math.inf
 
 
 def compare_weights(a: str | Path, b: str | Path) -> WeightComparison:
@@ -61,7 +65,7 @@ def compare_weights(a: str | Path, b: str | Path) -> WeightComparison:
             raise ConversionError(f"{name}: {list(x.shape)} in {a}, {list(y.shape)} in {b}")
         if x.dtype != y.dtype or not torch.equal(x, y):
             different.append(name)
-            largest = max(largest, float((x.double() - y.double()).abs().max()))
+            largest = max(largest, _largest_difference(x.double(), y.double()))
     return WeightComparison(len(left.names), tuple(different), largest)
 
 
@@ -76,11 +80,13 @@ class _Canonical:
             architecture: Architecture
             architecture, self.model = read_hugging_face_model(path)
             self._source = HuggingFaceSource(path)
+            check_hugging_face(self._source, architecture, self.model)
             self._tasks = {task.writes[MEGATRON]: task for task in tasks_to_megatron(architecture.weights, self.model)}
             self.names = frozenset(self._tasks)
         else:
             self.model = read_model(path)
             self._source = MegatronSource(path)
+            check_source(self._source, model_shapes(self.model), where=str(path))
             self.names = frozenset(self._source.specs)
 
     def read(self, name: str) -> Tensor:
@@ -91,6 +97,12 @@ class _Canonical:
             tensor = self._source.read(name)
         is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         return tensor[: self.model.vocab_size] if is_vocabulary else tensor
+
+
+def _largest_difference(x: Tensor, y: Tensor) -> float:
+    """Largest absolute difference; infinite where one is not a number, since NaN compares as neither more nor less."""
+    largest = float((x - y).abs().max())
+    return math.inf if math.isnan(largest) else largest
 
 
 def checkpoint_logits(path: str | Path, batches: Sequence[Tensor], *, trust_remote_code: bool = False) -> list[Tensor]:
@@ -108,7 +120,7 @@ def compare_logits(a: Sequence[Tensor], b: Sequence[Tensor]) -> LogitComparison:
         if x.shape != y.shape:
             raise ConversionError(f"logits are {list(x.shape)} and {list(y.shape)}: not the same vocabulary")
         tokens += x.shape[:-1].numel()
-        largest = max(largest, float((x - y).abs().max()))
+        largest = max(largest, _largest_difference(x, y))
         scale = max(scale, float(x.abs().max()))
         agree += float((x.argmax(-1) == y.argmax(-1)).sum())
         log_p, log_q = F.log_softmax(x.double(), -1), F.log_softmax(y.double(), -1)

@@ -19,6 +19,10 @@ class MicroBatch:
         """Copy to `device`."""
         return MicroBatch(*(x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.loss_mask)))
 
+    def pin_memory(self) -> "MicroBatch":
+        """Copy to page-locked memory, from which a GPU copies by itself; the DataLoader calls this."""
+        return MicroBatch(*(x.pin_memory() for x in (self.tokens, self.labels, self.loss_mask)))
+
     @property
     def position_ids(self) -> Tensor:
         """Positions [B, S]: each row counts from 0."""

@@ -84,6 +84,12 @@ def _document(line: bytes, path: Path, offset: int, text_key: str) -> str:
     if not isinstance(text, str):
         keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{path}:{_line_number(path, offset)}: no text under {text_key!r}; the line has: {keys}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path}:{_line_number(path, offset)}: half a character, which UTF-8 has not ({error})"
+        ) from error
     return text
 
 

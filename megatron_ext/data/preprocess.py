@@ -20,6 +20,7 @@ from megatron_ext.data.corpus import Shard, corpus_files, read_shard, split_into
 from megatron_ext.data.indexed import concatenate, token_dtype, write_index
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
+from megatron_ext.files import UNFINISHED, check_output, publish_directory, read_json_object
 
 MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
@@ -67,10 +68,9 @@ def preprocess(
         DataError: bad input, or an output that exists and `force` is not set.
     """
     files, output, tokenizer = corpus_files(inputs), Path(output), Tokenizer(tokenizer_directory)
-    if output.exists() and not force:
-        raise DataError(f"{output} exists; choose another place or pass --force to replace it")
+    check_output(output, DataError, force=force, mark=MANIFEST_FILE, inputs=[*files, tokenizer.directory])
     fractions = _checked_fractions(split)
-    work = output.with_name(output.name + ".partial")
+    work = output.with_name(output.name + UNFINISHED)
     plan = _plan(files, tokenizer, text_key, fractions)
     _continue_or_restart(work, plan)
     job = _Job(work, tokenizer.directory, text_key, fractions)
@@ -79,9 +79,7 @@ def preprocess(
     summary = _join(work, len(shards), token_dtype(tokenizer.vocab_size))
     splits = {name: asdict(counts) for name, counts in summary.items()}
     (work / MANIFEST_FILE).write_text(json.dumps({**plan, "splits": splits}, indent=2) + "\n")
-    if output.exists():
-        shutil.rmtree(output)
-    work.rename(output)
+    publish_directory(work, output)
     return summary
 
 
@@ -195,8 +193,10 @@ def _join(work: Path, num_shards: int, dtype: np.dtype[np.generic]) -> dict[str,
             summary[name] = SplitSummary(len(lengths), int(lengths.sum()))
     if not summary:
         raise DataError("the corpus has no text")
-    for leftover in (*work.glob("part-*"), work / "plan.json"):
-        leftover.unlink()
+    # Markers first: interrupted here, the next run must not believe in parts that are gone.
+    for pattern in ("part-*.done", "part-*", "plan.json"):
+        for leftover in work.glob(pattern):
+            leftover.unlink()
     return summary
 
 
@@ -211,7 +211,7 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
     for path in (prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx"), manifest_file):
         if not path.is_file():
             raise DataError(f"{prefix}: {path.name} is missing; prepare it with tools/preprocess.py")
-    manifest = json.loads(manifest_file.read_text())
+    manifest = read_json_object(manifest_file, DataError)
     if manifest["tokenizer"] != tokenizer.fingerprint:
         raise DataError(f"{prefix} was made with another tokenizer than {tokenizer.directory}; prepare it again")
     counts = SplitSummary(**manifest["splits"][prefix.name])

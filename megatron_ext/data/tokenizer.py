@@ -16,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megatron_ext.data.corpus import corpus_files, read_documents
 from megatron_ext.errors import DataError
+from megatron_ext.files import UNFINISHED, check_output, publish_directory, read_json_object
 
 MODEL_FILE, FAST_FILE = "tokenizer.model", "tokenizer.json"
 _SPACE = "▁"
@@ -92,7 +93,7 @@ def _encode(pieces: sentencepiece.SentencePieceProcessor, newline: int | None, t
 
 def _end_of_text(directory: Path, fast: tokenizers.Tokenizer) -> int:
     settings_file = directory / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+    settings = read_json_object(settings_file, DataError) if settings_file.is_file() else {}
     token = settings.get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     number = fast.token_to_id(token) if token else None
@@ -170,7 +171,10 @@ def export_tokenizer(model: bytes, directory: Path) -> None:
     Raises:
         DataError: the model is of a kind whose fast counterpart would encode differently.
     """
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise DataError("not a SentencePiece model") from error
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MODEL_FILE).write_bytes(model)
     fast = _fast_tokenizer(pieces)
@@ -258,7 +262,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a tokenizer on the documents of `inputs` and write it to `output`."""
     files = corpus_files(inputs)
-    _refuse_existing(output, force)
+    check_output(Path(output), DataError, force=force, mark=FAST_FILE, inputs=files)
     model = train_sentencepiece(read_documents(files, text_key), vocab_size, max_lines=max_lines, threads=threads)
     return write_tokenizer(model, output, itertools.islice(read_documents(files, text_key), _PROOF_TEXTS), force=force)
 
@@ -269,21 +273,14 @@ def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, f
     Raises:
         DataError: they do not, or `output` exists and `force` is not set.
     """
-    _refuse_existing(output, force)
     output = Path(output)
-    beside = output.with_name(output.name + ".partial")
+    check_output(output, DataError, force=force, mark=FAST_FILE)
+    beside = output.with_name(output.name + UNFINISHED)
     shutil.rmtree(beside, ignore_errors=True)
     export_tokenizer(model, beside)
     texts = list(texts)
     if different := disagreements(beside, texts):
         shutil.rmtree(beside)
         raise DataError(f"{different} of {len(texts)} texts are encoded differently by the exported fast tokenizer")
-    if output.exists():
-        shutil.rmtree(output)
-    beside.rename(output)
+    publish_directory(beside, output)
     return Tokenizer(output)
-
-
-def _refuse_existing(output: str | Path, force: bool) -> None:
-    if Path(output).exists() and not force:
-        raise DataError(f"{output} exists; choose another place or pass --force to replace it")

@@ -8,6 +8,7 @@ import torch
 
 from megatron_ext.conversion.convert import convert, is_hugging_face
 from megatron_ext.conversion.logits import load_hugging_face, load_tokenizer
+from megatron_ext.errors import DataError
 
 
 def generate(
@@ -36,11 +37,16 @@ def generate(
     network = load_hugging_face(checkpoint, trust_remote_code=trust_remote_code)
     torch.manual_seed(seed)
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        # transformers would otherwise sample among the 50 likeliest tokens only.
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature > 0
+        else {"do_sample": False}
     )
     continuations = []
     for prompt in prompts:
         tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        if tokens["input_ids"].shape[1] == 0:
+            raise DataError(f"the prompt {prompt!r} has no tokens to start from")
         output = network.generate(**tokens, max_new_tokens=max_new_tokens, **sampling)
         continuations.append(tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
     return continuations

@@ -20,8 +20,8 @@ def initialize_weights(model: ModelConfig, chunks: list[torch.nn.Module], seed: 
     from a generator seeded by `seed` and its checkpoint key, and this rank keeps its slice.
     """
     for chunk in chunks:
-        for pieces in pieces_of(chunk).values():
-            for piece in pieces:
+        for weight, pieces in pieces_of(chunk).items():
+            for piece in pieces if isinstance(weight, torch.nn.Parameter) else ():
                 piece.data.copy_(_draw(model, piece, seed))
 
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import difflib
+import typing
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConfigError
@@ -12,7 +15,7 @@ from megatron_ext.runtime.core_guard import complaints_about
 # Our modules would not read these: the model would train as if they had not been set.
 _NOT_COMPUTED = {
     "attention is causal, over the whole sample, with plain softmax and no dropout": (
-        "attention_dropout attention_output_gate apply_query_key_layer_scaling flash_decode log_max_attention_logit "
+        "attention_backend attention_dropout attention_output_gate attention_softmax_in_fp32 apply_query_key_layer_scaling flash_decode log_max_attention_logit "
         "qk_clip qk_clip_alpha qk_clip_threshold qk_layernorm qk_l2_norm softmax_type window_attn_skip_freq window_size"
     ),
     "every layer is attention and a feed-forward network": (
@@ -45,6 +48,7 @@ def check_overrides(model: ModelConfig) -> None:
     """
     overrides = model.transformer_overrides
     complaints = complaints_about(overrides)
+    hints = typing.get_type_hints(TransformerConfig)
     known = [field.name for field in dataclasses.fields(TransformerConfig)]
     reasons = {name: reason for reason, names in _NOT_COMPUTED.items() for name in names.split()}
     for name in overrides:
@@ -55,5 +59,18 @@ def check_overrides(model: ModelConfig) -> None:
             complaints.append(f"{where}: no such field in megatron-core; {hint}")
         elif name in reasons:
             complaints.append(f"{where}: {reasons[name]}; this would be ignored. Remove it")
+        elif not _fits(name, overrides[name]):
+            complaints.append(f"{where} = {overrides[name]!r}: must be {hints[name]}")
     if complaints:
         raise ConfigError("\n".join(complaints))
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether `value` is of the type that megatron-core declares for the field `name`."""
+    hint = typing.get_type_hints(TransformerConfig)[name]
+    settings = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    try:
+        TypeAdapter(hint, config=settings).validate_python(value)
+    except ValidationError:
+        return False
+    return True

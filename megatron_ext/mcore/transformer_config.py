@@ -34,7 +34,7 @@ def transformer_config(
     }
     try:
         return TransformerConfig(**fields)
-    except (ValueError, AssertionError, TypeError) as error:
+    except (ValueError, AssertionError, TypeError, ImportError) as error:
         raise ConfigError(f"megatron-core refuses this model: {error}") from error
 
 

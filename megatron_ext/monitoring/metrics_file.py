@@ -12,7 +12,10 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        if torn:  # the last writer was killed within a line, which must not swallow the next one
+            self._file.write("\n")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append `record` and hand it to the operating system at once."""
@@ -35,6 +38,11 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _numbers(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The inverse of `_finite` for one object."""
+    return {key: float(value) if value in ("nan", "inf", "-inf") else value for key, value in pairs}
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The reports of a run in order of steps: of a step that was repeated after an interruption, the last one.
 
@@ -43,7 +51,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_numbers)
         except json.JSONDecodeError:
             continue  # the last line of a process that was killed while writing
         if record.get("event") == "start":

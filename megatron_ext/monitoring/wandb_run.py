@@ -52,6 +52,8 @@ class WandbRun:
         import numpy
         import wandb
 
+        if len(shares) > wandb.Histogram.MAX_LENGTH:
+            return None  # W&B draws no more; the metrics file has it
         return wandb.Histogram(np_histogram=(numpy.array(shares), numpy.arange(len(shares) + 1)))
 
     def close(self, *, failed: bool = False) -> None:

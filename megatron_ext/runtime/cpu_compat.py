@@ -160,7 +160,6 @@ def install(without: frozenset[str] = frozenset()) -> None:
     if _installed:
         return
     _installed = True
-    _keep_transformer_engine_out()
     modules: dict[str, Any] = {m.__name__: _StandIn(m) for m in (torch, torch.cuda, torch.distributed)}
     modules["torch"].cuda, modules["torch"].distributed = modules["torch.cuda"], modules["torch.distributed"]
     rebinder = _Rebinder({id(stand_in._real): stand_in for stand_in in modules.values()})
@@ -180,9 +179,12 @@ def _resolve(dotted: str) -> Any:
     return importlib.import_module(dotted)
 
 
-def _keep_transformer_engine_out() -> None:
-    """Hide Transformer Engine: megatron-core would pick its CUDA-only Adam and norms just because it imports."""
-    if "transformer_engine" not in sys.modules:
+def keep_transformer_engine_out() -> None:
+    """Hide Transformer Engine where there is no GPU, before megatron-core is imported.
+
+    megatron-core would pick its CUDA-only Adam and norms just because it can be imported.
+    """
+    if "transformer_engine" not in sys.modules and not torch.cuda.is_available():
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 

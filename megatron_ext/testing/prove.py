@@ -16,6 +16,7 @@ from megatron_ext.config import (
     RunConfig,
     smallest_world_size,
 )
+from megatron_ext.config.root import DERIVED
 from megatron_ext.config.rules import violations
 from megatron_ext.errors import ConfigError
 from megatron_ext.testing.parity import Cell, Difference, Trajectory, compare, run_layout
@@ -111,12 +112,12 @@ def prove(plan: Plan) -> Proof:
 def _fit_processes(
     parallel: ParallelConfig, model: ModelConfig, processes: int, limit: int
 ) -> tuple[ParallelConfig, int, list[str]]:
-    """Halve data parallelism first, then the largest degree, until `processes` is at most `limit`."""
+    """Lower data parallelism first, then halve the largest degree, until `processes` is at most `limit`."""
     original, started = parallel, processes
     while processes > limit:
-        if processes // 2 >= smallest_world_size(parallel) and (processes // 2) % smallest_world_size(parallel) == 0:
-            processes //= 2
-            continue
+        if (fewest := smallest_world_size(parallel)) <= limit:
+            processes = limit // fewest * fewest
+            break
         smaller = _halve_largest(parallel, model)
         if smaller is None:
             raise ConfigError(
@@ -169,7 +170,10 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         layers //= 2
     if layers != model.num_layers:
         changes.append(f"model.num_layers: {model.num_layers} -> {layers}")
-    frequency = model.moe_layer_freq[:layers] if isinstance(model.moe_layer_freq, list) else model.moe_layer_freq
+    pattern = {}
+    if model.is_moe and layers != model.num_layers:
+        pattern = {"moe_layer_freq": _thin_out(model.moe_layer_pattern, layers), "moe_first_k_dense": 0}
+        changes.append(f"model.moe_layer_freq: {''.join(map(str, pattern['moe_layer_freq']))} (1 is MoE, 0 is dense)")
     small = replace(
         model,
         num_layers=layers,
@@ -179,11 +183,21 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         vocab_size=30 * tp - 1,
         make_vocab_size_divisible_by=2 * tp,
         max_position_embeddings=16 * tp,
-        moe_layer_freq=frequency,
         moe_ffn_hidden_size=12 * etp if model.num_moe_experts else None,
         moe_shared_expert_intermediate_size=16 * tp if model.moe_shared_expert_intermediate_size else None,
+        **pattern,
     )
     return small, changes
+
+
+def _thin_out(pattern: list[bool], layers: int) -> list[int]:
+    """`layers` entries of `pattern`, one of each stretch, that keep alternations, order and both kinds of layer."""
+    width = len(pattern) // layers
+    stretches = [pattern[n * width : (n + 1) * width] for n in range(layers)]
+    thin = [stretch[n % width] for n, stretch in enumerate(stretches)]
+    for kind in {True, False} & set(pattern) - set(thin):
+        thin[next(n for n, stretch in enumerate(stretches) if kind in stretch)] = kind
+    return [int(is_moe) for is_moe in thin]
 
 
 def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig) -> RecomputeConfig:
@@ -196,10 +210,8 @@ def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig)
 def _require_legal(cell: Cell) -> None:
     """The shrunk model must obey the same rules; a violation here is a fault of the shrinking."""
     values: dict[str, object] = {}
-    for section, config, derived in (
-        ("model", cell.model, ("head_dim", "expert_ffn_hidden_size", "padded_vocab_size")),
-        ("parallel", cell.parallel, ("etp",)),
-    ):
-        values.update({f"{section}.{name}": getattr(config, name) for name in (*config.__dataclass_fields__, *derived)})
+    for section, config in (("model", cell.model), ("parallel", cell.parallel)):
+        names = (*config.__dataclass_fields__, *DERIVED[section])
+        values.update({f"{section}.{name}": getattr(config, name) for name in names})
     broken = violations(values)
     assert not broken, f"the shrunk run is illegal: {broken}"

@@ -2,12 +2,10 @@
 
 import contextlib
 import logging
-import math
 
 import torch.distributed as dist
 
 from megatron_ext.config import RunConfig
-from megatron_ext.errors import TrainingError
 from megatron_ext.mcore.optimizer import set_learning_rate
 from megatron_ext.monitoring.monitor import Monitor, StepReport
 from megatron_ext.runtime.device import choose_device
@@ -33,8 +31,8 @@ def train(run: RunConfig) -> None:
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
     groups = split_process_group(run.parallel, run.runtime)
-    data = RunData(run)
     session = open_session(run, layout, groups, device)
+    data = RunData(run, session.state)
     assert session.state.wandb_run_id is not None
     is_reporter = dist.get_rank() == 0
     monitor = Monitor(run, layout, session.state.iteration, session.state.wandb_run_id) if is_reporter else None
@@ -67,7 +65,6 @@ def _train(session: Session, data: RunData, monitor: Monitor | None) -> None:
             if run.train.eval_interval is not None and _due(done, run.train.eval_interval, last):
                 _validate(session, data, monitor)
             if _due(done, run.checkpoint.save_interval, last):
-                _require_finite(float(result.loss), done)
                 log.info("saved %s", session.save())
         if done == last:
             break
@@ -87,14 +84,8 @@ def _report(session: Session, monitor: Monitor | None, result: StepResult, lr: f
     """Bring together what all ranks know and hand it to the monitor; every rank must call this."""
     done = session.state.iteration
     loss = float(result.loss)
-    _require_finite(loss, done)
     experts = session.expert_statistics(steps=done - session.reported)
     memory = session.peak_memory()
     session.reported = done
     if monitor is not None:
         monitor.step(StepReport(done, loss, lr, result.grad_norm, session.state.consumed_samples, memory, experts))
-
-
-def _require_finite(loss: float, done: int) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(f"the loss of step {done} is {loss}; the last checkpoint was saved before it")

@@ -19,7 +19,7 @@ from megatron_ext.config import DataSource, Layout, ModelConfig, RunConfig, load
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import CheckpointError, DataError
+from megatron_ext.errors import CheckpointError, DataError, TrainingError
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, gather_parameters, release_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
@@ -52,8 +52,11 @@ class Session:
     """Step of the last report."""
 
     def step(self, batch: list[MicroBatch]) -> StepResult:
-        """Train on one global batch and advance the position."""
-        result = train_step(self.wrapped, self.optimizer, batch, self.groups, max_norm=self.run.optimizer.clip_grad)
+        """Train on one global batch and advance the position. TrainingError where the gradient is not finite."""
+        try:
+            result = train_step(self.wrapped, self.optimizer, batch, self.groups, max_norm=self.run.optimizer.clip_grad)
+        except TrainingError as error:
+            raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error
         self.state = dataclasses.replace(
             self.state,
             iteration=self.state.iteration + 1,
@@ -100,12 +103,14 @@ class Session:
             self.state,
             to_mapping(self.run),
             random_state(self.device),
-            self.run.checkpoint.keep_last,
+            tokenizer=Path(self.run.data.tokenizer),
+            keep_last=self.run.checkpoint.keep_last,
         )
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`, saved in any layout."""
         check_same_model(self.run.model, checkpoint)
+        check_same_data(self.run, checkpoint)
         with_optimizer = self.run.checkpoint.load_optimizer
         store.load_boxes(checkpoint, self._boxes(with_optimizer))
         self.state = store.read_state(checkpoint)
@@ -170,7 +175,6 @@ def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
         "init_method_std",
         "moe_aux_loss_coeff",
         "moe_router_load_balancing_type",
-        "transformer_overrides",
     }
     different = [
         f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
@@ -179,6 +183,23 @@ def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
     ]
     if different:
         raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
+
+
+def check_same_data(run: RunConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError where the position in `checkpoint` counts other samples than those of `run`."""
+    saved = store.read_run(checkpoint)
+    now = to_mapping(run)
+    different = [
+        f"  {section}.{key}: {saved[section][key]!r} in the checkpoint, {now[section][key]!r} in this run"
+        for section, key in (("data", "sequence_length"), ("data", "train"), ("train", "seed"))
+        if key in (saved.get(section) or {}) and saved[section][key] != now[section][key]
+    ]
+    if different:
+        raise CheckpointError(
+            f"{checkpoint}: its position in the data would mean other samples:\n" + "\n".join(different) + "\n"
+            "Set them back, or start a new run from its weights: another checkpoint.directory, and "
+            "checkpoint.initialize_from"
+        )
 
 
 def _meaning(model: ModelConfig, name: str) -> Any:
@@ -190,6 +211,7 @@ def _meaning(model: ModelConfig, name: str) -> Any:
         "moe_ffn_hidden_size": model.expert_ffn_hidden_size if model.is_moe else None,
         "moe_layer_freq": model.moe_layer_pattern,
         "moe_first_k_dense": None,
+        "transformer_overrides": model.function_overrides,
     }
     return applied.get(name, getattr(model, name))
 
@@ -197,7 +219,7 @@ def _meaning(model: ModelConfig, name: str) -> Any:
 class RunData:
     """The training and validation samples of a run."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, state: TrainingState) -> None:
         self._run = run
         self._tokenizer = Tokenizer(run.data.tokenizer)
         if self._tokenizer.vocab_size > run.model.vocab_size:
@@ -205,7 +227,9 @@ class RunData:
                 f"{run.data.tokenizer} has {self._tokenizer.vocab_size} tokens, more than "
                 f"model.vocab_size = {run.model.vocab_size}"
             )
-        self._train = self._blend(run.data.train, run.planned_samples, run.train.seed)
+        # The batch size may have changed on the way: what is left counts in today's, what is done is what it was.
+        remaining = max(run.train.train_iters - state.iteration, 0) * run.train.global_batch_size
+        self._train = self._blend(run.data.train, state.consumed_samples + remaining, run.train.seed)
         self._validation = None
         if run.train.eval_interval is not None:
             # Whatever a run's seed is, it is validated on the same samples: losses of different runs can be compared.

@@ -2,6 +2,7 @@
 
 #   M micro-batches of this rank, D data-parallel ranks, N tokens of the global batch whose label counts
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.data.batches import MicroBatch
+from megatron_ext.errors import TrainingError
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.runtime.process_groups import Groups
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports; tensors are read by the host only when they are logged."""
+    """What a step reports."""
 
     loss: Tensor
     """Cross-entropy a token, over the whole global batch; on every rank."""
@@ -43,13 +45,19 @@ def prepare_for_training(config: TransformerConfig, wrapped: Sequence[Any], *, o
 def train_step(
     wrapped: Sequence[Any], optimizer: ChainedOptimizer, batch: Sequence[MicroBatch], groups: Groups, *, max_norm: float
 ) -> StepResult:
-    """Forward, backward and update over this rank's micro-batches of one global batch."""
+    """Forward, backward and update over this rank's micro-batches of one global batch.
+
+    Raises:
+        TrainingError: the gradient is not finite; on every rank, with weights and optimizer as they were before.
+    """
     for chunk in wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     loss, tokens = _run(wrapped, batch, groups, forward_only=False)
     norm = gradient_norm(optimizer)
+    if not math.isfinite(norm):
+        raise TrainingError(f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated")
     clip_and_step(optimizer, norm, max_norm)
     return StepResult(loss, tokens, norm)
 

@@ -1,10 +1,12 @@
 """Does an upcycled model still compute what the dense one does? Measured on text, against what its method promises."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from megatron_ext.checkpoint.store import require_checkpoint
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.logits import megatron_logits
 from megatron_ext.conversion.verify import LogitComparison, compare_logits
@@ -22,12 +24,16 @@ def function_check(
     """Compare the logits of the dense `source` and the upcycled `target`.
 
     Raises:
-        ConversionError: `method` keeps the function of this model, and it was not kept.
+        ConversionError: `method` keeps the function of this model, and it was not kept; `target` is then set aside as
+            `iter_0000000.refused`.
     """
     comparison = compare_logits(megatron_logits(source, batches), megatron_logits(target, batches))
     if method.inexact(moe) is None and comparison.relative > TOLERANCE:
+        refused = require_checkpoint(target)
+        shutil.rmtree(aside := refused.with_name(f"{refused.name}.refused"), ignore_errors=True)
+        refused.rename(aside)
         raise ConversionError(
-            f"{target} does not compute what {source} does: logits differ by up to {comparison.max_abs_difference:.3g} "
+            f"{aside} does not compute what {source} does: logits differ by up to {comparison.max_abs_difference:.3g} "
             f"({comparison.relative:.1e} of their scale), though {method.name} should keep the function"
         )
     return comparison

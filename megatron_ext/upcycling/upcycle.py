@@ -11,8 +11,8 @@ from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.store import read_run, require_checkpoint
 from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSource, TensorSpec
-from megatron_ext.config import ModelConfig, to_mapping
-from megatron_ext.conversion.checkpoint_model import read_model
+from megatron_ext.config import ModelConfig, check_model, to_mapping
+from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
 from megatron_ext.conversion.engine import check_source
 from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.copy import Copy
@@ -43,7 +43,7 @@ def upcycle(
     Routers are normal with `moe.init_method_std`, drawn from `seed` and their names. The optimizer is not carried.
 
     Raises:
-        ConfigError: the method cannot make this model of that one.
+        ConfigError: there is no such model, or the method cannot make it of that one.
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
     dense = read_model(source)
@@ -55,7 +55,8 @@ def upcycle(
     run: dict[str, Any] = {**read_run(require_checkpoint(source)), "model": to_mapping(moe)}
     total = sum(torch.Size(spec.shape).numel() * dtype.itemsize for spec in specs.values())
     done = 0
-    with MegatronSink(target, specs, run, force=force) as sink:
+    tokenizer = tokenizer_directory(source)
+    with MegatronSink(target, specs, run, tokenizer=tokenizer, force=force, inputs=[stream.directory]) as sink:
         for name, tensor in upcycled_tensors(stream, moe, method, seed):
             sink.write(name, tensor)
             done += tensor.numel() * dtype.itemsize
@@ -68,6 +69,7 @@ def check_models(dense: ModelConfig, moe: ModelConfig, method: Method) -> None:
         raise ConfigError("the source is a MoE model already; upcycling starts from a dense one")
     if not moe.is_moe:
         raise ConfigError("the target has no experts; set num_moe_experts")
+    check_model(moe, source="the upcycled model")
     changed = [
         f"  {name}: {getattr(dense, name)!r} in the source, {getattr(moe, name)!r} in the target"
         for name in ModelConfig.__dataclass_fields__

@@ -85,6 +85,11 @@ def test_an_existing_target_is_kept_unless_forced(tmp_path: Path) -> None:
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(ConversionError, match="exists; choose another place or pass --force"):
         HuggingFaceSink(tmp_path / "out", SPECS)
+    with pytest.raises(ConversionError, match=r"something else \(it has no config.json\): not replaced"):
+        HuggingFaceSink(tmp_path / "out", SPECS, force=True)
+    (tmp_path / "out" / "config.json").touch()
+    with pytest.raises(ConversionError, match="holds what is read"):
+        HuggingFaceSink(tmp_path / "out", SPECS, force=True, inputs=[tmp_path / "out" / "iter_0000001"])
     with HuggingFaceSink(tmp_path / "out", SPECS, force=True) as sink:
         assert (tmp_path / "out" / "precious").is_file(), "replaced only when the new one is complete"
         for name, tensor in TENSORS.items():

@@ -105,8 +105,43 @@ class Evil:
         return os.system, ("echo unpickled code ran > /dev/stderr",)
 
 
-def test_foreign_classes_are_not_unpickled(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(CheckpointError, match="refused, it asks for posix.system"):
+def through_a_trusted_module() -> bytes:
+    """A pickle that reaches os.system by a dotted name in a module whose classes metadata is made of."""
+
+    def text(word: str) -> bytes:
+        return pickle.SHORT_BINUNICODE + bytes([len(word)]) + word.encode()
+
+    function = text("torch.distributed.checkpoint.filesystem") + text("os.system") + pickle.STACK_GLOBAL
+    call = text("echo unpickled code ran > /dev/stderr") + pickle.TUPLE1 + pickle.REDUCE
+    return pickle.PROTO + b"\x04" + function + call + pickle.STOP
+
+
+@pytest.mark.parametrize(
+    ("content", "asked_for"),
+    [
+        (pickle.dumps(Evil()), "posix.system"),
+        (through_a_trusted_module(), "torch.distributed.checkpoint.filesystem.os.system"),
+    ],
+    ids=["plain", "dotted"],
+)
+def test_foreign_classes_are_not_unpickled(
+    content: bytes, asked_for: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / METADATA_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"refused, it asks for {asked_for}"):
         TorchDistReader(tmp_path)
     assert "ran" not in capfd.readouterr().err
+
+
+def test_the_dotted_pickle_would_run_code(capfd: pytest.CaptureFixture[str]) -> None:
+    """It is what it says: a naive reader runs it."""
+    pickle.loads(through_a_trusted_module())
+    assert "unpickled code ran" in capfd.readouterr().err
+
+
+def test_damaged_metadata_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path, {"x": torch.randn(5)})
+    metadata = tmp_path / METADATA_FILE
+    metadata.write_bytes(metadata.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        TorchDistReader(tmp_path)

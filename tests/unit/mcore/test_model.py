@@ -21,11 +21,11 @@ FP32 = Fp32Precision(kind="fp32")
 
 
 def test_overrides_reach_megatron_and_are_checked() -> None:
-    model = tiny_model(transformer_overrides={"attention_softmax_in_fp32": False})
-    assert transformer_config(model, ParallelConfig(), FP32, RecomputeConfig()).attention_softmax_in_fp32 is False
-    with pytest.raises(ConfigError, match="did you mean 'attention_softmax_in_fp32'"):
+    model = tiny_model(transformer_overrides={"fp32_residual_connection": True})
+    assert transformer_config(model, ParallelConfig(), FP32, RecomputeConfig()).fp32_residual_connection is True
+    with pytest.raises(ConfigError, match="did you mean 'fp32_residual_connection'"):
         transformer_config(
-            tiny_model(transformer_overrides={"attention_softmax_fp32": True}),
+            tiny_model(transformer_overrides={"fp32_residual_conection": True}),
             ParallelConfig(),
             FP32,
             RecomputeConfig(),

@@ -24,9 +24,9 @@ def test_repeated_steps_are_reported_once(tmp_path: Path) -> None:
 
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    write(path, {"iteration": 1, "loss": 1.0})
+    write(path, *({"iteration": n, "loss": 1.0} for n in (1, 2, 3)))
     with open(path, "a") as file:
-        file.write('{"iteration": 2, "lo')
+        file.write('{"iteration": 4, "lo')
     write(path, {"event": "start", "iteration": 1}, {"iteration": 2, "loss": 2.0})
     assert [r["iteration"] for r in read_metrics(path)] == [1, 2]
 
@@ -36,3 +36,4 @@ def test_numbers_that_json_lacks_are_written_as_words(tmp_path: Path) -> None:
     write(path, {"iteration": 1, "loss": math.nan, "expert_load": {"0": [math.inf, 1.0]}})
     record = json.loads(path.read_text(), parse_constant=lambda word: 1 / 0)
     assert record == {"iteration": 1, "loss": "nan", "expert_load": {"0": ["inf", 1.0]}}
+    assert math.isnan(read_metrics(path)[0]["loss"])

@@ -1,0 +1,66 @@
+"""Files people give us and expect of us: JSON with a clear error; output that is complete, and over nothing else."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.errors import MegatronExtError
+
+UNFINISHED = ".partial"
+"""Ends the name of output that is still being written."""
+
+
+def read_json_object(path: str | Path, error: type[MegatronExtError]) -> dict[str, Any]:
+    """The JSON object in the file at `path`; raises `error` where there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as fault:
+        raise error(f"{path}: cannot be read as JSON ({fault})") from fault
+    if not isinstance(content, dict):
+        raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write the file at `path`, making its folder; a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + UNFINISHED)
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def check_output(
+    target: Path, error: type[MegatronExtError], *, force: bool, mark: str, inputs: Sequence[Path] = ()
+) -> None:
+    """Raise `error` unless `target` may be written.
+
+    What exists is replaced only with `force`, only if it is the same kind of thing, and never if it holds an input.
+
+    Args:
+        mark: a file that every directory of this kind has.
+        inputs: what the output is made of.
+    """
+    for source in inputs:
+        if source.resolve().is_relative_to(target.resolve()):
+            raise error(f"{target} holds what is read ({source}); choose another place")
+    if not target.exists():
+        return
+    if not force:
+        raise error(f"{target} exists; choose another place or pass --force to replace it")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / mark).is_file()):
+        raise error(f"{target} exists and is something else (it has no {mark}): not replaced, even with --force")
+
+
+def publish_directory(partial: Path, target: Path) -> None:
+    """Give a finished directory its name, in place of an older one."""
+    if target.exists():
+        aside = target.with_name(f"{target.name}.old{UNFINISHED}")
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+        partial.rename(target)
+        shutil.rmtree(aside)
+    else:
+        partial.rename(target)
