@@ -217,6 +217,12 @@ _METADATA_CLASSES = {
     (f"{_DCP}.metadata", "StorageMeta"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     (f"{_DCP}.filesystem", "_StoragePrefix"),
+    # megatron-core keeps the plan of a save in its metadata.
+    (f"{_DCP}.planner", "SavePlan"),
+    (f"{_DCP}.planner", "WriteItem"),
+    (f"{_DCP}.planner", "WriteItemType"),
+    (f"{_DCP}.planner", "TensorWriteData"),
+    (f"{_DCP}.planner", "BytesIOWriteData"),
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),

@@ -49,7 +49,9 @@ class LogitComparison:
         """Largest difference over the logits' scale."""
         if self.max_abs_difference == 0:
             return 0.0
-        return self.max_abs_difference / self.scale if self.scale else math.inf
+        if self.scale == 0 or math.isinf(self.max_abs_difference):
+            return math.inf
+        return self.max_abs_difference / self.scale
 
 
 def compare_weights(a: str | Path, b: str | Path) -> WeightComparison:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.mcore.layer_specs import block_spec
+from megatron_ext.mcore.moe.metrics import forget_core_statistics
 from megatron_ext.mcore.moe.router import Router
 
 
@@ -39,6 +40,7 @@ def build_chunks(
     model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, device: torch.device
 ) -> list[GPTModel]:
     """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights."""
+    forget_core_statistics()
     stages = parallel.virtual_pipeline_model_parallel_size
     vp_stages = range(stages) if stages else [None]
     with torch.device(device):

@@ -95,6 +95,13 @@ FAULTS: tuple[Fault, ...] = (
         overrides=("moe_input_jitter_eps",),
     ),
     Fault(
+        "expert_bias_moves_without_a_step",
+        "moe_router_enable_expert_bias: the bias is updated with the gradients, also when the step is then not taken",
+        "refused",
+        "balance by moe_router_load_balancing_type: aux_loss",
+        overrides=("moe_router_enable_expert_bias", "moe_router_bias_update_rate"),
+    ),
+    Fault(
         "fp8_silently_off",
         "fp8 without Transformer Engine: the model trains in bf16 without a word",
         "refused",

@@ -1,5 +1,6 @@
 """Shows each fault of megatron-core on the installed version: functions that answer whether it is there."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,21 +21,26 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
+from megatron_ext.config import AdamConfig, Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
+from megatron_ext.errors import TrainingError
 from megatron_ext.mcore import layer_specs, transformer_config
-from megatron_ext.mcore.model import build_chunks, wrap_chunks
+from megatron_ext.mcore.initialization import initialize_weights
+from megatron_ext.mcore.model import build_chunks, routers, wrap_chunks
+from megatron_ext.mcore.optimizer import build_optimizer
 from megatron_ext.mcore.state import model_boxes
 from megatron_ext.runtime import cpu_compat
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
-from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.testing.tiny import random_batch, tiny_model
+from megatron_ext.training.step import prepare_for_training, train_step
 
 MOE = tiny_model(moe=True)
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 # Real faults are orders of magnitude larger than this, rounding orders of magnitude smaller.
 CLEAR = 1e-4
+FP32 = Fp32Precision(kind="fp32")
 
 
 def core_experts(backend: Any, model: Any) -> Any:
@@ -124,7 +130,7 @@ def router_gradient(config: TransformerConfig, tokens: torch.Tensor) -> torch.Te
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
-    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(())
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
     weights, _ = router(tokens)
     (weights * 0).sum().backward()
     return router.weight.grad
@@ -250,7 +256,7 @@ def norm_recompute_needs_transformer_engine(pool: GlooPool) -> bool:
 
 
 def torch_adam_fails_to_load() -> bool:
-    parallel, precision = ParallelConfig(), Fp32Precision(kind="fp32")
+    parallel, precision = ParallelConfig(), FP32
     split_process_group(parallel, RuntimeConfig(device="cpu"))
     seed_everything(0)
     config = transformer_config.transformer_config(tiny_model(), parallel, precision, RecomputeConfig())
@@ -270,6 +276,31 @@ def torch_adam_fails_to_load() -> bool:
 
 def torch_adam_cannot_resume(pool: GlooPool) -> bool:
     return pool.run(1, torch_adam_fails_to_load)[0]
+
+
+def expert_bias_moves() -> bool:
+    overrides = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+    model, parallel, precision = tiny_model(moe=True, transformer_overrides=overrides), ParallelConfig(), FP32
+    groups = split_process_group(parallel, RuntimeConfig(device="cpu"))
+    seed_everything(0)
+    with mock.patch.object(transformer_config, "check_overrides"):
+        config = transformer_config.transformer_config(model, parallel, precision, RecomputeConfig())
+    chunks = build_chunks(model, parallel, config, torch.device("cpu"))
+    initialize_weights(model, list(chunks), 0)
+    wrapped = wrap_chunks(chunks, config, parallel)
+    optimizer = build_optimizer(AdamConfig(kind="adam", lr=1e-3), parallel, precision, wrapped)
+    prepare_for_training(config, wrapped, overlap_grad_reduce=False)
+    batch = random_batch(0, samples=2, micro_batch=1, dp_rank=0, dp_size=1)
+    with mock.patch("megatron_ext.training.step.gradient_norm", return_value=math.nan):
+        try:
+            train_step(wrapped, optimizer, batch, groups, max_norm=1.0)
+        except TrainingError:
+            return any(bool(router.expert_bias.any()) for router in routers(chunks))
+    return False
+
+
+def expert_bias_moves_without_a_step(pool: GlooPool) -> bool:
+    return pool.run(1, expert_bias_moves)[0]
 
 
 def core_norm_refuses() -> bool:
@@ -297,6 +328,7 @@ SHOWN: dict[str, Callable[[GlooPool], bool]] = {
         sequence_balance_loss_scale,
         global_balance_loss_scale,
         jitter_in_evaluation,
+        expert_bias_moves_without_a_step,
         fp8_silently_off,
         learning_rate_of_the_checkpoint,
         router_needs_transformer_engine,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ class Part:
             "runtime": {"device": "cpu", "threads": 1},
         }
         return load_config(RunConfig, raw, source="part")
+
+
+def started_otherwise(part: Part) -> Part:
+    """The same run with other initial weights, so that nothing can look loaded by accident."""
+    return replace(part, model=replace(part.model, init_method_std=0.1))
 
 
 @contextmanager

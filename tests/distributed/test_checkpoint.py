@@ -1,6 +1,7 @@
 """A checkpoint of any layout continues in any other, bit for bit where the layout is the same, and fails closed."""
 
 import itertools
+import math
 import multiprocessing
 import resource
 from dataclasses import replace
@@ -16,12 +17,20 @@ from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import ModelConfig, ParallelConfig, to_mapping
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, TrainingError
 from megatron_ext.mcore.state import model_boxes
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.session import Session
-from tests.distributed.runs import Part, load_and_save_to, open_part, resumed_random_states, train_and_save, train_steps
+from tests.distributed.runs import (
+    Part,
+    load_and_save_to,
+    open_part,
+    resumed_random_states,
+    started_otherwise,
+    train_and_save,
+    train_steps,
+)
 
 # As in the parity grid: another layout adds in another order. Largest difference seen 2e-7.
 TOLERANCE = 1e-5
@@ -75,7 +84,7 @@ def test_training_continues_in_another_layout(move: str, pool: GlooPool, tmp_pat
     part = Part(model, tmp_path / "run", before)
     first = pool.run(processes_before, train_and_save, part, 2)[0]
     # Other initial weights: whatever is not loaded from the checkpoint would show.
-    second = pool.run(processes_after, train_and_save, replace(part, parallel=after, seed=99), 4)[0]
+    second = pool.run(processes_after, train_and_save, replace(started_otherwise(part), parallel=after), 4)[0]
     pairs = zip(itertools.chain(*first, *second), itertools.chain(*whole), strict=True)
     difference = max(abs(a - b) / abs(b) for a, b in pairs)
     print(f"{move}: largest relative difference of loss and gradient norm {difference:.1e}")
@@ -90,7 +99,7 @@ def test_every_tensor_survives_another_layout_bit_for_bit(
     model, (before, processes_before), (after, processes_after) = MOVES[move]
     part = Part(model, tmp_path / "a", before, precision)
     pool.run(processes_before, train_and_save, part, 1)
-    pool.run(processes_after, load_and_save_to, replace(part, parallel=after, seed=99), tmp_path / "b")
+    pool.run(processes_after, load_and_save_to, replace(started_otherwise(part), parallel=after), tmp_path / "b")
     first, second = (store.require_checkpoint(tmp_path / name) for name in "ab")
     count = assert_same_tensors(first, second)
     assert store.read_state(first) == store.read_state(second)
@@ -106,7 +115,7 @@ def test_same_layout_continues_bit_for_bit(
     whole = pool.run(processes, train_and_save, Part(model, tmp_path / "whole", parallel, precision), 4)
     part = Part(model, tmp_path / "run", parallel, precision)
     first = pool.run(processes, train_and_save, part, 2)
-    second = pool.run(processes, train_and_save, replace(part, seed=99), 4)
+    second = pool.run(processes, train_and_save, started_otherwise(part), 4)
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
     assert_same_tensors(tmp_path / "whole" / "iter_0000004", tmp_path / "run" / "iter_0000004")
 
@@ -131,7 +140,7 @@ def test_master_weights_are_kept_at_full_precision(pool: GlooPool, tmp_path: Pat
 def test_random_states_are_those_that_were_saved(pool: GlooPool, tmp_path: Path) -> None:
     part = Part(MOE, tmp_path, ETP1)
     pool.run(4, train_and_save, part, 1)
-    restored = pool.run(4, resumed_random_states, replace(part, seed=99))
+    restored = pool.run(4, resumed_random_states, started_otherwise(part))
     assert all(same for same, _ in restored)
 
 
@@ -203,6 +212,49 @@ def test_another_model_is_refused_by_name_of_the_fields(pool: GlooPool, tmp_path
     assert "model.num_query_groups: 2 in the checkpoint, 4 in this run" in str(failure.value)
 
 
+def break_a_gradient(part: Part) -> tuple[str, bool, int]:
+    """Poison one gradient; return the error, whether the weights are as they were, and where the run stands."""
+    with open_part(part) as session:
+        train_steps(session, 1)
+        before = [box.data.clone() for box in session._boxes(with_optimizer=True)]
+        weight = next(session.wrapped[0].parameters())
+        if dist.get_rank() == 1:
+            session.wrapped[0].zero_grad_buffer = lambda: weight.main_grad.fill_(math.inf)
+        try:
+            train_steps(session, 2)
+        except TrainingError as error:
+            after = [box.data for box in session._boxes(with_optimizer=True)]
+            same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            return str(error), same, session.state.iteration
+    return "trained on", False, 2
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_a_step_whose_gradient_is_not_finite_is_not_taken(
+    distributed_optimizer: bool, pool: GlooPool, tmp_path: Path
+) -> None:
+    parallel = ParallelConfig(use_distributed_optimizer=distributed_optimizer)
+    for error, same, iteration in pool.run(2, break_a_gradient, Part(MOE, tmp_path, parallel)):
+        assert error.startswith("step 2: the loss is ")
+        assert error.endswith("; the weights were not updated")
+        assert (same, iteration) == (True, 1)
+
+
+def test_a_checkpoint_of_other_data_is_not_continued(pool: GlooPool, tmp_path: Path) -> None:
+    pool.run(1, train_and_save, Part(DENSE, tmp_path, ALONE), 1)
+    with pytest.raises(WorkerFailure, match=r"train\.seed: 1234 in the checkpoint, 99 in this run"):
+        pool.run(1, train_and_save, Part(DENSE, tmp_path, ALONE, seed=99), 2)
+
+
+def test_overrides_that_change_the_function_make_another_model(pool: GlooPool, tmp_path: Path) -> None:
+    pool.run(1, train_and_save, Part(MOE, tmp_path, ALONE), 1)
+    harmless = replace(MOE, transformer_overrides={"moe_z_loss_coeff": 1e-3})
+    pool.run(1, train_and_save, Part(harmless, tmp_path, ALONE), 2)
+    other = replace(MOE, transformer_overrides={"moe_router_score_function": "sigmoid"})
+    with pytest.raises(WorkerFailure, match=r"model\.transformer_overrides: .* in the checkpoint, {'moe_router_score"):
+        pool.run(1, train_and_save, Part(other, tmp_path, ALONE), 3)
+
+
 def test_missing_tensors_are_named(pool: GlooPool, tmp_path: Path) -> None:
     pool.run(1, train_and_save, Part(DENSE, tmp_path / "whole", ALONE), 1)
     source = MegatronSource(tmp_path / "whole")
@@ -268,7 +320,7 @@ def test_megatron_core_loads_our_checkpoints(
     model: ModelConfig, parallel: ParallelConfig, processes: int, pool: GlooPool, tmp_path: Path
 ) -> None:
     pool.run(1, train_and_save, Part(model, tmp_path / "run", ALONE), 1)
-    part = Part(model, tmp_path / "none", parallel, seed=99)
+    part = started_otherwise(Part(model, tmp_path / "none", parallel))
     assert all(pool.run(processes, load_with_megatron_core, part, store.require_checkpoint(tmp_path / "run")))
 
 

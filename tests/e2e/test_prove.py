@@ -56,12 +56,46 @@ def test_a_large_run_is_shrunk_to_this_machine_and_says_so(tmp_path: Path) -> No
         "moe_router_topk",
         "num_attention_heads",
         "num_query_groups",
-        "moe_first_k_dense",
         "moe_gating_normalization",
     )
+    assert small.moe_layer_pattern == [False] + [True] * 11
     large = load_run(tmp_path / "run.yaml").model
     assert all(getattr(small, name) == getattr(large, name) for name in kept)
     assert small.hidden_size < 128
+
+
+@pytest.mark.parametrize(
+    ("pattern", "thin"),
+    [
+        ([0] * 24 + [1] * 24, "000000111111"),
+        ([0, 1] * 24, "010101010101"),
+        ([0] + [1] * 47, "011111111111"),
+        ([0] * 47 + [1], "000000000001"),
+        ([1] * 48, "111111111111"),
+    ],
+)
+def test_a_thinned_model_keeps_its_kinds_of_layers(pattern: list[int], thin: str, tmp_path: Path) -> None:
+    mapping = run_mapping(tmp_path, moe=True)
+    mapping["model"] |= {"num_layers": 48, "moe_layer_freq": pattern}
+    plan = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 2, 8)
+    assert "".join(str(int(is_moe)) for is_moe in plan.cell.model.moe_layer_pattern) == thin
+    assert f"model.moe_layer_freq: {thin} (1 is MoE, 0 is dense)" in plan.changes
+
+
+def test_many_dense_layers_first_are_thinned_too(tmp_path: Path) -> None:
+    mapping = run_mapping(tmp_path, moe=True)
+    mapping["model"] |= {"num_layers": 48, "moe_first_k_dense": 12}
+    plan = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 2, 8)
+    assert plan.cell.model.moe_layer_pattern == [False] * 3 + [True] * 9
+
+
+def test_data_parallelism_is_lowered_before_other_degrees(tmp_path: Path) -> None:
+    mapping = run_mapping(tmp_path)
+    mapping["model"] |= {"num_attention_heads": 8, "num_query_groups": 8}
+    mapping["parallel"] = {"tensor_model_parallel_size": 8}
+    mapping["train"] |= {"global_batch_size": 12}
+    plan = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 24, 16)
+    assert (plan.processes, plan.cell.parallel.tensor_model_parallel_size) == (16, 8)
 
 
 def test_a_layout_that_differs_is_not_proven() -> None:

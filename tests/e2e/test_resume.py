@@ -145,3 +145,17 @@ def test_bf16_with_recompute_and_overlap_follows_fp32(work: Path, uninterrupted:
     print(f"bf16 against fp32: largest relative difference of the loss {difference:.1e}")
     # bf16 rounds to 4e-3; the loss is a mean over 512 tokens, so most of it averages out.
     assert difference < 4e-3
+
+
+def test_a_blend_goes_on_with_a_smaller_batch(work: Path) -> None:
+    directory = work / "smaller batch"
+    blend = f"data.train=[{{path: {work}/data/train, weight: 0.7}}, {{path: {work}/data/validation, weight: 0.3}}]"
+    options = (work / "run.yaml", blend, f"checkpoint.directory={directory}", "train.train_iters=6")
+    options += ("schedule.warmup_iters=1", "train.eval_interval=null")
+    assert train(1, *options, "train.global_batch_size=16", "train.stop_at_iteration=4").returncode == 0
+    process = train(1, *options, "train.global_batch_size=4")
+    assert process.returncode == 0, process.stderr
+    assert [r["consumed_samples"] for r in read_metrics(directory / "metrics.jsonl")] == [16, 32, 48, 64, 68, 72]
+    process = train(1, *options, "data.sequence_length=32", "train.train_iters=8")
+    assert process.returncode == 2
+    assert "data.sequence_length: 64 in the checkpoint, 32 in this run" in process.stderr

@@ -58,3 +58,18 @@ def collect_statistics(
         load={layer: [count / sum(row[:-1]) for count in row[:-1]] for layer, row in rows.items()},
         balance_loss={layer: row[-1] / num_microbatches for layer, row in rows.items()},
     )
+
+
+def forget_core_statistics() -> None:
+    """Empty megatron-core's own record of balance losses, before another model is built in this process.
+
+    The record has one entry for each layer of the first model it met, and holds a process group.
+    """
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    except ImportError:  # megatron-core 0.16
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+    else:
+        destroy_moe_metrics_tracker()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.config import RunConfig, dump_yaml, load_config, load_run, to_mapping
+from megatron_ext.config import ModelConfig, RunConfig, dump_yaml, load_config, load_run, to_mapping
 from megatron_ext.config.help import describe_keys
 from megatron_ext.config.yaml_text import parse_yaml
 from megatron_ext.errors import ConfigError
@@ -201,3 +201,40 @@ def test_configuration_imports_neither_torch_nor_megatron() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("text", ["4:16", "0400", "2024-02-30", "2020-13-45", "0o17"])
+def test_only_numbers_are_numbers(text: str) -> None:
+    assert parse_yaml(f"a: {text}", source="t") == {"a": text}
+
+
+@pytest.mark.parametrize("content", [b"a: \xff\xfe", b"? [a]\n: 1\n", b"a: \x07\n", b"[" * 5000])
+def test_files_that_are_not_yaml_are_one_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_run(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.lr=.inf", "optimizer.lr = inf: must be a finite number"),
+        ("train.seed=4294967296", "must be less than 2147483648"),
+        ("precision.kind=[1]", r"precision.kind = \[1\]: must be one of fp32, bf16"),
+        ("model.rotary_base=.inf", "must be a finite number"),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(RunConfig, mapping(), [override], source="run.yaml")
+
+
+def test_a_key_of_another_kind_is_not_its_own_suggestion() -> None:
+    raw = mapping(schedule={"kind": "constant", "min_lr": 1e-4})
+    assert "schedule.min_lr = 0.0001: unknown key; known here: kind, warmup_iters" in faults(raw)
+
+
+def test_a_model_alone_is_held_to_its_rules() -> None:
+    raw = {**mapping()["model"], "num_moe_experts": 4, "moe_router_topk": 9}
+    with pytest.raises(ConfigError, match="model.moe_router_topk = 9, model.num_moe_experts = 4"):
+        load_config(ModelConfig, raw, source="config.json")

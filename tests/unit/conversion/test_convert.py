@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
@@ -15,9 +16,11 @@ from megatron_ext.config import GatingNormalization, ModelConfig, to_mapping
 from megatron_ext.conversion.convert import convert, shipped_code
 from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.verify import checkpoint_logits, compare_logits, compare_weights
+from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
+from tests.workspace import write_corpus
 
 # fp32 rounding of sums taken in another order; measured 0 (dense) to 5e-7 (MoE) of the logits' scale.
 TOLERANCE = 1e-5
@@ -271,3 +274,105 @@ def test_stored_layout_is_megatrons(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True))
     keys = MegatronSource(source)._reader.tensors
     assert tuple(keys["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].size) == (4, 96, 64)
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("place", ["../elsewhere--modeling_evil.Model", "sub/modeling_evil.Model"])
+def test_code_that_config_names_elsewhere_is_not_run_unasked(place: str, tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["MoE"]), tmp_path / "hf")
+    edit_config(tmp_path / "hf", auto_map={"AutoModelForCausalLM": place})
+    with pytest.raises(ConversionError, match="pass --trust-remote-code"):
+        load_hugging_face(tmp_path / "hf")
+
+
+def test_a_tied_model_with_another_output_layer_is_refused(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    edit_config(tmp_path / "hf", tie_word_embeddings=True)
+    with pytest.raises(ConversionError, match="set tie_word_embeddings: false"):
+        convert(tmp_path / "hf", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"num_key_value_heads": 3}, "model.num_attention_heads = 4, model.num_query_groups = 3"),
+        ({"rope_parameters": None, "rope_theta": "x"}, "rope_theta = 'x': expected a number"),
+        ({"rope_scaling": "x"}, "rope_scaling = 'x': expected a mapping"),
+    ],
+)
+def test_configurations_that_no_model_can_have_are_refused(
+    changes: dict[str, object], complaint: str, tmp_path: Path
+) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    edit_config(tmp_path / "hf", **changes)
+    with pytest.raises(ConversionError, match=complaint):
+        convert(tmp_path / "hf", tmp_path / "back")
+
+
+def test_verification_accounts_for_every_tensor(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    convert(source, tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file(weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, tmp_path / "hf/model.safetensors")
+    with pytest.raises(ConversionError, match=r"unexpected: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        compare_weights(source, tmp_path / "hf")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"missing: model\.norm\.weight"):
+        compare_weights(source, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_never_equal(value: float) -> None:
+    x = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0))
+    y = x.clone()
+    y[0, 1, 2] = value
+    assert compare_logits([x], [x]).relative == 0
+    for a, b in ((x, y), (y, x), (y, y), (torch.zeros_like(x), x)):
+        assert compare_logits([a], [b]).relative == float("inf")
+
+
+def test_a_failed_conversion_leaves_no_folder(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConversionError):
+        convert(tmp_path / "hf", tmp_path / "new" / "back")
+    specs = {"decoder.final_layernorm.weight": TensorSpec((64,), torch.float32)}
+    with pytest.raises(KeyboardInterrupt), MegatronSink(tmp_path / "new" / "back", specs, {}):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_killed_conversion_can_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / "back" / "iter_0000000.partial").mkdir(parents=True)
+    write_checkpoint(tmp_path / "back", MODELS["dense"])
+    assert [path.name for path in (tmp_path / "back").glob("iter_*")] == ["iter_0000000"]
+
+
+def test_the_source_is_never_replaced(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    for target in (source, tmp_path):
+        with pytest.raises(ConversionError, match="holds what is read"):
+            convert(source, target, force=True)
+    assert (source / "iter_0000000" / ".metadata").is_file()
+
+
+def test_checkpoints_and_exports_carry_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320)
+    model = tiny_model(vocab_size=320)
+    convert(write_checkpoint(tmp_path / "plain", model), tmp_path / "hf", tokenizer=tokenizer.directory)
+    convert(tmp_path / "hf", tmp_path / "back")
+    shutil.rmtree(tokenizer.directory)
+    shutil.rmtree(tmp_path / "hf")
+    monkeypatch.chdir("/")
+    convert(tmp_path / "back", tmp_path / "hf again")
+    assert (
+        Tokenizer(tmp_path / "hf again").fingerprint == Tokenizer(tmp_path / "back/iter_0000000/tokenizer").fingerprint
+    )
+    small = write_checkpoint(tmp_path / "small", tiny_model(vocab_size=300))
+    with pytest.raises(ConversionError, match="more tokens than the model's vocab_size, 300"):
+        convert(small, tmp_path / "x", tokenizer=tmp_path / "hf again")

@@ -38,6 +38,7 @@ def test_folders_and_text_files(tmp_path: Path) -> None:
         ('{"text": "a"}\n{"txt": "b"}\n', r"c.jsonl:2: no text under 'text'; the line has: txt"),
         ('{"text": 5}\n', "c.jsonl:1: no text under"),
         ("[1]\n", "c.jsonl:1: no text under"),
+        ('{"text": "a"}\n{"text": "\\ud800"}\n', "c.jsonl:2: half a character"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, content: str, expected: str) -> None:

@@ -128,3 +128,25 @@ def test_changes_are_noticed(prepared: Path, tmp_path: Path) -> None:
 def test_large_vocabularies_take_four_bytes() -> None:
     assert module.token_dtype(2**16) == np.uint16
     assert module.token_dtype(2**16 + 1) == np.int32
+
+
+def test_an_interruption_while_cleaning_up_loses_nothing(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SHARD_BYTES", 5000)
+    real, removed = Path.unlink, []
+
+    def breaks_off(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".bin" and removed:
+            raise KeyboardInterrupt
+        removed.extend([path] if path.suffix == ".bin" else [])
+        real(path, missing_ok)
+
+    arguments = ([prepared / "c.jsonl"], prepared / "t", tmp_path / "d")
+    monkeypatch.setattr(Path, "unlink", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(*arguments, split=(0.7, 0.2, 0.1))
+    monkeypatch.setattr(Path, "unlink", real)
+    assert removed
+    preprocess(*arguments, split=(0.7, 0.2, 0.1))
+    assert files(tmp_path / "d") == files(prepared / "d")

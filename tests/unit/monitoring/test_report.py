@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from megatron_ext.errors import DataError
 from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.monitoring.report import figure_lines, read_phases, summary_rows, write_report
 
@@ -89,3 +90,42 @@ def test_figures_on_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     path.write_text(json.dumps({"weights": {"tensors": 95, "different": [], "largest_difference": 0.0}}))
     assert figure_lines([path]) == ["weights: tensors 95, different none, largest difference 0"]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "figures", "generated", "complaint"),
+    [
+        ("dense", None, None, "expected name=metrics.jsonl"),
+        ("dense=empty.jsonl", None, None, "holds no training step"),
+        (None, "[1]", None, "expected a JSON object"),
+        (None, '{"a": 1}', None, "not written by --figures"),
+        (None, None, '{"a": 1}', "not written by --output of tools/generate.py"),
+    ],
+)
+def test_files_of_another_kind_are_named(
+    metrics: str | None,
+    figures: str | None,
+    generated: str | None,
+    complaint: str,
+    named: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "figures").write_text(figures or "{}")
+    (tmp_path / "generated").write_text(generated or "[]")
+    with pytest.raises(DataError, match=complaint):
+        write_report("r.html", "x", read_phases([metrics] if metrics else named), ["figures"], "generated")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_validation_that_is_no_number_is_shown(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    values = {"learning_rate": 1e-3, "consumed_tokens": 5, "tokens_per_second": 5.0, "tflops_per_device": 0.1}
+    file.write({"iteration": 1, "loss": 3.0, **values})
+    file.write({"iteration": 1, "validation_loss": float("nan")})
+    file.close()
+    phases = read_phases([f"a={tmp_path / 'm.jsonl'}"])
+    assert summary_rows(phases)[0][5] == "nan"
+    write_report(tmp_path / "r.html", "x", phases, [], None)

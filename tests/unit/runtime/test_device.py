@@ -1,6 +1,10 @@
 """Devices, launch variables and random states: what is asked for is given, or refused with the reason."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,3 +63,16 @@ def drawn_twice() -> tuple[list[float], list[float]]:
 def test_random_states_repeat(pool: GlooPool) -> None:
     first, second = pool.run(1, drawn_twice)[0]
     assert first == second
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    "module", ["training.loop", "training.session", "conversion.logits", "testing.preload", "mcore.model"]
+)
+def test_transformer_engine_is_kept_out_where_there_is_no_gpu(module: str, tmp_path: Path) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise SystemExit('Transformer Engine was imported')")
+    code = f"import megatron_ext.{module}, megatron.core.optimizer"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

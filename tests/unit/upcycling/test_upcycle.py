@@ -112,6 +112,7 @@ def test_a_changed_function_is_an_error_where_it_should_be_kept(dense: Path, tmp
     upcycle(dense, tmp_path / "moe", scaled, Copy(), seed=0)
     assert pool.run(1, measured_in_worker, dense, tmp_path / "moe", scaled)[0] > 100 * check.TOLERANCE
     assert "does not compute what" in pool.run(1, complaint_in_worker, dense, tmp_path / "moe", moe_model())[0]
+    assert [path.name for path in (tmp_path / "moe").glob("iter_*")] == ["iter_0000000.refused"]
 
 
 def complaint_in_worker(source: Path, target: Path, moe: ModelConfig) -> str:
@@ -126,6 +127,8 @@ def complaint_in_worker(source: Path, target: Path, moe: ModelConfig) -> str:
     ("changes", "complaint"),
     [
         ({"moe_ffn_hidden_size": 48}, "moe_ffn_hidden_size = 48: copying needs experts of the dense layer's width, 96"),
+        ({"moe_router_topk": 9}, "model.moe_router_topk = 9, model.num_moe_experts = 4"),
+        ({"moe_router_topk": 1}, "set moe_router_pre_softmax: true"),
         ({"hidden_size": 128}, "hidden_size: 64 in the source, 128 in the target"),
         ({"rotary_base": 5e5}, "rotary_base: 10000.0 in the source, 500000.0 in the target"),
     ],
