@@ -61,7 +61,7 @@ def main() -> None:
         tokenizer = write_tokenizer(Path(e.model).read_bytes(), e.output, [], force=e.force)
     else:
         print(f"{__doc__}\nOptions: tokenizer.py train --help, tokenizer.py export --help")
-        sys.exit(0 if action in ("", "-h", "--help") else 2)
+        sys.exit(0 if action in ("-h", "--help") else 2)
     print(f"{tokenizer.directory}: {tokenizer.vocab_size} tokens, end of document is {tokenizer.eod}")
 
 

@@ -147,7 +147,7 @@ class _Reader:
 
     def _value(self, info: Any, value: Any, where: str) -> Any:
         variants = section_types(info.annotation)
-        if variants and not (value is None and _is_union(info.annotation)):
+        if variants and not (value is None and type(None) in typing.get_args(info.annotation)):
             return self._variant(variants, value, where)
         (item,) = typing.get_args(info.annotation) if typing.get_origin(info.annotation) is list else (None,)
         if section_types(item) and isinstance(value, list):

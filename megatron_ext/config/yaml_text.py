@@ -38,6 +38,19 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes every string which either version of YAML would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *resolvers]
+    for first, resolvers in {
+        **dict.fromkeys(yaml.SafeDumper.yaml_implicit_resolvers, ()),
+        **_Loader.yaml_implicit_resolvers,
+    }.items()
+}
+
+
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
@@ -90,8 +103,8 @@ def parse_scalar(text: str) -> Any:
 
 def dump_yaml(value: Any) -> str:
     """`value` as YAML that `read_yaml` turns into an equal one, keys in their given order."""
-    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     if parse_scalar(text) == value:
         return text
     # PyYAML writes a few line separators of Unicode as they are and reads them as line ends.
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=False, width=120)
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120))

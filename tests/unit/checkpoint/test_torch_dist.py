@@ -26,7 +26,7 @@ def write(directory: Path, tensors: dict[str, torch.Tensor], cuts: tuple[int, ..
     write_metadata(directory, [record for writer in writers for record in writer.finish()])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_box_can_be_read_from_any_chunks(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("checkpoint")

@@ -146,6 +146,11 @@ def test_values_survive_yaml(lr: float, seed: int, name: str) -> None:
     assert again == run
 
 
+@pytest.mark.parametrize("name", ["0E0", "1e5", "off", "4:16", "0400", "2024-02-30", "0x1f", "1_000", "null", ".inf"])
+def test_words_that_look_like_something_else_stay_words(name: str) -> None:
+    assert parse_yaml(dump_yaml({"name": name}), source="t") == {"name": name}
+
+
 def test_yaml_is_read_as_people_mean_it() -> None:
     assert parse_yaml("{a: 1e-4, b: off, c: no, d: true, e: 1.5E+3, f: 12}", source="t") == {
         "a": 1e-4, "b": "off", "c": "no", "d": True, "e": 1500.0, "f": 12,
@@ -221,6 +226,7 @@ def test_files_that_are_not_yaml_are_one_error(content: bytes, tmp_path: Path) -
         ("optimizer.lr=.inf", "optimizer.lr = inf: must be a finite number"),
         ("train.seed=4294967296", "must be less than 2147483648"),
         ("precision.kind=[1]", r"precision.kind = \[1\]: must be one of fp32, bf16"),
+        ("precision=null", "precision = None: must be a mapping of keys"),
         ("model.rotary_base=.inf", "must be a finite number"),
     ],
 )

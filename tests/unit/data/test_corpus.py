@@ -12,7 +12,7 @@ from megatron_ext.data.python_corpus import write_python_corpus
 from megatron_ext.errors import DataError
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts=st.lists(st.text(max_size=30), max_size=20), size=st.integers(1, 80))
 def test_shards_of_any_size_hold_every_document_once(
     texts: list[str], size: int, tmp_path_factory: pytest.TempPathFactory

@@ -22,13 +22,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer([write_corpus(directory / "c.jsonl")], directory / "t", 330)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXTS)
 def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXTS.filter(lambda text: "▁" not in text))
 def test_hugging_face_form_encodes_alike(tokenizer: Tokenizer, text: str) -> None:
     assert disagreements(tokenizer.directory, [text]) == 0

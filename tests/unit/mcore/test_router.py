@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.config import Fp32Precision, GatingNormalization, ParallelConfig, RecomputeConfig, RuntimeConfig
@@ -17,7 +17,6 @@ from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import random_batch, tiny_model
 
 
-@settings(deadline=None)
 @given(st.integers(2, 9), st.floats(0.1, 5.0), st.floats(1e-6, 1e-2), st.sampled_from([0, 1]), st.integers(0, 10**6))
 def test_normalization_is_the_formula(experts: int, scale: float, eps: float, correction: int, seed: int) -> None:
     """Skywork-MoE eq. 6, written out in float64."""
