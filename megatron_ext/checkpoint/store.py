@@ -205,7 +205,9 @@ def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
 
 
 def read_random_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
-    """The random states that `rank` saved, or None if there was no such rank."""
+    """The random states that `rank` saved; None if there was none, or no training made the checkpoint."""
+    if not (checkpoint / RNG_FILE).is_file():
+        return None
     states = torch.load(checkpoint / RNG_FILE, map_location="cpu", weights_only=True)
     return states[rank] if rank < len(states) else None
 

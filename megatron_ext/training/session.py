@@ -110,10 +110,12 @@ class Session:
     def resume(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`, saved in any layout."""
         check_same_model(self.run.model, checkpoint)
-        check_same_data(self.run, checkpoint)
+        state = store.read_state(checkpoint)
+        if state.consumed_samples:
+            check_same_data(self.run, checkpoint)
         with_optimizer = self.run.checkpoint.load_optimizer
         store.load_boxes(checkpoint, self._boxes(with_optimizer))
-        self.state = store.read_state(checkpoint)
+        self.state = state
         if with_optimizer:
             set_optimizer_steps(self.optimizer, self.state.optimizer_steps)
         else:

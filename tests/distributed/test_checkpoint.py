@@ -246,6 +246,16 @@ def test_a_checkpoint_of_other_data_is_not_continued(pool: GlooPool, tmp_path: P
         pool.run(1, train_and_save, Part(DENSE, tmp_path, ALONE, seed=99), 2)
 
 
+def test_training_goes_on_in_the_folder_of_converted_weights(pool: GlooPool, tmp_path: Path) -> None:
+    pool.run(1, train_and_save, Part(DENSE, tmp_path / "run", ALONE), 1)
+    source, run = MegatronSource(tmp_path / "run"), store.read_run(store.require_checkpoint(tmp_path / "run"))
+    with MegatronSink(tmp_path / "converted", source.specs, run) as sink:
+        for name in source.specs:
+            sink.write(name, source.read(name))
+    part = Part(DENSE, tmp_path / "converted", ALONE, seed=99, checkpoint=(("load_optimizer", False),))
+    assert len(pool.run(1, train_and_save, part, 2)[0]) == 2
+
+
 def test_overrides_that_change_the_function_make_another_model(pool: GlooPool, tmp_path: Path) -> None:
     pool.run(1, train_and_save, Part(MOE, tmp_path, ALONE), 1)
     harmless = replace(MOE, transformer_overrides={"moe_z_loss_coeff": 1e-3})
