@@ -1,5 +1,6 @@
 """Files people give us and expect of us: JSON with a clear error; output that is complete, and over nothing else."""
 
+import fnmatch
 import json
 import shutil
 from collections.abc import Sequence
@@ -32,26 +33,36 @@ def write_text(path: str | Path, text: str) -> None:
     beside.replace(path)
 
 
-def check_output(
-    target: Path, error: type[MegatronExtError], *, force: bool, mark: str, inputs: Sequence[Path] = ()
-) -> None:
-    """Raise `error` unless `target` may be written.
+def output_place(
+    target: str | Path,
+    error: type[MegatronExtError],
+    *,
+    force: bool,
+    contents: Sequence[str],
+    inputs: Sequence[Path] = (),
+) -> Path:
+    """Where the output directory `target` is to be written, links followed; raises `error` if it may not be.
 
     What exists is replaced only with `force`, only if it is the same kind of thing, and never if it holds an input.
 
     Args:
-        mark: a file that every directory of this kind has.
+        contents: name patterns of all that a directory of this kind holds; the first is never missing.
         inputs: what the output is made of.
     """
+    place = Path(target).resolve() if Path(target).is_symlink() else Path(target)
     for source in inputs:
-        if source.resolve().is_relative_to(target.resolve()):
+        if source.resolve().is_relative_to(place.resolve()):
             raise error(f"{target} holds what is read ({source}); choose another place")
-    if not target.exists():
-        return
+    if not place.exists():
+        return place
     if not force:
         raise error(f"{target} exists; choose another place or pass --force to replace it")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / mark).is_file()):
-        raise error(f"{target} exists and is something else (it has no {mark}): not replaced, even with --force")
+    names = [entry.name for entry in place.iterdir()] if place.is_dir() else [place.name]
+    foreign = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in contents)]
+    if foreign or (names and not fnmatch.filter(names, contents[0])):
+        why = f"it holds {foreign[0]}" if foreign else f"it has no {contents[0]}"
+        raise error(f"{target} exists and is something else ({why}): not replaced, even with --force")
+    return place
 
 
 def publish_directory(partial: Path, target: Path) -> None:

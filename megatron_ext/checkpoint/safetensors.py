@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ext.checkpoint.store import TOKENIZER_FILES
 from megatron_ext.checkpoint.tensors import TensorSink, TensorSpec
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
@@ -79,7 +80,7 @@ class HuggingFaceSink(TensorSink):
     Shards are laid out from the announced shapes: headers first, then each tensor at its place as it comes.
     """
 
-    mark = "config.json"
+    contents = ("*.safetensors", INDEX_FILE, "config.json", "generation_config.json", "*.py", *TOKENIZER_FILES)
 
     def __init__(
         self,

@@ -36,7 +36,18 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RUN_FILE, STATE_FILE, RNG_FILE, TOKENIZER_FOLDER = "run.yaml", "state.json", "rng.pt", "tokenizer"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files of which a tokenizer has at least one."""
-_TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CHECKPOINT_CONTENTS = (
+    ".metadata",
+    "*.distcp",
+    "common.pt",
+    "metadata.json",
+    RUN_FILE,
+    STATE_FILE,
+    RNG_FILE,
+    TOKENIZER_FOLDER,
+)
+"""What stands in a complete checkpoint."""
 _COMPLETE = re.compile(r"iter_(\d{7,})")
 
 
@@ -50,6 +61,8 @@ class TrainingState:
     """Sequences consumed: the position in the data."""
     optimizer_steps: int = 0
     """Steps Adam has counted; fewer than `iteration` where the optimizer was started afresh."""
+    data: tuple[str, ...] = ()
+    """Fingerprints of the training sources, in which `consumed_samples` is a position."""
     wandb_run_id: str | None = None
     """The W&B run to continue."""
 
@@ -89,7 +102,7 @@ def read_state(checkpoint: Path) -> TrainingState:
     path = checkpoint / STATE_FILE
     try:
         raw = json.loads(path.read_text())
-        return TrainingState(**{f.name: raw[f.name] for f in fields(TrainingState)})
+        return TrainingState(**{f.name: raw[f.name] for f in fields(TrainingState)} | {"data": tuple(raw["data"])})
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not a training state of this framework ({error})") from error
 
@@ -160,7 +173,7 @@ def write_small_files(partial: Path, state: TrainingState, run: dict[str, Any], 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the tokenizer of `source` into the folder `target`; whether there was one."""
-    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in present:
         shutil.copyfile(source / name, target / name)
     return bool(set(TOKENIZERS) & set(present))

@@ -18,16 +18,17 @@ from torch import Tensor
 from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.naming import storage_plan, stored_names
 from megatron_ext.checkpoint.store import (
-    RUN_FILE,
+    CHECKPOINT_CONTENTS,
     TrainingState,
     checkpoint_name,
+    find_checkpoint,
     publish,
     require_checkpoint,
     write_small_files,
 )
 from megatron_ext.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
 from megatron_ext.errors import CheckpointError, ConversionError
-from megatron_ext.files import UNFINISHED, check_output, publish_directory
+from megatron_ext.files import UNFINISHED, output_place, publish_directory
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ class TensorSink:
     As a context manager it publishes its output on success and leaves nothing behind on failure.
     """
 
-    mark: str
-    """A file that every finished output of this kind has."""
+    contents: tuple[str, ...]
+    """Name patterns of what a finished output of this kind holds."""
 
     def __init__(
         self, target: Path, specs: Mapping[str, TensorSpec], *, force: bool, inputs: Sequence[Path] = ()
     ) -> None:
-        check_output(target, ConversionError, force=force, mark=self.mark, inputs=inputs)
+        target = output_place(target, ConversionError, force=force, contents=self.contents, inputs=inputs)
         self.target, self.specs = target, dict(specs)
         self.partial = target.with_name(target.name + UNFINISHED)
         self._waiting = set(self.specs)
@@ -147,7 +148,7 @@ class MegatronSink(TensorSink):
         inputs: what the tensors are made of; never replaced.
     """
 
-    mark = RUN_FILE
+    contents = CHECKPOINT_CONTENTS
 
     def __init__(
         self,
@@ -160,6 +161,8 @@ class MegatronSink(TensorSink):
         inputs: Sequence[Path] = (),
     ) -> None:
         directory = Path(directory)
+        if (newest := find_checkpoint(directory)) is not None and newest.name != checkpoint_name(0):
+            raise ConversionError(f"{directory} holds a training run ({newest.name}); choose another place")
         present = [p.name for p in directory.iterdir() if p.suffix != UNFINISHED] if directory.is_dir() else []
         if present and not force:
             raise ConversionError(

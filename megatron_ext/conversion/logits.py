@@ -1,6 +1,7 @@
 """Logits of a checkpoint on given tokens: megatron-core's own forward pass, and transformers', each in one process."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def megatron_logits(checkpoint: str | Path, batches: Sequence[Tensor]) -> list[T
     Starts a process group of one and leaves it again; call it where none is running.
     """
     model, parallel, runtime = read_model(checkpoint), ParallelConfig(), RuntimeConfig(device="cpu")
+    # Overrides for training may ask for what one process cannot do, such as a first pipeline stage with fewer layers.
+    model = replace(model, transformer_overrides=model.function_overrides)
     assert not dist.is_initialized(), "logits are computed in a process of their own"
     device = choose_device(runtime)
     start_process_group(runtime, device, alone=True)
@@ -95,5 +98,8 @@ def carries_our_code(directory: str | Path) -> bool:
     ours = next((a for a in ARCHITECTURES if a.code and named == dict(a.auto_map)), None)
     if ours is None:
         return False
-    files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.py"))
+    # transformers runs code of some subfolders unasked; an export has none. Hidden ones are download tools' own.
+    if any(path.is_dir() and not path.name.startswith(".") for path in directory.iterdir()):
+        return False
+    files = sorted(path.name for path in directory.glob("*.py"))
     return files == sorted(ours.code) and all((directory / name).read_text() == shipped_code(name) for name in files)

@@ -20,10 +20,11 @@ from megatron_ext.data.corpus import Shard, corpus_files, read_shard, split_into
 from megatron_ext.data.indexed import concatenate, token_dtype, write_index
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
-from megatron_ext.files import UNFINISHED, check_output, publish_directory, read_json_object
+from megatron_ext.files import UNFINISHED, output_place, publish_directory, read_json_object
 
 MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
+_CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx")
 _SHARD_BYTES = 4 * 1024 * 1024
 
 
@@ -67,8 +68,8 @@ def preprocess(
     Raises:
         DataError: bad input, or an output that exists and `force` is not set.
     """
-    files, output, tokenizer = corpus_files(inputs), Path(output), Tokenizer(tokenizer_directory)
-    check_output(output, DataError, force=force, mark=MANIFEST_FILE, inputs=[*files, tokenizer.directory])
+    files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
+    output = output_place(output, DataError, force=force, contents=_CONTENTS, inputs=[*files, tokenizer.directory])
     fractions = _checked_fractions(split)
     work = output.with_name(output.name + UNFINISHED)
     plan = _plan(files, tokenizer, text_key, fractions)
@@ -198,6 +199,12 @@ def _join(work: Path, num_shards: int, dtype: np.dtype[np.generic]) -> dict[str,
         for leftover in work.glob(pattern):
             leftover.unlink()
     return summary
+
+
+def dataset_fingerprint(prefix: str | Path) -> str:
+    """Changes when what stands at a position of the dataset at `prefix` could; moving the dataset leaves it alone."""
+    prefix = Path(prefix)
+    return hashlib.sha256((prefix.parent / MANIFEST_FILE).read_bytes() + prefix.name.encode()).hexdigest()[:16]
 
 
 def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:

@@ -16,9 +16,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megatron_ext.data.corpus import corpus_files, read_documents
 from megatron_ext.errors import DataError
-from megatron_ext.files import UNFINISHED, check_output, publish_directory, read_json_object
+from megatron_ext.files import UNFINISHED, output_place, publish_directory, read_json_object
 
 MODEL_FILE, FAST_FILE = "tokenizer.model", "tokenizer.json"
+_CONTENTS = (FAST_FILE, MODEL_FILE, "tokenizer_config.json", "special_tokens_map.json")
 _SPACE = "▁"
 _UNK, _BOS, _EOS, _PAD = range(4)
 _SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -262,7 +263,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a tokenizer on the documents of `inputs` and write it to `output`."""
     files = corpus_files(inputs)
-    check_output(Path(output), DataError, force=force, mark=FAST_FILE, inputs=files)
+    output_place(output, DataError, force=force, contents=_CONTENTS, inputs=files)
     model = train_sentencepiece(read_documents(files, text_key), vocab_size, max_lines=max_lines, threads=threads)
     return write_tokenizer(model, output, itertools.islice(read_documents(files, text_key), _PROOF_TEXTS), force=force)
 
@@ -273,8 +274,7 @@ def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, f
     Raises:
         DataError: they do not, or `output` exists and `force` is not set.
     """
-    output = Path(output)
-    check_output(output, DataError, force=force, mark=FAST_FILE)
+    output = output_place(output, DataError, force=force, contents=_CONTENTS)
     beside = output.with_name(output.name + UNFINISHED)
     shutil.rmtree(beside, ignore_errors=True)
     export_tokenizer(model, beside)

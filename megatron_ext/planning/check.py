@@ -1,6 +1,8 @@
 """What a run would be: the text that `--check` prints before anything is started."""
 
+from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
+from megatron_ext.errors import ConversionError
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.memory import state_memory
 from megatron_ext.planning.parameters import count_parameters
@@ -36,10 +38,19 @@ def describe_run(run: RunConfig, world_size: int | None) -> str:
         f"{flops * tokens / 1e15:,.3f} PFLOP in all",
         f"state memory    {memory.bytes / 2**30:,.2f} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
+        f"Hugging Face    {_export(run)}",
         f"micro-batches   {layout.num_microbatches} of {run.train.micro_batch_size} x {run.data.sequence_length} "
         "tokens a rank and step",
     ]
     return "\n".join(lines)
+
+
+def _export(run: RunConfig) -> str:
+    """What the trained model can be exported as."""
+    try:
+        return architecture_for(run.model)[1]
+    except ConversionError as error:
+        return f"cannot be exported: {error}"
 
 
 def _grid(layout: Layout, *, assumed: bool) -> str:

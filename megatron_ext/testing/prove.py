@@ -60,6 +60,11 @@ class Proof:
         return self.difference.worst < TOLERANCE
 
 
+_SPLITS_LAYERS = frozenset(
+    ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout")
+)
+
+
 def processes_that_fit() -> int:
     """How many processes this machine can hold."""
     return max(1, min(_MOST_PROCESSES, int(psutil.virtual_memory().available * 0.8) // _BYTES_A_PROCESS))
@@ -98,8 +103,10 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> Plan:
 
 def prove(plan: Plan) -> Proof:
     """Train `plan` in its layout and in one process, from the same weights on the same data."""
+    model = plan.cell.model
     single = replace(
         plan.cell,
+        model=replace(model, transformer_overrides=model.function_overrides),
         parallel=ParallelConfig(
             use_distributed_optimizer=False, moe_token_dispatcher_type=plan.cell.parallel.moe_token_dispatcher_type
         ),
@@ -162,6 +169,7 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
     """The same model with small widths, and with fewer layers where there are very many."""
     tp, etp = parallel.tensor_model_parallel_size, parallel.etp
     changes: list[str] = []
+    overrides = model.transformer_overrides
     layers, step = (
         model.num_layers,
         parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1),
@@ -170,6 +178,7 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         layers //= 2
     if layers != model.num_layers:
         changes.append(f"model.num_layers: {model.num_layers} -> {layers}")
+        overrides = {k: v for k, v in overrides.items() if k not in _SPLITS_LAYERS}
     pattern = {}
     if model.is_moe and layers != model.num_layers:
         pattern = {"moe_layer_freq": _thin_out(model.moe_layer_pattern, layers), "moe_first_k_dense": 0}
@@ -185,6 +194,7 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         max_position_embeddings=16 * tp,
         moe_ffn_hidden_size=12 * etp if model.num_moe_experts else None,
         moe_shared_expert_intermediate_size=16 * tp if model.moe_shared_expert_intermediate_size else None,
+        transformer_overrides=overrides,
         **pattern,
     )
     return small, changes

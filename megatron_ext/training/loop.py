@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -33,6 +34,7 @@ def train(run: RunConfig) -> None:
     groups = split_process_group(run.parallel, run.runtime)
     session = open_session(run, layout, groups, device)
     data = RunData(run, session.state)
+    session.state = replace(session.state, data=data.fingerprints)
     assert session.state.wandb_run_id is not None
     is_reporter = dist.get_rank() == 0
     monitor = Monitor(run, layout, session.state.iteration, session.state.wandb_run_id) if is_reporter else None

@@ -18,6 +18,7 @@ from megatron_ext.checkpoint.store import TrainingState
 from megatron_ext.config import DataSource, Layout, ModelConfig, RunConfig, load_config, to_mapping
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.data.datasets import build_blend, read_batches
+from megatron_ext.data.preprocess import dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, DataError, TrainingError
 from megatron_ext.mcore.initialization import initialize_weights
@@ -187,21 +188,25 @@ def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
 
 
+_OTHER_SAMPLES = (
+    "{}: its position in the data would mean other samples:\n{}\nSet it back, or start a new run from its weights: "
+    "another checkpoint.directory, and checkpoint.initialize_from"
+)
+
+
 def check_same_data(run: RunConfig, checkpoint: Path) -> None:
     """Raise CheckpointError where the position in `checkpoint` counts other samples than those of `run`."""
-    saved = store.read_run(checkpoint)
-    now = to_mapping(run)
+    saved, now = store.read_run(checkpoint), to_mapping(run)
     different = [
         f"  {section}.{key}: {saved[section][key]!r} in the checkpoint, {now[section][key]!r} in this run"
-        for section, key in (("data", "sequence_length"), ("data", "train"), ("train", "seed"))
-        if key in (saved.get(section) or {}) and saved[section][key] != now[section][key]
+        for section, key in (("data", "sequence_length"), ("train", "seed"))
+        if saved[section][key] != now[section][key]
     ]
+    weights = [[source["weight"] for source in mapping["data"]["train"]] for mapping in (saved, now)]
+    if weights[0] != weights[1]:
+        different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
     if different:
-        raise CheckpointError(
-            f"{checkpoint}: its position in the data would mean other samples:\n" + "\n".join(different) + "\n"
-            "Set them back, or start a new run from its weights: another checkpoint.directory, and "
-            "checkpoint.initialize_from"
-        )
+        raise CheckpointError(_OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
 
 
 def _meaning(model: ModelConfig, name: str) -> Any:
@@ -232,6 +237,10 @@ class RunData:
         # The batch size may have changed on the way: what is left counts in today's, what is done is what it was.
         remaining = max(run.train.train_iters - state.iteration, 0) * run.train.global_batch_size
         self._train = self._blend(run.data.train, state.consumed_samples + remaining, run.train.seed)
+        self.fingerprints = tuple(dataset_fingerprint(source.path) for source in run.data.train)
+        if state.consumed_samples and state.data not in ((), self.fingerprints):
+            other = "  data.train: what stands there is not the data of the checkpoint"
+            raise CheckpointError(_OTHER_SAMPLES.format(run.checkpoint.directory, other))
         self._validation = None
         if run.train.eval_interval is not None:
             # Whatever a run's seed is, it is validated on the same samples: losses of different runs can be compared.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_ext.checkpoint.store import require_checkpoint
+from megatron_ext.checkpoint.store import checkpoint_name
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.logits import megatron_logits
 from megatron_ext.conversion.verify import LogitComparison, compare_logits
@@ -27,11 +27,11 @@ def function_check(
         ConversionError: `method` keeps the function of this model, and it was not kept; `target` is then set aside as
             `iter_0000000.refused`.
     """
-    comparison = compare_logits(megatron_logits(source, batches), megatron_logits(target, batches))
+    made = Path(target) / checkpoint_name(0)
+    comparison = compare_logits(megatron_logits(source, batches), megatron_logits(made, batches))
     if method.inexact(moe) is None and comparison.relative > TOLERANCE:
-        refused = require_checkpoint(target)
-        shutil.rmtree(aside := refused.with_name(f"{refused.name}.refused"), ignore_errors=True)
-        refused.rename(aside)
+        shutil.rmtree(aside := made.with_name(f"{made.name}.refused"), ignore_errors=True)
+        made.rename(aside)
         raise ConversionError(
             f"{aside} does not compute what {source} does: logits differ by up to {comparison.max_abs_difference:.3g} "
             f"({comparison.relative:.1e} of their scale), though {method.name} should keep the function"

@@ -1,5 +1,6 @@
 """A run that is killed, stopped or moved to another layout goes on as if nothing had happened."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from megatron_ext.checkpoint.store import find_checkpoint, read_state
+from megatron_ext.data.preprocess import preprocess
 from megatron_ext.monitoring.metrics_file import read_metrics
 from tests.workspace import TOOLS, prepare_data, reported_losses, run_mapping, train, write_run
 
@@ -159,3 +161,13 @@ def test_a_blend_goes_on_with_a_smaller_batch(work: Path) -> None:
     process = train(1, *options, "data.sequence_length=32", "train.train_iters=8")
     assert process.returncode == 2
     assert "data.sequence_length: 64 in the checkpoint, 32 in this run" in process.stderr
+    # The same data in another place is the same data; other data in the same place is not.
+    shutil.copytree(work / "data", work / "moved")
+    moved = (*options[:1], blend.replace("/data/", "/moved/"), *options[2:], "train.global_batch_size=4")
+    process = train(1, *moved, "train.train_iters=7")
+    assert process.returncode == 0, process.stderr
+    shutil.rmtree(work / "moved")
+    preprocess([work / "corpus.jsonl"], work / "tokenizer", work / "moved", split=(0.7, 0.2, 0.1))
+    process = train(1, *moved, "train.train_iters=8")
+    assert process.returncode == 2
+    assert "what stands there is not the data of the checkpoint" in process.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.errors import DataError
-from megatron_ext.files import check_output, publish_directory, read_json_object, write_text
+from megatron_ext.files import output_place, publish_directory, read_json_object, write_text
 
 
 @pytest.mark.parametrize(
@@ -25,21 +25,43 @@ def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [p.read_text() for p in (tmp_path / "deeper").iterdir()] == ["new"]
 
 
+CONTENTS = ("mark.json", "*.bin")
+
+
+def place(target: Path, *, force: bool = True, inputs: tuple[Path, ...] = ()) -> Path:
+    return output_place(target, DataError, force=force, contents=CONTENTS, inputs=inputs)
+
+
 def test_output_goes_over_its_own_kind_only(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    check_output(target, DataError, force=False, mark="mark.json")
+    assert place(target, force=False) == target
     target.mkdir()
     with pytest.raises(DataError, match="exists; choose another place or pass --force"):
-        check_output(target, DataError, force=False, mark="mark.json")
-    check_output(target, DataError, force=True, mark="mark.json")
-    (target / "thesis.txt").touch()
-    with pytest.raises(DataError, match="is something else"):
-        check_output(target, DataError, force=True, mark="mark.json")
+        place(target, force=False)
+    assert place(target) == target
+    (target / "a.bin").touch()
+    with pytest.raises(DataError, match=r"something else \(it has no mark.json\)"):
+        place(target)
     (target / "mark.json").touch()
-    check_output(target, DataError, force=True, mark="mark.json", inputs=[tmp_path / "elsewhere"])
+    assert place(target, inputs=(tmp_path / "elsewhere",)) == target
     for source in (target, target / "iter_0000001"):
         with pytest.raises(DataError, match="holds what is read"):
-            check_output(target, DataError, force=True, mark="mark.json", inputs=[source])
+            place(target, inputs=(source,))
+    (target / "thesis.txt").touch()
+    with pytest.raises(DataError, match=r"something else \(it holds thesis.txt\): not replaced, even with --force"):
+        place(target)
+
+
+def test_a_link_is_followed_and_kept(tmp_path: Path) -> None:
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.mkdir(parents=True)
+    (real / "mark.json").write_text("old")
+    link.symlink_to(real)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mark.json").write_text("new")
+    publish_directory(tmp_path / "new", place(link))
+    assert link.is_symlink()
+    assert (real / "mark.json").read_text() == "new"
 
 
 def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:

@@ -81,17 +81,19 @@ def test_a_tensor_too_few_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_an_existing_target_is_kept_unless_forced(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("x")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("old")
+    (out / "precious").touch()
     with pytest.raises(ConversionError, match="exists; choose another place or pass --force"):
-        HuggingFaceSink(tmp_path / "out", SPECS)
-    with pytest.raises(ConversionError, match=r"something else \(it has no config.json\): not replaced"):
-        HuggingFaceSink(tmp_path / "out", SPECS, force=True)
-    (tmp_path / "out" / "config.json").touch()
+        HuggingFaceSink(out, SPECS)
+    with pytest.raises(ConversionError, match=r"something else \(it holds precious\): not replaced"):
+        HuggingFaceSink(out, SPECS, force=True)
+    (out / "precious").unlink()
     with pytest.raises(ConversionError, match="holds what is read"):
-        HuggingFaceSink(tmp_path / "out", SPECS, force=True, inputs=[tmp_path / "out" / "iter_0000001"])
-    with HuggingFaceSink(tmp_path / "out", SPECS, force=True) as sink:
-        assert (tmp_path / "out" / "precious").is_file(), "replaced only when the new one is complete"
+        HuggingFaceSink(out, SPECS, force=True, inputs=[out / "iter_0000001"])
+    with HuggingFaceSink(out, SPECS, force=True) as sink:
+        assert (out / "model.safetensors").read_text() == "old", "replaced only when the new one is complete"
         for name, tensor in TENSORS.items():
             sink.write(name, tensor)
-    assert not (tmp_path / "out" / "precious").exists()
+    assert set(HuggingFaceSource(out).specs) == set(SPECS)

@@ -376,3 +376,31 @@ def test_checkpoints_and_exports_carry_the_tokenizer(tmp_path: Path, monkeypatch
     small = write_checkpoint(tmp_path / "small", tiny_model(vocab_size=300))
     with pytest.raises(ConversionError, match="more tokens than the model's vocab_size, 300"):
         convert(small, tmp_path / "x", tokenizer=tmp_path / "hf again")
+
+
+def test_code_in_a_subfolder_is_not_run_unasked(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["MoE"]), tmp_path / "hf")
+    (tmp_path / "extras").mkdir()
+    (tmp_path / "extras" / "generate.py").write_text("raise SystemExit('foreign code ran')")
+    (tmp_path / "hf" / ".cache").mkdir()  # left by download tools; nothing looks for code there
+    load_hugging_face(tmp_path / "hf")
+    (tmp_path / "hf" / "custom_generate").symlink_to(tmp_path / "extras")
+    with pytest.raises(ConversionError, match="pass --trust-remote-code"):
+        load_hugging_face(tmp_path / "hf")
+
+
+def test_a_training_run_is_not_written_into(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    write_checkpoint(tmp_path / "run", MODELS["dense"])
+    (tmp_path / "run" / "iter_0000000").rename(tmp_path / "run" / "iter_0000080")
+    with pytest.raises(ConversionError, match="holds a training run"):
+        convert(tmp_path / "hf", tmp_path / "run", force=True)
+    assert [path.name for path in (tmp_path / "run").glob("iter_*")] == ["iter_0000080"]
+
+
+def test_a_model_split_unevenly_in_training_is_compared(tmp_path: Path) -> None:
+    uneven = {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3}
+    source = write_checkpoint(tmp_path / "megatron", tiny_model(transformer_overrides=uneven))
+    convert(source, tmp_path / "hf")
+    relative, _ = megatron_and_exported_logits(str(source), str(tmp_path / "hf"))
+    assert relative < TOLERANCE
