@@ -13,7 +13,7 @@ from megatron_ext.checkpoint.safetensors import HuggingFaceSource
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSpec
 from megatron_ext.config import GatingNormalization, ModelConfig, to_mapping
-from megatron_ext.conversion.convert import convert, shipped_code
+from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.verify import checkpoint_logits, compare_logits, compare_weights
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
@@ -129,14 +129,6 @@ def test_exported_code_saves_and_reloads_itself(tmp_path: Path) -> None:
     first, second = HuggingFaceSource(tmp_path / "hf"), HuggingFaceSource(tmp_path / "saved")
     assert first.specs == second.specs
     assert all(torch.equal(first.read(n), second.read(n)) for n in first.specs)
-
-
-def test_changed_code_is_not_run_unasked(tmp_path: Path) -> None:
-    convert(write_checkpoint(tmp_path / "megatron", MODELS["MoE"]), tmp_path / "hf")
-    path = tmp_path / "hf" / "modeling_megatron_ext.py"
-    path.write_text(shipped_code(path.name) + "\nprint('changed')\n")
-    with pytest.raises(ConversionError, match="pass --trust-remote-code"):
-        load_hugging_face(tmp_path / "hf")
 
 
 def test_dtype_is_converted_and_named_in_both_spellings(tmp_path: Path) -> None:
@@ -281,14 +273,6 @@ def edit_config(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("place", ["../elsewhere--modeling_evil.Model", "sub/modeling_evil.Model"])
-def test_code_that_config_names_elsewhere_is_not_run_unasked(place: str, tmp_path: Path) -> None:
-    convert(write_checkpoint(tmp_path / "megatron", MODELS["MoE"]), tmp_path / "hf")
-    edit_config(tmp_path / "hf", auto_map={"AutoModelForCausalLM": place})
-    with pytest.raises(ConversionError, match="pass --trust-remote-code"):
-        load_hugging_face(tmp_path / "hf")
-
-
 def test_a_tied_model_with_another_output_layer_is_refused(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     edit_config(tmp_path / "hf", tie_word_embeddings=True)
@@ -376,17 +360,6 @@ def test_checkpoints_and_exports_carry_the_tokenizer(tmp_path: Path, monkeypatch
     small = write_checkpoint(tmp_path / "small", tiny_model(vocab_size=300))
     with pytest.raises(ConversionError, match="more tokens than the model's vocab_size, 300"):
         convert(small, tmp_path / "x", tokenizer=tmp_path / "hf again")
-
-
-def test_code_in_a_subfolder_is_not_run_unasked(tmp_path: Path) -> None:
-    convert(write_checkpoint(tmp_path / "megatron", MODELS["MoE"]), tmp_path / "hf")
-    (tmp_path / "extras").mkdir()
-    (tmp_path / "extras" / "generate.py").write_text("raise SystemExit('foreign code ran')")
-    (tmp_path / "hf" / ".cache").mkdir()  # left by download tools; nothing looks for code there
-    load_hugging_face(tmp_path / "hf")
-    (tmp_path / "hf" / "custom_generate").symlink_to(tmp_path / "extras")
-    with pytest.raises(ConversionError, match="pass --trust-remote-code"):
-        load_hugging_face(tmp_path / "hf")
 
 
 def test_a_training_run_is_not_written_into(tmp_path: Path) -> None:
