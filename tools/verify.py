@@ -6,8 +6,6 @@
 Exit code 1 if the weights differ or the logits are further apart than fp32 rounding explains.
 """
 
-import sys
-
 from pydantic import Field
 
 from megatron_ext.command import parse_command, run_command
@@ -54,7 +52,7 @@ def main() -> None:
     if o.figures and same:
         write_figures(o.figures, weights=weights, logits=logits)
     print("verdict: the same model" if same else "verdict: NOT the same model")
-    sys.exit(0 if same else 1)
+    raise SystemExit(0 if same else 1)
 
 
 if __name__ == "__main__":
