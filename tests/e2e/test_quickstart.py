@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from statistics import mean
 
 import psutil
 import pytest
 
 from megatron_ext.monitoring.metrics_file import read_metrics
-from tests.workspace import ROOT, reported_losses
+from tests.workspace import ROOT, TOOLS, reported_losses
 
 MOST_BYTES = 6 * 2**30
 
@@ -76,17 +77,13 @@ def test_it_ends_with_a_summary_and_stays_within_its_memory(done: tuple[Path, st
     assert (out / "report.html").stat().st_size > 100_000
 
 
-def test_both_phases_learn_and_the_curve_goes_on_in_the_other_layout(done: tuple[Path, str, int]) -> None:
+def test_both_phases_learn_and_the_second_goes_on_from_the_first(done: tuple[Path, str, int]) -> None:
     out, _, _ = done
     dense, moe = reported_losses(out / "dense"), reported_losses(out / "moe")
     assert (len(dense), len(moe)) == (200, 80)
     assert dense[-1] < dense[0] - 3
-    # The upcycled model starts where the dense one ended, and does not jump where the layout changes (step 40).
-    assert abs(moe[0] - dense[-1]) < 1
-    steps = {n: abs(moe[n] - moe[n - 1]) for n in range(11, 80)}
-    jump = steps.pop(40)
-    print(f"largest step of the loss {max(steps.values()):.3f}; where the layout changes {jump:.3f}")
-    assert jump <= max(steps.values())
+    # The upcycled model starts where the dense one ended (single steps differ by more: their texts do).
+    assert abs(moe[0] - mean(dense[-20:])) < 1
     world_sizes = [
         json.loads(line)["world_size"]
         for line in (out / "moe" / "metrics.jsonl").read_text().splitlines()
@@ -96,6 +93,28 @@ def test_both_phases_learn_and_the_curve_goes_on_in_the_other_layout(done: tuple
     before, after = (validation_losses(out / phase)[-1] for phase in ("dense", "moe"))
     print(f"validation loss {before:.3f} after the dense phase, {after:.3f} after the MoE phase")
     assert after < before
+
+
+def test_the_other_layout_trains_what_the_first_would_have(done: tuple[Path, str, int]) -> None:
+    """From the checkpoint at step 40, the layout of the first half repeats the first losses of the second half."""
+    out, _, _ = done
+    same = out / "same layout"
+    shutil.copytree(out / "moe" / "iter_0000040", same / "iter_0000040")
+    (start, *_) = (json.loads(line) for line in (out / "moe" / "metrics.jsonl").read_text().splitlines())
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(start["world_size"])]
+    run = [TOOLS / "train.py", same / "iter_0000040" / "run.yaml", f"checkpoint.directory={same}"]
+    subprocess.run(
+        [sys.executable, *launcher, *run, "train.stop_at_iteration=43"],
+        cwd=out.parents[1],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    measured, expected = reported_losses(out / "moe")[40:43], reported_losses(same)
+    difference = max(abs(a - b) / b for a, b in zip(measured, expected, strict=True))
+    print(f"largest relative difference of the loss after the change of layout: {difference:.1e}")
+    # fp32 rounding; see the parity grid.
+    assert difference < 1e-5
 
 
 def test_the_exported_model_is_the_trained_one(done: tuple[Path, str, int]) -> None:
