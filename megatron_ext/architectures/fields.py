@@ -4,6 +4,7 @@ A table of these is read in both directions. A Hugging Face field that no rule m
 the arithmetic alone is refused by name: a silent default would change the model.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,20 +22,20 @@ HARMLESS = frozenset(
 
 
 @dataclass(frozen=True)
-class ConfigRule:
+class ConfigRule(ABC):
     """One correspondence between fields of both configurations."""
 
+    @abstractmethod
     def hf_names(self) -> tuple[str, ...]:
         """The Hugging Face fields this rule accounts for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         """The Hugging Face fields of `model`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The ModelConfig fields that `raw` says. Raises ConversionError where the model cannot be expressed."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A rule works on full tensors and knows both directions, each the other's inverse
 have the holes `{layer}` and `{expert}`, filled from the model's configuration, so the exact set of names is known.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -37,23 +38,23 @@ def with_shared_experts(model: ModelConfig, layer: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(ABC):
     """One correspondence. `megatron` is a canonical name; `where` says in which layers the rule holds."""
 
     megatron: str
     where: Where = everywhere
 
+    @abstractmethod
     def hf_names(self) -> dict[str, str]:
         """Hugging Face names by the role each tensor plays in the rule."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_megatron(self, parts: Parts, model: ModelConfig) -> Tensor:
         """The Megatron tensor made of the Hugging Face tensors `parts`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> Parts:
         """The Hugging Face tensors that the Megatron `tensor` holds."""
-        raise NotImplementedError
 
     def holes(self, model: ModelConfig) -> Iterator[dict[str, int]]:
         """Every way to fill the holes of the names for `model`."""

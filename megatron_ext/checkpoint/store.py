@@ -38,7 +38,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files of which a tokenizer has at least one."""
 TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 CHECKPOINT_CONTENTS = (
-    ".metadata",
+    METADATA_FILE,
     "*.distcp",
     "common.pt",
     "metadata.json",

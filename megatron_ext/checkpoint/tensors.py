@@ -6,6 +6,7 @@ by name in any order. Both exist for a Megatron checkpoint (here) and for a Hugg
 
 import contextlib
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class TensorSource(Protocol):
         """One whole tensor, on the CPU."""
 
 
-class TensorSink:
+class TensorSink(ABC):
     """Takes the tensors that `specs` announced, each once; complete only when all have come.
 
     As a context manager it publishes its output on success and leaves nothing behind on failure.
@@ -85,11 +86,13 @@ class TensorSink:
         self._store(name, tensor.to(spec.dtype))
         self._waiting.remove(name)
 
+    @abstractmethod
     def _store(self, name: str, tensor: Tensor) -> None:
-        raise NotImplementedError
+        """Write one tensor to where it belongs."""
 
+    @abstractmethod
     def _close(self) -> None:
-        raise NotImplementedError
+        """Finish what was written."""
 
     def _publish(self) -> None:
         publish_directory(self.partial, self.target)

@@ -60,15 +60,14 @@ def check_overrides(model: ModelConfig) -> None:
             complaints.append(f"{where}: no such field in megatron-core; {hint}")
         elif name in reasons:
             complaints.append(f"{where}: {reasons[name]}; this would be ignored. Remove it")
-        elif not _fits(name, overrides[name]):
+        elif not _fits(hints[name], overrides[name]):
             complaints.append(f"{where} = {overrides[name]!r}: must be {hints[name]}")
     if complaints:
         raise ConfigError("\n".join(complaints))
 
 
-def _fits(name: str, value: Any) -> bool:
-    """Whether `value` is of the type that megatron-core declares for the field `name`."""
-    hint = typing.get_type_hints(TransformerConfig)[name]
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether `value` is of the declared type `hint`."""
     settings = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     try:
         TypeAdapter(hint, config=settings).validate_python(value)

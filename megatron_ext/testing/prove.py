@@ -205,7 +205,7 @@ def _thin_out(pattern: list[bool], layers: int) -> list[int]:
     width = len(pattern) // layers
     stretches = [pattern[n * width : (n + 1) * width] for n in range(layers)]
     thin = [stretch[n % width] for n, stretch in enumerate(stretches)]
-    for kind in {True, False} & set(pattern) - set(thin):
+    for kind in set(pattern) - set(thin):
         thin[next(n for n, stretch in enumerate(stretches) if kind in stretch)] = kind
     return [int(is_moe) for is_moe in thin]
 

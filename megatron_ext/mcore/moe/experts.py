@@ -13,13 +13,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-def _expert_linear(tokens: Tensor, weights: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-    """Multiply each expert's rows of `tokens` [T, in] by the transpose of its own weight, of `weights` [E, out, in]."""
+def _expert_linear(tokens: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply each expert's rows of `tokens` [T, in] by the transpose of its own weight, of `weights` [E, out, in].
+
+    Expert e has the rows from `ends_E[e - 1]` (int32) up to `ends_E[e]`.
+    """
     if any(size * tokens.itemsize % 16 for size in weights.shape[1:]):
         # The grouped kernel takes rows of whole 16 bytes only; no model in use has others, but a converted one may.
-        parts = tokens.split(tokens_per_expert_E.tolist())
+        parts = tokens.tensor_split(ends_E[:-1].tolist())
         return torch.cat([part @ weight.t() for part, weight in zip(parts, weights, strict=True)])
-    ends_E = tokens_per_expert_E.to(device=tokens.device).cumsum(0).to(torch.int32)
     return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends_E)
 
 
@@ -58,9 +60,10 @@ class GroupedExperts(MegatronModule):
         """Return each token's expert output times its routing weight [T, H], and no bias."""
         if tokens_TH.shape[0] == 0:
             return self._no_tokens(tokens_TH, weights_T), None
-        gate_TF, up_TF = _expert_linear(tokens_TH, self.weight1, tokens_per_expert_E).chunk(2, dim=-1)
+        ends_E = tokens_per_expert_E.to(device=tokens_TH.device).cumsum(0).to(torch.int32)
+        gate_TF, up_TF = _expert_linear(tokens_TH, self.weight1, ends_E).chunk(2, dim=-1)
         hidden_TF = (F.silu(gate_TF) * up_TF * weights_T.unsqueeze(-1)).to(tokens_TH.dtype)
-        return _expert_linear(hidden_TF, self.weight2, tokens_per_expert_E), None
+        return _expert_linear(hidden_TF, self.weight2, ends_E), None
 
     def _no_tokens(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
         """An empty output that still depends on both weights: gradient reduction waits for every parameter's hook."""
