@@ -31,5 +31,9 @@ class DataConfig:
     """Where sample indices are kept. All nodes must see it."""
     eod_mask_loss: bool = False
     """Leave out the loss at end-of-document tokens."""
+    reset_attention_mask: bool = False
+    """Tokens attend within their own document only."""
+    reset_position_ids: bool = False
+    """Positions count from 0 in each document instead of in each sample."""
     num_workers: int = Field(default=0, ge=0)
     """Processes that read ahead on each rank; 0 reads in the training process."""

@@ -23,6 +23,8 @@ class ParallelConfig:
     """EP: processes that share the routed experts."""
     expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
     """ETP: processes that share one routed expert's matrices. Default: the tensor-parallel size."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """CP: processes that share each sequence; each holds two slices of it, one early and one late."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to their experts."""
     use_distributed_optimizer: bool = True

@@ -64,7 +64,17 @@ MOE_ONLY = {
     "model.moe_router_topk": 2,
     "model.moe_router_pre_softmax": False,
     "model.moe_router_topk_scaling_factor": None,
+    "model.moe_router_score_function": "softmax",
+    "model.moe_router_norm_topk_prob": None,
+    "model.moe_router_num_groups": None,
+    "model.moe_router_group_topk": None,
+    "model.moe_router_enable_expert_bias": False,
+    "model.moe_router_noise": None,
     "model.moe_gating_normalization": None,
+    "model.moe_expert_capacity_factor": None,
+    "model.moe_shared_expert_gate": False,
+    "model.moe_adaptive_aux_loss": None,
+    "model.moe_z_loss_coeff": 0.0,
     "model.moe_shared_expert_intermediate_size": None,
     "model.moe_first_k_dense": 0,
     "model.moe_layer_freq": 1,
@@ -72,6 +82,50 @@ MOE_ONLY = {
     EP: 1,
     ETP: None,
 }
+
+
+PENDING: dict[str, Any] = {
+    "model.position_embedding_type": "rope",
+    "model.rotary_percent": 1.0,
+    "model.rope_scaling": None,
+    "model.multi_latent_attention": None,
+    "model.qk_layernorm": None,
+    "model.normalization": "RMSNorm",
+    "model.activation_func": "silu",
+    "model.gated_linear_unit": True,
+    "model.add_bias_linear": False,
+    "model.add_qkv_bias": False,
+    "model.attention_dropout": 0.0,
+    "model.hidden_dropout": 0.0,
+    "model.embedding_scale": 1.0,
+    "model.output_z_loss_coeff": 0.0,
+    "model.moe_router_score_function": "softmax",
+    "model.moe_router_norm_topk_prob": None,
+    "model.moe_router_num_groups": None,
+    "model.moe_router_group_topk": None,
+    "model.moe_router_enable_expert_bias": False,
+    "model.moe_router_noise": None,
+    "model.moe_expert_capacity_factor": None,
+    "model.moe_shared_expert_gate": False,
+    "model.moe_adaptive_aux_loss": None,
+    "model.moe_z_loss_coeff": 0.0,
+    "parallel.context_parallel_size": 1,
+    "data.reset_attention_mask": False,
+    "data.reset_position_ids": False,
+    "runtime.backend": "torch",
+    "precision.recipe": None,
+}
+"""Keys that are planned; any other value than this is refused until they are built."""
+
+
+def _register_pending(key: str, neutral: Any) -> None:
+    @rule(key)
+    def _not_built(value: Any) -> str | None:
+        return None if value == neutral else "is not built yet"
+
+
+for _key, _neutral in PENDING.items():
+    _register_pending(_key, _neutral)
 
 
 def _register_moe_only(key: str, neutral: Any) -> None:

@@ -41,7 +41,34 @@ class Bf16Precision:
     kind: Literal["bf16"]
 
 
-Precision = Annotated[Fp32Precision | Bf16Precision, Field(discriminator="kind")]
+@config
+class Fp8Precision:
+    """bf16 with the linear layers' matrix products in 8-bit floating point.
+
+    Router, embeddings, norms and output layer stay in bf16, as do master weights, gradients and optimizer in fp32.
+    """
+
+    kind: Literal["fp8"]
+    recipe: Literal["tensorwise", "rowwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How tensors are scaled: by their own maximum, by each row's, by the maximum of past steps (delayed), by that of
+    blocks of 128 x 128 and 1 x 128, or of 32 with powers of two (mxfp8)."""
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+    """hybrid: e4m3 forward and e5m2 for gradients; e4m3: everywhere."""
+    num_layers_at_start_in_bf16: int = Field(default=0, ge=0)
+    """First layers kept in bf16."""
+    num_layers_at_end_in_bf16: int = Field(default=0, ge=0)
+    """Last layers kept in bf16."""
+    amax_history_len: int = Field(default=1024, ge=1)
+    """With delayed: how many past steps' maxima are remembered."""
+    amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """With delayed: the largest of them, or the latest."""
+    margin: int = Field(default=0, ge=0)
+    """With delayed: scales leave room for 2**margin times the maximum."""
+    fp8_wgrad: bool = True
+    """False: weight gradients are computed in bf16."""
+
+
+Precision = Annotated[Fp32Precision | Bf16Precision | Fp8Precision, Field(discriminator="kind")]
 
 
 @config

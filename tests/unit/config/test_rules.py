@@ -117,7 +117,11 @@ def test_every_rule_can_be_violated() -> None:
     finally:
         load_module.violations = real
     # Of the rules that are written once for many keys, one violated example stands for all.
-    dead = [r for i, r in enumerate(RULES) if i not in complained and r.check.__name__ != "_needs_experts"]
+    dead = [
+        r
+        for i, r in enumerate(RULES)
+        if i not in complained and r.check.__name__ not in ("_needs_experts", "_not_built")
+    ]
     assert not dead, [r.keys for r in dead]
 
 
