@@ -20,7 +20,7 @@ _STORED_FUSED_NORM = re.compile(
     r"(decoder\.layers\.\d+)\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_weight"
 )
 _STACKED_LAYERS = re.compile(r"decoder\.layers\.(?!\d)(.+)")
-_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state")
+_NOT_WEIGHTS = ("optimizer.", "router.coefficient.", "chained_", "rng_state", "rerun_state")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_ext.checkpoint.boxes import Shape
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import LearnedNoise, ModelConfig
 
 
 def model_shapes(model: ModelConfig) -> dict[str, Shape]:
@@ -40,7 +40,13 @@ def _swiglu(prefix: str, width: int, hidden: int) -> Iterator[tuple[str, Shape]]
 def _moe(model: ModelConfig, prefix: str) -> Iterator[tuple[str, Shape]]:
     assert model.num_moe_experts is not None
     yield f"{prefix}.router.weight", (model.num_moe_experts, model.hidden_size)
+    if model.moe_router_enable_expert_bias:
+        yield f"{prefix}.router.expert_bias", (model.num_moe_experts,)
+    if isinstance(model.moe_router_noise, LearnedNoise):
+        yield f"{prefix}.router.noise_weight", (model.num_moe_experts, model.hidden_size)
     for expert in range(model.num_moe_experts):
         yield from _swiglu(f"{prefix}.experts.{expert}", model.expert_ffn_hidden_size, model.hidden_size)
     if model.moe_shared_expert_intermediate_size is not None:
         yield from _swiglu(f"{prefix}.shared_experts", model.moe_shared_expert_intermediate_size, model.hidden_size)
+    if model.moe_shared_expert_gate:
+        yield f"{prefix}.shared_experts.gate_weight", (1, model.hidden_size)

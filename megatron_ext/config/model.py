@@ -16,8 +16,8 @@ TRAINING_ONLY = frozenset(
     "cpu_offloading_weights cross_entropy_fusion_impl cross_entropy_loss_fusion deallocate_pipeline_outputs "
     "defer_embedding_wgrad_compute delay_wgrad_compute deterministic_mode distribute_saved_activations "
     "gradient_accumulation_fusion masked_softmax_fusion memory_efficient_layer_norm "
-    "microbatch_group_size_per_vp_stage moe_deepep_num_sms moe_layer_recompute moe_per_layer_logging "
-    "moe_permute_fusion moe_router_fusion moe_shared_expert_overlap "
+    "microbatch_group_size_per_vp_stage moe_deepep_num_sms moe_layer_recompute "
+    "moe_permute_fusion moe_shared_expert_overlap "
     "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage overlap_moe_expert_parallel_comm "
     "overlap_p2p_comm_warmup_flush persist_layer_norm pipeline_model_parallel_layout tp_comm_atomic_ag "
     "tp_comm_atomic_rs tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_overlap tp_comm_overlap_ag "
@@ -181,7 +181,7 @@ class ModelConfig:
     def normalizes_topk(self) -> bool:
         """Whether the selected experts' scores are divided by their sum."""
         if self.moe_router_norm_topk_prob is None:
-            return self.moe_router_score_function == "sigmoid"
+            return self.moe_router_score_function == "sigmoid" and self.moe_router_topk > 1
         return self.moe_router_norm_topk_prob
 
     @property

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.naming import seed_from_name
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -14,14 +16,16 @@ class MicroBatch:
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
+    seeds: Tensor
+    """[B] int64, seeds what is drawn for a sample (router noise): of the run's seed and the sample's position."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copy to `device`."""
-        return MicroBatch(*(x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.loss_mask)))
+        return MicroBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
     def pin_memory(self) -> "MicroBatch":
         """Copy to page-locked memory, from which a GPU copies by itself; the DataLoader calls this."""
-        return MicroBatch(*(x.pin_memory() for x in (self.tokens, self.labels, self.loss_mask)))
+        return MicroBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
 
     @property
     def position_ids(self) -> Tensor:
@@ -41,9 +45,15 @@ def sample_indices(
     return [list(range(start, start + micro_batch)) for start in starts]
 
 
+def sample_seed(seed: int, position: int) -> int:
+    """The seed of the sample at `position` of a run that is seeded with `seed`."""
+    return seed_from_name(seed, f"sample {position}")
+
+
 def collate(samples: Sequence[dict[str, Tensor]]) -> MicroBatch:
-    """Stack samples of a megatron GPTDataset."""
+    """Stack samples: those of a megatron GPTDataset with their `seed`."""
     columns = (
-        torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in ("tokens", "labels", "loss_mask")
+        torch.stack([torch.as_tensor(sample[key]) for sample in samples])
+        for key in ("tokens", "labels", "loss_mask", "seed")
     )
     return MicroBatch(*columns)

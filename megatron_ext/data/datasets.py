@@ -17,7 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_ext.config import DataConfig, DataSource
-from megatron_ext.data.batches import MicroBatch, collate, sample_indices
+from megatron_ext.data.batches import MicroBatch, collate, sample_indices, sample_seed
 from megatron_ext.data.preprocess import check_dataset
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
@@ -117,9 +117,20 @@ def _first_on_rank_zero(build: Callable[[], Any]) -> Any:
     return result if dist.get_rank() == 0 else build()
 
 
+class _Seeded(torch.utils.data.Dataset[dict[str, Any]]):
+    """A dataset whose samples carry the seed of their position."""
+
+    def __init__(self, dataset: torch.utils.data.Dataset[dict[str, Any]], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {**self.dataset[position], "seed": sample_seed(self.seed, position)}
+
+
 def read_batches(
     dataset: torch.utils.data.Dataset[dict[str, Any]],
     *,
+    seed: int,
     first_sample: int,
     steps: int,
     global_batch: int,
@@ -129,7 +140,11 @@ def read_batches(
     num_workers: int,
     device: torch.device,
 ) -> Iterator[list[MicroBatch]]:
-    """Yield this rank's micro-batches of each of `steps` global batches, from position `first_sample` on."""
+    """Yield this rank's micro-batches of each of `steps` global batches, from position `first_sample` on.
+
+    Args:
+        seed: of what is drawn for a sample.
+    """
     num_microbatches = global_batch // (micro_batch * dp_size)
     plan = (
         rows
@@ -137,7 +152,11 @@ def read_batches(
         for rows in sample_indices(first_sample + step * global_batch, dp_rank, dp_size, micro_batch, num_microbatches)
     )
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=plan, collate_fn=collate, num_workers=num_workers, pin_memory=device.type == "cuda"
+        _Seeded(dataset, seed),
+        batch_sampler=plan,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
     )
     micro_batches = iter(loader)
     for _ in range(steps):

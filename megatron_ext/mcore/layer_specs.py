@@ -79,7 +79,7 @@ def _dense_mlp(backend: TorchSpecProvider) -> Any:
 
 
 def _moe_mlp(backend: TorchSpecProvider, model: ModelConfig) -> Any:
-    router = functools.partial(Router, normalization=model.moe_gating_normalization)
+    router = functools.partial(Router, model=model)
     if _SPECS_ARE_CALLABLES:
         shared = functools.partial(SharedExpertMLP, submodules=_linears(backend))
         submodules = MoESubmodules(experts=backend.grouped_experts(), shared_experts=shared, router=router)

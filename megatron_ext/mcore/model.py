@@ -1,5 +1,6 @@
 """Builds this rank's model chunks, wrapped for data parallelism."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.mcore.layer_specs import block_spec
-from megatron_ext.mcore.moe.metrics import forget_core_statistics
 from megatron_ext.mcore.moe.router import Router
 
 
@@ -40,7 +40,6 @@ def build_chunks(
     model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, device: torch.device
 ) -> list[GPTModel]:
     """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights."""
-    forget_core_statistics()
     stages = parallel.virtual_pipeline_model_parallel_size
     vp_stages = range(stages) if stages else [None]
     with torch.device(device):
@@ -96,6 +95,6 @@ def gather_parameters(wrapped: list[Any], parallel: ParallelConfig) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def routers(chunks: list[GPTModel]) -> list[Router]:
+def routers(chunks: Sequence[torch.nn.Module]) -> list[Router]:
     """Every router of this rank's layers."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]

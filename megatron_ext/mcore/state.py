@@ -6,7 +6,7 @@ names and shapes are the same in every parallel layout.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_ext.checkpoint.boxes import Box, boxes_of_range
+from megatron_ext.mcore.moe.router import Router
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,17 @@ def optimizer_boxes(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) 
                         _boxes_of_shard(piece, prefix, state.detach().view(-1), start, saved_here=not any(copy))
                     )
     return boxes
+
+
+def coefficient_boxes(routers: Sequence[Router]) -> list[Box]:
+    """The adaptive balance-loss coefficients of this rank's layers, `router.coefficient.<loss>.<layer>`."""
+    here = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank() == 0
+    return [
+        Box(f"router.coefficient.{kind}.{router.layer_number - 1}", (1,), (0,), value.view(1), saved_here=here)
+        for router in routers
+        if router.layer_number is not None and router.model.moe_adaptive_aux_loss is not None
+        for kind, value in router.aux_loss_coeff.items()
+    ]
 
 
 def _boxes_of_shard(piece: Piece, prefix: str, shard: Tensor, start: int, *, saved_here: bool) -> Iterator[Box]:

@@ -80,13 +80,14 @@ def _moe(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "num_moe_experts": model.num_moe_experts,
         "moe_ffn_hidden_size": model.expert_ffn_hidden_size,
         "moe_layer_freq": [int(is_moe) for is_moe in model.moe_layer_pattern],
+        # What the token dispatcher reads of the router; the router itself (moe/router.py) reads `model`.
         "moe_router_topk": model.moe_router_topk,
-        "moe_router_pre_softmax": model.moe_router_pre_softmax,
-        "moe_router_topk_scaling_factor": model.moe_router_topk_scaling_factor,
-        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
-        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_router_pre_softmax": True,
+        "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
+        "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
         "moe_grouped_gemm": True,
     }

@@ -1,6 +1,7 @@
 """Reports of a run: one line a step on the console, everything in the metrics file and in W&B. Only rank 0 has one."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import Layout, RunConfig, to_mapping
-from megatron_ext.mcore.moe.metrics import ExpertStatistics
+from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.monitoring.wandb_run import WandbRun
 from megatron_ext.planning.flops import training_flops_per_token
@@ -68,8 +69,7 @@ class Monitor:
         log.info(self._line(report, record))
         self._wandb.log({**_grouped(record), **self._expert_values(report.experts)}, report.iteration)
         if report.experts is not None:
-            record["expert_load"] = {str(layer): load for layer, load in report.experts.load.items()}
-            record["balance_loss"] = {str(layer): loss for layer, loss in report.experts.balance_loss.items()}
+            record["moe"] = {str(layer): _health_values(health) for layer, health in report.experts.items()}
         self._file.write(record)
 
     def validation(self, iteration: int, loss: float) -> None:
@@ -108,19 +108,26 @@ class Monitor:
             f"{record['tflops_per_device']:.3g} TFLOP/s/device",
             f"{report.memory_bytes / 2**20:,.0f} MiB",
         ]
-        if report.experts is not None and report.experts.load:
-            worst = max(report.experts.max_violation(layer) for layer in report.experts.load)
-            parts.append(f"MaxVio {worst:.2f}")
+        if report.experts:
+            parts.append(f"MaxVio {max(health.max_violation for health in report.experts.values()):.2f}")
+            if dead := sum(health.dead_experts for health in report.experts.values()):
+                parts.append(f"{dead} dead experts")
         return " | ".join(parts)
 
     def _expert_values(self, experts: ExpertStatistics | None) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for layer in experts.load if experts is not None else ():
-            assert experts is not None
-            values[f"moe/load/layer_{layer:03d}"] = self._wandb.load(experts.load[layer])
-            values[f"moe/max_violation/layer_{layer:03d}"] = experts.max_violation(layer)
-            values[f"moe/balance_loss/layer_{layer:03d}"] = experts.balance_loss[layer]
+        for layer, health in (experts or {}).items():
+            for name, value in _health_values(health).items():
+                shown = self._wandb.load(value) if name == "load" else value
+                values[f"moe/{name}/layer_{layer:03d}"] = shown
         return values
+
+
+def _health_values(health: LayerHealth) -> dict[str, Any]:
+    """What is reported of a MoE layer, by name."""
+    values = dataclasses.asdict(health)
+    losses = values.pop("losses")
+    return {**values, "max_violation": health.max_violation, "dead_experts": health.dead_experts, **losses}
 
 
 def _grouped(record: dict[str, Any]) -> dict[str, Any]:

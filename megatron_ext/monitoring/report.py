@@ -75,7 +75,7 @@ def write_report(
     """
     sections = [
         _section("Training", _summary_table(phases) + _image(_curves(phases), "loss, learning rate and throughput")),
-        *(_load_section(phase) for phase in phases if any("expert_load" in step for step in phase.steps)),
+        *(_experts_section(phase) for phase in phases if any(step.get("moe") for step in phase.steps)),
         *(_figures_section(Path(path)) for path in figures),
     ]
     if generated is not None:
@@ -152,18 +152,47 @@ def _curves(phases: Sequence[Phase]) -> Any:
     return figure
 
 
-def _load_section(phase: Phase) -> str:
-    steps = [step for step in phase.steps if step.get("expert_load")]
-    return _section(f"Expert load, {phase.name}", _image(_load_map(steps), "share of tokens each expert received"))
+def _experts_section(phase: Phase) -> str:
+    steps = [step for step in phase.steps if step.get("moe")]
+    load = _image(_load_map(steps), "share of tokens each expert received")
+    return _section(
+        f"Experts, {phase.name}", load + _image(_health_curves(steps), "health of each MoE layer's routing")
+    )
+
+
+def _health_curves(steps: Sequence[dict[str, Any]]) -> Any:
+    """One curve a MoE layer of what shows a router in trouble."""
+    shown = {
+        "max_violation": "MaxVio",
+        "dead_experts": "dead experts",
+        "entropy": "entropy / ln E",
+        "top1": "top-1 probability",
+        "max1_max2": "Max1 / Max2",
+        "drop_rate": "drop rate",
+    }
+    plt = _pyplot()
+    layers = sorted(steps[-1]["moe"], key=int)
+    figure, axes = plt.subplots(3, 2, figsize=(9, 7), sharex=True)
+    for axis, (name, label) in zip(axes.flat, shown.items(), strict=True):
+        for number, layer in enumerate(layers):
+            color = plt.get_cmap("viridis")(number / max(len(layers) - 1, 1))
+            values = [step["moe"][layer][name] for step in steps]
+            axis.plot([step["iteration"] for step in steps], values, color=color, linewidth=1, label=f"layer {layer}")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    return figure
 
 
 def _load_map(steps: Sequence[dict[str, Any]]) -> Any:
     """For each MoE layer a heat map: steps across, experts down, the colour says how busy against an even share."""
     plt = _pyplot()
-    layers = sorted(steps[-1]["expert_load"], key=int)
+    layers = sorted(steps[-1]["moe"], key=int)
     figure, axes = plt.subplots(len(layers), 1, figsize=(9, 1.2 + 1.3 * len(layers)), sharex=True, squeeze=False)
     for axis, layer in zip(axes[:, 0], layers, strict=True):
-        shares = [step["expert_load"][layer] for step in steps]
+        shares = [step["moe"][layer]["load"] for step in steps]
         experts = len(shares[0])
         relative = [[share[expert] * experts for share in shares] for expert in range(experts)]
         extent = (steps[0]["iteration"], steps[-1]["iteration"] + 1, experts - 0.5, -0.5)

@@ -21,6 +21,8 @@ class Groups:
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    stage: dist.ProcessGroup
+    """The ranks of this pipeline stage: TP x CP x DP."""
     world: dist.ProcessGroup
 
     @property
@@ -89,6 +91,7 @@ def split_process_group(parallel: ParallelConfig, runtime: RuntimeConfig) -> Gro
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        stage=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         world=world,
     )
 

@@ -35,7 +35,8 @@ class Cell:
     recompute: RecomputeConfig = RecomputeConfig()
     steps: int = 5
     samples: int = 8
-    """Global batch size; the micro-batch is 1."""
+    """Global batch size."""
+    micro_batch: int = 1
     length: int = SEQUENCE_LENGTH
     seed: int = 1234
 
@@ -80,7 +81,7 @@ def run_cell(cell: Cell) -> Trajectory:
         batch = random_batch(
             step,
             samples=cell.samples,
-            micro_batch=1,
+            micro_batch=cell.micro_batch,
             dp_rank=groups.dp.rank(),
             dp_size=groups.dp.size(),
             vocabulary=cell.model.vocab_size,

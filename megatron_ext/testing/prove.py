@@ -84,6 +84,7 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> Plan:
         run.resolve(world_size)
     parallel, processes, changes = _fit_processes(run.parallel, run.model, wanted, limit)
     model, layer_changes = _shrink_model(run.model, parallel)
+    model, loss_changes = _comparable_losses(model)
     data_ranks = processes // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     # Enough micro-batches for the pipeline to be full once, and a number that the interleaved schedule takes.
     samples = data_ranks * 2 * max(parallel.pipeline_model_parallel_size, 1)
@@ -98,17 +99,22 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> Plan:
         seed=run.train.seed,
     )
     _require_legal(cell)
-    return Plan(cell, processes, tuple(changes + layer_changes))
+    return Plan(cell, processes, tuple(changes + layer_changes + loss_changes))
 
 
 def prove(plan: Plan) -> Proof:
     """Train `plan` in its layout and in one process, from the same weights on the same data."""
     model = plan.cell.model
+    parallel = plan.cell.parallel
+    data_ranks = plan.processes // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     single = replace(
         plan.cell,
         model=replace(model, transformer_overrides=model.function_overrides),
+        # The global balance loss sees the micro-batches of all data-parallel ranks at once: one process sees them so
+        # as one larger micro-batch.
+        micro_batch=data_ranks if "global_aux_loss" in model.balance_losses else 1,
         parallel=ParallelConfig(
-            use_distributed_optimizer=False, moe_token_dispatcher_type=plan.cell.parallel.moe_token_dispatcher_type
+            use_distributed_optimizer=False, moe_token_dispatcher_type=parallel.moe_token_dispatcher_type
         ),
     )
     with GlooPool(plan.processes) as pool:
@@ -198,6 +204,24 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         **pattern,
     )
     return small, changes
+
+
+def _comparable_losses(model: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """`model` without the global balance loss where it cannot be compared with one process.
+
+    That needs the micro-batches of all ranks as one, which is another batch to whatever is defined on a micro-batch.
+    """
+    losses = model.balance_losses
+    if "global_aux_loss" not in losses or ("aux_loss" not in losses and model.moe_expert_capacity_factor is None):
+        return model, []
+    kept = {kind: weight for kind, weight in losses.items() if kind != "global_aux_loss"}
+    changed = replace(
+        model,
+        moe_router_load_balancing_type=list(kept) or "none",
+        moe_aux_loss_coeff=list(kept.values()) or 0.0,
+        moe_adaptive_aux_loss=model.moe_adaptive_aux_loss if kept else None,
+    )
+    return changed, ["model.moe_router_load_balancing_type: without global_aux_loss, which one process sees otherwise"]
 
 
 def _thin_out(pattern: list[bool], layers: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from megatron_ext.config import GatingNormalization, ModelConfig
-from megatron_ext.data.batches import MicroBatch, sample_indices
+from megatron_ext.data.batches import MicroBatch, sample_indices, sample_seed
 
 VOCABULARY = 250
 SEQUENCE_LENGTH = 32
@@ -54,4 +54,5 @@ def random_batch(
     tokens = torch.randint(0, vocabulary, (samples, length + 1), generator=generator)
     mask = (torch.rand(samples, length, generator=generator) > 0.3).float()
     rows: Sequence[list[int]] = sample_indices(0, dp_rank, dp_size, micro_batch, samples // (micro_batch * dp_size))
-    return [MicroBatch(tokens[r, :-1], tokens[r, 1:], mask[r]) for r in rows]
+    seeds = torch.tensor([sample_seed(0, step * samples + row) for row in range(samples)])
+    return [MicroBatch(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r]) for r in rows]

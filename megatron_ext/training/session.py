@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.boxes import Box
 from megatron_ext.checkpoint.store import TrainingState
-from megatron_ext.config import DataSource, Layout, ModelConfig, RunConfig, load_config, to_mapping
+from megatron_ext.config import DataSource, Layout, LearnedNoise, ModelConfig, RunConfig, load_config, to_mapping
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import dataset_fingerprint
@@ -24,8 +24,9 @@ from megatron_ext.errors import CheckpointError, DataError, TrainingError
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, gather_parameters, release_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
+from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import build_optimizer, optimizer_steps, set_optimizer_steps
-from megatron_ext.mcore.state import model_boxes, optimizer_boxes
+from megatron_ext.mcore.state import coefficient_boxes, model_boxes, optimizer_boxes
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.monitoring.wandb_run import new_run_id
 from megatron_ext.runtime.process_groups import Groups
@@ -100,7 +101,7 @@ class Session:
         gather_parameters(self.wrapped, self.run.parallel)
         return store.save_checkpoint(
             self.run.checkpoint.directory,
-            self._boxes(with_optimizer=True),
+            self._boxes(with_optimizer=True) + self._coefficients(),
             self.state,
             to_mapping(self.run),
             random_state(self.device),
@@ -116,6 +117,8 @@ class Session:
             check_same_data(self.run, checkpoint)
         with_optimizer = self.run.checkpoint.load_optimizer
         store.load_boxes(checkpoint, self._boxes(with_optimizer))
+        if store.read_run(checkpoint)["model"].get("moe_adaptive_aux_loss") is not None:
+            store.load_boxes(checkpoint, self._coefficients())
         self.state = state
         if with_optimizer:
             set_optimizer_steps(self.optimizer, self.state.optimizer_steps)
@@ -147,6 +150,9 @@ class Session:
     def _boxes(self, with_optimizer: bool) -> list[Box]:
         return model_boxes(self.chunks) + (optimizer_boxes(self.chunks, self.optimizer) if with_optimizer else [])
 
+    def _coefficients(self) -> list[Box]:
+        return coefficient_boxes(routers(self.chunks))
+
 
 def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.device) -> Session:
     """Build the model and optimizer with fresh weights, or those that the run continues or starts from."""
@@ -162,6 +168,7 @@ def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.d
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:
         session.initialize_from(store.require_checkpoint(run.checkpoint.initialize_from))
+    require_directions(routers(chunks))
     session.reported = session.state.iteration
     if session.state.wandb_run_id is None:
         session.state = dataclasses.replace(session.state, wandb_run_id=new_run_id())
@@ -178,6 +185,11 @@ def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
         "init_method_std",
         "moe_aux_loss_coeff",
         "moe_router_load_balancing_type",
+        "moe_adaptive_aux_loss",
+        "moe_z_loss_coeff",
+        "moe_router_bias_update_rate",
+        "moe_expert_capacity_factor",
+        "moe_token_drop_policy",
     }
     different = [
         f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
@@ -218,6 +230,9 @@ def _meaning(model: ModelConfig, name: str) -> Any:
         "moe_ffn_hidden_size": model.expert_ffn_hidden_size if model.is_moe else None,
         "moe_layer_freq": model.moe_layer_pattern,
         "moe_first_k_dense": None,
+        "moe_router_norm_topk_prob": model.normalizes_topk,
+        # Only learned noise has weights; the others may come and go.
+        "moe_router_noise": model.moe_router_noise if isinstance(model.moe_router_noise, LearnedNoise) else None,
         "transformer_overrides": model.function_overrides,
     }
     return applied.get(name, getattr(model, name))
@@ -263,6 +278,7 @@ class RunData:
     def _read(self, dataset: Any, session: Session, first_sample: int, steps: int) -> Iterator[list[MicroBatch]]:
         return read_batches(
             dataset,
+            seed=self._run.train.seed,
             first_sample=first_sample,
             steps=steps,
             global_batch=self._run.train.global_batch_size,

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.errors import TrainingError
+from megatron_ext.mcore.model import routers
+from megatron_ext.mcore.moe import balance
+from megatron_ext.mcore.moe.noise import begin_micro_batch
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.runtime.process_groups import Groups
 
@@ -54,11 +57,15 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    gates = routers(wrapped)
+    balance.begin_step(gates)
     loss, tokens = _run(wrapped, batch, groups, forward_only=False)
     norm = gradient_norm(optimizer)
     if not math.isfinite(norm):
         raise TrainingError(f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated")
     clip_and_step(optimizer, norm, max_norm)
+    # After the update, so that a refused step moves neither biases nor coefficients.
+    balance.end_step(gates, groups.stage)
     return StepResult(loss, tokens, norm)
 
 
@@ -105,6 +112,7 @@ def _run(
 
 def _forward(weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
     micro = next(batches)
+    begin_micro_batch(micro.seeds)
     output = model(micro.tokens, micro.position_ids, None, labels=micro.labels)
 
     def loss(losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,9 +30,10 @@ class Copy:
             )
 
     def inexact(self, moe: ModelConfig) -> str | None:
-        """Weights sum to 1 only with softmax over the selected experts and without a scaling factor."""
-        if moe.moe_router_pre_softmax:
-            return "moe_router_pre_softmax: the selected experts' weights do not sum to 1"
+        """Weights must sum to 1: a softmax over the selected experts, or normalized, and without a scaling factor."""
+        softmax_over_selected = moe.moe_router_score_function == "softmax" and not moe.moe_router_pre_softmax
+        if not softmax_over_selected and not moe.normalizes_topk:
+            return "moe_router_norm_topk_prob is off: the selected experts' weights do not sum to 1"
         if moe.moe_router_topk_scaling_factor not in (None, 1.0):
             return (
                 f"moe_router_topk_scaling_factor = {moe.moe_router_topk_scaling_factor}: weights sum to that, not to 1"

@@ -11,7 +11,7 @@ from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.store import read_run, require_checkpoint
 from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSource, TensorSpec
-from megatron_ext.config import ModelConfig, check_model, to_mapping
+from megatron_ext.config import LearnedNoise, ModelConfig, check_model, to_mapping
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
 from megatron_ext.conversion.engine import check_source
 from megatron_ext.errors import ConfigError
@@ -101,6 +101,12 @@ def _moe_layer(
         yield from _named(f"{prefix}.experts.{expert}", network)
     if moe.moe_shared_expert_intermediate_size is not None:
         yield from _named(f"{prefix}.shared_experts", method.shared(ffn, moe))
+    if moe.moe_shared_expert_gate:
+        yield f"{prefix}.shared_experts.gate_weight", torch.zeros(1, moe.hidden_size)
+    if moe.moe_router_enable_expert_bias:
+        yield f"{prefix}.router.expert_bias", torch.zeros(moe.num_moe_experts or 0)
+    if isinstance(moe.moe_router_noise, LearnedNoise):
+        yield f"{prefix}.router.noise_weight", torch.zeros(moe.num_moe_experts or 0, moe.hidden_size)
     name = f"{prefix}.router.weight"
     assert moe.num_moe_experts is not None
     generator = torch.Generator().manual_seed(seed_from_name(seed, name))

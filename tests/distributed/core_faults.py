@@ -25,7 +25,7 @@ from megatron_ext.config import AdamConfig, Fp32Precision, ParallelConfig, Recom
 from megatron_ext.errors import TrainingError
 from megatron_ext.mcore import layer_specs, transformer_config
 from megatron_ext.mcore.initialization import initialize_weights
-from megatron_ext.mcore.model import build_chunks, routers, wrap_chunks
+from megatron_ext.mcore.model import build_chunks, wrap_chunks
 from megatron_ext.mcore.optimizer import build_optimizer
 from megatron_ext.mcore.state import model_boxes
 from megatron_ext.runtime import cpu_compat
@@ -45,7 +45,7 @@ FP32 = Fp32Precision(kind="fp32")
 
 def core_experts(backend: Any, model: Any) -> Any:
     """megatron-core's own experts in place of ours."""
-    router = layer_specs.functools.partial(layer_specs.Router, normalization=model.moe_gating_normalization)
+    router = layer_specs.functools.partial(layer_specs.Router, model=model)
     linears = layer_specs._linears(backend)
     if layer_specs._SPECS_ARE_CALLABLES:
         experts = LocalSpecProvider().grouped_mlp_modules(False)
@@ -118,6 +118,9 @@ def core_config(parallel: ParallelConfig, **fields: Any) -> TransformerConfig:
 
 class GatedRouter(TopKRouter):
     """megatron-core's router with a gate that works without Transformer Engine in every version."""
+
+    def __init__(self, *, model: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         return input @ self.weight.t()
@@ -285,7 +288,8 @@ def expert_bias_moves() -> bool:
     seed_everything(0)
     with mock.patch.object(transformer_config, "check_overrides"):
         config = transformer_config.transformer_config(model, parallel, precision, RecomputeConfig())
-    chunks = build_chunks(model, parallel, config, torch.device("cpu"))
+    with mock.patch.object(layer_specs, "Router", GatedRouter):
+        chunks = build_chunks(model, parallel, config, torch.device("cpu"))
     initialize_weights(model, list(chunks), 0)
     wrapped = wrap_chunks(chunks, config, parallel)
     optimizer = build_optimizer(AdamConfig(kind="adam", lr=1e-3), parallel, precision, wrapped)
@@ -295,7 +299,7 @@ def expert_bias_moves() -> bool:
         try:
             train_step(wrapped, optimizer, batch, groups, max_norm=1.0)
         except TrainingError:
-            return any(bool(router.expert_bias.any()) for router in routers(chunks))
+            return any(bool(m.expert_bias.any()) for m in chunks[0].modules() if isinstance(m, GatedRouter))
     return False
 
 

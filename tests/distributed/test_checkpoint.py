@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
-from megatron_ext.config import ModelConfig, ParallelConfig, to_mapping
+from megatron_ext.config import AdaptiveAuxLoss, LearnedNoise, ModelConfig, ParallelConfig, to_mapping
 from megatron_ext.errors import CheckpointError, TrainingError
 from megatron_ext.mcore.state import model_boxes
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
@@ -36,6 +36,16 @@ from tests.distributed.runs import (
 TOLERANCE = 1e-5
 
 DENSE, MOE = tiny_model(), tiny_model(moe=True)
+# Everything that a router keeps between steps.
+ROUTER = tiny_model(
+    moe=True,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_noise=LearnedNoise(kind="learned"),
+    moe_adaptive_aux_loss=AdaptiveAuxLoss(beta=0.5),
+    moe_expert_capacity_factor=0.9,
+    moe_shared_expert_gate=True,
+)
 TIED = tiny_model(untie_embeddings_and_output_weights=False)
 ALONE = ParallelConfig(use_distributed_optimizer=False)
 DP = ParallelConfig()
@@ -58,6 +68,8 @@ MOVES = {
     "MoE: TP2 SP EP2 ETP2 to one process": (MOE, (ETP2, 4), (ALONE, 1)),
     "MoE: one process to TP2 SP PP2 EP2 ETP1": (MOE, (ALONE, 1), (ALL, 8)),
     "MoE: TP2 SP PP2 EP2 ETP1 to EP2": (MOE, (ALL, 8), (EP, 4)),
+    "router state: TP2 SP PP2 EP2 ETP1 to EP2": (ROUTER, (ALL, 8), (EP, 4)),
+    "router state: one process to PP2 VPP2": (ROUTER, (ALONE, 1), (VPP, 2)),
     "MoE: EP2, plain optimizer, to PP2 VPP2": (MOE, (replace(EP, use_distributed_optimizer=False), 2), (VPP, 2)),
 }
 
@@ -108,7 +120,11 @@ def test_every_tensor_survives_another_layout_bit_for_bit(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("model", "parallel", "processes"), [(DENSE, DP, 2), (MOE, ETP1, 4)], ids=["dense", "MoE"])
+@pytest.mark.parametrize(
+    ("model", "parallel", "processes"),
+    [(DENSE, DP, 2), (MOE, ETP1, 4), (ROUTER, ETP1, 4)],
+    ids=["dense", "MoE", "router"],
+)
 def test_same_layout_continues_bit_for_bit(
     model: ModelConfig, parallel: ParallelConfig, processes: int, precision: str, pool: GlooPool, tmp_path: Path
 ) -> None:
@@ -135,6 +151,16 @@ def test_master_weights_are_kept_at_full_precision(pool: GlooPool, tmp_path: Pat
         assert torch.equal(master.to(tensors[key].dtype), tensors[key])
     weight = masters["embedding.word_embeddings.weight"]
     assert not torch.equal(weight, weight.bfloat16().float()), "master weights hold no more than bf16 would"
+
+
+def test_coefficients_begin_anew_where_the_checkpoint_has_none(pool: GlooPool, tmp_path: Path) -> None:
+    """Adaptive coefficients may be switched on in the middle of a run."""
+    pool.run(2, train_and_save, Part(MOE, tmp_path, EP), 1)
+    adaptive = replace(MOE, moe_adaptive_aux_loss=AdaptiveAuxLoss(beta=0.5))
+    pool.run(2, train_and_save, Part(adaptive, tmp_path, EP), 2)
+    tensors = tensors_of(store.require_checkpoint(tmp_path))
+    coefficients = [tensors[f"router.coefficient.aux_loss.{layer}"] for layer in (1, 2, 3)]
+    assert min(coefficients) > MOE.balance_losses["aux_loss"] / 2, "half of the old coefficient, and its target"
 
 
 def test_random_states_are_those_that_were_saved(pool: GlooPool, tmp_path: Path) -> None:
@@ -258,10 +284,10 @@ def test_training_goes_on_in_the_folder_of_converted_weights(pool: GlooPool, tmp
 
 def test_overrides_that_change_the_function_make_another_model(pool: GlooPool, tmp_path: Path) -> None:
     pool.run(1, train_and_save, Part(MOE, tmp_path, ALONE), 1)
-    harmless = replace(MOE, transformer_overrides={"moe_z_loss_coeff": 1e-3})
+    harmless = replace(MOE, transformer_overrides={"deallocate_pipeline_outputs": True})
     pool.run(1, train_and_save, Part(harmless, tmp_path, ALONE), 2)
-    other = replace(MOE, transformer_overrides={"moe_router_score_function": "sigmoid"})
-    with pytest.raises(WorkerFailure, match=r"model\.transformer_overrides: .* in the checkpoint, {'moe_router_score"):
+    other = replace(MOE, transformer_overrides={"fp32_residual_connection": True})
+    with pytest.raises(WorkerFailure, match=r"model\.transformer_overrides: .* in the checkpoint, {'fp32_residual"):
         pool.run(1, train_and_save, Part(other, tmp_path, ALONE), 3)
 
 

@@ -24,9 +24,7 @@ def test_fault_is_there_in_the_versions_listed(fault: core_guard.Fault, pool: Gl
     [
         ("batch_p2p_comm", True),
         ("calculate_per_token_loss", True),
-        ("moe_input_jitter_eps", 0.1),
         ("fp8", "hybrid"),
-        ("moe_router_load_balancing_type", "global_aux_loss"),
     ],
 )
 def test_overrides_that_bring_a_fault_back_are_refused(field: str, value: object) -> None:
@@ -37,7 +35,7 @@ def test_overrides_that_bring_a_fault_back_are_refused(field: str, value: object
 
 
 def test_harmless_overrides_pass() -> None:
-    assert core_guard.complaints_about({"moe_z_loss_coeff": 1e-3}) == []
+    assert core_guard.complaints_about({"deallocate_pipeline_outputs": True}) == []
 
 
 def test_versions_outside_the_tested_range_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

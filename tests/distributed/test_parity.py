@@ -4,10 +4,18 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_ext.config import ParallelConfig, RecomputeConfig
+from megatron_ext.config import (
+    AdaptiveAuxLoss,
+    GumbelNoise,
+    InputJitter,
+    LearnedNoise,
+    ParallelConfig,
+    RecomputeConfig,
+)
 from megatron_ext.testing.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
@@ -23,6 +31,11 @@ class Layout:
     name: str
     processes: int
     parallel: ParallelConfig
+
+    @property
+    def data_parallel(self) -> int:
+        p = self.parallel
+        return self.processes // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
 
 
 def layout(name: str, processes: int, **degrees: object) -> Layout:
@@ -125,6 +138,58 @@ def test_selective_recompute_changes_nothing(
         run_layout(pool, Cell(MODELS["MoE"], ParallelConfig(), recompute=recompute), 1), references["MoE"]
     )
     assert difference.worst < TOLERANCE
+
+
+GATE = {"moe_router_pre_softmax": True, "moe_router_norm_topk_prob": True}
+FEATURES: dict[str, dict[str, Any]] = {
+    "Gumbel noise": {"moe_router_noise": GumbelNoise(kind="gumbel")},
+    "learned noise": {"moe_router_noise": LearnedNoise(kind="learned")},
+    "input jitter": {"moe_router_noise": InputJitter(kind="input_jitter", eps=0.1)},
+    "sequence balance loss, z-loss": {"moe_router_load_balancing_type": "seq_aux_loss", "moe_z_loss_coeff": 1e-2},
+    "global balance loss": {"moe_router_load_balancing_type": "global_aux_loss"},
+    "a list of balance losses": {
+        "moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"],
+        "moe_aux_loss_coeff": [1e-2, 3e-2],
+    },
+    "adaptive coefficient": {"moe_adaptive_aux_loss": AdaptiveAuxLoss(beta=0.5)},
+    "sigmoid, groups, expert bias": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_num_groups": 2,
+        "moe_router_group_topk": 1,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_gating_normalization": None,
+    },
+    "capacity": {"moe_expert_capacity_factor": 0.8},
+    "capacity by position, adaptive": {
+        "moe_expert_capacity_factor": 0.8,
+        "moe_token_drop_policy": "position",
+        "moe_adaptive_aux_loss": AdaptiveAuxLoss(beta=0.5),
+    },
+    "gated shared expert": {"moe_shared_expert_gate": True, **GATE},
+}
+FEATURE_LAYOUTS = [
+    layout("DP2", 2),
+    layout("TP2 SP EP2 ETP1", 2, tp=2, sp=True, ep=2, etp=1),
+    layout("PP2 VPP2 EP2", 4, pp=2, vpp=2, ep=2),
+    layout("TP2 SP PP2 EP2 ETP2", 8, tp=2, sp=True, pp=2, ep=2, etp=2),
+]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_router_feature_equals_one_process(feature: str, pool: GlooPool) -> None:
+    """Without recompute and with: noise must then be drawn again as it was, and nothing be counted twice."""
+    cell = Cell(tiny_model(moe=True, **FEATURES[feature]), ParallelConfig(), steps=3)
+    plain = {rows: run_layout(pool, replace(cell, micro_batch=rows), 1) for rows in (1, 2)}
+    for entry in FEATURE_LAYOUTS:
+        # The global balance loss sees the micro-batches of all data-parallel ranks at once; one process sees them at
+        # once as one larger micro-batch.
+        together = 2 if "global" in str(FEATURES[feature]) and entry.data_parallel == 2 else 1
+        for recompute in RECOMPUTE:
+            there = replace(cell, parallel=entry.parallel, recompute=RECOMPUTE[recompute])
+            difference = compare(run_layout(pool, there, entry.processes), plain[together])
+            print(f"{feature}, {entry.name}, {recompute}: {difference.loss:.1e}, {difference.norm:.1e}")
+            assert difference.worst < TOLERANCE, entry.name
 
 
 def test_a_difference_would_be_seen(pool: GlooPool, references: dict[str, Trajectory]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.config import load_run
 from megatron_ext.testing.parity import Trajectory
-from megatron_ext.testing.prove import TOLERANCE, Proof, plan_proof
+from megatron_ext.testing.prove import TOLERANCE, Proof, plan_proof, prove
 from tests.workspace import ROOT, TOOLS, command, run_mapping, write_run
 
 EXAMPLE = ROOT / "examples" / "quickstart" / "moe.yaml"
@@ -62,6 +62,24 @@ def test_a_large_run_is_shrunk_to_this_machine_and_says_so(tmp_path: Path) -> No
     large = load_run(tmp_path / "run.yaml").model
     assert all(getattr(small, name) == getattr(large, name) for name in kept)
     assert small.hidden_size < 128
+
+
+@pytest.mark.parametrize(
+    ("losses", "proven"),
+    [
+        (["seq_aux_loss", "global_aux_loss"], ["seq_aux_loss", "global_aux_loss"]),
+        (["aux_loss", "global_aux_loss"], ["aux_loss"]),
+    ],
+)
+def test_the_global_balance_loss_is_proven_where_one_process_can_see_it(
+    losses: list[str], proven: list[str], tmp_path: Path
+) -> None:
+    mapping = run_mapping(tmp_path, moe=True)
+    mapping["model"] |= {"moe_router_load_balancing_type": losses, "moe_aux_loss_coeff": [0.02, 0.03]}
+    plan = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 2, 8)
+    assert list(plan.cell.model.balance_losses) == proven
+    assert any("without global_aux_loss" in change for change in plan.changes) == (losses != proven)
+    assert prove(plan).holds
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,7 @@ def reports(directory: Path) -> list[tuple[Any, ...]]:
         "learning_rate",
         "grad_norm",
         "consumed_samples",
-        "expert_load",
-        "balance_loss",
+        "moe",
     )
     return [tuple(record.get(name) for name in names) for record in records]
 

@@ -8,6 +8,7 @@ from megatron_ext.config.rules import RULES
 from tests.unit.config.test_load import faults, load, mapping
 
 MOE = {"num_moe_experts": 8}
+PRE = {"moe_router_pre_softmax": True}
 
 VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": {"num_query_groups": 3}}, ["model.num_attention_heads = 4", "model.num_query_groups = 3"]),
@@ -15,6 +16,34 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": {"kv_channels": 7}}, ["model.head_dim = 7", "even"]),
     ({"model": MOE | {"moe_router_topk": 9}}, ["model.moe_router_topk = 9", "model.num_moe_experts = 8"]),
     ({"model": MOE | {"moe_router_topk": 1}}, ["moe_router_pre_softmax: true"]),
+    ({"model": MOE | PRE | {"moe_router_topk": 1, "moe_router_norm_topk_prob": True}}, ["divided by itself"]),
+    ({"model": MOE | {"moe_router_norm_topk_prob": False}}, ["sums to 1 already"]),
+    ({"model": MOE | PRE | {"moe_router_score_function": "sigmoid"}}, ["no meaning with sigmoid"]),
+    ({"model": MOE | {"moe_router_num_groups": 4}}, ["group-limited routing needs both"]),
+    ({"model": MOE | {"moe_router_num_groups": 4, "moe_router_group_topk": 5}}, ["more groups than there are"]),
+    ({"model": MOE | {"moe_router_num_groups": 3, "moe_router_group_topk": 2}}, ["a multiple of their groups"]),
+    ({"model": MOE | {"moe_router_num_groups": 8, "moe_router_group_topk": 2}}, ["needs two experts"]),
+    ({"model": MOE | {"moe_router_group_score": "max"}}, ["no meaning without groups"]),
+    (
+        {"model": MOE | {"moe_router_num_groups": 4, "moe_router_group_topk": 1, "moe_router_topk": 3}},
+        ["fewer experts than each token is sent to"],
+    ),
+    ({"model": MOE | {"moe_router_bias_update_rate": 0.01}}, ["set moe_router_enable_expert_bias: true"]),
+    ({"model": MOE | {"moe_token_drop_policy": "position"}}, ["no effect without a capacity"]),
+    ({"model": MOE | {"moe_shared_expert_gate": True}}, ["no shared expert to gate"]),
+    ({"model": MOE | {"moe_aux_loss_coeff": [0.1]}}, ["needs a list of balance losses"]),
+    (
+        {"model": MOE | {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_aux_loss_coeff": 0.1}},
+        ["a list of as many coefficients"],
+    ),
+    (
+        {"model": MOE | {"moe_router_load_balancing_type": ["aux_loss"] * 2, "moe_aux_loss_coeff": [0.1, 0.1]}},
+        ["each balance loss at most once"],
+    ),
+    (
+        {"model": MOE | {"moe_router_load_balancing_type": "none", "moe_adaptive_aux_loss": {}}},
+        ["adapts the coefficient of one balance loss"],
+    ),
     ({"model": MOE | {"moe_layer_freq": [1, 0]}}, ["model.moe_layer_freq = [1, 0]", "one a layer"]),
     ({"model": MOE | {"moe_layer_freq": 0}}, ["model.moe_layer_freq = 0: must be greater than or equal to 1"]),
     ({"model": MOE | {"moe_first_k_dense": 4}}, ["model.moe_first_k_dense = 4", "no layer is left"]),

@@ -168,7 +168,7 @@ def test_conversion_needs_no_process_group(tmp_path: Path) -> None:
 
 
 def test_overrides_that_could_change_the_function_are_not_exported(tmp_path: Path) -> None:
-    harmless = tiny_model(moe=True, transformer_overrides={"moe_z_loss_coeff": 1e-3})
+    harmless = tiny_model(moe=True, transformer_overrides={"deallocate_pipeline_outputs": True})
     convert(write_checkpoint(tmp_path / "a", harmless), tmp_path / "hf")
     other = tiny_model(moe=True, transformer_overrides={"rotary_interleaved": True})
     with pytest.raises(ConversionError, match="sets rotary_interleaved: no table says"):

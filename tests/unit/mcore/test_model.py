@@ -36,7 +36,7 @@ def test_what_our_modules_would_ignore_is_refused_all_at_once() -> None:
     overrides = {
         "window_size": [128, 0],
         "activation_func_clamp_value": 7.0,
-        "moe_z_loss_coef": 1e-3,
+        "moe_layer_recomput": True,
         "hidden_dropout": "x",
     }
     with pytest.raises(ConfigError) as caught:
@@ -44,7 +44,7 @@ def test_what_our_modules_would_ignore_is_refused_all_at_once() -> None:
     message = str(caught.value)
     assert "window_size: attention is causal, over the whole sample" in message
     assert "activation_func_clamp_value: feed-forward networks are SwiGLU" in message
-    assert "moe_z_loss_coef: no such field in megatron-core; did you mean 'moe_z_loss_coeff'?" in message
+    assert "moe_layer_recomput: no such field in megatron-core; did you mean 'moe_layer_recompute'?" in message
     assert "hidden_dropout = 'x': must be <class 'float'>" in message
 
 

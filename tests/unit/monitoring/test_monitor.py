@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config import to_mapping
-from megatron_ext.mcore.moe.metrics import ExpertStatistics
+from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.monitoring.monitor import Monitor, StepReport
 from megatron_ext.planning.flops import training_flops_per_token
@@ -38,8 +38,9 @@ def test_throughput_leaves_out_what_is_not_training(
         clock.now += 1000
         monitor.validation(2, 3.25)
     clock.now += 20  # two more
-    load_of_layers = {1: [0.4, 0.2, 0.2, 0.2], 2: [0.25] * 4}
-    monitor.step(step(4, ExpertStatistics(load_of_layers, {1: 1.1, 2: 1.0})))
+    busy = LayerHealth([0.4, 0.3, 0.3, 0.0], 0.1, 0.9, 0.5, 2.0, {"aux_loss": 1.1})
+    even = LayerHealth([0.25] * 4, 0.0, 1.0, 0.25, 1.0, {"aux_loss": 1.0})
+    monitor.step(step(4, {1: busy, 2: even}))
     monitor.close()
     validation, report = read_metrics(tmp_path / "metrics.jsonl")
     assert validation["validation_loss"] == 3.25
@@ -49,8 +50,11 @@ def test_throughput_leaves_out_what_is_not_training(
     tflops = rate * training_flops_per_token(run.model, 64) / 2 / 1e12
     assert report["tflops_per_device"] == pytest.approx(tflops)
     assert report["mfu"] == pytest.approx(tflops / 1e-3)
-    assert report["expert_load"] == {"1": [0.4, 0.2, 0.2, 0.2], "2": [0.25] * 4}
-    assert report["balance_loss"] == {"1": 1.1, "2": 1.0}
+    layer = report["moe"]["1"]
+    assert layer["load"] == [0.4, 0.3, 0.3, 0.0]
+    names = ("max_violation", "dead_experts", "drop_rate", "entropy", "top1", "max1_max2", "aux_loss")
+    assert [layer[name] for name in names] == pytest.approx([0.6, 1, 0.1, 0.9, 0.5, 2.0, 1.1])
+    assert report["moe"]["2"]["max_violation"] == 0
     assert report["consumed_tokens"] == 4 * 8 * 64
     assert "step 4/100 | loss 2.5000 | lr 1.00e-03 | norm 0.700 | 51 tok/s" in caplog.text
-    assert "MaxVio 0.60" in caplog.text
+    assert "MaxVio 0.60 | 1 dead experts" in caplog.text

@@ -14,6 +14,9 @@ from megatron_ext.errors import DataError
 from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.monitoring.report import figure_lines, read_phases, summary_rows, write_report
 
+LOADS = {"1": [0.5, 0.25, 0.25], "2": [0.4, 0.3, 0.3]}
+HEALTH = {"max_violation": 0.5, "dead_experts": 0, "entropy": 0.9, "top1": 0.4, "max1_max2": 1.5, "drop_rate": 0.0}
+
 
 def write_metrics(path: Path, steps: int, *, loss: float, experts: bool = False) -> str:
     file = MetricsFile(path)
@@ -28,7 +31,7 @@ def write_metrics(path: Path, steps: int, *, loss: float, experts: bool = False)
             "tflops_per_device": 0.25,
         }
         if experts:
-            record["expert_load"] = {"1": [0.5, 0.25, 0.25], "2": [0.4, 0.3, 0.3]}
+            record["moe"] = {layer: {**HEALTH, "load": load} for layer, load in LOADS.items()}
         file.write(record)
     file.write({"iteration": steps, "validation_loss": loss})
     file.close()
@@ -72,7 +75,7 @@ def test_page_is_self_contained_and_complete(named: list[str], tmp_path: Path) -
     )
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page(text)
-    assert page.tags.count("img") == 2, "curves, and a heat map for the MoE phase only"
+    assert page.tags.count("img") == 3, "curves, and load and health of experts for the MoE phase only"
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     for reference in page.references:
         picture = matplotlib.image.imread(io.BytesIO(base64.b64decode(reference.partition(",")[2])))
@@ -82,7 +85,7 @@ def test_page_is_self_contained_and_complete(named: list[str], tmp_path: Path) -
     assert "A &amp; B" in text
     assert "a &lt; b" in text
     assert "5.7e-06" in text
-    assert re.search(r"Expert load, MoE", text)
+    assert re.search(r"Experts, MoE", text)
     assert not list((tmp_path / "out").glob("*.partial"))
 
 

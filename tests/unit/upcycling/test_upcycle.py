@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import MegatronSource
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import LearnedNoise, ModelConfig
 from megatron_ext.conversion.checkpoint_model import read_model
 from megatron_ext.conversion.text import comparison_batches
 from megatron_ext.errors import ConfigError, ConversionError
@@ -37,12 +38,28 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("dense"), DENSE)
 
 
+ROUTERS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    "normalized, gated, noisy, capacity": {
+        "moe_router_pre_softmax": True,
+        "moe_router_norm_topk_prob": True,
+        "moe_shared_expert_gate": True,
+        "moe_router_noise": LearnedNoise(kind="learned"),
+        "moe_expert_capacity_factor": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_function_is_kept_whatever_the_router_says(seed: int, dense: Path, tmp_path: Path, pool: GlooPool) -> None:
-    moe = moe_model(init_method_std=1.0)
+def test_the_function_is_kept_whatever_the_router_says(
+    seed: int, router: str, dense: Path, tmp_path: Path, pool: GlooPool
+) -> None:
+    moe = moe_model(init_method_std=1.0, **ROUTERS[router])
     upcycle(dense, tmp_path / "moe", moe, Copy(), seed=seed)
     relative = pool.run(1, measured_in_worker, dense, tmp_path / "moe", moe)[0]
-    print(f"seed {seed}: largest difference of the logits {relative:.1e} of their scale")
+    print(f"{router}, seed {seed}: largest difference of the logits {relative:.1e} of their scale")
     assert relative <= check.TOLERANCE
 
 
