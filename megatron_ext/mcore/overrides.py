@@ -38,7 +38,10 @@ _NOT_COMPUTED = {
         "autocast_dtype enable_autocast first_last_layers_bf16 fp16 fp4 fp4_param fp4_recipe fp8_dot_product_attention "
         "fp8_multi_head_attention moe_router_dtype num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 quant_recipe"
     ),
-    "it is not built": "context_parallel_size cp_comm_type hierarchical_context_parallel_sizes transformer_impl",
+    "context parallelism gathers keys and values, and is set by parallel.context_parallel_size": (
+        "cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank"
+    ),
+    "it is not built": "transformer_impl",
 }
 
 

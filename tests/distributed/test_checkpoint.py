@@ -297,7 +297,7 @@ def test_a_damaged_file_is_named(pool: GlooPool, tmp_path: Path) -> None:
 
 def plain_model_state(session: Session) -> dict[str, object]:
     """The model's sharded state dict, as megatron-core makes it."""
-    metadata = {"singleton_local_shards": False, "non_homogeneous_layers": True, "dp_cp_group": session.groups.dp}
+    metadata = {"singleton_local_shards": False, "non_homogeneous_layers": True, "dp_cp_group": session.groups.dp_cp}
     return {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(session.chunks)}
 
 
