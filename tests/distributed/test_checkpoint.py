@@ -46,6 +46,8 @@ EP_PP = ParallelConfig(expert_model_parallel_size=2, pipeline_model_parallel_siz
 ETP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2)
 ETP1 = replace(ETP2, expert_tensor_parallel_size=1)
 ALL = replace(ETP1, pipeline_model_parallel_size=2)
+CP = ParallelConfig(context_parallel_size=2)
+CP_EP = replace(ETP1, context_parallel_size=2)
 
 MOVES = {
     "dense: DP2 to TP2 SP": (DENSE, (DP, 2), (TP, 2)),
@@ -58,6 +60,9 @@ MOVES = {
     "MoE: TP2 SP EP2 ETP2 to one process": (MOE, (ETP2, 4), (ALONE, 1)),
     "MoE: one process to TP2 SP PP2 EP2 ETP1": (MOE, (ALONE, 1), (ALL, 8)),
     "MoE: TP2 SP PP2 EP2 ETP1 to EP2": (MOE, (ALL, 8), (EP, 4)),
+    "dense: CP2 to PP2 VPP2": (DENSE, (CP, 2), (VPP, 2)),
+    "MoE: one process to CP2 TP2 SP EP2 ETP1": (MOE, (ALONE, 1), (CP_EP, 4)),
+    "MoE: CP2 TP2 SP EP2 ETP1 to EP2": (MOE, (CP_EP, 8), (EP, 4)),
     "MoE: EP2, plain optimizer, to PP2 VPP2": (MOE, (replace(EP, use_distributed_optimizer=False), 2), (VPP, 2)),
 }
 

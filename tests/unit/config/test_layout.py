@@ -59,6 +59,9 @@ def test_sizes() -> None:
     layout = resolve_layout(GRIDS[3], TRAIN, 16)
     assert layout == Layout(world_size=16, tp=2, cp=1, dp=4, pp=2, etp=1, ep=4, edp=2, num_microbatches=4)
     assert smallest_world_size(GRIDS[3]) == 8
+    layout = resolve_layout(GRIDS[5], TRAIN, 16)
+    assert layout == Layout(world_size=16, tp=2, cp=2, dp=4, pp=1, etp=2, ep=2, edp=4, num_microbatches=4)
+    assert smallest_world_size(GRIDS[5]) == 4
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,7 @@ def test_sizes() -> None:
         (GRIDS[1], 6, "6 processes cannot be split into tensor_model_parallel_size = 2"),
         (GRIDS[2], 3, "start a multiple of 2"),
         (GRIDS[4], 4, "cannot hold experts split over"),
+        (GRIDS[5], 6, "context_parallel_size = 2 x pipeline_model_parallel_size = 1; start a multiple of 4"),
         (ParallelConfig(), 5, "train.global_batch_size = 32 is not a multiple"),
         (
             ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2),
