@@ -123,7 +123,7 @@ def documents_of_batches(data: DataConfig, eod: int) -> list[tuple[list[list[int
         micro_batch=4,
         dp_rank=0,
         dp_size=1,
-        num_workers=1,
+        num_workers=0,
         device=torch.device("cpu"),
         resets=DocumentResets(eod, attention=True, positions=True),
     )
