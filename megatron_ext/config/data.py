@@ -32,8 +32,9 @@ class DataConfig:
     eod_mask_loss: bool = False
     """Leave out the loss at end-of-document tokens."""
     reset_attention_mask: bool = False
-    """Tokens attend within their own document only."""
+    """Tokens attend within their own document only; a document ends with its end-of-document token."""
     reset_position_ids: bool = False
-    """Positions count from 0 in each document instead of in each sample."""
+    """Positions count from 0 in each document instead of in each sample. Learned positions follow this; rotary
+    embedding depends on distances alone, so with reset_attention_mask it is the same either way."""
     num_workers: int = Field(default=0, ge=0)
     """Processes that read ahead on each rank; 0 reads in the training process."""

@@ -14,6 +14,7 @@ class Position:
 
     rank: int
     tp: int
+    cp: int
     dp: int
     pp: int
     etp: int
@@ -23,13 +24,14 @@ class Position:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of every kind of group. Megatron's order: TP varies fastest, then data, then pipeline.
+    """Sizes of every kind of group. Megatron's order: TP varies fastest, then context, data, pipeline.
 
-    The expert grid (ETP x EP x EDP) covers the same TP x DP ranks of a pipeline stage as the dense one.
+    The expert grid (ETP x EP x EDP) covers the same TP x CP x DP ranks of a pipeline stage as the dense one.
     """
 
     world_size: int
     tp: int
+    cp: int
     dp: int
     pp: int
     etp: int
@@ -39,11 +41,12 @@ class Layout:
 
     def position(self, rank: int) -> Position:
         """Where `rank` stands."""
-        stage, within = divmod(rank, self.tp * self.dp)
+        stage, within = divmod(rank, self.tp * self.cp * self.dp)
         return Position(
             rank=rank,
             tp=within % self.tp,
-            dp=within // self.tp,
+            cp=within // self.tp % self.cp,
+            dp=within // (self.tp * self.cp),
             pp=stage,
             etp=within % self.etp,
             ep=within // self.etp % self.ep,
@@ -53,7 +56,8 @@ class Layout:
 
 def smallest_world_size(parallel: ParallelConfig) -> int:
     """Fewest processes that `parallel` can run on."""
-    stage = math.lcm(parallel.tensor_model_parallel_size, parallel.etp * parallel.expert_model_parallel_size)
+    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    stage = math.lcm(dense, parallel.etp * parallel.expert_model_parallel_size)
     return stage * parallel.pipeline_model_parallel_size
 
 
@@ -63,16 +67,18 @@ def resolve_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int
     Raises:
         ConfigError: the processes cannot be split this way; every reason at once.
     """
-    tp, pp, ep, etp = (
+    tp, cp, pp, ep, etp = (
         parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.expert_model_parallel_size,
         parallel.etp,
     )
     faults = []
-    if world_size % (tp * pp):
+    if world_size % (tp * cp * pp):
+        context = f"context_parallel_size = {cp} x " if cp > 1 else ""
         faults.append(
-            f"{world_size} processes cannot be split into tensor_model_parallel_size = {tp} x "
+            f"{world_size} processes cannot be split into tensor_model_parallel_size = {tp} x {context}"
             f"pipeline_model_parallel_size = {pp}; start a multiple of {smallest_world_size(parallel)}"
         )
     elif world_size % (etp * ep * pp):
@@ -81,7 +87,7 @@ def resolve_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int
             f"expert_model_parallel_size = {ep} x pipeline_model_parallel_size = {pp}; "
             f"start a multiple of {smallest_world_size(parallel)}"
         )
-    dp = max(world_size // (tp * pp), 1)
+    dp = max(world_size // (tp * cp * pp), 1)
     per_pass = train.micro_batch_size * dp
     if train.global_batch_size % per_pass:
         faults.append(
@@ -99,6 +105,7 @@ def resolve_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int
     return Layout(
         world_size=world_size,
         tp=tp,
+        cp=cp,
         dp=dp,
         pp=pp,
         etp=etp,

@@ -4,6 +4,7 @@ A rule is a pure function of leaf values, so the loader can apply it to the keys
 the same file are not, and report everything at once.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ BALANCE = "model.moe_router_load_balancing_type"
 COEFFICIENT = "model.moe_aux_loss_coeff"
 TP = "parallel.tensor_model_parallel_size"
 SP = "parallel.sequence_parallel"
+CP = "parallel.context_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 EP = "parallel.expert_model_parallel_size"
@@ -103,9 +105,6 @@ PENDING: dict[str, Any] = {
     "model.hidden_dropout": 0.0,
     "model.embedding_scale": 1.0,
     "model.output_z_loss_coeff": 0.0,
-    "parallel.context_parallel_size": 1,
-    "data.reset_attention_mask": False,
-    "data.reset_position_ids": False,
     "runtime.backend": "torch",
     "precision.recipe": None,
 }
@@ -325,13 +324,31 @@ def _expert_grid_is_right(tp: int, ep: int, etp: int | None, experts: int | None
     return None
 
 
-@rule("data.sequence_length", TP, given=(SP,))
-def _sp_divides_sequence(length: int, tp: int, sp: bool) -> str | None:
-    return (
-        "sequence parallelism needs a length that is a multiple of the tensor-parallel size"
-        if sp and length % tp
-        else None
-    )
+@rule("data.sequence_length", TP, CP, given=(SP,))
+def _sequence_splits(length: int, tp: int, cp: int, sp: bool) -> str | None:
+    parts = cp * math.lcm(2 if cp > 1 else 1, tp if sp else 1)
+    if length % parts == 0:
+        return None
+    context = "context parallelism gives each rank two equal slices" if cp > 1 else ""
+    sequence = "sequence parallelism splits a rank's tokens over the tensor-parallel size" if sp else ""
+    return f"must be a multiple of {parts}, since " + " and ".join(filter(None, (context, sequence)))
+
+
+@rule("data.reset_attention_mask", "runtime.backend")
+def _documents_need_our_attention(reset: bool, backend: str) -> str | None:
+    if reset and backend != "torch":
+        return "Transformer Engine's attention would ignore the documents; set runtime.backend: torch"
+    return None
+
+
+@rule("data.reset_position_ids", "data.reset_attention_mask", "model.position_embedding_type")
+def _rotary_positions_restart_with_attention(positions: bool, attention: bool, embedding: str) -> str | None:
+    if positions and not attention and embedding == "rope":
+        return (
+            "rotary embedding knows distances, not positions: while tokens attend across documents nothing starts "
+            "anew; set data.reset_attention_mask: true or remove reset_position_ids"
+        )
+    return None
 
 
 @rule("data.sequence_length", "model.max_position_embeddings")
@@ -415,9 +432,9 @@ OWNED_BY_US = frozenset(
     "moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_router_score_function "
     "moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias moe_router_bias_update_rate "
     "moe_expert_capacity_factor moe_token_drop_policy moe_shared_expert_gate tensor_model_parallel_size "
-    "pipeline_model_parallel_size virtual_pipeline_model_parallel_size expert_model_parallel_size "
-    "expert_tensor_parallel_size sequence_parallel moe_token_dispatcher_type recompute_granularity recompute_method "
-    "recompute_num_layers recompute_modules params_dtype pipeline_dtype bf16 calculate_per_token_loss batch_p2p_comm "
-    "overlap_p2p_comm perform_initialization".split()
+    "pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size "
+    "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel moe_token_dispatcher_type "
+    "recompute_granularity recompute_method recompute_num_layers recompute_modules params_dtype pipeline_dtype bf16 "
+    "calculate_per_token_loss batch_p2p_comm overlap_p2p_comm perform_initialization".split()
 )
 """TransformerConfig fields that this framework derives; an override could contradict them silently."""

@@ -1,36 +1,59 @@
 """What one forward pass is given."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.runtime.zigzag import zigzag_slice
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Token ids, next-token labels and the mask of labels that count: each [B, S]."""
+    """Token ids, next-token labels, the mask of labels that count, and positions: each [B, S]."""
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
+    position_ids: Tensor
     seeds: Tensor
     """[B] int64, seeds what is drawn for a sample (router noise): of the run's seed and the sample's position."""
+    document_lengths: tuple[tuple[int, ...], ...] | None = None
+    """Of each row its documents' lengths, over the whole sequence; None where tokens attend to the whole row. Numbers
+    of the host, since attention kernels must know them without waiting for the device."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copy to `device`."""
-        return MicroBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        return self._map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
         """Copy to page-locked memory, from which a GPU copies by itself; the DataLoader calls this."""
-        return MicroBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
+        return self._map(lambda x: x.pin_memory())
 
-    @property
-    def position_ids(self) -> Tensor:
-        """Positions [B, S]: each row counts from 0."""
-        return torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
+    def context_share(self, rank: int, size: int) -> "MicroBatch":
+        """The tokens [B, S / size] that one rank of a context-parallel group computes."""
+        return self._map(lambda x: zigzag_slice(x, rank, size, dim=1) if x.dim() > 1 else x)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        columns = {
+            name: change(getattr(self, name)) for name in ("tokens", "labels", "loss_mask", "position_ids", "seeds")
+        }
+        return replace(self, **columns)
+
+
+@dataclass(frozen=True)
+class DocumentResets:
+    """What starts anew with the token after an end-of-document token."""
+
+    eod: int
+    """Id of the end-of-document token."""
+    attention: bool
+    """Tokens see no token of another document."""
+    positions: bool
+    """Positions count from 0."""
 
 
 def sample_indices(
@@ -50,10 +73,29 @@ def sample_seed(seed: int, position: int) -> int:
     return seed_from_name(seed, f"sample {position}")
 
 
-def collate(samples: Sequence[dict[str, Tensor]]) -> MicroBatch:
+def collate(samples: Sequence[dict[str, Tensor]], resets: DocumentResets | None = None) -> MicroBatch:
     """Stack samples: those of a megatron GPTDataset with their `seed`."""
-    columns = (
+    tokens, labels, loss_mask, seeds = (
         torch.stack([torch.as_tensor(sample[key]) for sample in samples])
         for key in ("tokens", "labels", "loss_mask", "seed")
     )
-    return MicroBatch(*columns)
+    return complete_columns(tokens, labels, loss_mask, seeds, resets)
+
+
+def complete_columns(
+    tokens: Tensor, labels: Tensor, loss_mask: Tensor, seeds: Tensor, resets: DocumentResets | None = None
+) -> MicroBatch:
+    """Complete [B, S] columns and [B] seeds to a micro-batch; without `resets` each row is one document."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+    if resets is None:
+        return MicroBatch(tokens, labels, loss_mask, positions, seeds)
+    lengths = tuple(_document_lengths(row, resets.eod) for row in tokens)
+    if resets.positions:
+        positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    return MicroBatch(tokens, labels, loss_mask, positions, seeds, lengths if resets.attention else None)
+
+
+def _document_lengths(row_S: Tensor, eod: int) -> tuple[int, ...]:
+    """Lengths of the documents in one row: each ends with its `eod`, the last one where the row does."""
+    ends = (row_S[:-1] == eod).nonzero().flatten() + 1
+    return tuple(end - begin for begin, end in itertools.pairwise([0, *ends.tolist(), len(row_S)]))

@@ -5,6 +5,7 @@ is planned, on the number of ranks or on where a run was interrupted, so resumin
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_ext.config import DataConfig, DataSource
-from megatron_ext.data.batches import MicroBatch, collate, sample_indices, sample_seed
+from megatron_ext.data.batches import DocumentResets, MicroBatch, collate, sample_indices, sample_seed
 from megatron_ext.data.preprocess import check_dataset
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
@@ -100,6 +101,7 @@ def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> Epo
         split="1,0,0",
         path_to_cache=data.cache_dir,
         tokenizer=_Vocabulary(tokenizer, content),
+        # Documents are found when samples are collated: GPTDataset would only tell them as a mask [S, S].
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=data.eod_mask_loss,
@@ -139,6 +141,7 @@ def read_batches(
     dp_size: int,
     num_workers: int,
     device: torch.device,
+    resets: DocumentResets | None = None,
 ) -> Iterator[list[MicroBatch]]:
     """Yield this rank's micro-batches of each of `steps` global batches, from position `first_sample` on.
 
@@ -154,7 +157,7 @@ def read_batches(
     loader = torch.utils.data.DataLoader(
         _Seeded(dataset, seed),
         batch_sampler=plan,
-        collate_fn=collate,
+        collate_fn=partial(collate, resets=resets),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )

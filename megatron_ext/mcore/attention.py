@@ -1,19 +1,31 @@
-"""Core attention by torch's scaled_dot_product_attention: grouped-query, causal, no score matrix in memory."""
+"""Core attention by torch's own kernels: grouped-query, causal, within documents, over a context-parallel group.
 
-#   S sequence, B micro-batch, N query heads of this TP rank, G key/value heads of this TP rank, D head width
+No score matrix and no mask of that size stands in memory.
+"""
+
+#   S sequence of this CP rank, B micro-batch, N query heads of this TP rank, G key/value heads of this TP rank,
+#   D head width
 
 import math
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ext.mcore.spans import DocumentParams, Spans, attend_spans, whole_row_spans
+from megatron_ext.runtime.zigzag import zigzag_restore
+
 
 class ScaledDotProductAttention(MegatronModule):
-    """Causal attention over the heads of one tensor-parallel rank."""
+    """Causal attention over the heads of one tensor-parallel rank and the queries of one context-parallel rank."""
 
     def __init__(
         self,
@@ -22,12 +34,15 @@ class ScaledDotProductAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         assert (attn_mask_type, attention_type) == (AttnMaskType.causal, "self"), "only causal self-attention is built"
         assert config.kv_channels is not None
+        assert pg_collection is not None
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self.context_group: dist.ProcessGroup = pg_collection.cp
 
     def forward(
         self,
@@ -37,14 +52,52 @@ class ScaledDotProductAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Return the context [S, B, N * D]. The mask is not read: attention is causal over the whole sample."""
+        """Return the context [S, B, N * D].
+
+        Attention is causal, within the documents that `packed_seq_params` tells or else over the whole sample; the mask
+        is not read. Under context parallelism S is this rank's two zigzag slices.
+        """
         assert attention_bias is None, "no attention bias here"
-        assert packed_seq_params is None, "no packed sequences here"
+        assert packed_seq_params is None or isinstance(packed_seq_params, DocumentParams), "not packed as here"
+        spans = self._spans(query_SBND, packed_seq_params)
+        if spans is None:
+            return self._attend_rows(query_SBND, key_SBGD, value_SBGD)
+        key_SBGD, value_SBGD = gather_sequence(key_SBGD, value_SBGD, self.context_group)
+        return attend_spans(query_SBND, key_SBGD, value_SBGD, spans, self.scale)
+
+    def _spans(self, query_SBND: Tensor, documents: DocumentParams | None) -> Spans | None:
+        """What this rank's queries may see; None where they are whole rows."""
+        if documents is not None:
+            return documents.spans
+        size = self.context_group.size()
+        if size == 1:
+            return None
+        seq, batch = query_SBND.shape[:2]
+        return whole_row_spans(batch, seq * size, self.context_group.rank(), size, query_SBND.device)
+
+    def _attend_rows(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         context_BNSD = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
         )
         seq, batch = query_SBND.shape[:2]
         return context_BNSD.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+
+
+def gather_sequence(key_SBGD: Tensor, value_SBGD: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Keys and values of the whole sequence, in order, from the zigzag slices of a context-parallel group.
+
+    One all-gather forward and one reduce-scatter backward, as in Llama 3 (arXiv 2407.21783, section 3.3.2): with
+    grouped-query attention keys and values are small beside the queries, and one message of a layer's keys and values
+    needs no overlap with the computation as a ring does.
+    """
+    size = group.size()
+    if size == 1:
+        return key_SBGD, value_SBGD
+    widths = [key_SBGD.shape[-1], value_SBGD.shape[-1]]
+    both = torch.cat([key_SBGD, value_SBGD], dim=-1)
+    whole = zigzag_restore(gather_from_sequence_parallel_region(both, group=group), size)
+    key, value = whole.split(widths, dim=-1)
+    return key, value

@@ -42,7 +42,10 @@ _NOT_COMPUTED = {
         "moe_enable_routing_replay moe_input_jitter_eps moe_pad_expert_input_to_capacity moe_per_layer_logging "
         "moe_router_force_load_balancing moe_router_fusion"
     ),
-    "it is not built": "context_parallel_size cp_comm_type hierarchical_context_parallel_sizes transformer_impl",
+    "context parallelism gathers keys and values, and is set by parallel.context_parallel_size": (
+        "cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank"
+    ),
+    "it is not built": "transformer_impl",
 }
 
 

@@ -97,6 +97,7 @@ def _parallelism(parallel: ParallelConfig) -> dict[str, Any]:
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,

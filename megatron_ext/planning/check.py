@@ -55,15 +55,15 @@ def _export(run: RunConfig) -> str:
 
 def _grid(layout: Layout, *, assumed: bool) -> str:
     origin = " (the fewest this layout needs; --world-size N for another number)" if assumed else ""
-    dense = f"TP {layout.tp} x DP {layout.dp} x PP {layout.pp}"
+    dense = f"TP {layout.tp} x CP {layout.cp} x DP {layout.dp} x PP {layout.pp}"
     experts = f"ETP {layout.etp} x EP {layout.ep} x EDP {layout.edp}"
     rows = [
         f"rank grid of {layout.world_size} processes{origin}: {dense}, experts {experts}",
-        "  rank   tp   dp   pp  etp   ep  edp",
+        "  rank   tp   cp   dp   pp  etp   ep  edp",
     ]
     for rank in range(min(layout.world_size, _MOST_ROWS)):
         p = layout.position(rank)
-        rows.append(f"  {p.rank:4d} {p.tp:4d} {p.dp:4d} {p.pp:4d} {p.etp:4d} {p.ep:4d} {p.edp:4d}")
+        rows.append(f"  {p.rank:4d} {p.tp:4d} {p.cp:4d} {p.dp:4d} {p.pp:4d} {p.etp:4d} {p.ep:4d} {p.edp:4d}")
     if layout.world_size > _MOST_ROWS:
         rows.append(f"  ... and {layout.world_size - _MOST_ROWS} more")
     return "\n".join(rows)

@@ -21,11 +21,12 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
     """Parameters and bytes of state on the rank that holds most.
 
     A parameter takes 4 (fp32) or 2 (bf16) bytes and its gradient 4. Adam's two moments (and in bf16 the fp32 master
-    weight) take 8 (12) bytes, split over the data-parallel ranks by the distributed optimizer.
+    weight) take 8 (12) bytes, split by the distributed optimizer over the ranks that have the same
+    weights: data-parallel x context-parallel ones, and for experts those of the expert grid.
     """
     stages = [_stage(run.model, layout, stage) for stage in range(layout.pp)]
     weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
-    dense_share = layout.dp if run.parallel.use_distributed_optimizer else 1
+    dense_share = layout.dp * layout.cp if run.parallel.use_distributed_optimizer else 1
     expert_share = layout.edp if run.parallel.use_distributed_optimizer else 1
 
     def size(dense: int, expert: int) -> int:

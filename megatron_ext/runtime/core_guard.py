@@ -137,6 +137,12 @@ FAULTS: tuple[Fault, ...] = (
         "mended",
         "our RMSNorm marks its weight for the gradient sum over the TP group (mcore/norm.py)",
     ),
+    Fault(
+        "attention_refuses_context_parallelism",
+        "megatron-core's attention without Transformer Engine refuses context parallelism",
+        "mended",
+        "our core attention gathers keys and values over the context-parallel group (mcore/attention.py)",
+    ),
 )
 
 

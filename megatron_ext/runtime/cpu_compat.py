@@ -47,9 +47,10 @@ class NullStream:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`factory` that puts on the CPU what asks for CUDA."""
+    """`factory` that puts on the CPU what asks for CUDA, and into ordinary memory what asks for page-locked."""
 
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("pin_memory", None)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = CPU

@@ -19,8 +19,12 @@ class Groups:
     """The process groups that training code names explicitly; every rank belongs to one of each kind."""
 
     tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    """Ranks that read different samples."""
+    dp_cp: dist.ProcessGroup
+    """Ranks that have different tokens and the same dense weights: gradients are averaged over them."""
     stage: dist.ProcessGroup
     """The ranks of this pipeline stage: TP x CP x DP."""
     world: dist.ProcessGroup
@@ -79,6 +83,7 @@ def split_process_group(parallel: ParallelConfig, runtime: RuntimeConfig) -> Gro
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.etp,
         order="tp-cp-ep-dp-pp",
@@ -89,8 +94,10 @@ def split_process_group(parallel: ParallelConfig, runtime: RuntimeConfig) -> Gro
     assert world is not None
     return Groups(
         tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         stage=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         world=world,
     )

@@ -39,6 +39,8 @@ class Cell:
     micro_batch: int = 1
     length: int = SEQUENCE_LENGTH
     seed: int = 1234
+    documents: bool = False
+    """Samples hold several documents, and attention stays within them."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def run_cell(cell: Cell) -> Trajectory:
             dp_size=groups.dp.size(),
             vocabulary=cell.model.vocab_size,
             length=cell.length,
+            documents=cell.documents,
         )
         result = train_step(wrapped, optimizer, batch, groups, max_norm=adam.clip_grad)
         losses.append(float(result.loss))

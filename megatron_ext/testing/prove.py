@@ -78,14 +78,14 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> Plan:
             data parallelism.
     """
     fewest = smallest_world_size(run.parallel)
-    data_parallel = fewest // (run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size)
+    data_parallel = fewest // _model_ranks(run.parallel)
     wanted = world_size or (fewest if data_parallel > 1 else 2 * fewest)
     if world_size:
         run.resolve(world_size)
     parallel, processes, changes = _fit_processes(run.parallel, run.model, wanted, limit)
     model, layer_changes = _shrink_model(run.model, parallel)
     model, loss_changes = _comparable_losses(model)
-    data_ranks = processes // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    data_ranks = processes // _model_ranks(parallel)
     # Enough micro-batches for the pipeline to be full once, and a number that the interleaved schedule takes.
     samples = data_ranks * 2 * max(parallel.pipeline_model_parallel_size, 1)
     cell = Cell(
@@ -95,8 +95,9 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> Plan:
         _fit_recompute(run, model, parallel),
         steps=_STEPS,
         samples=samples,
-        length=16 * parallel.tensor_model_parallel_size,
+        length=model.max_position_embeddings,
         seed=run.train.seed,
+        documents=run.data.reset_attention_mask,
     )
     _require_legal(cell)
     return Plan(cell, processes, tuple(changes + layer_changes + loss_changes))
@@ -106,7 +107,7 @@ def prove(plan: Plan) -> Proof:
     """Train `plan` in its layout and in one process, from the same weights on the same data."""
     model = plan.cell.model
     parallel = plan.cell.parallel
-    data_ranks = plan.processes // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    data_ranks = plan.processes // _model_ranks(parallel)
     single = replace(
         plan.cell,
         model=replace(model, transformer_overrides=model.function_overrides),
@@ -120,6 +121,11 @@ def prove(plan: Plan) -> Proof:
     with GlooPool(plan.processes) as pool:
         reference = run_layout(pool, single, 1)
         return Proof(plan, run_layout(pool, plan.cell, plan.processes), reference)
+
+
+def _model_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that share one sample."""
+    return parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
 
 
 def _fit_processes(
@@ -152,6 +158,7 @@ def _halve_largest(parallel: ParallelConfig, model: ModelConfig) -> ParallelConf
     degrees = (
         "pipeline_model_parallel_size",
         "tensor_model_parallel_size",
+        "context_parallel_size",
         "expert_model_parallel_size",
         "expert_tensor_parallel_size",
     )
@@ -197,7 +204,8 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         ffn_hidden_size=24 * tp,
         vocab_size=30 * tp - 1,
         make_vocab_size_divisible_by=2 * tp,
-        max_position_embeddings=16 * tp,
+        # The sequence too: each rank has some tokens, under sequence and context parallelism alike.
+        max_position_embeddings=16 * tp * parallel.context_parallel_size,
         moe_ffn_hidden_size=12 * etp if model.num_moe_experts else None,
         moe_shared_expert_intermediate_size=16 * tp if model.moe_shared_expert_intermediate_size else None,
         transformer_overrides=overrides,
@@ -243,7 +251,7 @@ def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig)
 
 def _require_legal(cell: Cell) -> None:
     """The shrunk model must obey the same rules; a violation here is a fault of the shrinking."""
-    values: dict[str, object] = {}
+    values: dict[str, object] = {"data.sequence_length": cell.length}
     for section, config in (("model", cell.model), ("parallel", cell.parallel)):
         names = (*config.__dataclass_fields__, *DERIVED[section])
         values.update({f"{section}.{name}": getattr(config, name) for name in names})

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from megatron_ext.config import GatingNormalization, ModelConfig
-from megatron_ext.data.batches import MicroBatch, sample_indices, sample_seed
+from megatron_ext.data.batches import DocumentResets, MicroBatch, complete_columns, sample_indices, sample_seed
 
 VOCABULARY = 250
 SEQUENCE_LENGTH = 32
+EOD = 0
 
 
 def tiny_model(*, moe: bool = False, **changes: Any) -> ModelConfig:
@@ -48,11 +49,19 @@ def random_batch(
     dp_size: int,
     vocabulary: int = VOCABULARY,
     length: int = SEQUENCE_LENGTH,
+    documents: bool = False,
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of global batch `step`, with about a third of the labels masked."""
+    """This rank's micro-batches of global batch `step`, with about a third of the labels masked.
+
+    With `documents`, about every tenth token ends one, and attention and positions start anew after it.
+    """
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, vocabulary, (samples, length + 1), generator=generator)
     mask = (torch.rand(samples, length, generator=generator) > 0.3).float()
+    resets = None
+    if documents:
+        tokens[torch.rand(tokens.shape, generator=generator) < 0.1] = EOD
+        resets = DocumentResets(EOD, attention=True, positions=True)
     rows: Sequence[list[int]] = sample_indices(0, dp_rank, dp_size, micro_batch, samples // (micro_batch * dp_size))
     seeds = torch.tensor([sample_seed(0, step * samples + row) for row in range(samples)])
-    return [MicroBatch(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r]) for r in rows]
+    return [complete_columns(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r], resets) for r in rows]

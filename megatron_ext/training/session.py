@@ -16,7 +16,7 @@ from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.boxes import Box
 from megatron_ext.checkpoint.store import TrainingState
 from megatron_ext.config import DataSource, Layout, LearnedNoise, ModelConfig, RunConfig, load_config, to_mapping
-from megatron_ext.data.batches import MicroBatch
+from megatron_ext.data.batches import DocumentResets, MicroBatch
 from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
@@ -214,6 +214,13 @@ def check_same_data(run: RunConfig, checkpoint: Path) -> None:
         for section, key in (("data", "sequence_length"), ("train", "seed"))
         if saved[section][key] != now[section][key]
     ]
+    # The tokens would be the same, but not what is computed from them: as little as another model may this change
+    # unnoticed on the way. Checkpoints older than these keys had them off.
+    different += [
+        f"  data.{key}: {saved['data'].get(key, False)!r} in the checkpoint, {now['data'][key]!r} in this run"
+        for key in ("reset_attention_mask", "reset_position_ids")
+        if saved["data"].get(key, False) != now["data"][key]
+    ]
     weights = [[source["weight"] for source in mapping["data"]["train"]] for mapping in (saved, now)]
     if weights[0] != weights[1]:
         different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
@@ -249,6 +256,10 @@ class RunData:
                 f"{run.data.tokenizer} has {self._tokenizer.vocab_size} tokens, more than "
                 f"model.vocab_size = {run.model.vocab_size}"
             )
+        data = run.data
+        self._resets = None
+        if data.reset_attention_mask or data.reset_position_ids:
+            self._resets = DocumentResets(self._tokenizer.eod, data.reset_attention_mask, data.reset_position_ids)
         # The batch size may have changed on the way: what is left counts in today's, what is done is what it was.
         remaining = max(run.train.train_iters - state.iteration, 0) * run.train.global_batch_size
         self._train = self._blend(run.data.train, state.consumed_samples + remaining, run.train.seed)
@@ -287,4 +298,5 @@ class RunData:
             dp_size=session.groups.dp.size(),
             num_workers=self._run.data.num_workers,
             device=session.device,
+            resets=self._resets,
         )

@@ -1,6 +1,7 @@
 """One optimizer step, and one validation, over the micro-batches of a global batch."""
 
-#   M micro-batches of this rank, D data-parallel ranks, N tokens of the global batch whose label counts
+#   M micro-batches of this rank, D data-parallel ranks, C context-parallel ranks,
+#   N tokens of the global batch whose label counts
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe import balance
 from megatron_ext.mcore.moe.noise import begin_micro_batch
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
+from megatron_ext.mcore.spans import document_params
 from megatron_ext.runtime.process_groups import Groups
 
 
@@ -85,35 +87,44 @@ def _run(
     wrapped: Sequence[Any], batch: Sequence[MicroBatch], groups: Groups, *, forward_only: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the pipeline schedule; return the mean loss a token and N."""
-    tokens = torch.stack([micro.loss_mask.sum() for micro in batch]).sum()
-    dist.all_reduce(tokens, group=groups.dp)
-    # The schedule divides each loss by M and gradients are averaged over D, so that this weight leaves sum / N: the
-    # mean over all tokens of the global batch in every layout. Balance losses are divided by M * D alone, the mean
-    # over micro-batches, as on one process. (megatron-core's own per-token mode divides them by N too, and its
-    # correction is wrong under TP and CP in 0.16.)
-    weight = len(batch) * groups.dp.size() / tokens
     rows, length = batch[0].tokens.shape
+    batch = [micro.context_share(groups.cp.rank(), groups.cp.size()) for micro in batch]
+    tokens = torch.stack([micro.loss_mask.sum() for micro in batch]).sum()
+    dist.all_reduce(tokens, group=groups.dp_cp)
+    # The schedule multiplies each rank's loss by C / M (in every version, for a loss function that returns a pair) and
+    # gradients are averaged over D * C, so that this weight leaves sum / N: the mean over all tokens of the global
+    # batch in every layout. Balance losses, which the schedule scales by C / M too, are left divided by M * D alone:
+    # the mean over micro-batches, as on one process. (megatron-core's own per-token mode divides them by N too, and
+    # its correction is wrong under TP and CP in 0.16.)
+    weight = len(batch) * groups.dp.size() / tokens
     iterators = [iter(batch) for _ in wrapped]
     sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward, weight),
+        forward_step_func=partial(_forward, weight, groups.cp),
         data_iterator=iterators if len(wrapped) > 1 else iterators[0],
         model=list(wrapped) if len(wrapped) > 1 else wrapped[0],
         num_microbatches=len(batch),
+        # Of the whole sequence: the schedule itself takes a context-parallel rank's share.
         seq_length=length,
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    # Every TP rank of the last stage has the same sums; one of them contributes, and everyone learns the result.
+    # Every TP rank of the last stage has the same sums; one of them contributes, and everyone learns the result. Each
+    # context-parallel rank contributes the sum over its own tokens.
     contributes = groups.is_last_stage and groups.tp.rank() == 0
     total = torch.stack(sums).sum() if contributes else torch.zeros((), device=tokens.device)
     dist.all_reduce(total, group=groups.world)
     return total / tokens, tokens
 
 
-def _forward(weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+def _forward(
+    weight: Tensor, context: dist.ProcessGroup, batches: Iterator[MicroBatch], model: Any
+) -> tuple[Tensor, Any]:
     micro = next(batches)
     begin_micro_batch(micro.seeds)
-    output = model(micro.tokens, micro.position_ids, None, labels=micro.labels)
+    documents = None
+    if micro.document_lengths is not None:
+        documents = document_params(micro.document_lengths, context.rank(), context.size(), micro.tokens.device)
+    output = model(micro.tokens, micro.position_ids, None, labels=micro.labels, packed_seq_params=documents)
 
     def loss(losses: Tensor) -> tuple[Tensor, Tensor]:
         total = (losses.float() * micro.loss_mask).sum()

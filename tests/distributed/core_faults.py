@@ -15,6 +15,8 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -321,6 +323,20 @@ def norm_refuses_sequence_parallelism(pool: GlooPool) -> bool:
     return all(pool.run(2, core_norm_refuses))
 
 
+def core_attention_refuses() -> bool:
+    config = core_config(ParallelConfig(context_parallel_size=2))
+    config.context_parallel_size = 2
+    try:
+        DotProductAttention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
+    except AssertionError as error:
+        return "Context parallelism" in str(error)
+    return False
+
+
+def attention_refuses_context_parallelism(pool: GlooPool) -> bool:
+    return all(pool.run(2, core_attention_refuses))
+
+
 SHOWN: dict[str, Callable[[GlooPool], bool]] = {
     function.__name__: function
     for function in (
@@ -339,5 +355,6 @@ SHOWN: dict[str, Callable[[GlooPool], bool]] = {
         norm_recompute_needs_transformer_engine,
         torch_adam_cannot_resume,
         norm_refuses_sequence_parallelism,
+        attention_refuses_context_parallelism,
     )
 }

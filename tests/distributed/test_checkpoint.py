@@ -56,6 +56,8 @@ EP_PP = ParallelConfig(expert_model_parallel_size=2, pipeline_model_parallel_siz
 ETP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2)
 ETP1 = replace(ETP2, expert_tensor_parallel_size=1)
 ALL = replace(ETP1, pipeline_model_parallel_size=2)
+CP = ParallelConfig(context_parallel_size=2)
+CP_EP = replace(ETP1, context_parallel_size=2)
 
 MOVES = {
     "dense: DP2 to TP2 SP": (DENSE, (DP, 2), (TP, 2)),
@@ -70,6 +72,9 @@ MOVES = {
     "MoE: TP2 SP PP2 EP2 ETP1 to EP2": (MOE, (ALL, 8), (EP, 4)),
     "router state: TP2 SP PP2 EP2 ETP1 to EP2": (ROUTER, (ALL, 8), (EP, 4)),
     "router state: one process to PP2 VPP2": (ROUTER, (ALONE, 1), (VPP, 2)),
+    "dense: CP2 to PP2 VPP2": (DENSE, (CP, 2), (VPP, 2)),
+    "MoE: one process to CP2 TP2 SP EP2 ETP1": (MOE, (ALONE, 1), (CP_EP, 4)),
+    "MoE: CP2 TP2 SP EP2 ETP1 to EP2": (MOE, (CP_EP, 8), (EP, 4)),
     "MoE: EP2, plain optimizer, to PP2 VPP2": (MOE, (replace(EP, use_distributed_optimizer=False), 2), (VPP, 2)),
 }
 
@@ -323,7 +328,7 @@ def test_a_damaged_file_is_named(pool: GlooPool, tmp_path: Path) -> None:
 
 def plain_model_state(session: Session) -> dict[str, object]:
     """The model's sharded state dict, as megatron-core makes it."""
-    metadata = {"singleton_local_shards": False, "non_homogeneous_layers": True, "dp_cp_group": session.groups.dp}
+    metadata = {"singleton_local_shards": False, "non_homogeneous_layers": True, "dp_cp_group": session.groups.dp_cp}
     return {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(session.chunks)}
 
 

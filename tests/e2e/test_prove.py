@@ -116,6 +116,21 @@ def test_data_parallelism_is_lowered_before_other_degrees(tmp_path: Path) -> Non
     assert (plan.processes, plan.cell.parallel.tensor_model_parallel_size) == (16, 8)
 
 
+def test_context_parallelism_and_documents_are_part_of_the_proof(tmp_path: Path) -> None:
+    mapping = run_mapping(tmp_path, moe=True)
+    mapping["data"] |= {"reset_attention_mask": True}
+    mapping["parallel"] = {"context_parallel_size": 8, "expert_model_parallel_size": 2}
+    run = load_run(write_run(tmp_path / "run.yaml", mapping))
+    plan = plan_proof(run, 16, 4)
+    assert plan.processes == 4
+    assert "parallel.context_parallel_size: 8 -> 4" in plan.changes
+    assert plan.cell.documents
+    proof = prove(plan_proof(run, 16, 2))
+    assert proof.plan.cell.parallel.context_parallel_size == 2
+    print(f"CP2 EP2 with documents: {proof.difference.worst:.1e}")
+    assert proof.holds
+
+
 def test_a_layout_that_differs_is_not_proven() -> None:
     plan = plan_proof(load_run(EXAMPLE), 8, 8)
     single = Trajectory((5.0, 4.0), (1.0, 1.0))

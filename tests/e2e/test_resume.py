@@ -160,6 +160,9 @@ def test_a_blend_goes_on_with_a_smaller_batch(work: Path) -> None:
     process = train(1, *options, "data.sequence_length=32", "train.train_iters=8")
     assert process.returncode == 2
     assert "data.sequence_length: 64 in the checkpoint, 32 in this run" in process.stderr
+    process = train(1, *options, "data.reset_attention_mask=true", "train.train_iters=8")
+    assert process.returncode == 2
+    assert "data.reset_attention_mask: False in the checkpoint, True in this run" in process.stderr
     # The same data in another place is the same data; other data in the same place is not.
     shutil.copytree(work / "data", work / "moved")
     moved = (*options[:1], blend.replace("/data/", "/moved/"), *options[2:], "train.global_batch_size=4")

@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.runtime.zigzag import zigzag_restore, zigzag_slice
+
 
 @dataclass(frozen=True)
 class TokenGrid:
     """How a micro-batch's sequences are split over the ranks that share it.
 
-    Context parallelism gives each rank the slices r and 2 CP - 1 - r of 2 CP (megatron's zigzag); sequence parallelism
-    splits what a rank has into TP consecutive parts.
+    Context parallelism gives each rank two slices (runtime/zigzag.py), and sequence parallelism splits what a rank
+    then has into TP consecutive parts.
     """
 
     group: dist.ProcessGroup
@@ -30,17 +32,7 @@ class TokenGrid:
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Position in the sequence of each of this rank's `length` rows."""
-        return self._positions_of(self.group.rank() if self.splits > 1 else 0, length, device)
-
-    def _positions_of(self, rank: int, length: int, device: torch.device) -> Tensor:
-        cp_rank, tp_rank = divmod(rank, self.tp_size)
-        held = length * self.tp_size  # rows of this CP rank
-        row = torch.arange(tp_rank * length, (tp_rank + 1) * length, device=device)
-        if self.cp_size == 1:
-            return row
-        half = held // 2
-        early, late = cp_rank * half, (2 * self.cp_size - 1 - cp_rank) * half
-        return torch.where(row < half, early + row, late + row - half)
+        return self._mine(torch.arange(length * self.splits, device=device))
 
     def gather(self, local: Tensor, batch: int) -> Tensor:
         """All ranks' rows of `local` [T, ...], in the order of position and sample."""
@@ -48,16 +40,15 @@ class TokenGrid:
             return local
         everyone = torch.empty(self.splits * local.shape[0], *local.shape[1:], dtype=local.dtype, device=local.device)
         dist.all_gather_into_tensor(everyone, local.contiguous(), group=self.group)
-        return everyone[self._order(local.shape[0] // batch, batch, local.device)]
+        return zigzag_restore(everyone.unflatten(0, (-1, batch)), self.cp_size).flatten(0, 1)
 
     def take(self, everyone: Tensor, batch: int) -> Tensor:
         """This rank's rows of what `gather` returned."""
-        if self.splits == 1:
-            return everyone
-        length = everyone.shape[0] // batch // self.splits
-        return everyone.unflatten(0, (-1, batch))[self.positions(length, everyone.device)].flatten(0, 1)
+        return self._mine(everyone.unflatten(0, (-1, batch))).flatten(0, 1)
 
-    def _order(self, length: int, batch: int, device: torch.device) -> Tensor:
-        positions = torch.cat([self._positions_of(rank, length, device) for rank in range(self.splits)])
-        rows = positions.argsort()
-        return (rows[:, None] * batch + torch.arange(batch, device=device)).flatten()
+    def _mine(self, sequence: Tensor) -> Tensor:
+        """The rows of a whole sequence that this rank holds."""
+        if self.splits == 1:
+            return sequence
+        cp_rank, tp_rank = divmod(self.group.rank(), self.tp_size)
+        return zigzag_slice(sequence, cp_rank, self.cp_size, dim=0).chunk(self.tp_size)[tp_rank]

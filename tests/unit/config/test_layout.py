@@ -27,6 +27,10 @@ GRIDS = [
         pipeline_model_parallel_size=2,
     ),
     ParallelConfig(expert_model_parallel_size=4, pipeline_model_parallel_size=2),
+    ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2, expert_model_parallel_size=2
+    ),
+    ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2, pipeline_model_parallel_size=2),
 ]
 TRAIN = TrainConfig(train_iters=1, global_batch_size=32, micro_batch_size=2)
 
@@ -36,6 +40,7 @@ def core_position(parallel: ParallelConfig) -> Position:
     return Position(
         rank=dist.get_rank(),
         tp=parallel_state.get_tensor_model_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
         dp=parallel_state.get_data_parallel_rank(),
         pp=parallel_state.get_pipeline_model_parallel_rank(),
         etp=parallel_state.get_expert_tensor_parallel_rank(),
@@ -52,8 +57,11 @@ def test_positions_are_those_of_megatron_core(parallel: ParallelConfig, pool: Gl
 
 def test_sizes() -> None:
     layout = resolve_layout(GRIDS[3], TRAIN, 16)
-    assert layout == Layout(world_size=16, tp=2, dp=4, pp=2, etp=1, ep=4, edp=2, num_microbatches=4)
+    assert layout == Layout(world_size=16, tp=2, cp=1, dp=4, pp=2, etp=1, ep=4, edp=2, num_microbatches=4)
     assert smallest_world_size(GRIDS[3]) == 8
+    layout = resolve_layout(GRIDS[5], TRAIN, 16)
+    assert layout == Layout(world_size=16, tp=2, cp=2, dp=4, pp=1, etp=2, ep=2, edp=4, num_microbatches=4)
+    assert smallest_world_size(GRIDS[5]) == 4
 
 
 @pytest.mark.parametrize(
@@ -62,6 +70,7 @@ def test_sizes() -> None:
         (GRIDS[1], 6, "6 processes cannot be split into tensor_model_parallel_size = 2"),
         (GRIDS[2], 3, "start a multiple of 2"),
         (GRIDS[4], 4, "cannot hold experts split over"),
+        (GRIDS[5], 6, "context_parallel_size = 2 x pipeline_model_parallel_size = 1; start a multiple of 4"),
         (ParallelConfig(), 5, "train.global_batch_size = 32 is not a multiple"),
         (
             ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2),

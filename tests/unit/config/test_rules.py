@@ -105,7 +105,19 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     (
         {"data": {"sequence_length": 63}, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
-        ["data.sequence_length = 63"],
+        ["data.sequence_length = 63", "parallel.tensor_model_parallel_size = 2", "multiple of 2"],
+    ),
+    (
+        {"data": {"sequence_length": 62}, "parallel": {"context_parallel_size": 2}},
+        ["data.sequence_length = 62", "parallel.context_parallel_size = 2", "multiple of 4", "two equal slices"],
+    ),
+    (
+        {"data": {"reset_attention_mask": True}, "runtime": {"backend": "transformer_engine"}},
+        ["data.reset_attention_mask = True", "runtime.backend = 'transformer_engine'", "set runtime.backend: torch"],
+    ),
+    (
+        {"data": {"reset_position_ids": True}},
+        ["data.reset_position_ids = True", "set data.reset_attention_mask: true"],
     ),
     ({"data": {"sequence_length": 8192}}, ["model.max_position_embeddings = 4096"]),
     ({"parallel": {"overlap_param_gather": True}}, ["parallel.overlap_grad_reduce = False"]),
@@ -155,6 +167,8 @@ def test_every_rule_can_be_violated() -> None:
 
 
 def test_legal_neighbours_pass() -> None:
+    load(mapping(data={"sequence_length": 60}, parallel={"context_parallel_size": 2}))
+    load(mapping(data={"reset_position_ids": True, "reset_attention_mask": True}))
     load(mapping(model=MOE | {"moe_router_topk": 1, "moe_router_pre_softmax": True}))
     load(
         mapping(

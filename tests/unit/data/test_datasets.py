@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.config import DataConfig, DataSource
-from megatron_ext.data.batches import sample_indices
+from megatron_ext.data.batches import DocumentResets, sample_indices
 from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
@@ -54,6 +54,7 @@ def rank_batches(data: DataConfig, first: int, steps: int, micro_batch: int) -> 
     blend = build_blend(data.train, data, Tokenizer(data.tokenizer), num_samples=200, seed=7)
     stream = read_batches(
         blend,
+        seed=7,
         first_sample=first,
         steps=steps,
         global_batch=8,
@@ -111,6 +112,36 @@ def sample_fields(data: DataConfig) -> list[tuple[list[int], list[int], list[flo
     return [
         tuple(torch.as_tensor(blend[n][key]).tolist() for key in ("tokens", "labels", "loss_mask")) for n in range(20)
     ]
+
+
+def documents_of_batches(data: DataConfig, eod: int) -> list[tuple[list[list[int]], tuple[tuple[int, ...], ...]]]:
+    blend = build_blend(data.train, data, Tokenizer(data.tokenizer), num_samples=40, seed=7)
+    stream = read_batches(
+        blend,
+        seed=7,
+        first_sample=0,
+        steps=5,
+        global_batch=8,
+        micro_batch=4,
+        dp_rank=0,
+        dp_size=1,
+        num_workers=0,
+        device=torch.device("cpu"),
+        resets=DocumentResets(eod, attention=True, positions=True),
+    )
+    return [(micro.tokens.tolist(), micro.document_lengths) for batch in stream for micro in batch]
+
+
+def test_documents_are_found_while_reading(data: DataConfig, pool: GlooPool) -> None:
+    eod = Tokenizer(data.tokenizer).eod
+    (batches,) = pool.run(1, documents_of_batches, data, eod)
+    cuts = 0
+    for rows, documents in batches:
+        for tokens, lengths in zip(rows, documents, strict=True):
+            ends = [sum(lengths[:n]) for n in range(1, len(lengths))]
+            assert ends == [at + 1 for at, token in enumerate(tokens[:-1]) if token == eod]
+            cuts += len(ends)
+    assert cuts > 10
 
 
 def test_new_data_at_the_same_place_gets_a_new_index(tmp_path: Path, data: DataConfig, pool: GlooPool) -> None:

@@ -142,6 +142,8 @@ LAYOUTS = {
     "DP2": (2, ALONE),
     "EP2": (2, replace(ALONE, expert_model_parallel_size=2)),
     "TP2 DP2 EP2": (4, TP2_EP2),
+    "CP2": (2, replace(ALONE, context_parallel_size=2)),
+    "TP2 CP2": (4, replace(TP2, context_parallel_size=2)),
 }
 
 
@@ -395,8 +397,9 @@ def kept_assignments(parallel: ParallelConfig, policy: str) -> Tensor:
 def test_a_layout_does_not_change_what_is_dropped(policy: str, pool: GlooPool) -> None:
     (alone,) = pool.run(1, kept_assignments, ALONE, policy)
     assert float(alone.sum(dim=(0, 1)).max()) == 6, "0.75 of a mean load of 16 * 2 / 4 = 8"
-    parts = torch.stack(pool.run(2, kept_assignments, TP2, policy)).amax(dim=0)
-    assert torch.equal(parts, alone)
+    for processes, parallel in (LAYOUTS["TP2"], LAYOUTS["CP2"], LAYOUTS["TP2 CP2"]):
+        parts = torch.stack(pool.run(processes, kept_assignments, parallel, policy)).amax(dim=0)
+        assert torch.equal(parts, alone)
 
 
 # What is refused

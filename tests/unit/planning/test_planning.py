@@ -105,8 +105,9 @@ def allocated_bytes(model: ModelConfig, parallel: ParallelConfig, precision: Pre
         },
         {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
         {"use_distributed_optimizer": False, "expert_model_parallel_size": 2},
+        {"context_parallel_size": 2, "expert_model_parallel_size": 2},
     ],
-    ids=["dp4", "tp2 ep2", "pp2 ep2", "plain ep2"],
+    ids=["dp4", "tp2 ep2", "pp2 ep2", "plain ep2", "cp2 ep2"],
 )
 def test_state_memory_is_what_training_allocates(precision: Precision, degrees: dict[str, Any], pool: GlooPool) -> None:
     model, parallel = tiny_model(moe=True), ParallelConfig(**degrees)
@@ -127,7 +128,7 @@ def test_check_prints_grid_and_counts_and_reloads() -> None:
 
     run = load(mapping(parallel={"tensor_model_parallel_size": 2}))
     text = describe_run(run, 4)
-    assert "rank grid of 4 processes: TP 2 x DP 2 x PP 1" in text
+    assert "rank grid of 4 processes: TP 2 x CP 1 x DP 2 x PP 1" in text
     assert f"{count_parameters(run.model).total:,} in all" in text
     assert "(the fewest this layout needs" in describe_run(run, None)
     resolved = text.split("rank grid")[0]

@@ -1,0 +1,201 @@
+"""Causal attention over spans: the queries that a rank holds against just the keys that they may see, without a mask.
+
+A span is a stretch of one row's queries and a stretch of its keys that ends with them: the last query sees all keys,
+the one before it all but the last, and so on. A document is a span whose queries and keys are the same tokens; a
+zigzag chunk of a context-parallel rank is one whose keys begin earlier than its queries; a chunk that documents cut
+into pieces is several. So one description covers intra-document attention, context parallelism and both.
+"""
+
+#   S sequence of the rank, B micro-batch, N query heads, G key/value heads, D head width
+#   Q packed queries of the rank (S * B), K packed keys
+
+import functools
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from megatron_ext.runtime.zigzag import zigzag_chunks
+
+# Rows of queries that meet a mask at a time, where a span has more keys than queries and no kernel knows that mask.
+_MASKED_QUERIES = 128
+
+# Older versions lack grouped-query attention or a free scale; there spans are computed one by one.
+_VARLEN_IS_COMPLETE = {"enable_gqa", "scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """All spans of a micro-batch on one rank, in the order of its packed queries: by row, then by position."""
+
+    key_ranges: tuple[tuple[int, int, int], ...]
+    """(row, first, end): keys that are needed, as few contiguous ranges; together they are the packed keys."""
+    query_lengths: tuple[int, ...]
+    """Queries of each span. Together they are the packed queries."""
+    key_lengths: tuple[int, ...]
+    """Keys of each span. Together they are the packed keys."""
+    query_ends: Tensor
+    """[spans + 1] int32: where each span begins and ends in the packed queries, for the kernel."""
+    key_ends: Tensor
+    """The same for the packed keys."""
+
+
+@dataclass
+class DocumentParams(PackedSeqParams):
+    """The spans of a micro-batch's documents on their way to the core attention.
+
+    megatron-core hands `packed_seq_params` through every layer, also under recompute, and acts on it only where
+    `qkv_format` is "thd" (which would want one row, and would cut rotary embedding by documents with a host
+    synchronisation in each layer), except that it takes the length of the rotary embedding from `max_seqlen_q`.
+    The other way there, `attention_mask`, carries only a tensor: kernels need lengths that the host knows.
+    """
+
+    spans: Spans | None = None
+
+
+def document_params(
+    lengths: Sequence[Sequence[int]], context_rank: int, context_size: int, device: torch.device
+) -> DocumentParams:
+    """What the layers of a rank need to know of documents.
+
+    Args:
+        lengths: of each row of the micro-batch its documents' lengths, in order, over the whole sequence.
+    """
+    whole = sum(lengths[0])
+    spans = find_spans(lengths, context_rank, context_size, device)
+    return DocumentParams(qkv_format="sbhd", max_seqlen_q=whole, max_seqlen_kv=whole, spans=spans)
+
+
+@functools.lru_cache(maxsize=8)
+def whole_row_spans(rows: int, length: int, context_rank: int, context_size: int, device: torch.device) -> Spans:
+    """The spans of `rows` rows of `length` tokens (over all context-parallel ranks), each one document."""
+    return find_spans([(length,)] * rows, context_rank, context_size, device)
+
+
+def find_spans(lengths: Sequence[Sequence[int]], context_rank: int, context_size: int, device: torch.device) -> Spans:
+    """The spans of a micro-batch on one context-parallel rank; see `document_params`."""
+    found = [
+        (row, *span)
+        for row, documents in enumerate(lengths)
+        for span in _row_spans(documents, context_rank, context_size)
+    ]
+    queries = tuple(end - first for _, first, _, end in found)
+    keys = tuple(end - begin for _, _, begin, end in found)
+    ranges: list[tuple[int, int, int]] = []
+    for row, _, begin, end in found:
+        if ranges and ranges[-1][0] == row and ranges[-1][2] == begin:
+            ranges[-1] = (row, ranges[-1][1], end)
+        else:
+            ranges.append((row, begin, end))
+    return Spans(tuple(ranges), queries, keys, _ends(queries, device), _ends(keys, device))
+
+
+def _row_spans(documents: Sequence[int], context_rank: int, context_size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (first query, first key, end of both), as positions of the whole row."""
+    chunks = zigzag_chunks(context_rank, context_size)
+    width = sum(documents) // (len(chunks) * context_size)
+    bounds = list(itertools.pairwise(itertools.accumulate(documents, initial=0)))
+    for chunk in chunks:
+        for begin, end in bounds:
+            first, last = max(begin, chunk * width), min(end, (chunk + 1) * width)
+            if first < last:
+                yield first, begin, last
+
+
+def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
+    ends = list(itertools.accumulate(lengths, initial=0))
+    # From page-locked memory the copy to a GPU does not wait for what the GPU is doing.
+    return torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def attend_spans(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, spans: Spans, scale: float) -> Tensor:
+    """Return the context [S, B, N * Dv] of this rank's queries.
+
+    Keys and values are those of the whole sequence. On CUDA in half precision this is one FlashAttention call for all
+    spans; elsewhere one scaled_dot_product_attention for each.
+    """
+    seq, batch = query_SBND.shape[:2]
+    query_QND = query_SBND.transpose(0, 1).flatten(0, 1)
+    key_KGD, value_KGD = (_pack(x, spans.key_ranges) for x in (key_SBGD, value_SBGD))
+    attend = _one_call if _has_kernel(query_QND, value_KGD) else _one_by_one
+    context_QND = attend(query_QND, key_KGD, value_KGD, spans, scale)
+    return context_QND.view(batch, seq, -1).transpose(0, 1).contiguous()
+
+
+def _pack(whole_SBGD: Tensor, ranges: Sequence[tuple[int, int, int]]) -> Tensor:
+    parts = [whole_SBGD[begin:end, row] for row, begin, end in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _has_kernel(query_QND: Tensor, value_KGD: Tensor) -> bool:
+    """Whether FlashAttention takes these tensors: half precision, heads of one width that it knows, Ampere or newer."""
+    width = query_QND.shape[-1]
+    return (
+        _VARLEN_IS_COMPLETE
+        and query_QND.is_cuda
+        and query_QND.dtype in (torch.float16, torch.bfloat16)
+        and width == value_KGD.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and torch.cuda.get_device_capability(query_QND.device) >= (8, 0)
+    )
+
+
+def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Spans, scale: float) -> Tensor:
+    context_QND: Tensor = varlen_attn(
+        query_QND,
+        key_KGD,
+        value_KGD,
+        spans.query_ends,
+        spans.key_ends,
+        max(spans.query_lengths),
+        max(spans.key_lengths),
+        scale=scale,
+        # Causal; FlashAttention aligns the last query with the last key.
+        window_size=(-1, 0),
+        enable_gqa=query_QND.shape[1] != key_KGD.shape[1],
+    )
+    return context_QND
+
+
+def _one_by_one(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Spans, scale: float) -> Tensor:
+    # Split, not sliced: a split's gradient is one concatenation, that of each slice a tensor as large as the whole.
+    parts = zip(
+        query_QND.split(spans.query_lengths),
+        key_KGD.split(spans.key_lengths),
+        value_KGD.split(spans.key_lengths),
+        strict=True,
+    )
+    return torch.cat([_attend_span(*part, scale) for part in parts])
+
+
+def _attend_span(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: float) -> Tensor:
+    """Attention of one span.
+
+    With more keys than queries the mask is a parallelogram, which scaled_dot_product_attention takes only as a tensor.
+    It is made for a few queries at a time, so that its size is linear in the sequence. (Attending to the keys before
+    the span without a mask and to those within it causally, and merging both by their log-sum-exp, needs no mask, but
+    that sum is known only to functions private to each device's kernel, and has no gradient there.)
+    """
+    queries, keys = query_QND.shape[0], key_KGD.shape[0]
+    gqa = query_QND.shape[1] != key_KGD.shape[1]
+    query, key, value = (x.transpose(0, 1)[None] for x in (query_QND, key_KGD, value_KGD))
+    if queries == keys:
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+        return context[0].transpose(0, 1)
+    blocks = []
+    for first in range(0, queries, _MASKED_QUERIES):
+        end = min(first + _MASKED_QUERIES, queries)
+        seen = keys - queries + end
+        mask = torch.ones(end - first, seen, dtype=torch.bool, device=query.device).tril(seen - (end - first))
+        part = F.scaled_dot_product_attention(
+            query[:, :, first:end], key[:, :, :seen], value[:, :, :seen], attn_mask=mask, scale=scale, enable_gqa=gqa
+        )
+        blocks.append(part[0].transpose(0, 1))
+    return torch.cat(blocks)
