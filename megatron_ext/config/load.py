@@ -68,8 +68,11 @@ def to_mapping(configuration: Any) -> dict[str, Any]:
 
 def section_types(annotation: Any) -> list[type]:
     """The configuration sections an annotation admits: none for a leaf, several for a tagged union."""
-    members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    return [m for m in members if hasattr(m, "__pydantic_fields__")]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return section_types(typing.get_args(annotation)[0])
+    if _is_union(annotation):
+        return [section for member in typing.get_args(annotation) for section in section_types(member)]
+    return [annotation] if hasattr(annotation, "__pydantic_fields__") else []
 
 
 def fields_of(cls: type) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 #   S sequence, B micro-batch, N query heads of this TP rank, G key/value heads of this TP rank, D head width
 
+import contextlib
 import math
 from typing import Any
 
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -43,8 +45,25 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_bias is None, "no attention bias here"
         assert packed_seq_params is None, "no packed sequences here"
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        context_BNSD = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        with self._random_numbers(dropout):
+            context_BNSD = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         seq, batch = query_SBND.shape[:2]
         return context_BNSD.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+
+    def _random_numbers(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
+        """The random numbers that differ between TP ranks, as their heads do.
+
+        Under sequence parallelism megatron-core's block already draws everything from them.
+        """
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -30,6 +31,8 @@ class StepResult:
     """Cross-entropy a token, over the whole global batch; on every rank."""
     tokens: Tensor
     """Tokens whose label counted."""
+    output_z_loss: Tensor
+    """Weighted output z-loss a token, which `loss` leaves out; 0 without one."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
 
@@ -54,12 +57,12 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss, tokens = _run(wrapped, batch, groups, forward_only=False)
+    (loss, z_loss), tokens = _run(wrapped, batch, groups, forward_only=False)
     norm = gradient_norm(optimizer)
     if not math.isfinite(norm):
         raise TrainingError(f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated")
     clip_and_step(optimizer, norm, max_norm)
-    return StepResult(loss, tokens, norm)
+    return StepResult(loss, tokens, z_loss, norm)
 
 
 @torch.no_grad()
@@ -69,7 +72,7 @@ def validation_loss(wrapped: Sequence[Any], batches: Iterator[Sequence[MicroBatc
         chunk.eval()
     total = tokens = torch.zeros(())
     for batch in batches:
-        loss, counted = _run(wrapped, batch, groups, forward_only=True)
+        (loss, _), counted = _run(wrapped, batch, groups, forward_only=True)
         total, tokens = total.to(loss) + loss * counted, tokens.to(loss) + counted
     return total / tokens
 
@@ -77,7 +80,7 @@ def validation_loss(wrapped: Sequence[Any], batches: Iterator[Sequence[MicroBatc
 def _run(
     wrapped: Sequence[Any], batch: Sequence[MicroBatch], groups: Groups, *, forward_only: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run the pipeline schedule; return the mean loss a token and N."""
+    """Run the pipeline schedule; return the mean cross-entropy and output z-loss a token, [2], and N."""
     tokens = torch.stack([micro.loss_mask.sum() for micro in batch]).sum()
     dist.all_reduce(tokens, group=groups.dp)
     # The schedule divides each loss by M and gradients are averaged over D, so that this weight leaves sum / N: the
@@ -98,9 +101,9 @@ def _run(
     )
     # Every TP rank of the last stage has the same sums; one of them contributes, and everyone learns the result.
     contributes = groups.is_last_stage and groups.tp.rank() == 0
-    total = torch.stack(sums).sum() if contributes else torch.zeros((), device=tokens.device)
-    dist.all_reduce(total, group=groups.world)
-    return total / tokens, tokens
+    totals = torch.stack(sums).sum(dim=0) if contributes else torch.zeros(2, device=tokens.device)
+    dist.all_reduce(totals, group=groups.world)
+    return totals / tokens, tokens
 
 
 def _forward(weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
@@ -108,7 +111,8 @@ def _forward(weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple
     output = model(micro.tokens, micro.position_ids, None, labels=micro.labels)
 
     def loss(losses: Tensor) -> tuple[Tensor, Tensor]:
-        total = (losses.float() * micro.loss_mask).sum()
-        return total * weight, total.detach()
+        # [B, S], or with an output z-loss [2, B, S]
+        totals = (losses.float() * micro.loss_mask).sum(dim=(-2, -1)).view(-1)
+        return totals.sum() * weight, F.pad(totals.detach(), (0, 2 - len(totals)))
 
     return output, loss

@@ -57,6 +57,7 @@ class Router(TopKRouter):
 
     def __init__(self, *, normalization: GatingNormalization | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.bias = None  # add_bias_linear gives megatron-core's router one
         self.normalization = normalization
         # Plain attributes, not buffers: statistics belong to no checkpoint, and converting the model's dtype must
         # not round them.
