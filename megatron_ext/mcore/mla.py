@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
@@ -21,6 +20,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig
+from megatron_ext.mcore.group_sums import sum_gradient_over_group
 from megatron_ext.mcore.rotary import LatentRotaryEmbedding
 
 
@@ -47,7 +47,7 @@ class DownProjection(MegatronModule):
         if self.shared and self.tp_group.size() > 1 and not self.config.sequence_parallel:
             # The heads of every rank use these outputs; with sequence parallelism gathering them sums the gradient.
             latent_SBC, shared_SBR = latent.split((latent.shape[-1] - self.shared, self.shared), dim=-1)
-            shared_SBR = copy_to_tensor_model_parallel_region(shared_SBR, self.tp_group)
+            shared_SBR = sum_gradient_over_group(shared_SBR, self.tp_group)
             latent = torch.cat((latent_SBC, shared_SBR), dim=-1)
         return latent, None
 

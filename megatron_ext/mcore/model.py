@@ -49,7 +49,7 @@ class GPTModel(CoreGPTModel):
         if not (self.training and self.output_z_loss_coeff):
             return super().compute_language_model_loss(labels, logits)
         # Taken before the cross-entropy, which works in place on fp32 logits.
-        of_labels_BS = logits_of_labels(labels, logits, first)
+        of_labels_BS = logits_of_labels(labels, logits, first, self.pg_collection.tp)
         cross_entropy_BS = super().compute_language_model_loss(labels, logits)
         return torch.stack((cross_entropy_BS, self.output_z_loss_coeff * z_loss(cross_entropy_BS, of_labels_BS)))
 

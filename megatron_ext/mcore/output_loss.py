@@ -3,11 +3,13 @@
 #   B micro-batch, S sequence of this rank, V vocabulary, TP tensor-parallel ranks
 
 import torch
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.mcore.group_sums import sum_over_group
 
-def logits_of_labels(labels_BS: Tensor, logits_SBV: Tensor, first: int) -> Tensor:
+
+def logits_of_labels(labels_BS: Tensor, logits_SBV: Tensor, first: int, tp_group: dist.ProcessGroup) -> Tensor:
     """The logit of each token's label, [B, S] in fp32.
 
     Args:
@@ -20,8 +22,7 @@ def logits_of_labels(labels_BS: Tensor, logits_SBV: Tensor, first: int) -> Tenso
     sequence = torch.arange(logits_SBV.shape[0], device=logits_SBV.device).unsqueeze(1)
     batch = torch.arange(logits_SBV.shape[1], device=logits_SBV.device)
     of_labels_SB = logits_SBV[sequence, batch, local_SB.where(here_SB, 0)].float() * here_SB
-    summed: Tensor = reduce_from_tensor_model_parallel_region(of_labels_SB)
-    return summed.t()
+    return sum_over_group(of_labels_SB, tp_group).t()
 
 
 def z_loss(cross_entropy_BS: Tensor, of_labels_BS: Tensor) -> Tensor:

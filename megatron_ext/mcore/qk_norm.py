@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from megatron_ext.mcore.group_sums import sum_gradient_over_group, sum_over_group
 
 
 class ProjectionNorm(MegatronModule):
@@ -30,10 +31,8 @@ class ProjectionNorm(MegatronModule):
         """Return the heads [S, B, N, D] divided by the root mean square over all heads of all ranks, times weight."""
         x = heads_SBND.flatten(-2).float()
         squares = x.square().sum(dim=-1, keepdim=True)
-        if self.tp_group.size() > 1:
-            # Every rank divides by the sum, so its gradient is summed over the ranks as the sum itself is.
-            summed = reduce_from_tensor_model_parallel_region(squares, self.tp_group)
-            squares = copy_to_tensor_model_parallel_region(summed, self.tp_group)
+        # Every rank divides by the sum, so its gradient is summed over the ranks as the sum itself is.
+        squares = sum_gradient_over_group(sum_over_group(squares, self.tp_group), self.tp_group)
         normalized = x * torch.rsqrt(squares / self.width + self.config.layernorm_epsilon)
         return (normalized * self.weight.float()).to(heads_SBND.dtype).view(heads_SBND.shape)
 
