@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_ext.architectures.fields import ConfigRule
+from megatron_ext.architectures.fields import ConfigRule, unsaid
 from megatron_ext.architectures.rules import Rule
 from megatron_ext.config import ModelConfig
 
@@ -20,9 +20,20 @@ class Architecture:
     """`model_type` in config.json."""
     config: tuple[ConfigRule, ...]
     weights: tuple[Rule, ...]
-    unlike: Callable[[ModelConfig], str | None]
-    """Why this class would not compute what the Megatron model computes; None if it computes exactly that."""
+    other: Callable[[ModelConfig], str | None] = lambda model: None
+    """A reason of its own why this class would not compute what the Megatron model computes."""
     code: tuple[str, ...] = ()
     """Modelling files shipped with an export because transformers does not have the class."""
     auto_map: tuple[tuple[str, str], ...] = ()
     """Auto classes of the shipped code."""
+
+    def unlike(self, model: ModelConfig) -> str | None:
+        """Why this class would not compute what the Megatron model computes; None if it computes exactly that.
+
+        Whatever the table of config fields does not carry must be at its default: a new field of ModelConfig is
+        refused by every architecture until a table knows it.
+        """
+        if (reason := self.other(model)) is not None:
+            return reason
+        lost = unsaid(self.config, model)
+        return f"it cannot say {', '.join(lost)}" if lost else None

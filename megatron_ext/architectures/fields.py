@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.config import ModelConfig, load_config
+from megatron_ext.config.load import fields_of
 from megatron_ext.errors import ConfigError, ConversionError
 
 HARMLESS = frozenset(
@@ -20,6 +21,13 @@ HARMLESS = frozenset(
 )
 """Fields that do not change the logits of a forward pass."""
 
+NOT_IN_THE_LOGITS = frozenset(
+    "attention_dropout hidden_dropout init_method_std make_vocab_size_divisible_by moe_adaptive_aux_loss "
+    "moe_aux_loss_coeff moe_expert_capacity_factor moe_router_bias_update_rate moe_router_load_balancing_type "
+    "moe_token_drop_policy moe_z_loss_coeff output_z_loss_coeff transformer_overrides".split()
+)
+"""ModelConfig fields that do not change the logits of a trained model, or (overrides) are judged elsewhere."""
+
 
 @dataclass(frozen=True)
 class ConfigRule(ABC):
@@ -28,6 +36,10 @@ class ConfigRule(ABC):
     @abstractmethod
     def hf_names(self) -> tuple[str, ...]:
         """The Hugging Face fields this rule accounts for."""
+
+    @abstractmethod
+    def megatron_names(self) -> tuple[str, ...]:
+        """The ModelConfig fields whose every value this rule carries over."""
 
     @abstractmethod
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
@@ -51,6 +63,9 @@ class Field(ConfigRule):
     def hf_names(self) -> tuple[str, ...]:
         return (self.hf,)
 
+    def megatron_names(self) -> tuple[str, ...]:
+        return (self.settable or self.megatron,)
+
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         return {self.hf: getattr(model, self.megatron)}
 
@@ -71,6 +86,9 @@ class Inverted(ConfigRule):
     def hf_names(self) -> tuple[str, ...]:
         return (self.hf,)
 
+    def megatron_names(self) -> tuple[str, ...]:
+        return (self.megatron,)
+
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         return {self.hf: not getattr(model, self.megatron)}
 
@@ -90,6 +108,9 @@ class Fixed(ConfigRule):
     def hf_names(self) -> tuple[str, ...]:
         return (self.hf,)
 
+    def megatron_names(self) -> tuple[str, ...]:
+        return ()
+
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         return {self.hf: self.value}
 
@@ -105,6 +126,9 @@ class Rope(ConfigRule):
 
     def hf_names(self) -> tuple[str, ...]:
         return ("rope_theta", "rope_parameters", "rope_scaling")
+
+    def megatron_names(self) -> tuple[str, ...]:
+        return ("rotary_base",)
 
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         theta = model.rotary_base
@@ -134,6 +158,9 @@ class Normalization(ConfigRule):
     def hf_names(self) -> tuple[str, ...]:
         return (self.hf,)
 
+    def megatron_names(self) -> tuple[str, ...]:
+        return ("moe_gating_normalization",)
+
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         n = model.moe_gating_normalization
         return {self.hf: None if n is None else {"scale": n.scale, "eps": n.eps, "correction": n.correction}}
@@ -152,12 +179,25 @@ class LayerPattern(ConfigRule):
     def hf_names(self) -> tuple[str, ...]:
         return (self.hf,)
 
+    def megatron_names(self) -> tuple[str, ...]:
+        return ("moe_layer_freq", "moe_first_k_dense")
+
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         return {self.hf: [int(is_moe) for is_moe in model.moe_layer_pattern] if model.is_moe else None}
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         stated = raw.get(self.hf)
         return {} if stated is None else {"moe_layer_freq": list(stated)}
+
+
+def unsaid(rules: tuple[ConfigRule, ...], model: ModelConfig) -> list[str]:
+    """What a table of rules would lose of `model`: fields that it does not carry and that are not at their default."""
+    said = {name for rule in rules for name in rule.megatron_names()} | NOT_IN_THE_LOGITS
+    return [
+        f"{name} = {getattr(model, name)!r}"
+        for name, info in fields_of(ModelConfig).items()
+        if name not in said and getattr(model, name) != info.get_default(call_default_factory=True)
+    ]
 
 
 def config_to_hf(rules: tuple[ConfigRule, ...], model: ModelConfig) -> dict[str, Any]:

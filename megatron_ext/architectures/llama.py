@@ -59,7 +59,7 @@ DENSE_FFN: tuple[Rule, ...] = (
 )
 
 
-def unlike(model: ModelConfig) -> str | None:
+def dense_only(model: ModelConfig) -> str | None:
     """Llama is dense."""
     return "it has no experts" if model.is_moe else None
 
@@ -70,5 +70,5 @@ LLAMA = Architecture(
     model_type="llama",
     config=CONFIG,
     weights=TRUNK + DENSE_FFN,
-    unlike=unlike,
+    other=dense_only,
 )

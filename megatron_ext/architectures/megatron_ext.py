@@ -1,11 +1,10 @@
-"""Our own `MegatronExtForCausalLM`: any model this framework trains, with its modelling code shipped in the export."""
+"""Our own `MegatronExtForCausalLM`: models no class of transformers computes, with modelling code in the export."""
 
 from megatron_ext.architectures import llama
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.fields import Field, LayerPattern, Normalization
 from megatron_ext.architectures.llama import LAYER, MEGATRON_LAYER
 from megatron_ext.architectures.rules import GateUp, Rename, in_moe_layers, with_shared_experts
-from megatron_ext.config import ModelConfig
 
 CONFIG = (
     *llama.CONFIG,
@@ -46,18 +45,12 @@ MOE_FFN = (
 )
 
 
-def unlike(model: ModelConfig) -> str | None:
-    """The shipped code computes everything that ModelConfig can say."""
-    return None
-
-
 MEGATRON_EXT = Architecture(
     name="megatron_ext",
     hf_class="MegatronExtForCausalLM",
     model_type="megatron_ext",
     config=CONFIG,
     weights=llama.TRUNK + llama.DENSE_FFN + MOE_FFN,
-    unlike=unlike,
     code=("configuration_megatron_ext.py", "modeling_megatron_ext.py"),
     auto_map=(
         ("AutoConfig", "configuration_megatron_ext.MegatronExtConfig"),

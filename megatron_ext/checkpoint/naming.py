@@ -12,13 +12,19 @@ from dataclasses import dataclass
 
 from megatron_ext.checkpoint.boxes import Shape
 
-_INPUT_NORM = re.compile(r"(decoder\.layers\.\d+)\.input_layernorm\.weight")
-_MLP_NORM = re.compile(r"(decoder\.layers\.\d+)\.pre_mlp_layernorm\.weight")
+FUSED_NORMS = {
+    "input_layernorm": "self_attention.linear_qkv",
+    "pre_mlp_layernorm": "mlp.linear_fc1",
+    "self_attention.q_layernorm": "self_attention.linear_q_up_proj",
+    "self_attention.kv_layernorm": "self_attention.linear_kv_up_proj",
+}
+"""The linear layer that Transformer Engine fuses a norm into, in the layers that have this linear layer."""
+
+_LAYER = r"(decoder\.layers\.\d+)"
+_NORM = re.compile(rf"{_LAYER}\.({'|'.join(map(re.escape, FUSED_NORMS))})\.(weight|bias)")
+_FUSED_NORM = re.compile(rf"{_LAYER}\.({'|'.join(map(re.escape, FUSED_NORMS.values()))})\.layer_norm_(weight|bias)")
 _EXPERT = re.compile(r"(decoder\.layers\.\d+)\.mlp\.experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
 _STORED_EXPERTS = re.compile(r"(decoder\.layers\.\d+)\.mlp\.experts\.experts\.(linear_fc[12]\.(?:weight|bias))")
-_STORED_FUSED_NORM = re.compile(
-    r"(decoder\.layers\.\d+)\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_weight"
-)
 _STACKED_LAYERS = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _NOT_WEIGHTS = ("optimizer.", "router.coefficient.", "chained_", "rng_state", "rerun_state")
 
@@ -56,10 +62,11 @@ def stored_names(tensors: Mapping[str, Shape]) -> dict[str, Stored]:
 
 
 def _unfused(key: str) -> str:
-    fused = _STORED_FUSED_NORM.fullmatch(key)
+    fused = _FUSED_NORM.fullmatch(key)
     if not fused:
         return key
-    return f"{fused[1]}.{'input_layernorm' if 'qkv' in fused[2] else 'pre_mlp_layernorm'}.weight"
+    norm = next(norm for norm, linear in FUSED_NORMS.items() if linear == fused[2])
+    return f"{fused[1]}.{norm}.{fused[3]}"
 
 
 def storage_plan(shapes: Mapping[str, Shape]) -> dict[str, tuple[Stored, Shape]]:
@@ -67,14 +74,12 @@ def storage_plan(shapes: Mapping[str, Shape]) -> dict[str, tuple[Stored, Shape]]
     experts = _expert_counts(shapes)
     plan: dict[str, tuple[Stored, Shape]] = {}
     for name, shape in shapes.items():
-        expert, input_norm, mlp_norm = (p.fullmatch(name) for p in (_EXPERT, _INPUT_NORM, _MLP_NORM))
+        expert, norm = _EXPERT.fullmatch(name), _NORM.fullmatch(name)
         if expert:
             stored = Stored(f"{expert[1]}.mlp.experts.experts.{expert[3]}", (int(expert[2]),))
             plan[name] = stored, (experts[expert[1]], *shape)
-        elif input_norm:
-            plan[name] = Stored(f"{input_norm[1]}.self_attention.linear_qkv.layer_norm_weight"), shape
-        elif mlp_norm and mlp_norm[1] not in experts:
-            plan[name] = Stored(f"{mlp_norm[1]}.mlp.linear_fc1.layer_norm_weight"), shape
+        elif norm and f"{norm[1]}.{FUSED_NORMS[norm[2]]}.weight" in shapes:
+            plan[name] = Stored(f"{norm[1]}.{FUSED_NORMS[norm[2]]}.layer_norm_{norm[3]}"), shape
         else:
             plan[name] = Stored(name), shape
     return plan

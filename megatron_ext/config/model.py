@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_ext.config.attention import MultiLatentAttention, RopeScaling
+from megatron_ext.config.attention import DynamicRopeScaling, MultiLatentAttention, RopeScaling
 from megatron_ext.config.base import config
 from megatron_ext.config.routing import AdaptiveAuxLoss, BalanceLoss, GatingNormalization, RouterNoise
 
@@ -166,8 +166,22 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of one attention head's query and key."""
+        if self.multi_latent_attention is not None:
+            return self.multi_latent_attention.qk_head_dim + self.multi_latent_attention.qk_pos_emb_head_dim
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of the part of a head's query and key that is rotated."""
+        if self.multi_latent_attention is not None:
+            return self.multi_latent_attention.qk_pos_emb_head_dim
+        return int(self.head_dim * self.rotary_percent)
+
+    @property
+    def length_shapes_model(self) -> bool:
+        """Whether `max_position_embeddings` is part of what the model computes, and not only declared."""
+        return self.position_embedding_type == "learned_absolute" or isinstance(self.rope_scaling, DynamicRopeScaling)
 
     @property
     def balance_losses(self) -> dict[str, float]:

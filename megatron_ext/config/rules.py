@@ -58,6 +58,8 @@ SCORE = "model.moe_router_score_function"
 GROUPS_OF_EXPERTS = "model.moe_router_num_groups"
 BALANCE = "model.moe_router_load_balancing_type"
 COEFFICIENT = "model.moe_aux_loss_coeff"
+MLA = "model.multi_latent_attention"
+POSITIONS = "model.position_embedding_type"
 TP = "parallel.tensor_model_parallel_size"
 SP = "parallel.sequence_parallel"
 CP = "parallel.context_parallel_size"
@@ -91,20 +93,6 @@ MOE_ONLY = {
 
 
 PENDING: dict[str, Any] = {
-    "model.position_embedding_type": "rope",
-    "model.rotary_percent": 1.0,
-    "model.rope_scaling": None,
-    "model.multi_latent_attention": None,
-    "model.qk_layernorm": None,
-    "model.normalization": "RMSNorm",
-    "model.activation_func": "silu",
-    "model.gated_linear_unit": True,
-    "model.add_bias_linear": False,
-    "model.add_qkv_bias": False,
-    "model.attention_dropout": 0.0,
-    "model.hidden_dropout": 0.0,
-    "model.embedding_scale": 1.0,
-    "model.output_z_loss_coeff": 0.0,
     "runtime.backend": "torch",
     "precision.recipe": None,
 }
@@ -138,16 +126,82 @@ def _groups_divide_heads(heads: int, groups: int | None) -> str | None:
     return "heads must be a multiple of query groups" if groups and heads % groups else None
 
 
-@rule("model.hidden_size", HEADS, given=("model.kv_channels",))
-def _heads_divide_hidden(hidden: int, heads: int, kv_channels: int | None) -> str | None:
-    if kv_channels is None and hidden % heads:
+@rule("model.hidden_size", HEADS, given=("model.kv_channels", MLA))
+def _heads_divide_hidden(hidden: int, heads: int, kv_channels: int | None, latent: Any) -> str | None:
+    if kv_channels is None and latent is None and hidden % heads:
         return "hidden size must be a multiple of heads unless model.kv_channels is set"
     return None
 
 
-@rule("model.head_dim")
-def _even_head(head_dim: int) -> str | None:
-    return "rotary embedding needs an even head width" if head_dim % 2 else None
+@rule("model.rotary_width", "model.head_dim", "model.rotary_percent", given=(POSITIONS,))
+def _rotates_pairs(width: int, head_dim: int, percent: float, positions: str) -> str | None:
+    if positions == "rope" and (width < 2 or width % 2):
+        return "rotary embedding turns pairs of dimensions: head_dim x rotary_percent must be even and at least 2"
+    return None
+
+
+def _register_rope_only(key: str, neutral: Any) -> None:
+    @rule(key, POSITIONS)
+    def _needs_rope(value: Any, positions: str) -> str | None:
+        if positions != "rope" and value != neutral:
+            return "only rotary embedding has that; remove the key, or set position_embedding_type: rope"
+        return None
+
+
+for _key, _neutral in {"model.rotary_percent": 1.0, "model.rope_scaling": None, MLA: None}.items():
+    _register_rope_only(_key, _neutral)
+
+
+def _register_not_latent(key: str, neutral: Any, reason: str) -> None:
+    @rule(key, given=(MLA,))
+    def _not_with_latent_attention(value: Any, latent: Any) -> str | None:
+        return (
+            f"with multi_latent_attention {reason}; remove the key" if latent is not None and value != neutral else None
+        )
+
+
+for _key, (_neutral, _reason) in {
+    GROUPS: (None, "every head has keys and values of its own"),
+    "model.kv_channels": (None, "the head widths are qk_head_dim, qk_pos_emb_head_dim and v_head_dim"),
+    "model.rotary_percent": (1.0, "the rotated width is qk_pos_emb_head_dim"),
+    "model.qk_layernorm": (None, "the latent vectors have norms already"),
+    "model.add_bias_linear": (False, "linear layers have no biases"),
+    "model.add_qkv_bias": (False, "linear layers have no biases"),
+}.items():
+    _register_not_latent(_key, _neutral, _reason)
+
+
+@rule("model.qk_layernorm", "model.normalization")
+def _projection_norm_is_rms(kind: str | None, normalization: str) -> str | None:
+    if kind == "projection" and normalization != "RMSNorm":
+        return (
+            "the norm over a whole projection is an RMSNorm (OLMoE); set qk_layernorm: head or normalization: RMSNorm"
+        )
+    return None
+
+
+@rule("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor")
+def _llama3_band_has_a_width(low: float, high: float) -> str | None:
+    return "the high-frequency factor must be above the low one" if high <= low else None
+
+
+@rule("model.rope_scaling.beta_slow", "model.rope_scaling.beta_fast")
+def _yarn_band_has_a_width(slow: float, fast: float) -> str | None:
+    return "beta_fast must be above beta_slow" if fast <= slow else None
+
+
+@rule("model.rope_scaling", "model.rotary_width")
+def _dynamic_scaling_has_two_pairs(scaling: Any, width: int) -> str | None:
+    if scaling is not None and scaling.kind == "dynamic" and width <= 2:
+        return "dynamic scaling needs more than one pair of rotated dimensions"
+    return None
+
+
+@rule("model.add_bias_linear", "model.hidden_size", "parallel.etp", given=(EXPERTS,))
+def _etp_divides_expert_biases(biases: bool, hidden: int, etp: int, experts: int | None) -> str | None:
+    if experts and biases and hidden % etp:
+        return "the experts' output biases are split: hidden_size must be a multiple of the expert-tensor-parallel size"
+    return None
 
 
 @rule("model.moe_router_topk", EXPERTS)
@@ -351,13 +405,13 @@ def _rotary_positions_restart_with_attention(positions: bool, attention: bool, e
     return None
 
 
-@rule("data.sequence_length", "model.max_position_embeddings")
-def _sequence_fits_model(length: int, positions: int) -> str | None:
-    return (
-        "samples are longer than the model is declared for; raise max_position_embeddings"
-        if length > positions
-        else None
-    )
+@rule("data.sequence_length", "model.max_position_embeddings", given=("model.rope_scaling",))
+def _sequence_fits_model(length: int, positions: int, scaling: Any) -> str | None:
+    # To dynamic scaling max_position_embeddings is the length before it sets in.
+    longest = positions * scaling.factor if scaling is not None and scaling.kind == "dynamic" else positions
+    if length > longest:
+        return "samples are longer than the model is declared for; raise max_position_embeddings"
+    return None
 
 
 @rule("parallel.overlap_param_gather", "parallel.overlap_grad_reduce", "parallel.use_distributed_optimizer")
@@ -435,6 +489,8 @@ OWNED_BY_US = frozenset(
     "pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size "
     "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel moe_token_dispatcher_type "
     "recompute_granularity recompute_method recompute_num_layers recompute_modules params_dtype pipeline_dtype bf16 "
-    "calculate_per_token_loss batch_p2p_comm overlap_p2p_comm perform_initialization".split()
+    "calculate_per_token_loss batch_p2p_comm overlap_p2p_comm perform_initialization "
+    "activation_func add_bias_linear add_qkv_bias attention_dropout gated_linear_unit hidden_dropout "
+    "multi_latent_attention normalization qk_layernorm".split()
 )
 """TransformerConfig fields that this framework derives; an override could contradict them silently."""

@@ -6,6 +6,7 @@ No score matrix and no mask of that size stands in memory.
 #   S sequence of this CP rank, B micro-batch, N query heads of this TP rank, G key/value heads of this TP rank,
 #   D head width
 
+import contextlib
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -62,10 +63,12 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_bias is None, "no attention bias here"
         assert packed_seq_params is None or isinstance(packed_seq_params, DocumentParams), "not packed as here"
         spans = self._spans(query_SBND, packed_seq_params)
-        if spans is None:
-            return self._attend_rows(query_SBND, key_SBGD, value_SBGD)
-        key_SBGD, value_SBGD = gather_sequence(key_SBGD, value_SBGD, self.context_group)
-        return attend_spans(query_SBND, key_SBGD, value_SBGD, spans, self.scale)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        with self._random_numbers(dropout):
+            if spans is None:
+                return self._attend_rows(query_SBND, key_SBGD, value_SBGD, dropout)
+            key_SBGD, value_SBGD = gather_sequence(key_SBGD, value_SBGD, self.context_group)
+            return attend_spans(query_SBND, key_SBGD, value_SBGD, spans, self.scale, dropout)
 
     def _spans(self, query_SBND: Tensor, documents: DocumentParams | None) -> Spans | None:
         """What this rank's queries may see; None where they are whole rows."""
@@ -77,13 +80,28 @@ class ScaledDotProductAttention(MegatronModule):
         seq, batch = query_SBND.shape[:2]
         return whole_row_spans(batch, seq * size, self.context_group.rank(), size, query_SBND.device)
 
-    def _attend_rows(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+    def _attend_rows(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, dropout: float) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         context_BNSD = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            dropout_p=dropout,
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         seq, batch = query_SBND.shape[:2]
         return context_BNSD.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+
+    def _random_numbers(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
+        """The random numbers that differ between TP ranks, as their heads do.
+
+        Under sequence parallelism megatron-core's block already draws everything from them.
+        """
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()
 
 
 def gather_sequence(key_SBGD: Tensor, value_SBGD: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

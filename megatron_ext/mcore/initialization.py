@@ -15,9 +15,10 @@ _WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 def initialize_weights(model: ModelConfig, chunks: list[torch.nn.Module], seed: int) -> None:
     """Fill every parameter of `chunks` (the model chunks of this rank).
 
-    Norms are 1, a router's noise weights 0. Matrices are normal with `init_method_std`, those that write to the
-    residual stream with std / sqrt(2 * num_layers), as Megatron initialises. Each global tensor (each expert of a
-    stacked one) is drawn from a generator seeded by `seed` and its checkpoint key, and this rank keeps its slice.
+    Biases and a router's noise weights are 0, norms' weights 1. Matrices are normal with `init_method_std`, those that
+    write to the residual stream with std / sqrt(2 * num_layers), as Megatron initialises. Each global tensor (each
+    expert of a stacked one) is drawn from a generator seeded by `seed` and its checkpoint key, and this rank keeps its
+    slice.
     """
     for chunk in chunks:
         for weight, pieces in pieces_of(chunk).items():
@@ -26,10 +27,10 @@ def initialize_weights(model: ModelConfig, chunks: list[torch.nn.Module], seed: 
 
 
 def _draw(model: ModelConfig, piece: Piece, seed: int) -> torch.Tensor:
+    if piece.key.endswith(("bias", "router.noise_weight")):
+        return torch.zeros_like(piece.data)
     if "norm" in piece.key.rsplit(".", 2)[-1] or "layernorm" in piece.key:
         return torch.ones_like(piece.data)
-    if piece.key.endswith("router.noise_weight"):
-        return torch.zeros_like(piece.data)
     std = model.init_method_std
     if piece.key.endswith(_WRITES_TO_RESIDUAL):
         std /= math.sqrt(2 * model.num_layers)

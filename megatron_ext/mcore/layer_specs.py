@@ -9,6 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,52 +19,89 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_ext.checkpoint.naming import FUSED_NORMS
 from megatron_ext.config import ModelConfig
 from megatron_ext.mcore.backends.torch import TorchSpecProvider
+from megatron_ext.mcore.mla import LatentAttention
 from megatron_ext.mcore.moe.router import Router
+from megatron_ext.mcore.moe.shared_experts import BiasedSharedExperts
+from megatron_ext.mcore.qk_norm import ProjectionNormAttention
 
 # megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a ModuleSpec to build from.
 _SPECS_ARE_CALLABLES = hasattr(MLP, "as_mlp_submodule")
 
 # Dense norms are saved under the names of Transformer Engine's fused layers, whichever backend saves, so that
 # checkpoints of both backends load each other. The norm before a MoE layer is a module of its own in both.
-_INPUT_NORM_KEY = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-_DENSE_NORM_KEY = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+_NORM_KEYS = {norm: {f"{norm}.": f"{linear}.layer_norm_"} for norm, linear in FUSED_NORMS.items()}
+_DENSE_NORM_KEY = _NORM_KEYS["pre_mlp_layernorm"]
+_ATTENTION_NORM_KEYS = _NORM_KEYS["input_layernorm"]
+_LATENT_NORM_KEYS = _NORM_KEYS["self_attention.q_layernorm"] | _NORM_KEYS["self_attention.kv_layernorm"]
 
 
 def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the specs of the layers of this pipeline stage (and chunk `vp_stage`), and of the final norm."""
     backend = TorchSpecProvider()
-    dense, moe = _layer_spec(backend, _dense_mlp(backend), _DENSE_NORM_KEY), None
+    dense, moe = _layer_spec(backend, model, _dense_mlp(backend), _DENSE_NORM_KEY), None
     if model.num_moe_experts is not None:
-        moe = _layer_spec(backend, _moe_mlp(backend, model), {})
+        moe = _layer_spec(backend, model, _moe_mlp(backend, model), {})
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [moe if is_moe else dense for is_moe in model.moe_layer_pattern[first : first + count]]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(backend, model))
 
 
-def _layer_spec(backend: TorchSpecProvider, mlp: Any, norm_key: dict[str, str]) -> ModuleSpec:
-    norm = backend.layer_norm(rms_norm=True)
-    attention = ModuleSpec(
-        module=SelfAttention,
+def _norm(backend: TorchSpecProvider, model: ModelConfig) -> type:
+    return backend.layer_norm(rms_norm=model.normalization == "RMSNorm")
+
+
+def _layer_spec(backend: TorchSpecProvider, model: ModelConfig, mlp: Any, norm_key: dict[str, str]) -> ModuleSpec:
+    norm = _norm(backend, model)
+    if model.multi_latent_attention is not None:
+        attention, norm_keys = _latent_attention, _LATENT_NORM_KEYS
+    else:
+        attention, norm_keys = _attention, _ATTENTION_NORM_KEYS
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention(backend, model),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={**norm_keys, **norm_key},
+        ),
+    )
+
+
+def _latent_attention(backend: TorchSpecProvider, model: ModelConfig) -> ModuleSpec:
+    column, norm = backend.column_parallel_linear(), _norm(backend, model)
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "model": model},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=norm,
+            kv_layernorm=norm,
+        ),
+    )
+
+
+def _attention(backend: TorchSpecProvider, model: ModelConfig) -> ModuleSpec:
+    norm = _norm(backend, model) if model.qk_layernorm == "head" else None
+    return ModuleSpec(
+        module=ProjectionNormAttention if model.qk_layernorm == "projection" else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
-        ),
-    )
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={**_INPUT_NORM_KEY, **norm_key},
+            q_layernorm=norm,
+            k_layernorm=norm,
         ),
     )
 
@@ -80,10 +118,11 @@ def _dense_mlp(backend: TorchSpecProvider) -> Any:
 
 def _moe_mlp(backend: TorchSpecProvider, model: ModelConfig) -> Any:
     router = functools.partial(Router, model=model)
+    shared_class = BiasedSharedExperts if model.add_bias_linear else SharedExpertMLP
     if _SPECS_ARE_CALLABLES:
-        shared = functools.partial(SharedExpertMLP, submodules=_linears(backend))
+        shared = functools.partial(shared_class, submodules=_linears(backend))
         submodules = MoESubmodules(experts=backend.grouped_experts(), shared_experts=shared, router=router)
         return functools.partial(MoELayer, submodules=submodules)
-    shared = ModuleSpec(module=SharedExpertMLP, submodules=_linears(backend))
+    shared = ModuleSpec(module=shared_class, submodules=_linears(backend))
     experts = ModuleSpec(module=backend.grouped_experts())
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared, router=router))

@@ -14,26 +14,44 @@ from torch import Tensor
 from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.moe.router import Router
+from megatron_ext.mcore.output_loss import logits_of_labels, z_loss
+from megatron_ext.mcore.rotary import RotaryEmbedding
 
 
 class GPTModel(CoreGPTModel):
-    """megatron-core's GPTModel whose loss knows which vocabulary entries are padding.
+    """megatron-core's GPTModel with our rotary embedding, and a loss that knows which vocabulary entries are padding.
 
     The embedding is padded so that it splits evenly. megatron-core lets the padding take part in the softmax;
     here it has probability zero, so that the loss is the exported model's.
     """
 
-    def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.true_vocab_size = true_vocab_size
+    def __init__(self, *, model: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.true_vocab_size, self.output_z_loss_coeff = model.vocab_size, model.output_z_loss_coeff
+        if hasattr(self, "rotary_pos_emb"):
+            self.rotary_pos_emb = RotaryEmbedding(model, config, self.pg_collection.cp)
+        if self.pre_process and model.position_embedding_type == "learned_absolute":
+            self.embedding.position_embeddings.to(config.params_dtype)  # megatron-core leaves it in fp32
+        if self.pre_process and model.embedding_scale != 1.0:
+            self.embedding.word_embeddings.register_forward_hook(
+                lambda module, tokens, embedded: embedded * model.embedding_scale
+            )
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Return the cross-entropy of each token, [B, S], from this TP rank's logits [S, B, V / TP]."""
+        """Return the cross-entropy of each token, [B, S], from this TP rank's logits [S, B, V / TP].
+
+        In training with an output z-loss: [2, B, S], the cross-entropy and the weighted z-loss.
+        """
         first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
         real = min(max(self.true_vocab_size - first, 0), logits.shape[-1])
         if real < logits.shape[-1]:
             logits[..., real:] = torch.finfo(logits.dtype).min
-        return super().compute_language_model_loss(labels, logits)
+        if not (self.training and self.output_z_loss_coeff):
+            return super().compute_language_model_loss(labels, logits)
+        # Taken before the cross-entropy, which works in place on fp32 logits.
+        of_labels_BS = logits_of_labels(labels, logits, first, self.pg_collection.tp)
+        cross_entropy_BS = super().compute_language_model_loss(labels, logits)
+        return torch.stack((cross_entropy_BS, self.output_z_loss_coeff * z_loss(cross_entropy_BS, of_labels_BS)))
 
 
 def build_chunks(
@@ -48,7 +66,7 @@ def build_chunks(
 
 def _build_chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
     return GPTModel(
-        true_vocab_size=model.vocab_size,
+        model=model,
         config=config,
         transformer_layer_spec=block_spec(model, config, vp_stage),
         vocab_size=model.padded_vocab_size,
@@ -56,8 +74,7 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | 
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
+        position_embedding_type=model.position_embedding_type,
         vp_stage=vp_stage,
     )
 

@@ -1,4 +1,4 @@
-"""RMSNorm in plain PyTorch that works under sequence parallelism."""
+"""RMSNorm and LayerNorm in plain PyTorch that work under sequence parallelism."""
 
 from typing import Any
 
@@ -16,3 +16,12 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, device=torch.get_default_device(), dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's LayerNorm (with bias) with the same mark on both parameters."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, device=torch.get_default_device(), dtype=config.params_dtype)
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -14,22 +14,22 @@ from megatron_ext.runtime.core_guard import complaints_about
 
 # Our modules would not read these: the model would train as if they had not been set.
 _NOT_COMPUTED = {
-    "attention is causal, over the whole sample, with plain softmax and no dropout": (
-        "apply_query_key_layer_scaling attention_backend attention_dropout attention_output_gate "
+    "attention is causal, over the whole sample, with plain softmax": (
+        "apply_query_key_layer_scaling attention_backend attention_output_gate "
         "attention_softmax_in_fp32 flash_decode log_max_attention_logit qk_clip qk_clip_alpha qk_clip_threshold "
-        "qk_l2_norm qk_layernorm softmax_type window_attn_skip_freq window_size"
+        "qk_l2_norm softmax_type window_attn_skip_freq window_size"
     ),
     "every layer is attention and a feed-forward network": (
         "dsa_indexer_head_dim dsa_indexer_loss_coeff dsa_indexer_n_heads dsa_indexer_topk dsa_indexer_use_sparse_loss "
         "experimental_attention_variant heterogeneous_block_specs is_hybrid_model linear_attention_freq "
         "linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads linear_num_value_heads linear_value_head_dim "
-        "mtp_loss_scaling_factor mtp_num_layers multi_latent_attention"
+        "mtp_loss_scaling_factor mtp_num_layers"
     ),
-    "feed-forward networks are SwiGLU without biases": (
-        "activation_func activation_func_clamp_value add_bias_linear add_qkv_bias gated_linear_unit glu_linear_offset "
-        "moe_apply_probs_on_input moe_latent_size moe_shared_expert_gate use_te_activation_func"
+    "feed-forward networks are plain or gated, with the activation of model.activation_func": (
+        "activation_func_clamp_value glu_linear_offset moe_apply_probs_on_input moe_latent_size moe_shared_expert_gate "
+        "use_te_activation_func"
     ),
-    "every norm is an RMSNorm": "layernorm_zero_centered_gamma normalization",
+    "norms are those of model.normalization": "layernorm_zero_centered_gamma",
     "weights are drawn by parameter name, with model.init_method_std": (
         "embedding_init_method embedding_init_method_std init_method init_model_with_meta_device "
         "output_layer_init_method use_cpu_initialization"

@@ -114,17 +114,22 @@ def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def attend_spans(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, spans: Spans, scale: float) -> Tensor:
+def attend_spans(
+    query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, spans: Spans, scale: float, dropout: float = 0.0
+) -> Tensor:
     """Return the context [S, B, N * Dv] of this rank's queries.
 
-    Keys and values are those of the whole sequence. On CUDA in half precision this is one FlashAttention call for all
-    spans; elsewhere one scaled_dot_product_attention for each.
+    Keys and values are those of the whole sequence; `dropout` is the share of attention weights to drop. On CUDA in
+    half precision and without dropout this is one FlashAttention call for all spans; elsewhere one
+    scaled_dot_product_attention for each.
     """
     seq, batch = query_SBND.shape[:2]
     query_QND = query_SBND.transpose(0, 1).flatten(0, 1)
     key_KGD, value_KGD = (_pack(x, spans.key_ranges) for x in (key_SBGD, value_SBGD))
-    attend = _one_call if _has_kernel(query_QND, value_KGD) else _one_by_one
-    context_QND = attend(query_QND, key_KGD, value_KGD, spans, scale)
+    if dropout == 0.0 and _has_kernel(query_QND, value_KGD):
+        context_QND = _one_call(query_QND, key_KGD, value_KGD, spans, scale)
+    else:
+        context_QND = _one_by_one(query_QND, key_KGD, value_KGD, spans, scale, dropout)
     return context_QND.view(batch, seq, -1).transpose(0, 1).contiguous()
 
 
@@ -164,7 +169,9 @@ def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Span
     return context_QND
 
 
-def _one_by_one(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Spans, scale: float) -> Tensor:
+def _one_by_one(
+    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Spans, scale: float, dropout: float
+) -> Tensor:
     # Split, not sliced: a split's gradient is one concatenation, that of each slice a tensor as large as the whole.
     parts = zip(
         query_QND.split(spans.query_lengths),
@@ -172,10 +179,10 @@ def _one_by_one(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Sp
         value_KGD.split(spans.key_lengths),
         strict=True,
     )
-    return torch.cat([_attend_span(*part, scale) for part in parts])
+    return torch.cat([_attend_span(*part, scale, dropout) for part in parts])
 
 
-def _attend_span(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: float) -> Tensor:
+def _attend_span(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: float, dropout: float) -> Tensor:
     """Attention of one span.
 
     With more keys than queries the mask is a parallelogram, which scaled_dot_product_attention takes only as a tensor.
@@ -184,10 +191,10 @@ def _attend_span(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: f
     that sum is known only to functions private to each device's kernel, and has no gradient there.)
     """
     queries, keys = query_QND.shape[0], key_KGD.shape[0]
-    gqa = query_QND.shape[1] != key_KGD.shape[1]
+    options = {"scale": scale, "dropout_p": dropout, "enable_gqa": query_QND.shape[1] != key_KGD.shape[1]}
     query, key, value = (x.transpose(0, 1)[None] for x in (query_QND, key_KGD, value_KGD))
     if queries == keys:
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
         return context[0].transpose(0, 1)
     blocks = []
     for first in range(0, queries, _MASKED_QUERIES):
@@ -195,7 +202,7 @@ def _attend_span(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: f
         seen = keys - queries + end
         mask = torch.ones(end - first, seen, dtype=torch.bool, device=query.device).tril(seen - (end - first))
         part = F.scaled_dot_product_attention(
-            query[:, :, first:end], key[:, :, :seen], value[:, :, :seen], attn_mask=mask, scale=scale, enable_gqa=gqa
+            query[:, :, first:end], key[:, :, :seen], value[:, :, :seen], attn_mask=mask, **options
         )
         blocks.append(part[0].transpose(0, 1))
     return torch.cat(blocks)

@@ -1,13 +1,16 @@
 """The one translation of our configuration into megatron-core's TransformerConfig."""
 
+import math
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_ext.config import ModelConfig, ParallelConfig, Precision, RecomputeConfig
+from megatron_ext.config import ModelConfig, ParallelConfig, Precision, RecomputeConfig, YarnRopeScaling
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.overrides import check_overrides
+from megatron_ext.mcore.rotary import softmax_factor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,13 +36,32 @@ def transformer_config(
         **model.transformer_overrides,
     }
     try:
-        return TransformerConfig(**fields)
+        if model.multi_latent_attention is None:
+            config = TransformerConfig(**fields)
+        else:
+            config = MLATransformerConfig(**{**fields, **_latent_attention(model)})
     except (ValueError, AssertionError, TypeError, ImportError) as error:
         raise ConfigError(f"megatron-core refuses this model: {error}") from error
+    # Set only now: it refuses experts with biases under expert tensor parallelism, since its own add a bias once a
+    # rank. Ours add it once (core_guard.py, mcore/moe/experts.py).
+    config.add_bias_linear = model.add_bias_linear
+    if isinstance(model.rope_scaling, YarnRopeScaling):
+        # No fields: megatron-core's attention looks for these names and takes YaRN's factor from them.
+        config.yarn_rotary_scaling_factor = model.rope_scaling.factor
+        config.yarn_mscale = model.rope_scaling.mscale or None
+        config.yarn_mscale_all_dim = model.rope_scaling.mscale_all_dim or None
+    return config
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh}
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
@@ -51,12 +73,15 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "num_query_groups": model.query_groups,
         "kv_channels": model.head_dim,
         "layernorm_epsilon": model.layernorm_epsilon,
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
+        "normalization": model.normalization,
+        "gated_linear_unit": model.gated_linear_unit,
+        "activation_func": _ACTIVATIONS[model.activation_func],
         "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
+        "add_qkv_bias": model.has_qkv_bias,
+        # Norms over a whole projection are our own, split as it is: their gradients must not be summed over TP ranks.
+        "qk_layernorm": model.qk_layernorm == "head",
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
         # Weights are drawn by parameter name once the model stands (initialization.py), alike in every layout. Its
         # own initialisation must still run: it is what marks a parameter as split over the TP group.
         "init_method": _leave_as_is,
@@ -70,6 +95,23 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
+    }
+
+
+def _latent_attention(model: ModelConfig) -> dict[str, Any]:
+    latent = model.multi_latent_attention
+    assert latent is not None
+    return {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_pos_emb_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        # What is common to all attention takes the head width for that of the values (mla.py).
+        "kv_channels": latent.v_head_dim,
+        "softmax_scale": softmax_factor(model) / math.sqrt(model.head_dim),
+        # The angles are our own (rotary.py); this is the branch that takes a factor with them.
+        "rope_type": "yarn",
     }
 
 

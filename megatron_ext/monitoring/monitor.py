@@ -25,12 +25,15 @@ class StepReport:
     iteration: int
     """Steps done."""
     loss: float
+    """Cross-entropy a token."""
     learning_rate: float
     grad_norm: float
     consumed_samples: int
     memory_bytes: int
     """Peak memory of the process that used most: device memory on CUDA, resident memory on CPU."""
     experts: ExpertStatistics | None
+    output_z_loss: float | None = None
+    """Weighted output z-loss a token, which `loss` leaves out; None without one."""
 
 
 class Monitor:
@@ -64,6 +67,8 @@ class Monitor:
             "memory_bytes": report.memory_bytes,
             "time": time.time(),
         }
+        if report.output_z_loss is not None:
+            record["output_z_loss"] = report.output_z_loss
         if self._run.logging.peak_tflops:
             record["mfu"] = tflops / self._run.logging.peak_tflops
         log.info(self._line(report, record))
@@ -133,7 +138,14 @@ def _health_values(health: LayerHealth) -> dict[str, Any]:
 def _grouped(record: dict[str, Any]) -> dict[str, Any]:
     """Metrics under the groups that W&B makes panels of."""
     groups = {
-        "train": ("loss", "learning_rate", "grad_norm", "consumed_samples", "consumed_tokens"),
+        "train": (
+            "loss",
+            "output_z_loss",
+            "learning_rate",
+            "grad_norm",
+            "consumed_samples",
+            "consumed_tokens",
+        ),
         "throughput": ("seconds_per_step", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"),
     }
     return {f"{group}/{name}": record[name] for group, names in groups.items() for name in names if name in record}

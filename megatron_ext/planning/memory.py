@@ -1,12 +1,17 @@
 """Memory of the training state of one rank: weights, gradients and optimizer, without activations."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.config import Layout, ModelConfig, RunConfig
 
-_SPLIT_OVER_TP = ("linear_qkv.", "linear_proj.", "linear_fc1.", "linear_fc2.", "word_embeddings.", "output_layer.")
+# Layers split by output split their biases too; those split by input, and projections to a latent vector, do not.
+_SPLIT_OVER_TP = re.compile(
+    r"(linear_qkv|linear_fc1|linear_q_proj|linear_q_up_proj|linear_kv_up_proj)\.(weight|bias)$"
+    r"|(linear_proj|linear_fc2|word_embeddings|output_layer)\.weight$"
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,14 @@ def _stage(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
         if ".mlp.experts." in name:
             expert += count // (layout.ep * layout.etp)
         else:
-            dense += count // (layout.tp if any(part in name for part in _SPLIT_OVER_TP) else 1)
+            dense += count // (layout.tp if _is_split(name, model) else 1)
     return dense, expert
+
+
+def _is_split(name: str, model: ModelConfig) -> bool:
+    """Whether each rank of a TP group holds a part of the tensor, and not the whole."""
+    over_projection = model.qk_layernorm == "projection" and name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+    return over_projection or _SPLIT_OVER_TP.search(name) is not None
 
 
 def _stages_of(name: str, model: ModelConfig, pp: int) -> tuple[int, ...]:

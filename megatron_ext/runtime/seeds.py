@@ -5,16 +5,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy, torch and megatron-core's tracker (which differs by TP and EP rank as dropout needs)."""
+    """Seed Python, NumPy, torch and megatron-core's tracker, as dropout needs; after the process groups are split.
+
+    Ranks that see other tokens or hold other layers draw other numbers. Those of a TP group draw the same from torch,
+    where they compute the same, and others from the tracker.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    place = parallel_state.get_data_parallel_rank(with_context_parallel=True) * stages
+    place += parallel_state.get_pipeline_model_parallel_rank()
+    # The tracker adds small numbers of its own. Generators on the CPU take 32 bits: an odd distance lasts longest.
+    seed_here = seed + 1_000_003 * place
+    torch.manual_seed(seed_here)
+    model_parallel_cuda_manual_seed(seed_here, force_reset_rng=True)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The shrunk model has the same layer pattern, experts, heads, router and features
 are smaller. Layers and degrees of parallelism are kept where this machine can hold them and halved where it cannot.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import psutil
@@ -11,6 +12,7 @@ import psutil
 from megatron_ext.config import (
     Fp32Precision,
     ModelConfig,
+    MultiLatentAttention,
     ParallelConfig,
     RecomputeConfig,
     RunConfig,
@@ -196,11 +198,17 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
     if model.is_moe and layers != model.num_layers:
         pattern = {"moe_layer_freq": _thin_out(model.moe_layer_pattern, layers), "moe_first_k_dense": 0}
         changes.append(f"model.moe_layer_freq: {''.join(map(str, pattern['moe_layer_freq']))} (1 is MoE, 0 is dense)")
+    dropped = {name: 0.0 for name in ("attention_dropout", "hidden_dropout") if getattr(model, name)}
+    # Other ranks draw other random numbers, so layouts with dropout agree only in distribution.
+    changes += [f"model.{name}: {getattr(model, name)} -> 0.0" for name in dropped]
     small = replace(
         model,
         num_layers=layers,
-        hidden_size=8 * max(tp, 8),
-        kv_channels=8,
+        hidden_size=8 * math.lcm(max(tp, 8), etp),
+        kv_channels=None if model.multi_latent_attention else 8,
+        multi_latent_attention=_shrink_latent(model.multi_latent_attention),
+        # A head has eight dimensions: all are rotated, or half.
+        rotary_percent=1.0 if model.rotary_percent > 0.75 else 0.5,
         ffn_hidden_size=24 * tp,
         vocab_size=30 * tp - 1,
         make_vocab_size_divisible_by=2 * tp,
@@ -210,8 +218,21 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         moe_shared_expert_intermediate_size=16 * tp if model.moe_shared_expert_intermediate_size else None,
         transformer_overrides=overrides,
         **pattern,
+        **dropped,
     )
     return small, changes
+
+
+def _shrink_latent(latent: MultiLatentAttention | None) -> MultiLatentAttention | None:
+    if latent is None:
+        return None
+    return MultiLatentAttention(
+        kv_lora_rank=24,
+        q_lora_rank=40 if latent.q_lora_rank is not None else None,
+        qk_head_dim=8,
+        qk_pos_emb_head_dim=8,
+        v_head_dim=8 if latent.v_head_dim == latent.qk_head_dim else 12,
+    )
 
 
 def _comparable_losses(model: ModelConfig) -> tuple[ModelConfig, list[str]]:

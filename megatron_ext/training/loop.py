@@ -90,4 +90,6 @@ def _report(session: Session, monitor: Monitor | None, result: StepResult, lr: f
     memory = session.peak_memory()
     session.reported = done
     if monitor is not None:
-        monitor.step(StepReport(done, loss, lr, result.grad_norm, session.state.consumed_samples, memory, experts))
+        z_loss = float(result.output_z_loss) if session.run.model.output_z_loss_coeff else None
+        consumed = session.state.consumed_samples
+        monitor.step(StepReport(done, loss, lr, result.grad_norm, consumed, memory, experts, z_loss))

@@ -181,8 +181,10 @@ def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
     saved = load_config(ModelConfig, raw, source=str(checkpoint / store.RUN_FILE))
     # Fields that shape neither weights nor function may change between runs.
     free = {
-        "max_position_embeddings",
         "init_method_std",
+        "attention_dropout",
+        "hidden_dropout",
+        "output_z_loss_coeff",
         "moe_aux_loss_coeff",
         "moe_router_load_balancing_type",
         "moe_adaptive_aux_loss",
@@ -231,6 +233,8 @@ def check_same_data(run: RunConfig, checkpoint: Path) -> None:
 def _meaning(model: ModelConfig, name: str) -> Any:
     """The value of a field with its default applied, so that two spellings of one model are equal."""
     applied = {
+        "max_position_embeddings": model.max_position_embeddings if model.length_shapes_model else None,
+        "add_qkv_bias": model.has_qkv_bias,
         "num_query_groups": model.query_groups,
         "kv_channels": model.head_dim,
         "make_vocab_size_divisible_by": model.padded_vocab_size,

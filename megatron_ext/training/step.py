@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -35,6 +36,8 @@ class StepResult:
     """Cross-entropy a token, over the whole global batch; on every rank."""
     tokens: Tensor
     """Tokens whose label counted."""
+    output_z_loss: Tensor
+    """Weighted output z-loss a token, which `loss` leaves out; 0 without one."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
 
@@ -61,14 +64,14 @@ def train_step(
     optimizer.zero_grad()
     gates = routers(wrapped)
     balance.begin_step(gates)
-    loss, tokens = _run(wrapped, batch, groups, forward_only=False)
+    (loss, z_loss), tokens = _run(wrapped, batch, groups, forward_only=False)
     norm = gradient_norm(optimizer)
     if not math.isfinite(norm):
         raise TrainingError(f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated")
     clip_and_step(optimizer, norm, max_norm)
     # After the update, so that a refused step moves neither biases nor coefficients.
     balance.end_step(gates, groups.stage)
-    return StepResult(loss, tokens, norm)
+    return StepResult(loss, tokens, z_loss, norm)
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ def validation_loss(wrapped: Sequence[Any], batches: Iterator[Sequence[MicroBatc
         chunk.eval()
     total = tokens = torch.zeros(())
     for batch in batches:
-        loss, counted = _run(wrapped, batch, groups, forward_only=True)
+        (loss, _), counted = _run(wrapped, batch, groups, forward_only=True)
         total, tokens = total.to(loss) + loss * counted, tokens.to(loss) + counted
     return total / tokens
 
@@ -86,7 +89,7 @@ def validation_loss(wrapped: Sequence[Any], batches: Iterator[Sequence[MicroBatc
 def _run(
     wrapped: Sequence[Any], batch: Sequence[MicroBatch], groups: Groups, *, forward_only: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run the pipeline schedule; return the mean loss a token and N."""
+    """Run the pipeline schedule; return the mean cross-entropy and output z-loss a token, [2], and N."""
     rows, length = batch[0].tokens.shape
     batch = [micro.context_share(groups.cp.rank(), groups.cp.size()) for micro in batch]
     tokens = torch.stack([micro.loss_mask.sum() for micro in batch]).sum()
@@ -111,9 +114,9 @@ def _run(
     # Every TP rank of the last stage has the same sums; one of them contributes, and everyone learns the result. Each
     # context-parallel rank contributes the sum over its own tokens.
     contributes = groups.is_last_stage and groups.tp.rank() == 0
-    total = torch.stack(sums).sum() if contributes else torch.zeros((), device=tokens.device)
-    dist.all_reduce(total, group=groups.world)
-    return total / tokens, tokens
+    totals = torch.stack(sums).sum(dim=0) if contributes else torch.zeros(2, device=tokens.device)
+    dist.all_reduce(totals, group=groups.world)
+    return totals / tokens, tokens
 
 
 def _forward(
@@ -127,7 +130,8 @@ def _forward(
     output = model(micro.tokens, micro.position_ids, None, labels=micro.labels, packed_seq_params=documents)
 
     def loss(losses: Tensor) -> tuple[Tensor, Tensor]:
-        total = (losses.float() * micro.loss_mask).sum()
-        return total * weight, total.detach()
+        # [B, S], or with an output z-loss [2, B, S]
+        totals = (losses.float() * micro.loss_mask).sum(dim=(-2, -1)).view(-1)
+        return totals.sum() * weight, F.pad(totals.detach(), (0, 2 - len(totals)))
 
     return output, loss

@@ -6,6 +6,7 @@ Komatsuzaki et al. 2022 (arXiv 2212.05055), section 3; with gating-logit normali
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConfigError
@@ -15,8 +16,8 @@ from megatron_ext.upcycling.method import FeedForward
 class Copy:
     """Experts are the dense layer; a shared expert starts silent (its output projection is zero).
 
-    Since all experts agree, the routed output is the dense output times the sum of the selected experts' weights: the
-    function is kept exactly where those sum to 1, whatever the router says.
+    Since all experts agree, biases included, the routed output is the dense output times the sum of the selected
+    experts' weights: the function is kept exactly where those sum to 1, whatever the router says.
     """
 
     name = "copy"
@@ -51,5 +52,13 @@ class Copy:
         width = moe.moe_shared_expert_intermediate_size
         assert width is not None
         neurons = torch.arange(width) % ffn.fc2.shape[1]
-        gate, up = ffn.fc1.chunk(2)
-        return FeedForward(torch.cat((gate[neurons], up[neurons])), torch.zeros_like(ffn.fc2[:, neurons]))
+
+        def chosen(rows: Tensor) -> Tensor:
+            return torch.cat([half[neurons] for half in rows.chunk(2 if moe.gated_linear_unit else 1)])
+
+        return FeedForward(
+            chosen(ffn.fc1),
+            torch.zeros_like(ffn.fc2[:, neurons]),
+            None if ffn.fc1_bias is None else chosen(ffn.fc1_bias),
+            None if ffn.fc2_bias is None else torch.zeros_like(ffn.fc2_bias),
+        )

@@ -11,12 +11,16 @@ from megatron_ext.config import ModelConfig
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A SwiGLU feed-forward network: `fc2 @ (silu(gate @ x) * (up @ x))`, with fc1 = gate rows above up rows."""
+    """A feed-forward network: `fc2 @ (activation(gate @ x) * (up @ x))`, or not gated `fc2 @ activation(fc1 @ x)`."""
 
     fc1: Tensor
-    """[2F, H]"""
+    """[2F, H], gate rows above up rows; [F, H] if not gated."""
     fc2: Tensor
     """[H, F]"""
+    fc1_bias: Tensor | None = None
+    """[2F] or [F], added to what fc1 gives."""
+    fc2_bias: Tensor | None = None
+    """[H], added to the output."""
 
 
 class Method(Protocol):

@@ -87,11 +87,18 @@ def upcycled_tensors(source: TensorSource, moe: ModelConfig, method: Method, see
             yield name, source.read(name)
     for layer, is_moe in enumerate(moe.moe_layer_pattern):
         prefix = f"decoder.layers.{layer}.mlp"
-        ffn = FeedForward(source.read(f"{prefix}.linear_fc1.weight"), source.read(f"{prefix}.linear_fc2.weight"))
+        ffn = _feed_forward(source, prefix)
         if is_moe:
             yield from _moe_layer(prefix, ffn, moe, method, seed)
         else:
             yield from _named(prefix, ffn)
+
+
+def _feed_forward(source: TensorSource, prefix: str) -> FeedForward:
+    *weights, fc1_bias, fc2_bias = _names(prefix)
+    fc1, fc2 = map(source.read, weights)
+    biases = (source.read(name) if name in source.specs else None for name in (fc1_bias, fc2_bias))
+    return FeedForward(fc1, fc2, *biases)
 
 
 def _moe_layer(
@@ -114,5 +121,12 @@ def _moe_layer(
 
 
 def _named(prefix: str, network: FeedForward) -> Iterator[tuple[str, Tensor]]:
-    yield f"{prefix}.linear_fc1.weight", network.fc1
-    yield f"{prefix}.linear_fc2.weight", network.fc2
+    tensors = (network.fc1, network.fc2, network.fc1_bias, network.fc2_bias)
+    for name, tensor in zip(_names(prefix), tensors, strict=True):
+        if tensor is not None:
+            yield name, tensor
+
+
+def _names(prefix: str) -> tuple[str, ...]:
+    """The tensors of a feed-forward network in the order of FeedForward's fields."""
+    return tuple(f"{prefix}.linear_{layer}.{kind}" for kind in ("weight", "bias") for layer in ("fc1", "fc2"))

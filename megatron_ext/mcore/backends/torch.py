@@ -4,7 +4,7 @@ from megatron.core.models.backends import LocalSpecProvider
 
 from megatron_ext.mcore.attention import ScaledDotProductAttention
 from megatron_ext.mcore.moe.experts import GroupedExperts
-from megatron_ext.mcore.norm import RMSNorm
+from megatron_ext.mcore.norm import LayerNorm, RMSNorm
 
 
 class TorchSpecProvider(LocalSpecProvider):
@@ -12,8 +12,7 @@ class TorchSpecProvider(LocalSpecProvider):
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         """Return the norm class."""
-        assert rms_norm, "only RMSNorm is built"
-        return RMSNorm
+        return RMSNorm if rms_norm else LayerNorm
 
     def core_attention(self) -> type:
         """Return the attention class."""

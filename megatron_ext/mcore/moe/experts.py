@@ -2,6 +2,7 @@
 
 #   T tokens sent to this rank, sorted by expert; E experts of this rank; H hidden; F width of one expert's shard
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ def _expert_linear(tokens: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
 
 
 class GroupedExperts(MegatronModule):
-    """SwiGLU experts by `torch.nn.functional.grouped_mm`: one call a projection, whatever the number of experts.
+    """Experts by `torch.nn.functional.grouped_mm`: one call a projection, whatever the number of experts.
 
-    Checkpoint keys and shapes are those of megatron-core's SequentialMLP and TEGroupedMLP, so the three load each
-    other's checkpoints: `experts.linear_fc1.weight` [experts, 2F, H] (gate above up) and `experts.linear_fc2.weight`
-    [experts, H, F].
+    Each is a feed-forward network as the dense layers' (gated or not, with biases or not); its output, bias included,
+    counts with its routing weight. Checkpoint keys and shapes are those of megatron-core's SequentialMLP and
+    TEGroupedMLP, so the three load each other's checkpoints: `experts.linear_fc1.weight` [experts, 2F, H] (gate above
+    up; [experts, F, H] if not gated), `experts.linear_fc2.weight` [experts, H, F], and the same with `bias`.
     """
 
     def __init__(
@@ -41,33 +43,65 @@ class GroupedExperts(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        assert (config.gated_linear_unit, config.add_bias_linear) == (True, False), "experts are SwiGLU without biases"
         self.num_local_experts = num_local_experts
         self.ep_group, self.etp_group, self.edp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.width = config.moe_ffn_hidden_size // self.etp_group.size()
-        where = {"dtype": config.params_dtype, "device": torch.get_default_device()}
-        self.weight1 = torch.nn.Parameter(torch.empty(num_local_experts, 2 * self.width, config.hidden_size, **where))
-        self.weight2 = torch.nn.Parameter(torch.empty(num_local_experts, config.hidden_size, self.width, **where))
-        for weight, split_dim in ((self.weight1, 1), (self.weight2, 2)):
-            # Always an expert parameter, also with one expert-parallel rank: its gradient is reduced over the expert
-            # data-parallel group and its optimizer is the expert one, in every layout. (megatron-core's own linear
-            # layers mark experts only when EP > 1, which is wrong when ETP differs from TP.)
-            weight.allreduce = False  # type: ignore[attr-defined]
-            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-            weight.partition_dim, weight.partition_stride = split_dim, 1  # type: ignore[attr-defined]
+        self.projections = 2 if config.gated_linear_unit else 1
+        rows, hidden = self.projections * self.width, config.hidden_size
+        self.weight1 = self._parameter(num_local_experts, rows, hidden, split_dim=1)
+        self.weight2 = self._parameter(num_local_experts, hidden, self.width, split_dim=2)
+        self.bias1 = self.bias2 = None
+        if config.add_bias_linear:
+            # One-dimensional, as megatron-core exempts those from weight decay. The output bias is split over the ETP
+            # ranks too, though each computes all outputs: so it is added once to their sum.
+            self.bias1 = self._parameter(num_local_experts * rows, split_dim=0)
+            self.bias2 = self._parameter(num_local_experts * hidden // self.etp_group.size(), split_dim=0)
+
+    def _parameter(self, *shape: int, split_dim: int) -> torch.nn.Parameter:
+        """An expert parameter whose gradient is reduced over the expert data-parallel group in every layout.
+
+        megatron-core's own linear layers mark experts only when EP > 1, which is wrong when ETP differs from TP.
+        """
+        weight = torch.nn.Parameter(
+            torch.empty(*shape, dtype=self.config.params_dtype, device=torch.get_default_device())
+        )
+        weight.allreduce = False  # type: ignore[attr-defined]
+        weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        weight.partition_dim, weight.partition_stride = split_dim, 1  # type: ignore[attr-defined]
+        return weight
 
     def forward(self, tokens_TH: Tensor, tokens_per_expert_E: Tensor, weights_T: Tensor) -> tuple[Tensor, None]:
-        """Return each token's expert output times its routing weight [T, H], and no bias."""
+        """Return each token's expert output times its routing weight [T, H], and no bias left to add."""
         if tokens_TH.shape[0] == 0:
             return self._no_tokens(tokens_TH, weights_T), None
-        ends_E = tokens_per_expert_E.to(device=tokens_TH.device).cumsum(0).to(torch.int32)
-        gate_TF, up_TF = _expert_linear(tokens_TH, self.weight1, ends_E).chunk(2, dim=-1)
-        hidden_TF = (F.silu(gate_TF) * up_TF * weights_T.unsqueeze(-1)).to(tokens_TH.dtype)
-        return _expert_linear(hidden_TF, self.weight2, ends_E), None
+        counts_E = tokens_per_expert_E.to(device=tokens_TH.device)
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        hidden = _expert_linear(tokens_TH, self.weight1, ends_E)
+        if self.bias1 is not None:
+            hidden = hidden + self._of_each_token(self.bias1, counts_E, len(hidden))
+        hidden_TF = (self._activate(hidden) * weights_T.unsqueeze(-1)).to(tokens_TH.dtype)
+        output_TH = _expert_linear(hidden_TF, self.weight2, ends_E)
+        if self.bias2 is not None:
+            bias = self._of_each_token(self.bias2, counts_E, len(output_TH)) * weights_T.unsqueeze(-1)
+            before = self.etp_group.rank() * bias.shape[-1]
+            after = output_TH.shape[-1] - before - bias.shape[-1]
+            output_TH = output_TH + F.pad(bias.to(output_TH.dtype), (before, after))
+        return output_TH, None
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        activation: Callable[[Tensor], Tensor] = self.config.activation_func
+        if not self.config.gated_linear_unit:
+            return activation(hidden)
+        gate_TF, up_TF = hidden.chunk(2, dim=-1)
+        return activation(gate_TF) * up_TF
+
+    def _of_each_token(self, bias: Tensor, counts_E: Tensor, tokens: int) -> Tensor:
+        """The row of `bias` [E * width] of the expert that each of `tokens` tokens goes to, [T, width]."""
+        return bias.view(self.num_local_experts, -1).repeat_interleave(counts_E, dim=0, output_size=tokens)
 
     def _no_tokens(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
-        """An empty output that still depends on both weights: gradient reduction waits for every parameter's hook."""
-        touched = 0 * (self.weight1.sum() + self.weight2.sum() + weights_T.sum())
+        """An empty output that still depends on every parameter: gradient reduction waits for every one's hook."""
+        touched = 0 * (sum(parameter.sum() for parameter in self.parameters()) + weights_T.sum())
         return tokens_TH + touched.to(tokens_TH.dtype)
 
     def backward_dw(self) -> None:
@@ -76,37 +110,41 @@ class GroupedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, ShardedTensorFactory]:
-        """Describe both weights as one chunk an expert (two for fc1: gate and up) of the stacked global tensors."""
-        dense_dims = len(sharded_offsets)
+        """Describe every parameter as one chunk an expert (of a gated fc1 two) of the stacked global tensors."""
+        described = {
+            "weight1": self._sharded(f"{prefix}experts.linear_fc1.weight", self.weight1, sharded_offsets, 0),
+            "weight2": self._sharded(f"{prefix}experts.linear_fc2.weight", self.weight2, sharded_offsets, 1),
+        }
+        if self.bias1 is not None and self.bias2 is not None:
+            described["bias1"] = self._sharded(f"{prefix}experts.linear_fc1.bias", self.bias1, sharded_offsets, 0)
+            described["bias2"] = self._sharded(f"{prefix}experts.linear_fc2.bias", self.bias2, sharded_offsets, 0)
+        return {f"{prefix}{name}": factory for name, factory in described.items()}
+
+    def _sharded(
+        self, key: str, parameter: Tensor, sharded_offsets: tuple[Any, ...], split_dim: int
+    ) -> ShardedTensorFactory:
+        """`parameter` as chunks of the global tensor `key`; ETP splits dimension `split_dim` of one expert's part."""
+        dense_dims, experts = len(sharded_offsets), self.num_local_experts
         etp_rank, etp_size = self.etp_group.rank(), self.etp_group.size()
-        first_expert = self.ep_group.rank() * self.num_local_experts
-        all_experts = self.ep_group.size() * self.num_local_experts
+        # Of a gated fc1 the gate rows of all ETP ranks come first, then all up rows.
+        halves = self.projections if "linear_fc1" in key else 1
 
-        def chunk(key: str, data: Tensor, replica_id: Any, expert: int, *split: tuple[int, int, int]) -> ShardedTensor:
-            offsets = (*sharded_offsets, (dense_dims, first_expert + expert, all_experts), *split)
-            return ShardedTensor.from_rank_offsets(
-                key, data, *offsets, replica_id=replica_id, prepend_axis_num=dense_dims + 1
-            )
-
-        def split_fc1(key: str, weight: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
-            rows = dense_dims + 1  # gate rows of all ETP ranks come first, then all up rows
+        def build(key: str, stacked: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
             return [
-                chunk(key, half, replica_id, expert, (rows, which * etp_size + etp_rank, 2 * etp_size))
-                for expert in range(self.num_local_experts)
-                for which, half in enumerate(weight[expert].chunk(2, dim=0))
+                ShardedTensor.from_rank_offsets(
+                    key,
+                    half,
+                    *sharded_offsets,
+                    (dense_dims, self.ep_group.rank() * experts + expert, self.ep_group.size() * experts),
+                    (dense_dims + 1 + split_dim, which * etp_size + etp_rank, halves * etp_size),
+                    replica_id=replica_id,
+                    prepend_axis_num=dense_dims + 1,
+                )
+                for expert, whole in enumerate(stacked.view(experts, -1, *stacked.shape[2:]))
+                for which, half in enumerate(whole.chunk(halves, dim=0))
             ]
 
-        def split_fc2(key: str, weight: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
-            columns = dense_dims + 2
-            return [
-                chunk(key, weight[expert], replica_id, expert, (columns, etp_rank, etp_size))
-                for expert in range(self.num_local_experts)
-            ]
+        def merge(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts).view(parameter.shape)
 
-        def join_fc1(halves: list[Tensor]) -> Tensor:
-            return torch.stack([torch.cat(halves[2 * e : 2 * e + 2]) for e in range(self.num_local_experts)])
-
-        replica = (0, 0, self.edp_group.rank())
-        fc1 = ShardedTensorFactory(f"{prefix}experts.linear_fc1.weight", self.weight1, split_fc1, join_fc1, replica)
-        fc2 = ShardedTensorFactory(f"{prefix}experts.linear_fc2.weight", self.weight2, split_fc2, torch.stack, replica)
-        return {f"{prefix}weight1": fc1, f"{prefix}weight2": fc2}
+        return ShardedTensorFactory(key, parameter, build, merge, (0, 0, self.edp_group.rank()))

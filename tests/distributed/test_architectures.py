@@ -1,0 +1,148 @@
+"""Models with the features of the field's architectures train alike in every layout and continue in any other."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.config import (
+    GatingNormalization,
+    Llama3RopeScaling,
+    ModelConfig,
+    MultiLatentAttention,
+    ParallelConfig,
+    RecomputeConfig,
+    YarnRopeScaling,
+)
+from megatron_ext.mcore import initialization
+from megatron_ext.mcore.state import Piece
+from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell
+from megatron_ext.testing.pool import GlooPool
+from megatron_ext.testing.tiny import tiny_model
+from tests.distributed.runs import Part, load_and_save_to, started_otherwise, train_and_save
+from tests.distributed.test_checkpoint import assert_same_tensors
+from tests.distributed.test_parity import TOLERANCE, Layout, layout
+
+SMALL: dict[str, Any] = {"num_layers": 2}
+EXPERTS: dict[str, Any] = {
+    **SMALL,
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 48,
+    "moe_first_k_dense": 1,
+    "moe_aux_loss_coeff": 1e-2,
+    "moe_shared_expert_intermediate_size": 64,
+}
+LATENT = MultiLatentAttention(kv_lora_rank=24, q_lora_rank=40, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=12)
+YARN = YarnRopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7)
+
+MODELS: dict[str, ModelConfig] = {
+    "gpt2-moe": tiny_model(
+        **EXPERTS,
+        moe_gating_normalization=GatingNormalization(),
+        position_embedding_type="learned_absolute",
+        normalization="LayerNorm",
+        activation_func="gelu_tanh",
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        untie_embeddings_and_output_weights=False,
+        output_z_loss_coeff=1e-2,
+    ),
+    "qwen3": tiny_model(
+        **SMALL,
+        qk_layernorm="head",
+        add_qkv_bias=True,
+        rope_scaling=Llama3RopeScaling(kind="llama3", factor=4.0, original_max_position_embeddings=16),
+        rotary_percent=0.5,
+        embedding_scale=8.0,
+        output_z_loss_coeff=1e-2,
+    ),
+    "olmoe": tiny_model(**EXPERTS, qk_layernorm="projection", add_bias_linear=True),
+    "deepseek": tiny_model(
+        **EXPERTS, num_query_groups=None, multi_latent_attention=LATENT, rope_scaling=YARN, output_z_loss_coeff=1e-2
+    ),
+    "dense deepseek": tiny_model(
+        **SMALL,
+        num_query_groups=None,
+        multi_latent_attention=replace(LATENT, q_lora_rank=None),
+        normalization="LayerNorm",
+    ),
+}
+ALONE = Layout("one process", 1, ParallelConfig(use_distributed_optimizer=False))
+DP2, PP2, TP2 = layout("DP2", 2), layout("PP2", 2, pp=2), layout("TP2", 2, tp=2)
+TP2_SP = layout("TP2 SP", 2, tp=2, sp=True)
+TP2_SP_PP2 = layout("TP2 SP PP2", 4, tp=2, sp=True, pp=2)
+EP2, ETP2 = layout("EP2", 2, ep=2), layout("TP2 SP EP2 ETP2", 4, tp=2, sp=True, ep=2, etp=2)
+ETP2_GATHER = layout("EP2 ETP2 all-gather", 4, tp=2, sp=True, ep=2, etp=2, dispatch="allgather")
+ETP1_PP2 = layout("TP2 SP PP2 EP2 ETP1", 4, tp=2, sp=True, pp=2, ep=2, etp=1)
+
+LAYOUTS = {
+    "gpt2-moe": (DP2, PP2, TP2_SP, EP2, ETP2, ETP2_GATHER, ETP1_PP2),
+    "qwen3": (DP2, PP2, TP2, TP2_SP, TP2_SP_PP2),
+    "olmoe": (TP2_SP, ETP2, ETP1_PP2),
+    "deepseek": (TP2_SP, ETP1_PP2),
+    "dense deepseek": (TP2, TP2_SP_PP2),
+}
+CASES = [(name, entry) for name, layouts in LAYOUTS.items() for entry in layouts]
+FULL = RecomputeConfig(granularity="full")
+
+
+def run_drawn(cell: Cell) -> Trajectory:
+    """Train from weights in which no bias is 0 and no norm is 1, so that a misplaced one shows from the first step."""
+    real = initialization._draw
+
+    def drawn(model: ModelConfig, piece: Piece, seed: int) -> torch.Tensor:
+        value = real(model, piece, seed)
+        if not (piece.key.endswith("bias") or "norm" in piece.key):
+            return value
+        return value + 10 * real(model, replace(piece, key=f"drawn {seed_from_name(0, piece.key)}"), seed)
+
+    with mock.patch.object(initialization, "_draw", drawn):
+        return run_cell(cell)
+
+
+def train(pool: GlooPool, model: ModelConfig, entry: Layout, recompute: RecomputeConfig) -> Trajectory:
+    trajectories = pool.run(
+        entry.processes, run_drawn, Cell(model, entry.parallel, recompute=recompute, steps=3, samples=4)
+    )
+    assert all(t == trajectories[0] for t in trajectories)
+    return trajectories[0]
+
+
+@pytest.fixture(scope="module")
+def references(pool: GlooPool) -> dict[str, Trajectory]:
+    """Each model on one process."""
+    return {name: train(pool, model, ALONE, RecomputeConfig()) for name, model in MODELS.items()}
+
+
+@pytest.mark.parametrize(("name", "entry"), CASES, ids=[f"{name}-{entry.name}" for name, entry in CASES])
+def test_layout_equals_one_process(name: str, entry: Layout, pool: GlooPool, references: dict[str, Trajectory]) -> None:
+    difference = compare(train(pool, MODELS[name], entry, RecomputeConfig()), references[name])
+    print(f"{name} {entry.name}: relative differences: loss {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
+    assert difference.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recompute_changes_nothing(name: str, pool: GlooPool, references: dict[str, Trajectory]) -> None:
+    assert train(pool, MODELS[name], ALONE, FULL) == references[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_hold_the_models_tensors_and_survive_another_layout(
+    name: str, pool: GlooPool, tmp_path: Path
+) -> None:
+    before, after = LAYOUTS[name][-1], LAYOUTS[name][-2]
+    part = Part(MODELS[name], tmp_path / "a", before.parallel, "bf16")
+    pool.run(before.processes, train_and_save, part, 1)
+    pool.run(
+        after.processes, load_and_save_to, replace(started_otherwise(part), parallel=after.parallel), tmp_path / "b"
+    )
+    first, second = (store.require_checkpoint(tmp_path / folder) for folder in "ab")
+    assert_same_tensors(first, second)
+    assert {n: spec.shape for n, spec in MegatronSource(first).specs.items()} == model_shapes(MODELS[name])
