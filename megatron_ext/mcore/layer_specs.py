@@ -6,6 +6,7 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -19,7 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_ext.config import ModelConfig
-from megatron_ext.mcore.backends.torch import TorchSpecProvider
+from megatron_ext.mcore.backends import spec_provider
 from megatron_ext.mcore.moe.router import Router
 
 # megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a ModuleSpec to build from.
@@ -33,23 +34,26 @@ _DENSE_NORM_KEY = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the specs of the layers of this pipeline stage (and chunk `vp_stage`), and of the final norm."""
-    backend = TorchSpecProvider()
-    dense, moe = _layer_spec(backend, _dense_mlp(backend), _DENSE_NORM_KEY), None
+    backend = spec_provider(config)
+    dense, moe = _layer_spec(backend, _dense_mlp(backend), fused_norm=True), None
     if model.num_moe_experts is not None:
-        moe = _layer_spec(backend, _moe_mlp(backend, model), {})
+        moe = _layer_spec(backend, _moe_mlp(backend, model), fused_norm=False)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [moe if is_moe else dense for is_moe in model.moe_layer_pattern[first : first + count]]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))
 
 
-def _layer_spec(backend: TorchSpecProvider, mlp: Any, norm_key: dict[str, str]) -> ModuleSpec:
+def _layer_spec(backend: Any, mlp: Any, *, fused_norm: bool) -> ModuleSpec:
+    """One layer; with `fused_norm` the norm before `mlp` is saved as part of its first linear layer."""
     norm = backend.layer_norm(rms_norm=True)
+    fuses = backend.fuse_layernorm_and_linear()
+    norm_keys = {} if fuses else _INPUT_NORM_KEY | (_DENSE_NORM_KEY if fused_norm else {})
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
+            linear_qkv=_linear_after_norm(backend),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
         ),
@@ -57,28 +61,36 @@ def _layer_spec(backend: TorchSpecProvider, mlp: Any, norm_key: dict[str, str]) 
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=IdentityOp if fuses else norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=IdentityOp if fuses and fused_norm else norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={**_INPUT_NORM_KEY, **norm_key},
+            sharded_state_dict_keys_map=norm_keys,
         ),
     )
 
 
-def _linears(backend: TorchSpecProvider) -> MLPSubmodules:
+def _linear_after_norm(backend: Any) -> Any:
+    """The linear layer after a norm: with the norm inside where the backend fuses the two."""
+    if backend.fuse_layernorm_and_linear():
+        return backend.column_parallel_layer_norm_linear()
+    return backend.column_parallel_linear()
+
+
+def _linears(backend: Any) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
 
 
-def _dense_mlp(backend: TorchSpecProvider) -> Any:
+def _dense_mlp(backend: Any) -> Any:
+    linears = MLPSubmodules(linear_fc1=_linear_after_norm(backend), linear_fc2=backend.row_parallel_linear())
     if _SPECS_ARE_CALLABLES:
-        return functools.partial(MLP.as_mlp_submodule, submodules=_linears(backend))
-    return ModuleSpec(module=MLP, submodules=_linears(backend))
+        return functools.partial(MLP.as_mlp_submodule, submodules=linears)
+    return ModuleSpec(module=MLP, submodules=linears)
 
 
-def _moe_mlp(backend: TorchSpecProvider, model: ModelConfig) -> Any:
+def _moe_mlp(backend: Any, model: ModelConfig) -> Any:
     router = functools.partial(Router, normalization=model.moe_gating_normalization)
     if _SPECS_ARE_CALLABLES:
         shared = functools.partial(SharedExpertMLP, submodules=_linears(backend))
