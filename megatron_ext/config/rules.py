@@ -112,7 +112,6 @@ PENDING: dict[str, Any] = {
     "parallel.context_parallel_size": 1,
     "data.reset_attention_mask": False,
     "data.reset_position_ids": False,
-    "runtime.backend": "torch",
     "precision.recipe": None,
 }
 """Keys that are planned; any other value than this is refused until they are built."""
