@@ -1,7 +1,5 @@
 """Rules of the Transformer Engine backend and its FP8 recipes: what would be refused later on, or ignored."""
 
-from typing import Any
-
 from megatron_ext.config.rules import HEADS, PP, SP, TP, rule
 
 BACKEND = "runtime.backend"
@@ -27,13 +25,6 @@ def _te_needs_cuda(backend: str, device: str) -> str | None:
     return None
 
 
-@rule("data.reset_attention_mask", "data.reset_position_ids", BACKEND)
-def _te_knows_no_documents(mask: bool, positions: bool, backend: str) -> str | None:
-    if backend == TE and (mask or positions):
-        return "Transformer Engine's attention would ignore where documents begin; set runtime.backend: torch"
-    return None
-
-
 @rule(MODULES, BACKEND)
 def _torch_cannot_recompute(modules: list[str], backend: str) -> str | None:
     only = sorted(ONLY_WITH_TE & set(modules))
@@ -47,10 +38,10 @@ def _expert_activation_needs_experts(modules: list[str], experts: int | None) ->
     return "moe_act is the activation of routed experts; remove it" if "moe_act" in modules and not experts else None
 
 
-@rule(RECIPE, BACKEND)
-def _rowwise_is_torch(recipe: str, backend: str) -> str | None:
-    if backend == TE and recipe == "rowwise":
-        return "Transformer Engine has no such recipe; set recipe: tensorwise, or runtime.backend: torch"
+@rule("model.add_bias_linear", "parallel.etp", "model.num_moe_experts", given=(BACKEND,))
+def _expert_biases_are_whole(biases: bool, etp: int, experts: int | None, backend: str) -> str | None:
+    if backend == TE and biases and experts and etp > 1:
+        return "megatron-core would add experts' biases once a rank; set expert_tensor_parallel_size: 1"
     return None
 
 
@@ -115,15 +106,3 @@ def _heads_are_even(recipe: str, heads: int, width: int, tp: int, groups: int | 
 def _tokens_are_even(recipe: str, micro: int, length: int, tp: int, cp: int, sp: bool, backend: str) -> str | None:
     """The tokens of one rank, which padding for experts must be able to fill up."""
     return _uneven(recipe, micro * length // (tp if sp else 1) // cp) if backend == TE else None
-
-
-def _register_delayed_only(key: str, neutral: Any) -> None:
-    @rule(key, RECIPE)
-    def _has_an_effect(value: Any, recipe: str) -> str | None:
-        if value != neutral and recipe != "delayed":
-            return "has a meaning with recipe: delayed only; remove it"
-        return None
-
-
-for _key, _neutral in (("amax_history_len", 1024), ("amax_compute_algo", "max"), ("margin", 0)):
-    _register_delayed_only(f"precision.{_key}", _neutral)

@@ -1,6 +1,5 @@
 """The one translation of our configuration into megatron-core's TransformerConfig."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from megatron_ext.config import Fp8Precision, ModelConfig, ParallelConfig, Preci
 from megatron_ext.config.output import Backend
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.overrides import check_overrides
+from megatron_ext.runtime.accelerators import fuses_weight_gradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Dtype of weights and activations under each kind of precision."""
@@ -92,7 +92,7 @@ def _transformer_engine(model: ModelConfig, parallel: ParallelConfig, precision:
         "moe_permute_fusion": model.is_moe,
         # Transformer Engine can add weight gradients to the fp32 buffer by itself, but the output layer is
         # megatron-core's own, which needs NVIDIA Apex for it.
-        "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        "gradient_accumulation_fusion": fuses_weight_gradients(),
         **(_fp8(model, parallel, precision) if isinstance(precision, Fp8Precision) else {}),
     }
 

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 from dataclasses import dataclass
 
@@ -100,6 +101,11 @@ def _import_fault() -> str | None:
     return None
 
 
+def fuses_weight_gradients() -> bool:
+    """Whether the extension of NVIDIA Apex is here that adds weight gradients to the fp32 buffer in the product."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def backend_fault(backend: Backend, machine: Machine) -> str | None:
     """Why `backend` cannot run here, with the way out; None where it can."""
     if backend == "torch":
@@ -121,17 +127,33 @@ def backend_fault(backend: Backend, machine: Machine) -> str | None:
     return None
 
 
-def precision_fault(backend: Backend, precision: Precision, machine: Machine) -> str | None:
+def precision_fault(backend: Backend, precision: Precision, machine: Machine, *, has_experts: bool) -> str | None:
     """Why `precision` cannot be computed by `backend` here, with the way out; None where it can."""
     if precision.kind == "bf16" and any(gpu.capability < (8, 0) for gpu in machine.gpus):
         return f"bf16 needs compute capability 8.0, {_weakest(machine)}; set precision: {{kind: fp32}}"
-    if not isinstance(precision, Fp8Precision) or backend == "torch":
+    if not isinstance(precision, Fp8Precision):
         return None
-    fault = _recipe_fault(precision.recipe, machine)
-    if fault is None:
+    if backend == "torch":
+        fault, way_out = _torch_fp8_fault(precision, machine, has_experts), "set runtime.backend: transformer_engine"
+    else:
+        fault = _recipe_fault(precision.recipe, machine)
+        others = [name for name in TE_RECIPES if _recipe_fault(name, machine) is None]
+        way_out = f"set recipe: {others[0]}" if others else ""
+    ways_out = f"{way_out}, or {_BF16_WAY_OUT}" if way_out else _BF16_WAY_OUT
+    return f"FP8 recipe {precision.recipe} {fault}; {ways_out}" if fault else None
+
+
+def _torch_fp8_fault(precision: Fp8Precision, machine: Machine, has_experts: bool) -> str | None:
+    """What torch lacks; on CPU it rounds as the kernels do, whatever the recipe."""
+    if not machine.gpus:
         return None
-    others = [name for name in TE_RECIPES if _recipe_fault(name, machine) is None]
-    return f"FP8 recipe {precision.recipe} {fault}; {f'set recipe: {others[0]}' if others else _BF16_WAY_OUT}"
+    if precision.recipe in ("blockwise", "mxfp8"):
+        return "has no kernel in torch for CUDA"
+    if any(gpu.capability < (8, 9) for gpu in machine.gpus):
+        return f"needs compute capability 8.9, {_weakest(machine)}"
+    if has_experts and any(gpu.capability != (9, 0) for gpu in machine.gpus):
+        return f"of routed experts has a kernel in torch for compute capability 9.0 alone, {_weakest(machine)}"
+    return None
 
 
 def _recipe_fault(name: str, machine: Machine) -> str | None:
@@ -148,7 +170,7 @@ def _recipe_fault(name: str, machine: Machine) -> str | None:
     return None
 
 
-def require(runtime: RuntimeConfig, precision: Precision, machine: Machine | None = None) -> None:
+def require(runtime: RuntimeConfig, precision: Precision, *, has_experts: bool, machine: Machine | None = None) -> None:
     """Raise EnvironmentFault where this machine cannot train with the backend of `runtime` in `precision`.
 
     Args:
@@ -158,7 +180,7 @@ def require(runtime: RuntimeConfig, precision: Precision, machine: Machine | Non
         machine = Machine() if runtime.device == "cpu" else this_machine()
     if fault := backend_fault(runtime.backend, machine):
         raise EnvironmentFault(f"runtime.backend = {runtime.backend!r}: {fault}")
-    if fault := precision_fault(runtime.backend, precision, machine):
+    if fault := precision_fault(runtime.backend, precision, machine, has_experts=has_experts):
         raise EnvironmentFault(f"precision.kind = {precision.kind!r}: {fault}")
 
 

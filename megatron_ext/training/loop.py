@@ -30,7 +30,7 @@ def train(run: RunConfig) -> None:
     """Run, or continue, the training that `run` describes, as one of the processes the launcher started."""
     setup_logging(launched_rank())
     layout = run.resolve(launched_world_size())
-    accelerators.require(run.runtime, run.precision)
+    accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe)
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
     groups = split_process_group(run.parallel, run.runtime)
