@@ -19,6 +19,8 @@ class Box:
     data: Tensor
     saved_here: bool
     """Whether this process writes it; other processes hold copies."""
+    optional: bool = False
+    """Whether a checkpoint may lack it, or have it in another shape; then `data` stays as it is."""
 
 
 def boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:

@@ -201,6 +201,14 @@ def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
         CheckpointError: naming every tensor that is missing or has another shape.
     """
     reader = TorchDistReader(checkpoint)
+    afresh = {
+        box.key
+        for box in boxes
+        if box.optional and (box.key not in reader.tensors or reader.shape(box.key) != box.global_shape)
+    }
+    if afresh:
+        log.info("%s lacks %d tensors that start afresh, such as %s", checkpoint, len(afresh), min(afresh))
+    boxes = [box for box in boxes if box.key not in afresh]
     faults = []
     for key, shape in {box.key: box.global_shape for box in boxes}.items():
         if key not in reader.tensors:

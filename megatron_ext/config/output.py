@@ -6,6 +6,8 @@ from pydantic import Field
 
 from megatron_ext.config.base import config
 
+Backend = Literal["torch", "transformer_engine"]
+
 
 @config
 class CheckpointConfig:
@@ -59,7 +61,7 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one. CPU runs use Gloo, CUDA runs NCCL."""
-    backend: Literal["torch", "transformer_engine"] = "torch"
+    backend: Backend = "torch"
     """What layers are built from: plain PyTorch (CPU and CUDA), or NVIDIA Transformer Engine (CUDA)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""

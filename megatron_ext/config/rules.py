@@ -93,7 +93,6 @@ MOE_ONLY = {
 
 
 PENDING: dict[str, Any] = {
-    "runtime.backend": "torch",
     "precision.recipe": None,
 }
 """Keys that are planned; any other value than this is refused until they are built."""

@@ -143,7 +143,7 @@ class WsdSchedule:
 Schedule = Annotated[ConstantSchedule | LinearSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
 
-Recomputable = Literal["core_attn", "mlp", "moe", "shared_experts"]
+Recomputable = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act"]
 
 
 @config
@@ -157,4 +157,4 @@ class RecomputeConfig:
     num_layers: int = Field(default=1, ge=1)
     """With full: see `method`."""
     modules: list[Recomputable] = Field(default_factory=lambda: list[Recomputable](["core_attn"]))
-    """With selective: the modules to recompute."""
+    """With selective: the modules to recompute; layernorm and moe_act with Transformer Engine only."""

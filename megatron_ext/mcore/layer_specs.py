@@ -4,8 +4,10 @@ import functools
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -21,7 +23,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_ext.checkpoint.naming import FUSED_NORMS
 from megatron_ext.config import ModelConfig
-from megatron_ext.mcore.backends.torch import TorchSpecProvider
+from megatron_ext.mcore.backends import spec_provider
 from megatron_ext.mcore.mla import LatentAttention
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.moe.shared_experts import BiasedSharedExperts
@@ -40,41 +42,44 @@ _LATENT_NORM_KEYS = _NORM_KEYS["self_attention.q_layernorm"] | _NORM_KEYS["self_
 
 def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the specs of the layers of this pipeline stage (and chunk `vp_stage`), and of the final norm."""
-    backend = TorchSpecProvider()
-    dense, moe = _layer_spec(backend, model, _dense_mlp(backend), _DENSE_NORM_KEY), None
+    backend = spec_provider(config)
+    dense, moe = _layer_spec(backend, model, _dense_mlp(backend), fused_norm=True), None
     if model.num_moe_experts is not None:
-        moe = _layer_spec(backend, model, _moe_mlp(backend, model), {})
+        moe = _layer_spec(backend, model, _moe_mlp(backend, model), fused_norm=False)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [moe if is_moe else dense for is_moe in model.moe_layer_pattern[first : first + count]]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(backend, model))
 
 
-def _norm(backend: TorchSpecProvider, model: ModelConfig) -> type:
+def _norm(backend: BackendSpecProvider, model: ModelConfig) -> type:
     return backend.layer_norm(rms_norm=model.normalization == "RMSNorm")
 
 
-def _layer_spec(backend: TorchSpecProvider, model: ModelConfig, mlp: Any, norm_key: dict[str, str]) -> ModuleSpec:
+def _layer_spec(backend: BackendSpecProvider, model: ModelConfig, mlp: Any, *, fused_norm: bool) -> ModuleSpec:
+    """One layer; with `fused_norm` the norm before `mlp` is saved as part of its first linear layer."""
     norm = _norm(backend, model)
-    if model.multi_latent_attention is not None:
-        attention, norm_keys = _latent_attention, _LATENT_NORM_KEYS
-    else:
-        attention, norm_keys = _attention, _ATTENTION_NORM_KEYS
+    fuses = backend.fuse_layernorm_and_linear()
+    latent = model.multi_latent_attention is not None
+    # Latent attention projects down first, by a layer that no backend fuses with the norm before it.
+    norm_keys = _LATENT_NORM_KEYS if latent else {} if fuses else _ATTENTION_NORM_KEYS
+    if fused_norm and not fuses:
+        norm_keys = norm_keys | _DENSE_NORM_KEY
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=attention(backend, model),
+            input_layernorm=IdentityOp if fuses and not latent else norm,
+            self_attention=(_latent_attention if latent else _attention)(backend, model),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=IdentityOp if fuses and fused_norm else norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={**norm_keys, **norm_key},
+            sharded_state_dict_keys_map=norm_keys,
         ),
     )
 
 
-def _latent_attention(backend: TorchSpecProvider, model: ModelConfig) -> ModuleSpec:
+def _latent_attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
     column, norm = backend.column_parallel_linear(), _norm(backend, model)
     return ModuleSpec(
         module=LatentAttention,
@@ -91,13 +96,13 @@ def _latent_attention(backend: TorchSpecProvider, model: ModelConfig) -> ModuleS
     )
 
 
-def _attention(backend: TorchSpecProvider, model: ModelConfig) -> ModuleSpec:
+def _attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
     norm = _norm(backend, model) if model.qk_layernorm == "head" else None
     return ModuleSpec(
         module=ProjectionNormAttention if model.qk_layernorm == "projection" else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
+            linear_qkv=_linear_after_norm(backend),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=norm,
@@ -106,17 +111,25 @@ def _attention(backend: TorchSpecProvider, model: ModelConfig) -> ModuleSpec:
     )
 
 
-def _linears(backend: TorchSpecProvider) -> MLPSubmodules:
+def _linear_after_norm(backend: BackendSpecProvider) -> Any:
+    """The linear layer after a norm: with the norm inside where the backend fuses the two."""
+    if backend.fuse_layernorm_and_linear():
+        return backend.column_parallel_layer_norm_linear()
+    return backend.column_parallel_linear()
+
+
+def _linears(backend: BackendSpecProvider) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
 
 
-def _dense_mlp(backend: TorchSpecProvider) -> Any:
+def _dense_mlp(backend: BackendSpecProvider) -> Any:
+    linears = MLPSubmodules(linear_fc1=_linear_after_norm(backend), linear_fc2=backend.row_parallel_linear())
     if _SPECS_ARE_CALLABLES:
-        return functools.partial(MLP.as_mlp_submodule, submodules=_linears(backend))
-    return ModuleSpec(module=MLP, submodules=_linears(backend))
+        return functools.partial(MLP.as_mlp_submodule, submodules=linears)
+    return ModuleSpec(module=MLP, submodules=linears)
 
 
-def _moe_mlp(backend: TorchSpecProvider, model: ModelConfig) -> Any:
+def _moe_mlp(backend: BackendSpecProvider, model: ModelConfig) -> Any:
     router = functools.partial(Router, model=model)
     shared_class = BiasedSharedExperts if model.add_bias_linear else SharedExpertMLP
     if _SPECS_ARE_CALLABLES:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -46,19 +46,29 @@ class Piece:
         return (1,) * (len(self.global_shape) - self.data.dim()) + tuple(self.data.shape)
 
 
-def pieces_of(module: torch.nn.Module) -> dict[Tensor, list[Piece]]:
-    """Every parameter and saved buffer of a model chunk, with its pieces."""
+@dataclass(frozen=True)
+class ScalingState:
+    """What an FP8 linear layer with delayed scaling remembers, as live tensors; its `get_extra_state` returns it."""
+
+    tensors: dict[str, Tensor]
+
+
+def _entries(module: torch.nn.Module) -> Iterator[Any]:
     metadata = {
         "singleton_local_shards": False,
         "non_homogeneous_layers": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    entries = nested_values(module.sharded_state_dict(metadata=metadata))
-    described: dict[Tensor, list[Piece]] = {}
-    for entry in entries:
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory):
-            described[entry.data] = list(_pieces(entry))
-    return described
+    yield from nested_values(module.sharded_state_dict(metadata=metadata))
+
+
+def pieces_of(module: torch.nn.Module) -> dict[Tensor, list[Piece]]:
+    """Every parameter and saved buffer of a model chunk, with its pieces."""
+    return {
+        entry.data: list(_pieces(entry))
+        for entry in _entries(module)
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
 
 
 def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
@@ -81,13 +91,31 @@ def _piece(entry: ShardedTensor, data: Tensor, start: int) -> Piece:
 
 
 def model_boxes(chunks: list[torch.nn.Module]) -> list[Box]:
-    """The model weights of this rank."""
-    return [
+    """The model weights of this rank, and the state of delayed scaling where layers have it."""
+    weights = [
         Box(p.key, p.global_shape, p.offset, p.data.view(p.box_shape), saved_here=not any(p.replica_id))
         for chunk in chunks
         for pieces in pieces_of(chunk).values()
         for p in pieces
     ]
+    return weights + [box for chunk in chunks for box in _scaling_boxes(chunk)]
+
+
+def _scaling_boxes(chunk: torch.nn.Module) -> Iterator[Box]:
+    """The state of delayed scaling, `<layer>._extra_state.<what>`, stacked over experts where there are some.
+
+    A checkpoint of another backend or recipe has none, or one of another length: then the history starts afresh.
+    """
+    for entry in _entries(chunk):
+        if not isinstance(entry, ShardedObject) or not isinstance(entry.data, ScalingState):
+            continue
+        for name, tensor in entry.data.tensors.items():
+            stacked = len(entry.global_shape)
+            shape = (*entry.global_shape, *tensor.shape)
+            offset = (*entry.global_offset, *(0,) * tensor.dim())
+            data = tensor.detach()[(None,) * stacked]
+            saved_here = not any(entry.replica_id)
+            yield Box(f"{entry.key}.{name}", shape, offset, data, saved_here=saved_here, optional=True)
 
 
 def optimizer_boxes(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) -> list[Box]:

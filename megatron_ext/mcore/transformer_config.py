@@ -7,18 +7,25 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_ext.config import ModelConfig, ParallelConfig, Precision, RecomputeConfig, YarnRopeScaling
+from megatron_ext.config import Fp8Precision, ModelConfig, ParallelConfig, Precision, RecomputeConfig, YarnRopeScaling
+from megatron_ext.config.output import Backend
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.overrides import check_overrides
 from megatron_ext.mcore.rotary import softmax_factor
+from megatron_ext.runtime.accelerators import fuses_weight_gradients
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Dtype of weights and activations under each kind of precision."""
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: Precision, recompute: RecomputeConfig
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    recompute: RecomputeConfig,
+    backend: Backend = "torch",
 ) -> TransformerConfig:
-    """Return megatron-core's configuration of the transformer.
+    """Return megatron-core's configuration of the transformer, which also says what its layers are built from.
 
     Raises:
         ConfigError: an override would not do what it says, or megatron-core refuses the combination.
@@ -30,6 +37,7 @@ def transformer_config(
         **_moe(model, parallel),
         **_parallelism(parallel),
         **_recompute(recompute),
+        **(_transformer_engine(model, parallel, precision) if backend == "transformer_engine" else {}),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
@@ -112,6 +120,41 @@ def _latent_attention(model: ModelConfig) -> dict[str, Any]:
         "softmax_scale": softmax_factor(model) / math.sqrt(model.head_dim),
         # The angles are our own (rotary.py); this is the branch that takes a factor with them.
         "rope_type": "yarn",
+    }
+
+
+def _transformer_engine(model: ModelConfig, parallel: ParallelConfig, precision: Precision) -> dict[str, Any]:
+    """What differs with Transformer Engine: its layers, its fused kernels and its FP8."""
+    return {
+        "transformer_impl": "transformer_engine",
+        # megatron-core has fused kernels of SwiGLU alone for routed experts.
+        "bias_activation_fusion": model.gated_linear_unit and model.activation_func == "silu",
+        "bias_dropout_fusion": not (model.is_moe and model.add_bias_linear),
+        "apply_rope_fusion": model.position_embedding_type == "rope" and model.multi_latent_attention is None,
+        "moe_permute_fusion": model.is_moe,
+        # Transformer Engine can add weight gradients to the fp32 buffer by itself, but the output layer is
+        # megatron-core's own, which needs NVIDIA Apex for it.
+        "gradient_accumulation_fusion": fuses_weight_gradients(),
+        **(_fp8(model, parallel, precision) if isinstance(precision, Fp8Precision) else {}),
+    }
+
+
+def _fp8(model: ModelConfig, parallel: ParallelConfig, precision: Fp8Precision) -> dict[str, Any]:
+    """Transformer Engine's FP8. config/backend_rules.py refuses what a recipe would ignore or cannot do."""
+    start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
+    return {
+        "fp8": precision.format,
+        "fp8_recipe": precision.recipe,
+        "fp8_margin": precision.margin,
+        "fp8_amax_history_len": precision.amax_history_len,
+        "fp8_amax_compute_algo": precision.amax_compute_algo,
+        "fp8_wgrad": precision.fp8_wgrad,
+        "first_last_layers_bf16": start + end > 0,
+        "num_layers_at_start_in_bf16": start,
+        "num_layers_at_end_in_bf16": end,
+        # Experts take tokens in multiples of 16 or 32. Padding the routing saves the copy into padded rows, but the
+        # all-gather dispatcher cannot; there the experts pad.
+        "moe_router_padding_for_quantization": model.is_moe and parallel.moe_token_dispatcher_type == "alltoall",
     }
 
 

@@ -2,7 +2,7 @@
 
 `mended`: our code takes the place of the faulty one. `avoided`: a combination that triggers it is never built.
 `refused`: a user who asks for it gets an error with the way out. Every entry has a test that shows the fault in the
-versions listed here, and fails when an installed version no longer has it.
+versions listed here, and fails when an installed version no longer has it; or says in `needs` why a test cannot.
 """
 
 import importlib.metadata
@@ -30,6 +30,9 @@ class Fault:
     """First version without it."""
     overrides: tuple[str, ...] = ()
     """TransformerConfig fields that would bring it back; refused in model.transformer_overrides."""
+    needs: str | None = None
+    """What showing it takes where that is more than a CPU and megatron-core. With "Transformer Engine", tests/te shows
+    it; with anything else no test here does."""
 
     def present_in(self, version: Version) -> bool:
         """Whether `version` of megatron-core has this fault."""
@@ -69,7 +72,8 @@ FAULTS: tuple[Fault, ...] = (
         "experts_left_out_of_gradient_norm",
         "EP > 1 and TP > 1: expert gradients count towards the norm only on tensor-parallel rank 0",
         "mended",
-        "our experts are marked as split, which the norm respects (mcore/moe/experts.py)",
+        "experts of both backends are marked as split, which the norm respects (mcore/moe/experts.py, "
+        "mcore/backends/transformer_engine.py)",
         fixed_in="0.19.0",
     ),
     Fault(
@@ -122,7 +126,7 @@ FAULTS: tuple[Fault, ...] = (
         "norm_recompute_needs_transformer_engine",
         "selective recompute of norms names a Transformer Engine class that is unbound without it (NameError)",
         "refused",
-        "recompute other modules, or whole layers with recompute.granularity: full (config/training.py)",
+        "recompute other modules, or whole layers with recompute.granularity: full (config/backend_rules.py)",
         overrides=("recompute_modules",),
     ),
     Fault(
@@ -142,6 +146,108 @@ FAULTS: tuple[Fault, ...] = (
         "megatron-core's attention without Transformer Engine refuses context parallelism",
         "mended",
         "our core attention gathers keys and values over the context-parallel group (mcore/attention.py)",
+    ),
+    Fault(
+        "upcycling_leaves_shared_experts_random",
+        "upcycling_utils makes routed experts only: shared experts keep the values that they were initialised with",
+        "avoided",
+        "every upcycling method is our own and makes shared experts too (upcycling/)",
+    ),
+    Fault(
+        "upcycling_needs_every_layer_moe",
+        "upcycling_utils fails on models whose first layers stay dense",
+        "avoided",
+        "our methods work one layer at a time, whatever the pattern of layers (upcycling/upcycle.py)",
+    ),
+    Fault(
+        "upcycling_swaps_models_of_several_chunks",
+        "upcycling_utils swaps the dense and the MoE model with virtual pipeline stages",
+        "avoided",
+        "upcycling reads and writes whole tensors, without any layout (upcycling/, checkpoint/tensors.py)",
+    ),
+    Fault(
+        "upcycling_option_cannot_run",
+        "moe-use-upcycling: the wheel of 0.16 has no training script, that of 0.19 calls its loader by a wrong name",
+        "avoided",
+        "training and upcycling are our own (training/, upcycling/)",
+    ),
+    Fault(
+        "converters_drop_experts",
+        "tools/checkpoint writes stacked keys that the model does not read, and so loses all experts",
+        "avoided",
+        "conversion is our own, and accounts for every tensor (conversion/)",
+        needs="the scripts of megatron-core's repository, which are not in its wheel",
+    ),
+    Fault(
+        "default_optimizer_format_cannot_be_saved",
+        "without a distrib_optim_sharding_type the distributed optimizer's state cannot be saved at all",
+        "avoided",
+        "optimizer state is saved by our own code (mcore/state.py)",
+    ),
+    Fault(
+        "reshardable_optimizer_format_is_bound_to_a_layout",
+        "the format dp_reshardable saves the buckets of one layout: only the data-parallel size may change",
+        "avoided",
+        "optimizer state is saved a parameter at a time, under the model's own names (mcore/state.py)",
+    ),
+    Fault(
+        "optimizer_parts_follow_expert_parallelism",
+        "the number of chained optimizers depends on EP: a checkpoint does not load after a change between 1 and more",
+        "mended",
+        "experts are expert parameters in every layout, and state goes by parameter names (mcore/moe/experts.py)",
+    ),
+    Fault(
+        "lasting_saver_needs_a_gpu",
+        "asynchronous saving by a process that stays divides by the number of GPUs: on CPU it dies and the run hangs",
+        "avoided",
+        "checkpoints are written by our own code (checkpoint/store.py)",
+    ),
+    Fault(
+        "sample_order_depends_on_length",
+        "the order of samples depends on how many are asked for: a longer run reads others on the way",
+        "avoided",
+        "each epoch is shuffled by itself (data/datasets.py)",
+    ),
+    Fault(
+        "padding_mask_means_its_opposite",
+        "padding_mask: the routers' docstrings say that True marks valid tokens; it marks padding",
+        "avoided",
+        "samples are full and no padding mask is passed; labels that do not count are in the loss mask",
+    ),
+    Fault(
+        "loss_of_two_is_multiplied_by_context_ranks",
+        "a loss function that returns two values has its loss multiplied by the context-parallel size",
+        "avoided",
+        "losses are weighted with that in mind (training/step.py)",
+    ),
+    Fault(
+        "attention_mask_ignored_by_transformer_engine",
+        "Transformer Engine's attention ignores the mask of documents: they leak into each other",
+        "refused",
+        "use runtime.backend: torch with data.reset_attention_mask (config/rules.py)",
+        fixed_in="0.19.0",
+        needs="Transformer Engine's kernels on a GPU",
+    ),
+    Fault(
+        "weight_gradients_in_fp8_whatever_is_asked",
+        "fp8_wgrad = False has no effect with any recipe but delayed",
+        "refused",
+        "set recipe: delayed, or leave fp8_wgrad (config/backend_rules.py)",
+        needs="Transformer Engine",
+    ),
+    Fault(
+        "delayed_scaling_of_experts_is_lost",
+        "the delayed scaling of grouped experts is not cut by expert: 0.16 mixes experts, 0.19 fails to save",
+        "mended",
+        "each expert's scales and amax history are saved as plain tensors (mcore/backends/transformer_engine.py)",
+        needs="Transformer Engine",
+    ),
+    Fault(
+        "transformer_engine_chosen_without_a_gpu",
+        "where Transformer Engine can be imported its CUDA-only optimizer is taken, also without a GPU",
+        "mended",
+        "it is hidden from megatron-core where there is no GPU (runtime/cpu_compat.py)",
+        needs="Transformer Engine",
     ),
 )
 

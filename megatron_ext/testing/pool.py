@@ -24,12 +24,18 @@ class GlooPool:
 
     Functions must be importable (defined at the top of a module); arguments and results are pickled. Workers are
     forked from a server that has imported this framework once, so that they share its memory.
+
+    Args:
+        transformer_engine: start each worker on its own, with Transformer Engine imported before this framework, which
+            otherwise hides it where there is no GPU.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, transformer_engine: bool = False) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["megatron_ext.testing.preload"])
+        self._transformer_engine = transformer_engine
+        self._context = multiprocessing.get_context("spawn" if transformer_engine else "forkserver")
+        if not transformer_engine:
+            self._context.set_forkserver_preload(["megatron_ext.testing.preload"])
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., T], *args: Any, timeout: float = 180.0) -> list[T]:
@@ -53,7 +59,7 @@ class GlooPool:
     def _start(self, count: int) -> None:
         while len(self._workers) < count:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+            process = self._context.Process(target=_work, args=(theirs, self._transformer_engine), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -95,8 +101,11 @@ class GlooPool:
         self.close()
 
 
-def _work(connection: Connection) -> None:
+def _work(connection: Connection, transformer_engine: bool) -> None:
     """Serve calls until the pool closes the connection."""
+    if transformer_engine:
+        import torch  # noqa: F401 - brings the libraries that Transformer Engine links to
+        import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with contextlib.suppress(EOFError):
         while True:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_ext.config import RunConfig
 from megatron_ext.mcore.optimizer import set_learning_rate
 from megatron_ext.monitoring.monitor import Monitor, StepReport
+from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.logs import setup_logging
 from megatron_ext.runtime.process_groups import (
@@ -29,6 +30,7 @@ def train(run: RunConfig) -> None:
     """Run, or continue, the training that `run` describes, as one of the processes the launcher started."""
     setup_logging(launched_rank())
     layout = run.resolve(launched_world_size())
+    accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe)
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
     groups = split_process_group(run.parallel, run.runtime)

@@ -157,7 +157,7 @@ class Session:
 def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.device) -> Session:
     """Build the model and optimizer with fresh weights, or those that the run continues or starts from."""
     seed_everything(run.train.seed)
-    config = transformer_config(run.model, run.parallel, run.precision, run.recompute)
+    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, run.runtime.backend)
     chunks = build_chunks(run.model, run.parallel, config, device)
     initialize_weights(run.model, list(chunks), run.train.seed)
     wrapped = wrap_chunks(chunks, config, run.parallel)

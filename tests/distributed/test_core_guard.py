@@ -5,10 +5,17 @@ import pytest
 from megatron_ext.errors import EnvironmentFault
 from megatron_ext.runtime import core_guard
 from megatron_ext.testing.pool import GlooPool
-from tests.distributed.core_faults import SHOWN
+from tests.distributed import core_faults, core_faults_of_tools
+
+SHOWN = core_faults.SHOWN | core_faults_of_tools.SHOWN
+SHOWABLE = [fault for fault in core_guard.FAULTS if fault.needs is None]
 
 
-@pytest.mark.parametrize("fault", core_guard.FAULTS, ids=lambda fault: fault.name)
+def test_every_fault_is_shown_or_says_what_that_takes() -> None:
+    assert set(SHOWN) == {fault.name for fault in SHOWABLE}
+
+
+@pytest.mark.parametrize("fault", SHOWABLE, ids=lambda fault: fault.name)
 def test_fault_is_there_in_the_versions_listed(fault: core_guard.Fault, pool: GlooPool) -> None:
     version = core_guard.installed_version()
     shown = SHOWN[fault.name](pool)

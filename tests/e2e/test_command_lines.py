@@ -1,6 +1,7 @@
 """Every command line says what it does, reads its example, and answers bad input with one message and exit code 2."""
 
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -130,3 +131,22 @@ def test_options_of_a_file_and_of_the_command_line(tmp_path: Path) -> None:
         command(TOOLS / "corpus.py", "--config", tmp_path / "corpus.yaml"),
         "outptu = 1: unknown key; did you mean 'output'?",
     )
+
+
+def test_doctor_says_what_is_here_and_that_training_can_run() -> None:
+    process = command(TOOLS / "doctor.py")
+    assert process.returncode == 0, process.stderr
+    for part in ("Machine\n", "Installed\n", "Backend torch\n", "Known faults of megatron-core", "training can run"):
+        assert part in process.stdout
+    brief = command(TOOLS / "doctor.py", "--brief").stdout
+    assert "Known faults" not in brief
+
+
+def test_doctor_ends_with_2_where_training_cannot_run(tmp_path: Path) -> None:
+    (tmp_path / "megatron_core-0.20.0.dist-info").mkdir()
+    (tmp_path / "megatron_core-0.20.0.dist-info" / "METADATA").write_text("Name: megatron-core\nVersion: 0.20.0\n")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    process = command(TOOLS / "doctor.py", PYTHONPATH=path)
+    assert_clear_error(process, "megatron-core 0.20.0 is installed", "< 0.20")
+    assert "megatron-core       0.20.0" in process.stdout
+    assert "training can run here" not in process.stdout

@@ -9,6 +9,12 @@ from tests.unit.config.test_load import faults, load, mapping
 
 MOE = {"num_moe_experts": 8}
 PRE = {"moe_router_pre_softmax": True}
+TE = {"backend": "transformer_engine"}
+
+
+def fp8(recipe: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": "fp8", "recipe": recipe, **fields}
+
 
 VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": {"num_query_groups": 3}}, ["model.num_attention_heads = 4", "model.num_query_groups = 3"]),
@@ -130,6 +136,66 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "exponential"}}, ["set min_lr"]),
     ({"recompute": {"granularity": "full", "num_layers": 5}}, ["only 4 layers"]),
     ({"model": {"transformer_overrides": {"hidden_size": 3}}}, ["hidden_size: set through this file's own keys"]),
+    (
+        {"runtime": TE | {"device": "cpu"}},
+        ["runtime.backend = 'transformer_engine'", "runtime.device = 'cpu'", "runtime.backend: torch"],
+    ),
+    (
+        {"recompute": {"granularity": "selective", "modules": ["layernorm"]}},
+        ["recompute.modules = ['layernorm']", "runtime.backend: transformer_engine only"],
+    ),
+    ({"runtime": TE, "recompute": {"granularity": "selective", "modules": ["moe_act"]}}, ["of routed experts"]),
+    (
+        {"runtime": TE, "precision": fp8("delayed", num_layers_at_start_in_bf16=1)},
+        ["precision.recipe = 'delayed'", "precision.num_layers_at_start_in_bf16 = 1", "recipe: tensorwise"],
+    ),
+    (
+        {
+            "runtime": TE,
+            "model": MOE,
+            "precision": fp8("delayed"),
+            "recompute": {"granularity": "selective", "modules": ["moe_act"]},
+        },
+        ["recompute.modules = ['moe_act']", "leave those modules out"],
+    ),
+    (
+        {"runtime": TE, "precision": fp8("tensorwise", fp8_wgrad=False)},
+        ["precision.fp8_wgrad = False", "every recipe but delayed"],
+    ),
+    (
+        {
+            "runtime": TE,
+            "precision": fp8("tensorwise", num_layers_at_end_in_bf16=3),
+            "parallel": {"pipeline_model_parallel_size": 2},
+        },
+        ["precision.num_layers_at_end_in_bf16 = 3", "one pipeline stage's layers (2)"],
+    ),
+    (
+        {"runtime": TE, "precision": fp8("blockwise"), "model": {"ffn_hidden_size": 72}},
+        ["model.ffn_hidden_size = 72", "multiples of 16, and this gives 72"],
+    ),
+    (
+        {"runtime": TE, "precision": fp8("mxfp8"), "model": MOE | {"moe_ffn_hidden_size": 48}},
+        ["model.expert_ffn_hidden_size = 48", "multiples of 32, and this gives 48"],
+    ),
+    (
+        {"runtime": TE, "precision": fp8("mxfp8"), "model": MOE | {"moe_shared_expert_intermediate_size": 48}},
+        ["model.moe_shared_expert_intermediate_size = 48", "multiples of 32"],
+    ),
+    ({"runtime": TE, "precision": fp8("tensorwise"), "model": {"hidden_size": 72}}, ["model.hidden_size = 72"]),
+    (
+        {"runtime": TE, "precision": fp8("tensorwise"), "model": {"num_query_groups": 1, "kv_channels": 20}},
+        ["model.head_dim = 20", "multiples of 16"],
+    ),
+    ({"runtime": TE, "precision": fp8("tensorwise"), "data": {"sequence_length": 36}}, ["data.sequence_length = 36"]),
+    (
+        {
+            "runtime": TE,
+            "model": MOE | {"add_bias_linear": True},
+            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        },
+        ["model.add_bias_linear = True", "parallel.etp = 2", "expert_tensor_parallel_size: 1"],
+    ),
 ]
 
 

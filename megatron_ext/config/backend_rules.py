@@ -1,0 +1,108 @@
+"""Rules of the Transformer Engine backend and its FP8 recipes: what would be refused later on, or ignored."""
+
+from megatron_ext.config.rules import HEADS, PP, SP, TP, rule
+
+BACKEND = "runtime.backend"
+RECIPE = "precision.recipe"
+START, END = "precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"
+MODULES = "recompute.modules"
+CP = "parallel.context_parallel_size"
+SHARED = "model.moe_shared_expert_intermediate_size"
+TE = "transformer_engine"
+ONLY_WITH_TE = frozenset(("layernorm", "moe_act"))
+"""Modules whose recompute is Transformer Engine's."""
+
+
+def _multiple(recipe: str) -> int:
+    """What the sides of FP8 matrices must be multiples of."""
+    return 32 if recipe == "mxfp8" else 16
+
+
+@rule(BACKEND, "runtime.device")
+def _te_needs_cuda(backend: str, device: str) -> str | None:
+    if backend == TE and device == "cpu":
+        return "Transformer Engine computes on CUDA only; set runtime.backend: torch, or remove runtime.device"
+    return None
+
+
+@rule(MODULES, BACKEND)
+def _torch_cannot_recompute(modules: list[str], backend: str) -> str | None:
+    only = sorted(ONLY_WITH_TE & set(modules))
+    if backend != TE and only:
+        return f"{', '.join(only)}: recomputed with runtime.backend: transformer_engine only; leave out, or set that"
+    return None
+
+
+@rule(MODULES, "model.num_moe_experts")
+def _expert_activation_needs_experts(modules: list[str], experts: int | None) -> str | None:
+    return "moe_act is the activation of routed experts; remove it" if "moe_act" in modules and not experts else None
+
+
+@rule("model.add_bias_linear", "parallel.etp", "model.num_moe_experts", given=(BACKEND,))
+def _expert_biases_are_whole(biases: bool, etp: int, experts: int | None, backend: str) -> str | None:
+    if backend == TE and biases and experts and etp > 1:
+        return "megatron-core would add experts' biases once a rank; set expert_tensor_parallel_size: 1"
+    return None
+
+
+@rule(RECIPE, START, END, given=(BACKEND,))
+def _delayed_has_no_bf16_layers(recipe: str, start: int, end: int, backend: str) -> str | None:
+    if backend == TE and recipe == "delayed" and start + end:
+        return "delayed scaling reduces the maxima of all layers at once, leaving none out; set recipe: tensorwise"
+    return None
+
+
+@rule(RECIPE, MODULES, given=("recompute.granularity", BACKEND))
+def _delayed_recomputes_no_inputs(recipe: str, modules: list[str], granularity: str | None, backend: str) -> str | None:
+    if backend == TE and recipe == "delayed" and granularity == "selective" and ONLY_WITH_TE & set(modules):
+        return "delayed scaling would see a recomputed input twice; set recipe: tensorwise, or leave those modules out"
+    return None
+
+
+@rule("precision.fp8_wgrad", RECIPE, given=(BACKEND,))
+def _only_delayed_leaves_wgrad(wgrad: bool, recipe: str, backend: str) -> str | None:
+    if backend == TE and not wgrad and recipe != "delayed":
+        return "megatron-core ignores it with every recipe but delayed; remove it"
+    return None
+
+
+@rule(START, END, "model.num_layers", PP, given=(BACKEND,))
+def _bf16_layers_fit_a_stage(start: int, end: int, layers: int, pp: int, backend: str) -> str | None:
+    stage = layers // pp
+    if backend == TE and max(start, end) > stage:
+        return f"megatron-core keeps at most one pipeline stage's layers ({stage}) in bf16 at either end"
+    return None
+
+
+def _uneven(recipe: str, *sizes: int) -> str | None:
+    multiple = _multiple(recipe)
+    bad = [size for size in sizes if size % multiple]
+    return f"FP8 kernels take multiples of {multiple}, and this gives {bad[0]}" if bad else None
+
+
+def _register_width(width: str, split: str) -> None:
+    @rule(RECIPE, width, split, given=(BACKEND,))
+    def _width_is_even(recipe: str, size: int | None, degree: int, backend: str) -> str | None:
+        return _uneven(recipe, size // degree) if backend == TE and size else None
+
+
+for _width, _split in (("model.ffn_hidden_size", TP), ("model.expert_ffn_hidden_size", "parallel.etp"), (SHARED, TP)):
+    _register_width(_width, _split)
+
+
+@rule(RECIPE, "model.hidden_size", given=(BACKEND,))
+def _hidden_is_even(recipe: str, hidden: int, backend: str) -> str | None:
+    return _uneven(recipe, hidden) if backend == TE else None
+
+
+@rule(RECIPE, HEADS, "model.head_dim", TP, given=("model.num_query_groups", BACKEND))
+def _heads_are_even(recipe: str, heads: int, width: int, tp: int, groups: int | None, backend: str) -> str | None:
+    if backend != TE:
+        return None
+    return _uneven(recipe, heads * width // tp, (heads + 2 * (groups or heads)) * width // tp)
+
+
+@rule(RECIPE, "train.micro_batch_size", "data.sequence_length", TP, CP, given=(SP, BACKEND))
+def _tokens_are_even(recipe: str, micro: int, length: int, tp: int, cp: int, sp: bool, backend: str) -> str | None:
+    """The tokens of one rank, which padding for experts must be able to fill up."""
+    return _uneven(recipe, micro * length // (tp if sp else 1) // cp) if backend == TE else None

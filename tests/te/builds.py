@@ -1,0 +1,153 @@
+"""What a process with Transformer Engine does for the tests beside this file: build both backends, save, load, tell."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.checkpoint.boxes import Box
+from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.checkpoint.store import TrainingState, load_boxes, save_checkpoint
+from megatron_ext.config import Fp8Precision, RuntimeConfig
+from megatron_ext.config.output import Backend
+from megatron_ext.mcore.initialization import initialize_weights
+from megatron_ext.mcore.model import build_chunks
+from megatron_ext.mcore.state import model_boxes
+from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.runtime.process_groups import split_process_group
+from megatron_ext.runtime.seeds import seed_everything
+from megatron_ext.testing.parity import Cell
+from megatron_ext.testing.transformer_engine import as_on_hopper, build_with_transformer_engine
+
+# key, global shape, offset and size of a box
+Place = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def build(cell: Cell, backend: Backend, *, seed: int) -> list[Any]:
+    """The model chunks of this rank with weights drawn from `seed`."""
+    if not parallel_state.model_parallel_is_initialized():
+        split_process_group(cell.parallel, RuntimeConfig(device="cpu"))
+    seed_everything(seed)
+    arguments = (cell.model, cell.parallel, cell.precision, cell.recompute)
+    if backend == "transformer_engine":
+        _, chunks = build_with_transformer_engine(*arguments)
+    else:
+        chunks = list(build_chunks(cell.model, cell.parallel, transformer_config(*arguments), torch.device("cpu")))
+    with as_on_hopper():
+        initialize_weights(cell.model, chunks, seed)
+    return chunks
+
+
+def boxes_of(chunks: list[Any]) -> list[Box]:
+    """The boxes of `chunks` in order of their places."""
+    with as_on_hopper():
+        return sorted(model_boxes(chunks), key=place)
+
+
+def place(box: Box) -> Place:
+    return box.key, box.global_shape, box.offset, tuple(box.data.shape)
+
+
+def places(cell: Cell, backend: Backend) -> list[tuple[Place, torch.dtype]]:
+    """Where each tensor of this rank stands in the checkpoint, and its dtype."""
+    return [(place(box), box.data.dtype) for box in boxes_of(build(cell, backend, seed=1))]
+
+
+def save_then_load(cell: Cell, source: Backend, target: Backend, directory: Path) -> tuple[int, list[str]]:
+    """Save a model of `source`, load it into one of `target`; how many boxes there are, and which differ in any bit."""
+    saved = boxes_of(build(cell, source, seed=1))
+    checkpoint = save_checkpoint(directory, saved, TrainingState(iteration=1), {}, None)
+    loaded = boxes_of(build(cell, target, seed=2))
+    load_boxes(checkpoint, loaded)
+    pairs = [(a, b) for a, b in zip(saved, loaded, strict=True) if "_extra_state" not in a.key]
+    return len(pairs), [a.key for a, b in pairs if not torch.equal(a.data, b.data)]
+
+
+def expert_marks(cell: Cell) -> list[tuple[str, bool, bool, int]]:
+    """Layer, allreduce, split over the TP group and split dimension of each parameter of the routed experts."""
+    (chunk,) = build(cell, "transformer_engine", seed=1)
+    return [
+        (name.rsplit(".", 2)[-2], p.allreduce, p.tensor_model_parallel, p.partition_dim)
+        for name, p in chunk.named_parameters()
+        if ".experts." in name
+    ]
+
+
+FIELDS = (
+    "transformer_impl fp8 fp8_recipe fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad fp8_param bf16 "
+    "first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 moe_router_padding_for_quantization"
+).split()
+RECIPE_FIELDS = ("margin", "amax_history_len", "amax_compute_algo", "override_linear_precision")
+
+
+def translated(cell: Cell) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """megatron-core's fields, and the class and fields of the recipe that Transformer Engine gets."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    split_process_group(cell.parallel, RuntimeConfig(device="cpu"))
+    seed_everything(0)
+    config, _ = build_with_transformer_engine(cell.model, cell.parallel, cell.precision, cell.recompute)
+    recipe = get_fp8_recipe(config)
+    fields = {name: getattr(recipe, name) for name in RECIPE_FIELDS if hasattr(recipe, name)}
+    builtin = next(cls for cls in type(recipe).__mro__ if cls.__module__ == "transformer_engine.common.recipe")
+    return (
+        {name: getattr(config, name) for name in FIELDS},
+        builtin.__name__,
+        {**fields, "format": recipe.fp8_format.name},
+    )
+
+
+def scaling_boxes(chunks: list[Any]) -> list[Box]:
+    return [box for box in boxes_of(chunks) if "_extra_state" in box.key]
+
+
+def expected_scaling(box: Box) -> torch.Tensor:
+    """Numbers that depend on the global place alone."""
+    generator = torch.Generator().manual_seed(seed_from_name(0, box.key))
+    whole = torch.rand(box.global_shape, generator=generator)
+    return whole[tuple(slice(o, o + s) for o, s in zip(box.offset, box.data.shape, strict=True))]
+
+
+def save_scaling(cell: Cell, directory: Path) -> list[str]:
+    """Save a model whose delayed scaling has remembered something; the keys of that."""
+    chunks = build(cell, "transformer_engine", seed=1)
+    for box in scaling_boxes(chunks):
+        box.data.copy_(expected_scaling(box))
+    save_checkpoint(directory, boxes_of(chunks), TrainingState(iteration=1), {}, None)
+    return sorted({box.key for box in scaling_boxes(chunks)})
+
+
+def load_scaling(cell: Cell, checkpoint: Path) -> tuple[int, int, int]:
+    """Load, and begin the first pass; how much is as saved, as in a new model, and anything else."""
+    chunks = build(cell, "transformer_engine", seed=2)
+    load_boxes(checkpoint, boxes_of(chunks))
+    _begin_first_pass(chunks, cell.precision)
+    as_saved = as_new = other = 0
+    for box in scaling_boxes(chunks):
+        new = torch.ones_like(box.data) if ".scale" in box.key else torch.zeros_like(box.data)
+        if torch.equal(box.data, new):
+            as_new += 1
+        elif torch.equal(box.data, expected_scaling(box)):
+            as_saved += 1
+        else:
+            other += 1
+    return as_saved, as_new, other
+
+
+def _begin_first_pass(chunks: list[Any], precision: Any) -> None:
+    """What each layer does to its scaling before its first matrix product."""
+    from megatron.core.fp8_utils import get_fp8_context
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    assert isinstance(precision, Fp8Precision)
+    for chunk in chunks:
+        with as_on_hopper(), get_fp8_context(chunk.config):
+            for module in chunk.modules():
+                if isinstance(module, TransformerEngineBaseModule):
+                    module.init_fp8_metadata(num_gemms=getattr(module, "num_gemms", 1))
+                    assert module.fp8, "not an FP8 pass"
+
+
+def load_into_torch(cell: Cell, checkpoint: Path) -> None:
+    load_boxes(checkpoint, boxes_of(build(cell, "torch", seed=2)))

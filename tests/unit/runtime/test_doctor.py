@@ -1,0 +1,78 @@
+"""What the doctor finds on machines of several kinds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+
+from megatron_ext.runtime import core_guard
+from megatron_ext.runtime.accelerators import Gpu, Machine
+from megatron_ext.runtime.doctor import Report, apex_finding, examine
+
+H100 = Machine((Gpu("NVIDIA H100", (9, 0), 80 * 2**30),), (13, 0), Version("2.20.2"))
+B200 = Machine((Gpu("NVIDIA B200", (10, 0), 180 * 2**30),), (13, 0), None)
+
+
+def finding(report: Report, section: str, name: str) -> str:
+    rows = dict(next(rows for title, rows in report.sections if title.startswith(section)))
+    return rows[name]
+
+
+def test_a_hopper_node_with_transformer_engine() -> None:
+    report = examine(H100)
+    assert finding(report, "Machine", "GPU 0") == "NVIDIA H100, compute capability 9.0, 80 GiB"
+    assert finding(report, "Backend torch", "fp8 rowwise") == "runs"
+    assert "no kernel in torch" in finding(report, "Backend torch", "fp8 mxfp8")
+    assert finding(report, "Backend transformer_engine", "fp8 blockwise") == "runs"
+    assert "needs Blackwell" in finding(report, "Backend transformer_engine", "fp8 mxfp8")
+    assert report.fault is None
+
+
+def test_a_blackwell_node_without_transformer_engine() -> None:
+    report = examine(B200)
+    assert "pip install" in finding(report, "Backend transformer_engine", "cannot run")
+    assert finding(report, "Backend torch", "fp8 tensorwise").startswith("dense models only")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_this_machine_without_a_gpu() -> None:
+    report = examine()
+    assert finding(report, "Machine", "GPU").startswith("none that torch can use")
+    assert finding(report, "Backend torch", "bf16") == "runs"
+    assert "no GPU" in finding(report, "Backend transformer_engine", "cannot run")
+
+
+def test_every_fault_of_the_installed_core_has_its_answer() -> None:
+    version = core_guard.installed_version()
+    rows = next(rows for title, rows in examine(H100).sections if title.startswith("Known faults"))
+    expected = [f"{f.answer if f.present_in(version) else 'fixed'}: {f.name}" for f in core_guard.FAULTS]
+    assert [name for name, _ in rows] == expected
+    assert all(text for _, text in rows)
+
+
+def make_package(directory: Path, *files: str) -> None:
+    for file in files:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        (directory / file).write_text("")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ((), "not installed"),
+        (("apex/__init__.py", "apex/lib/helpers.py"), "another project of that name from PyPI"),
+        (("apex/__init__.py", "apex/optimizers/__init__.py"), "installed without its CUDA extensions"),
+        (
+            ("apex/__init__.py", "apex/optimizers/__init__.py", "fused_weight_gradient_mlp_cuda.py"),
+            "installed, with fused weight gradients",
+        ),
+    ],
+    ids=["none", "namesake", "python-only", "whole"],
+)
+def test_nvidia_apex_and_its_namesake_are_told_apart(
+    files: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_package(tmp_path, *files)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert expected in apex_finding()
