@@ -138,7 +138,38 @@ FAULTS: tuple[Fault, ...] = (
         "norm_refuses_sequence_parallelism",
         "megatron-core's norm without Apex or Transformer Engine refuses sequence parallelism",
         "mended",
-        "our RMSNorm marks its weight for the gradient sum over the TP group (mcore/norm.py)",
+        "our norms mark their weights for the gradient sum over the TP group (mcore/norm.py)",
+    ),
+    Fault(
+        "sums_of_strided_tensors",
+        "sums over the TP group, forward and backward, leave a tensor that is not contiguous unsummed, silently",
+        "mended",
+        "our sums copy it first (mcore/group_sums.py)",
+        fixed_in="0.19.0",
+    ),
+    Fault(
+        "latent_attention_needs_transformer_engine",
+        "multi-latent attention with norms cannot be built without Transformer Engine (TypeError or RuntimeError)",
+        "mended",
+        "our attention builds the parts itself (mcore/mla.py)",
+    ),
+    Fault(
+        "latent_key_gradient_of_one_rank",
+        "multi-latent attention without Transformer Engine: each TP rank keeps its part of the shared key's gradient",
+        "mended",
+        "our down-projections are whole on every rank (mcore/mla.py)",
+    ),
+    Fault(
+        "shared_experts_refuse_biases",
+        "shared experts refuse biases in linear layers",
+        "mended",
+        "ours have them (mcore/moe/shared_experts.py)",
+    ),
+    Fault(
+        "experts_refuse_biases_under_etp",
+        "experts with biases refuse expert tensor parallelism, where each rank would add the output bias",
+        "mended",
+        "ours split the output bias over the ranks (mcore/moe/experts.py)",
     ),
 )
 
