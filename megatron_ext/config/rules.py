@@ -478,6 +478,13 @@ def _overrides_stay_in_their_lane(overrides: dict[str, Any]) -> str | None:
     return f"{', '.join(owned)}: set through this file's own keys, not as an override" if owned else None
 
 
+@rule("model.transformer_overrides", "model.add_bias_linear", "model.moe_shared_expert_intermediate_size")
+def _overlap_forgets_biases(overrides: dict[str, Any], biases: bool, shared: int | None) -> str | None:
+    if overrides.get("moe_shared_expert_overlap") and biases and shared:
+        return "overlapped shared experts leave out their biases in megatron-core; remove moe_shared_expert_overlap"
+    return None
+
+
 OWNED_BY_US = frozenset(
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels layernorm_epsilon "
     "init_method_std num_moe_experts moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax "

@@ -68,10 +68,7 @@ class LatentAttention(MLASelfAttention):
     ) -> None:
         Attention.__init__(self, config=config, submodules=submodules, attention_type="self", **kwargs)
         self.q_head_dim = config.qk_head_dim + config.qk_pos_emb_head_dim
-        self.recompute_up_proj = (
-            config.recompute_granularity == "selective" and "mla_up_proj" in config.recompute_modules
-        )
-        self.qkv_up_checkpoint = None
+        self.recompute_up_proj = False
         self.cache_mla_latents = False
         self.rotary_pos_emb = LatentRotaryEmbedding(model, config, self.pg_collection.cp)
         self._build_queries(submodules)

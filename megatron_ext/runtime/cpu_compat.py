@@ -9,6 +9,7 @@ Each shim has a test that leaves it out and expects megatron-core to fail withou
 import contextlib
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -163,6 +164,10 @@ def install(without: frozenset[str] = frozenset()) -> None:
     _installed = True
     modules: dict[str, Any] = {m.__name__: _StandIn(m) for m in (torch, torch.cuda, torch.distributed)}
     modules["torch"].cuda, modules["torch"].distributed = modules["torch.cuda"], modules["torch.distributed"]
+    # The generator that stands for the GPU's is the CPU's: of course it changes.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: record.msg != "CPU RNG state changed within GPU RNG context"
+    )
     rebinder = _Rebinder({id(stand_in._real): stand_in for stand_in in modules.values()})
     sys.meta_path.insert(0, rebinder)
     for module in [m for name, m in sys.modules.items() if name.startswith("megatron.core")]:

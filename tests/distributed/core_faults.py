@@ -37,6 +37,7 @@ from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell, run
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import random_batch, tiny_model
 from megatron_ext.training.step import prepare_for_training, train_step
+from tests.distributed.core_faults_architecture import ARCHITECTURE_FAULTS
 
 MOE = tiny_model(moe=True)
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -356,5 +357,6 @@ SHOWN: dict[str, Callable[[GlooPool], bool]] = {
         torch_adam_cannot_resume,
         norm_refuses_sequence_parallelism,
         attention_refuses_context_parallelism,
+        *ARCHITECTURE_FAULTS,
     )
 }

@@ -8,6 +8,9 @@ from megatron_ext.config.rules import RULES
 from tests.unit.config.test_load import faults, load, mapping
 
 MOE = {"num_moe_experts": 8}
+LATENT = {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 1024}
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 PRE = {"moe_router_pre_softmax": True}
 TE = {"backend": "transformer_engine"}
 
@@ -19,7 +22,56 @@ def fp8(recipe: str, **fields: Any) -> dict[str, Any]:
 VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": {"num_query_groups": 3}}, ["model.num_attention_heads = 4", "model.num_query_groups = 3"]),
     ({"model": {"hidden_size": 66}}, ["model.hidden_size = 66", "kv_channels"]),
-    ({"model": {"kv_channels": 7}}, ["model.head_dim = 7", "even"]),
+    ({"model": {"kv_channels": 7}}, ["model.rotary_width = 7", "model.head_dim = 7", "even"]),
+    ({"model": {"rotary_percent": 0.2}}, ["model.rotary_width = 3", "model.rotary_percent = 0.2"]),
+    (
+        {"model": {"position_embedding_type": "learned_absolute", "rope_scaling": {"kind": "linear", "factor": 2.0}}},
+        ["model.rope_scaling = LinearRopeScaling", "only rotary embedding has that"],
+    ),
+    ({"model": {"position_embedding_type": "learned_absolute", "rotary_percent": 0.5}}, ["only rotary embedding"]),
+    ({"model": {"position_embedding_type": "learned_absolute", "multi_latent_attention": LATENT}}, ["only rotary"]),
+    (
+        {"model": {"multi_latent_attention": LATENT, "num_query_groups": 2}},
+        ["model.num_query_groups = 2", "with multi_latent_attention every head has keys and values of its own"],
+    ),
+    (
+        {"model": {"multi_latent_attention": LATENT, "add_bias_linear": True, "qk_layernorm": "head"}},
+        ["model.add_bias_linear = True: with multi_latent_attention", "model.qk_layernorm = 'head': with multi_latent"],
+    ),
+    (
+        {"model": {"qk_layernorm": "projection", "normalization": "LayerNorm"}},
+        ["model.qk_layernorm = 'projection', model.normalization = 'LayerNorm'", "set qk_layernorm: head"],
+    ),
+    (
+        {"model": {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}},
+        ["model.rope_scaling.low_freq_factor = 4.0, model.rope_scaling.high_freq_factor = 4.0"],
+    ),
+    ({"model": {"rope_scaling": YARN | {"beta_slow": 40.0}}}, ["model.rope_scaling.beta_slow = 40.0", "beta_fast"]),
+    (
+        {"model": {"rope_scaling": {"kind": "dynamic", "factor": 2.0}, "rotary_percent": 0.125}},
+        ["model.rotary_width = 2", "more than one pair"],
+    ),
+    (
+        {
+            "model": MOE | {"add_bias_linear": True, "hidden_size": 66, "kv_channels": 16},
+            "parallel": {
+                "tensor_model_parallel_size": 4,
+                "sequence_parallel": True,
+            },
+        },
+        ["model.hidden_size = 66, parallel.etp = 4", "output biases are split"],
+    ),
+    (
+        {
+            "model": MOE
+            | {
+                "add_bias_linear": True,
+                "moe_shared_expert_intermediate_size": 8,
+                "transformer_overrides": {"moe_shared_expert_overlap": True},
+            }
+        },
+        ["model.add_bias_linear = True", "remove moe_shared_expert_overlap"],
+    ),
     ({"model": MOE | {"moe_router_topk": 9}}, ["model.moe_router_topk = 9", "model.num_moe_experts = 8"]),
     ({"model": MOE | {"moe_router_topk": 1}}, ["moe_router_pre_softmax: true"]),
     ({"model": MOE | PRE | {"moe_router_topk": 1, "moe_router_norm_topk_prob": True}}, ["divided by itself"]),
@@ -126,6 +178,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["data.reset_position_ids = True", "set data.reset_attention_mask: true"],
     ),
     ({"data": {"sequence_length": 8192}}, ["model.max_position_embeddings = 4096"]),
+    (
+        {"data": {"sequence_length": 8193}, "model": {"rope_scaling": {"kind": "dynamic", "factor": 2.0}}},
+        ["data.sequence_length = 8193"],
+    ),
     ({"parallel": {"overlap_param_gather": True}}, ["parallel.overlap_grad_reduce = False"]),
     ({"train": {"micro_batch_size": 3}}, ["train.global_batch_size = 8", "train.micro_batch_size = 3"]),
     ({"train": {"eval_interval": 5}}, ["data.validation"]),
@@ -227,12 +283,17 @@ def test_every_rule_can_be_violated() -> None:
     dead = [
         r
         for i, r in enumerate(RULES)
-        if i not in complained and r.check.__name__ not in ("_needs_experts", "_not_built")
+        if i not in complained
+        and r.check.__name__ not in ("_needs_experts", "_not_built", "_not_with_latent_attention")
     ]
     assert not dead, [r.keys for r in dead]
 
 
 def test_legal_neighbours_pass() -> None:
+    load(mapping(model={"rope_scaling": {"kind": "dynamic", "factor": 2.0}}, data={"sequence_length": 8192}))
+    load(mapping(model={"rope_scaling": LLAMA3, "rotary_percent": 0.5, "qk_layernorm": "projection"}))
+    load(mapping(model={"multi_latent_attention": LATENT, "rope_scaling": YARN, "hidden_size": 66}))
+    load(mapping(model={"position_embedding_type": "learned_absolute", "kv_channels": 7, "normalization": "LayerNorm"}))
     load(mapping(data={"sequence_length": 60}, parallel={"context_parallel_size": 2}))
     load(mapping(data={"reset_position_ids": True, "reset_attention_mask": True}))
     load(mapping(model=MOE | {"moe_router_topk": 1, "moe_router_pre_softmax": True}))

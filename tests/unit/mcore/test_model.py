@@ -37,15 +37,15 @@ def test_what_our_modules_would_ignore_is_refused_all_at_once() -> None:
         "window_size": [128, 0],
         "activation_func_clamp_value": 7.0,
         "moe_layer_recomput": True,
-        "hidden_dropout": "x",
+        "fp32_residual_connection": "x",
     }
     with pytest.raises(ConfigError) as caught:
         transformer_config(tiny_model(transformer_overrides=overrides), ParallelConfig(), FP32, RecomputeConfig())
     message = str(caught.value)
     assert "window_size: attention is causal, over the whole sample" in message
-    assert "activation_func_clamp_value: feed-forward networks are SwiGLU" in message
+    assert "activation_func_clamp_value: feed-forward networks are plain or gated" in message
     assert "moe_layer_recomput: no such field in megatron-core; did you mean 'moe_layer_recompute'?" in message
-    assert "hidden_dropout = 'x': must be <class 'float'>" in message
+    assert "fp32_residual_connection = 'x': must be <class 'bool'>" in message
 
 
 def build(model: ModelConfig, parallel: ParallelConfig, seed: int = 1) -> list:
