@@ -113,7 +113,6 @@ PENDING: dict[str, Any] = {
     "data.reset_attention_mask": False,
     "data.reset_position_ids": False,
     "runtime.backend": "torch",
-    "precision.recipe": None,
 }
 """Keys that are planned; any other value than this is refused until they are built."""
 

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_ext.config import ModelConfig
-from megatron_ext.mcore.backends.torch import TorchSpecProvider
+from megatron_ext.config import Fp8Precision, ModelConfig
+from megatron_ext.mcore.backends.torch import Fp8TorchSpecProvider, TorchSpecProvider
 from megatron_ext.mcore.moe.router import Router
 
 # megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a ModuleSpec to build from.
@@ -33,14 +33,27 @@ _DENSE_NORM_KEY = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the specs of the layers of this pipeline stage (and chunk `vp_stage`), and of the final norm."""
-    backend = TorchSpecProvider()
-    dense, moe = _layer_spec(backend, _dense_mlp(backend), _DENSE_NORM_KEY), None
-    if model.num_moe_experts is not None:
-        moe = _layer_spec(backend, _moe_mlp(backend, model), {})
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [moe if is_moe else dense for is_moe in model.moe_layer_pattern[first : first + count]]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))
+    kinds = list(zip(model.moe_layer_pattern, fp8_layers(model.num_layers, config.torch_fp8), strict=True))
+    specs = {(is_moe, is_fp8): _spec(model, is_moe, is_fp8) for is_moe, is_fp8 in set(kinds)}
+    layers = [specs[kind] for kind in kinds[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchSpecProvider().layer_norm(rms_norm=True))
+
+
+def fp8_layers(num_layers: int, fp8: Fp8Precision | None) -> list[bool]:
+    """For each layer, whether its matrix products run in fp8."""
+    if fp8 is None:
+        return [False] * num_layers
+    end = num_layers - fp8.num_layers_at_end_in_bf16
+    return [fp8.num_layers_at_start_in_bf16 <= layer < end for layer in range(num_layers)]
+
+
+def _spec(model: ModelConfig, is_moe: bool, is_fp8: bool) -> ModuleSpec:
+    backend = Fp8TorchSpecProvider() if is_fp8 else TorchSpecProvider()
+    if is_moe:
+        return _layer_spec(backend, _moe_mlp(backend, model), {})
+    return _layer_spec(backend, _dense_mlp(backend), _DENSE_NORM_KEY)
 
 
 def _layer_spec(backend: TorchSpecProvider, mlp: Any, norm_key: dict[str, str]) -> ModuleSpec:

@@ -67,7 +67,7 @@ def build_optimizer(
         adam_beta2=adam.adam_beta2,
         adam_eps=adam.adam_eps,
         clip_grad=adam.clip_grad,
-        bf16=precision.kind == "bf16",
+        bf16=DTYPES[precision.kind] is torch.bfloat16,
         params_dtype=DTYPES[precision.kind],
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,

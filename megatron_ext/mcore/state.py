@@ -16,9 +16,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ext.checkpoint.boxes import Box, boxes_of_range
+from megatron_ext.mcore.fp8.scaling import Scaling
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,30 @@ def model_boxes(chunks: list[torch.nn.Module]) -> list[Box]:
         for chunk in chunks
         for pieces in pieces_of(chunk).values()
         for p in pieces
+    ]
+
+
+def amax_boxes(chunks: list[torch.nn.Module]) -> list[Box]:
+    """The histories that delayed fp8 scaling goes by; every rank that shares a layer has the same.
+
+    They are training state like the optimizer's, named `optimizer.state.amax_history.<layer and module>`.
+    """
+    saved_here = (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
+    layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, TransformerLayer)]
+    return [
+        Box(
+            f"optimizer.state.amax_history.decoder.layers.{layer.layer_number - 1}.{name}",
+            tuple(module.amax_history.shape),
+            (0, 0),
+            module.amax_history,
+            saved_here,
+        )
+        for layer in layers
+        for name, module in layer.named_modules()
+        if isinstance(module, Scaling) and module.is_delayed
     ]
 
 

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.config import ModelConfig, ParallelConfig, Precision, RecomputeConfig
+from megatron_ext.config import Fp8Precision, ModelConfig, ParallelConfig, Precision, RecomputeConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.overrides import check_overrides
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of parameters and activations, by kind of precision."""
 
 
 def transformer_config(
@@ -33,9 +34,12 @@ def transformer_config(
         **model.transformer_overrides,
     }
     try:
-        return TransformerConfig(**fields)
+        config = TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError, ImportError) as error:
         raise ConfigError(f"megatron-core refuses this model: {error}") from error
+    # megatron-core's own `fp8` field speaks to Transformer Engine alone; this one to the layers of mcore/fp8.
+    config.torch_fp8 = precision if isinstance(precision, Fp8Precision) else None
+    return config
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:

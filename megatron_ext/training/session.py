@@ -25,7 +25,7 @@ from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, gather_parameters, release_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.mcore.optimizer import build_optimizer, optimizer_steps, set_optimizer_steps
-from megatron_ext.mcore.state import model_boxes, optimizer_boxes
+from megatron_ext.mcore.state import amax_boxes, model_boxes, optimizer_boxes
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.monitoring.wandb_run import new_run_id
 from megatron_ext.runtime.process_groups import Groups
@@ -100,7 +100,7 @@ class Session:
         gather_parameters(self.wrapped, self.run.parallel)
         return store.save_checkpoint(
             self.run.checkpoint.directory,
-            self._boxes(with_optimizer=True),
+            self._boxes(with_optimizer=True) + amax_boxes(self.chunks),
             self.state,
             to_mapping(self.run),
             random_state(self.device),
@@ -116,6 +116,8 @@ class Session:
             check_same_data(self.run, checkpoint)
         with_optimizer = self.run.checkpoint.load_optimizer
         store.load_boxes(checkpoint, self._boxes(with_optimizer))
+        if with_optimizer and (histories := amax_boxes(self.chunks)):
+            self._resume_histories(checkpoint, histories)
         self.state = state
         if with_optimizer:
             set_optimizer_steps(self.optimizer, self.state.optimizer_steps)
@@ -139,6 +141,13 @@ class Session:
     def close(self) -> None:
         """Let go of model and groups, in a process that goes on; the session is of no use afterwards."""
         release_chunks(self.wrapped)
+
+    def _resume_histories(self, checkpoint: Path, histories: list[Box]) -> None:
+        """Load what delayed fp8 scaling goes by; under another recipe than the checkpoint's it starts empty."""
+        if store.read_run(checkpoint).get("precision") == to_mapping(self.run.precision):
+            store.load_boxes(checkpoint, histories)
+        else:
+            log.info("the checkpoint was trained with another precision: delayed scaling starts without a history")
 
     def _take_over_weights(self) -> None:
         """Give the optimizer's fp32 weights the value of the model's."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.errors import TrainingError
+from megatron_ext.mcore.fp8.scaling import advance_histories, forget_step
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.runtime.process_groups import Groups
 
@@ -57,8 +58,10 @@ def train_step(
     loss, tokens = _run(wrapped, batch, groups, forward_only=False)
     norm = gradient_norm(optimizer)
     if not math.isfinite(norm):
+        forget_step(wrapped)
         raise TrainingError(f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated")
     clip_and_step(optimizer, norm, max_norm)
+    advance_histories(wrapped, (groups.tp, groups.dp))
     return StepResult(loss, tokens, norm)
 
 

@@ -61,9 +61,13 @@ class GroupedExperts(MegatronModule):
         if tokens_TH.shape[0] == 0:
             return self._no_tokens(tokens_TH, weights_T), None
         ends_E = tokens_per_expert_E.to(device=tokens_TH.device).cumsum(0).to(torch.int32)
-        gate_TF, up_TF = _expert_linear(tokens_TH, self.weight1, ends_E).chunk(2, dim=-1)
+        gate_TF, up_TF = self.multiply(tokens_TH, self.weight1, ends_E).chunk(2, dim=-1)
         hidden_TF = (F.silu(gate_TF) * up_TF * weights_T.unsqueeze(-1)).to(tokens_TH.dtype)
-        return _expert_linear(hidden_TF, self.weight2, ends_E), None
+        return self.multiply(hidden_TF, self.weight2, ends_E), None
+
+    def multiply(self, tokens: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiply each expert's tokens [T, in] by the transpose of its own weight, of `weights` [E, out, in]."""
+        return _expert_linear(tokens, weights, ends_E)
 
     def _no_tokens(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
         """An empty output that still depends on both weights: gradient reduction waits for every parameter's hook."""
