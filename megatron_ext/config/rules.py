@@ -92,22 +92,6 @@ MOE_ONLY = {
 }
 
 
-PENDING: dict[str, Any] = {
-    "precision.recipe": None,
-}
-"""Keys that are planned; any other value than this is refused until they are built."""
-
-
-def _register_pending(key: str, neutral: Any) -> None:
-    @rule(key)
-    def _not_built(value: Any) -> str | None:
-        return None if value == neutral else "is not built yet"
-
-
-for _key, _neutral in PENDING.items():
-    _register_pending(_key, _neutral)
-
-
 def _register_moe_only(key: str, neutral: Any) -> None:
     @rule(key, EXPERTS)
     def _needs_experts(value: Any, experts: int | None) -> str | None:

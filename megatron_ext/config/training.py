@@ -53,7 +53,7 @@ class Fp8Precision:
     """How tensors are scaled: by their own maximum, by each row's, by the maximum of past steps (delayed), by that of
     blocks of 128 x 128 and 1 x 128, or of 32 with powers of two (mxfp8)."""
     format: Literal["hybrid", "e4m3"] = "hybrid"
-    """hybrid: e4m3 forward and e5m2 for gradients; e4m3: everywhere."""
+    """hybrid: e4m3 forward and e5m2 for gradients (of the torch backend's routed experts: e4m3); e4m3: everywhere."""
     num_layers_at_start_in_bf16: int = Field(default=0, ge=0)
     """First layers kept in bf16."""
     num_layers_at_end_in_bf16: int = Field(default=0, ge=0)

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_ext.checkpoint.naming import FUSED_NORMS
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import Fp8Precision, ModelConfig
 from megatron_ext.mcore.backends import spec_provider
 from megatron_ext.mcore.mla import LatentAttention
 from megatron_ext.mcore.moe.router import Router
@@ -42,14 +42,27 @@ _LATENT_NORM_KEYS = _NORM_KEYS["self_attention.q_layernorm"] | _NORM_KEYS["self_
 
 def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the specs of the layers of this pipeline stage (and chunk `vp_stage`), and of the final norm."""
-    backend = spec_provider(config)
-    dense, moe = _layer_spec(backend, model, _dense_mlp(backend), fused_norm=True), None
-    if model.num_moe_experts is not None:
-        moe = _layer_spec(backend, model, _moe_mlp(backend, model), fused_norm=False)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [moe if is_moe else dense for is_moe in model.moe_layer_pattern[first : first + count]]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(backend, model))
+    kinds = list(zip(model.moe_layer_pattern, fp8_layers(model.num_layers, config.torch_fp8), strict=True))
+    specs = {(is_moe, is_fp8): _spec(model, config, is_moe, is_fp8) for is_moe, is_fp8 in set(kinds)}
+    layers = [specs[kind] for kind in kinds[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(spec_provider(config), model))
+
+
+def fp8_layers(num_layers: int, fp8: Fp8Precision | None) -> list[bool]:
+    """For each layer, whether its matrix products run in the torch backend's fp8."""
+    if fp8 is None:
+        return [False] * num_layers
+    end = num_layers - fp8.num_layers_at_end_in_bf16
+    return [fp8.num_layers_at_start_in_bf16 <= layer < end for layer in range(num_layers)]
+
+
+def _spec(model: ModelConfig, config: TransformerConfig, is_moe: bool, is_fp8: bool) -> ModuleSpec:
+    backend = spec_provider(config, fp8=is_fp8)
+    if is_moe:
+        return _layer_spec(backend, model, _moe_mlp(backend, model), fused_norm=False)
+    return _layer_spec(backend, model, _dense_mlp(backend), fused_norm=True)
 
 
 def _norm(backend: BackendSpecProvider, model: ModelConfig) -> type:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.mcore.fp8.device import require_kernels
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.output_loss import logits_of_labels, z_loss
@@ -58,6 +59,8 @@ def build_chunks(
     model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, device: torch.device
 ) -> list[GPTModel]:
     """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights."""
+    if config.torch_fp8 is not None:
+        require_kernels(config.torch_fp8, device, has_experts=model.is_moe)
     stages = parallel.virtual_pipeline_model_parallel_size
     vp_stages = range(stages) if stages else [None]
     with torch.device(device):

@@ -16,9 +16,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ext.checkpoint.boxes import Box, boxes_of_range
+from megatron_ext.mcore.fp8.scaling import Scaling
 from megatron_ext.mcore.moe.router import Router
 
 
@@ -118,6 +120,29 @@ def _scaling_boxes(chunk: torch.nn.Module) -> Iterator[Box]:
             yield Box(f"{entry.key}.{name}", shape, offset, data, saved_here=saved_here, optional=True)
 
 
+def amax_boxes(chunks: list[torch.nn.Module]) -> list[Box]:
+    """The histories that delayed fp8 scaling goes by; every rank that shares a layer has the same.
+
+    They are training state like the optimizer's, `optimizer.state.amax_history.<layer and module>`, and begin anew
+    with another recipe.
+    """
+    saved_here = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank() == 0
+    layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, TransformerLayer)]
+    return [
+        Box(
+            f"optimizer.state.amax_history.decoder.layers.{layer.layer_number - 1}.{name}",
+            tuple(module.amax_history.shape),
+            (0, 0),
+            module.amax_history,
+            saved_here,
+            optional=True,
+        )
+        for layer in layers
+        for name, module in layer.named_modules()
+        if isinstance(module, Scaling) and module.is_delayed
+    ]
+
+
 def optimizer_boxes(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) -> list[Box]:
     """The optimizer state of this rank: fp32 weights and Adam's moments, `optimizer.state.<what>.<model key>`.
 
@@ -141,12 +166,15 @@ def optimizer_boxes(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) 
 
 
 def coefficient_boxes(routers: Sequence[Router]) -> list[Box]:
-    """The adaptive balance-loss coefficients of this rank's layers, `router.coefficient.<loss>.<layer>`."""
-    here = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank() == 0
+    """The adaptive balance-loss coefficients of this rank's layers, `router.coefficient.<loss>.<layer>`.
+
+    Where a checkpoint has none, they begin at `moe_aux_loss_coeff`.
+    """
+    saved_here = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank() == 0
     return [
-        Box(f"router.coefficient.{kind}.{router.layer_number - 1}", (1,), (0,), value.view(1), saved_here=here)
-        for router in routers
-        if router.layer_number is not None and router.model.moe_adaptive_aux_loss is not None
+        Box(f"router.coefficient.{kind}.{layer}", (1,), (0,), value.view(1), saved_here, optional=True)
+        for layer, router in ((router.layer_number - 1, router) for router in routers)
+        if router.model.moe_adaptive_aux_loss is not None
         for kind, value in router.aux_loss_coeff.items()
     ]
 

@@ -58,6 +58,8 @@ def transformer_config(
         config.yarn_rotary_scaling_factor = model.rope_scaling.factor
         config.yarn_mscale = model.rope_scaling.mscale or None
         config.yarn_mscale_all_dim = model.rope_scaling.mscale_all_dim or None
+    # megatron-core's own `fp8` field speaks to Transformer Engine alone; this one to the layers of mcore/fp8.
+    config.torch_fp8 = precision if isinstance(precision, Fp8Precision) and backend == "torch" else None
     return config
 
 

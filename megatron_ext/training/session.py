@@ -26,7 +26,7 @@ from megatron_ext.mcore.model import build_chunks, gather_parameters, release_ch
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import build_optimizer, optimizer_steps, set_optimizer_steps
-from megatron_ext.mcore.state import coefficient_boxes, model_boxes, optimizer_boxes
+from megatron_ext.mcore.state import amax_boxes, coefficient_boxes, model_boxes, optimizer_boxes
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.monitoring.wandb_run import new_run_id
 from megatron_ext.runtime.process_groups import Groups
@@ -101,7 +101,7 @@ class Session:
         gather_parameters(self.wrapped, self.run.parallel)
         return store.save_checkpoint(
             self.run.checkpoint.directory,
-            self._boxes(with_optimizer=True) + self._coefficients(),
+            self._boxes(with_optimizer=True),
             self.state,
             to_mapping(self.run),
             random_state(self.device),
@@ -117,8 +117,6 @@ class Session:
             check_same_data(self.run, checkpoint)
         with_optimizer = self.run.checkpoint.load_optimizer
         store.load_boxes(checkpoint, self._boxes(with_optimizer))
-        if store.read_run(checkpoint)["model"].get("moe_adaptive_aux_loss") is not None:
-            store.load_boxes(checkpoint, self._coefficients())
         self.state = state
         if with_optimizer:
             set_optimizer_steps(self.optimizer, self.state.optimizer_steps)
@@ -148,10 +146,10 @@ class Session:
         self.optimizer.reload_model_params()
 
     def _boxes(self, with_optimizer: bool) -> list[Box]:
-        return model_boxes(self.chunks) + (optimizer_boxes(self.chunks, self.optimizer) if with_optimizer else [])
-
-    def _coefficients(self) -> list[Box]:
-        return coefficient_boxes(routers(self.chunks))
+        if not with_optimizer:
+            return model_boxes(self.chunks)
+        followed = coefficient_boxes(routers(self.chunks)) + amax_boxes(self.chunks)
+        return model_boxes(self.chunks) + optimizer_boxes(self.chunks, self.optimizer) + followed
 
 
 def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.device) -> Session:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.errors import TrainingError
+from megatron_ext.mcore.fp8.scaling import advance_histories, forget_step
 from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe import balance
 from megatron_ext.mcore.moe.noise import begin_micro_batch
@@ -67,10 +68,12 @@ def train_step(
     (loss, z_loss), tokens = _run(wrapped, batch, groups, forward_only=False)
     norm = gradient_norm(optimizer)
     if not math.isfinite(norm):
+        forget_step(wrapped)
         raise TrainingError(f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated")
     clip_and_step(optimizer, norm, max_norm)
-    # After the update, so that a refused step moves neither biases nor coefficients.
+    # After the update, so that a refused step moves neither biases nor coefficients nor scales.
     balance.end_step(gates, groups.stage)
+    advance_histories(wrapped, groups.stage)
     return StepResult(loss, tokens, z_loss, norm)
 
 

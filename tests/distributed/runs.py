@@ -27,7 +27,7 @@ class Part:
     model: ModelConfig
     directory: Path
     parallel: ParallelConfig = ParallelConfig()
-    precision: str = "fp32"
+    precision: str | dict[str, Any] = "fp32"
     seed: int = 1234
     checkpoint: tuple[tuple[str, Any], ...] = ()
 
@@ -35,7 +35,7 @@ class Part:
         raw = {
             "model": to_mapping(self.model),
             "parallel": to_mapping(self.parallel),
-            "precision": {"kind": self.precision},
+            "precision": {"kind": self.precision} if isinstance(self.precision, str) else self.precision,
             "train": {"train_iters": 8, "global_batch_size": GLOBAL_BATCH, "seed": self.seed},
             "optimizer": {"kind": "adam", "lr": 1e-3},
             "schedule": {"kind": "constant"},

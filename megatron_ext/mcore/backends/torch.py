@@ -3,6 +3,8 @@
 from megatron.core.models.backends import LocalSpecProvider
 
 from megatron_ext.mcore.attention import ScaledDotProductAttention
+from megatron_ext.mcore.fp8.experts import Fp8GroupedExperts
+from megatron_ext.mcore.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_ext.mcore.moe.experts import GroupedExperts
 from megatron_ext.mcore.norm import LayerNorm, RMSNorm
 
@@ -21,3 +23,19 @@ class TorchSpecProvider(LocalSpecProvider):
     def grouped_experts(self) -> type:
         """Return the class of one rank's routed experts."""
         return GroupedExperts
+
+
+class Fp8TorchSpecProvider(TorchSpecProvider):
+    """The torch backend with the matrix products of linear layers and routed experts in fp8 (`config.torch_fp8`)."""
+
+    def column_parallel_linear(self) -> type:
+        """Return the class of linear layers split by output features."""
+        return Fp8ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Return the class of linear layers split by input features."""
+        return Fp8RowParallelLinear
+
+    def grouped_experts(self) -> type:
+        """Return the class of one rank's routed experts."""
+        return Fp8GroupedExperts

@@ -76,17 +76,21 @@ class GroupedExperts(MegatronModule):
             return self._no_tokens(tokens_TH, weights_T), None
         counts_E = tokens_per_expert_E.to(device=tokens_TH.device)
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        hidden = _expert_linear(tokens_TH, self.weight1, ends_E)
+        hidden = self.multiply(tokens_TH, self.weight1, ends_E)
         if self.bias1 is not None:
             hidden = hidden + self._of_each_token(self.bias1, counts_E, len(hidden))
         hidden_TF = (self._activate(hidden) * weights_T.unsqueeze(-1)).to(tokens_TH.dtype)
-        output_TH = _expert_linear(hidden_TF, self.weight2, ends_E)
+        output_TH = self.multiply(hidden_TF, self.weight2, ends_E)
         if self.bias2 is not None:
             bias = self._of_each_token(self.bias2, counts_E, len(output_TH)) * weights_T.unsqueeze(-1)
             before = self.etp_group.rank() * bias.shape[-1]
             after = output_TH.shape[-1] - before - bias.shape[-1]
             output_TH = output_TH + F.pad(bias.to(output_TH.dtype), (before, after))
         return output_TH, None
+
+    def multiply(self, tokens: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiply each expert's tokens [T, in] by the transpose of its own weight, of `weights` [E, out, in]."""
+        return _expert_linear(tokens, weights, ends_E)
 
     def _activate(self, hidden: Tensor) -> Tensor:
         activation: Callable[[Tensor], Tensor] = self.config.activation_func

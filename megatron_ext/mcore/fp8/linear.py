@@ -1,0 +1,111 @@
+"""megatron-core's parallel linear layers with their matrix products in fp8; communication stays megatron-core's."""
+
+#   M tokens of a whole TP group (sequence x micro-batch), K input and N output width of this rank
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from megatron_ext.mcore.fp8.products import product
+from megatron_ext.mcore.fp8.scaling import Role, Scaling
+
+
+class _LinearFunction(torch.autograd.Function):
+    """`x @ w.T` with all three products in fp8, between the collectives of megatron-core's own linear function.
+
+    y = q(x) q(w)^T, dx = q(g) q(w), dw = q(g)^T q(x), each operand quantised along the dimension that is contracted.
+    What is kept for the backward pass is what megatron-core keeps: this rank's part of the input, and the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_NK: Tensor, scaling: Scaling, group: Any, gathers: bool, reduces: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight_NK)
+        ctx.scaling, ctx.group, ctx.gathers, ctx.reduces = scaling, group, gathers, reduces
+        whole = _gather(x, group)[0] if gathers else x
+        x_MK = whole.reshape(-1, whole.shape[-1])
+        y_MN = product(scaling.quantize(Role.INPUT, x_MK), scaling.quantize(Role.WEIGHT, weight_NK), x.dtype, fast=True)
+        return y_MN.view(*whole.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_NK = ctx.saved_tensors
+        scaling, (needs_x, needs_weight, *_) = ctx.scaling, ctx.needs_input_grad
+        grad_MN = grads[0].reshape(-1, grads[0].shape[-1])
+        whole, gathering = _gather(x, ctx.group, wait=False) if ctx.gathers and needs_weight else (x, None)
+        grad_x = grad_weight = reducing = None
+        if needs_x:
+            weight_KN = scaling.quantize(Role.WEIGHT, weight_NK.t())
+            grad_MK = product(scaling.quantize(Role.GRADIENT, grad_MN), weight_KN, x.dtype, fast=False)
+            grad_x = grad_MK.view(*grads[0].shape[:-1], -1)
+            if ctx.gathers:
+                grad_x, reducing = _reduce_scatter(grad_x, ctx.group)
+            elif ctx.reduces:
+                reducing = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
+        if needs_weight:
+            if gathering is not None:
+                gathering.wait()
+            grad_weight = _weight_gradient(scaling, grad_MN, whole.reshape(-1, whole.shape[-1]), weight_NK.dtype)
+        if reducing is not None:
+            reducing.wait()
+        return grad_x, grad_weight, None, None, None, None
+
+
+def _weight_gradient(scaling: Scaling, grad_MN: Tensor, x_MK: Tensor, dtype: torch.dtype) -> Tensor:
+    if not scaling.precision.fp8_wgrad:
+        return grad_MN.t() @ x_MK
+    grad_NM, x_KM = scaling.quantize(Role.GRADIENT, grad_MN.t()), scaling.quantize(Role.INPUT, x_MK.t())
+    return product(grad_NM, x_KM, dtype, fast=False)
+
+
+def _gather(part: Tensor, group: Any, *, wait: bool = True) -> tuple[Tensor, Any]:
+    """The parts of all ranks of `group` along the sequence, and the handle to wait for if not waited for here."""
+    whole = part.new_empty(part.shape[0] * group.size(), *part.shape[1:])
+    handle = dist.all_gather_into_tensor(whole, part.contiguous(), group=group, async_op=not wait)
+    return whole, handle
+
+
+def _reduce_scatter(whole: Tensor, group: Any) -> tuple[Tensor, Any]:
+    """The sum over `group` of this rank's part of the sequence, and the handle to wait for."""
+    part = whole.new_empty(whole.shape[0] // group.size(), *whole.shape[1:])
+    return part, dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
+
+
+class _Fp8Products(torch.nn.Module):
+    """Comes before one of megatron-core's linear layers in the order of bases, and takes over its products.
+
+    The recipe is `config.torch_fp8` (mcore/transformer_config.py).
+    """
+
+    def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.scaling = Scaling(config.torch_fp8)
+
+    def _forward_impl(
+        self,
+        input: Tensor,  # noqa: A002 - megatron-core's parameter name
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: Any,
+        **unused: Any,
+    ) -> Tensor:
+        """megatron-core's hook for the product. Unused is what needs Apex, or defers the embedding's gradient."""
+        output: Tensor = _LinearFunction.apply(
+            input, weight, self.scaling, tp_group, sequence_parallel, allreduce_dgrad
+        )
+        return output if bias is None else output + bias
+
+
+class Fp8ColumnParallelLinear(_Fp8Products, ColumnParallelLinear):
+    """A linear layer split by output features, its products in fp8."""
+
+
+class Fp8RowParallelLinear(_Fp8Products, RowParallelLinear):
+    """A linear layer split by input features, its products in fp8."""

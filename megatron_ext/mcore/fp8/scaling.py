@@ -1,0 +1,131 @@
+"""How the operands of one fp8 linear layer are scaled, and the history that delayed scaling goes by."""
+
+import enum
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ext.config import Fp8Precision
+from megatron_ext.mcore.fp8.quantize import E4M3, E5M2, ROW, WHOLE, Quantized, Tile, quantize, tile_maxima
+
+
+class Role(enum.IntEnum):
+    """What an operand is in its layer; also its row in the history."""
+
+    INPUT = 0
+    WEIGHT = 1
+    GRADIENT = 2
+
+
+_TILES: dict[str, Tile] = {
+    "tensorwise": WHOLE,
+    "delayed": WHOLE,
+    "rowwise": ROW,
+    "blockwise": (1, 128),
+    "mxfp8": (1, 32),
+}
+_WEIGHT_TILES: dict[str, Tile] = {**_TILES, "blockwise": (128, 128)}
+
+
+class Scaling(torch.nn.Module):
+    """Quantises the operands of one linear layer by a recipe.
+
+    With delayed scaling (arXiv 2209.05433, section 3.2; Transformer Engine's DelayedScaling) a tensor's scale comes
+    from its largest magnitudes in past optimizer steps. While a history is empty the tensor's own maximum is taken:
+    a scale of 1 would flush small gradients to zero. Maxima of the present step are gathered beside the history, and
+    `advance` takes them over when the step has been made, reduced over all ranks that share the layer: every layout
+    has the same history, and passing a micro-batch twice, as activation recompute does, changes nothing.
+
+    Attributes:
+        amax_history: [3, amax_history_len], latest first; training state, saved by mcore/state.py.
+        latest: [3], largest magnitudes of the present step.
+    """
+
+    amax_history: Tensor
+    latest: Tensor
+
+    def __init__(self, precision: Fp8Precision, *, gradient_format: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.precision = precision
+        self.gradient_format = gradient_format or (E5M2 if precision.format == "hybrid" else E4M3)
+        if self.is_delayed:
+            self.register_buffer("amax_history", torch.zeros(len(Role), precision.amax_history_len), persistent=False)
+            self.register_buffer("latest", torch.zeros(len(Role)), persistent=False)
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether scales come from past steps."""
+        return self.precision.recipe == "delayed"
+
+    def tile(self, role: Role) -> Tile:
+        """Which elements of the operand share a scale."""
+        return (_WEIGHT_TILES if role is Role.WEIGHT else _TILES)[self.precision.recipe]
+
+    def dtype(self, role: Role) -> torch.dtype:
+        """The operand's fp8 format."""
+        return self.gradient_format if role is Role.GRADIENT else E4M3
+
+    def quantize(self, role: Role, x_RK: Tensor, maxima: Tensor | None = None) -> Quantized:
+        """Quantise an operand [..., R, K] of a product that contracts K.
+
+        Args:
+            maxima: `self.maxima(role, whole)` of a larger tensor whose part `x_RK` is.
+        """
+        if maxima is None:
+            maxima = self.maxima(role, x_RK)
+        return quantize(x_RK, self.dtype(role), self.tile(role), maxima, saturate=self.is_delayed)
+
+    def maxima(self, role: Role, x_RK: Tensor) -> Tensor:
+        """The magnitudes that scales are made from, one a tile; with delayed scaling the estimate, and recorded."""
+        present = tile_maxima(x_RK, self.tile(role))
+        if not self.is_delayed:
+            return present
+        # Stacked matrices (the experts of a layer) share one history.
+        largest = present.amax()
+        if self.training:
+            self.latest[role] = torch.maximum(self.latest[role], largest)
+        history = self.amax_history[role]
+        past = history.amax() if self.precision.amax_compute_algo == "max" else history[0]
+        estimate = torch.where(past > 0, past, largest) * 2.0**self.precision.margin
+        return torch.where(largest.isfinite(), estimate, torch.nan).expand_as(present)
+
+    def advance(self, maxima: Tensor) -> None:
+        """Take the maxima [3] of a step into the history; one that is not finite counts as unknown."""
+        newest = torch.where(maxima.isfinite(), maxima, 0.0).unsqueeze(1)
+        self.amax_history.copy_(torch.cat([newest, self.amax_history[:, :-1]], dim=1))
+        self.latest.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Scaling":
+        """Follow the model to its device, but stay in fp32 when it is converted to bf16."""
+        super()._apply(fn, recurse)
+        if self.is_delayed:
+            self.amax_history, self.latest = self.amax_history.float(), self.latest.float()
+        return self
+
+
+def delayed_scalings(chunks: Iterable[torch.nn.Module]) -> list[Scaling]:
+    """Every layer's scaling that keeps a history, in the order of the model."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return [module for module in modules if isinstance(module, Scaling) and module.is_delayed]
+
+
+@torch.no_grad()
+def advance_histories(chunks: Iterable[torch.nn.Module], group: dist.ProcessGroup | None) -> None:
+    """Close a step that was made: take its maxima, over `group` (the ranks of the stage), into the histories."""
+    scalings = delayed_scalings(chunks)
+    if not scalings:
+        return
+    latest = torch.stack([scaling.latest for scaling in scalings])
+    if group is not None:
+        dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=group)
+    for scaling, maxima in zip(scalings, latest, strict=True):
+        scaling.advance(maxima)
+
+
+@torch.no_grad()
+def forget_step(chunks: Iterable[torch.nn.Module]) -> None:
+    """Close a step that was refused: its maxima enter no history."""
+    for scaling in delayed_scalings(chunks):
+        scaling.latest.zero_()
