@@ -7,6 +7,7 @@ from megatron_ext.config.rules import GROUPS, HEADS, TP, rule
 RECIPE = "precision.recipe"
 START, END = "precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"
 DEVICE, BACKEND = "runtime.device", "runtime.backend"
+CP = "parallel.context_parallel_size"
 _MULTIPLE = 16
 """torch's fp8 kernels take rows and columns in whole 16 bytes."""
 _DELAYED_ONLY: dict[str, Any] = {
@@ -82,9 +83,11 @@ def _attention_fits_kernel(
     return _complaint(heads * head_dim // tp, device, backend) or _complaint(projected // tp, device, backend)
 
 
-@rule("data.sequence_length", "train.micro_batch_size", given=("precision.fp8_wgrad", DEVICE, BACKEND))
-def _tokens_fit_kernel(length: int, micro_batch: int, fp8_wgrad: bool, device: str, backend: str) -> str | None:
-    tokens = length * micro_batch
+@rule("data.sequence_length", "train.micro_batch_size", CP, given=("precision.fp8_wgrad", DEVICE, BACKEND))
+def _tokens_fit_kernel(
+    length: int, micro_batch: int, cp: int, fp8_wgrad: bool, device: str, backend: str
+) -> str | None:
+    tokens = length * micro_batch // cp
     if not fp8_wgrad or device == "cpu" or backend != "torch" or tokens % _MULTIPLE == 0:
         return None
     return (

@@ -106,7 +106,7 @@ FAULTS: tuple[Fault, ...] = (
         "fp8_silently_off",
         "fp8 without Transformer Engine: the model trains in bf16 without a word",
         "refused",
-        "remove it; fp8 has no kernel here",
+        "remove it; precision: {kind: fp8} computes in fp8, or says why it cannot",
         overrides=("fp8", "fp8_recipe", "fp8_param"),
     ),
     Fault(
