@@ -98,7 +98,7 @@ def _transformer_engine(model: ModelConfig, parallel: ParallelConfig, precision:
 
 
 def _fp8(model: ModelConfig, parallel: ParallelConfig, precision: Fp8Precision) -> dict[str, Any]:
-    """Transformer Engine's FP8. config/transformer_engine.py refuses what a recipe would ignore or cannot do."""
+    """Transformer Engine's FP8. config/backend_rules.py refuses what a recipe would ignore or cannot do."""
     start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
     return {
         "fp8": precision.format,
@@ -106,7 +106,6 @@ def _fp8(model: ModelConfig, parallel: ParallelConfig, precision: Fp8Precision) 
         "fp8_margin": precision.margin,
         "fp8_amax_history_len": precision.amax_history_len,
         "fp8_amax_compute_algo": precision.amax_compute_algo,
-        "fp8_wgrad": precision.fp8_wgrad,
         "first_last_layers_bf16": start + end > 0,
         "num_layers_at_start_in_bf16": start,
         "num_layers_at_end_in_bf16": end,
