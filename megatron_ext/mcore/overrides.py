@@ -38,7 +38,8 @@ _NOT_COMPUTED = {
         "autocast_dtype enable_autocast first_last_layers_bf16 fp16 fp4 fp4_param fp4_recipe fp8_dot_product_attention "
         "fp8_multi_head_attention moe_router_dtype num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 quant_recipe"
     ),
-    "it is not built": "context_parallel_size cp_comm_type hierarchical_context_parallel_sizes transformer_impl",
+    "layers are built from what runtime.backend says": "moe_grouped_gemm moe_use_legacy_grouped_gemm transformer_impl",
+    "it is not built": "context_parallel_size cp_comm_type hierarchical_context_parallel_sizes",
 }
 
 
