@@ -1,9 +1,13 @@
 # make setup | quickstart | test | lint          (needs only Python 3.11+ and a network for pip)
+# make test-newest [TE=1]                        the same tests on Python 3.12 with megatron-core 0.19; TE=1 builds
+#                                                Transformer Engine there (needs nvcc, no GPU) for the tests of it
 PYTHON ?= python3
+PYTHON_NEWEST ?= python3.12
 VENV := .venv
 READY := $(VENV)/.ready
+NEWEST := .venv-newest
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test test-newest lint clean
 
 setup: $(READY)
 
@@ -19,6 +23,21 @@ quickstart: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+
+test-newest: $(NEWEST)/.ready $(if $(TE),$(NEWEST)/.transformer-engine)
+	$(NEWEST)/bin/python -m pytest
+
+$(NEWEST)/.ready: pyproject.toml setup.py requirements/newest.txt
+	@command -v $(PYTHON_NEWEST) > /dev/null || { echo "$(PYTHON_NEWEST) is not here; megatron-core 0.19 needs Python 3.12: make test-newest PYTHON_NEWEST=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON_NEWEST) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "megatron-core 0.19 needs Python 3.12 or newer: make test-newest PYTHON_NEWEST=...")'
+	test -x $(NEWEST)/bin/python || $(PYTHON_NEWEST) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/newest.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(NEWEST)/.transformer-engine: $(NEWEST)/.ready requirements/transformer_engine.sh
+	requirements/transformer_engine.sh $(NEWEST)/bin/python
+	touch $@
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -59,10 +59,10 @@ def _delayed_recomputes_no_inputs(recipe: str, modules: list[str], granularity: 
     return None
 
 
-@rule("precision.fp8_wgrad", RECIPE, given=(BACKEND,))
-def _only_delayed_leaves_wgrad(wgrad: bool, recipe: str, backend: str) -> str | None:
-    if backend == TE and not wgrad and recipe != "delayed":
-        return "megatron-core ignores it with every recipe but delayed; remove it"
+@rule("precision.fp8_wgrad", BACKEND)
+def _te_wgrad_is_fp8(wgrad: bool, backend: str) -> str | None:
+    if backend == TE and not wgrad:
+        return "Transformer Engine computes weight gradients in FP8 all the same; remove it, or use the torch backend"
     return None
 
 

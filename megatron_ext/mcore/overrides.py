@@ -45,7 +45,7 @@ _NOT_COMPUTED = {
     "context parallelism gathers keys and values, and is set by parallel.context_parallel_size": (
         "cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank"
     ),
-    "it is not built": "transformer_impl",
+    "layers are built from what runtime.backend says": "moe_grouped_gemm moe_use_legacy_grouped_gemm transformer_impl",
 }
 
 

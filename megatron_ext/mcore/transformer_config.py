@@ -150,7 +150,6 @@ def _fp8(model: ModelConfig, parallel: ParallelConfig, precision: Fp8Precision) 
         "fp8_margin": precision.margin,
         "fp8_amax_history_len": precision.amax_history_len,
         "fp8_amax_compute_algo": precision.amax_compute_algo,
-        "fp8_wgrad": precision.fp8_wgrad,
         "first_last_layers_bf16": start + end > 0,
         "num_layers_at_start_in_bf16": start,
         "num_layers_at_end_in_bf16": end,

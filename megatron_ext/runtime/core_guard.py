@@ -261,9 +261,9 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "weight_gradients_in_fp8_whatever_is_asked",
-        "fp8_wgrad = False has no effect with any recipe but delayed",
+        "fp8_wgrad = False: handed to Transformer Engine with delayed scaling alone, whose later versions ignore it",
         "refused",
-        "set recipe: delayed, or leave fp8_wgrad (config/backend_rules.py)",
+        "leave fp8_wgrad, or use runtime.backend: torch (config/backend_rules.py)",
         needs="Transformer Engine",
     ),
     Fault(

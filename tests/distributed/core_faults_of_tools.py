@@ -4,7 +4,6 @@ import ast
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +18,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.upcycling_utils import upcycle_state_dict
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config import (
     AdamConfig,
@@ -201,18 +201,19 @@ def padding_mask_means_its_opposite(pool: GlooPool) -> bool:
 
 
 def loss_of_two_is_multiplied_by_context_ranks(pool: GlooPool) -> bool:
-    def loss(cp: int) -> float:
-        config = SimpleNamespace(calculate_per_token_loss=False, timers=None, num_moe_experts=None, mtp_num_layers=None)
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4)
+
+    def loss(context_ranks: int) -> float:
         total, _ = forward_step_calc_loss(
-            SimpleNamespace(vp_stage=None),
+            torch.nn.Module(),
             torch.ones(1),
             lambda output: (output * 3, output),
-            mock.MagicMock(**vars(config), spec=None),
-            None,
-            False,
-            1,
-            [],
-            cp_group_size=cp,
+            config,
+            vp_stage=None,
+            collect_non_loss_data=False,
+            num_microbatches=1,
+            forward_data_store=[],
+            cp_group_size=context_ranks,
             is_last_stage=True,
         )
         return float(total)

@@ -75,10 +75,10 @@ def expert_marks(cell: Cell) -> list[tuple[str, bool, bool, int]]:
 
 
 FIELDS = (
-    "transformer_impl fp8 fp8_recipe fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad fp8_param bf16 "
+    "transformer_impl fp8 fp8_recipe fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_param bf16 "
     "first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 moe_router_padding_for_quantization"
 ).split()
-RECIPE_FIELDS = ("margin", "amax_history_len", "amax_compute_algo", "override_linear_precision")
+RECIPE_FIELDS = ("margin", "amax_history_len", "amax_compute_algo")
 
 
 def translated(cell: Cell) -> tuple[dict[str, Any], str, dict[str, Any]]:

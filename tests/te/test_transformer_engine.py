@@ -17,12 +17,13 @@ from megatron_ext.config import (
     load_run,
     read_yaml,
 )
+from megatron_ext.runtime import core_guard
 from megatron_ext.testing.parity import Cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.prove import plan_proof
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.transformer_engine import why_not_importable
-from tests.te import builds
+from tests.te import builds, te_faults
 from tests.workspace import ROOT
 
 pytestmark = pytest.mark.te
@@ -106,28 +107,26 @@ def test_experts_are_marked_as_ours_in_every_layout(name: str, te_pool: GlooPool
     assert all(allreduce is False and is_split is True for _, allreduce, is_split, _ in marks)
 
 
-PLAIN = {"override_linear_precision": (False, False, False), "format": "HYBRID"}
 RECIPES: dict[str, tuple[Precision, dict[str, Any], str, dict[str, Any]]] = {
     "tensorwise": (
         fp8(recipe="tensorwise", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=2),
         {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 2},
         "Float8CurrentScaling",
-        PLAIN,
+        {"format": "HYBRID"},
     ),
     "delayed": (
-        fp8(recipe="delayed", amax_history_len=16, amax_compute_algo="most_recent", margin=1, fp8_wgrad=False),
-        {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "most_recent", "fp8_margin": 1, "fp8_wgrad": False},
+        fp8(recipe="delayed", amax_history_len=16, amax_compute_algo="most_recent", margin=1),
+        {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "most_recent", "fp8_margin": 1},
         "DelayedScaling",
-        {
-            "margin": 1,
-            "amax_history_len": 16,
-            "amax_compute_algo": "most_recent",
-            "override_linear_precision": (False, False, True),
-            "format": "HYBRID",
-        },
+        {"margin": 1, "amax_history_len": 16, "amax_compute_algo": "most_recent", "format": "HYBRID"},
     ),
-    "blockwise": (fp8(recipe="blockwise", format="e4m3"), {"fp8": "e4m3"}, "Float8BlockScaling", PLAIN),
-    "mxfp8": (fp8(recipe="mxfp8", format="e4m3"), {"fp8": "e4m3"}, "MXFP8BlockScaling", PLAIN),
+    "blockwise": (fp8(recipe="blockwise", format="e4m3"), {"fp8": "e4m3"}, "Float8BlockScaling", {"format": "E4M3"}),
+    "mxfp8": (
+        fp8(recipe="mxfp8", format="e4m3"),
+        {"fp8": "e4m3"},
+        "MXFP8BlockScaling",
+        {"format": "E4M3", "margin": 0},
+    ),
 }
 
 
@@ -144,12 +143,7 @@ def test_fp8_recipe_becomes_transformer_engines(recipe: str, te_pool: GlooPool) 
         "moe_router_padding_for_quantization": True,
     }
     assert fields | common | expected == fields
-    assert name == cls
-    expected_built = recipe_fields | ({"format": "E4M3"} if fields["fp8"] == "e4m3" else {})
-    assert {k: v for k, v in built.items() if k in expected_built} == {
-        k: v for k, v in expected_built.items() if k in built
-    }
-    assert built["format"] == expected_built["format"]
+    assert (name, built) == (cls, recipe_fields)
 
 
 DELAYED = fp8(recipe="delayed", amax_history_len=8)
@@ -186,3 +180,13 @@ def test_delayed_scaling_starts_afresh_where_the_checkpoint_has_none(
     assert other == 0
     # Scales are remembered one by one, whatever the length of the history.
     assert (as_saved == 0) == (saved is BF16)
+
+
+def test_every_fault_that_needs_transformer_engine_is_shown() -> None:
+    assert set(te_faults.SHOWN) == {fault.name for fault in core_guard.FAULTS if fault.needs == "Transformer Engine"}
+
+
+@pytest.mark.parametrize("name", te_faults.SHOWN)
+def test_fault_is_there_in_the_versions_listed(name: str, te_pool: GlooPool) -> None:
+    (fault,) = (fault for fault in core_guard.FAULTS if fault.name == name)
+    assert te_faults.SHOWN[name](te_pool) == fault.present_in(core_guard.installed_version())
