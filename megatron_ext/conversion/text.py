@@ -77,9 +77,11 @@ def comparison_batches(
     """Token batches for comparing `checkpoint` with another model.
 
     The tokenizer is the one given, the one inside a Hugging Face directory or the one of the training run. Where there
-    is none, and no text was asked for, token ids are random.
+    is none, and no text was asked for, token ids are random. Rows are no longer than learned positions reach.
     """
     model = read_hugging_face_model(checkpoint)[1] if is_hugging_face(checkpoint) else read_model(checkpoint)
+    if model.position_embedding_type == "learned_absolute":
+        length = min(length, model.max_position_embeddings)
     directory = Path(tokenizer) if tokenizer is not None else _own_tokenizer(checkpoint)
     if directory is not None:
         reader = Tokenizer(directory)

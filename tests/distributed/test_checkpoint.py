@@ -296,6 +296,16 @@ def test_overrides_that_change_the_function_make_another_model(pool: GlooPool, t
         pool.run(1, train_and_save, Part(other, tmp_path, ALONE), 3)
 
 
+def test_dropout_and_z_loss_may_change_and_the_learned_length_may_not(pool: GlooPool, tmp_path: Path) -> None:
+    learned = tiny_model(position_embedding_type="learned_absolute")
+    pool.run(1, train_and_save, Part(learned, tmp_path, ALONE), 1)
+    changed = replace(learned, hidden_dropout=0.1, attention_dropout=0.1, output_z_loss_coeff=1e-3)
+    pool.run(1, train_and_save, Part(changed, tmp_path, ALONE), 2)
+    longer = replace(learned, max_position_embeddings=128)
+    with pytest.raises(WorkerFailure, match=r"model\.max_position_embeddings: 64 in the checkpoint, 128 in this run"):
+        pool.run(1, train_and_save, Part(longer, tmp_path, ALONE), 3)
+
+
 def test_missing_tensors_are_named(pool: GlooPool, tmp_path: Path) -> None:
     pool.run(1, train_and_save, Part(DENSE, tmp_path / "whole", ALONE), 1)
     source = MegatronSource(tmp_path / "whole")

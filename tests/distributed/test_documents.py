@@ -64,7 +64,7 @@ def packed_and_apart(model: ModelConfig, precision: Precision, leak: bool) -> tu
     for row, lengths in enumerate(ROWS):
         tokens[row, torch.tensor(lengths[:-1]).cumsum(0) - 1] = EOD
     resets = DocumentResets(EOD, attention=True, positions=True)
-    micro = complete_columns(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 32), resets)
+    micro = complete_columns(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 32), torch.arange(2), resets)
     assert micro.document_lengths is not None
     assert micro.document_lengths.tolist() == [[7, 1, 16, 8], [20, 12, 0, 0]]
     documents = None if leak else micro.document_lengths

@@ -131,6 +131,34 @@ def test_context_parallelism_and_documents_are_part_of_the_proof(tmp_path: Path)
     assert proof.holds
 
 
+def test_a_models_features_survive_the_shrinking(tmp_path: Path) -> None:
+    mapping = run_mapping(tmp_path, moe=True)
+    mapping["model"] |= {
+        "num_query_groups": None,
+        "multi_latent_attention": {
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_head_dim": 128,
+            "qk_pos_emb_head_dim": 64,
+            "v_head_dim": 128,
+        },
+        "rope_scaling": {"kind": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0},
+        "hidden_dropout": 0.1,
+    }
+    plan = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 2, 2)
+    small = plan.cell.model
+    assert small.multi_latent_attention is not None
+    assert small.multi_latent_attention.q_lora_rank == 40
+    assert small.rope_scaling == load_run(tmp_path / "run.yaml").model.rope_scaling
+    assert "model.hidden_dropout: 0.1 -> 0.0" in plan.changes
+
+    mapping = run_mapping(tmp_path, moe=True)
+    mapping["model"] |= {"rotary_percent": 0.25, "qk_layernorm": "projection", "add_bias_linear": True}
+    mapping["model"] |= {"gated_linear_unit": False, "activation_func": "gelu"}
+    small = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 2, 2).cell.model
+    assert (small.rotary_width, small.qk_layernorm, small.add_bias_linear) == (4, "projection", True)
+
+
 def test_a_layout_that_differs_is_not_proven() -> None:
     plan = plan_proof(load_run(EXAMPLE), 8, 8)
     single = Trajectory((5.0, 4.0), (1.0, 1.0))

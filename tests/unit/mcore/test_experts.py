@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.mcore.moe.experts import GroupedExperts, _expert_linear
@@ -12,13 +13,20 @@ from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 
+KINDS = {
+    "SwiGLU": {},
+    "biases": {"add_bias_linear": True},
+    "GELU with biases": {"gated_linear_unit": False, "activation_func": "gelu", "add_bias_linear": True},
+}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 
-def build(width: int) -> GroupedExperts:
+
+def build(width: int, kind: str = "SwiGLU") -> GroupedExperts:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     split_process_group(ParallelConfig(), RuntimeConfig(device="cpu"))
     seed_everything(0)
-    model = tiny_model(moe=True, moe_ffn_hidden_size=width)
+    model = tiny_model(moe=True, moe_ffn_hidden_size=width, **KINDS[kind])
     config = transformer_config(model, ParallelConfig(), Fp32Precision(kind="fp32"), RecomputeConfig())
     with torch.device("cpu"):
         experts = GroupedExperts(4, config, pg_collection=get_default_pg_collection())
@@ -29,52 +37,65 @@ def build(width: int) -> GroupedExperts:
     return experts
 
 
-def errors(width: int, counts: list[int]) -> dict[str, float]:
+def one_expert(x: Tensor, parameters: dict[str, Tensor], e: int, kind: str) -> Tensor:
+    """The output of expert `e` as a feed-forward network by itself."""
+    fields = {"gated_linear_unit": True, "activation_func": "silu", "add_bias_linear": False} | KINDS[kind]
+    activation, biases = ACTIVATIONS[fields["activation_func"]], fields["add_bias_linear"]
+    hidden = F.linear(x, parameters["weight1"][e], parameters["bias1"].chunk(4)[e] if biases else None)
+    if fields["gated_linear_unit"]:
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = activation(gate) * up
+    else:
+        hidden = activation(hidden)
+    return F.linear(hidden, parameters["weight2"][e], parameters["bias2"].chunk(4)[e] if biases else None)
+
+
+def errors(width: int, counts: list[int], kind: str) -> dict[str, float]:
     """Largest relative error of outputs and gradients against float64."""
-    experts = build(width)
+    experts = build(width, kind)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(sum(counts), 64, generator=generator).requires_grad_()
     weights = torch.rand(sum(counts), generator=generator).requires_grad_()
     upstream = torch.randn(sum(counts), 64, generator=generator)
-    inputs = (tokens, weights, experts.weight1, experts.weight2)
+    inputs = {"tokens": tokens, "weights": weights, **dict(experts.named_parameters())}
     output, bias = experts(tokens, torch.tensor(counts), weights)
     assert bias is None
-    measured = (output, *torch.autograd.grad(output, inputs, upstream, allow_unused=True))
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    parts = []
-    for e, (x, w) in enumerate(zip(exact[0].split(counts), exact[1].split(counts), strict=True)):
-        gate, up = (x @ exact[2][e].t()).chunk(2, dim=-1)
-        parts.append((F.silu(gate) * up * w[:, None]) @ exact[3][e].t())
+    measured = (output, *torch.autograd.grad(output, list(inputs.values()), upstream))
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    parts = [
+        one_expert(x, exact, e, kind) * w[:, None]
+        for e, (x, w) in enumerate(zip(exact["tokens"].split(counts), exact["weights"].split(counts), strict=True))
+    ]
     reference = torch.cat(parts)
-    expected = (reference, *torch.autograd.grad(reference, exact, upstream.double()))
-    names = ("output", "tokens", "weights", "fc1", "fc2")
+    expected = (reference, *torch.autograd.grad(reference, list(exact.values()), upstream.double()))
     return {
         n: float((m - e).abs().max() / (e.abs().max() + 1e-30))
-        for n, m, e in zip(names, measured, expected, strict=True)
+        for n, m, e in zip(("output", *inputs), measured, expected, strict=True)
     }
 
 
 @pytest.mark.parametrize("width", [48, 41], ids=["grouped kernel", "unaligned"])
 @pytest.mark.parametrize("counts", [[5, 9, 3, 7], [0, 11, 0, 1]], ids=["busy", "idle"])
-def test_experts_equal_float64(width: int, counts: list[int], pool: GlooPool) -> None:
-    (measured,) = pool.run(1, errors, width, counts)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_equal_float64(width: int, counts: list[int], kind: str, pool: GlooPool) -> None:
+    (measured,) = pool.run(1, errors, width, counts, kind)
     print(measured)
     # fp32 sums over up to 64 products: 64 * 6e-8 at worst.
     assert max(measured.values()) < 4e-6
 
 
 def gradients_without_tokens() -> list[float]:
-    experts = build(48)
+    experts = build(48, "biases")
     tokens, weights = torch.zeros(0, 64, requires_grad=True), torch.zeros(0, requires_grad=True)
     output, _ = experts(tokens, torch.zeros(4, dtype=torch.long), weights)
     assert output.shape == (0, 64)
     output.sum().backward()
-    return [float(w.grad.abs().sum()) for w in (experts.weight1, experts.weight2)]
+    return [float(w.grad.abs().sum()) for w in experts.parameters()]
 
 
 def test_a_rank_without_tokens_still_has_gradients(pool: GlooPool) -> None:
     """Gradient reduction waits for every parameter; zeros must come, not nothing."""
-    assert pool.run(1, gradients_without_tokens) == [[0.0, 0.0]]
+    assert pool.run(1, gradients_without_tokens) == [[0.0] * 4]
 
 
 @pytest.mark.parametrize("width", [12, 11], ids=["grouped", "rows that the grouped kernel refuses"])

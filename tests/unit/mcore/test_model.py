@@ -72,6 +72,21 @@ def test_padding_takes_no_part_in_the_loss(pool: GlooPool) -> None:
     assert loss == pytest.approx(expected, rel=1e-6)
 
 
+@torch.no_grad()
+def embeddings(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embedding of some tokens, and the part of it that comes from their positions."""
+    model = tiny_model(embedding_scale=scale, position_embedding_type="learned_absolute")
+    (network,) = build(model, ParallelConfig())
+    tokens, positions = torch.arange(32).view(2, 16), torch.arange(16).expand(2, -1)
+    return network.embedding(tokens, positions), network.embedding.position_embeddings(positions).transpose(0, 1)
+
+
+def test_the_embedding_scale_is_on_tokens_and_not_on_positions(pool: GlooPool) -> None:
+    ((plain, positions),) = pool.run(1, embeddings, 1.0)
+    ((scaled, _),) = pool.run(1, embeddings, 8.0)
+    assert torch.allclose(scaled - positions, 8 * (plain - positions), atol=1e-6)
+
+
 def saved_pieces(model: ModelConfig, parallel: ParallelConfig) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
     boxes = model_boxes(build(model, parallel))
     return {(box.key, box.offset): box.data.clone() for box in boxes if box.saved_here}

@@ -1,6 +1,7 @@
 """Reports of a run: throughput and FLOP/s from the clock and the formula, in the metrics file and on the console."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+
+def test_the_output_z_loss_is_reported_beside_the_loss(tmp_path: Path) -> None:
+    run = load(mapping(checkpoint={"directory": str(tmp_path)}))
+    monitor = Monitor(run, run.resolve(1), 0, "abcd1234")
+    monitor.step(step(1))
+    monitor.step(replace(step(2), output_z_loss=0.125))
+    monitor.close()
+    first, second = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    assert "output_z_loss" not in first
+    assert (second["loss"], second["output_z_loss"]) == (2.5, 0.125)
 
 
 def step(iteration: int, experts: ExpertStatistics | None = None) -> StepReport:

@@ -10,6 +10,7 @@ from megatron_ext.config import (
     Bf16Precision,
     Fp32Precision,
     ModelConfig,
+    MultiLatentAttention,
     ParallelConfig,
     Precision,
     RecomputeConfig,
@@ -133,3 +134,129 @@ def test_check_prints_grid_and_counts_and_reloads() -> None:
     assert "(the fewest this layout needs" in describe_run(run, None)
     resolved = text.split("rank grid")[0]
     assert load_config(RunConfig, parse_yaml(resolved, source="t"), source="t") == run
+
+
+LATENT = MultiLatentAttention(kv_lora_rank=512, qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128)
+DEEPSEEK_V2_LITE = ModelConfig(
+    num_layers=27,
+    hidden_size=2048,
+    ffn_hidden_size=10944,
+    num_attention_heads=16,
+    vocab_size=102400,
+    multi_latent_attention=LATENT,
+    num_moe_experts=64,
+    moe_ffn_hidden_size=1408,
+    moe_router_topk=6,
+    moe_first_k_dense=1,
+    moe_shared_expert_intermediate_size=2816,
+)
+GPT2_SMALL = ModelConfig(
+    num_layers=12,
+    hidden_size=768,
+    ffn_hidden_size=3072,
+    num_attention_heads=12,
+    vocab_size=50257,
+    max_position_embeddings=1024,
+    position_embedding_type="learned_absolute",
+    normalization="LayerNorm",
+    activation_func="gelu_tanh",
+    gated_linear_unit=False,
+    add_bias_linear=True,
+    untie_embeddings_and_output_weights=False,
+)
+DENSE_DEEPSEEK: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+    "first_k_dense_replace": 2,
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+}
+
+
+def transformers_model(name: str, heads: str, **fields: Any) -> Any:
+    """A small model of transformers."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**fields, attn_implementation="eager", use_cache=False)
+    return getattr(transformers, f"{name}{heads}")(config)
+
+
+def test_parameters_of_gpt2_and_deepseek_v2_lite_are_the_published_ones() -> None:
+    assert count_parameters(GPT2_SMALL).total == 124_439_808
+    counts = count_parameters(DEEPSEEK_V2_LITE)
+    assert counts.total == 15_706_484_224
+    # "2.4B activated" (arXiv 2405.04434, appendix B) leaves out the output layer's or the embedding's 0.2B.
+    assert counts.active == pytest.approx(2.66e9, rel=0.01)
+
+
+def measured_flops(network: Any, sequence_length: int) -> float:
+    """FLOPs of one token's forward pass, counted operation by operation over whole [S, S] score matrices."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, sequence_length, dtype=torch.long))
+    return counter.get_total_flops() / sequence_length
+
+
+@pytest.mark.parametrize("rank", [40, None], ids=["latent queries", "direct queries"])
+def test_training_flops_of_latent_attention_are_those_that_transformers_runs(rank: int | None) -> None:
+    network = transformers_model("DeepseekV2", "ForCausalLM", q_lora_rank=rank, **DENSE_DEEPSEEK)
+    latent = MultiLatentAttention(
+        kv_lora_rank=48, q_lora_rank=rank, qk_head_dim=32, qk_pos_emb_head_dim=16, v_head_dim=24
+    )
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=128,
+        ffn_hidden_size=320,
+        num_attention_heads=4,
+        vocab_size=256,
+        multi_latent_attention=latent,
+    )
+    assert_forward_is_a_third(model, network)
+
+
+def test_training_flops_of_gpt2_are_those_that_transformers_runs() -> None:
+    model = replace(GPT2_SMALL, num_layers=2, vocab_size=256, make_vocab_size_divisible_by=1)
+    network = transformers_model("GPT2", "LMHeadModel", n_layer=2, vocab_size=256)
+    assert_forward_is_a_third(model, network)
+
+
+def assert_forward_is_a_third(model: ModelConfig, network: Any) -> None:
+    # Per token a + b * S; of the score matrix we count the causal half.
+    at_64, at_128 = measured_flops(network, 64), measured_flops(network, 128)
+    slope = (at_128 - at_64) / 64
+    expected = at_64 - 64 * slope + 64 * slope / 2
+    print(f"forward {training_flops_per_token(model, 64) / 3:,.0f} by formula, {expected:,.0f} counted")
+    assert training_flops_per_token(model, 64) / 3 == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["biases", "projection norm", "latent"])
+def test_state_memory_knows_what_tensor_parallelism_splits(kind: str, pool: GlooPool) -> None:
+    features: dict[str, Any] = {
+        "biases": {
+            "add_bias_linear": True,
+            "normalization": "LayerNorm",
+            "position_embedding_type": "learned_absolute",
+        },
+        "projection norm": {"qk_layernorm": "projection"},
+        "latent": {
+            "num_query_groups": None,
+            "multi_latent_attention": MultiLatentAttention(
+                kv_lora_rank=24, q_lora_rank=40, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=12
+            ),
+        },
+    }
+    model = tiny_model(moe=True, **features[kind])
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=False)
+    run = load(mapping(train={"global_batch_size": 8}))
+    run = replace(run, model=model, parallel=parallel, data=replace(run.data, sequence_length=32))
+    layout = resolve_layout(parallel, TrainConfig(train_iters=1, global_batch_size=8), 2)
+    # The plain optimizer cuts nothing, so both must be the same to the byte.
+    assert state_memory(run, layout).bytes == pool.run(2, allocated_bytes, model, parallel, run.precision)[0]

@@ -71,6 +71,29 @@ def measured_in_worker(source: Path, target: Path, moe: ModelConfig) -> float:
     return measured(source, target, moe)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_biases_and_other_activations_are_carried(gated: bool, tmp_path: Path, pool: GlooPool) -> None:
+    features = {
+        "position_embedding_type": "learned_absolute",
+        "normalization": "LayerNorm",
+        "activation_func": "gelu_tanh",
+        "gated_linear_unit": gated,
+        "add_bias_linear": True,
+    }
+    moe = moe_model(**features, init_method_std=1.0)
+    source = write_checkpoint(tmp_path / "dense", replace(DENSE, **features))
+    upcycle(source, tmp_path / "moe", moe, Copy(), seed=1)
+    relative = pool.run(1, measured_in_worker, source, tmp_path / "moe", moe)[0]
+    print(f"gated {gated}: largest difference of the logits {relative:.1e} of their scale")
+    assert relative <= check.TOLERANCE
+    after = MegatronSource(tmp_path / "moe")
+    shared = "decoder.layers.1.mlp.shared_experts"
+    assert not after.read(f"{shared}.linear_fc2.bias").any()
+    assert after.read(f"{shared}.linear_fc1.bias").any()
+    expert, dense_bias = "decoder.layers.1.mlp.experts.3.linear_fc1.bias", "decoder.layers.1.mlp.linear_fc1.bias"
+    assert torch.equal(after.read(expert), MegatronSource(source).read(dense_bias))
+
+
 def test_experts_are_the_dense_layer_and_the_shared_expert_is_silent(dense: Path, tmp_path: Path) -> None:
     moe = moe_model(moe_shared_expert_intermediate_size=120)
     upcycle(dense, tmp_path / "moe", moe, Copy(), seed=0)
