@@ -1,4 +1,4 @@
-"""What the machine can do: matrix products with nothing around them. Each step returns its floating-point operations."""
+"""What the machine can do: matrix products with nothing around them; each step returns its count of operations."""
 
 from typing import Any
 
