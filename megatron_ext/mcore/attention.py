@@ -5,6 +5,7 @@
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -43,6 +44,9 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_bias is None, "no attention bias here"
         assert packed_seq_params is None, "no packed sequences here"
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        if query.device.type == "cpu" and query.dtype == torch.float32:
+            # torch's fp32 CPU kernel is a fifth faster where a head's rows lie together; the copy costs a tenth of it.
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         context_BNSD = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
         )

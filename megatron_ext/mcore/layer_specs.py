@@ -1,14 +1,14 @@
 """Which module each part of a layer is built from: our own specs, since megatron-core's hard-code its local backend."""
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,10 +20,21 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.mcore.backends.torch import TorchSpecProvider
+from megatron_ext.mcore.feed_forward import FeedForward, SharedExperts
+from megatron_ext.mcore.moe.dispatcher import MoELayer
 from megatron_ext.mcore.moe.router import Router
 
-# megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a ModuleSpec to build from.
+# megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a spec to build from.
 _SPECS_ARE_CALLABLES = hasattr(MLP, "as_mlp_submodule")
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What 0.16 builds one of our classes from; for a ModuleSpec of a class it does not know it logs a warning."""
+
+    module: type
+    submodules: Any
+
 
 # Dense norms are saved under the names of Transformer Engine's fused layers, whichever backend saves, so that
 # checkpoints of both backends load each other. The norm before a MoE layer is a module of its own in both.
@@ -74,16 +85,16 @@ def _linears(backend: TorchSpecProvider) -> MLPSubmodules:
 
 def _dense_mlp(backend: TorchSpecProvider) -> Any:
     if _SPECS_ARE_CALLABLES:
-        return functools.partial(MLP.as_mlp_submodule, submodules=_linears(backend))
-    return ModuleSpec(module=MLP, submodules=_linears(backend))
+        return functools.partial(FeedForward.as_mlp_submodule, submodules=_linears(backend))
+    return _Spec(module=FeedForward, submodules=_linears(backend))
 
 
 def _moe_mlp(backend: TorchSpecProvider, model: ModelConfig) -> Any:
     router = functools.partial(Router, normalization=model.moe_gating_normalization)
     if _SPECS_ARE_CALLABLES:
-        shared = functools.partial(SharedExpertMLP, submodules=_linears(backend))
+        shared = functools.partial(SharedExperts, submodules=_linears(backend))
         submodules = MoESubmodules(experts=backend.grouped_experts(), shared_experts=shared, router=router)
         return functools.partial(MoELayer, submodules=submodules)
-    shared = ModuleSpec(module=SharedExpertMLP, submodules=_linears(backend))
+    shared = ModuleSpec(module=SharedExperts, submodules=_linears(backend))
     experts = ModuleSpec(module=backend.grouped_experts())
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared, router=router))
+    return _Spec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared, router=router))

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.moe.metrics import forget_core_statistics
 from megatron_ext.mcore.moe.router import Router
@@ -29,11 +30,8 @@ class GPTModel(CoreGPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Return the cross-entropy of each token, [B, S], from this TP rank's logits [S, B, V / TP]."""
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        real = min(max(self.true_vocab_size - first, 0), logits.shape[-1])
-        if real < logits.shape[-1]:
-            logits[..., real:] = torch.finfo(logits.dtype).min
-        return super().compute_language_model_loss(labels, logits)
+        group = parallel_state.get_tensor_model_parallel_group()
+        return vocab_parallel_cross_entropy(logits, labels.t(), self.true_vocab_size, group).t()
 
 
 def build_chunks(

@@ -38,6 +38,9 @@ _NOT_COMPUTED = {
         "autocast_dtype enable_autocast first_last_layers_bf16 fp16 fp4 fp4_param fp4_recipe fp8_dot_product_attention "
         "fp8_multi_head_attention moe_router_dtype num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 quant_recipe"
     ),
+    "these steps are always computed by our own code": (
+        "bias_activation_fusion cross_entropy_fusion_impl cross_entropy_loss_fusion"
+    ),
     "it is not built": "context_parallel_size cp_comm_type hierarchical_context_parallel_sizes transformer_impl",
 }
 

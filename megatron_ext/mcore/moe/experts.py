@@ -5,28 +5,18 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-
-def _expert_linear(tokens: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply each expert's rows of `tokens` [T, in] by the transpose of its own weight, of `weights` [E, out, in].
-
-    Expert e has the rows from `ends_E[e - 1]` (int32) up to `ends_E[e]`.
-    """
-    if any(size * tokens.itemsize % 16 for size in weights.shape[1:]):
-        # The grouped kernel takes rows of whole 16 bytes only; no model in use has others, but a converted one may.
-        parts = tokens.tensor_split(ends_E[:-1].tolist())
-        return torch.cat([part @ weight.t() for part, weight in zip(parts, weights, strict=True)])
-    return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends_E)
+from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.moe.grouped_linear import grouped_linear
 
 
 class GroupedExperts(MegatronModule):
-    """SwiGLU experts by `torch.nn.functional.grouped_mm`: one call a projection, whatever the number of experts.
+    """SwiGLU experts by grouped matrix products: one call a projection, whatever the number of experts.
 
     Checkpoint keys and shapes are those of megatron-core's SequentialMLP and TEGroupedMLP, so the three load each
     other's checkpoints: `experts.linear_fc1.weight` [experts, 2F, H] (gate above up) and `experts.linear_fc2.weight`
@@ -61,9 +51,9 @@ class GroupedExperts(MegatronModule):
         if tokens_TH.shape[0] == 0:
             return self._no_tokens(tokens_TH, weights_T), None
         ends_E = tokens_per_expert_E.to(device=tokens_TH.device).cumsum(0).to(torch.int32)
-        gate_TF, up_TF = _expert_linear(tokens_TH, self.weight1, ends_E).chunk(2, dim=-1)
-        hidden_TF = (F.silu(gate_TF) * up_TF * weights_T.unsqueeze(-1)).to(tokens_TH.dtype)
-        return _expert_linear(hidden_TF, self.weight2, ends_E), None
+        projected = grouped_linear(tokens_TH, self.weight1, ends_E)
+        hidden_TF = gated_activation(projected, self.config.activation_func, weights_T)
+        return grouped_linear(hidden_TF, self.weight2, ends_E), None
 
     def _no_tokens(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
         """An empty output that still depends on both weights: gradient reduction waits for every parameter's hook."""
