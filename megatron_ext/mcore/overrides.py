@@ -46,6 +46,9 @@ _NOT_COMPUTED = {
         "cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank"
     ),
     "layers are built from what runtime.backend says": "moe_grouped_gemm moe_use_legacy_grouped_gemm transformer_impl",
+    "these steps are always computed by our own code": (
+        "bias_activation_fusion cross_entropy_fusion_impl cross_entropy_loss_fusion"
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from megatron.core.models.backends import LocalSpecProvider
 
 from megatron_ext.mcore.attention import ScaledDotProductAttention
+from megatron_ext.mcore.feed_forward import FeedForward, SharedExperts
 from megatron_ext.mcore.fp8.experts import Fp8GroupedExperts
 from megatron_ext.mcore.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_ext.mcore.moe.experts import GroupedExperts
@@ -19,6 +20,14 @@ class TorchSpecProvider(LocalSpecProvider):
     def core_attention(self) -> type:
         """Return the attention class."""
         return ScaledDotProductAttention
+
+    def feed_forward(self) -> type:
+        """Return the class of a dense feed-forward network."""
+        return FeedForward
+
+    def shared_experts(self) -> type:
+        """Return the class of shared experts without biases."""
+        return SharedExperts
 
     def grouped_experts(self) -> type:
         """Return the class of one rank's routed experts."""

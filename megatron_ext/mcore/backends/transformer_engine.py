@@ -7,8 +7,10 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import experts as core_experts
 from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.mcore.state import ScalingState
@@ -127,6 +129,14 @@ class TransformerEngineSpecProvider(TESpecProvider):
     def column_parallel_layer_norm_linear(self) -> type:
         """Return the class of a norm with the linear layer after it."""
         return LayerNormColumnParallelLinear
+
+    def feed_forward(self) -> type:
+        """Return the class of a dense feed-forward network: megatron-core's, which has fused kernels on CUDA."""
+        return MLP
+
+    def shared_experts(self) -> type:
+        """Return the class of shared experts without biases."""
+        return SharedExpertMLP
 
     def grouped_experts(self) -> type:
         """Return the class of one rank's routed experts."""

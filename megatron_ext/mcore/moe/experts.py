@@ -2,7 +2,6 @@
 
 #   T tokens sent to this rank, sorted by expert; E experts of this rank; H hidden; F width of one expert's shard
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +12,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-
-def _expert_linear(tokens: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply each expert's rows of `tokens` [T, in] by the transpose of its own weight, of `weights` [E, out, in].
-
-    Expert e has the rows from `ends_E[e - 1]` (int32) up to `ends_E[e]`.
-    """
-    if any(size * tokens.itemsize % 16 for size in weights.shape[1:]):
-        # The grouped kernel takes rows of whole 16 bytes only; no model in use has others, but a converted one may.
-        parts = tokens.tensor_split(ends_E[:-1].tolist())
-        return torch.cat([part @ weight.t() for part, weight in zip(parts, weights, strict=True)])
-    return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends_E)
+from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.moe.grouped_linear import grouped_linear
 
 
 class GroupedExperts(MegatronModule):
-    """Experts by `torch.nn.functional.grouped_mm`: one call a projection, whatever the number of experts.
+    """Experts by grouped matrix products: one call a projection, whatever the number of experts.
 
     Each is a feed-forward network as the dense layers' (gated or not, with biases or not); its output, bias included,
     counts with its routing weight. Checkpoint keys and shapes are those of megatron-core's SequentialMLP and
@@ -76,11 +66,10 @@ class GroupedExperts(MegatronModule):
             return self._no_tokens(tokens_TH, weights_T), None
         counts_E = tokens_per_expert_E.to(device=tokens_TH.device)
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        hidden = self.multiply(tokens_TH, self.weight1, ends_E)
+        projected = self.multiply(tokens_TH, self.weight1, ends_E)
         if self.bias1 is not None:
-            hidden = hidden + self._of_each_token(self.bias1, counts_E, len(hidden))
-        hidden_TF = (self._activate(hidden) * weights_T.unsqueeze(-1)).to(tokens_TH.dtype)
-        output_TH = self.multiply(hidden_TF, self.weight2, ends_E)
+            projected = projected + self._of_each_token(self.bias1, counts_E, len(projected))
+        output_TH = self.multiply(self._activated(projected, weights_T), self.weight2, ends_E)
         if self.bias2 is not None:
             bias = self._of_each_token(self.bias2, counts_E, len(output_TH)) * weights_T.unsqueeze(-1)
             before = self.etp_group.rank() * bias.shape[-1]
@@ -90,14 +79,14 @@ class GroupedExperts(MegatronModule):
 
     def multiply(self, tokens: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's tokens [T, in] by the transpose of its own weight, of `weights` [E, out, in]."""
-        return _expert_linear(tokens, weights, ends_E)
+        return grouped_linear(tokens, weights, ends_E)
 
-    def _activate(self, hidden: Tensor) -> Tensor:
-        activation: Callable[[Tensor], Tensor] = self.config.activation_func
-        if not self.config.gated_linear_unit:
-            return activation(hidden)
-        gate_TF, up_TF = hidden.chunk(2, dim=-1)
-        return activation(gate_TF) * up_TF
+    def _activated(self, projected: Tensor, weights_T: Tensor) -> Tensor:
+        """The hidden units times their token's routing weight [T, F]."""
+        activation = self.config.activation_func
+        if self.config.gated_linear_unit:
+            return gated_activation(projected, activation, weights_T)
+        return (activation(projected) * weights_T.unsqueeze(-1)).to(projected.dtype)
 
     def _of_each_token(self, bias: Tensor, counts_E: Tensor, tokens: int) -> Tensor:
         """The row of `bias` [E * width] of the expert that each of `tokens` tokens goes to, [T, width]."""

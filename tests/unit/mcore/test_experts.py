@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
-from megatron_ext.mcore.moe.experts import GroupedExperts, _expert_linear
+from megatron_ext.mcore.moe.experts import GroupedExperts
+from megatron_ext.mcore.moe.grouped_linear import grouped_linear
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
@@ -104,4 +105,4 @@ def test_the_expert_product_is_one_product_an_expert(width: int) -> None:
     counts = [4, 0, 6]
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     looped = torch.cat([p @ w.t() for p, w in zip(tokens.split(counts), weights, strict=True)])
-    assert torch.allclose(_expert_linear(tokens, weights, ends), looped, atol=1e-6)
+    assert torch.allclose(grouped_linear(tokens, weights, ends), looped, atol=1e-6)

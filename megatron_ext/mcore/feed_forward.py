@@ -1,0 +1,24 @@
+"""Dense feed-forward networks and shared experts: megatron-core's, with the gated activation as one step."""
+
+from typing import Any
+
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from megatron_ext.mcore.activation import gated_activation
+
+
+class FeedForward(MLP):
+    """megatron-core's MLP; gated ones without biases keep only the projected input for the backward pass."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the output, shaped as `hidden_states`, and a bias to add (None without biases)."""
+        if not self.config.gated_linear_unit or self.config.add_bias_linear:
+            return super().forward(hidden_states, *args, **kwargs)
+        projected, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(gated_activation(projected, self.config.activation_func))
+
+
+class SharedExperts(SharedExpertMLP, FeedForward):
+    """megatron-core's shared experts, which gate what the feed-forward network returns, around ours."""

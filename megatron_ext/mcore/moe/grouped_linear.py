@@ -1,0 +1,101 @@
+"""One linear layer an expert, over tokens sorted by expert: `grouped_mm` on CUDA, prepared shapes on CPU."""
+
+#   T tokens sorted by expert, E experts, I width of the input, O width of the output
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# oneDNN compiles a kernel for every new shape of a bf16 product, which takes longer than such a product itself, and an
+# expert has another number of tokens in each layer and step. In multiples of this there are few shapes, all of which
+# stay in its cache. fp32 products are MKL's, which compiles nothing.
+ROWS_BF16 = 32
+
+
+def grouped_linear(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply each expert's rows of `tokens_TI` by the transpose of its own weight; return [T, O].
+
+    Args:
+        tokens_TI: rows sorted by expert.
+        ends_E: int32; expert e has the rows from `ends_E[e - 1]` up to `ends_E[e]`.
+    """
+    if tokens_TI.device.type == "cpu":
+        return _CpuGroupedLinear.apply(tokens_TI, weight_EOI, ends_E)
+    if any(size * tokens_TI.itemsize % 16 for size in weight_EOI.shape[1:]):
+        # The grouped kernel takes rows of whole 16 bytes only; no model in use has others, but a converted one may.
+        parts = tokens_TI.tensor_split(ends_E[:-1].tolist())
+        return torch.cat([part @ weight.t() for part, weight in zip(parts, weight_EOI, strict=True)])
+    return F.grouped_mm(tokens_TI, weight_EOI.transpose(1, 2), offs=ends_E)
+
+
+class _CpuGroupedLinear(torch.autograd.Function):
+    """One product an expert, with numbers of rows for which oneDNN has a kernel already."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_TI, weight_EOI)
+        ctx.ends = ends_E.tolist()
+        return _rows_times(tokens_TI, weight_EOI.transpose(1, 2), ctx.ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        tokens_TI, weight_EOI = ctx.saved_tensors
+        grad_TO = grads[0].contiguous()
+        grad_tokens = _rows_times(grad_TO, weight_EOI, ctx.ends) if ctx.needs_input_grad[0] else None
+        grad_weight = _weight_gradient(grad_TO, tokens_TI, ctx.ends) if ctx.needs_input_grad[1] else None
+        return grad_tokens, grad_weight, None
+
+
+def _rows_times(rows_TI: Tensor, matrices_EIO: Tensor, ends: list[int]) -> Tensor:
+    output_TO = rows_TI.new_empty(rows_TI.shape[0], matrices_EIO.shape[2])
+    for expert, start, stop in _windows(ends, _step(rows_TI)):
+        torch.mm(rows_TI[start:stop], matrices_EIO[expert], out=output_TO[start:stop])
+    return output_TO
+
+
+def _weight_gradient(grad_TO: Tensor, tokens_TI: Tensor, ends: list[int]) -> Tensor:
+    """Return [E, O, I]. An expert's gradient rows are filled up with zeros, and meet whatever tokens lie there."""
+    step, total = _step(tokens_TI), tokens_TI.shape[0]
+    gradient_EOI = tokens_TI.new_empty(len(ends), grad_TO.shape[1], tokens_TI.shape[1])
+    start = 0
+    for expert, stop in enumerate(ends):
+        rows = _round_up(stop - start, step)
+        first = min(start, total - rows)
+        if rows == stop - start or first < 0:
+            torch.mm(grad_TO[start:stop].t(), tokens_TI[start:stop], out=gradient_EOI[expert])
+        else:
+            padded = grad_TO.new_zeros(rows, grad_TO.shape[1])
+            padded[start - first : stop - first] = grad_TO[start:stop]
+            torch.mm(padded.t(), tokens_TI[first : first + rows], out=gradient_EOI[expert])
+        start = stop
+    return gradient_EOI
+
+
+def _windows(ends: list[int], step: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (expert, start, stop): ranges of rows to compute in this order, almost all of whole steps.
+
+    A range may reach into the rows of the next experts: those are computed later, and right.
+    """
+    start = 0
+    for expert, end in enumerate(ends):
+        stop = start + _round_up(end - start, step)
+        if stop <= ends[-1]:
+            if stop > start:
+                yield expert, start, stop
+        else:  # nothing follows to reach into: whole steps, and then one more from the last row backwards
+            whole = start + (end - start) // step * step
+            if whole > start:
+                yield expert, start, whole
+            yield expert, max(start, end - step), end
+        start = end
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _step(tokens: Tensor) -> int:
+    return 1 if tokens.dtype == torch.float32 else ROWS_BF16
