@@ -1,6 +1,5 @@
 """What one forward pass is given."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,9 +20,9 @@ class MicroBatch:
     position_ids: Tensor
     seeds: Tensor
     """[B] int64, seeds what is drawn for a sample (router noise): of the run's seed and the sample's position."""
-    document_lengths: tuple[tuple[int, ...], ...] | None = None
-    """Of each row its documents' lengths, over the whole sequence; None where tokens attend to the whole row. Numbers
-    of the host, since attention kernels must know them without waiting for the device."""
+    document_lengths: Tensor | None = None
+    """[B, most documents] of each row its documents' lengths over the whole sequence, filled up with zeros; None where
+    tokens attend to the whole row. It stays in host memory, where attention reads it without waiting for the device."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copy to `device`."""
@@ -85,17 +84,20 @@ def collate(samples: Sequence[dict[str, Tensor]], resets: DocumentResets | None 
 def complete_columns(
     tokens: Tensor, labels: Tensor, loss_mask: Tensor, seeds: Tensor, resets: DocumentResets | None = None
 ) -> MicroBatch:
-    """Complete [B, S] columns and [B] seeds to a micro-batch; without `resets` each row is one document."""
+    """Complete [B, S] columns and [B] seeds to a micro-batch; without `resets` each row is one document.
+
+    A document ends with its end-of-document token, the last one of a row where the row ends.
+    """
     positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
     if resets is None:
         return MicroBatch(tokens, labels, loss_mask, positions, seeds)
-    lengths = tuple(_document_lengths(row, resets.eod) for row in tokens)
+    starts_BS = torch.zeros(tokens.shape, dtype=torch.bool)
+    starts_BS[:, 1:] = tokens[:, :-1] == resets.eod
     if resets.positions:
-        positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
-    return MicroBatch(tokens, labels, loss_mask, positions, seeds, lengths if resets.attention else None)
-
-
-def _document_lengths(row_S: Tensor, eod: int) -> tuple[int, ...]:
-    """Lengths of the documents in one row: each ends with its `eod`, the last one where the row does."""
-    ends = (row_S[:-1] == eod).nonzero().flatten() + 1
-    return tuple(end - begin for begin, end in itertools.pairwise([0, *ends.tolist(), len(row_S)]))
+        positions = positions - torch.where(starts_BS, positions, 0).cummax(dim=1).values
+    if not resets.attention:
+        return MicroBatch(tokens, labels, loss_mask, positions, seeds)
+    document_BS = starts_BS.cumsum(dim=1)
+    lengths = torch.zeros(len(tokens), int(document_BS.max()) + 1, dtype=torch.int64)
+    lengths.scatter_add_(1, document_BS, torch.ones_like(document_BS))
+    return MicroBatch(tokens, labels, loss_mask, positions, seeds, lengths)

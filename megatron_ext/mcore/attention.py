@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,12 +20,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.mcore.spans import DocumentParams, Spans, attend_spans, whole_row_spans
+from megatron_ext.mcore.spans import Spans, attend_spans, find_spans
 from megatron_ext.runtime.zigzag import zigzag_restore
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """Causal attention over the heads of one tensor-parallel rank and the queries of one context-parallel rank."""
+    """Causal attention over the heads of one tensor-parallel rank and the queries of one context-parallel rank.
+
+    Documents come as `attention_mask`, the argument that megatron-core hands to the core attention of every layer and
+    pipeline stage unread, also under recompute. It is not a mask but the documents' lengths, on the host: kernels must
+    know the longest one, and asking a device would wait for it. (`packed_seq_params` would carry them too, but it makes
+    multi-latent attention drop the batch dimension.)
+    """
 
     def __init__(
         self,
@@ -53,16 +58,17 @@ class ScaledDotProductAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Any = None,
     ) -> Tensor:
-        """Return the context [S, B, N * D].
+        """Return the context [S, B, N * D]. Under context parallelism S is this rank's two zigzag slices.
 
-        Attention is causal, within the documents that `packed_seq_params` tells or else over the whole sample; the mask
-        is not read. Under context parallelism S is this rank's two zigzag slices.
+        Args:
+            attention_mask: None for attention over whole rows, or the lengths of the documents that tokens attend
+                within: [B, most documents] of integers in host memory, rows filled up with zeros.
         """
         assert attention_bias is None, "no attention bias here"
-        assert packed_seq_params is None or isinstance(packed_seq_params, DocumentParams), "not packed as here"
-        spans = self._spans(query_SBND, packed_seq_params)
+        assert packed_seq_params is None, "no packed sequences here"
+        spans = self._spans(query_SBND, attention_mask)
         dropout = self.config.attention_dropout if self.training else 0.0
         with self._random_numbers(dropout):
             if spans is None:
@@ -70,15 +76,18 @@ class ScaledDotProductAttention(MegatronModule):
             key_SBGD, value_SBGD = gather_sequence(key_SBGD, value_SBGD, self.context_group)
             return attend_spans(query_SBND, key_SBGD, value_SBGD, spans, self.scale, dropout)
 
-    def _spans(self, query_SBND: Tensor, documents: DocumentParams | None) -> Spans | None:
-        """What this rank's queries may see; None where they are whole rows."""
-        if documents is not None:
-            return documents.spans
+    def _spans(self, query_SBND: Tensor, document_lengths: Tensor | None) -> Spans | None:
+        """What this rank's queries may see; None where that is simply all tokens of the row before them."""
         size = self.context_group.size()
-        if size == 1:
+        whole, batch = query_SBND.shape[0] * size, query_SBND.shape[1]
+        if document_lengths is not None:
+            lengths = tuple(tuple(filter(None, row)) for row in document_lengths.tolist())
+            assert [sum(row) for row in lengths] == [whole] * batch, "documents must fill their rows"
+        elif size > 1:
+            lengths = ((whole,),) * batch
+        else:
             return None
-        seq, batch = query_SBND.shape[:2]
-        return whole_row_spans(batch, seq * size, self.context_group.rank(), size, query_SBND.device)
+        return find_spans(lengths, self.context_group.rank(), size, query_SBND.device)
 
     def _attend_rows(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, dropout: float) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -46,40 +45,16 @@ class Spans:
     """The same for the packed keys."""
 
 
-@dataclass
-class DocumentParams(PackedSeqParams):
-    """The spans of a micro-batch's documents on their way to the core attention.
-
-    megatron-core hands `packed_seq_params` through every layer, also under recompute, and acts on it only where
-    `qkv_format` is "thd" (which would want one row, and would cut rotary embedding by documents with a host
-    synchronisation in each layer), except that it takes the length of the rotary embedding from `max_seqlen_q`.
-    The other way there, `attention_mask`, carries only a tensor: kernels need lengths that the host knows.
-    """
-
-    spans: Spans | None = None
-
-
-def document_params(
-    lengths: Sequence[Sequence[int]], context_rank: int, context_size: int, device: torch.device
-) -> DocumentParams:
-    """What the layers of a rank need to know of documents.
+# One micro-batch is asked for by every layer, forward and in recompute, while others of the pipeline are in flight.
+@functools.lru_cache(maxsize=64)
+def find_spans(
+    lengths: tuple[tuple[int, ...], ...], context_rank: int, context_size: int, device: torch.device
+) -> Spans:
+    """The spans of a micro-batch on one context-parallel rank.
 
     Args:
-        lengths: of each row of the micro-batch its documents' lengths, in order, over the whole sequence.
+        lengths: of each row its documents' lengths, in order, over the sequence of all ranks.
     """
-    whole = sum(lengths[0])
-    spans = find_spans(lengths, context_rank, context_size, device)
-    return DocumentParams(qkv_format="sbhd", max_seqlen_q=whole, max_seqlen_kv=whole, spans=spans)
-
-
-@functools.lru_cache(maxsize=8)
-def whole_row_spans(rows: int, length: int, context_rank: int, context_size: int, device: torch.device) -> Spans:
-    """The spans of `rows` rows of `length` tokens (over all context-parallel ranks), each one document."""
-    return find_spans([(length,)] * rows, context_rank, context_size, device)
-
-
-def find_spans(lengths: Sequence[Sequence[int]], context_rank: int, context_size: int, device: torch.device) -> Spans:
-    """The spans of a micro-batch on one context-parallel rank; see `document_params`."""
     found = [
         (row, *span)
         for row, documents in enumerate(lengths)

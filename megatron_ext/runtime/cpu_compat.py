@@ -104,7 +104,7 @@ SHIMS: tuple[Shim, ...] = (
         lambda state, *a, **k: torch.set_rng_state(state),
         _RNG,
     ),
-    Shim("torch.tensor", _on_cpu(torch.tensor), _LITERAL),
+    Shim("torch.tensor", _on_cpu(torch.tensor), f"{_LITERAL}; page-locked memory, which a CPU-only torch lacks"),
     Shim("torch.zeros", _on_cpu(torch.zeros), _LITERAL),
     Shim("torch.distributed.all_to_all_single", _all_to_all_single, "Gloo takes split sizes as lists only"),
     Shim("torch.distributed.all_gather", _all_gather, "Gloo gathers equal shapes only"),

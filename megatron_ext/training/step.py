@@ -24,7 +24,6 @@ from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe import balance
 from megatron_ext.mcore.moe.noise import begin_micro_batch
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
-from megatron_ext.mcore.spans import document_params
 from megatron_ext.runtime.process_groups import Groups
 
 
@@ -102,7 +101,7 @@ def _run(
     weight = len(batch) * groups.dp.size() / tokens
     iterators = [iter(batch) for _ in wrapped]
     sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward, weight, groups.cp),
+        forward_step_func=partial(_forward, weight),
         data_iterator=iterators if len(wrapped) > 1 else iterators[0],
         model=list(wrapped) if len(wrapped) > 1 else wrapped[0],
         num_microbatches=len(batch),
@@ -119,15 +118,10 @@ def _run(
     return totals / tokens, tokens
 
 
-def _forward(
-    weight: Tensor, context: dist.ProcessGroup, batches: Iterator[MicroBatch], model: Any
-) -> tuple[Tensor, Any]:
+def _forward(weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
     micro = next(batches)
     begin_micro_batch(micro.seeds)
-    documents = None
-    if micro.document_lengths is not None:
-        documents = document_params(micro.document_lengths, context.rank(), context.size(), micro.tokens.device)
-    output = model(micro.tokens, micro.position_ids, None, labels=micro.labels, packed_seq_params=documents)
+    output = model(micro.tokens, micro.position_ids, micro.document_lengths, labels=micro.labels)
 
     def loss(losses: Tensor) -> tuple[Tensor, Tensor]:
         # [B, S], or with an output z-loss [2, B, S]

@@ -21,7 +21,6 @@ from megatron_ext.config import (
 from megatron_ext.data.batches import DocumentResets, complete_columns
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
-from megatron_ext.mcore.spans import document_params
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
@@ -48,11 +47,11 @@ def build(model: ModelConfig, precision: Precision) -> tuple[Any, list[Any]]:
 def losses_and_gradient(
     wrapped: Any, chunks: list[Any], pieces: list[tuple[Any, ...]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token losses of all `pieces` (tokens, positions, labels, documents), and the gradient of their sum."""
+    """Per-token losses of all `pieces` (tokens, positions, labels, document lengths), and the gradient of their sum."""
     wrapped.zero_grad_buffer()
     losses = []
     for tokens, positions, labels, documents in pieces:
-        loss = wrapped(tokens, positions, None, labels=labels, packed_seq_params=documents)
+        loss = wrapped(tokens, positions, documents, labels=labels)
         loss.float().sum().backward()
         losses.append(loss.detach().float().flatten())
     return torch.cat(losses), torch.cat([p.main_grad.flatten() for p in chunks[0].parameters()])
@@ -66,8 +65,9 @@ def packed_and_apart(model: ModelConfig, precision: Precision, leak: bool) -> tu
         tokens[row, torch.tensor(lengths[:-1]).cumsum(0) - 1] = EOD
     resets = DocumentResets(EOD, attention=True, positions=True)
     micro = complete_columns(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 32), resets)
-    assert micro.document_lengths == ROWS
-    documents = None if leak else document_params(ROWS, 0, 1, CPU)
+    assert micro.document_lengths is not None
+    assert micro.document_lengths.tolist() == [[7, 1, 16, 8], [20, 12, 0, 0]]
+    documents = None if leak else micro.document_lengths
     packed = losses_and_gradient(wrapped, chunks, [(micro.tokens, micro.position_ids, micro.labels, documents)])
     alone = []
     for row, lengths in enumerate(ROWS):

@@ -229,9 +229,9 @@ def test_recomputed_attention_sees_the_same_documents(pool: GlooPool, references
     assert compare(run_layout(pool, cell, 2), references[WITH_DOCUMENTS]).worst < TOLERANCE
 
 
-# Weights and activations are rounded to 4e-3, differently where matrices are split or keys come in other blocks; the
-# loss averages over 180 tokens. The largest differences seen are 2e-4 and 6e-3.
-BF16_TOLERANCE = Difference(loss=2e-3, norm=3e-2)
+# Weights and activations are rounded to 4e-3, differently where matrices are split or keys come in other blocks; loss
+# and norm average over many. The largest differences seen are 4e-5 and 1.3e-3.
+BF16_TOLERANCE = Difference(loss=5e-4, norm=1e-2)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

@@ -20,7 +20,7 @@ def test_documents_are_those_of_gpt_dataset(rows: list[list[int]]) -> None:
     for row, positions, lengths in zip(tokens, micro.position_ids, micro.document_lengths, strict=True):
         hidden, _, expected = _get_ltor_masks_and_position_ids(row, EOD, True, True, False, True)
         assert torch.equal(positions, expected)
-        document_S = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        document_S = torch.arange(len(lengths)).repeat_interleave(lengths)
         seen = (document_S[:, None] == document_S[None, :]) & torch.ones(12, 12, dtype=torch.bool).tril()
         assert torch.equal(seen, ~hidden[0])
 
@@ -36,7 +36,8 @@ def test_each_reset_is_made_alone() -> None:
     assert whole.document_lengths is None
     assert whole.position_ids.tolist() == [[0, 1, 2, 3]] * 2
     attention = collate(samples, DocumentResets(EOD, attention=True, positions=False))
-    assert attention.document_lengths == ((2, 2), (1, 3))
+    assert attention.document_lengths is not None
+    assert attention.document_lengths.tolist() == [[2, 2], [1, 3]]
     assert attention.position_ids.tolist() == [[0, 1, 2, 3]] * 2
     positions = collate(samples, DocumentResets(EOD, attention=False, positions=True))
     assert positions.document_lengths is None
@@ -52,4 +53,6 @@ def test_context_parallel_ranks_share_a_micro_batch() -> None:
     assert inner.position_ids.tolist() == [[0, 1, 2, 3]]
     assert outer.labels.tolist() == [[2, EOD + 1, 2, 2]]
     assert outer.seeds.tolist() == inner.seeds.tolist() == [7]
-    assert outer.document_lengths == inner.document_lengths == ((2, 4, 2),)
+    assert outer.document_lengths is inner.document_lengths
+    assert micro.document_lengths is not None
+    assert micro.document_lengths.tolist() == [[2, 4, 2]]

@@ -29,7 +29,8 @@ def masked_softmax(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, row
     scores_BNSS = torch.einsum("sbnd,tbnd->bnst", query_SBND.double(), key) * SCALE
     documents_BS = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
     same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
-    scores_BNSS = scores_BNSS.masked_fill(~(same & torch.ones(S, S, dtype=torch.bool).tril()), -torch.inf)
+    hidden = ~(same & torch.ones(S, S, dtype=torch.bool).tril()).to(scores_BNSS.device)
+    scores_BNSS = scores_BNSS.masked_fill(hidden, -torch.inf)
     return torch.einsum("bnst,tbnd->sbnd", scores_BNSS.softmax(-1), value).flatten(2)
 
 
@@ -39,22 +40,24 @@ def tensors(dtype: torch.dtype, groups: int, value_width: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def largest_errors(dtype: torch.dtype, size: int, groups: int = 2, value_width: int = 16) -> list[float]:
+def largest_errors(
+    dtype: torch.dtype, size: int, groups: int = 2, value_width: int = 16, device: torch.device = CPU
+) -> list[float]:
     """Errors of the context and of each gradient, relative to the largest entry; ranks are computed one by one."""
-    inputs = tensors(dtype, groups, value_width)
+    inputs = [x.detach().to(device).requires_grad_() for x in tensors(dtype, groups, value_width)]
     expected = masked_softmax(*inputs, ROWS)
-    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     wanted = [expected, *torch.autograd.grad(expected, inputs, upstream.double())]
     query, key, value = inputs
-    context, objective = [], torch.zeros((), dtype=torch.float64)
+    context, objective = [], torch.zeros((), dtype=torch.float64, device=device)
     for rank in range(size):
-        found = find_spans(ROWS, rank, size, CPU)
+        found = find_spans(ROWS, rank, size, device)
         part = attend_spans(zigzag_slice(query, rank, size, 0), key, value, found, SCALE)
         objective = objective + (part.double() * zigzag_slice(upstream, rank, size, 0)).sum()
         context.append((part, zigzag_slice(expected, rank, size, 0)))
     measured = torch.autograd.grad(objective, inputs)
     pairs = [*context, *zip(measured, wanted[1:], strict=True)]
-    return [float((m.detach().double() - w).abs().max() / w.abs().max()) for m, w in pairs]
+    return [float(((m.double() - w).abs().max() / w.abs().max()).detach()) for m, w in pairs]
 
 
 # fp32 rounds to 6e-8, and sums over at most 384 keys. bf16 rounds to 4e-3; scores and probabilities of one block are
@@ -103,9 +106,19 @@ def test_the_cuda_kernel_is_given_the_same_spans(size: int, monkeypatch: pytest.
     assert max(largest_errors(torch.float32, size)) < 2e-6
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention runs on CUDA only")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("size", [1, 2, 4], ids=lambda size: f"CP{size}")
+def test_the_cuda_kernel_is_the_masked_softmax(size: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    query, _, value = (x.to(device) for x in tensors(dtype, 2, 16))
+    assert spans._has_kernel(query.flatten(0, 1), value.flatten(0, 1))
+    assert max(largest_errors(dtype, size, device=device)) < 2e-2
+
+
 def test_spans_of_two_ranks() -> None:
     """Eight tokens, documents of 3 and 5: rank 0 holds tokens 0 1 and 6 7, rank 1 tokens 2 to 5."""
-    outer, inner = (find_spans([(3, 5)], rank, 2, CPU) for rank in range(2))
+    outer, inner = (find_spans(((3, 5),), rank, 2, CPU) for rank in range(2))
     assert outer.query_lengths == (2, 2)
     assert outer.key_lengths == (2, 5)
     assert outer.key_ranges == ((0, 0, 2), (0, 3, 8))
@@ -115,6 +128,6 @@ def test_spans_of_two_ranks() -> None:
 
 
 def test_whole_rows_need_every_key_before_them() -> None:
-    found = find_spans([(16,), (16,)], 1, 2, CPU)
+    found = find_spans(((16,), (16,)), 1, 2, CPU)
     assert found.key_ranges == ((0, 0, 8), (0, 0, 12), (1, 0, 8), (1, 0, 12))
     assert found.query_lengths == (4, 4, 4, 4)
