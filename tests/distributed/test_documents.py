@@ -84,8 +84,9 @@ def packed_and_apart(model: ModelConfig, precision: Precision, leak: bool) -> tu
 
 # Rotary embedding turns a document's queries and keys by where they stand in the sample: their products are the same
 # but for rounding: 6e-8 of angles up to 32 in fp32 and 4e-3 of each entry in bf16, over four layers. Losses are about
-# 5.5. Measured are 5e-7 and 2e-7 in fp32, 2e-3 and 4e-3 in bf16; a leak between documents gives 2e-1 and 6e-1.
-TOLERANCES = {"fp32": (5e-6, 2e-6), "bf16": (1e-2, 2e-2)}
+# 5.5. Measured are 5e-7 and 2e-7 in fp32; in bf16 2e-3 and 4e-3, with latent attention of
+# megatron-core 0.19 3e-2 and 9e-3. A leak between documents gives 2e-1 and 6e-1.
+TOLERANCES = {"fp32": (5e-6, 2e-6), "bf16": (6e-2, 2e-2)}
 
 
 @pytest.mark.parametrize("kind", [*MODELS, *ARCHITECTURES])
