@@ -168,6 +168,18 @@ def summary(losses: Sequence[float], bf16: Sequence[float]) -> Row:
     return Row(statistics.fmean(losses[-len(last) :]), statistics.fmean(last), max(spikes, default=0.0))
 
 
+def reading(rows: dict[str, Row]) -> str:
+    """What the table shows in one sentence: gaps of fp8 beside those that chance makes."""
+    fp8 = [row.gap for name, row in rows.items() if not name.startswith(("bf16", "fp32"))]
+    chance = [row.gap for name, row in rows.items() if name.startswith(("bf16, nudged", "fp32"))]
+    error = statistics.stdev(fp8) / len(fp8) ** 0.5
+    return (
+        f"The {len(fp8)} runs in fp8 end {statistics.fmean(fp8):+.4f} ± {error:.4f} from bf16 "
+        f"(mean and standard error), the farthest {max(fp8, key=abs):+.4f}; "
+        f"of the runs that differ by chance, the farthest {max(chance, key=abs):+.4f}."
+    )
+
+
 def plot(curves: dict[float, dict[str, list[float]]], path: Path) -> None:
     """Draw the gap to bf16 over the steps, one panel for each theta, as running means of 20 steps."""
     import matplotlib
@@ -200,21 +212,22 @@ def main() -> None:
     arguments = parser.parse_args()
     text = read_text()
     curves: dict[float, dict[str, list[float]]] = {theta: {} for theta in THETAS}
-    rows = []
+    rows: dict[str, Row] = {}
     for theta in THETAS:
         for name, precision in PRECISIONS.items():
             begin = time.perf_counter()
             curves[theta][name] = losses = train(text, theta, precision, arguments.steps, nudged="nudged" in name)
-            row = summary(losses, curves[theta]["bf16"])
-            rows.append([f"{name}, theta {theta:g}", *row.cells()])
-            print(f"{rows[-1]}, {time.perf_counter() - begin:.0f} s", flush=True)
+            run = f"{name}, theta {theta:g}"
+            rows[run] = summary(losses, curves[theta]["bf16"])
+            print(f"{run}: {rows[run]}, {time.perf_counter() - begin:.0f} s", flush=True)
     path = RESULTS.with_name("fp8_numerics.png") if arguments.record else Path("build/fp8_numerics.png")
     plot(curves, path)
-    table = markdown_table(["run", "final loss", "gap to bf16", "largest spike of the gap"], rows)
+    columns = ["run", "final loss", "gap to bf16", "largest spike of the gap"]
+    table = markdown_table(columns, [[run, *row.cells()] for run, row in rows.items()])
     machine = (
         f"{hardware()}; {versions('torch', 'megatron-core')}. {arguments.steps} steps of {SAMPLES * LENGTH} bytes."
     )
-    result = f"{machine}\n\n{table}\n\nThe gap over the steps: ![gap to bf16]({path.name})"
+    result = f"{machine}\n\n{table}\n\n{reading(rows)} The gap over the steps: ![gap to bf16]({path.name})"
     print(result)
     if arguments.record:
         record("Numerics of fp8 on CPU", result)

@@ -51,28 +51,20 @@ def _weight_gradients(scaling: Scaling, grad_TN: Tensor, x_TK: Tensor, ends_E: T
         if not scaling.precision.fp8_wgrad:
             return F.grouped_mm(grad_TN.t(), x_TK, offs=ends_E)
         return _weight_gradients_cuda(scaling, grad_TN, x_TK, ends_E, dtype)
-    boundaries = ends_E[:-1].tolist()
-    grads, inputs = grad_TN.tensor_split(boundaries), x_TK.tensor_split(boundaries)
-    if not scaling.precision.fp8_wgrad:
-        return torch.stack([g.t() @ x for g, x in zip(grads, inputs, strict=True)])
     # A scale of the whole tensor is that of all tokens; finer ones are of an expert's own.
-    whole = scaling.tile(Role.INPUT) == WHOLE
-    grad_max, x_max = (
-        (scaling.maxima(Role.GRADIENT, grad_TN), scaling.maxima(Role.INPUT, x_TK)) if whole else (None, None)
-    )
-    return torch.stack(
-        [
-            product(
-                scaling.quantize(Role.GRADIENT, g.t(), grad_max),
-                scaling.quantize(Role.INPUT, x.t(), x_max),
-                dtype,
-                fast=False,
-            )
-            if len(g)
-            else g.new_zeros(g.shape[1], x.shape[1], dtype=dtype)
-            for g, x in zip(grads, inputs, strict=True)
-        ]
-    )
+    shared = scaling.precision.fp8_wgrad and scaling.tile(Role.INPUT) == WHOLE
+    grad_max = scaling.maxima(Role.GRADIENT, grad_TN) if shared else None
+    x_max = scaling.maxima(Role.INPUT, x_TK) if shared else None
+
+    def of_expert(grad: Tensor, x: Tensor) -> Tensor:
+        if not scaling.precision.fp8_wgrad or len(grad) == 0:
+            return grad.t() @ x
+        grad_NT = scaling.quantize(Role.GRADIENT, grad.t(), grad_max)
+        return product(grad_NT, scaling.quantize(Role.INPUT, x.t(), x_max), dtype, fast=False)
+
+    boundaries = ends_E[:-1].tolist()
+    parts = zip(grad_TN.tensor_split(boundaries), x_TK.tensor_split(boundaries), strict=True)
+    return torch.stack([of_expert(grad, x) for grad, x in parts])
 
 
 def _weight_gradients_cuda(
