@@ -58,7 +58,8 @@ class _CrossEntropy(torch.autograd.Function):
             block, grad = logits_TV[rows], grad_T[rows].unsqueeze(1)
             softmax = block[:, : ctx.real].float()  # a copy, or for fp32 logits their own memory
             softmax.sub_(log_sum_T[rows].unsqueeze(1)).exp_().mul_(grad)
-            softmax.scatter_add_(1, local_T[rows].unsqueeze(1), -grad * here_T[rows].unsqueeze(1))
+            if ctx.real:  # not a rank that has padding alone
+                softmax.scatter_add_(1, local_T[rows].unsqueeze(1), -grad * here_T[rows].unsqueeze(1))
             block[:, : ctx.real] = softmax
             block[:, ctx.real :] = 0
         return logits.detach(), None, None, None

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel as CoreGPTModel
@@ -61,11 +62,21 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | 
     )
 
 
+def splits_optimizer(parallel: ParallelConfig) -> bool:
+    """Whether megatron-core's distributed optimizer is used.
+
+    On one process it has nothing to split, and would copy gradients and weights onto themselves in every step. Its
+    checkpoints and the plain optimizer's are the same.
+    """
+    overlaps = parallel.overlap_grad_reduce or parallel.overlap_param_gather
+    return parallel.use_distributed_optimizer and (overlaps or dist.get_world_size() > 1)
+
+
 def wrap_chunks(chunks: list[GPTModel], config: TransformerConfig, parallel: ParallelConfig) -> list[Any]:
     """Return `chunks` wrapped for mixed precision and data parallelism, gradients kept and reduced in fp32."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        use_distributed_optimizer=splits_optimizer(parallel),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
