@@ -61,8 +61,9 @@ class _CrossEntropy(torch.autograd.Function):
             block, grad = logits_TV[rows], grad_sum_T[rows].unsqueeze(1)
             softmax = block[:, : ctx.real].float()  # a copy, or for fp32 logits their own memory
             softmax.sub_(log_sum_T[rows].unsqueeze(1)).exp_().mul_(grad)
-            of_label = grad_label_T[rows].unsqueeze(1) * here_T[rows].unsqueeze(1)
-            softmax.scatter_add_(1, local_T[rows].unsqueeze(1), -of_label)
+            if ctx.real:  # not a rank that has padding alone
+                of_label = grad_label_T[rows].unsqueeze(1) * here_T[rows].unsqueeze(1)
+                softmax.scatter_add_(1, local_T[rows].unsqueeze(1), -of_label)
             block[:, : ctx.real] = softmax
             block[:, ctx.real :] = 0
         return logits.detach(), None, None, None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel as CoreGPTModel
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
-from megatron_ext.mcore.fp8.device import require_kernels
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.rotary import RotaryEmbedding
@@ -55,8 +55,6 @@ def build_chunks(
     model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, device: torch.device
 ) -> list[GPTModel]:
     """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights."""
-    if config.torch_fp8 is not None:
-        require_kernels(config.torch_fp8, device, has_experts=model.is_moe)
     stages = parallel.virtual_pipeline_model_parallel_size
     vp_stages = range(stages) if stages else [None]
     with torch.device(device):
@@ -78,11 +76,21 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | 
     )
 
 
+def splits_optimizer(parallel: ParallelConfig) -> bool:
+    """Whether megatron-core's distributed optimizer is used.
+
+    On one process it has nothing to split, and would copy gradients and weights onto themselves in every step. Its
+    checkpoints and the plain optimizer's are the same.
+    """
+    overlaps = parallel.overlap_grad_reduce or parallel.overlap_param_gather
+    return parallel.use_distributed_optimizer and (overlaps or dist.get_world_size() > 1)
+
+
 def wrap_chunks(chunks: list[GPTModel], config: TransformerConfig, parallel: ParallelConfig) -> list[Any]:
     """Return `chunks` wrapped for mixed precision and data parallelism, gradients kept and reduced in fp32."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        use_distributed_optimizer=splits_optimizer(parallel),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )

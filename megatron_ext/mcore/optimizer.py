@@ -7,6 +7,7 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_ext.config import AdamConfig, ParallelConfig, Precision
+from megatron_ext.mcore.model import splits_optimizer
 from megatron_ext.mcore.transformer_config import DTYPES
 from megatron_ext.runtime import cpu_compat
 
@@ -69,7 +70,7 @@ def build_optimizer(
         clip_grad=adam.clip_grad,
         bf16=DTYPES[precision.kind] is torch.bfloat16,
         params_dtype=DTYPES[precision.kind],
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        use_distributed_optimizer=splits_optimizer(parallel),
         overlap_param_gather=parallel.overlap_param_gather,
     )
     with cpu_compat.cuda_type_names():

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from megatron_ext.config import Fp8Precision
-from megatron_ext.mcore.fp8.device import missing_kernel
 from megatron_ext.mcore.fp8.experts import _ExpertFunction
 from megatron_ext.mcore.fp8.linear import _LinearFunction
 from megatron_ext.mcore.fp8.quantize import E4M3, ROW, WHOLE, Tile, quantize, tile_maxima
 from megatron_ext.mcore.fp8.scaling import Scaling
+from megatron_ext.runtime.accelerators import precision_fault, this_machine
 
 RECIPES = ["tensorwise", "rowwise", "delayed"]
 # Sums of fp8 products in another order, or on Hopper with fewer bits where that is allowed (about 2**-13 of the sum of
@@ -18,7 +18,7 @@ TOLERANCE = 2.0**-7
 
 def precision_or_skip(recipe: str, *, has_experts: bool) -> Fp8Precision:
     precision = Fp8Precision(kind="fp8", recipe=recipe)
-    missing = missing_kernel(precision, torch.cuda.get_device_capability(), has_experts=has_experts)
+    missing = precision_fault("torch", precision, this_machine(), has_experts=has_experts)
     if missing:
         pytest.skip(missing)
     return precision

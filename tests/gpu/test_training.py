@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_ext.config import ModelConfig, RunConfig, dump_yaml, load_config, to_mapping
-from megatron_ext.mcore.fp8.device import missing_kernel
+from megatron_ext.runtime.accelerators import precision_fault, this_machine
 from megatron_ext.testing.tiny import tiny_model
 
 # Widths in multiples of 16, for the fp8 kernels.
@@ -81,8 +80,7 @@ def test_a_gpu_trains_like_a_cpu(kind: str, precision: str, tmp_path: Path) -> N
     if precision not in ("fp32", "bf16"):
         settings = {"kind": "fp8", "recipe": precision}
         fp8 = run_config(model, settings, "cpu", tmp_path).precision
-        capability = torch.cuda.get_device_capability()
-        missing = missing_kernel(fp8, capability, has_experts=model.is_moe)  # type: ignore[arg-type]
+        missing = precision_fault("torch", fp8, this_machine(), has_experts=model.is_moe)
         if missing:
             pytest.skip(missing)
     on_cpu, on_gpu = (trajectory(model, settings, device, tmp_path / device) for device in ("cpu", "cuda"))

@@ -2,6 +2,7 @@
 
 #   T tokens of this rank, E experts, H hidden, R rows: one for each token and expert it is sent to
 
+import math
 from typing import Any
 
 import torch
@@ -70,8 +71,23 @@ class LocalTokenDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, rows_RH: Tensor) -> Tensor:
         """Return the sum of each token's rows, in the shape of the layer's input."""
-        combined = rows_RH.new_zeros(self.hidden_shape).view(-1, self.hidden_shape[-1])
-        return combined.index_add(0, self.rows_token_R, rows_RH).view(self.hidden_shape)
+        tokens = math.prod(self.hidden_shape[:-1])
+        combined_TH: Tensor = _SumRows.apply(rows_RH, self.rows_token_R, tokens)
+        return combined_TH.view(self.hidden_shape)
+
+
+class _SumRows(torch.autograd.Function):
+    """The sum of each token's rows; autograd of index_add would keep the rows, only to know their shape."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, rows_token_R: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(rows_token_R)
+        return rows_RH.new_zeros(tokens, rows_RH.shape[1]).index_add_(0, rows_token_R, rows_RH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (rows_token_R,) = ctx.saved_tensors
+        return grads[0].index_select(0, rows_token_R), None, None
 
 
 class MoELayer(CoreMoELayer):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN compiles a kernel for every new shape of a bf16 product, which takes longer than such a product itself, and an
-# expert has another number of tokens in each layer and step. In multiples of this there are few shapes, all of which
-# stay in its cache. fp32 products are MKL's, which compiles nothing.
-ROWS_BF16 = 32
+# oneDNN compiles a kernel for every new shape of a bf16 product and keeps the last thousand: compiling takes longer
+# than such a product itself, a kernel takes 1.2 MB, and an expert has another number of tokens in each layer and step.
+# Few numbers of rows mean few kernels. fp32 products are MKL's, which compiles nothing.
+FINE_STEP, COARSE_STEP = 32, 128
 
 
 def grouped_linear(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -51,41 +51,44 @@ class _CpuGroupedLinear(torch.autograd.Function):
 
 def _rows_times(rows_TI: Tensor, matrices_EIO: Tensor, ends: list[int]) -> Tensor:
     output_TO = rows_TI.new_empty(rows_TI.shape[0], matrices_EIO.shape[2])
-    for expert, start, stop in _windows(ends, _step(rows_TI)):
+    for expert, start, stop in _windows(ends, compiled=_is_compiled(rows_TI)):
         torch.mm(rows_TI[start:stop], matrices_EIO[expert], out=output_TO[start:stop])
     return output_TO
 
 
 def _weight_gradient(grad_TO: Tensor, tokens_TI: Tensor, ends: list[int]) -> Tensor:
     """Return [E, O, I]. An expert's gradient rows are filled up with zeros, and meet whatever tokens lie there."""
-    step, total = _step(tokens_TI), tokens_TI.shape[0]
+    compiled, total = _is_compiled(tokens_TI), tokens_TI.shape[0]
     gradient_EOI = tokens_TI.new_empty(len(ends), grad_TO.shape[1], tokens_TI.shape[1])
-    start = 0
-    for expert, stop in enumerate(ends):
-        rows = _round_up(stop - start, step)
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    filled = grad_TO.new_empty(max(_round_up(stop - start, compiled) for start, stop in spans), grad_TO.shape[1])
+    for expert, (start, stop) in enumerate(spans):
+        rows = _round_up(stop - start, compiled)
         first = min(start, total - rows)
         if rows == stop - start or first < 0:
             torch.mm(grad_TO[start:stop].t(), tokens_TI[start:stop], out=gradient_EOI[expert])
-        else:
-            padded = grad_TO.new_zeros(rows, grad_TO.shape[1])
-            padded[start - first : stop - first] = grad_TO[start:stop]
-            torch.mm(padded.t(), tokens_TI[first : first + rows], out=gradient_EOI[expert])
-        start = stop
+            continue
+        before, after = start - first, stop - first
+        filled[:before] = 0
+        filled[before:after] = grad_TO[start:stop]
+        filled[after:rows] = 0
+        torch.mm(filled[:rows].t(), tokens_TI[first : first + rows], out=gradient_EOI[expert])
     return gradient_EOI
 
 
-def _windows(ends: list[int], step: int) -> Iterator[tuple[int, int, int]]:
+def _windows(ends: list[int], *, compiled: bool) -> Iterator[tuple[int, int, int]]:
     """Yield (expert, start, stop): ranges of rows to compute in this order, almost all of whole steps.
 
     A range may reach into the rows of the next experts: those are computed later, and right.
     """
     start = 0
     for expert, end in enumerate(ends):
-        stop = start + _round_up(end - start, step)
+        stop = start + _round_up(end - start, compiled)
         if stop <= ends[-1]:
             if stop > start:
                 yield expert, start, stop
         else:  # nothing follows to reach into: whole steps, and then one more from the last row backwards
+            step = _step(end - start, compiled)
             whole = start + (end - start) // step * step
             if whole > start:
                 yield expert, start, whole
@@ -93,9 +96,17 @@ def _windows(ends: list[int], step: int) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-def _round_up(count: int, step: int) -> int:
+def _round_up(count: int, compiled: bool) -> int:
+    step = _step(count, compiled)
     return -(-count // step) * step
 
 
-def _step(tokens: Tensor) -> int:
-    return 1 if tokens.dtype == torch.float32 else ROWS_BF16
+def _step(count: int, compiled: bool) -> int:
+    """What numbers of rows about `count` are multiples of; a coarse step adds a quarter to them at most."""
+    if not compiled:
+        return 1
+    return COARSE_STEP if count > 2 * COARSE_STEP else FINE_STEP
+
+
+def _is_compiled(tokens: Tensor) -> bool:
+    return tokens.dtype != torch.float32

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch.nn.functional import ScalingType
 
 from megatron_ext.config import Fp8Precision
-from megatron_ext.mcore.fp8.device import missing_kernel
 from megatron_ext.mcore.fp8.experts import _ExpertFunction, padded_columns
 from megatron_ext.mcore.fp8.linear import _LinearFunction
 from megatron_ext.mcore.fp8.products import product
@@ -184,28 +183,3 @@ def test_tokens_prepared_for_the_cuda_kernel_are_those_of_each_expert(recipe: st
         whole = scaling.maxima(Role.INPUT, x) if recipe == "tensorwise" else None
         if len(own):
             assert torch.equal(part[:, : len(own)], scaling.quantize(Role.INPUT, own.t(), whole).dequantize())
-
-
-# --- what a GPU lacks ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("recipe", "capability", "has_experts", "expected"),
-    [
-        ("tensorwise", (8, 0), False, "8.0 has no fp8"),
-        ("blockwise", (9, 0), False, "runtime.backend: transformer_engine"),
-        ("mxfp8", (10, 0), False, "precision.recipe: rowwise"),
-        ("rowwise", (8, 9), True, "9.0 (Hopper), not 8.9"),
-        ("tensorwise", (10, 0), True, "9.0 (Hopper), not 10.0"),
-    ],
-)
-def test_a_gpu_without_the_kernel_is_refused(
-    recipe: str, capability: tuple[int, int], has_experts: bool, expected: str
-) -> None:
-    assert expected in (missing_kernel(precision(recipe), capability, has_experts=has_experts) or "")
-
-
-@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
-def test_a_gpu_with_the_kernels_passes(capability: tuple[int, int]) -> None:
-    assert missing_kernel(precision("rowwise"), capability, has_experts=False) is None
-    assert missing_kernel(precision("delayed"), (9, 0), has_experts=True) is None
