@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+import megatron_ext.config.architecture_rules  # noqa: F401 - registers its rules
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.root import DERIVED, RunConfig
 from megatron_ext.config.rules import violations
