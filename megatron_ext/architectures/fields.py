@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ext.config import ModelConfig, load_config
+from megatron_ext.config import LearnedNoise, ModelConfig, load_config
 from megatron_ext.config.load import fields_of
 from megatron_ext.errors import ConfigError, ConversionError
 
@@ -193,6 +193,8 @@ class LayerPattern(ConfigRule):
 def unsaid(rules: tuple[ConfigRule, ...], model: ModelConfig) -> list[str]:
     """What a table of rules would lose of `model`: fields that it does not carry and that are not at their default."""
     said = {name for rule in rules for name in rule.megatron_names()} | NOT_IN_THE_LOGITS
+    if not isinstance(model.moe_router_noise, LearnedNoise):
+        said |= {"moe_router_noise"}  # drawn in training only, and without weights that an export would lose
     return [
         f"{name} = {getattr(model, name)!r}"
         for name, info in fields_of(ModelConfig).items()

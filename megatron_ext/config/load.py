@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megatron_ext.config import architecture_rules, backend_rules, precision_rules  # noqa: F401 - they register
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.root import DERIVED, RunConfig
 from megatron_ext.config.rules import violations

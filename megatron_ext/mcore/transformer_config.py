@@ -142,7 +142,7 @@ def _transformer_engine(model: ModelConfig, parallel: ParallelConfig, precision:
 
 
 def _fp8(model: ModelConfig, parallel: ParallelConfig, precision: Fp8Precision) -> dict[str, Any]:
-    """Transformer Engine's FP8. config/backend_rules.py refuses what a recipe would ignore or cannot do."""
+    """Transformer Engine's FP8. config/rules/backend.py refuses what a recipe would ignore or cannot do."""
     start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
     return {
         "fp8": precision.format,

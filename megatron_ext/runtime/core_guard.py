@@ -44,7 +44,7 @@ FAULTS: tuple[Fault, ...] = (
         "expert_gradients_of_wrong_group",
         "MoE with TP > 1, EP = 1 and ETP != TP: expert gradients are reduced over the wrong group, silently",
         "refused",
-        "leave expert_tensor_parallel_size unset or raise expert_model_parallel_size (config/rules.py)",
+        "leave expert_tensor_parallel_size unset or raise expert_model_parallel_size (config/rules/parallel.py)",
         fixed_in="0.19.0",
     ),
     Fault(
@@ -58,7 +58,7 @@ FAULTS: tuple[Fault, ...] = (
         "moe_needs_sequence_parallelism",
         "MoE layers refuse to train under TP without sequence parallelism, after start-up",
         "refused",
-        "set parallel.sequence_parallel: true (config/rules.py)",
+        "set parallel.sequence_parallel: true (config/rules/parallel.py)",
     ),
     Fault(
         "per_token_balance_loss_scale",
@@ -126,7 +126,7 @@ FAULTS: tuple[Fault, ...] = (
         "norm_recompute_needs_transformer_engine",
         "selective recompute of norms names a Transformer Engine class that is unbound without it (NameError)",
         "refused",
-        "recompute other modules, or whole layers with recompute.granularity: full (config/backend_rules.py)",
+        "recompute other modules, or whole layers with recompute.granularity: full (config/rules/backend.py)",
         overrides=("recompute_modules",),
     ),
     Fault(
@@ -255,7 +255,7 @@ FAULTS: tuple[Fault, ...] = (
         "attention_mask_ignored_by_transformer_engine",
         "Transformer Engine's attention ignores the mask of documents: they leak into each other",
         "refused",
-        "use runtime.backend: torch with data.reset_attention_mask (config/rules.py)",
+        "use runtime.backend: torch with data.reset_attention_mask (config/rules/training.py)",
         fixed_in="0.19.0",
         needs="Transformer Engine's kernels on a GPU",
     ),
@@ -263,7 +263,7 @@ FAULTS: tuple[Fault, ...] = (
         "weight_gradients_in_fp8_whatever_is_asked",
         "fp8_wgrad = False: handed to Transformer Engine with delayed scaling alone, whose later versions ignore it",
         "refused",
-        "leave fp8_wgrad, or use runtime.backend: torch (config/backend_rules.py)",
+        "leave fp8_wgrad, or use runtime.backend: torch (config/rules/backend.py)",
         needs="Transformer Engine",
     ),
     Fault(

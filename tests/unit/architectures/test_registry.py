@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS
 from megatron_ext.architectures.registry import ARCHITECTURES, architecture_for
-from megatron_ext.config import ModelConfig, MultiLatentAttention, YarnRopeScaling
+from megatron_ext.config import GumbelNoise, LearnedNoise, ModelConfig, MultiLatentAttention, YarnRopeScaling
 from megatron_ext.config.load import fields_of
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
@@ -26,18 +26,36 @@ OTHER_VALUES: dict[str, Any] = {
     "add_qkv_bias": True,
     "embedding_scale": 2.0,
 }
+OF_THE_ROUTER: dict[str, Any] = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_norm_topk_prob": True,
+    "moe_router_num_groups": 2,
+    "moe_router_group_topk": 1,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_noise": LearnedNoise(kind="learned"),
+    "moe_shared_expert_gate": True,
+}
 
 
 def test_every_field_of_the_model_is_judged() -> None:
-    """A field that no table carries is refused when set, here or in the parts that are not built yet."""
-    from megatron_ext.config.rules import PENDING
-
+    """A field that no table carries is refused when set."""
     fields = set(fields_of(ModelConfig))
-    pending = {key.removeprefix("model.") for key in PENDING}
-    left = fields - CARRIED - NOT_IN_THE_LOGITS - set(OTHER_VALUES) - pending
+    left = fields - CARRIED - NOT_IN_THE_LOGITS - set(OTHER_VALUES) - set(OF_THE_ROUTER)
     # Selects among groups that are refused above.
     assert left <= {"moe_router_group_score"}
     assert fields >= NOT_IN_THE_LOGITS
+
+
+@pytest.mark.parametrize("name", OF_THE_ROUTER)
+def test_what_no_table_carries_of_a_router_is_refused_by_name(name: str) -> None:
+    model = tiny_model(moe=True, **{name: OF_THE_ROUTER[name]})
+    with pytest.raises(ConversionError, match=f"not MegatronExtForCausalLM: it cannot say {name} = "):
+        architecture_for(model)
+
+
+def test_noise_without_weights_is_no_part_of_an_export() -> None:
+    architecture, _ = architecture_for(tiny_model(moe=True, moe_router_noise=GumbelNoise(kind="gumbel")))
+    assert architecture.name == "megatron_ext"
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "MoE"])

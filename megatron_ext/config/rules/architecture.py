@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_ext.config.rules import EXPERTS, GROUPS, MLA, rule
+from megatron_ext.config.rules.registry import EXPERTS, GROUPS, HEADS, MLA, rule
 
 POSITIONS = "model.position_embedding_type"
 
@@ -82,4 +82,16 @@ def _etp_divides_expert_biases(biases: bool, hidden: int, etp: int, experts: int
 def _overlap_forgets_biases(overrides: dict[str, Any], biases: bool, shared: int | None) -> str | None:
     if overrides.get("moe_shared_expert_overlap") and biases and shared:
         return "overlapped shared experts leave out their biases in megatron-core; remove moe_shared_expert_overlap"
+    return None
+
+
+@rule(HEADS, GROUPS)
+def _groups_divide_heads(heads: int, groups: int | None) -> str | None:
+    return "heads must be a multiple of query groups" if groups and heads % groups else None
+
+
+@rule("model.hidden_size", HEADS, given=("model.kv_channels", MLA))
+def _heads_divide_hidden(hidden: int, heads: int, kv_channels: int | None, latent: Any) -> str | None:
+    if kv_channels is None and latent is None and hidden % heads:
+        return "hidden size must be a multiple of heads unless model.kv_channels is set"
     return None

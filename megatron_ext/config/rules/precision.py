@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_ext.config.rules import GROUPS, HEADS, TP, rule
+from megatron_ext.config.rules.registry import GROUPS, HEADS, TP, rule
 
 RECIPE = "precision.recipe"
 START, END = "precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"

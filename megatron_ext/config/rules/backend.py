@@ -1,6 +1,6 @@
 """Rules of the Transformer Engine backend and its FP8 recipes: what would be refused later on, or ignored."""
 
-from megatron_ext.config.rules import HEADS, PP, SP, TP, rule
+from megatron_ext.config.rules.registry import HEADS, PP, SP, TP, rule
 
 BACKEND = "runtime.backend"
 RECIPE = "precision.recipe"

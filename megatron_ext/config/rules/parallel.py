@@ -1,0 +1,91 @@
+"""Rules of how the model and its sequences are split."""
+
+import math
+
+from megatron_ext.config.rules.registry import CP, EP, ETP, EXPERTS, GROUPS, HEADS, PP, SP, TP, VPP, rule
+
+
+@rule(HEADS, TP)
+def _tp_divides_heads(heads: int, tp: int) -> str | None:
+    return "heads must be a multiple of the tensor-parallel size" if heads % tp else None
+
+
+@rule(GROUPS, TP)
+def _tp_divides_groups(groups: int | None, tp: int) -> str | None:
+    return "query groups must be a multiple of the tensor-parallel size" if groups and groups % tp else None
+
+
+def _register_tp_width(key: str, degree: str, name: str) -> None:
+    @rule(key, degree)
+    def _width_splits(width: int | None, size: int | None) -> str | None:
+        return f"must be a multiple of the {name} size" if width and size and width % size else None
+
+
+_register_tp_width("model.ffn_hidden_size", TP, "tensor-parallel")
+_register_tp_width("model.moe_shared_expert_intermediate_size", TP, "tensor-parallel")
+_register_tp_width("model.padded_vocab_size", TP, "tensor-parallel")
+
+
+@rule("model.expert_ffn_hidden_size", "parallel.etp", given=(EXPERTS,))
+def _etp_divides_experts(width: int, etp: int, experts: int | None) -> str | None:
+    return (
+        "an expert's width must be a multiple of the expert-tensor-parallel size" if experts and width % etp else None
+    )
+
+
+@rule(EXPERTS, EP)
+def _ep_divides_experts(experts: int | None, ep: int) -> str | None:
+    return "experts must be a multiple of the expert-parallel size" if experts and experts % ep else None
+
+
+@rule("model.num_layers", PP, VPP)
+def _stages_divide_layers(layers: int, pp: int, vpp: int | None) -> str | None:
+    if layers % (pp * (vpp or 1)):
+        return "layers must be a multiple of pipeline stages x chunks a stage"
+    return None
+
+
+@rule(VPP, PP)
+def _chunks_need_stages(vpp: int | None, pp: int) -> str | None:
+    return "several chunks a stage need pipeline_model_parallel_size > 1" if vpp and pp == 1 else None
+
+
+@rule(SP, TP)
+def _sp_needs_tp(sp: bool, tp: int) -> str | None:
+    return (
+        "sequence parallelism splits within a tensor-parallel group; it needs more than one process"
+        if sp and tp == 1
+        else None
+    )
+
+
+@rule(TP, SP, given=(EXPERTS,))
+def _moe_tp_needs_sp(tp: int, sp: bool, experts: int | None) -> str | None:
+    if experts and tp > 1 and not sp:
+        return "megatron-core trains MoE under tensor parallelism only with sequence_parallel: true"
+    return None
+
+
+@rule(TP, EP, ETP, given=(EXPERTS,))
+def _expert_grid_is_right(tp: int, ep: int, etp: int | None, experts: int | None) -> str | None:
+    if experts and ep == 1 and etp is not None and etp != tp:
+        return (
+            "with one expert-parallel rank megatron-core 0.16 reduces expert gradients over the wrong group, silently; "
+            "remove expert_tensor_parallel_size or raise expert_model_parallel_size"
+        )
+    return None
+
+
+@rule("data.sequence_length", TP, CP, given=(SP,))
+def _sequence_splits(length: int, tp: int, cp: int, sp: bool) -> str | None:
+    parts = cp * math.lcm(2 if cp > 1 else 1, tp if sp else 1)
+    if length % parts == 0:
+        return None
+    context = "context parallelism gives each rank two equal slices" if cp > 1 else ""
+    sequence = "sequence parallelism splits a rank's tokens over the tensor-parallel size" if sp else ""
+    return f"must be a multiple of {parts}, since " + " and ".join(filter(None, (context, sequence)))
+
+
+@rule("parallel.overlap_param_gather", "parallel.overlap_grad_reduce", "parallel.use_distributed_optimizer")
+def _gather_overlap_needs_others(gather: bool, reduce: bool, distributed: bool) -> str | None:
+    return "overlapping the gather needs both other options" if gather and not (reduce and distributed) else None

@@ -1,0 +1,67 @@
+"""Rules between configuration keys: each names its keys, says what is wrong with their values, and the way out.
+
+A rule is a pure function of leaf values, so the loader can apply it to the keys that are right even when others in
+the same file are not, and report everything at once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Check = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`check` takes the values of `keys`, then of `given`, and returns a complaint or None.
+
+    `keys` are named with their values in the complaint; `given` are only read.
+    """
+
+    keys: tuple[str, ...]
+    given: tuple[str, ...]
+    check: Check
+
+    def violation(self, values: Mapping[str, Any]) -> str | None:
+        """The complaint about `values` (leaf key to value), or None. A rule with an unknown key says nothing."""
+        if any(key not in values for key in self.keys + self.given):
+            return None
+        complaint = self.check(*(values[key] for key in self.keys + self.given))
+        if complaint is None:
+            return None
+        return ", ".join(f"{key} = {values[key]!r}" for key in self.keys) + f": {complaint}"
+
+
+RULES: list[Rule] = []
+
+
+def rule(*keys: str, given: tuple[str, ...] = ()) -> Callable[[Check], Check]:
+    """Register the decorated function as a rule over `keys`."""
+
+    def register(check: Check) -> Check:
+        RULES.append(Rule(keys, given, check))
+        return check
+
+    return register
+
+
+def violations(values: Mapping[str, Any]) -> list[str]:
+    """Every rule's complaint about `values`, in the order the rules are written."""
+    return [complaint for r in RULES if (complaint := r.violation(values)) is not None]
+
+
+HEADS = "model.num_attention_heads"
+GROUPS = "model.num_query_groups"
+EXPERTS = "model.num_moe_experts"
+SCORE = "model.moe_router_score_function"
+GROUPS_OF_EXPERTS = "model.moe_router_num_groups"
+BALANCE = "model.moe_router_load_balancing_type"
+COEFFICIENT = "model.moe_aux_loss_coeff"
+MLA = "model.multi_latent_attention"
+TP = "parallel.tensor_model_parallel_size"
+SP = "parallel.sequence_parallel"
+CP = "parallel.context_parallel_size"
+PP = "parallel.pipeline_model_parallel_size"
+VPP = "parallel.virtual_pipeline_model_parallel_size"
+EP = "parallel.expert_model_parallel_size"
+ETP = "parallel.expert_tensor_parallel_size"

@@ -1,0 +1,144 @@
+"""Rules of experts, their router and what balances them."""
+
+from typing import Any
+
+from megatron_ext.config.rules.registry import BALANCE, COEFFICIENT, EP, ETP, EXPERTS, GROUPS_OF_EXPERTS, SCORE, rule
+
+MOE_ONLY = {
+    "model.moe_ffn_hidden_size": None,
+    "model.moe_router_topk": 2,
+    "model.moe_router_pre_softmax": False,
+    "model.moe_router_topk_scaling_factor": None,
+    "model.moe_router_score_function": "softmax",
+    "model.moe_router_norm_topk_prob": None,
+    "model.moe_router_num_groups": None,
+    "model.moe_router_group_topk": None,
+    "model.moe_router_enable_expert_bias": False,
+    "model.moe_router_noise": None,
+    "model.moe_gating_normalization": None,
+    "model.moe_expert_capacity_factor": None,
+    "model.moe_shared_expert_gate": False,
+    "model.moe_adaptive_aux_loss": None,
+    "model.moe_z_loss_coeff": 0.0,
+    "model.moe_shared_expert_intermediate_size": None,
+    "model.moe_first_k_dense": 0,
+    "model.moe_layer_freq": 1,
+    "model.moe_aux_loss_coeff": 0.0,
+    EP: 1,
+    ETP: None,
+}
+
+
+def _register_moe_only(key: str, neutral: Any) -> None:
+    @rule(key, EXPERTS)
+    def _needs_experts(value: Any, experts: int | None) -> str | None:
+        if experts is None and value != neutral:
+            return "has no meaning in a dense model; set model.num_moe_experts or remove the key"
+        return None
+
+
+for _key, _neutral in MOE_ONLY.items():
+    _register_moe_only(_key, _neutral)
+
+
+@rule("model.moe_router_topk", EXPERTS)
+def _topk_fits(topk: int, experts: int | None) -> str | None:
+    return "cannot select more experts than there are" if experts and topk > experts else None
+
+
+@rule("model.moe_router_topk", "model.moe_router_pre_softmax", given=(EXPERTS, SCORE))
+def _top1_needs_pre_softmax(topk: int, pre_softmax: bool, experts: int | None, score: str) -> str | None:
+    if experts and topk == 1 and not pre_softmax and score == "softmax":
+        return "softmax over one selected expert is always 1 and trains no router; set moe_router_pre_softmax: true"
+    return None
+
+
+@rule("model.moe_router_topk", "model.moe_router_norm_topk_prob")
+def _top1_is_not_normalized(topk: int, normalize: bool | None) -> str | None:
+    return "one expert's score divided by itself is always 1 and trains no router" if topk == 1 and normalize else None
+
+
+@rule("model.moe_router_norm_topk_prob", "model.moe_router_pre_softmax", given=(SCORE,))
+def _post_softmax_sums_to_one(normalize: bool | None, pre_softmax: bool, score: str) -> str | None:
+    if normalize is not None and score == "softmax" and not pre_softmax:
+        return "a softmax over the selected experts sums to 1 already; remove it or set moe_router_pre_softmax: true"
+    return None
+
+
+@rule("model.moe_router_pre_softmax", SCORE)
+def _pre_softmax_is_softmax(pre_softmax: bool, score: str) -> str | None:
+    return "has no meaning with sigmoid scores; remove it" if pre_softmax and score != "softmax" else None
+
+
+@rule(GROUPS_OF_EXPERTS, "model.moe_router_group_topk")
+def _groups_come_with_choice(groups: int | None, topk: int | None) -> str | None:
+    if (groups is None) != (topk is None):
+        return "group-limited routing needs both"
+    return "cannot select more groups than there are" if groups and topk and topk > groups else None
+
+
+@rule(EXPERTS, GROUPS_OF_EXPERTS, "model.moe_router_group_score")
+def _groups_divide_experts(experts: int | None, groups: int | None, score: str) -> str | None:
+    if not experts or not groups:
+        return "has no meaning without groups" if score != "top2_sum" and not groups else None
+    if experts % groups:
+        return "experts must be a multiple of their groups"
+    return (
+        "a group needs two experts for the sum of its two best" if score == "top2_sum" and experts == groups else None
+    )
+
+
+@rule("model.moe_router_topk", "model.moe_router_group_topk", given=(EXPERTS, GROUPS_OF_EXPERTS))
+def _topk_fits_groups(topk: int, group_topk: int | None, experts: int | None, groups: int | None) -> str | None:
+    if experts and groups and group_topk and topk > group_topk * (experts // groups):
+        return "the selected groups have fewer experts than each token is sent to"
+    return None
+
+
+@rule("model.moe_router_bias_update_rate", "model.moe_router_enable_expert_bias")
+def _rate_has_a_bias(rate: float, bias: bool) -> str | None:
+    return (
+        "has no effect without the bias; set moe_router_enable_expert_bias: true" if rate != 1e-3 and not bias else None
+    )
+
+
+@rule("model.moe_token_drop_policy", "model.moe_expert_capacity_factor")
+def _policy_has_a_capacity(policy: str, factor: float | None) -> str | None:
+    return "has no effect without a capacity" if policy != "probs" and factor is None else None
+
+
+@rule("model.moe_shared_expert_gate", "model.moe_shared_expert_intermediate_size")
+def _gate_has_shared_experts(gate: bool, width: int | None) -> str | None:
+    return "there is no shared expert to gate; set its size" if gate and width is None else None
+
+
+@rule("model.moe_layer_freq", "model.num_layers")
+def _layer_freq_fits(freq: int | list[int], layers: int) -> str | None:
+    if isinstance(freq, list) and len(freq) != layers:
+        return f"the list has {len(freq)} entries; it needs one a layer"
+    return None
+
+
+@rule(EXPERTS, "model.moe_first_k_dense", "model.moe_layer_freq", given=("model.is_moe",))
+def _some_layer_is_moe(experts: int | None, first_dense: int, freq: int | list[int], is_moe: bool) -> str | None:
+    return "no layer is left to be MoE" if experts and not is_moe else None
+
+
+@rule(BALANCE, COEFFICIENT)
+def _coefficient_has_a_loss(kinds: str | list[str], coefficient: float | list[float]) -> str | None:
+    if isinstance(kinds, list):
+        if not isinstance(coefficient, list) or len(coefficient) != len(kinds):
+            return "a list of balance losses needs a list of as many coefficients"
+        if "none" in kinds or len(set(kinds)) < len(kinds):
+            return "a list holds each balance loss at most once, and not none"
+        return None
+    if isinstance(coefficient, list):
+        return "a list of coefficients needs a list of balance losses"
+    return "a coefficient without a balance loss; set the type to aux_loss" if kinds == "none" and coefficient else None
+
+
+@rule("model.moe_adaptive_aux_loss", BALANCE)
+def _adaptive_needs_one_loss(adaptive: Any, kinds: str | list[str]) -> str | None:
+    if adaptive is not None and (kinds == "none" or isinstance(kinds, list)):
+        return "adapts the coefficient of one balance loss; name it as moe_router_load_balancing_type"
+    return None

@@ -1,0 +1,85 @@
+"""Rules of batches, data, schedule and recompute."""
+
+from typing import Any
+
+from megatron_ext.config.rules.registry import PP, VPP, rule
+
+
+@rule("data.reset_attention_mask", "runtime.backend")
+def _documents_need_our_attention(reset: bool, backend: str) -> str | None:
+    if reset and backend != "torch":
+        return "Transformer Engine's attention would ignore the documents; set runtime.backend: torch"
+    return None
+
+
+@rule("data.reset_position_ids", "data.reset_attention_mask", "model.position_embedding_type")
+def _rotary_positions_restart_with_attention(positions: bool, attention: bool, embedding: str) -> str | None:
+    if positions and not attention and embedding == "rope":
+        return (
+            "rotary embedding knows distances, not positions: while tokens attend across documents nothing starts "
+            "anew; set data.reset_attention_mask: true or remove reset_position_ids"
+        )
+    return None
+
+
+@rule("data.sequence_length", "model.max_position_embeddings", given=("model.rope_scaling",))
+def _sequence_fits_model(length: int, positions: int, scaling: Any) -> str | None:
+    # To dynamic scaling max_position_embeddings is the length before it sets in.
+    longest = positions * scaling.factor if scaling is not None and scaling.kind == "dynamic" else positions
+    if length > longest:
+        return "samples are longer than the model is declared for; raise max_position_embeddings"
+    return None
+
+
+@rule("train.global_batch_size", "train.micro_batch_size")
+def _micro_divides_global(global_batch: int, micro: int) -> str | None:
+    return "the global batch must be a multiple of the micro-batch" if global_batch % micro else None
+
+
+@rule("train.eval_interval", given=("data.validation",))
+def _eval_needs_data(interval: int | None, validation: list[Any]) -> str | None:
+    return "validation needs data.validation" if interval and not validation else None
+
+
+@rule("schedule.warmup_iters", "train.train_iters")
+def _warmup_fits(warmup: int, iters: int) -> str | None:
+    return "warmup is longer than the run" if warmup > iters else None
+
+
+@rule("schedule.warmup_iters", "schedule.decay_iters")
+def _decay_after_warmup(warmup: int, decay: int | None) -> str | None:
+    return "the decay must end after the warmup" if decay and decay <= warmup else None
+
+
+@rule("schedule.wsd_decay_iters", "schedule.warmup_iters", "train.train_iters")
+def _wsd_fits(decay: int, warmup: int, iters: int) -> str | None:
+    return "warmup and final decay together are longer than the run" if decay + warmup > iters else None
+
+
+@rule("schedule.min_lr", "optimizer.lr")
+def _floor_below_peak(floor: float, peak: float) -> str | None:
+    return "the final learning rate is above the peak" if floor > peak else None
+
+
+@rule("schedule.decay_style", "schedule.min_lr")
+def _exponential_needs_floor(style: str, floor: float) -> str | None:
+    return "an exponential decay never reaches 0; set min_lr" if style == "exponential" and floor == 0 else None
+
+
+@rule("recompute.granularity", "recompute.num_layers", given=("model.num_layers", PP, VPP))
+def _recompute_fits(granularity: str | None, chunk: int, layers: int, pp: int, vpp: int | None) -> str | None:
+    stage = layers // (pp * (vpp or 1))
+    return f"a stage chunk has only {stage} layers" if granularity == "full" and chunk > stage else None
+
+
+@rule("recompute.modules", "recompute.granularity")
+def _modules_are_selective(modules: list[str], granularity: str | None) -> str | None:
+    if granularity == "selective":
+        return None if modules else "nothing would be recomputed; name modules, or unset the granularity"
+    return "has no effect; set granularity: selective" if modules != ["core_attn"] else None
+
+
+@rule("recompute.method", "recompute.num_layers", "recompute.granularity")
+def _method_is_full(method: str, layers: int, granularity: str | None) -> str | None:
+    given = (method, layers) != ("uniform", 1)
+    return "have no effect; set granularity: full" if given and granularity != "full" else None
