@@ -39,6 +39,7 @@ class Cell:
     micro_batch: int = 1
     length: int = SEQUENCE_LENGTH
     seed: int = 1234
+    lr: float = 1e-3
     documents: bool = False
     """Samples hold several documents, and attention stays within them."""
 
@@ -74,7 +75,7 @@ def run_cell(cell: Cell) -> Trajectory:
     chunks = build_chunks(cell.model, cell.parallel, config, device)
     initialize_weights(cell.model, list(chunks), cell.seed)
     wrapped = wrap_chunks(chunks, config, cell.parallel)
-    adam = AdamConfig(kind="adam", lr=1e-3)
+    adam = AdamConfig(kind="adam", lr=cell.lr)
     optimizer = build_optimizer(adam, cell.parallel, cell.precision, wrapped)
     prepare_for_training(config, wrapped, overlap_grad_reduce=cell.parallel.overlap_grad_reduce)
     set_learning_rate(optimizer, adam.lr)

@@ -29,6 +29,9 @@ _BYTES_A_PROCESS = 250 * 2**20
 _MOST_PROCESSES = 32
 _MOST_LAYERS = 16
 _STEPS = 5
+# Adam's first step moves every weight by this, also one whose gradient is rounding alone. In a deep model of small
+# random weights ten times as much lets such differences grow a thousandfold in five steps.
+_LEARNING_RATE = 1e-4
 
 # As in the parity grid: fp32 rounding shows as 1e-7 to 1e-6, real faults as 1e-4 and more.
 TOLERANCE = 1e-5
@@ -96,6 +99,7 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> Plan:
         Fp32Precision(kind="fp32"),
         _fit_recompute(run, model, parallel),
         steps=_STEPS,
+        lr=_LEARNING_RATE,
         samples=samples,
         length=model.max_position_embeddings,
         seed=run.train.seed,
