@@ -36,7 +36,7 @@ from megatron_ext.config import (
     RecomputeConfig,
     RuntimeConfig,
 )
-from megatron_ext.data.batches import MicroBatch
+from megatron_ext.data.batches import MicroBatch, complete_columns
 from megatron_ext.data.python_corpus import write_python_corpus
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
@@ -101,7 +101,7 @@ def batch(text: torch.Tensor, step: int) -> list[MicroBatch]:
     generator = torch.Generator().manual_seed(SEED + step)
     starts = torch.randint(len(text) - LENGTH - 1, (SAMPLES,), generator=generator)
     windows = torch.stack([text[start : start + LENGTH + 1] for start in starts.tolist()]).long()
-    return [MicroBatch(windows[:, :-1], windows[:, 1:], torch.ones(SAMPLES, LENGTH))]
+    return [complete_columns(windows[:, :-1], windows[:, 1:], torch.ones(SAMPLES, LENGTH), torch.arange(SAMPLES))]
 
 
 def learning_rate(step: int, steps: int) -> float:

@@ -138,9 +138,10 @@ def _measure(peer: Peer, model: ModelConfig, length: int, steps: int, warmup: in
 def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
     """The step of a model with fresh weights, as the training loop makes it."""
     import torch
+    from core_local_spec import build_core_chunks
 
     from megatron_ext.config import AdamConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
-    from megatron_ext.data.batches import MicroBatch
+    from megatron_ext.data.batches import complete_columns
     from megatron_ext.mcore.initialization import initialize_weights
     from megatron_ext.mcore.model import build_chunks, wrap_chunks
     from megatron_ext.mcore.optimizer import build_optimizer, set_learning_rate
@@ -155,14 +156,12 @@ def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
     start_process_group(runtime, device, alone=True)
     groups = split_process_group(parallel, runtime)
     seed_everything(0)
-    if peer.backend == "core":
-        model = _as_core_wants(model)
     backend = ("transformer_engine",) if peer.backend == "transformer_engine" else ()
     config = transformer_config(model, parallel, peer.precision, RecomputeConfig(), *backend)
-    chunks = build_chunks(model, parallel, config, device)
-    if peer.backend == "core":  # its local attention has no mask of its own
-        future = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
-        chunks[0].register_forward_pre_hook(lambda module, inputs: (*inputs[:2], future, *inputs[3:]))
+    if peer.backend == "core":
+        chunks = build_core_chunks(model, parallel, config, device, length)
+    else:
+        chunks = build_chunks(model, parallel, config, device)
     initialize_weights(model, list(chunks), seed=0)
     wrapped = wrap_chunks(chunks, config, parallel)
     adam = AdamConfig(kind="adam", lr=1e-4)
@@ -171,23 +170,9 @@ def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
     set_learning_rate(optimizer, adam.lr)
     generator = torch.Generator().manual_seed(0)
     samples = torch.randint(model.vocab_size, (MICRO_BATCHES, MICRO_BATCH, length + 1), generator=generator)
-    counts = torch.ones(MICRO_BATCH, length)
-    batch = [MicroBatch(rows[:, :-1], rows[:, 1:], counts).to(device) for rows in samples]
+    counts, seeds = torch.ones(MICRO_BATCH, length), torch.arange(MICRO_BATCH)
+    batch = [complete_columns(rows[:, :-1], rows[:, 1:], counts, seeds).to(device) for rows in samples]
     return lambda: float(train_step(wrapped, optimizer, batch, groups, max_norm=1.0).loss)
-
-
-def _as_core_wants(model: ModelConfig) -> ModelConfig:
-    """Let models be built from megatron-core's local spec (SequentialMLP), which needs two names put right."""
-    from megatron_ext.mcore import model as our_model
-
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")  # after ours, which prepares for it
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # its router dies of this without Transformer Engine (0.16)
-    specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
-    our_model.block_spec = lambda model, config, vp_stage: specs.get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False
-    )
-    return replace(model, transformer_overrides={"moe_grouped_gemm": False} if model.num_moe_experts else {})
 
 
 # --- in this process -----------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The models that benchmarks/train_step.py compares: ours, megatron-core's own layers, and Transformers' Qwen2-MoE."""
 
-import importlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,22 +52,17 @@ TINY = Size(
 
 def megatron_ext(size: Size, precision: Literal["fp32", "bf16"], threads: int) -> Step:
     """One training step of our torch backend, as the training loop runs it."""
-    return _megatron(size, precision, threads, overrides={})
+    return _megatron(size, precision, threads, core=False)
 
 
 def megatron_core(size: Size, precision: Literal["fp32", "bf16"], threads: int) -> Step:
     """The same step with the layers of megatron-core's local spec (SequentialMLP), let run on CPU by our cpu_compat."""
-    from megatron_ext.mcore import model
-
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")  # after ours, which prepares for it
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # its router dies of this without Transformer Engine (0.16)
-    model.block_spec = _core_spec
-    return _megatron(size, precision, threads, overrides={"moe_grouped_gemm": False})
+    return _megatron(size, precision, threads, core=True)
 
 
-def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, overrides: dict[str, Any]) -> Step:
+def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, *, core: bool) -> Step:
     import torch
+    from core_local_spec import build_core_chunks
 
     from megatron_ext.config import AdamConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
     from megatron_ext.config.training import Bf16Precision, Fp32Precision
@@ -87,13 +81,13 @@ def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, over
     start_process_group(runtime, device, alone=True)
     groups = split_process_group(parallel, runtime)
     seed_everything(0)
-    model = _model_config(size, overrides)
+    model = _model_config(size)
     kind = Fp32Precision(kind="fp32") if precision == "fp32" else Bf16Precision(kind="bf16")
     config = transformer_config(model, parallel, kind, RecomputeConfig())
-    chunks = build_chunks(model, parallel, config, device)
-    if overrides:
-        mask = torch.ones(1, 1, size.length, size.length, dtype=torch.bool).triu(1)  # ours needs none
-        chunks[0].register_forward_pre_hook(lambda module, inputs: (*inputs[:2], mask))
+    if core:
+        chunks = build_core_chunks(model, parallel, config, device, size.length)
+    else:
+        chunks = build_chunks(model, parallel, config, device)
     initialize_weights(model, list(chunks), seed=0)
     _check_size(size, sum(p.numel() for p in chunks[0].parameters()))
     wrapped = wrap_chunks(chunks, config, parallel)
@@ -115,7 +109,7 @@ def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, over
     return lambda: float(train_step(wrapped, optimizer, batch, groups, max_norm=1.0).loss)
 
 
-def _model_config(size: Size, overrides: dict[str, Any]) -> Any:
+def _model_config(size: Size) -> Any:
     from megatron_ext.config import ModelConfig
 
     return ModelConfig(
@@ -131,14 +125,7 @@ def _model_config(size: Size, overrides: dict[str, Any]) -> Any:
         moe_ffn_hidden_size=size.expert_width,
         moe_shared_expert_intermediate_size=size.shared_width,
         moe_router_load_balancing_type="none",
-        transformer_overrides=overrides,
     )
-
-
-def _core_spec(model: Any, config: Any, vp_stage: int | None) -> Any:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
 
 
 def transformers_qwen2_moe(size: Size, experts: str, weights: Weights, threads: int) -> Step:

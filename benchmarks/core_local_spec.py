@@ -1,0 +1,37 @@
+"""The peer that megatron-core itself is: a model of its own local layers (SequentialMLP, its router) in place of ours."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from megatron_ext.config import ModelConfig, ParallelConfig
+
+
+def build_core_chunks(
+    model: ModelConfig, parallel: ParallelConfig, config: Any, device: torch.device, length: int
+) -> list[Any]:
+    """Return what `mcore.model.build_chunks` would, of megatron-core's local spec. For good in this process.
+
+    Args:
+        length: of the sequences; its local attention needs a mask [length, length] of its own.
+    """
+    from megatron_ext.mcore import model as our_model
+
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")  # after ours, which prepares for it
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # its router dies of this without Transformer Engine (0.16)
+    specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    our_model.block_spec = lambda model, config, vp_stage: specs.get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False
+    )
+    # Ours read none of these: the router and the experts are other modules there.
+    config.moe_grouped_gemm = False
+    config.moe_router_pre_softmax = model.moe_router_pre_softmax
+    config.moe_router_topk_scaling_factor = model.moe_router_topk_scaling_factor
+    config.moe_router_load_balancing_type = model.moe_router_load_balancing_type
+    config.moe_aux_loss_coeff = model.moe_aux_loss_coeff
+    chunks = our_model.build_chunks(model, parallel, config, device)
+    future = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
+    chunks[0].register_forward_pre_hook(lambda module, inputs: (*inputs[:2], future, *inputs[3:]))
+    return chunks
