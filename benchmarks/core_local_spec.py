@@ -1,4 +1,4 @@
-"""The peer that megatron-core itself is: a model of its own local layers (SequentialMLP, its router) in place of ours."""
+"""megatron-core as a peer: a model of its own local layers (SequentialMLP, its router) in place of ours."""
 
 import importlib
 from typing import Any
