@@ -204,6 +204,11 @@ class ModelConfig:
         return self.add_qkv_bias or self.add_bias_linear
 
     @property
+    def has_dense_layers(self) -> bool:
+        """Whether any layer has a dense feed-forward network."""
+        return not all(self.moe_layer_pattern)
+
+    @property
     def expert_ffn_hidden_size(self) -> int:
         """Intermediate width of one routed expert."""
         return self.moe_ffn_hidden_size or self.ffn_hidden_size

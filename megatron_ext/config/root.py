@@ -49,7 +49,7 @@ class RunConfig:
 
 
 DERIVED: dict[str, tuple[str, ...]] = {
-    "model": ("head_dim", "rotary_width", "expert_ffn_hidden_size", "padded_vocab_size", "is_moe"),
+    "model": ("head_dim", "rotary_width", "has_dense_layers", "expert_ffn_hidden_size", "padded_vocab_size", "is_moe"),
     "parallel": ("etp",),
 }
 """Properties that rules read like keys."""

@@ -9,15 +9,29 @@ from torch import Tensor
 from megatron_ext.mcore.activation import gated_activation
 
 
-class FeedForward(MLP):
-    """megatron-core's MLP; gated ones without biases keep only the projected input for the backward pass."""
+class CompleteMLP(MLP):
+    """megatron-core's MLP that adds its output bias itself.
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the output, shaped as `hidden_states`, and a bias to add (None without biases)."""
+    Handed on as a second output, the bias is a parameter that megatron-core's recompute of this module takes for its
+    own result: the backward pass then never ends (core_guard.py).
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Return the output, shaped as `hidden_states`, and no bias left to add."""
+        output, bias = super().forward(hidden_states, *args, **kwargs)
+        return (output if bias is None else output + bias), None
+
+
+class FeedForward(CompleteMLP):
+    """The torch backend's; gated ones without biases keep only the projected input for the backward pass."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Return the output, shaped as `hidden_states`, and no bias left to add."""
         if not self.config.gated_linear_unit or self.config.add_bias_linear:
             return super().forward(hidden_states, *args, **kwargs)
         projected, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(gated_activation(projected, self.config.activation_func))
+        output, _ = self.linear_fc2(gated_activation(projected, self.config.activation_func))
+        return output, None
 
 
 class SharedExperts(SharedExpertMLP, FeedForward):

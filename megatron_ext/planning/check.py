@@ -17,12 +17,12 @@ def describe_run(run: RunConfig, world_size: int | None) -> str:
         world_size: processes; None takes the fewest the layout needs.
 
     Raises:
-        ConfigError: megatron-core would refuse an override, or ignore it.
+        ConfigError: an override would not do what it says.
     """
     if run.model.transformer_overrides:
-        from megatron_ext.mcore.transformer_config import transformer_config  # seconds to import, seldom needed
+        from megatron_ext.mcore.overrides import check_overrides  # seconds to import, seldom needed
 
-        transformer_config(run.model, run.parallel, run.precision, run.recompute)
+        check_overrides(run.model)
     processes = world_size or smallest_world_size(run.parallel)
     layout = run.resolve(processes)
     counts = count_parameters(run.model)

@@ -66,6 +66,8 @@ def _stages_of(name: str, model: ModelConfig, pp: int) -> tuple[int, ...]:
     """The pipeline stages that hold a tensor. With chunks a stage has the same number of layers, others than here."""
     if name.startswith("decoder.layers."):
         return (int(name.split(".")[2]) * pp // model.num_layers,)
+    if name.startswith("embedding.position_embeddings"):
+        return (0,)
     if name.startswith("embedding."):
         tied = not model.untie_embeddings_and_output_weights
         return (0, pp - 1) if tied and pp > 1 else (0,)

@@ -130,6 +130,12 @@ FAULTS: tuple[Fault, ...] = (
         overrides=("recompute_modules",),
     ),
     Fault(
+        "recomputed_bias_never_ends",
+        "selective recompute of an MLP with biases takes the bias for the module's own result: backward never ends",
+        "mended",
+        "our MLP adds its output bias itself (mcore/feed_forward.py)",
+    ),
+    Fault(
         "torch_adam_cannot_resume",
         "the distributed optimizer with torch's AdamW cannot load what it saved",
         "mended",

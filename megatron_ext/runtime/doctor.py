@@ -137,7 +137,7 @@ def _torch_kernels(machine: Machine) -> Iterator[tuple[str, str]]:
     else:
         yield "attention", "memory-efficient kernel; flash needs compute capability 8.0 and a torch built with it"
     if not machine.gpus:
-        yield "experts", "grouped_mm, which on CPU is a loop inside torch"
+        yield "experts", "one product an expert in shapes that oneDNN keeps kernels for; grouped_mm needs a GPU"
     elif all(gpu.capability >= (8, 0) for gpu in machine.gpus):
         yield "experts", "active: one grouped_mm kernel a projection in bf16"
     else:

@@ -20,6 +20,7 @@ from megatron_ext.config import (
 )
 from megatron_ext.config.root import DERIVED
 from megatron_ext.config.rules import violations
+from megatron_ext.config.rules.backend import ONLY_WITH_TE
 from megatron_ext.errors import ConfigError
 from megatron_ext.testing.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
@@ -92,7 +93,8 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> Plan:
     model, loss_changes = _comparable_losses(model)
     data_ranks = processes // _model_ranks(parallel)
     # Enough micro-batches for the pipeline to be full once, and a number that the interleaved schedule takes.
-    samples = data_ranks * 2 * max(parallel.pipeline_model_parallel_size, 1)
+    micro_batch = min(run.train.micro_batch_size, 2)
+    samples = data_ranks * micro_batch * 2 * parallel.pipeline_model_parallel_size
     cell = Cell(
         model,
         parallel,
@@ -101,6 +103,7 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> Plan:
         steps=_STEPS,
         lr=_LEARNING_RATE,
         samples=samples,
+        micro_batch=micro_batch,
         length=model.max_position_embeddings,
         seed=run.train.seed,
         documents=run.data.reset_attention_mask,
@@ -119,7 +122,7 @@ def prove(plan: Plan) -> Proof:
         model=replace(model, transformer_overrides=model.function_overrides),
         # The global balance loss sees the micro-batches of all data-parallel ranks at once: one process sees them so
         # as one larger micro-batch.
-        micro_batch=data_ranks if "global_aux_loss" in model.balance_losses else 1,
+        micro_batch=plan.cell.micro_batch * (data_ranks if "global_aux_loss" in model.balance_losses else 1),
         parallel=ParallelConfig(
             use_distributed_optimizer=False, moe_token_dispatcher_type=parallel.moe_token_dispatcher_type
         ),
@@ -268,10 +271,14 @@ def _thin_out(pattern: list[bool], layers: int) -> list[int]:
 
 
 def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig) -> RecomputeConfig:
+    """The run's recompute, of whatever the torch backend recomputes; the proof is always its."""
+    modules = [module for module in run.recompute.modules if module not in ONLY_WITH_TE]
+    if run.recompute.granularity == "selective" and not modules:
+        return RecomputeConfig()
     chunk = model.num_layers // (
         parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     )
-    return replace(run.recompute, num_layers=min(run.recompute.num_layers, chunk))
+    return replace(run.recompute, num_layers=min(run.recompute.num_layers, chunk), modules=modules)
 
 
 def _require_legal(cell: Cell) -> None:

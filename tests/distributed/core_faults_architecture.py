@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -25,7 +26,7 @@ from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell, run_layout
-from megatron_ext.testing.pool import GlooPool
+from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -116,7 +117,23 @@ def experts_refuse_biases_under_etp(pool: GlooPool) -> bool:
     return False
 
 
+def recomputed_bias_never_ends(pool: GlooPool) -> bool:
+    recompute = RecomputeConfig(granularity="selective", modules=["mlp"])
+    cell = Cell(tiny_model(add_bias_linear=True, num_layers=1), ParallelConfig(), recompute=recompute, steps=1)
+    try:
+        pool.run(1, train_with_core_mlp, cell, timeout=20.0)
+    except WorkerFailure as failure:
+        return "no answer" in str(failure)
+    return False
+
+
+def train_with_core_mlp(cell: Cell) -> Trajectory:
+    with mock.patch.object(TorchSpecProvider, "feed_forward", return_value=MLP):
+        return run_cell(cell)
+
+
 ARCHITECTURE_FAULTS = (
+    recomputed_bias_never_ends,
     sums_of_strided_tensors,
     latent_attention_needs_transformer_engine,
     latent_key_gradient_of_one_rank,

@@ -92,6 +92,7 @@ LAYOUTS = {
 }
 CASES = [(name, entry) for name, layouts in LAYOUTS.items() for entry in layouts]
 FULL = RecomputeConfig(granularity="full")
+SELECTIVE = RecomputeConfig(granularity="selective", modules=["core_attn", "mlp"])
 
 
 def run_drawn(cell: Cell) -> Trajectory:
@@ -129,9 +130,12 @@ def test_layout_equals_one_process(name: str, entry: Layout, pool: GlooPool, ref
     assert difference.worst < TOLERANCE
 
 
+@pytest.mark.parametrize("recompute", [FULL, SELECTIVE], ids=["full", "selective"])
 @pytest.mark.parametrize("name", MODELS)
-def test_recompute_changes_nothing(name: str, pool: GlooPool, references: dict[str, Trajectory]) -> None:
-    assert train(pool, MODELS[name], ALONE, FULL) == references[name]
+def test_recompute_changes_nothing(
+    name: str, recompute: RecomputeConfig, pool: GlooPool, references: dict[str, Trajectory]
+) -> None:
+    assert train(pool, MODELS[name], ALONE, recompute) == references[name]
 
 
 @pytest.mark.parametrize("name", MODELS)

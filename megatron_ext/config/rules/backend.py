@@ -1,13 +1,14 @@
 """Rules of the Transformer Engine backend and its FP8 recipes: what would be refused later on, or ignored."""
 
-from megatron_ext.config.rules.registry import HEADS, PP, SP, TP, rule
+from typing import Any
+
+from megatron_ext.config.rules.registry import EXPERTS, HEADS, PP, SP, TP, rule
 
 BACKEND = "runtime.backend"
 RECIPE = "precision.recipe"
 START, END = "precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"
 MODULES = "recompute.modules"
 CP = "parallel.context_parallel_size"
-SHARED = "model.moe_shared_expert_intermediate_size"
 TE = "transformer_engine"
 ONLY_WITH_TE = frozenset(("layernorm", "moe_act"))
 """Modules whose recompute is Transformer Engine's."""
@@ -22,6 +23,13 @@ def _multiple(recipe: str) -> int:
 def _te_needs_cuda(backend: str, device: str) -> str | None:
     if backend == TE and device == "cpu":
         return "Transformer Engine computes on CUDA only; set runtime.backend: torch, or remove runtime.device"
+    return None
+
+
+@rule("model.multi_latent_attention", BACKEND)
+def _latent_attention_is_ours(latent: Any, backend: str) -> str | None:
+    if latent is not None and backend == TE:
+        return "latent attention is built for the torch backend; set runtime.backend: torch"
     return None
 
 
@@ -80,14 +88,15 @@ def _uneven(recipe: str, *sizes: int) -> str | None:
     return f"FP8 kernels take multiples of {multiple}, and this gives {bad[0]}" if bad else None
 
 
-def _register_width(width: str, split: str) -> None:
-    @rule(RECIPE, width, split, given=(BACKEND,))
-    def _width_is_even(recipe: str, size: int | None, degree: int, backend: str) -> str | None:
-        return _uneven(recipe, size // degree) if backend == TE and size else None
+def _register_width(width: str, split: str, used: str) -> None:
+    @rule(RECIPE, width, split, given=(used, BACKEND))
+    def _width_is_even(recipe: str, size: int | None, degree: int, used: Any, backend: str) -> str | None:
+        return _uneven(recipe, size // degree) if backend == TE and used and size else None
 
 
-for _width, _split in (("model.ffn_hidden_size", TP), ("model.expert_ffn_hidden_size", "parallel.etp"), (SHARED, TP)):
-    _register_width(_width, _split)
+_register_width("model.ffn_hidden_size", TP, "model.has_dense_layers")
+_register_width("model.moe_shared_expert_intermediate_size", TP, EXPERTS)
+_register_width("model.expert_ffn_hidden_size", "parallel.etp", EXPERTS)
 
 
 @rule(RECIPE, "model.hidden_size", given=(BACKEND,))

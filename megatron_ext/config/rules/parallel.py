@@ -1,6 +1,7 @@
 """Rules of how the model and its sequences are split."""
 
 import math
+from typing import Any
 
 from megatron_ext.config.rules.registry import CP, EP, ETP, EXPERTS, GROUPS, HEADS, PP, SP, TP, VPP, rule
 
@@ -15,15 +16,15 @@ def _tp_divides_groups(groups: int | None, tp: int) -> str | None:
     return "query groups must be a multiple of the tensor-parallel size" if groups and groups % tp else None
 
 
-def _register_tp_width(key: str, degree: str, name: str) -> None:
-    @rule(key, degree)
-    def _width_splits(width: int | None, size: int | None) -> str | None:
-        return f"must be a multiple of the {name} size" if width and size and width % size else None
+def _register_tp_width(key: str, used: str) -> None:
+    @rule(key, TP, given=(used,))
+    def _width_splits(width: int | None, tp: int, used: Any) -> str | None:
+        return "must be a multiple of the tensor-parallel size" if used and width and width % tp else None
 
 
-_register_tp_width("model.ffn_hidden_size", TP, "tensor-parallel")
-_register_tp_width("model.moe_shared_expert_intermediate_size", TP, "tensor-parallel")
-_register_tp_width("model.padded_vocab_size", TP, "tensor-parallel")
+_register_tp_width("model.ffn_hidden_size", "model.has_dense_layers")
+_register_tp_width("model.moe_shared_expert_intermediate_size", EXPERTS)
+_register_tp_width("model.padded_vocab_size", "model.padded_vocab_size")
 
 
 @rule("model.expert_ffn_hidden_size", "parallel.etp", given=(EXPERTS,))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_ext.config.rules.registry import GROUPS, HEADS, TP, rule
+from megatron_ext.config.rules.registry import EXPERTS, GROUPS, HEADS, MLA, TP, rule
 
 RECIPE = "precision.recipe"
 START, END = "precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"
@@ -59,15 +59,17 @@ def _complaint(width: int, device: str, backend: str) -> str | None:
     )
 
 
-def _register_width(key: str, degree: str) -> None:
-    @rule(key, degree, given=(DEVICE, BACKEND, RECIPE))
-    def _width_fits_kernel(width: int | None, size: int, device: str, backend: str, recipe: str) -> str | None:
-        return _complaint(width // size, device, backend) if width and width % size == 0 else None
+def _register_width(key: str, degree: str, used: str) -> None:
+    @rule(key, degree, given=(used, DEVICE, BACKEND, RECIPE))
+    def _width_fits_kernel(
+        width: int | None, size: int, used: Any, device: str, backend: str, recipe: str
+    ) -> str | None:
+        return _complaint(width // size, device, backend) if used and width and width % size == 0 else None
 
 
-_register_width("model.ffn_hidden_size", TP)
-_register_width("model.moe_shared_expert_intermediate_size", TP)
-_register_width("model.expert_ffn_hidden_size", "parallel.etp")
+_register_width("model.ffn_hidden_size", TP, "model.has_dense_layers")
+_register_width("model.moe_shared_expert_intermediate_size", TP, EXPERTS)
+_register_width("model.expert_ffn_hidden_size", "parallel.etp", EXPERTS)
 
 
 @rule("model.hidden_size", given=(DEVICE, BACKEND, RECIPE))
@@ -75,10 +77,24 @@ def _hidden_fits_kernel(hidden: int, device: str, backend: str, recipe: str) -> 
     return _complaint(hidden, device, backend)
 
 
-@rule(HEADS, GROUPS, "model.head_dim", TP, given=(DEVICE, BACKEND, RECIPE))
-def _attention_fits_kernel(
-    heads: int, groups: int | None, head_dim: int, tp: int, device: str, backend: str, recipe: str
+@rule(MLA, HEADS, TP, given=(DEVICE, BACKEND, RECIPE))
+def _latent_attention_fits_kernel(
+    latent: Any, heads: int, tp: int, device: str, backend: str, recipe: str
 ) -> str | None:
+    if latent is None:
+        return None
+    queries = heads * (latent.qk_head_dim + latent.qk_pos_emb_head_dim)
+    keys_and_values, values = heads * (latent.qk_head_dim + latent.v_head_dim), heads * latent.v_head_dim
+    widths = (latent.kv_lora_rank, latent.q_lora_rank or _MULTIPLE, queries // tp, keys_and_values // tp, values // tp)
+    return next(filter(None, (_complaint(width, device, backend) for width in widths)), None)
+
+
+@rule(HEADS, GROUPS, "model.head_dim", TP, given=(MLA, DEVICE, BACKEND, RECIPE))
+def _attention_fits_kernel(
+    heads: int, groups: int | None, head_dim: int, tp: int, latent: Any, device: str, backend: str, recipe: str
+) -> str | None:
+    if latent is not None:
+        return None
     projected = (heads + 2 * (groups or heads)) * head_dim
     return _complaint(heads * head_dim // tp, device, backend) or _complaint(projected // tp, device, backend)
 

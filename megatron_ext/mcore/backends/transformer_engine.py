@@ -7,12 +7,12 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import experts as core_experts
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ext.mcore.feed_forward import CompleteMLP
 from megatron_ext.mcore.state import ScalingState
 
 # megatron-core 0.19 has a class of its own for the parts of TEGroupedMLP; 0.16 takes an MLP's.
@@ -132,7 +132,7 @@ class TransformerEngineSpecProvider(TESpecProvider):
 
     def feed_forward(self) -> type:
         """Return the class of a dense feed-forward network: megatron-core's, which has fused kernels on CUDA."""
-        return MLP
+        return CompleteMLP
 
     def shared_experts(self) -> type:
         """Return the class of shared experts without biases."""

@@ -19,7 +19,7 @@ _CORE_ONLY = (
     "moe_router_padding_for_quantization",
     "moe_permute_fusion",
 )
-"""Options (model.transformer_overrides) that only megatron-core's dispatchers know."""
+"""Options of megatron-core's that only its own dispatchers know; set by overrides, or for Transformer Engine."""
 
 
 class LocalTokenDispatcher(MoETokenDispatcher):

@@ -11,7 +11,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 # megatron-core restores the tracker's states before it recomputes a layer. The seeds of the micro-batch are kept among
-# them, so that a recomputed router finds those of its own micro-batch and not of the latest one.
+# them, so that a recomputed router finds those of its own micro-batch and not of the latest one. (A checkpoint carries
+# them with the other states; the next micro-batch replaces them.)
 _STATE = "megatron_ext-sample-seeds"
 
 

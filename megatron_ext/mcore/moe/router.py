@@ -137,13 +137,6 @@ class Router(MegatronModule):
             weights_TE = self._attach_losses(weights_TE, raw_TE, noisy_TE, scores_TE, chosen_TE, batch)
         return (weights_TE if kept_TE is chosen_TE else weights_TE * kept_TE), kept_TE
 
-    def gating(self, hidden_SBH: Tensor) -> Tensor:
-        """The logits [S, B, E] that inference selects by."""
-        logits: Tensor = _GatingLinear.apply(hidden_SBH.reshape(-1, hidden_SBH.shape[-1]), self.weight)
-        if self.model.moe_gating_normalization is not None:
-            logits = normalize_gating_logits(logits, self.model.moe_gating_normalization)
-        return logits.view(*hidden_SBH.shape[:-1], -1)
-
     def _noise_keys(self, length: int, device: torch.device) -> Tensor | None:
         """A key for the random numbers of each token [T]; None where nothing is drawn."""
         if self.model.moe_router_noise is None or not self.training:

@@ -124,6 +124,17 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["model.num_attention_heads = 4", "parallel.tensor_model_parallel_size = 3"],
     ),
     ({"model": {"num_query_groups": 1}, "parallel": {"tensor_model_parallel_size": 2}}, ["model.num_query_groups = 1"]),
+    (
+        {"model": {"multi_latent_attention": LATENT}, "runtime": TE},
+        ["model.multi_latent_attention", "set runtime.backend: torch"],
+    ),
+    (
+        {
+            "model": {"multi_latent_attention": LATENT | {"kv_lora_rank": 20}, "hidden_size": 64},
+            "precision": {"kind": "fp8"},
+        },
+        ["model.multi_latent_attention", "one rank would have 20"],
+    ),
     ({"model": {"ffn_hidden_size": 97}, "parallel": {"tensor_model_parallel_size": 2}}, ["model.ffn_hidden_size = 97"]),
     (
         {
@@ -321,6 +332,9 @@ def test_every_rule_can_be_violated() -> None:
 
 
 def test_legal_neighbours_pass() -> None:
+    # Where every layer is MoE nothing has the dense width.
+    everywhere = MOE | {"moe_ffn_hidden_size": 64, "ffn_hidden_size": 97}
+    load(mapping(model=everywhere, parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True}))
     load(mapping(model={"rope_scaling": {"kind": "dynamic", "factor": 2.0}}, data={"sequence_length": 8192}))
     load(mapping(model={"rope_scaling": LLAMA3, "rotary_percent": 0.5, "qk_layernorm": "projection"}))
     load(mapping(model={"multi_latent_attention": LATENT, "rope_scaling": YARN, "hidden_size": 66}))
