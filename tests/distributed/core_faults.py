@@ -19,6 +19,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -52,13 +53,13 @@ def core_experts(backend: Any, model: Any) -> Any:
     linears = layer_specs._linears(backend)
     if layer_specs._SPECS_ARE_CALLABLES:
         experts = LocalSpecProvider().grouped_mlp_modules(False)
-        shared = layer_specs.functools.partial(layer_specs.SharedExpertMLP, submodules=linears)
+        shared = layer_specs.functools.partial(SharedExpertMLP, submodules=linears)
         submodules = layer_specs.MoESubmodules(experts=experts, shared_experts=shared, router=router)
         return layer_specs.functools.partial(layer_specs.MoELayer, submodules=submodules)
     module, parts = LocalSpecProvider().grouped_mlp_modules(False, False)
     submodules = layer_specs.MoESubmodules(
         experts=ModuleSpec(module=module, submodules=parts),
-        shared_experts=ModuleSpec(module=layer_specs.SharedExpertMLP, submodules=linears),
+        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
         router=router,
     )
     return ModuleSpec(module=layer_specs.MoELayer, submodules=submodules)
@@ -281,7 +282,7 @@ def torch_adam_fails_to_load() -> bool:
 
 
 def torch_adam_cannot_resume(pool: GlooPool) -> bool:
-    return pool.run(1, torch_adam_fails_to_load)[0]
+    return pool.run(2, torch_adam_fails_to_load)[0]
 
 
 def expert_bias_moves() -> bool:

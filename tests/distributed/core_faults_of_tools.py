@@ -147,7 +147,7 @@ def default_sharding_fails() -> bool:
 
 
 def default_optimizer_format_cannot_be_saved(pool: GlooPool) -> bool:
-    return pool.run(1, default_sharding_fails)[0]
+    return pool.run(2, default_sharding_fails)[0]
 
 
 def buckets_are_saved() -> bool:
@@ -158,7 +158,7 @@ def buckets_are_saved() -> bool:
 
 def reshardable_optimizer_format_is_bound_to_a_layout(pool: GlooPool) -> bool:
     """Its tensors are the buckets of one layout, not the states of parameters."""
-    return pool.run(1, buckets_are_saved)[0]
+    return pool.run(2, buckets_are_saved)[0]
 
 
 def parts_of_the_optimizer(parallel: ParallelConfig) -> int:
