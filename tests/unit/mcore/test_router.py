@@ -292,24 +292,34 @@ def test_noise_is_of_its_layer_and_of_training(kind: Any, pool: GlooPool) -> Non
     assert torch.equal(evaluated, quiet)
 
 
-def learned_noise_by_hand() -> tuple[Tensor, Tensor]:
-    model = tiny_model(moe=True, moe_router_noise=LearnedNoise(kind="learned"), moe_aux_loss_coeff=0.0)
-    router = build_router(model)
+def noise_by_hand(kind: Any, precision: str) -> tuple[Tensor, Tensor]:
+    """Routing weights of a noisy router, and the papers' formulas in float64 with the same random numbers."""
+    model = tiny_model(moe=True, moe_router_noise=kind, moe_aux_loss_coeff=0.0)
+    router = build_router(model, precision=precision)
     noise.begin_micro_batch(torch.arange(SAMPLES))
-    hidden = hidden_states()
+    hidden = hidden_states().to(router.weight.dtype)
     weights, _ = router(hidden)
-    tokens = hidden.flatten(0, 1).double()
-    logits = normalize_gating_logits(tokens @ router.weight.t().double(), GatingNormalization())
-    draw = noise.normal(noise.token_keys(torch.arange(LENGTH), 2), EXPERTS).double()
-    deviation = (1 + (tokens @ router.noise_weight.t().double()).exp()).log()
-    noisy = logits + draw * deviation
+    keys, tokens = noise.token_keys(torch.arange(LENGTH), 2), hidden.flatten(0, 1)
+    if isinstance(kind, InputJitter):
+        # The factor is rounded to the dtype of the tokens, as the product is.
+        tokens = tokens * (1 + kind.eps * (2 * noise.uniform(keys, HIDDEN) - 1)).to(tokens.dtype)
+    tokens = tokens.double()
+    noisy = normalize_gating_logits(tokens @ router.weight.t().double(), GatingNormalization())
+    if isinstance(kind, GumbelNoise):
+        noisy = noisy + kind.scale * noise.gumbel(keys, EXPERTS).double()
+    elif isinstance(kind, LearnedNoise):
+        deviation = (1 + (tokens @ router.noise_weight.t().double()).exp()).log()
+        noisy = noisy + noise.normal(keys, EXPERTS).double() * deviation
     best = noisy.topk(2, dim=-1)
     expected = torch.zeros_like(noisy).scatter(1, best.indices, best.values.softmax(dim=-1))
     return weights.detach(), expected.detach()
 
 
-def test_learned_noise_is_shazeers_formula(pool: GlooPool) -> None:
-    ((measured, expected),) = pool.run(1, learned_noise_by_hand)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", NOISES, ids=lambda kind: kind.kind)
+def test_noise_is_its_papers_formula(kind: Any, precision: str, pool: GlooPool) -> None:
+    """The gate is fp32 in both precisions, of bf16 tokens and weights in one."""
+    ((measured, expected),) = pool.run(1, noise_by_hand, kind, precision)
     assert torch.allclose(measured.double(), expected, atol=1e-5)
 
 
