@@ -66,7 +66,7 @@ def test_check_shows_the_run_and_starts_nothing(tmp_path: Path, monkeypatch: pyt
     resolved, _, rest = process.stdout.partition("\nrank grid")
     (tmp_path / "resolved.yaml").write_text(resolved)
     assert load_run(tmp_path / "resolved.yaml") == load_run(EXAMPLE / "moe.yaml", ["train.seed=7"])
-    assert "TP 2 x DP 2 x PP 2, experts ETP 1 x EP 2 x EDP 2" in rest
+    assert "TP 2 x CP 1 x DP 2 x PP 2, experts ETP 1 x EP 2 x EDP 2" in rest
     assert re.search(r"parameters +7,607,424 in all, 4,068,480 active", rest)
     assert "state memory" in rest
     assert "Hugging Face    MegatronExtForCausalLM (not LlamaForCausalLM: it has no experts)" in rest
