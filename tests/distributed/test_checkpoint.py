@@ -108,8 +108,8 @@ def test_training_continues_in_another_layout(move: str, pool: GlooPool, tmp_pat
     assert difference < TOLERANCE
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("move", MOVES)
+# bf16 has all there is: weights, fp32 master weights and moments.
+@pytest.mark.parametrize(("move", "precision"), [*((move, "bf16") for move in MOVES), (next(iter(MOVES)), "fp32")])
 def test_every_tensor_survives_another_layout_bit_for_bit(
     move: str, precision: str, pool: GlooPool, tmp_path: Path
 ) -> None:
