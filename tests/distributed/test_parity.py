@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ext.config import (
     AdaptiveAuxLoss,
@@ -18,7 +19,7 @@ from megatron_ext.config import (
 )
 from megatron_ext.testing.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
-from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.testing.tiny import random_batch, tiny_model
 
 # fp32 rounds to 6e-8. Splitting a matrix product or a batch changes the order of additions, and Adam turns a relative
 # error of a gradient into the same relative error of a step; after 5 steps the largest difference seen is 7e-7. Real
@@ -286,3 +287,10 @@ def write_table(path: Path, rows: dict[tuple[str, str], dict[str, Difference]]) 
     before, _, rest = path.read_text().partition(begin)
     _, _, after = rest.partition(end)
     path.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}")
+
+
+def test_random_batches_are_the_same_everywhere() -> None:
+    one = random_batch(3, samples=4, micro_batch=1, dp_rank=1, dp_size=2)
+    two = random_batch(3, samples=4, micro_batch=1, dp_rank=0, dp_size=1)
+    assert torch.equal(one[0].tokens, two[1].tokens)
+    assert torch.equal(one[0].seeds, two[1].seeds)

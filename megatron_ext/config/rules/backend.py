@@ -2,13 +2,24 @@
 
 from typing import Any
 
-from megatron_ext.config.rules.registry import EXPERTS, HEADS, PP, SP, TP, rule
+from megatron_ext.config.rules.registry import (
+    BACKEND,
+    BF16_AT_END,
+    BF16_AT_START,
+    CP,
+    DEVICE,
+    EXPERTS,
+    GROUPS,
+    HEADS,
+    MLA,
+    PP,
+    RECIPE,
+    SP,
+    TP,
+    rule,
+)
 
-BACKEND = "runtime.backend"
-RECIPE = "precision.recipe"
-START, END = "precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"
 MODULES = "recompute.modules"
-CP = "parallel.context_parallel_size"
 TE = "transformer_engine"
 ONLY_WITH_TE = frozenset(("layernorm", "moe_act"))
 """Modules whose recompute is Transformer Engine's."""
@@ -19,14 +30,14 @@ def _multiple(recipe: str) -> int:
     return 32 if recipe == "mxfp8" else 16
 
 
-@rule(BACKEND, "runtime.device")
+@rule(BACKEND, DEVICE)
 def _te_needs_cuda(backend: str, device: str) -> str | None:
     if backend == TE and device == "cpu":
         return "Transformer Engine computes on CUDA only; set runtime.backend: torch, or remove runtime.device"
     return None
 
 
-@rule("model.multi_latent_attention", BACKEND)
+@rule(MLA, BACKEND)
 def _latent_attention_is_ours(latent: Any, backend: str) -> str | None:
     if latent is not None and backend == TE:
         return "latent attention is built for the torch backend; set runtime.backend: torch"
@@ -41,19 +52,19 @@ def _torch_cannot_recompute(modules: list[str], backend: str) -> str | None:
     return None
 
 
-@rule(MODULES, "model.num_moe_experts")
+@rule(MODULES, EXPERTS)
 def _expert_activation_needs_experts(modules: list[str], experts: int | None) -> str | None:
     return "moe_act is the activation of routed experts; remove it" if "moe_act" in modules and not experts else None
 
 
-@rule("model.add_bias_linear", "parallel.etp", "model.num_moe_experts", given=(BACKEND,))
+@rule("model.add_bias_linear", "parallel.etp", EXPERTS, given=(BACKEND,))
 def _expert_biases_are_whole(biases: bool, etp: int, experts: int | None, backend: str) -> str | None:
     if backend == TE and biases and experts and etp > 1:
         return "megatron-core would add experts' biases once a rank; set expert_tensor_parallel_size: 1"
     return None
 
 
-@rule(RECIPE, START, END, given=(BACKEND,))
+@rule(RECIPE, BF16_AT_START, BF16_AT_END, given=(BACKEND,))
 def _delayed_has_no_bf16_layers(recipe: str, start: int, end: int, backend: str) -> str | None:
     if backend == TE and recipe == "delayed" and start + end:
         return "delayed scaling reduces the maxima of all layers at once, leaving none out; set recipe: tensorwise"
@@ -74,7 +85,7 @@ def _te_wgrad_is_fp8(wgrad: bool, backend: str) -> str | None:
     return None
 
 
-@rule(START, END, "model.num_layers", PP, given=(BACKEND,))
+@rule(BF16_AT_START, BF16_AT_END, "model.num_layers", PP, given=(BACKEND,))
 def _bf16_layers_fit_a_stage(start: int, end: int, layers: int, pp: int, backend: str) -> str | None:
     stage = layers // pp
     if backend == TE and max(start, end) > stage:
@@ -104,7 +115,7 @@ def _hidden_is_even(recipe: str, hidden: int, backend: str) -> str | None:
     return _uneven(recipe, hidden) if backend == TE else None
 
 
-@rule(RECIPE, HEADS, "model.head_dim", TP, given=("model.num_query_groups", BACKEND))
+@rule(RECIPE, HEADS, "model.head_dim", TP, given=(GROUPS, BACKEND))
 def _heads_are_even(recipe: str, heads: int, width: int, tp: int, groups: int | None, backend: str) -> str | None:
     if backend != TE:
         return None

@@ -2,12 +2,21 @@
 
 from typing import Any
 
-from megatron_ext.config.rules.registry import EXPERTS, GROUPS, HEADS, MLA, TP, rule
+from megatron_ext.config.rules.registry import (
+    BACKEND,
+    BF16_AT_END,
+    BF16_AT_START,
+    CP,
+    DEVICE,
+    EXPERTS,
+    GROUPS,
+    HEADS,
+    MLA,
+    RECIPE,
+    TP,
+    rule,
+)
 
-RECIPE = "precision.recipe"
-START, END = "precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"
-DEVICE, BACKEND = "runtime.device", "runtime.backend"
-CP = "parallel.context_parallel_size"
 _MULTIPLE = 16
 """torch's fp8 kernels take rows and columns in whole 16 bytes."""
 _DELAYED_ONLY: dict[str, Any] = {
@@ -27,7 +36,7 @@ for _key, _neutral in _DELAYED_ONLY.items():
     _register_delayed_only(_key, _neutral)
 
 
-@rule(START, END, "model.num_layers")
+@rule(BF16_AT_START, BF16_AT_END, "model.num_layers")
 def _some_layer_is_fp8(start: int, end: int, layers: int) -> str | None:
     return "no layer is left in fp8; set precision.kind: bf16" if start + end >= layers else None
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megatron_ext.config.rules.registry import PP, VPP, rule
+from megatron_ext.config.rules.registry import BACKEND, PP, VPP, rule
 
 
-@rule("data.reset_attention_mask", "runtime.backend")
+@rule("data.reset_attention_mask", BACKEND)
 def _documents_need_our_attention(reset: bool, backend: str) -> str | None:
     if reset and backend != "torch":
         return "Transformer Engine's attention would ignore the documents; set runtime.backend: torch"

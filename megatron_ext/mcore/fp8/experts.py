@@ -121,8 +121,12 @@ class Fp8GroupedExperts(GroupedExperts):
         self.scaling_fc1 = Scaling(config.torch_fp8, gradient_format=E4M3)
         self.scaling_fc2 = Scaling(config.torch_fp8, gradient_format=E4M3)
 
-    def multiply(self, tokens: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
-        """Multiply each expert's tokens [T, in] by the transpose of its own weight, of `weights` [E, out, in]."""
-        scaling = self.scaling_fc1 if weights is self.weight1 else self.scaling_fc2
-        output: Tensor = _ExpertFunction.apply(tokens, weights, ends_E, scaling)
-        return output
+    def fc1(self, tokens_TH: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiply each expert's tokens by its own first weight: [T, F], or [T, 2 F] if gated."""
+        projected: Tensor = _ExpertFunction.apply(tokens_TH, self.weight1, ends_E, self.scaling_fc1)
+        return projected
+
+    def fc2(self, hidden_TF: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiply each expert's hidden units by its own second weight: [T, H]."""
+        output_TH: Tensor = _ExpertFunction.apply(hidden_TF, self.weight2, ends_E, self.scaling_fc2)
+        return output_TH

@@ -66,10 +66,10 @@ class GroupedExperts(MegatronModule):
             return self._no_tokens(tokens_TH, weights_T), None
         counts_E = tokens_per_expert_E.to(device=tokens_TH.device)
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        projected = self.multiply(tokens_TH, self.weight1, ends_E)
+        projected = self.fc1(tokens_TH, ends_E)
         if self.bias1 is not None:
             projected = projected + self._of_each_token(self.bias1, counts_E, len(projected))
-        output_TH = self.multiply(self._activated(projected, weights_T), self.weight2, ends_E)
+        output_TH = self.fc2(self._activated(projected, weights_T), ends_E)
         if self.bias2 is not None:
             bias = self._of_each_token(self.bias2, counts_E, len(output_TH)) * weights_T.unsqueeze(-1)
             before = self.etp_group.rank() * bias.shape[-1]
@@ -77,9 +77,13 @@ class GroupedExperts(MegatronModule):
             output_TH = output_TH + F.pad(bias.to(output_TH.dtype), (before, after))
         return output_TH, None
 
-    def multiply(self, tokens: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
-        """Multiply each expert's tokens [T, in] by the transpose of its own weight, of `weights` [E, out, in]."""
-        return grouped_linear(tokens, weights, ends_E)
+    def fc1(self, tokens_TH: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiply each expert's tokens by its own first weight: [T, F], or [T, 2 F] if gated."""
+        return grouped_linear(tokens_TH, self.weight1, ends_E)
+
+    def fc2(self, hidden_TF: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiply each expert's hidden units by its own second weight: [T, H]."""
+        return grouped_linear(hidden_TF, self.weight2, ends_E)
 
     def _activated(self, projected: Tensor, weights_T: Tensor) -> Tensor:
         """The hidden units times their token's routing weight [T, F]."""
