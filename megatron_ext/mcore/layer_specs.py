@@ -111,7 +111,7 @@ def _latent_attention(backend: BackendSpecProvider, model: ModelConfig) -> Modul
             linear_q_proj=column,
             linear_q_up_proj=column,
             linear_kv_up_proj=column,
-            core_attention=backend.core_attention(),
+            core_attention=backend.latent_core_attention(),
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=norm,
             kv_layernorm=norm,

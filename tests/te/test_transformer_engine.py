@@ -12,6 +12,7 @@ from megatron_ext.config import (
     Bf16Precision,
     Fp8Precision,
     ModelConfig,
+    MultiLatentAttention,
     ParallelConfig,
     Precision,
     load_run,
@@ -80,6 +81,35 @@ def test_checkpoints_of_every_example_are_the_torch_backends(path: Path, te_pool
     theirs = te_pool.run(processes, builds.places, cell, "transformer_engine")
     assert sum(map(len, ours)) > 0
     assert theirs == ours
+
+
+LATENT = MultiLatentAttention(q_lora_rank=16, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=12)
+FEATURES: dict[str, dict[str, Any]] = {
+    "biases": {"add_bias_linear": True},
+    "MoE with biases": {"moe": True, "add_bias_linear": True},
+    "QKV biases": {"add_qkv_bias": True},
+    "LayerNorm": {"normalization": "LayerNorm"},
+    "GELU": {"gated_linear_unit": False, "activation_func": "gelu"},
+    "MoE with GELU": {"moe": True, "gated_linear_unit": False, "activation_func": "gelu"},
+    "QK norm per head": {"qk_layernorm": "head"},
+    "QK norm over the projection": {"qk_layernorm": "projection"},
+    "learned positions": {"position_embedding_type": "learned_absolute"},
+    "tied embeddings": {"untie_embeddings_and_output_weights": False},
+    "gated shared experts": {"moe": True, "moe_shared_expert_gate": True},
+    "latent attention": {"num_query_groups": None, "multi_latent_attention": LATENT},
+    "latent attention, queries direct": {
+        "moe": True,
+        "num_query_groups": None,
+        "multi_latent_attention": replace(LATENT, q_lora_rank=None),
+    },
+    "expert bias": {"moe": True, "moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_checkpoints_with_each_feature_are_the_torch_backends(name: str, te_pool: GlooPool) -> None:
+    cell = Cell(tiny_model(**FEATURES[name]), ParallelConfig(), BF16)
+    assert te_pool.run(1, builds.places, cell, "transformer_engine") == te_pool.run(1, builds.places, cell, "torch")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -18,6 +18,7 @@ from megatron_ext.config.rules.registry import (
     TP,
     rule,
 )
+from megatron_ext.config.rules.widths import attention_widths
 
 MODULES = "recompute.modules"
 TE = "transformer_engine"
@@ -34,13 +35,6 @@ def _multiple(recipe: str) -> int:
 def _te_needs_cuda(backend: str, device: str) -> str | None:
     if backend == TE and device == "cpu":
         return "Transformer Engine computes on CUDA only; set runtime.backend: torch, or remove runtime.device"
-    return None
-
-
-@rule(MLA, BACKEND)
-def _latent_attention_is_ours(latent: Any, backend: str) -> str | None:
-    if latent is not None and backend == TE:
-        return "latent attention is built for the torch backend; set runtime.backend: torch"
     return None
 
 
@@ -115,11 +109,11 @@ def _hidden_is_even(recipe: str, hidden: int, backend: str) -> str | None:
     return _uneven(recipe, hidden) if backend == TE else None
 
 
-@rule(RECIPE, HEADS, "model.head_dim", TP, given=(GROUPS, BACKEND))
-def _heads_are_even(recipe: str, heads: int, width: int, tp: int, groups: int | None, backend: str) -> str | None:
-    if backend != TE:
-        return None
-    return _uneven(recipe, heads * width // tp, (heads + 2 * (groups or heads)) * width // tp)
+@rule(RECIPE, MLA, HEADS, GROUPS, "model.head_dim", TP, given=(BACKEND,))
+def _attention_is_even(
+    recipe: str, latent: Any, heads: int, groups: int | None, head_dim: int, tp: int, backend: str
+) -> str | None:
+    return _uneven(recipe, *attention_widths(latent, heads, groups, head_dim, tp)) if backend == TE else None
 
 
 @rule(RECIPE, "train.micro_batch_size", "data.sequence_length", TP, CP, given=(SP, BACKEND))

@@ -16,6 +16,7 @@ from megatron_ext.config.rules.registry import (
     TP,
     rule,
 )
+from megatron_ext.config.rules.widths import attention_widths
 
 _MULTIPLE = 16
 """torch's fp8 kernels take rows and columns in whole 16 bytes."""
@@ -86,26 +87,12 @@ def _hidden_fits_kernel(hidden: int, device: str, backend: str, recipe: str) -> 
     return _complaint(hidden, device, backend)
 
 
-@rule(MLA, HEADS, TP, given=(DEVICE, BACKEND, RECIPE))
-def _latent_attention_fits_kernel(
-    latent: Any, heads: int, tp: int, device: str, backend: str, recipe: str
-) -> str | None:
-    if latent is None:
-        return None
-    queries = heads * (latent.qk_head_dim + latent.qk_pos_emb_head_dim)
-    keys_and_values, values = heads * (latent.qk_head_dim + latent.v_head_dim), heads * latent.v_head_dim
-    widths = (latent.kv_lora_rank, latent.q_lora_rank or _MULTIPLE, queries // tp, keys_and_values // tp, values // tp)
-    return next(filter(None, (_complaint(width, device, backend) for width in widths)), None)
-
-
-@rule(HEADS, GROUPS, "model.head_dim", TP, given=(MLA, DEVICE, BACKEND, RECIPE))
+@rule(MLA, HEADS, GROUPS, "model.head_dim", TP, given=(DEVICE, BACKEND, RECIPE))
 def _attention_fits_kernel(
-    heads: int, groups: int | None, head_dim: int, tp: int, latent: Any, device: str, backend: str, recipe: str
+    latent: Any, heads: int, groups: int | None, head_dim: int, tp: int, device: str, backend: str, recipe: str
 ) -> str | None:
-    if latent is not None:
-        return None
-    projected = (heads + 2 * (groups or heads)) * head_dim
-    return _complaint(heads * head_dim // tp, device, backend) or _complaint(projected // tp, device, backend)
+    widths = attention_widths(latent, heads, groups, head_dim, tp)
+    return next(filter(None, (_complaint(width, device, backend) for width in widths)), None)
 
 
 @rule("data.sequence_length", "train.micro_batch_size", CP, given=("precision.fp8_wgrad", DEVICE, BACKEND))

@@ -21,6 +21,10 @@ class TorchSpecProvider(LocalSpecProvider):
         """Return the attention class."""
         return ScaledDotProductAttention
 
+    def latent_core_attention(self) -> type:
+        """Return the class of attention whose values have another width than queries and keys."""
+        return ScaledDotProductAttention
+
     def feed_forward(self) -> type:
         """Return the class of a dense feed-forward network."""
         return FeedForward

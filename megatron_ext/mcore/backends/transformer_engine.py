@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import experts as core_experts
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_ext.mcore.feed_forward import CompleteMLP
 from megatron_ext.mcore.state import ScalingState
@@ -111,6 +111,14 @@ class GroupedExperts(TEGroupedMLP):
                 parameter.partition_dim, parameter.partition_stride = split_dim, 1
 
 
+class LatentCoreAttention(te.TEDotProductAttention):
+    """Attention whose values have another width than queries and keys (mcore/mla.py)."""
+
+    def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
+        widths = {"k_channels": config.qk_head_dim + config.qk_pos_emb_head_dim, "v_channels": config.v_head_dim}
+        super().__init__(config, *args, **widths, **kwargs)
+
+
 class TransformerEngineSpecProvider(TESpecProvider):
     """megatron-core's choice of TE modules, with the classes above."""
 
@@ -129,6 +137,10 @@ class TransformerEngineSpecProvider(TESpecProvider):
     def column_parallel_layer_norm_linear(self) -> type:
         """Return the class of a norm with the linear layer after it."""
         return LayerNormColumnParallelLinear
+
+    def latent_core_attention(self) -> type:
+        """Return the class of attention whose values have another width than queries and keys."""
+        return LatentCoreAttention
 
     def feed_forward(self) -> type:
         """Return the class of a dense feed-forward network: megatron-core's, which has fused kernels on CUDA."""

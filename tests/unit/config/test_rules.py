@@ -125,8 +125,12 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     ({"model": {"num_query_groups": 1}, "parallel": {"tensor_model_parallel_size": 2}}, ["model.num_query_groups = 1"]),
     (
-        {"model": {"multi_latent_attention": LATENT}, "runtime": TE},
-        ["model.multi_latent_attention", "set runtime.backend: torch"],
+        {
+            "model": {"multi_latent_attention": LATENT | {"kv_lora_rank": 20}, "hidden_size": 64},
+            "precision": {"kind": "fp8"},
+            "runtime": TE,
+        },
+        ["model.multi_latent_attention", "FP8 kernels take multiples of 16, and this gives 20"],
     ),
     (
         {
