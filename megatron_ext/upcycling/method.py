@@ -1,41 +1,126 @@
-"""What an upcycling method is: a function from one dense feed-forward layer to the parts of a MoE layer."""
+"""What an upcycling method is: a function from the feed-forward layers of dense models to the parts of a MoE layer."""
 
-from collections.abc import Iterator
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from torch import Tensor
+import torch
 
+from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.config import ModelConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.upcycling.feed_forward import FeedForward
+
+Reader = Callable[[], FeedForward]
+"""Reads one layer's feed-forward network of one source."""
 
 
 @dataclass(frozen=True)
-class FeedForward:
-    """A feed-forward network: `fc2 @ (activation(gate @ x) * (up @ x))`, or not gated `fc2 @ activation(fc1 @ x)`."""
+class Draw:
+    """Random numbers of one layer, which depend on the seed and on names alone: not on layout, workers or order."""
 
-    fc1: Tensor
-    """[2F, H], gate rows above up rows; [F, H] if not gated."""
-    fc2: Tensor
-    """[H, F]"""
-    fc1_bias: Tensor | None = None
-    """[2F] or [F], added to what fc1 gives."""
-    fc2_bias: Tensor | None = None
-    """[H], added to the output."""
+    seed: int
+    layer: str
+    """Canonical name of the layer's feed-forward part."""
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator for what is called `name` in this layer."""
+        return torch.Generator().manual_seed(seed_from_name(self.seed, f"{self.layer}.{name}"))
+
+    def permutation(self, name: str, count: int) -> torch.Tensor:
+        """The numbers below `count` in random order."""
+        return torch.randperm(count, generator=self.generator(name))
 
 
-class Method(Protocol):
-    """One way to turn a dense model into a MoE model."""
+@dataclass(frozen=True)
+class MoELayer:
+    """What a method makes of one layer."""
 
-    name: str
+    experts: Iterator[FeedForward]
+    """The routed experts, in order."""
+    shared: FeedForward | None = None
+    """The shared experts, where the model has them."""
 
+
+class Method(ABC):
+    """One way to turn dense models into a MoE model. Its fields are its options."""
+
+    kind: str
+    sources_at_least = 1
+    """Dense models it takes."""
+    sources_at_most: int | None = 1
+
+    def adjust(self, moe: ModelConfig, dense: ModelConfig) -> ModelConfig:
+        """The model with what this method implies of it, where nothing else was asked for."""
+        return moe
+
+    @abstractmethod
     def check(self, dense: ModelConfig, moe: ModelConfig) -> None:
-        """Raise ConfigError where this method cannot make `moe` out of `dense`."""
+        """Raise ConfigError where this method cannot make `moe` out of models like `dense`."""
 
-    def inexact(self, moe: ModelConfig) -> str | None:
-        """Why the MoE model will not compute what the dense one does; None if it will, up to rounding."""
+    @abstractmethod
+    def layer(self, sources: Sequence[Reader], moe: ModelConfig, draw: Draw) -> MoELayer:
+        """Make one MoE layer of the same layer of each source."""
 
-    def experts(self, ffn: FeedForward, moe: ModelConfig) -> Iterator[FeedForward]:
-        """The routed experts made of a layer's `ffn`, in order."""
+    def group_size(self, moe: ModelConfig) -> int:
+        """Consecutive experts that share a row of the router, and so are always chosen together."""
+        return 1
 
-    def shared(self, ffn: FeedForward, moe: ModelConfig) -> FeedForward:
-        """The shared experts made of a layer's `ffn`; called only where the model has them."""
+    def weight_sum(self, moe: ModelConfig) -> float:
+        """What the selected experts' weights must sum to, for the output to have the dense one's scale."""
+        return 1.0
+
+    def changes(self, moe: ModelConfig) -> str | None:
+        """Why this method changes the function, whatever the router does; None if it does not."""
+        return None
+
+    def inexact(self, moe: ModelConfig, dtype: torch.dtype = torch.float32) -> str | None:
+        """Why the MoE model will not compute what the dense one does; None if it will, up to the rounding of fp32."""
+        if (reason := self.changes(moe) or _weights_vary(moe)) is not None:
+            return reason
+        factor = self.folded(moe)
+        if dtype != torch.float32 and not _is_power_of_two(factor):
+            return f"a factor {factor:.4g} goes into the experts' output weights, which rounds them in {dtype}"
+        return None
+
+    def folded(self, moe: ModelConfig) -> float:
+        """The factor on the experts' output weights that makes up for what the router's weights sum to."""
+        return self.weight_sum(moe) / (moe.moe_router_topk_scaling_factor or 1.0)
+
+
+def _weights_vary(moe: ModelConfig) -> str | None:
+    """Why the selected experts' weights do not sum to a constant."""
+    softmax_over_selected = moe.moe_router_score_function == "softmax" and not moe.moe_router_pre_softmax
+    if softmax_over_selected or moe.normalizes_topk:
+        return None
+    return "moe_router_norm_topk_prob is off: the selected experts' weights do not sum to a constant"
+
+
+def _is_power_of_two(factor: float) -> bool:
+    return math.frexp(factor)[0] == 0.5
+
+
+def require_width(moe: ModelConfig, expected: int, why: str) -> None:
+    """Raise ConfigError unless an expert is `expected` wide."""
+    if moe.expert_ffn_hidden_size != expected:
+        raise ConfigError(f"moe_ffn_hidden_size = {moe.expert_ffn_hidden_size}: {why}, {expected}")
+
+
+def require_groups(moe: ModelConfig, shards: int, shard: str) -> None:
+    """Raise ConfigError unless experts and top-k are whole sets of `shards`."""
+    assert moe.num_moe_experts is not None
+    for name, value in (("num_moe_experts", moe.num_moe_experts), ("moe_router_topk", moe.moe_router_topk)):
+        if value % shards:
+            raise ConfigError(
+                f"{name} = {value}: each {shard} is cut into {shards} parts, which are chosen together; "
+                f"it must be a multiple of {shards}"
+            )
+    if moe.num_moe_experts == shards:
+        raise ConfigError(f"num_moe_experts = {shards}: one set of parts leaves the router nothing to choose")
+
+
+def silent_shared(ffn: FeedForward, moe: ModelConfig) -> FeedForward | None:
+    """The dense layer's neurons, repeated or cut to the shared width, with nothing written to the output yet."""
+    width = moe.moe_shared_expert_intermediate_size
+    return None if width is None else ffn.neurons(torch.arange(width) % ffn.width).times(0.0)

@@ -1,0 +1,168 @@
+"""Ways to merge models of one shape, as functions of the versions of one tensor.
+
+With a base model, its difference to each of the others is called their task vector (Ilharco et al. 2023, arXiv
+2212.04089).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.config.base import config
+from megatron_ext.errors import ConfigError
+from megatron_ext.merging.weighted_sum import WeightedSum, wider
+
+Versions = Sequence[Callable[[], Tensor]]
+"""Reads the same tensor of each model."""
+
+
+class Merge(ABC):
+    """One way to merge. Its fields are its options."""
+
+    kind: str
+    needs_base = False
+    """Whether it works on differences to a base model."""
+
+    @abstractmethod
+    def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
+        """Merge the versions of the tensor `name`; `base` is its version in the base model. Their dtype is kept."""
+
+
+@config
+class Linear(Merge):
+    """Weighted mean: checkpoint averaging, model soups (Wortsman et al. 2022, arXiv 2203.05482)."""
+
+    kind: Literal["linear"] = "linear"
+    weights: list[float] | None = None
+    """Weight of each model; divided by their sum. Default: equal."""
+
+    def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
+        """The weighted mean."""
+        weights = _weights(self.weights, len(versions))
+        if (whole := sum(weights)) == 0:
+            raise ConfigError(f"weights = {self.weights}: sum to 0")
+        return _sum([weight / whole for weight in weights], versions)
+
+
+@config
+class Ema(Merge):
+    """Exponential moving average of checkpoints in their order, oldest first."""
+
+    kind: Literal["ema"] = "ema"
+    decay: float = Field(default=0.8, gt=0, lt=1)
+    """Share of the average so far that is kept at each further checkpoint."""
+
+    def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
+        """Average = decay * average + (1 - decay) * next, beginning with the first."""
+        last = len(versions) - 1
+        weights = [self.decay ** (last - number) * (1 - self.decay if number else 1.0) for number in range(last + 1)]
+        return _sum(weights, versions)
+
+
+@config
+class TaskArithmetic(Merge):
+    """The base plus the weighted sum of task vectors (arXiv 2212.04089, section 2)."""
+
+    kind: Literal["task_arithmetic"] = "task_arithmetic"
+    weights: list[float] | None = None
+    """Weight of each task vector. Default: 1 each. Negative ones take something away."""
+    needs_base = True
+
+    def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
+        """Base + sum of weight * (version - base)."""
+        assert base is not None
+        weights, total = _weights(self.weights, len(versions)), WeightedSum()
+        total.add(1 - sum(weights), base)
+        for weight, read in zip(weights, versions, strict=True):
+            total.add(weight, read())
+        return total.result()
+
+
+@config
+class Ties(Merge):
+    """Trim, elect sign, and merge (Yadav et al. 2023, arXiv 2306.01708, section 4): fewer task vectors cancel out.
+
+    What is kept of a task vector is decided in each tensor, so that models of any size are merged in little memory.
+    """
+
+    kind: Literal["ties"] = "ties"
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Share of each task vector's entries that is kept, the largest ones."""
+    weights: list[float] | None = None
+    """Weight of each task vector in the election and in the mean. Default: 1 each."""
+    scale: float = Field(default=1.0, gt=0)
+    """The paper's lambda, a factor on the merged task vector."""
+    needs_base = True
+
+    def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
+        """Base + scale * the mean of those trimmed entries that have the elected sign."""
+        assert base is not None
+        weights = _weights(self.weights, len(versions))
+        wide = base.to(wider(base.dtype))
+        elected = torch.zeros_like(wide)
+        for weight, read in zip(weights, versions, strict=True):
+            elected.add_(self._trimmed(read(), wide), alpha=weight)
+        sign = elected.sign_()
+        total, voices = torch.zeros_like(wide), torch.zeros_like(wide)
+        for weight, read in zip(weights, versions, strict=True):
+            vector = self._trimmed(read(), wide)
+            agrees = vector * sign * weight > 0
+            total.add_(vector.where(agrees, 0.0), alpha=weight)
+            voices.add_(agrees, alpha=abs(weight))
+        merged = total.div_(voices.where(voices > 0, 1.0))
+        return wide.add_(merged, alpha=self.scale).to(base.dtype)
+
+    def _trimmed(self, version: Tensor, base: Tensor) -> Tensor:
+        """The task vector with zeros in the place of all but its largest entries."""
+        vector = version.to(base.dtype) - base
+        dropped = vector.numel() - max(round(self.density * vector.numel()), 1)
+        if dropped == 0:
+            return vector
+        threshold = vector.abs().flatten().kthvalue(dropped).values
+        return vector.where(vector.abs() > threshold, 0.0)
+
+
+@config
+class Dare(Merge):
+    """Drop and rescale (Yu et al. 2024, arXiv 2311.03099, section 3.2), then task arithmetic."""
+
+    kind: Literal["dare"] = "dare"
+    drop_rate: float = Field(default=0.9, ge=0, lt=1)
+    """Share of each task vector's entries that is dropped at random; the others are divided by one minus that."""
+    weights: list[float] | None = None
+    """Weight of each task vector. Default: 1 each."""
+    needs_base = True
+
+    def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
+        """Base + sum of weight * the dropped and rescaled task vector."""
+        assert base is not None
+        wide = base.to(wider(base.dtype))
+        merged = wide.clone()
+        for number, (weight, read) in enumerate(zip(_weights(self.weights, len(versions)), versions, strict=True)):
+            generator = torch.Generator().manual_seed(seed_from_name(seed, f"{name}.{number}"))
+            kept = torch.rand(base.shape, generator=generator) >= self.drop_rate
+            merged.add_((read().to(wide.dtype) - wide).where(kept, 0.0), alpha=weight / (1 - self.drop_rate))
+        return merged.to(base.dtype)
+
+
+AnyMerge = Annotated[Linear | Ema | TaskArithmetic | Ties | Dare, Field(discriminator="kind")]
+
+
+def _weights(given: list[float] | None, count: int) -> list[float]:
+    if given is None:
+        return [1.0] * count
+    if len(given) != count:
+        raise ConfigError(f"weights = {given}: {len(given)} weights for {count} models")
+    return given
+
+
+def _sum(weights: Sequence[float], versions: Versions) -> Tensor:
+    total = WeightedSum()
+    for weight, read in zip(weights, versions, strict=True):
+        total.add(weight, read())
+    return total.result()

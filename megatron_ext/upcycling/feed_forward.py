@@ -1,0 +1,75 @@
+"""A feed-forward network as methods take it apart: by its neurons, the units between its two matrices."""
+
+#   F neurons, H hidden
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """`fc2 @ (activation(gate @ x) * (up @ x))`, or not gated `fc2 @ activation(fc1 @ x)`.
+
+    Neuron i is row i of each half of fc1 and column i of fc2. The output is a sum over neurons, so their order does not
+    matter and any split of them is a split of the output.
+    """
+
+    fc1: Tensor
+    """[2F, H], gate rows above up rows; [F, H] if not gated."""
+    fc2: Tensor
+    """[H, F]"""
+    fc1_bias: Tensor | None = None
+    """[2F] or [F], added to what fc1 gives."""
+    fc2_bias: Tensor | None = None
+    """[H], added to the output."""
+
+    @property
+    def width(self) -> int:
+        """Number of neurons, F."""
+        return self.fc2.shape[1]
+
+    @property
+    def halves(self) -> int:
+        """Matrices in fc1: 2 if gated."""
+        return self.fc1.shape[0] // self.width
+
+    def neurons(self, chosen: Tensor) -> "FeedForward":
+        """The network of these neurons (indices [f], repeats allowed), with the whole output bias."""
+
+        def rows(stacked: Tensor) -> Tensor:
+            return torch.cat([half[chosen] for half in stacked.chunk(self.halves)])
+
+        bias = None if self.fc1_bias is None else rows(self.fc1_bias)
+        return FeedForward(rows(self.fc1), self.fc2[:, chosen], bias, self.fc2_bias)
+
+    def times(self, factor: float) -> "FeedForward":
+        """The network whose output is `factor` times this one's."""
+        if factor == 1.0:
+            return self
+        return FeedForward(self.fc1, self.fc2 * factor, self.fc1_bias, _times(self.fc2_bias, factor))
+
+    def with_bias_times(self, factor: float) -> "FeedForward":
+        """The same with `factor` times the output bias."""
+        return FeedForward(self.fc1, self.fc2, self.fc1_bias, _times(self.fc2_bias, factor))
+
+    def over_matrices(self, change: Callable[[str, Tensor], Tensor]) -> "FeedForward":
+        """`change(name, matrix)` in the place of each matrix and bias of neurons.
+
+        Each comes with neurons along dimension 0, [F, ...], and under a name of its own: `gate`, `up` (`fc1` if not
+        gated), `down`, and the same with `_bias`. The output bias belongs to no neuron and stays.
+        """
+        names = ("gate", "up") if self.halves == 2 else ("fc1",)
+
+        def rows(stacked: Tensor, suffix: str = "") -> Tensor:
+            halves = stacked.chunk(self.halves)
+            return torch.cat([change(name + suffix, half) for name, half in zip(names, halves, strict=True)])
+
+        bias = None if self.fc1_bias is None else rows(self.fc1_bias, "_bias")
+        return FeedForward(rows(self.fc1), change("down", self.fc2.t()).t(), bias, self.fc2_bias)
+
+
+def _times(bias: Tensor | None, factor: float) -> Tensor | None:
+    return None if bias is None else bias * factor

@@ -1,0 +1,117 @@
+"""Fine-grained upcycling into virtual groups: each expert starts as a part of the dense layer's neurons.
+
+He et al. 2024 (NVIDIA, arXiv 2410.07524), sections 3.1 to 3.3.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from megatron_ext.config import ModelConfig
+from megatron_ext.config.base import config
+from megatron_ext.errors import ConfigError
+from megatron_ext.upcycling.feed_forward import FeedForward
+from megatron_ext.upcycling.method import (
+    Draw,
+    Method,
+    MoELayer,
+    Reader,
+    require_groups,
+    require_width,
+    silent_shared,
+)
+
+
+@config
+class FineGrained(Method):
+    """The dense layer is cut into `granularity` parts, which repeat as the experts; a shared expert starts silent.
+
+    A set of experts that together are the dense layer shares one row of the router: their logits are equal, so top-k
+    of a multiple of `granularity` chooses whole sets, and in each set all weights are equal. With weights that sum to
+    `granularity` every part then counts once, and the function is kept, whatever the router says.
+    """
+
+    kind: Literal["fine_grained"] = "fine_grained"
+    granularity: int = Field(default=8, ge=2)
+    """Parts that the dense layer is cut into."""
+    scale: Literal["exact", "paper"] = "exact"
+    """exact: the router's scaling factor makes up for the parts. paper: larger weights instead, and a softmax over all
+    experts; the function is kept in expectation only."""
+
+    def adjust(self, moe: ModelConfig, dense: ModelConfig) -> ModelConfig:
+        """Experts as wide as a part, and the scaling factor or the softmax that the mode needs."""
+        changes: dict[str, object] = {}
+        if moe.moe_ffn_hidden_size is None and dense.ffn_hidden_size % self.granularity == 0:
+            changes["moe_ffn_hidden_size"] = dense.ffn_hidden_size // self.granularity
+        if self.scale == "paper":
+            changes["moe_router_pre_softmax"] = True
+        elif moe.moe_router_topk_scaling_factor is None:
+            changes["moe_router_topk_scaling_factor"] = float(self.granularity)
+        return replace(moe, **changes)
+
+    def check(self, dense: ModelConfig, moe: ModelConfig) -> None:
+        """Parts must be equal, and experts and top-k whole sets of them."""
+        if dense.ffn_hidden_size % self.granularity:
+            raise ConfigError(
+                f"granularity = {self.granularity}: the dense layer's width, {dense.ffn_hidden_size}, is no multiple "
+                "of it"
+            )
+        require_width(moe, dense.ffn_hidden_size // self.granularity, "experts have the width of a part")
+        require_groups(moe, self.granularity, "layer")
+        if self.scale == "paper" and (moe.moe_router_score_function != "softmax" or moe.normalizes_topk):
+            raise ConfigError("scale = paper: is for a softmax over all experts, not normalized; set scale: exact")
+
+    def group_size(self, moe: ModelConfig) -> int:
+        """The experts that together are the dense layer."""
+        return self.granularity
+
+    def weight_sum(self, moe: ModelConfig) -> float:
+        """Each part counts once."""
+        return float(self.granularity) if self.scale == "exact" else moe.moe_router_topk_scaling_factor or 1.0
+
+    def changes(self, moe: ModelConfig) -> str | None:
+        """The paper's weights are right for evenly distributed probabilities."""
+        if self.scale == "paper":
+            return "scale: paper keeps the function only where all experts' probabilities are equal"
+        return group_limit(moe)
+
+    def layer(self, sources: Sequence[Reader], moe: ModelConfig, draw: Draw) -> MoELayer:
+        """Part 0, part 1, ..., and the same again until all experts are filled."""
+        (read,) = sources
+        ffn = read()
+        whole = self._enlarged(ffn, moe) if self.scale == "paper" else ffn
+        return MoELayer(shards(whole, torch.arange(ffn.width), self.granularity, moe), silent_shared(ffn, moe))
+
+    def _enlarged(self, ffn: FeedForward, moe: ModelConfig) -> FeedForward:
+        """Weights scaled as in section 3.3: experts are chosen with 1 / E each, so the output is T / (E G) of a part.
+
+        With G parts, E experts and T chosen the factor is (E G / T) for the product of all matrices of a neuron,
+        its root for each: the cube root for gated layers (E counts experts, the paper's E sets of parts).
+        """
+        assert moe.num_moe_experts is not None
+        product = moe.num_moe_experts * self.granularity / moe.moe_router_topk
+        factor = product ** (1 / (ffn.halves + 1))
+        bias = None if ffn.fc1_bias is None else ffn.fc1_bias * factor
+        larger = FeedForward(ffn.fc1 * factor, ffn.fc2 * factor, bias, ffn.fc2_bias)
+        return larger.with_bias_times(product)
+
+
+def shards(ffn: FeedForward, order: torch.Tensor, count: int, moe: ModelConfig) -> Iterator[FeedForward]:
+    """Yield the parts of `ffn` for each routed expert: `count` equal shares of its neurons in `order`, over and over.
+
+    Each part has its share of the output bias.
+    """
+    assert moe.num_moe_experts is not None
+    parts = order.chunk(count)
+    for expert in range(moe.num_moe_experts):
+        yield ffn.neurons(parts[expert % count]).with_bias_times(1 / count)
+
+
+def group_limit(moe: ModelConfig) -> str | None:
+    """Why sets of experts with equal logits may be torn apart."""
+    if moe.moe_router_num_groups is not None:
+        return "group-limited routing may choose among groups that hold parts of one set"
+    return None

@@ -1,0 +1,78 @@
+"""Shared and routed split: some neurons of the dense layer become the shared expert, the rest fine-grained experts.
+
+The shape of DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066, section 3) made from a dense model, with the virtual groups
+of He et al. 2024 (arXiv 2410.07524) so that the function is kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from megatron_ext.config import ModelConfig
+from megatron_ext.config.base import config
+from megatron_ext.errors import ConfigError
+from megatron_ext.upcycling.fine_grained import group_limit, shards
+from megatron_ext.upcycling.method import Draw, Method, MoELayer, Reader, require_groups, require_width
+
+
+@config
+class SharedRouted(Method):
+    """As many neurons as the shared expert is wide go there; the others are cut into `granularity` parts.
+
+    Parts repeat as the routed experts and are chosen in whole sets (fine_grained.py). Every neuron then counts once,
+    and the function is kept, whatever the router says.
+    """
+
+    kind: Literal["shared_routed"] = "shared_routed"
+    granularity: int = Field(default=4, ge=1)
+    """Parts that the neurons of the routed experts are cut into."""
+    shuffle: bool = True
+    """Choose at random which neurons are shared and which part the others go to. False: in their order."""
+
+    def adjust(self, moe: ModelConfig, dense: ModelConfig) -> ModelConfig:
+        """Experts as wide as a part, and weights that sum to the number of parts."""
+        changes: dict[str, object] = {}
+        routed = dense.ffn_hidden_size - (moe.moe_shared_expert_intermediate_size or 0)
+        if moe.moe_ffn_hidden_size is None and routed > 0 and routed % self.granularity == 0:
+            changes["moe_ffn_hidden_size"] = routed // self.granularity
+        if moe.moe_router_topk_scaling_factor is None and self.granularity > 1:
+            changes["moe_router_topk_scaling_factor"] = float(self.granularity)
+        return replace(moe, **changes)
+
+    def check(self, dense: ModelConfig, moe: ModelConfig) -> None:
+        """There must be a shared expert, equal parts, and experts and top-k in whole sets of them."""
+        shared = moe.moe_shared_expert_intermediate_size
+        if shared is None or shared >= dense.ffn_hidden_size:
+            raise ConfigError(
+                f"shared_expert_size = {shared}: must be set, and smaller than the dense layer, {dense.ffn_hidden_size}"
+            )
+        routed = dense.ffn_hidden_size - shared
+        if routed % self.granularity:
+            raise ConfigError(
+                f"granularity = {self.granularity}: the {routed} neurons beside the shared expert are no multiple of it"
+            )
+        require_width(moe, routed // self.granularity, "experts have the width of a part")
+        require_groups(moe, self.granularity, "rest of a layer")
+
+    def group_size(self, moe: ModelConfig) -> int:
+        """The experts that together are the neurons that are not shared."""
+        return self.granularity
+
+    def weight_sum(self, moe: ModelConfig) -> float:
+        """Each part counts once."""
+        return float(self.granularity)
+
+    def changes(self, moe: ModelConfig) -> str | None:
+        """Nothing, unless sets of experts are torn apart."""
+        return group_limit(moe)
+
+    def layer(self, sources: Sequence[Reader], moe: ModelConfig, draw: Draw) -> MoELayer:
+        """The output bias goes to the shared expert, which every token passes through."""
+        (read,) = sources
+        ffn, width = read(), moe.moe_shared_expert_intermediate_size
+        order = draw.permutation("neurons", ffn.width) if self.shuffle else torch.arange(ffn.width)
+        shared = ffn.neurons(order[:width])
+        return MoELayer(shards(ffn.with_bias_times(0.0), order[width:], self.granularity, moe), shared)

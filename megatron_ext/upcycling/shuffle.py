@@ -1,0 +1,53 @@
+"""Qwen's upcycling: the dense layer is repeated, shuffled along its neurons, cut into experts, and partly drawn anew.
+
+Qwen2-57B-A14B (Yang et al. 2024, arXiv 2407.10671, section 2.2.2). The report does not say what is drawn anew (whole
+neurons or single weights) nor from what; here it is whole neurons, from the distribution of initial weights.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megatron_ext.config import ModelConfig
+from megatron_ext.config.base import config
+from megatron_ext.upcycling.drop import PartlyNew
+from megatron_ext.upcycling.feed_forward import FeedForward
+from megatron_ext.upcycling.method import Draw
+
+
+@config
+class Shuffle(PartlyNew):
+    """Experts of any width are cut from shuffled copies of the dense layer, and a share of each is drawn anew.
+
+    A shared expert starts silent.
+    """
+
+    kind: Literal["qwen"] = "qwen"
+    ratio: float = Field(default=0.5, ge=0, le=1)
+    """Share of an expert's neurons that is drawn anew."""
+    shared_indices: bool = True
+    """The same neurons in all matrices of an expert. False: other ones in each matrix."""
+
+    def changes(self, moe: ModelConfig) -> str | None:
+        """Always: a token sees some neurons twice and others not at all."""
+        return "each expert has neurons of its own choice, of which a share is new"
+
+    def check(self, dense: ModelConfig, moe: ModelConfig) -> None:
+        """Any width will do."""
+
+    def _experts(self, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> Iterator[FeedForward]:
+        assert moe.num_moe_experts is not None
+        width = moe.expert_ffn_hidden_size
+        copies = math.ceil(moe.num_moe_experts * width / ffn.width)
+        order = torch.cat([draw.permutation(f"copy.{number}", ffn.width) for number in range(copies)])
+        for expert, chosen in enumerate(order.split(width)[: moe.num_moe_experts]):
+            cut = ffn.neurons(chosen)
+            yield cut.over_matrices(lambda name, matrix, e=expert: self._changed(name, matrix, e, moe, draw))
+
+    def replacement(self, rows: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
+        """Normal with the standard deviation of initial weights."""
+        return (torch.randn(rows.shape, generator=generator) * moe.init_method_std).to(rows.dtype)
