@@ -1,6 +1,7 @@
 """What every command line shares: options made from a configuration, help that teaches, and exit codes."""
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -8,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from megatron_ext.config.help import describe_keys, plain, type_name
-from megatron_ext.config.load import fields_of, load_config, section_types
+from megatron_ext.config.load import fields_of, kind_of, load_config, section_types
 from megatron_ext.config.root import RunConfig
 from megatron_ext.config.yaml_text import parse_scalar, read_yaml
-from megatron_ext.errors import MegatronExtError
+from megatron_ext.errors import ConfigError, MegatronExtError
 
 T = TypeVar("T")
 
@@ -70,22 +71,76 @@ def parse_command(
 ) -> T:
     """Read a `cls` from `--config FILE` and options named after its fields; options win.
 
+    A field that is a tagged union is chosen by kind (`--method drop`). What the kinds have for fields are options as
+    well (`--ratio 0.5`), and refused where the chosen kind has no such field.
+
     Args:
-        positional: fields that may also be given without a name, in order; one that is a list takes several.
+        positional: fields that may also be given without a name, in order; one that is a list takes several. Where the
+            next one is not a list, the last value is its: SOURCE... TARGET.
     """
     parser = _Parser(description=description)
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from a file; those given here win")
+    unions = {name: info for name, info in fields_of(cls).items() if section_types(info.annotation)}
     for name, info in fields_of(cls).items():
-        flag = name if name in positional else f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, **_argument(name, info, is_positional=name in positional))
+        if name in unions:
+            _add_union(parser, name, info)
+        else:
+            flag = name if name in positional else f"--{name.replace('_', '-')}"
+            parser.add_argument(flag, **_argument(name, info, is_positional=name in positional))
     given = vars(parser.parse_args(argv))
     file = given.pop("config")
+    for several, last in itertools.pairwise(positional):
+        if isinstance(given.get(several), list) and len(given[several]) > 1 and last not in given:
+            given[last] = given[several].pop()
     raw = read_yaml(file) if file else {}
-    return load_config(cls, {**raw, **given} if isinstance(raw, dict) else raw, source=file or parser.prog)
+    if not isinstance(raw, dict):
+        return load_config(cls, raw, source=file or parser.prog)
+    for name, info in unions.items():
+        _choose_kind(name, info, given, raw)
+    return load_config(cls, {**raw, **given}, source=file or parser.prog)
+
+
+def _add_union(parser: argparse.ArgumentParser, name: str, info: Any) -> None:
+    """Add the choice of a kind, and the fields of all kinds."""
+    kinds = {kind_of(section): section for section in section_types(info.annotation)}
+    summaries = "; ".join(f"{kind}: {(section.__doc__ or '').partition('.')[0]}" for kind, section in kinds.items())
+    default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True).kind}"
+    text = f"{info.description or ''} {summaries} ({default})"
+    parser.add_argument(f"--{name}", choices=list(kinds), default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+    group = parser.add_argument_group(f"options of --{name}")
+    for field, owners in _owners(info).items():
+        settings = _argument(field, fields_of(kinds[owners[0]])[field], is_positional=False)
+        settings["help"] = f"[{', '.join(owners)}] {settings['help']}"
+        group.add_argument(f"--{field.replace('_', '-')}", **settings)
+
+
+def _choose_kind(name: str, info: Any, given: dict[str, Any], raw: dict[str, Any]) -> None:
+    """Move what was given for the union `name` into one mapping, beside what the file says of the same kind."""
+    options = {field: given.pop(field) for field in _owners(info) if field in given}
+    in_file = raw.get(name) if isinstance(raw.get(name), dict) else {}
+    kind = given.pop(name, None) or in_file.get("kind")  # type: ignore[union-attr]
+    if kind is None and not info.is_required():
+        kind = info.get_default(call_default_factory=True).kind
+    for field in options:
+        if kind not in (owners := _owners(info)[field]):
+            flag = f"--{field.replace('_', '-')}"
+            raise ConfigError(f"{flag}: is an option of --{name} {', '.join(owners)}; this is --{name} {kind}")
+    if kind is not None:
+        kept = in_file if in_file.get("kind") == kind else {}  # type: ignore[union-attr]
+        given[name] = {"kind": kind, **kept, **options}  # type: ignore[dict-item]
+
+
+def _owners(info: Any) -> dict[str, list[str]]:
+    """The kinds that have each field."""
+    owners: dict[str, list[str]] = {}
+    for section in section_types(info.annotation):
+        for field in fields_of(section):
+            if field != "kind":
+                owners.setdefault(field, []).append(kind_of(section))
+    return owners
 
 
 def _argument(name: str, info: Any, *, is_positional: bool) -> dict[str, Any]:
-    assert not section_types(info.annotation), f"{name}: options are flat"
     default = "required" if info.is_required() else f"default {plain(info.get_default(call_default_factory=True))}"
     description = f"{info.description or ''} ({type_name(info.annotation)}, {default})"
     settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": description.replace("%", "%%")}

@@ -80,12 +80,13 @@ def fields_of(cls: type) -> dict[str, Any]:
     return cls.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
 
 
+def kind_of(cls: type) -> str:
+    """What the field `kind` of a member of a tagged union is."""
+    return str(typing.get_args(fields_of(cls)["kind"].annotation)[0])
+
+
 def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def _kind(cls: type) -> str:
-    return str(typing.get_args(fields_of(cls)["kind"].annotation)[0])
 
 
 class _Reader:
@@ -167,7 +168,7 @@ class _Reader:
             return None
         cls: type | None = variants[0]
         if len(variants) > 1:
-            kinds = {_kind(v): v for v in variants}
+            kinds = {kind_of(v): v for v in variants}
             cls = kinds.get(str(value.get("kind")))
             if cls is None:
                 stated = (

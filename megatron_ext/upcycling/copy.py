@@ -3,13 +3,12 @@
 Komatsuzaki et al. 2022 (arXiv 2212.05055), section 3; with gating-logit normalization, Skywork-MoE (arXiv 2406.06563).
 """
 
-import itertools
-from collections.abc import Sequence
 from typing import Literal
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.base import config
-from megatron_ext.upcycling.method import Draw, Method, MoELayer, Reader, require_width, silent_shared
+from megatron_ext.upcycling.feed_forward import FeedForward
+from megatron_ext.upcycling.method import Draw, Method, require_width
 
 
 @config
@@ -26,9 +25,6 @@ class Copy(Method):
         """Experts must have the dense layer's width."""
         require_width(moe, dense.ffn_hidden_size, "copying needs experts of the dense layer's width")
 
-    def layer(self, sources: Sequence[Reader], moe: ModelConfig, draw: Draw) -> MoELayer:
+    def expert(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """The same tensors for every expert."""
-        (read,) = sources
-        ffn = read()
-        assert moe.num_moe_experts is not None
-        return MoELayer(itertools.repeat(ffn, moe.num_moe_experts), silent_shared(ffn, moe))
+        return ffn

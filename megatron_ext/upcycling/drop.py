@@ -3,7 +3,6 @@
 Nakamura et al. 2025 (arXiv 2502.19261), section 3.2, and the code released with it.
 """
 
-from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from megatron_ext.config import ModelConfig
 from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.feed_forward import FeedForward
-from megatron_ext.upcycling.method import Draw, Method, MoELayer, Reader, silent_shared
+from megatron_ext.upcycling.method import Draw, Method
 
 
 class PartlyNew(Method):
@@ -33,18 +32,17 @@ class PartlyNew(Method):
                 f"{dense.ffn_hidden_size}"
             )
 
-    def layer(self, sources: Sequence[Reader], moe: ModelConfig, draw: Draw) -> MoELayer:
-        """Each expert changed at its own neurons."""
-        (read,) = sources
-        ffn = read()
-        return MoELayer(self._experts(ffn, moe, draw), silent_shared(ffn, moe))
+    def expert(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
+        """The dense layer, or a choice of its neurons, changed at other neurons in each expert."""
+        kept = self.kept(number, ffn, moe, draw)
+        return kept.over_matrices(lambda name, matrix: self._changed(name, matrix, number, moe, draw))
 
-    def _experts(self, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> Iterator[FeedForward]:
-        assert moe.num_moe_experts is not None
+    def kept(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
+        """Expert `number` before any of it changes."""
         width = moe.expert_ffn_hidden_size
-        for expert in range(moe.num_moe_experts):
-            kept = ffn if width == ffn.width else ffn.neurons(draw.permutation(f"neurons.{expert}", ffn.width)[:width])
-            yield kept.over_matrices(lambda name, matrix, e=expert: self._changed(name, matrix, e, moe, draw))
+        if width == ffn.width:
+            return ffn
+        return ffn.neurons(draw.permutation(f"neurons.{number}", ffn.width)[:width])
 
     def _changed(self, name: str, matrix: Tensor, expert: int, moe: ModelConfig, draw: Draw) -> Tensor:
         where = "changed" if self.shared_indices else f"changed.{name}"

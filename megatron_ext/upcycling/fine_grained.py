@@ -3,7 +3,6 @@
 He et al. 2024 (NVIDIA, arXiv 2410.07524), sections 3.1 to 3.3.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -14,15 +13,7 @@ from megatron_ext.config import ModelConfig
 from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.feed_forward import FeedForward
-from megatron_ext.upcycling.method import (
-    Draw,
-    Method,
-    MoELayer,
-    Reader,
-    require_groups,
-    require_width,
-    silent_shared,
-)
+from megatron_ext.upcycling.method import Draw, Method, require_groups, require_width
 
 
 @config
@@ -72,18 +63,20 @@ class FineGrained(Method):
         """Each part counts once."""
         return float(self.granularity) if self.scale == "exact" else moe.moe_router_topk_scaling_factor or 1.0
 
+    def factors(self, moe: ModelConfig) -> list[float]:
+        """Each part has its share of the output bias."""
+        return [*super().factors(moe), *([1 / self.granularity] if moe.add_bias_linear else [])]
+
     def changes(self, moe: ModelConfig) -> str | None:
         """The paper's weights are right for evenly distributed probabilities."""
         if self.scale == "paper":
             return "scale: paper keeps the function only where all experts' probabilities are equal"
         return group_limit(moe)
 
-    def layer(self, sources: Sequence[Reader], moe: ModelConfig, draw: Draw) -> MoELayer:
+    def expert(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """Part 0, part 1, ..., and the same again until all experts are filled."""
-        (read,) = sources
-        ffn = read()
         whole = self._enlarged(ffn, moe) if self.scale == "paper" else ffn
-        return MoELayer(shards(whole, torch.arange(ffn.width), self.granularity, moe), silent_shared(ffn, moe))
+        return shard(whole, torch.arange(ffn.width), number, self.granularity)
 
     def _enlarged(self, ffn: FeedForward, moe: ModelConfig) -> FeedForward:
         """Weights scaled as in section 3.3: experts are chosen with 1 / E each, so the output is T / (E G) of a part.
@@ -99,15 +92,9 @@ class FineGrained(Method):
         return larger.with_bias_times(product)
 
 
-def shards(ffn: FeedForward, order: torch.Tensor, count: int, moe: ModelConfig) -> Iterator[FeedForward]:
-    """Yield the parts of `ffn` for each routed expert: `count` equal shares of its neurons in `order`, over and over.
-
-    Each part has its share of the output bias.
-    """
-    assert moe.num_moe_experts is not None
-    parts = order.chunk(count)
-    for expert in range(moe.num_moe_experts):
-        yield ffn.neurons(parts[expert % count]).with_bias_times(1 / count)
+def shard(ffn: FeedForward, order: torch.Tensor, number: int, count: int) -> FeedForward:
+    """Part `number` modulo `count` of the neurons in `order`, with its share of the output bias."""
+    return ffn.neurons(order.chunk(count)[number % count]).with_bias_times(1 / count)
 
 
 def group_limit(moe: ModelConfig) -> str | None:

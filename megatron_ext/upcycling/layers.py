@@ -1,93 +1,103 @@
-"""The tensors of an upcycled model by canonical name, made of those of its sources, layer by layer."""
+"""What makes an upcycled model: one task for each expert, router and tensor that stays."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.tensors import TensorSource
+from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.config import LearnedNoise, ModelConfig
+from megatron_ext.conversion.engine import Task
 from megatron_ext.upcycling.feed_forward import FeedForward
-from megatron_ext.upcycling.method import Draw, Method, Reader
-from megatron_ext.upcycling.mix import Mix
+from megatron_ext.upcycling.method import Draw, Method
+from megatron_ext.upcycling.sources import AVERAGE
 
-Piece = Iterator[tuple[str, Tensor]]
-"""Some tensors of the target, by canonical name."""
 RouterOf = Callable[[int, Draw], Tensor]
 """The router's weight [E, H] of a layer."""
+_PARTS = {
+    "fc1": "linear_fc1.weight",
+    "fc2": "linear_fc2.weight",
+    "fc1_bias": "linear_fc1.bias",
+    "fc2_bias": "linear_fc2.bias",
+}
+"""Names of the tensors of a feed-forward network, by the fields of FeedForward."""
 
 
-def pieces(
-    sources: Sequence[TensorSource], moe: ModelConfig, method: Method, router_of: RouterOf, seed: int
-) -> Iterator[Callable[[], Piece]]:
-    """Everything that makes the model, as steps that may run in any order and at the same time.
-
-    Args:
-        sources: dense models of one shape, by canonical names.
-    """
-    for name in sources[0].specs:
+def upcycling_tasks(
+    dense: ModelConfig, moe: ModelConfig, method: Method, router_of: RouterOf, *, sources: int, seed: int
+) -> Iterator[Task]:
+    """Every step from the tensors of `Sources` to the canonical tensors of `moe`, in the order of the layers."""
+    names = model_shapes(dense)
+    for name in names:
         if ".mlp.linear_fc" not in name:
-            yield partial(_common, sources, method, name)
+            yield _copy(name)
     for layer, is_moe in enumerate(moe.moe_layer_pattern):
         prefix = f"decoder.layers.{layer}.mlp"
+        parts = [part for part, name in _PARTS.items() if f"{prefix}.{name}" in names]
         if is_moe:
-            readers = [partial(_feed_forward, source, prefix) for source in sources]
-            yield partial(moe_layer, prefix, readers, moe, method, partial(router_of, layer), seed)
+            yield from layer_tasks(prefix, parts, moe, method, partial(router_of, layer), sources=sources, seed=seed)
         else:
-            for name in _names(prefix):
-                if name in sources[0].specs:
-                    yield partial(_common, sources, method, name)
+            yield from (_copy(f"{prefix}.{_PARTS[part]}") for part in parts)
 
 
-def _common(sources: Sequence[TensorSource], method: Method, name: str) -> Piece:
-    """What is not an expert: the source's own, or the average of several."""
-    if isinstance(method, Mix):
-        yield name, method.average([partial(source.read, name) for source in sources])
-    else:
-        yield name, sources[0].read(name)
+def _copy(name: str) -> Task:
+    return Task({"tensor": f"{AVERAGE}/{name}"}, {"tensor": name}, dict)
 
 
-def moe_layer(
+def layer_tasks(
     prefix: str,
-    readers: Sequence[Reader],
+    parts: list[str],
     moe: ModelConfig,
     method: Method,
     router_of: Callable[[Draw], Tensor],
+    *,
+    sources: int,
     seed: int,
-) -> Piece:
-    """Yield every tensor of a MoE layer's feed-forward part, named from `prefix`."""
-    draw = Draw(seed, prefix)
-    made, experts = method.layer(readers, moe, draw), moe.num_moe_experts or 0
-    for expert, network in enumerate(made.experts):
-        yield from _named(f"{prefix}.experts.{expert}", network.times(method.folded(moe)))
-    if made.shared is not None:
-        # A gate of zeros lets half of it through.
-        gated = 2.0 if moe.moe_shared_expert_gate else 1.0
-        yield from _named(f"{prefix}.shared_experts", made.shared.times(gated))
+) -> Iterator[Task]:
+    """Every step that makes the feed-forward part of one MoE layer.
+
+    Args:
+        prefix: canonical name of that part.
+        parts: fields of FeedForward that the dense layer has.
+    """
+    draw, experts = Draw(seed, prefix), moe.num_moe_experts or 0
+
+    def read(source: str) -> dict[str, str]:
+        return {part: f"{source}/{prefix}.{_PARTS[part]}" for part in parts}
+
+    def write(network: str) -> dict[str, str]:
+        return {part: f"{prefix}.{network}.{_PARTS[part]}" for part in parts}
+
+    for expert in range(experts):
+        source = str(expert * sources // experts)
+        yield Task(read(source), write(f"experts.{expert}"), partial(_expert, method, expert, moe, draw))
+    if moe.moe_shared_expert_intermediate_size is not None:
+        source = AVERAGE if method.shared_from_average else "0"
+        yield Task(read(source), write("shared_experts"), partial(_shared, method, moe, draw))
+    yield _made(f"{prefix}.router.weight", partial(router_of, draw))
+    # All of these start at zero, where they change nothing.
     if moe.moe_shared_expert_gate:
-        yield f"{prefix}.shared_experts.gate_weight", torch.zeros(1, moe.hidden_size)
+        yield _made(f"{prefix}.shared_experts.gate_weight", partial(torch.zeros, 1, moe.hidden_size))
     if moe.moe_router_enable_expert_bias:
-        yield f"{prefix}.router.expert_bias", torch.zeros(experts)
+        yield _made(f"{prefix}.router.expert_bias", partial(torch.zeros, experts))
     if isinstance(moe.moe_router_noise, LearnedNoise):
-        yield f"{prefix}.router.noise_weight", torch.zeros(experts, moe.hidden_size)
-    yield f"{prefix}.router.weight", router_of(draw)
+        yield _made(f"{prefix}.router.noise_weight", partial(torch.zeros, experts, moe.hidden_size))
 
 
-def _feed_forward(source: TensorSource, prefix: str) -> FeedForward:
-    *weights, fc1_bias, fc2_bias = _names(prefix)
-    fc1, fc2 = map(source.read, weights)
-    biases = (source.read(name) if name in source.specs else None for name in (fc1_bias, fc2_bias))
-    return FeedForward(fc1, fc2, *biases)
+def _made(name: str, make: Callable[[], Tensor]) -> Task:
+    return Task({}, {"tensor": name}, lambda parts: {"tensor": make()})
 
 
-def _named(prefix: str, network: FeedForward) -> Piece:
-    tensors = (network.fc1, network.fc2, network.fc1_bias, network.fc2_bias)
-    for name, tensor in zip(_names(prefix), tensors, strict=True):
-        if tensor is not None:
-            yield name, tensor
+def _expert(method: Method, number: int, moe: ModelConfig, draw: Draw, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return _tensors(method.expert(number, FeedForward(**parts), moe, draw).times(method.folded(moe)))
 
 
-def _names(prefix: str) -> tuple[str, ...]:
-    """The tensors of a feed-forward network in the order of FeedForward's fields."""
-    return tuple(f"{prefix}.linear_{layer}.{kind}" for kind in ("weight", "bias") for layer in ("fc1", "fc2"))
+def _shared(method: Method, moe: ModelConfig, draw: Draw, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    # A gate of zeros lets half of it through.
+    gated = 2.0 if moe.moe_shared_expert_gate else 1.0
+    return _tensors(method.shared(FeedForward(**parts), moe, draw).times(gated))
+
+
+def _tensors(network: FeedForward) -> dict[str, Tensor]:
+    return {part: tensor for part in _PARTS if (tensor := getattr(network, part)) is not None}

@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,6 @@ from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.feed_forward import FeedForward
-
-Reader = Callable[[], FeedForward]
-"""Reads one layer's feed-forward network of one source."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +29,14 @@ class Draw:
         return torch.randperm(count, generator=self.generator(name))
 
 
-@dataclass(frozen=True)
-class MoELayer:
-    """What a method makes of one layer."""
-
-    experts: Iterator[FeedForward]
-    """The routed experts, in order."""
-    shared: FeedForward | None = None
-    """The shared experts, where the model has them."""
-
-
 class Method(ABC):
     """One way to turn dense models into a MoE model. Its fields are its options."""
 
     kind: str
-    sources_at_least = 1
-    """Dense models it takes."""
-    sources_at_most: int | None = 1
+    takes_several = False
+    """Whether it makes one model of several; what is not an expert is then their average."""
+    shared_from_average = False
+    """Whether the shared experts are made of the average, too."""
 
     def adjust(self, moe: ModelConfig, dense: ModelConfig) -> ModelConfig:
         """The model with what this method implies of it, where nothing else was asked for."""
@@ -60,8 +47,14 @@ class Method(ABC):
         """Raise ConfigError where this method cannot make `moe` out of models like `dense`."""
 
     @abstractmethod
-    def layer(self, sources: Sequence[Reader], moe: ModelConfig, draw: Draw) -> MoELayer:
-        """Make one MoE layer of the same layer of each source."""
+    def expert(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
+        """Make routed expert `number` of a layer out of the layer's dense network."""
+
+    def shared(self, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
+        """Make the shared experts: here the dense layer's neurons, repeated or cut, that write nothing at first."""
+        width = moe.moe_shared_expert_intermediate_size
+        assert width is not None
+        return ffn.neurons(torch.arange(width) % ffn.width).times(0.0)
 
     def group_size(self, moe: ModelConfig) -> int:
         """Consecutive experts that share a row of the router, and so are always chosen together."""
@@ -79,10 +72,14 @@ class Method(ABC):
         """Why the MoE model will not compute what the dense one does; None if it will, up to the rounding of fp32."""
         if (reason := self.changes(moe) or _weights_vary(moe)) is not None:
             return reason
-        factor = self.folded(moe)
-        if dtype != torch.float32 and not _is_power_of_two(factor):
-            return f"a factor {factor:.4g} goes into the experts' output weights, which rounds them in {dtype}"
+        for factor in self.factors(moe):
+            if dtype != torch.float32 and not _is_power_of_two(factor):
+                return f"a factor {factor:.4g} goes into the experts' output weights, which rounds them in {dtype}"
         return None
+
+    def factors(self, moe: ModelConfig) -> list[float]:
+        """What output weights or biases are multiplied by."""
+        return [self.folded(moe)]
 
     def folded(self, moe: ModelConfig) -> float:
         """The factor on the experts' output weights that makes up for what the router's weights sum to."""
@@ -118,9 +115,3 @@ def require_groups(moe: ModelConfig, shards: int, shard: str) -> None:
             )
     if moe.num_moe_experts == shards:
         raise ConfigError(f"num_moe_experts = {shards}: one set of parts leaves the router nothing to choose")
-
-
-def silent_shared(ffn: FeedForward, moe: ModelConfig) -> FeedForward | None:
-    """The dense layer's neurons, repeated or cut to the shared width, with nothing written to the output yet."""
-    width = moe.moe_shared_expert_intermediate_size
-    return None if width is None else ffn.neurons(torch.arange(width) % ffn.width).times(0.0)

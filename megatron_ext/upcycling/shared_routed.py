@@ -4,7 +4,6 @@ The shape of DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066, section 3) made fro
 of He et al. 2024 (arXiv 2410.07524) so that the function is kept.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -14,8 +13,9 @@ from pydantic import Field
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
-from megatron_ext.upcycling.fine_grained import group_limit, shards
-from megatron_ext.upcycling.method import Draw, Method, MoELayer, Reader, require_groups, require_width
+from megatron_ext.upcycling.feed_forward import FeedForward
+from megatron_ext.upcycling.fine_grained import group_limit, shard
+from megatron_ext.upcycling.method import Draw, Method, require_groups, require_width
 
 
 @config
@@ -69,10 +69,14 @@ class SharedRouted(Method):
         """Nothing, unless sets of experts are torn apart."""
         return group_limit(moe)
 
-    def layer(self, sources: Sequence[Reader], moe: ModelConfig, draw: Draw) -> MoELayer:
-        """The output bias goes to the shared expert, which every token passes through."""
-        (read,) = sources
-        ffn, width = read(), moe.moe_shared_expert_intermediate_size
-        order = draw.permutation("neurons", ffn.width) if self.shuffle else torch.arange(ffn.width)
-        shared = ffn.neurons(order[:width])
-        return MoELayer(shards(ffn.with_bias_times(0.0), order[width:], self.granularity, moe), shared)
+    def expert(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
+        """A part of the neurons that are not shared."""
+        order = self._order(ffn, draw)[moe.moe_shared_expert_intermediate_size :]
+        return shard(ffn.with_bias_times(0.0), order, number, self.granularity)
+
+    def shared(self, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
+        """The shared neurons, and the output bias, since every token passes through here."""
+        return ffn.neurons(self._order(ffn, draw)[: moe.moe_shared_expert_intermediate_size])
+
+    def _order(self, ffn: FeedForward, draw: Draw) -> torch.Tensor:
+        return draw.permutation("neurons", ffn.width) if self.shuffle else torch.arange(ffn.width)

@@ -4,8 +4,6 @@ Qwen2-57B-A14B (Yang et al. 2024, arXiv 2407.10671, section 2.2.2). The report d
 neurons or single weights) nor from what; here it is whole neurons, from the distribution of initial weights.
 """
 
-import math
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -39,14 +37,13 @@ class Shuffle(PartlyNew):
     def check(self, dense: ModelConfig, moe: ModelConfig) -> None:
         """Any width will do."""
 
-    def _experts(self, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> Iterator[FeedForward]:
-        assert moe.num_moe_experts is not None
+    def kept(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
+        """The next neurons of all shuffled copies, one after the other."""
         width = moe.expert_ffn_hidden_size
-        copies = math.ceil(moe.num_moe_experts * width / ffn.width)
-        order = torch.cat([draw.permutation(f"copy.{number}", ffn.width) for number in range(copies)])
-        for expert, chosen in enumerate(order.split(width)[: moe.num_moe_experts]):
-            cut = ffn.neurons(chosen)
-            yield cut.over_matrices(lambda name, matrix, e=expert: self._changed(name, matrix, e, moe, draw))
+        start = number * width
+        first, last = start // ffn.width, (start + width - 1) // ffn.width
+        copies = [draw.permutation(f"copy.{copy}", ffn.width) for copy in range(first, last + 1)]
+        return ffn.neurons(torch.cat(copies)[start - first * ffn.width :][:width])
 
     def replacement(self, rows: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
         """Normal with the standard deviation of initial weights."""

@@ -3,7 +3,7 @@
 #   T tokens, H hidden, E experts, F neurons
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -11,21 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.checkpoint.tensors import TensorSpec
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.moe.selection import choose, normalize_gating_logits, scores_of, weights_of
+from megatron_ext.merging.merge import Linear
+from megatron_ext.merging.stream import Merged
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.upcycling.copy import Copy
 from megatron_ext.upcycling.drop import Drop
 from megatron_ext.upcycling.feed_forward import FeedForward
 from megatron_ext.upcycling.fine_grained import FineGrained
-from megatron_ext.upcycling.layers import moe_layer
+from megatron_ext.upcycling.layers import layer_tasks
 from megatron_ext.upcycling.method import Draw, Method
 from megatron_ext.upcycling.mix import Mix
 from megatron_ext.upcycling.noise import Noise
 from megatron_ext.upcycling.router import drawn_router, router_from_activations
 from megatron_ext.upcycling.shared_routed import SharedRouted
 from megatron_ext.upcycling.shuffle import Shuffle
+from megatron_ext.upcycling.sources import Sources
 
 WIDTH, HIDDEN, TOKENS = 24, 64, 50
 DENSE = tiny_model(ffn_hidden_size=WIDTH)
@@ -66,13 +70,37 @@ def upcycled(method: Method, moe: ModelConfig, sources: Sequence[FeedForward], s
     def router(draw: Draw) -> Tensor:
         return drawn_router("normal", 1.0, moe, method, draw)
 
-    readers = [lambda ffn=ffn: ffn for ffn in sources]
-    return dict(moe_layer("mlp", readers, moe, method, router, seed))
+    parts = [field.name for field in fields(FeedForward) if getattr(sources[0], field.name) is not None]
+    stored = [Stored({f"mlp.{NAMES[part]}": getattr(ffn, part) for part in parts}) for ffn in sources]
+    average = Merged(Linear(weights=getattr(method, "source_weights", None)), stored)
+    stream, made = Sources(stored, average), {}
+    for task in layer_tasks("mlp", parts, moe, method, router, sources=len(sources), seed=seed):
+        results = task.make({role: stream.read(name) for role, name in task.reads.items()})
+        made |= {task.writes[role]: tensor for role, tensor in results.items()}
+    return made
+
+
+NAMES = {
+    "fc1": "linear_fc1.weight",
+    "fc2": "linear_fc2.weight",
+    "fc1_bias": "linear_fc1.bias",
+    "fc2_bias": "linear_fc2.bias",
+}
+
+
+class Stored:
+    """Tensors in memory as a source."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> FeedForward:
-    names = (f"{prefix}.linear_{fc}.{kind}" for kind in ("weight", "bias") for fc in ("fc1", "fc2"))
-    return FeedForward(*(tensors.get(name) for name in names))  # type: ignore[arg-type]
+    return FeedForward(**{field: tensors.get(f"{prefix}.{name}") for field, name in NAMES.items()})  # type: ignore[arg-type]
 
 
 def moe_output(tensors: dict[str, Tensor], moe: ModelConfig, x_TH: Tensor) -> Tensor:
@@ -202,7 +230,7 @@ def test_drop_replaces_its_share_by_numbers_like_those_dropped(ratio: float, sha
     matrices = [torch.randn(width, HIDDEN, generator=generator) * std + mean for std, mean in ((1, 0), (2, 1), (3, -1))]
     source = FeedForward(torch.cat(matrices[:2]), matrices[2].t())
     method.check(dense, moe)
-    made = list(method.layer([lambda: source], moe, Draw(0, "mlp")).experts)
+    made = [method.expert(number, source, moe, Draw(0, "mlp")) for number in range(experts)]
     changed_by_expert = []
     for ffn in made:
         changed = []
@@ -225,7 +253,7 @@ def test_qwens_experts_are_cut_from_shuffled_copies() -> None:
     """9 experts of 16 neurons from 24: six copies, in each of which every neuron occurs once."""
     method = Shuffle(ratio=0.0)
     moe, source = replace(DENSE, num_moe_experts=9, moe_ffn_hidden_size=16), network()
-    made = list(method.layer([lambda: source], moe, Draw(0, "mlp")).experts)
+    made = [method.expert(number, source, moe, Draw(0, "mlp")) for number in range(9)]
     columns = torch.cat([ffn.fc2 for ffn in made], dim=1)
     owner = torch.stack([(source.fc2 == column[:, None]).all(dim=0).nonzero()[0, 0] for column in columns.t()])
     for copy in owner.view(-1, WIDTH):
@@ -234,21 +262,21 @@ def test_qwens_experts_are_cut_from_shuffled_copies() -> None:
     gate, up = made[0].fc1.chunk(2)
     assert torch.equal(gate, source.fc1[:WIDTH][owner[:16]])
     assert torch.equal(up, source.fc1[WIDTH:][owner[:16]])
-    half = Shuffle(ratio=0.5).layer([lambda: source], moe, Draw(0, "mlp")).experts
+    half = [Shuffle(ratio=0.5).expert(number, source, moe, Draw(0, "mlp")) for number in range(9)]
     kept = [(new.fc2 == old.fc2).all(dim=0).sum() for new, old in zip(half, made, strict=True)]
     assert [int(count) for count in kept] == [8] * 9
 
 
 @pytest.mark.parametrize("shared", ["silent", "average"])
 def test_mixing_equal_models_keeps_the_function(shared: str) -> None:
-    method = Mix(shared=shared, source_weights=[1.0, 3.0])
+    method = Mix(shared_experts=shared, source_weights=[1.0, 3.0])
     moe = model(method, moe_shared_expert_intermediate_size=WIDTH, moe_shared_expert_gate=True)
     same = network(biased=True)
     assert distance(method, moe, [same, same]) < EXACT
 
 
 def test_mixing_takes_each_expert_from_its_source_and_averages_the_shared_one() -> None:
-    method = Mix(shared="average", source_weights=[1.0, 3.0])
+    method = Mix(shared_experts="average", source_weights=[1.0, 3.0])
     moe = model(method, moe_shared_expert_intermediate_size=WIDTH)
     first, second = network(0), network(1)
     tensors = upcycled(method, moe, [first, second])
@@ -280,7 +308,7 @@ REFUSED: list[tuple[Method, dict[str, Any], str]] = [
     ),
     (Drop(), {"moe_ffn_hidden_size": 32}, "cannot be wider than the dense layer, 24"),
     (
-        Mix(shared="average"),
+        Mix(shared_experts="average"),
         {"moe_shared_expert_intermediate_size": 8},
         "an average of dense layers has their width, 24",
     ),
@@ -292,11 +320,6 @@ def test_what_a_method_cannot_make_is_refused(method: Method, changes: dict[str,
     with pytest.raises(ConfigError) as error:
         method.check(DENSE, model(method, **changes))
     assert complaint in str(error.value)
-
-
-def test_weights_for_another_number_of_sources_are_refused() -> None:
-    with pytest.raises(ConfigError, match="1 weights for 2 models"):
-        Mix(source_weights=[1.0]).average([tokens, tokens])
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
