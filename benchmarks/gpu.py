@@ -26,9 +26,9 @@ from typing import Any
 
 from report import hardware, markdown_table, record, versions
 
+from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config import Bf16Precision, Fp8Precision, ModelConfig, Precision
 from megatron_ext.planning.flops import training_flops_per_token
-from megatron_ext.planning.parameters import count_parameters
 
 LENGTH, MICRO_BATCH, MICRO_BATCHES = 4096, 2, 4
 BYTES_OF_STATE = 18

@@ -3,9 +3,12 @@
 import argparse
 import itertools
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from megatron_ext.config.help import describe_keys, plain, type_name
@@ -41,6 +44,21 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """While inside, SIGTERM ends the command as Ctrl-C does, so that it removes what is not finished; exit code 143."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        print("terminated", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> NoReturn:

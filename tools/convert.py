@@ -3,42 +3,53 @@
 
   python tools/convert.py MEGATRON_CHECKPOINT HF_DIRECTORY
   python tools/convert.py HF_DIRECTORY MEGATRON_CHECKPOINT
+  python tools/convert.py RUN HF_DIRECTORY --dtype bf16 --verify --push-to-hub USER/NAME
+  python tools/convert.py RUN SMALLER_RUN --to megatron --dtype bf16
 
 One process, no GPU, a few tensors in memory. Every tensor is accounted for, or nothing is written.
 """
 
-from typing import Literal
-
-from megatron_ext.command import parse_command, run_command
-from megatron_ext.config.base import config
-
-
-@config
-class ConvertOptions:
-    """Options of this command."""
-
-    source: str
-    """Megatron checkpoint (or a directory of them: the newest is taken), or Hugging Face directory."""
-    target: str
-    """Directory to write."""
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Convert the weights. Default: keep them as they are."""
-    tokenizer: str | None = None
-    """Tokenizer to put into a Hugging Face export. Default: the one of the training run."""
-    force: bool = False
-    """Replace an existing target."""
+from megatron_ext.command import ending_on_sigterm, parse_command, run_command
+from megatron_ext.conversion.options import ConvertOptions
+from megatron_ext.errors import ConversionError
 
 
 def main() -> None:
     """Parse the command line and convert."""
     o = parse_command(ConvertOptions, __doc__, positional=["source", "target"])
     from megatron_ext.conversion.convert import convert
+    from megatron_ext.conversion.figures import lines_of
+    from megatron_ext.conversion.hub import push_to_hub, require_hub
+    from megatron_ext.conversion.verify import Comparison
     from megatron_ext.progress import byte_progress
 
-    with byte_progress("converting") as progress:
-        done = convert(o.source, o.target, dtype=o.dtype, tokenizer=o.tokenizer, force=o.force, progress=progress)
+    if o.push_to_hub is not None:
+        if not o.verify:
+            raise ConversionError("--push-to-hub uploads verified exports only; add --verify")
+        if o.to == "megatron":
+            raise ConversionError("--push-to-hub uploads Hugging Face exports, not Megatron checkpoints")
+        require_hub(o.push_to_hub)
+    how = Comparison(logits=o.logits, text=o.text, trust_remote_code=o.trust_remote_code)
+    with ending_on_sigterm(), byte_progress("converting") as progress:
+        done = convert(
+            o.source,
+            o.target,
+            to=o.to,
+            hf_class=o.hf_class,
+            dtype=o.dtype,
+            tokenizer=o.tokenizer,
+            shard_bytes=int(o.shard_size * 1e9),
+            workers=o.workers,
+            force=o.force,
+            verify=how if o.verify else None,
+            progress=progress,
+        )
     print(f"{o.target}: {done.direction}, {done.tensors:,} tensors, {done.bytes / 1e6:,.1f} MB")
     print(f"architecture: {done.why}")
+    if done.verification is not None:
+        print(*lines_of(done.verification), sep="\n")
+    if o.push_to_hub is not None:
+        print(f"uploaded: {push_to_hub(o.target, o.push_to_hub, private=o.private)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
   python tools/verify.py A B [--text corpus.jsonl]
 
+Where one side stores its weights in a narrower dtype, both are compared in that one.
 Exit code 1 if the weights differ or the logits are further apart than fp32 rounding explains.
 """
 
@@ -20,6 +21,8 @@ class VerifyOptions:
     """First checkpoint."""
     b: str
     """Second checkpoint."""
+    logits: bool = True
+    """Compare logits too: each model is loaded in fp32, one after the other. --no-logits compares weights alone."""
     text: str | None = None
     """Text (.jsonl, .txt, a folder) or the prefix of a prepared dataset. Default: built-in sentences."""
     tokenizer: str | None = None
@@ -39,20 +42,16 @@ class VerifyOptions:
 def main() -> None:
     """Parse the command line and compare."""
     o = parse_command(VerifyOptions, __doc__, positional=["a", "b"])
-    from megatron_ext.conversion.figures import logit_lines, weight_lines, write_figures
-    from megatron_ext.conversion.text import comparison_batches
-    from megatron_ext.conversion.verify import checkpoint_logits, compare_logits, compare_weights
+    from megatron_ext.conversion.figures import lines_of, write_figures
+    from megatron_ext.conversion.verify import Comparison, verify
 
-    weights = compare_weights(o.a, o.b)
-    batches = comparison_batches(o.a, o.text, o.tokenizer, batches=o.batches, length=o.length)
-    a, b = (checkpoint_logits(path, batches, trust_remote_code=o.trust_remote_code) for path in (o.a, o.b))
-    logits = compare_logits(a, b)
-    print(*weight_lines(weights), *logit_lines(logits), sep="\n")
-    same = not weights.different and logits.relative <= o.tolerance
-    if o.figures and same:
-        write_figures(o.figures, weights=weights, logits=logits)
-    print("verdict: the same model" if same else "verdict: NOT the same model")
-    raise SystemExit(0 if same else 1)
+    how = Comparison(o.logits, o.text, o.tokenizer, o.batches, o.length, o.tolerance, o.trust_remote_code)
+    done = verify(o.a, o.b, how)
+    print(*lines_of(done), sep="\n")
+    if o.figures and done.passed:
+        write_figures(o.figures, weights=done.weights, logits=done.logits)
+    print("verdict: the same model" if done.passed else "verdict: NOT the same model")
+    raise SystemExit(0 if done.passed else 1)
 
 
 if __name__ == "__main__":

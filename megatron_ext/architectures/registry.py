@@ -23,11 +23,14 @@ def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
     raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {known}")
 
 
-def architecture_for(model: ModelConfig) -> tuple[Architecture, str]:
+def architecture_for(model: ModelConfig, hf_class: str | None = None) -> tuple[Architecture, str]:
     """The architecture to export `model` as, and a sentence on why.
 
+    Args:
+        hf_class: the class that is asked for; None takes the first that reproduces the model.
+
     Raises:
-        ConversionError: none computes what the model computes.
+        ConversionError: none computes what the model computes, or the one asked for does not.
     """
     if unknown := sorted(model.function_overrides):
         raise ConversionError(
@@ -35,6 +38,12 @@ def architecture_for(model: ModelConfig) -> tuple[Architecture, str]:
             "an export could compute something else. If it leaves the logits alone, add it to TRAINING_ONLY in "
             "config/model.py"
         )
+    if hf_class is not None:
+        chosen = next((a for a in ARCHITECTURES if a.hf_class == hf_class), None)
+        reason = "unknown class" if chosen is None else chosen.unlike(model)
+        if chosen is None or reason is not None:
+            raise ConversionError(f"{hf_class} cannot be exported: {reason}")
+        return chosen, f"{hf_class}, as asked for"
     passed_over = []
     for architecture in ARCHITECTURES:
         reason = architecture.unlike(model)

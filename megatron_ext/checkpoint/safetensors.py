@@ -1,17 +1,18 @@
 """Hugging Face directories as tensor streams: safetensors shards with an index, read lazily, written as they come."""
 
 import json
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ext.checkpoint.raw_io import TensorPlace, memory_of, read_bytes, write_at
 from megatron_ext.checkpoint.store import TOKENIZER_FILES
-from megatron_ext.checkpoint.tensors import TensorSink, TensorSpec
+from megatron_ext.checkpoint.tensors import Prepared, TensorSink, TensorSpec
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
 
@@ -48,30 +49,80 @@ class HuggingFaceSource:
         elif single.is_file():
             files = [SINGLE_FILE]
         else:
-            raise ConversionError(f"{self.directory}: has neither {INDEX_FILE} nor {SINGLE_FILE}")
-        self._handles = {}
-        self._file_of: dict[str, str] = {}
+            raise ConversionError(f"{self.directory}: has neither {INDEX_FILE} nor {SINGLE_FILE}{_advice(directory)}")
+        self._files: dict[str, BinaryIO] = {}
+        self._places: dict[str, tuple[str, TensorPlace]] = {}
         for name in files:
+            path = self.directory / name
             try:
-                self._handles[name] = safe_open(self.directory / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ConversionError(f"{self.directory / name}: {error}") from error
-            self._file_of.update({key: name for key in self._handles[name].keys()})  # noqa: SIM118 - not a dict
-        if lost := sorted(set(weight_map) - set(self._file_of)):
+                self._files[name] = open(path, "rb", buffering=0)  # noqa: SIM115 - as long as this object is there
+                places = _read_header(self._files[name])
+            except (OSError, EOFError, ValueError) as error:
+                raise ConversionError(f"{path}: no complete safetensors file ({error})") from error
+            self._places.update({key: (name, place) for key, place in places.items()})
+        if lost := sorted(set(weight_map) - set(self._places)):
             raise ConversionError(f"{index}: names tensors that no shard holds: {', '.join(lost[:10])}")
-        self.specs = {key: self._spec(key) for key in self._file_of}
+        self.specs = {key: TensorSpec(place.shape, place.dtype) for key, (_, place) in self._places.items()}
 
-    def _spec(self, key: str) -> TensorSpec:
-        view = self._handles[self._file_of[key]].get_slice(key)
-        code = view.get_dtype()
-        if code not in _CODES:
-            raise ConversionError(f"{self.directory / self._file_of[key]}: {key} is {code}; convert it to BF16 first")
-        return TensorSpec(tuple(view.get_shape()), _CODES[code])
+    def read(self, name: str, box: tuple[slice, ...] | None = None) -> Tensor:
+        """One tensor, or the part of it at `box`: a slice with start and stop for each dimension."""
+        file, place = self._places[name]
+        box = box if box is not None else tuple(slice(0, size) for size in place.shape)
+        target = torch.empty([part.stop - part.start for part in box], dtype=place.dtype)
+        try:
+            place.read_box(self._files[file].fileno(), box, target)
+        except EOFError as error:
+            raise ConversionError(f"{self.directory / file}: ends inside {name}") from error
+        except OSError as error:
+            raise ConversionError(f"{self.directory / file}: {name}: {error.strerror}") from error
+        return target
 
-    def read(self, name: str) -> Tensor:
-        """One whole tensor."""
-        tensor: Tensor = self._handles[self._file_of[name]].get_tensor(name)
-        return tensor
+
+def _advice(directory: str | Path) -> str:
+    """What to do where weights are there in another format."""
+    if not any(Path(directory).glob("pytorch_model*.bin")):
+        return ""
+    return (
+        ". pytorch_model.bin is not read: the format can carry code. If you trust it, make safetensors of it: "
+        f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{directory}', "
+        "dtype='auto').save_pretrained('NEW')\", and copy the tokenizer beside"
+    )
+
+
+def _read_header(file: BinaryIO) -> dict[str, TensorPlace]:
+    """Where each tensor of a safetensors file lies.
+
+    Raises:
+        ValueError, EOFError: it is none, or not whole.
+    """
+    end = os.fstat(file.fileno()).st_size
+    (length,) = struct.unpack("<Q", read_bytes(file.fileno(), 0, 8))
+    if length > end - 8:
+        raise ValueError("its header is longer than the file")
+    header = json.loads(read_bytes(file.fileno(), 8, length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no mapping")
+    places, last = {}, 8 + length
+    for name, entry in header.items():
+        if name != "__metadata__":
+            places[name] = _place(name, entry, 8 + length, end)
+            last = max(last, places[name].start + TensorSpec(places[name].shape, places[name].dtype).bytes)
+    if last != end:
+        raise ValueError(f"it has {end} bytes, its header describes {last}")
+    return places
+
+
+def _place(name: str, entry: Any, base: int, end: int) -> TensorPlace:
+    try:
+        code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{name} is not described") from error
+    if code not in _CODES:
+        raise ValueError(f"{name} is {code}; convert it to BF16 first")
+    place = TensorPlace(base + start, shape, _CODES[code])
+    if min(start, *shape, 0) < 0 or base + stop > end or stop - start != TensorSpec(shape, place.dtype).bytes:
+        raise ValueError(f"{name} is {list(shape)} {code}, but has the bytes {start} to {stop}")
+    return place
 
 
 class HuggingFaceSink(TensorSink):
@@ -80,7 +131,7 @@ class HuggingFaceSink(TensorSink):
     Shards are laid out from the announced shapes: headers first, then each tensor at its place as it comes.
     """
 
-    contents = ("*.safetensors", INDEX_FILE, "config.json", "generation_config.json", "*.py", *TOKENIZER_FILES)
+    contents = ("*.safetensors", INDEX_FILE, "config.json", "README.md", "*.py", *TOKENIZER_FILES)
 
     def __init__(
         self,
@@ -92,9 +143,12 @@ class HuggingFaceSink(TensorSink):
         inputs: Sequence[Path] = (),
     ) -> None:
         super().__init__(Path(target), specs, force=force, inputs=inputs)
+        self._shard_bytes = shard_bytes
         self._places: dict[str, tuple[BinaryIO, int]] = {}
         self._files: list[BinaryIO] = []
-        shards = _split_into_shards(self.specs, shard_bytes)
+
+    def _open(self) -> None:
+        shards = _split_into_shards(self.specs, self._shard_bytes)
         for number, names in enumerate(shards, start=1):
             file_name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._open_shard(file_name, names)
@@ -105,12 +159,12 @@ class HuggingFaceSink(TensorSink):
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:
-            start, end = end, end + _bytes(self.specs[name])
             spec = self.specs[name]
+            start, end = end, end + spec.bytes
             header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        file: BinaryIO = open(self.partial / file_name, "wb")  # noqa: SIM115 - closed by _close
+        file: BinaryIO = open(self.partial / file_name, "wb", buffering=0)  # noqa: SIM115 - closed by _close
         self._files.append(file)
         file.write(struct.pack("<Q", len(text)) + text)
         base = file.tell()
@@ -118,7 +172,7 @@ class HuggingFaceSink(TensorSink):
         start = base
         for name in names:
             self._places[name] = (file, start)
-            start += _bytes(self.specs[name])
+            start += self.specs[name].bytes
 
     def _write_index(self, shards: list[list[str]]) -> None:
         count = len(shards)
@@ -127,35 +181,28 @@ class HuggingFaceSink(TensorSink):
             for number, names in enumerate(shards, start=1)
             for name in names
         }
-        total = sum(_bytes(spec) for spec in self.specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         (self.partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _store(self, name: str, tensor: Tensor) -> None:
-        file, start = self._places[name]
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        try:
-            file.seek(start)
-            file.write(data.data)
-        except OSError as error:
-            raise ConversionError(f"{self.target}: cannot write {name}: {error.strerror}") from error
+    def _prepare(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.contiguous()
+
+    def _store(self, prepared: Prepared) -> None:
+        file, start = self._places[prepared.name]
+        write_at(file.fileno(), start, memory_of(prepared.content))
 
     def _close(self) -> None:
         for file in self._files:
             file.close()
 
 
-def _bytes(spec: TensorSpec) -> int:
-    return torch.Size(spec.shape).numel() * spec.dtype.itemsize
-
-
 def _split_into_shards(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
-        if shards[-1] and size + _bytes(spec) > limit:
+        if shards[-1] and size + spec.bytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += _bytes(spec)
+        size += spec.bytes
     return shards

@@ -36,7 +36,17 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RUN_FILE, STATE_FILE, RNG_FILE, TOKENIZER_FOLDER = "run.yaml", "state.json", "rng.pt", "tokenizer"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files of which a tokenizer has at least one."""
-TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What is kept of a tokenizer's folder; how to stop and sample goes with it."""
 CHECKPOINT_CONTENTS = (
     METADATA_FILE,
     "*.distcp",
@@ -179,9 +189,9 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     return bool(set(TOKENIZERS) & set(present))
 
 
-def publish(partial: Path, final: Path, iteration: int) -> None:
-    """Give a finished checkpoint its name and note it as the newest."""
-    for path in (*partial.rglob("*"), partial):
+def publish(partial: Path, final: Path, iteration: int, *, sync: bool = True) -> None:
+    """Give a finished checkpoint its name, with `sync` only once everything is on disk, and note it as the newest."""
+    for path in (*partial.rglob("*"), partial) if sync else ():
         _sync(path)
     replaced = _set_aside(final) if final.exists() else None
     partial.rename(final)

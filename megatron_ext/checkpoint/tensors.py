@@ -5,6 +5,7 @@ by name in any order. Both exist for a Megatron checkpoint (here) and for a Hugg
 """
 
 import contextlib
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,8 +28,8 @@ from megatron_ext.checkpoint.store import (
     require_checkpoint,
     write_small_files,
 )
-from megatron_ext.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
-from megatron_ext.errors import CheckpointError, ConversionError
+from megatron_ext.checkpoint.torch_dist import TensorArchive, TorchDistReader, TorchDistWriter, write_metadata
+from megatron_ext.errors import ConversionError
 from megatron_ext.files import UNFINISHED, output_place, publish_directory
 
 
@@ -39,9 +40,14 @@ class TensorSpec:
     shape: Shape
     dtype: torch.dtype
 
+    @property
+    def bytes(self) -> int:
+        """Size of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class TensorSource(Protocol):
-    """Named tensors that can be read one at a time."""
+    """Named tensors that can be read one at a time, on any number of threads."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -51,10 +57,22 @@ class TensorSource(Protocol):
         """One whole tensor, on the CPU."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A tensor in the form in which a sink stores it."""
+
+    name: str
+    content: Any
+
+
 class TensorSink(ABC):
     """Takes the tensors that `specs` announced, each once; complete only when all have come.
 
-    As a context manager it publishes its output on success and leaves nothing behind on failure.
+    As a context manager it publishes its output on success and leaves nothing behind on failure. Output is not forced
+    through to the disk: after a power cut, convert again.
+
+    `write` is for one thread. On several, each tensor goes through `prepare`, `claim` and `store`; only `claim` must
+    not be called by two at once, and its order is the order inside the files.
     """
 
     contents: tuple[str, ...]
@@ -67,54 +85,133 @@ class TensorSink(ABC):
         self.target, self.specs = target, dict(specs)
         self.partial = target.with_name(target.name + UNFINISHED)
         self._waiting = set(self.specs)
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self._made = [folder for folder in self.partial.parents if not folder.exists()]
-        self.partial.mkdir(parents=True)
+        self._made: list[Path] = []
+        self._finished = False
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(spec.bytes for spec in self.specs.values())
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Take one tensor, converted to the announced dtype.
 
         Raises:
-            ConversionError: it was not announced, came before, or has another shape.
+            ConversionError: it was not announced, came before, or has another shape; or it cannot be written.
         """
+        prepared = self.prepare(name, tensor)
+        self.claim(prepared)
+        self.store(prepared)
+
+    def prepare(self, name: str, tensor: Tensor) -> Prepared:
+        """Check one tensor and bring it into the form in which it is stored; it may be kept until `store`."""
         if name not in self._waiting:
             raise ConversionError(f"{name}: {'written twice' if name in self.specs else 'not part of the target'}")
         spec = self.specs[name]
         if tuple(tensor.shape) != spec.shape:
             raise ConversionError(f"{name}: is {list(tensor.shape)}, the target has {list(spec.shape)}")
-        self._store(name, tensor.to(spec.dtype))
-        self._waiting.remove(name)
+        converted = tensor.detach().cpu().to(spec.dtype)
+        if spec.dtype is torch.float16 and tensor.dtype is not torch.float16:
+            _check_range(name, tensor, converted)
+        return Prepared(name, self._prepare(name, converted))
+
+    def claim(self, prepared: Prepared) -> None:
+        """Give a prepared tensor its place."""
+        self._waiting.remove(prepared.name)
+
+    def store(self, prepared: Prepared) -> None:
+        """Write a prepared tensor to its place."""
+        try:
+            self._store(prepared)
+        except OSError as error:
+            raise ConversionError(f"{self.target}: cannot write {prepared.name}: {error.strerror}") from error
 
     @abstractmethod
-    def _store(self, name: str, tensor: Tensor) -> None:
+    def _prepare(self, name: str, tensor: Tensor) -> Any:
+        """The form in which `tensor` is stored."""
+
+    @abstractmethod
+    def _store(self, prepared: Prepared) -> None:
         """Write one tensor to where it belongs."""
 
     @abstractmethod
+    def _open(self) -> None:
+        """Make the files."""
+
+    @abstractmethod
     def _close(self) -> None:
-        """Finish what was written."""
+        """Close the files; also called after a failure."""
+
+    def _complete(self) -> None:  # noqa: B027 - not every output has more
+        """Write what a finished output holds besides the tensors."""
 
     def _publish(self) -> None:
         publish_directory(self.partial, self.target)
 
+    def finish(self) -> None:
+        """Complete the output at its unfinished place, `partial`, where it can be examined before it gets its name.
+
+        Raises:
+            ConversionError: tensors are missing.
+        """
+        self._close()
+        if self._waiting:
+            missing = ", ".join(sorted(self._waiting)[:10])
+            raise ConversionError(f"{len(self._waiting)} tensors of the target were never written: {missing}")
+        self._complete()
+        self._finished = True
+
     def __enter__(self) -> "TensorSink":
+        self._require_space()
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self._made = [folder for folder in self.partial.parents if not folder.exists()]
+        try:
+            self.partial.mkdir(parents=True)
+            self._open()
+        except OSError as error:
+            self._clear_up()
+            raise ConversionError(f"{self.target}: cannot be written: {error.strerror}") from error
+        except BaseException:
+            self._clear_up()
+            raise
         return self
+
+    def _require_space(self) -> None:
+        """Raise ConversionError where the tensors have no room on the disk."""
+        folder = next(folder for folder in self.partial.absolute().parents if folder.exists())
+        free = shutil.disk_usage(folder).free
+        if self.total_bytes > free:
+            raise ConversionError(
+                f"{self.target}: needs {self.total_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._close()
             if kind is None:
-                if self._waiting:
-                    missing = ", ".join(sorted(self._waiting)[:10])
-                    raise ConversionError(f"{len(self._waiting)} tensors of the target were never written: {missing}")
+                if not self._finished:
+                    self.finish()
                 self._publish()
+            else:
+                self._close()
+        except OSError as fault:
+            raise ConversionError(f"{self.target}: cannot be written: {fault.strerror}") from fault
         finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            for folder in self._made:
-                with contextlib.suppress(OSError):  # it holds the output, or something of somebody else
-                    folder.rmdir()
+            self._clear_up()
+
+    def _clear_up(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it holds the output, or something of somebody else
+                folder.rmdir()
+
+
+def _check_range(name: str, tensor: Tensor, converted: Tensor) -> None:
+    """Raise ConversionError where numbers became infinite."""
+    if not torch.equal(torch.isfinite(tensor), torch.isfinite(converted)):
+        raise ConversionError(f"{name}: has numbers that fp16 cannot hold; use bf16 or fp32")
 
 
 class MegatronSource:
@@ -172,24 +269,37 @@ class MegatronSink(TensorSink):
                 f"{directory} is not empty; choose another place or pass --force to replace its step 0"
             )
         super().__init__(directory / checkpoint_name(0), specs, force=force, inputs=inputs)
-        self._run, self._tokenizer = run, tokenizer
+        self._run, self._tokenizer, self._state = run, tokenizer, TrainingState()
         self._plan = storage_plan({name: spec.shape for name, spec in specs.items()})
+        self._writer: TorchDistWriter | None = None
+        self._starts: dict[str, int] = {}
+
+    def _open(self) -> None:
         self._writer = TorchDistWriter(self.partial)
 
-    def _store(self, name: str, tensor: Tensor) -> None:
-        place, shape = self._plan[name]
-        within = len(place.stacked)
-        offset = place.stacked + (0,) * (len(shape) - within)
-        try:
-            self._writer.write(place.key, shape, offset, tensor.reshape((1,) * within + tuple(tensor.shape)))
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{self.target}: cannot write {name}: {error}") from error
+    def _prepare(self, name: str, tensor: Tensor) -> TensorArchive:
+        within = len(self._plan[name][0].stacked)
+        return TensorArchive(tensor.reshape((1,) * within + tuple(tensor.shape)))
+
+    def claim(self, prepared: Prepared) -> None:
+        super().claim(prepared)
+        place, shape = self._plan[prepared.name]
+        offset = place.stacked + (0,) * (len(shape) - len(place.stacked))
+        assert self._writer is not None
+        self._starts[prepared.name] = self._writer.reserve(place.key, shape, offset, prepared.content)
+
+    def _store(self, prepared: Prepared) -> None:
+        assert self._writer is not None
+        self._writer.put(prepared.content, self._starts[prepared.name])
 
     def _close(self) -> None:
-        self._records = self._writer.finish()
+        if self._writer is not None:
+            self._writer.finish(sync=False)
+
+    def _complete(self) -> None:
+        assert self._writer is not None
+        write_metadata(self.partial, self._writer.records)
+        write_small_files(self.partial, self._state, self._run, self._tokenizer)
 
     def _publish(self) -> None:
-        write_metadata(self.partial, self._records)
-        state = TrainingState()
-        write_small_files(self.partial, state, self._run, self._tokenizer)
-        publish(self.partial, self.target, state.iteration)
+        publish(self.partial, self.target, self._state.iteration, sync=False)

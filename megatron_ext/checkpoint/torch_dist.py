@@ -9,10 +9,12 @@ import io
 import math
 import os
 import pickle
+import threading
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -20,9 +22,14 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_ext.checkpoint.boxes import Shape
+from megatron_ext.checkpoint.raw_io import TensorPlace, read_bytes, write_at
+from megatron_ext.checkpoint.torch_archive import find_tensor
 from megatron_ext.errors import CheckpointError
 
 METADATA_FILE = ".metadata"
+
+# Bytes; torch.save writes headers of a few dozen and pads with less than a hundred.
+_SMALL = 4096
 
 
 @dataclass(frozen=True)
@@ -40,34 +47,68 @@ class ChunkRecord:
 
 
 class TorchDistWriter:
-    """Appends chunks to one file. Each process has its own, and its own `name`; `write_metadata` then joins them."""
+    """Appends chunks to one file. Each process has its own, and its own `name`; `write_metadata` then joins them.
+
+    Threads may write at the same time: what is reserved first stands first in the file.
+    """
 
     def __init__(self, directory: Path, name: str = "__0_0.distcp") -> None:
         self.records: list[ChunkRecord] = []
         self._name = name
-        self._file: BinaryIO = open(directory / name, "wb")  # noqa: SIM115 - closed by finish()
+        self._end = 0
+        self._file: BinaryIO = open(directory / name, "wb", buffering=0)  # noqa: SIM115 - closed by finish()
 
     def write(self, key: str, global_shape: Shape, offset: Shape, data: Tensor) -> None:
         """Append `data`, the chunk of `key` at `offset`; its memory is not kept."""
-        start = self._file.tell()
-        size = tuple(data.shape)
-        # A view would drag its whole storage into the file.
-        whole = data.detach().to("cpu")
-        whole = whole.clone() if whole.untyped_storage().nbytes() != whole.numel() * whole.itemsize else whole
-        torch.save(whole.contiguous(), self._file)
-        length = self._file.tell() - start
-        self.records.append(ChunkRecord(key, data.dtype, global_shape, offset, size, self._name, start, length))
+        archive = TensorArchive(data)
+        self.put(archive, self.reserve(key, global_shape, offset, archive))
 
-    def finish(self) -> list[ChunkRecord]:
-        """Bring everything to disk and return what was written."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def reserve(self, key: str, global_shape: Shape, offset: Shape, archive: "TensorArchive") -> int:
+        """The place in the file of a chunk that `put` will write. Not for several threads at once."""
+        start, self._end = self._end, self._end + archive.length
+        size = tuple(archive.tensor.shape)
+        dtype = archive.tensor.dtype
+        self.records.append(ChunkRecord(key, dtype, global_shape, offset, size, self._name, start, archive.length))
+        return start
+
+    def put(self, archive: "TensorArchive", start: int) -> None:
+        """Write a chunk at its place."""
+        for piece in archive.pieces:
+            write_at(self._file.fileno(), start, piece)
+            start += len(piece)
+
+    def finish(self, *, sync: bool = True) -> list[ChunkRecord]:
+        """Close the file, with `sync` only once everything is on disk, and return what was written."""
+        if sync:
+            os.fsync(self._file.fileno())
         self._file.close()
         return self.records
 
     def abandon(self) -> None:
         """Close the file after a failure."""
         self._file.close()
+
+
+class TensorArchive:
+    """A tensor as torch.save writes it: pieces of bytes, of which the elements are the tensor's own memory."""
+
+    def __init__(self, data: Tensor) -> None:
+        whole = data.detach().to("cpu")
+        # A view would drag its whole storage into the file.
+        whole = whole.clone() if whole.untyped_storage().nbytes() != whole.numel() * whole.itemsize else whole
+        self.tensor = whole.contiguous()
+        self.pieces: list[memoryview | bytes] = []
+        torch.save(self.tensor, cast("IO[bytes]", self))
+        self.length = sum(map(len, self.pieces))
+
+    def write(self, piece: memoryview | bytes) -> int:
+        """Take a piece from torch.save. Only the elements stay where they are when it goes on."""
+        elements = len(piece) == self.tensor.numel() * self.tensor.itemsize and len(piece) > _SMALL
+        self.pieces.append(piece if elements else bytes(piece))
+        return len(piece)
+
+    def flush(self) -> None:
+        """Nothing is held back; torch.save asks."""
 
 
 def write_metadata(directory: Path, records: Iterable[ChunkRecord]) -> None:
@@ -102,13 +143,14 @@ def write_metadata(directory: Path, records: Iterable[ChunkRecord]) -> None:
 
 
 class TorchDistReader:
-    """Random access to the tensors of a `torch_dist` directory."""
+    """Random access to the tensors of a `torch_dist` directory, on any number of threads."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._metadata = _read_metadata(directory)
         self._files: dict[str, BinaryIO] = {}
-        self._last: tuple[_StorageInfo | None, Tensor] = (None, torch.empty(0))
+        self._places: dict[tuple[str, int], TensorPlace | None] = {}
+        self._opening = threading.Lock()
         self.tensors: dict[str, dcp.TensorStorageMetadata] = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
@@ -132,7 +174,7 @@ class TorchDistReader:
                 continue
             in_target, in_chunk = overlap
             part = target[in_target]
-            part.copy_(self._load(key, info)[in_chunk])
+            self._fill(part, key, info, in_chunk, tuple(chunk.sizes))
             filled += part.numel()
         if filled != target.numel():
             raise CheckpointError(
@@ -150,32 +192,41 @@ class TorchDistReader:
         for chunk in self.tensors[key].chunks:
             yield chunk, self._metadata.storage_data[dcp.MetadataIndex(key, chunk.offsets)]
 
-    def _load(self, key: str, info: _StorageInfo) -> Tensor:
-        """The tensor of one chunk. The last one is kept: neighbouring boxes often share it."""
-        if self._last[0] != info:
-            file = self._files.get(info.relative_path)
-            if file is None:
+    def _fill(self, part: Tensor, key: str, info: _StorageInfo, box: tuple[slice, ...], size: Shape) -> None:
+        """Read the elements at `box` of one chunk, which has `size`."""
+        descriptor = self._open(info.relative_path)
+        try:
+            where = info.relative_path, info.offset
+            if where not in self._places:
+                self._places[where] = find_tensor(descriptor, info.offset, info.length)
+            place = self._places[where]
+            if place is not None and place.shape == size:
+                place.read_box(descriptor, box, part)
+            else:
+                data = io.BytesIO(read_bytes(descriptor, info.offset, info.length))
+                part.copy_(torch.load(data, map_location="cpu", weights_only=True).view(size)[box])
+        except EOFError as error:
+            raise CheckpointError(f"{self.directory}: {info.relative_path} ends inside {key}") from error
+        except OSError as error:
+            raise CheckpointError(f"{self.directory}: {info.relative_path}: {error.strerror}") from error
+        except (RuntimeError, KeyError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{self.directory}: {info.relative_path}: {key} is damaged") from error
+
+    def _open(self, name: str) -> int:
+        """Descriptor of one of the files."""
+        with self._opening:
+            if name not in self._files:
                 try:
-                    file = open(self.directory / info.relative_path, "rb")  # noqa: SIM115 - closed by close()
+                    self._files[name] = open(self.directory / name, "rb", buffering=0)  # noqa: SIM115 - close() does
                 except OSError as error:
-                    raise CheckpointError(f"{self.directory}: {info.relative_path}: {error.strerror}") from error
-                self._files[info.relative_path] = file
-            file.seek(info.offset)
-            data = file.read(info.length)
-            if len(data) < info.length:
-                raise CheckpointError(f"{self.directory}: {info.relative_path} ends inside {key}")
-            try:
-                self._last = (info, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-            except (RuntimeError, pickle.UnpicklingError) as error:
-                raise CheckpointError(f"{self.directory}: {info.relative_path}: {key} is damaged") from error
-        return self._last[1]
+                    raise CheckpointError(f"{self.directory}: {name}: {error.strerror}") from error
+            return self._files[name].fileno()
 
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
             file.close()
         self._files.clear()
-        self._last = (None, torch.empty(0))
 
 
 def _overlap(

@@ -1,5 +1,6 @@
-"""Applies weight rules in either direction, from a tensor source to a tensor sink, accounting for every tensor."""
+"""Applies weight rules in either direction, accounting for every tensor. transfer.py then moves the bytes."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megatron_ext.architectures.rules import Rule
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.tensors import TensorSink, TensorSource, TensorSpec
+from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 
@@ -27,6 +28,9 @@ class Task:
 
 
 MEGATRON = "megatron"
+
+KEPT_DTYPE = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.expert_bias")
+"""Tensors that no change of dtype touches: an expert's bias moves in steps of 1e-3, which bf16 would lose."""
 
 
 def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Task]:
@@ -59,10 +63,22 @@ def _to_megatron(rule: Rule, model: ModelConfig, parts: dict[str, Tensor]) -> di
     return {MEGATRON: rule.to_megatron(parts, model)}
 
 
+def copies(source: TensorSource) -> Iterator[Task]:
+    """Every tensor of `source` under its own name."""
+    for name in source.specs:
+        yield Task({MEGATRON: name}, {MEGATRON: name}, dict)
+
+
 def _expanded(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[tuple[Rule, dict[str, int]]]:
-    for rule in rules:
-        for holes in rule.holes(model):
-            yield rule, holes
+    """Rules with filled holes: what stands before the layers, layer by layer, what stands after them."""
+    steps = [(rule, holes) for rule in rules for holes in rule.holes(model)]
+    first = next((n for n, (_, holes) in enumerate(steps) if "layer" in holes), 0)
+    order = {
+        n: (0, 0) if n < first else (1, holes["layer"]) if "layer" in holes else (2, 0)
+        for n, (_, holes) in enumerate(steps)
+    }
+    for number in sorted(order, key=lambda n: order[n]):
+        yield steps[number]
 
 
 def hf_shapes(rules: tuple[Rule, ...], model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -110,15 +126,7 @@ def target_specs(tasks: Iterator[Task], source: TensorSource, dtype: torch.dtype
             role: torch.empty(present[name].shape, dtype=present[name].dtype, device="meta")
             for role, name in task.reads.items()
         }
+        chosen = None if KEPT_DTYPE.fullmatch(task.reads.get(MEGATRON, "")) else dtype
         for role, tensor in task.make(parts).items():
-            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), dtype or tensor.dtype)
+            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), chosen or tensor.dtype)
     return specs
-
-
-def run_tasks(tasks: Iterator[Task], source: TensorSource, sink: TensorSink, advance: Callable[[int], None]) -> None:
-    """Read, transform and write, one task at a time; `advance` is told the bytes written."""
-    for task in tasks:
-        made = task.make({role: source.read(name) for role, name in task.reads.items()})
-        for role, tensor in made.items():
-            sink.write(task.writes[role], tensor)
-            advance(tensor.numel() * tensor.itemsize)

@@ -13,7 +13,7 @@ from megatron_ext.architectures.registry import ARCHITECTURES
 from megatron_ext.checkpoint.store import load_boxes, require_checkpoint
 from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.conversion.checkpoint_model import read_model
-from megatron_ext.conversion.convert import shipped_code
+from megatron_ext.conversion.export import shipped_code
 from megatron_ext.errors import ConversionError, DataError
 from megatron_ext.files import read_json_object
 from megatron_ext.mcore.model import build_chunks
@@ -25,9 +25,12 @@ from megatron_ext.runtime.seeds import seed_everything
 
 
 @torch.no_grad()
-def megatron_logits(checkpoint: str | Path, batches: Sequence[Tensor]) -> list[Tensor]:
+def megatron_logits(
+    checkpoint: str | Path, batches: Sequence[Tensor], *, weights_as: torch.dtype | None = None
+) -> list[Tensor]:
     """fp32 logits [B, S, vocab] of a Megatron checkpoint for each batch of token ids [B, S], on the CPU.
 
+    With `weights_as` its weights are rounded to that dtype before, and then computed with in fp32 all the same.
     Starts a process group of one and leaves it again; call it where none is running.
     """
     model, parallel, runtime = read_model(checkpoint), ParallelConfig(), RuntimeConfig(device="cpu")
@@ -43,6 +46,7 @@ def megatron_logits(checkpoint: str | Path, batches: Sequence[Tensor]) -> list[T
         chunks = build_chunks(model, parallel, config, device)
         load_boxes(require_checkpoint(checkpoint), model_boxes(list(chunks)))
         (network,) = chunks
+        _round_weights(network, weights_as)
         network.eval()
         results = []
         for tokens in batches:
@@ -55,11 +59,23 @@ def megatron_logits(checkpoint: str | Path, batches: Sequence[Tensor]) -> list[T
 
 @torch.no_grad()
 def hugging_face_logits(
-    directory: str | Path, batches: Sequence[Tensor], *, trust_remote_code: bool = False
+    directory: str | Path,
+    batches: Sequence[Tensor],
+    *,
+    trust_remote_code: bool = False,
+    weights_as: torch.dtype | None = None,
 ) -> list[Tensor]:
     """fp32 logits of a Hugging Face directory, as transformers' AutoModelForCausalLM computes them."""
     network = load_hugging_face(directory, trust_remote_code=trust_remote_code)
+    _round_weights(network, weights_as)
     return [network(tokens).logits.float() for tokens in batches]
+
+
+def _round_weights(network: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    """Round weights to `dtype` and keep them in fp32. Buffers, such as an expert bias, keep their precision."""
+    if dtype is not None:
+        for weight in network.parameters():
+            weight.copy_(weight.to(dtype))
 
 
 def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
-from megatron_ext.conversion.convert import is_hugging_face, read_hugging_face_model
+from megatron_ext.conversion.checkpoint_model import tokenizer_directory
+from megatron_ext.conversion.sources import is_hugging_face, read_any_model
 from megatron_ext.data.corpus import corpus_files, read_documents
 from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.preprocess import MANIFEST_FILE
@@ -79,7 +79,7 @@ def comparison_batches(
     The tokenizer is the one given, the one inside a Hugging Face directory or the one of the training run. Where there
     is none, and no text was asked for, token ids are random. Rows are no longer than learned positions reach.
     """
-    model = read_hugging_face_model(checkpoint)[1] if is_hugging_face(checkpoint) else read_model(checkpoint)
+    model = read_any_model(checkpoint)
     if model.position_embedding_type == "learned_absolute":
         length = min(length, model.max_position_embeddings)
     directory = Path(tokenizer) if tokenizer is not None else _own_tokenizer(checkpoint)

@@ -5,19 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.checkpoint.safetensors import HuggingFaceSource
-from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource
-from megatron_ext.config import ModelConfig
-from megatron_ext.conversion.checkpoint_model import read_model
-from megatron_ext.conversion.convert import check_hugging_face, is_hugging_face, read_hugging_face_model
-from megatron_ext.conversion.engine import MEGATRON, check_source, tasks_to_megatron
+from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.conversion.logits import hugging_face_logits, megatron_logits
+from megatron_ext.conversion.sources import (
+    EMBEDDING,
+    OUTPUT,
+    Checkpoint,
+    is_hugging_face,
+    open_checkpoint,
+    read_any_model,
+)
+from megatron_ext.conversion.text import comparison_batches
 from megatron_ext.errors import ConversionError
 
 
@@ -29,6 +32,8 @@ class WeightComparison:
     different: tuple[str, ...]
     """Names of tensors that are not equal bit for bit."""
     largest_difference: float
+    rounded_to: tuple[str, ...] = ()
+    """Dtypes of tensors that one side stores in a wider one; these were compared after rounding."""
 
 
 @dataclass(frozen=True)
@@ -54,51 +59,100 @@ class LogitComparison:
         return self.max_abs_difference / self.scale
 
 
+@dataclass(frozen=True)
+class Verification:
+    """Are two checkpoints the same model?"""
+
+    weights: WeightComparison
+    logits: LogitComparison | None
+    """None where only weights were compared."""
+    tolerance: float
+    """Largest difference of logits that counts as equal, relative to the largest logit."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether they are."""
+        return not self.weights.different and (self.logits is None or self.logits.relative <= self.tolerance)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two checkpoints are to be compared."""
+
+    logits: bool = True
+    """Compare logits too; both models are loaded for that in fp32, one after the other."""
+    text: str | Path | None = None
+    """Text or prepared dataset; None: built-in sentences."""
+    tokenizer: str | Path | None = None
+    """Tokenizer of the text; None: the first checkpoint's."""
+    batches: int = 4
+    length: int = 128
+    tolerance: float = 1e-5
+    """fp32 rounding of sums taken in another order: measured 0 to 1e-6 of the logits' scale."""
+    trust_remote_code: bool = False
+
+
+def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
+    """Compare two checkpoints of either kind.
+
+    Where weights are stored in different dtypes, logits are those of the narrower weights on both sides.
+
+    Raises:
+        ConversionError: they hold different tensors, or there is too little memory for their logits.
+    """
+    if how.logits:
+        _require_memory(a)
+    weights = compare_weights(a, b)
+    logits = None
+    if how.logits:
+        batches = comparison_batches(a, how.text, how.tokenizer, batches=how.batches, length=how.length)
+        narrow = getattr(torch, weights.rounded_to[0]) if len(weights.rounded_to) == 1 else None
+        computed = (
+            checkpoint_logits(path, batches, trust_remote_code=how.trust_remote_code, weights_as=narrow)
+            for path in (a, b)
+        )
+        logits = compare_logits(*computed)
+    return Verification(weights, logits, how.tolerance)
+
+
+def _require_memory(path: str | Path) -> None:
+    """Raise ConversionError where a model computed in fp32 does not fit into the memory that is free."""
+    needed = 4 * count_parameters(read_any_model(path)).total
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ConversionError(
+            f"{path}: its logits need the model in fp32, {needed / 1e9:.0f} GB, but {free / 1e9:.0f} GB are free; "
+            "compare weights alone with --no-logits"
+        )
+
+
 def compare_weights(a: str | Path, b: str | Path) -> WeightComparison:
-    """Compare two checkpoints, Megatron or Hugging Face, without their vocabulary padding."""
-    left, right = _Canonical(a), _Canonical(b)
-    if left.names != right.names:
-        only = sorted(left.names ^ right.names)
+    """Compare two checkpoints, Megatron or Hugging Face, without their vocabulary padding.
+
+    Where one side stores a tensor in a narrower dtype, the other is rounded to that dtype first.
+    """
+    left, right = open_checkpoint(a), open_checkpoint(b)
+    if left.tensors.specs.keys() != right.tensors.specs.keys():
+        only = sorted(left.tensors.specs.keys() ^ right.tensors.specs.keys())
         raise ConversionError(f"{a} and {b} hold different tensors: {', '.join(only[:10])}")
-    different, largest = [], 0.0
-    for name in sorted(left.names):
-        x, y = left.read(name), right.read(name)
+    different, rounded, largest = [], set(), 0.0
+    for name in sorted(left.tensors.specs):
+        x, y = _unpadded(left, name), _unpadded(right, name)
         if x.shape != y.shape:
             raise ConversionError(f"{name}: {list(x.shape)} in {a}, {list(y.shape)} in {b}")
+        if x.dtype != y.dtype and x.is_floating_point() and y.is_floating_point():
+            narrow = min((x.dtype, y.dtype), key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).eps))
+            x, y = x.to(narrow), y.to(narrow)
+            rounded.add(str(narrow).removeprefix("torch."))
         if x.dtype != y.dtype or not torch.equal(x, y):
             different.append(name)
             largest = max(largest, _largest_difference(x.double(), y.double()))
-    return WeightComparison(len(left.names), tuple(different), largest)
+    return WeightComparison(len(left.tensors.specs), tuple(different), largest, tuple(sorted(rounded)))
 
 
-class _Canonical:
-    """A checkpoint of either kind as canonical Megatron tensors without vocabulary padding."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._tasks = {}
-        self._source: TensorSource
-        self.model: ModelConfig
-        if is_hugging_face(path):
-            architecture: Architecture
-            architecture, self.model = read_hugging_face_model(path)
-            self._source = HuggingFaceSource(path)
-            check_hugging_face(self._source, architecture, self.model)
-            self._tasks = {task.writes[MEGATRON]: task for task in tasks_to_megatron(architecture.weights, self.model)}
-            self.names = frozenset(self._tasks)
-        else:
-            self.model = read_model(path)
-            self._source = MegatronSource(path)
-            check_source(self._source, model_shapes(self.model), where=str(path))
-            self.names = frozenset(self._source.specs)
-
-    def read(self, name: str) -> Tensor:
-        if self._tasks:
-            task = self._tasks[name]
-            tensor = task.make({role: self._source.read(part) for role, part in task.reads.items()})[MEGATRON]
-        else:
-            tensor = self._source.read(name)
-        is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
-        return tensor[: self.model.vocab_size] if is_vocabulary else tensor
+def _unpadded(checkpoint: Checkpoint, name: str) -> Tensor:
+    tensor = checkpoint.tensors.read(name)
+    return tensor[: checkpoint.model.vocab_size] if name in (EMBEDDING, OUTPUT) else tensor
 
 
 def _largest_difference(x: Tensor, y: Tensor) -> float:
@@ -107,11 +161,17 @@ def _largest_difference(x: Tensor, y: Tensor) -> float:
     return math.inf if math.isnan(largest) else largest
 
 
-def checkpoint_logits(path: str | Path, batches: Sequence[Tensor], *, trust_remote_code: bool = False) -> list[Tensor]:
-    """fp32 logits of a checkpoint of either kind."""
+def checkpoint_logits(
+    path: str | Path,
+    batches: Sequence[Tensor],
+    *,
+    trust_remote_code: bool = False,
+    weights_as: torch.dtype | None = None,
+) -> list[Tensor]:
+    """fp32 logits of a checkpoint of either kind, its weights rounded to `weights_as` before."""
     if is_hugging_face(path):
-        return hugging_face_logits(path, batches, trust_remote_code=trust_remote_code)
-    return megatron_logits(path, batches)
+        return hugging_face_logits(path, batches, trust_remote_code=trust_remote_code, weights_as=weights_as)
+    return megatron_logits(path, batches, weights_as=weights_as)
 
 
 def compare_logits(a: Sequence[Tensor], b: Sequence[Tensor]) -> LogitComparison:

@@ -1,11 +1,11 @@
 """What a run would be: the text that `--check` prints before anything is started."""
 
 from megatron_ext.architectures.registry import architecture_for
+from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
 from megatron_ext.errors import ConversionError
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.memory import state_memory
-from megatron_ext.planning.parameters import count_parameters
 
 _MOST_ROWS = 32
 

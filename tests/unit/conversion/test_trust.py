@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.conversion.convert import convert, shipped_code
+from megatron_ext.conversion.convert import convert
+from megatron_ext.conversion.export import shipped_code
 from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.errors import ConversionError
 from tests.unit.conversion.test_convert import MODELS, edit_config, write_checkpoint

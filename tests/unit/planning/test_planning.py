@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config import (
     AdamConfig,
     Bf16Precision,
@@ -21,7 +22,6 @@ from megatron_ext.config.layout import resolve_layout
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.memory import state_memory
-from megatron_ext.planning.parameters import count_parameters
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.config.test_load import load, mapping

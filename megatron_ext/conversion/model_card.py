@@ -1,0 +1,88 @@
+"""The README.md of a Hugging Face export: what the model is, how it was trained, how it loads, what was verified."""
+
+from pathlib import Path
+
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.config import ModelConfig
+from megatron_ext.config.yaml_text import dump_yaml
+from megatron_ext.conversion.figures import lines_of
+from megatron_ext.conversion.sources import Checkpoint
+from megatron_ext.conversion.verify import Verification
+
+MODEL_CARD = "README.md"
+
+
+def write_model_card(
+    directory: Path,
+    name: str,
+    architecture: Architecture,
+    why: str,
+    opened: Checkpoint,
+    verification: Verification | None,
+) -> None:
+    """Write the card into `directory`, from which the export will be published under `name`."""
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"# {name}",
+        _facts(architecture, why, opened),
+        _loading(name, architecture),
+        _verified(verification),
+        *([_training(opened)] if opened.run else []),
+        "Exported by megatron_ext.",
+    ]
+    (directory / MODEL_CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _facts(architecture: Architecture, why: str, opened: Checkpoint) -> str:
+    model, state = opened.model, opened.state
+    counts = count_parameters(model)
+    rows = [
+        ("class", f"`{architecture.hf_class}`"),
+        ("why this class", why),
+        ("parameters", f"{counts.total:,} in all, {counts.active:,} active for each token"),
+        ("layers, width, heads", f"{model.num_layers}, {model.hidden_size}, {model.num_attention_heads}"),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("positions", f"{model.max_position_embeddings:,}"),
+    ]
+    if model.is_moe:
+        rows.append(("experts", _experts(model)))
+    if state.iteration:
+        length = opened.run.get("data", {}).get("sequence_length")
+        tokens = f", {state.consumed_samples * length:,} tokens" if length else ""
+        rows.append(("trained", f"{state.iteration:,} steps{tokens}"))
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def _experts(model: ModelConfig) -> str:
+    layers = sum(model.moe_layer_pattern)
+    text = f"{model.num_moe_experts} in {layers} of {model.num_layers} layers, {model.moe_router_topk} a token"
+    shared = model.moe_shared_expert_intermediate_size
+    return text if shared is None else f"{text}, and a shared one of width {shared}"
+
+
+def _loading(name: str, architecture: Architecture) -> str:
+    trust = ", trust_remote_code=True" if architecture.auto_map else ""
+    note = "\n\nIts modelling code is in this directory; `trust_remote_code` runs it." if architecture.code else ""
+    return f"""## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```{note}"""
+
+
+def _verified(verification: Verification | None) -> str:
+    if verification is None:
+        return "## Verification\n\nNot verified against the model it was made of."
+    figures = "\n".join(lines_of(verification))
+    return f"## Verification\n\nCompared with the model it was made of, before it was published:\n\n```\n{figures}\n```"
+
+
+def _training(opened: Checkpoint) -> str:
+    return (
+        "## Training\n\n<details>\n<summary>The resolved configuration</summary>\n\n"
+        f"```yaml\n{dump_yaml(opened.run).strip()}\n```\n\n</details>"
+    )

@@ -1,0 +1,53 @@
+"""Options of tools/convert.py."""
+
+import os
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_ext.config.base import config
+
+_MOST_WORKERS = 4
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)
+
+
+@config
+class ConvertOptions:
+    """What to convert, to what, and what to do with it then."""
+
+    source: str
+    """Megatron checkpoint (or a directory of them: the newest is taken), or Hugging Face directory."""
+    target: str
+    """Directory to write."""
+    to: Literal["megatron", "hf"] | None = None
+    """Format to write. Default: the other one. The source's own format too, for another dtype or class."""
+    hf_class: str | None = None
+    """Hugging Face class to export as, such as MixtralForCausalLM; refused where it would compute something else.
+    Default: the source's own, or else the first class that computes exactly this model."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Convert the weights. Default: keep them as they are."""
+    tokenizer: str | None = None
+    """Tokenizer to put into a Hugging Face export. Default: the one of the training run."""
+    shard_size: float = Field(default=5.0, gt=0)
+    """Largest safetensors file, in GB."""
+    workers: int = Field(default_factory=_cores, ge=1)
+    """Threads. The result does not depend on them. Default: one for each core, up to 4."""
+    force: bool = False
+    """Replace an existing target."""
+    verify: bool = False
+    """Compare weights and logits with the source, and give the target its name only if they are the same model."""
+    logits: bool = True
+    """Compare logits too: the model is loaded in fp32. --no-logits compares weights alone."""
+    text: str | None = None
+    """Text for the logits (.jsonl, .txt, a folder, the prefix of a prepared dataset). Default: built-in sentences."""
+    trust_remote_code: bool = False
+    """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
+    push_to_hub: str | None = None
+    """Upload a verified export to this repository (USER/NAME) of the Hugging Face Hub; needs --verify. The token is
+    taken from HF_TOKEN, or from the login of the hub's own command line."""
+    private: bool = True
+    """Create the repository as a private one, where it is not there yet."""

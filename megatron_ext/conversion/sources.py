@@ -1,0 +1,135 @@
+"""Any checkpoint, Megatron or Hugging Face, as one stream of canonically named Megatron tensors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.fields import config_to_megatron
+from megatron_ext.architectures.registry import architecture_of
+from megatron_ext.checkpoint.safetensors import HuggingFaceSource
+from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.checkpoint.store import TOKENIZERS, TrainingState, find_checkpoint, read_run, read_state
+from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource
+from megatron_ext.config import ModelConfig
+from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
+from megatron_ext.conversion.engine import MEGATRON, check_source, hf_shapes, target_specs, tasks_to_megatron
+from megatron_ext.errors import ConversionError
+from megatron_ext.files import read_json_object
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, whatever wrote it. Every tensor is accounted for."""
+
+    directory: Path
+    """What is read; of a training run, its newest checkpoint."""
+    model: ModelConfig
+    tensors: TensorSource
+    """Canonical names, vocabulary padded."""
+    tokenizer: Path | None
+    """The folder with its tokenizer, if it has one."""
+    architecture: Architecture | None
+    """Of a Hugging Face directory; None for a Megatron checkpoint."""
+    hf_config: dict[str, Any]
+    """config.json of a Hugging Face directory."""
+    run: dict[str, Any]
+    """The resolved run of a Megatron checkpoint."""
+    state: TrainingState
+    """Where its training stood."""
+
+
+def is_hugging_face(path: str | Path) -> bool:
+    """Whether `path` is a Hugging Face model directory."""
+    return (Path(path) / "config.json").is_file()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint of either kind.
+
+    Raises:
+        ConversionError: it is neither, or holds other tensors than its configuration says (all are named).
+        CheckpointError: it cannot be read.
+    """
+    path = Path(path)
+    if is_hugging_face(path):
+        return _open_hugging_face(path)
+    if find_checkpoint(path) is None:
+        raise ConversionError(
+            f"{path}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
+        )
+    model, stream = read_model(path), MegatronSource(path)
+    check_source(stream, model_shapes(model), where=str(stream.directory))
+    run, state = read_run(stream.directory), read_state(stream.directory)
+    return Checkpoint(stream.directory, model, stream, tokenizer_directory(path), None, {}, run, state)
+
+
+def _open_hugging_face(directory: Path) -> Checkpoint:
+    architecture, model = read_hugging_face_model(directory)
+    stream = HuggingFaceSource(directory)
+    check_hugging_face(stream, architecture, model)
+    tokenizer = directory if any((directory / name).is_file() for name in TOKENIZERS) else None
+    hf_config = read_json_object(directory / "config.json", ConversionError)
+    tensors = CanonicalTensors(stream, architecture, model)
+    return Checkpoint(directory, model, tensors, tokenizer, architecture, hf_config, {}, TrainingState())
+
+
+def read_any_model(path: str | Path) -> ModelConfig:
+    """The model configuration of a checkpoint of either kind."""
+    return read_hugging_face_model(path)[1] if is_hugging_face(path) else read_model(path)
+
+
+def read_hugging_face_model(directory: str | Path) -> tuple[Architecture, ModelConfig]:
+    """The architecture and model configuration of a Hugging Face directory."""
+    path = Path(directory) / "config.json"
+    raw = read_json_object(path, ConversionError)
+    architecture = architecture_of(raw, source=str(path))
+    return architecture, config_to_megatron(architecture.config, raw, source=str(path))
+
+
+def check_hugging_face(stream: HuggingFaceSource, architecture: Architecture, model: ModelConfig) -> None:
+    """Account for every tensor of a Hugging Face directory.
+
+    Raises:
+        ConversionError: naming those that are missing, unexpected or misshapen.
+    """
+    where, tied = str(stream.directory), not model.untie_embeddings_and_output_weights
+    embedding, output = _hf_name(architecture, EMBEDDING), _hf_name(architecture, OUTPUT)
+    repeated = frozenset({output} if tied and output is not None else ())
+    check_source(stream, hf_shapes(architecture.weights, model), where=where, ignore=repeated)
+    # transformers leaves a tied model's output layer alone where the file has another one.
+    for name in repeated & stream.specs.keys():
+        assert embedding is not None
+        if not torch.equal(stream.read(name), stream.read(embedding)):
+            raise ConversionError(
+                f"{where}: config.json ties {name} to {embedding}, but the weights are not equal; "
+                "set tie_word_embeddings: false there if both are meant"
+            )
+
+
+def _hf_name(architecture: Architecture, canonical: str) -> str | None:
+    """The Hugging Face tensor that is `canonical` under another name; None if the table has none."""
+    for rule in architecture.weights:
+        if rule.megatron == canonical:
+            (name,) = rule.hf_names().values()
+            return name
+    return None
+
+
+class CanonicalTensors:
+    """A Hugging Face model's tensors as Megatron has them, made as they are read."""
+
+    def __init__(self, source: TensorSource, architecture: Architecture, model: ModelConfig) -> None:
+        self._source = source
+        self._tasks = {task.writes[MEGATRON]: task for task in tasks_to_megatron(architecture.weights, model)}
+        self.specs = target_specs(iter(self._tasks.values()), source, None)
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor."""
+        task = self._tasks[name]
+        return task.make({role: self._source.read(part) for role, part in task.reads.items()})[MEGATRON]
