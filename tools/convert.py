@@ -44,10 +44,10 @@ def main() -> None:
             verify=how if o.verify else None,
             progress=progress,
         )
-    print(f"{o.target}: {done.direction}, {done.tensors:,} tensors, {done.bytes / 1e6:,.1f} MB")
+    print(f"{o.target}: {done.direction}, {done.written.tensors:,} tensors, {done.written.bytes / 1e6:,.1f} MB")
     print(f"architecture: {done.why}")
-    if done.verification is not None:
-        print(*lines_of(done.verification), sep="\n")
+    if done.written.verification is not None:
+        print(*lines_of(done.written.verification), sep="\n")
     if o.push_to_hub is not None:
         print(f"uploaded: {push_to_hub(o.target, o.push_to_hub, private=o.private)}")
 

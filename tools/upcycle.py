@@ -1,36 +1,38 @@
 #!/usr/bin/env python
-"""Make a Mixture-of-Experts checkpoint out of a dense one, and measure whether it computes the same.
+"""Make a Mixture-of-Experts model out of a dense one or several, and measure whether it computes the same.
 
-python tools/upcycle.py DENSE_CHECKPOINT TARGET --num-experts 8
+  python tools/upcycle.py DENSE TARGET --num-experts 8
+  python tools/upcycle.py DENSE TARGET --num-experts 64 --topk 8 --method fine_grained --granularity 8
+  python tools/upcycle.py CODE JAPANESE MATH TARGET --num-experts 6 --method mix
+
+DENSE and TARGET are Megatron checkpoints or Hugging Face directories (--to hf). --check prints the plan and writes
+nothing. Beside a Megatron target stands a training configuration, TARGET.yaml.
 """
 
-from megatron_ext.command import parse_command, run_command
+from megatron_ext.command import ending_on_sigterm, parse_command, run_command
 from megatron_ext.upcycling.options import UpcycleOptions
 
 
 def main() -> None:
     """Parse the command line, upcycle and check."""
-    o = parse_command(UpcycleOptions, __doc__, positional=["source", "target"])
-    from megatron_ext.conversion.checkpoint_model import read_model
-    from megatron_ext.conversion.figures import logit_lines, write_figures
-    from megatron_ext.conversion.text import comparison_batches
+    o = parse_command(UpcycleOptions, __doc__, positional=["sources", "target"])
     from megatron_ext.progress import byte_progress
-    from megatron_ext.upcycling.check import function_check
-    from megatron_ext.upcycling.upcycle import METHODS, upcycle
+    from megatron_ext.upcycling.plan import describe_plan
+    from megatron_ext.upcycling.run import upcycle
+    from megatron_ext.upcycling.upcycle import make_plan
 
-    moe, method = o.moe_model(read_model(o.source)), METHODS[o.method]
-    batches = comparison_batches(o.source, o.text, o.tokenizer)
-    with byte_progress("upcycling") as progress:
-        upcycle(o.source, o.target, moe, method, seed=o.seed, force=o.force, progress=progress)
-    comparison = function_check(o.source, o.target, moe, method, batches)
-    expected = method.inexact(moe) or "the function is kept"
-    print(
-        f"{o.target}: {o.method}, {moe.num_moe_experts} experts; expected: {expected}",
-        *logit_lines(comparison),
-        sep="\n",
-    )
-    if o.figures:
-        write_figures(o.figures, upcycling=comparison)
+    plan = make_plan(o)
+    if o.check:
+        print(describe_plan(plan))
+        return
+    with ending_on_sigterm(), byte_progress("upcycling") as progress:
+        made = upcycle(plan, progress)
+    print(f"{o.target}: {o.method.kind}, {o.num_experts} experts, {made.written.bytes / 1e6:,.1f} MB")
+    print(f"expected: {plan.inexact or 'the function is kept'}")
+    if made.function is not None:
+        print(*made.function.lines(), sep="\n")
+    if made.recipe is not None:
+        print(f"training configuration: {made.recipe}")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,18 @@
 """Converts a checkpoint: Megatron or Hugging Face to either, one process, tensor by tensor, complete or not at all."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
-from megatron_ext.checkpoint.safetensors import HuggingFaceSink
-from megatron_ext.checkpoint.tensors import MegatronSink, TensorSink
-from megatron_ext.config import ModelConfig, to_mapping
-from megatron_ext.conversion.engine import Task, copies, target_specs, tasks_to_hf
-from megatron_ext.conversion.export import write_export
+from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
-from megatron_ext.conversion.model_card import write_model_card
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint
-from megatron_ext.conversion.transfer import transfer
 from megatron_ext.conversion.verify import Comparison, Verification, verify
+from megatron_ext.conversion.write import DTYPES, Output, Progress, Written, write_hugging_face, write_megatron
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
-
-Progress = Callable[[int, int], None]
-"""Told (bytes written, bytes in all) as a conversion proceeds."""
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -39,25 +26,7 @@ class Conversion:
     architecture: Architecture | None
     """Of the Hugging Face side; None between two Megatron checkpoints."""
     model: ModelConfig
-    tensors: int
-    """Tensors written."""
-    bytes: int
-    """Bytes of tensors written."""
-    verification: Verification | None = None
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What is to be done, apart from the source and the direction."""
-
-    target: Path
-    dtype: torch.dtype | None
-    tokenizer: Path | None
-    shard_bytes: int
-    workers: int
-    force: bool
-    verify: Comparison | None
-    progress: Progress
+    written: Written
 
 
 def convert(
@@ -91,75 +60,33 @@ def convert(
     """
     opened = open_checkpoint(source)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    order = _Order(Path(target), _DTYPES.get(dtype or ""), own, shard_bytes, workers, force, verify, progress)
+    content = replace(opened.content, tokenizer=own)
+    output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, progress)
+
+    def check(partial: Path) -> Verification | None:
+        return None if verify is None else _verified(opened, partial, Path(target), own, verify)
+
     if to == "megatron" and hf_class is not None:
         raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
     if to == "hf" or hf_class is not None or (to is None and not is_hugging_face(source)):
         if tokenizer is not None and Tokenizer(tokenizer).vocab_size > opened.model.vocab_size:
             raise ConversionError(f"{tokenizer} has more tokens than the model's vocab_size, {opened.model.vocab_size}")
-        return _to_hugging_face(opened, hf_class, order)
-    return _to_megatron(opened, order)
+        architecture, why = _class_of(opened, hf_class)
+        written = write_hugging_face(content, architecture, why, output, check)
+        return Conversion("to Hugging Face", why, architecture, opened.model, written)
+    why = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
+    return Conversion("to Megatron", why, opened.architecture, opened.model, write_megatron(content, output, check))
 
 
-def _to_hugging_face(opened: Checkpoint, hf_class: str | None, order: _Order) -> Conversion:
+def _class_of(opened: Checkpoint, hf_class: str | None) -> tuple[Architecture, str]:
     if opened.architecture is not None and hf_class in (None, opened.architecture.hf_class):
-        architecture, why = opened.architecture, f"{opened.architecture.hf_class}, as before"
-    else:
-        architecture, why = architecture_for(opened.model, hf_class)
-    tasks = list(tasks_to_hf(architecture.weights, opened.model))
-    specs = target_specs(iter(tasks), opened.tensors, order.dtype)
-    sink = HuggingFaceSink(
-        order.target, specs, shard_bytes=order.shard_bytes, force=order.force, inputs=[opened.directory]
-    )
-    with sink:
-        write_export(
-            sink.partial, architecture, opened.model, specs, tokenizer=order.tokenizer, hf_config=opened.hf_config
-        )
-        verification = _fill(sink, tasks, opened, order)
-        write_model_card(sink.partial, sink.target.name, architecture, why, opened, verification)
-    return _summary("to Hugging Face", architecture, why, opened, sink, verification)
+        return opened.architecture, f"{opened.architecture.hf_class}, as before"
+    return architecture_for(opened.model, hf_class)
 
 
-def _to_megatron(opened: Checkpoint, order: _Order) -> Conversion:
-    tasks = list(copies(opened.tensors))
-    specs = target_specs(iter(tasks), opened.tensors, order.dtype)
-    run = {**opened.run, "model": to_mapping(opened.model)}
-    sink = MegatronSink(
-        order.target, specs, run, tokenizer=order.tokenizer, force=order.force, inputs=[opened.directory]
-    )
-    with sink:
-        verification = _fill(sink, tasks, opened, order)
-    named = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
-    return _summary("to Megatron", opened.architecture, named, opened, sink, verification)
-
-
-def _fill(sink: TensorSink, tasks: list[Task], opened: Checkpoint, order: _Order) -> Verification | None:
-    """Write every tensor, complete the output at its unfinished place, and compare it there with the source."""
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        order.progress(done, sink.total_bytes)
-
-    transfer(tasks, opened.tensors, sink, advance, workers=order.workers)
-    sink.finish()
-    if order.verify is None:
-        return None
-    comparison = replace(order.verify, tokenizer=order.verify.tokenizer or order.tokenizer)
-    result = verify(opened.directory, sink.partial, comparison)
+def _verified(opened: Checkpoint, partial: Path, target: Path, tokenizer: Path | None, how: Comparison) -> Verification:
+    result = verify(opened.directory, partial, replace(how, tokenizer=how.tokenizer or tokenizer))
     if not result.passed:
         figures = "\n".join(f"  {line}" for line in lines_of(result))
-        raise ConversionError(f"{sink.target}: not written, it would not be the same model:\n{figures}")
+        raise ConversionError(f"{target}: not written, it would not be the same model:\n{figures}")
     return result
-
-
-def _summary(
-    direction: str,
-    architecture: Architecture | None,
-    why: str,
-    opened: Checkpoint,
-    sink: TensorSink,
-    verification: Verification | None,
-) -> Conversion:
-    return Conversion(direction, why, architecture, opened.model, len(sink.specs), sink.total_bytes, verification)

@@ -1,9 +1,10 @@
 """Applies weight rules in either direction, accounting for every tensor. transfer.py then moves the bytes."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ class Task:
     """Target name by role."""
     make: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     """From source tensors by role to target tensors by role."""
+
+
+class HasSpecs(Protocol):
+    """Tensors that are known, though perhaps not there yet."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor."""
 
 
 MEGATRON = "megatron"
@@ -117,7 +126,7 @@ def check_source(
         raise ConversionError(f"{where} does not hold the model its configuration describes:\n{shown}{more}")
 
 
-def target_specs(tasks: Iterator[Task], source: TensorSource, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+def target_specs(tasks: Iterator[Task], source: HasSpecs, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
     """What `tasks` will write, found by running them on tensors without memory; `dtype` None keeps the source's."""
     present = source.specs
     specs: dict[str, TensorSpec] = {}
@@ -126,7 +135,33 @@ def target_specs(tasks: Iterator[Task], source: TensorSource, dtype: torch.dtype
             role: torch.empty(present[name].shape, dtype=present[name].dtype, device="meta")
             for role, name in task.reads.items()
         }
-        chosen = None if KEPT_DTYPE.fullmatch(task.reads.get(MEGATRON, "")) else dtype
         for role, tensor in task.make(parts).items():
-            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), chosen or tensor.dtype)
+            chosen = in_dtype(task.reads.get(MEGATRON, ""), tensor.dtype, dtype)
+            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), chosen)
     return specs
+
+
+def in_dtype(canonical: str, own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype of a tensor, by its canonical name, where `asked` is wanted for all."""
+    return own if asked is None or KEPT_DTYPE.fullmatch(canonical) else asked
+
+
+def followed_by(first: Sequence[Task], second: Iterable[Task]) -> list[Task]:
+    """The tasks of `first`, each with those of `second` that go on with what it writes (one tensor each)."""
+    by_name = {task.reads[MEGATRON]: task for task in second}
+
+    def joined(task: Task) -> Task:
+        following = {role: by_name[name] for role, name in task.writes.items()}
+        writes = {f"{role}.{r}": name for role, next_one in following.items() for r, name in next_one.writes.items()}
+
+        def make(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+            made = task.make(parts)
+            return {
+                f"{role}.{r}": tensor
+                for role, next_one in following.items()
+                for r, tensor in next_one.make({MEGATRON: made[role]}).items()
+            }
+
+        return Task(task.reads, writes, make)
+
+    return [joined(task) for task in first]

@@ -1,60 +1,39 @@
 """Logits of a checkpoint on given tokens: megatron-core's own forward pass, and transformers', each in one process."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.architectures.registry import ARCHITECTURES
-from megatron_ext.checkpoint.store import load_boxes, require_checkpoint
-from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
-from megatron_ext.conversion.checkpoint_model import read_model
 from megatron_ext.conversion.export import shipped_code
+from megatron_ext.conversion.network import megatron_network
+from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import ConversionError, DataError
 from megatron_ext.files import read_json_object
-from megatron_ext.mcore.model import build_chunks
-from megatron_ext.mcore.state import model_boxes
-from megatron_ext.mcore.transformer_config import transformer_config
-from megatron_ext.runtime.device import choose_device
-from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
-from megatron_ext.runtime.seeds import seed_everything
 
 
 @torch.no_grad()
 def megatron_logits(
     checkpoint: str | Path, batches: Sequence[Tensor], *, weights_as: torch.dtype | None = None
 ) -> list[Tensor]:
-    """fp32 logits [B, S, vocab] of a Megatron checkpoint for each batch of token ids [B, S], on the CPU.
+    """fp32 logits [B, S, vocab] that Megatron's model computes for each batch of token ids [B, S], on the CPU.
+
+    Of a Hugging Face directory too, its weights converted as they are read.
 
     With `weights_as` its weights are rounded to that dtype before, and then computed with in fp32 all the same.
     Starts a process group of one and leaves it again; call it where none is running.
     """
-    model, parallel, runtime = read_model(checkpoint), ParallelConfig(), RuntimeConfig(device="cpu")
-    # Overrides for training may ask for what one process cannot do, such as a first pipeline stage with fewer layers.
-    model = replace(model, transformer_overrides=model.function_overrides)
-    assert not dist.is_initialized(), "logits are computed in a process of their own"
-    device = choose_device(runtime)
-    start_process_group(runtime, device, alone=True)
-    try:
-        split_process_group(parallel, runtime)
-        seed_everything(0)
-        config = transformer_config(model, parallel, Fp32Precision(kind="fp32"), RecomputeConfig())
-        chunks = build_chunks(model, parallel, config, device)
-        load_boxes(require_checkpoint(checkpoint), model_boxes(list(chunks)))
-        (network,) = chunks
+    opened = open_checkpoint(checkpoint)
+    with megatron_network(opened.model, opened.tensors) as network:
         _round_weights(network, weights_as)
-        network.eval()
         results = []
         for tokens in batches:
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-            results.append(network(tokens, positions, None)[..., : model.vocab_size].float())
+            results.append(network(tokens, positions, None)[..., : opened.model.vocab_size].float())
         return results
-    finally:
-        end_process_groups()
 
 
 @torch.no_grad()

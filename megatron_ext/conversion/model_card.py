@@ -6,8 +6,8 @@ from megatron_ext.architectures.base import Architecture
 from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.yaml_text import dump_yaml
+from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.figures import lines_of
-from megatron_ext.conversion.sources import Checkpoint
 from megatron_ext.conversion.verify import Verification
 
 MODEL_CARD = "README.md"
@@ -18,24 +18,24 @@ def write_model_card(
     name: str,
     architecture: Architecture,
     why: str,
-    opened: Checkpoint,
+    content: Content,
     verification: Verification | None,
 ) -> None:
     """Write the card into `directory`, from which the export will be published under `name`."""
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}",
-        _facts(architecture, why, opened),
+        _facts(architecture, why, content),
         _loading(name, architecture),
         _verified(verification),
-        *([_training(opened)] if opened.run else []),
+        *([_training(content)] if content.run else []),
         "Exported by megatron_ext.",
     ]
     (directory / MODEL_CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _facts(architecture: Architecture, why: str, opened: Checkpoint) -> str:
-    model, state = opened.model, opened.state
+def _facts(architecture: Architecture, why: str, content: Content) -> str:
+    model, state = content.model, content.state
     counts = count_parameters(model)
     rows = [
         ("class", f"`{architecture.hf_class}`"),
@@ -48,7 +48,7 @@ def _facts(architecture: Architecture, why: str, opened: Checkpoint) -> str:
     if model.is_moe:
         rows.append(("experts", _experts(model)))
     if state.iteration:
-        length = opened.run.get("data", {}).get("sequence_length")
+        length = content.run.get("data", {}).get("sequence_length")
         tokens = f", {state.consumed_samples * length:,} tokens" if length else ""
         rows.append(("trained", f"{state.iteration:,} steps{tokens}"))
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
@@ -81,8 +81,8 @@ def _verified(verification: Verification | None) -> str:
     return f"## Verification\n\nCompared with the model it was made of, before it was published:\n\n```\n{figures}\n```"
 
 
-def _training(opened: Checkpoint) -> str:
+def _training(content: Content) -> str:
     return (
         "## Training\n\n<details>\n<summary>The resolved configuration</summary>\n\n"
-        f"```yaml\n{dump_yaml(opened.run).strip()}\n```\n\n</details>"
+        f"```yaml\n{dump_yaml(content.run).strip()}\n```\n\n</details>"
     )

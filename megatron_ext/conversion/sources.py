@@ -16,7 +16,8 @@ from megatron_ext.checkpoint.store import TOKENIZERS, TrainingState, find_checkp
 from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
-from megatron_ext.conversion.engine import MEGATRON, check_source, hf_shapes, target_specs, tasks_to_megatron
+from megatron_ext.conversion.content import Content
+from megatron_ext.conversion.engine import MEGATRON, check_source, copies, hf_shapes, target_specs, tasks_to_megatron
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
 
@@ -42,6 +43,21 @@ class Checkpoint:
     """The resolved run of a Megatron checkpoint."""
     state: TrainingState
     """Where its training stood."""
+
+    @property
+    def content(self) -> Content:
+        """The model as it is, to be written elsewhere."""
+        return Content(
+            self.model,
+            list(copies(self.tensors)),
+            self.tensors.specs,
+            self.tensors,
+            [self.directory],
+            self.tokenizer,
+            self.hf_config,
+            self.run,
+            self.state,
+        )
 
 
 def is_hugging_face(path: str | Path) -> bool:

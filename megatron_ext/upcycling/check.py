@@ -1,39 +1,65 @@
 """Does an upcycled model still compute what the dense one does? Measured on text, against what its method promises."""
 
-import shutil
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.checkpoint.store import checkpoint_name
-from megatron_ext.config import ModelConfig
-from megatron_ext.conversion.logits import megatron_logits
-from megatron_ext.conversion.verify import LogitComparison, compare_logits
+from megatron_ext.conversion.figures import logit_lines
+from megatron_ext.conversion.verify import LogitComparison, checkpoint_logits, compare_logits
 from megatron_ext.errors import ConversionError
-from megatron_ext.upcycling.method import Method
+from megatron_ext.upcycling.upcycle import Plan
 
 # fp32 rounding: the experts' outputs are weighted and added in another order than the dense layer's. Measured on models
 # of 4 to 8 layers: 1e-7 to 1e-6 of the logits' scale.
 TOLERANCE = 1e-5
 
 
-def function_check(
-    source: str | Path, target: str | Path, moe: ModelConfig, method: Method, batches: Sequence[Tensor]
-) -> LogitComparison:
-    """Compare the logits of the dense `source` and the upcycled `target`.
+@dataclass(frozen=True)
+class FunctionCheck:
+    """How far the MoE model's function is from the dense one's."""
+
+    logits: LogitComparison
+    dense_perplexity: float
+    moe_perplexity: float
+
+    def figures(self) -> dict[str, float]:
+        """As files keep them."""
+        perplexities = {"dense_perplexity": self.dense_perplexity, "moe_perplexity": self.moe_perplexity}
+        return {**asdict(self.logits), **perplexities}
+
+    def lines(self) -> list[str]:
+        """Lines for the terminal."""
+        return [
+            *logit_lines(self.logits),
+            f"  perplexity        {self.dense_perplexity:.4g} dense, {self.moe_perplexity:.4g} MoE",
+        ]
+
+
+def function_check(plan: Plan, made: Path, batches: Sequence[Tensor]) -> FunctionCheck:
+    """Compare the logits of the first source and of the upcycled model at `made`.
 
     Raises:
-        ConversionError: `method` keeps the function of this model, and it was not kept; `target` is then set aside as
-            `iter_0000000.refused`.
+        ConversionError: the function should be kept, and it was not.
     """
-    made = Path(target) / checkpoint_name(0)
-    comparison = compare_logits(megatron_logits(source, batches), megatron_logits(made, batches))
-    if method.inexact(moe) is None and comparison.relative > TOLERANCE:
-        shutil.rmtree(aside := made.with_name(f"{made.name}.refused"), ignore_errors=True)
-        made.rename(aside)
+    dense, moe = (checkpoint_logits(path, batches) for path in (plan.opened[0].directory, made))
+    comparison = compare_logits(dense, moe)
+    if plan.inexact is None and comparison.relative > TOLERANCE:
         raise ConversionError(
-            f"{aside} does not compute what {source} does: logits differ by up to {comparison.max_abs_difference:.3g} "
-            f"({comparison.relative:.1e} of their scale), though {method.name} should keep the function"
+            f"{plan.options.target}: not written, it does not compute what {plan.opened[0].directory} does: logits "
+            f"differ by up to {comparison.max_abs_difference:.3g} ({comparison.relative:.1e} of their scale), though "
+            f"{plan.method.kind} should keep the function"
         )
-    return comparison
+    return FunctionCheck(comparison, perplexity(dense, batches), perplexity(moe, batches))
+
+
+def perplexity(logits: Sequence[Tensor], batches: Sequence[Tensor]) -> float:
+    """Exponential of the mean cross-entropy in nats of each next token; logits [B, S, vocab], batches [B, S]."""
+    losses = [
+        F.cross_entropy(scores[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
+        for scores, tokens in zip(logits, batches, strict=True)
+    ]
+    return math.exp(sum(map(float, losses)) / len(losses))

@@ -42,6 +42,13 @@ class Mix(Method):
                 f"shared_expert_size = {width}: an average of dense layers has their width, {dense.ffn_hidden_size}"
             )
 
+    def check_sources(self, sources: int, experts: int) -> None:
+        """Each source must give as many experts, and have a weight where weights are given."""
+        if experts % sources:
+            raise ConfigError(f"num_experts = {experts}: must be a multiple of the {sources} sources")
+        if self.source_weights is not None and len(self.source_weights) != sources:
+            raise ConfigError(f"source_weights = {self.source_weights}: give one for each of the {sources} sources")
+
     def changes(self, moe: ModelConfig) -> str | None:
         """The sources are different models."""
         return "experts and average are of different models"

@@ -1,24 +1,31 @@
-"""Makes a MoE checkpoint out of a dense one: a method applied layer by layer between two tensor streams."""
+"""Makes a MoE model out of dense ones: what is read, what is made of it, and the checks before and after."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.store import read_run, require_checkpoint
-from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSource, TensorSpec
-from megatron_ext.config import LearnedNoise, ModelConfig, check_model, to_mapping
-from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
-from megatron_ext.conversion.engine import check_source
+from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
+from megatron_ext.config import ModelConfig, check_model
+from megatron_ext.conversion.content import Content
+from megatron_ext.conversion.engine import in_dtype
+from megatron_ext.conversion.sources import Checkpoint, open_checkpoint
+from megatron_ext.conversion.verify import Verification
+from megatron_ext.conversion.write import DTYPES, Output, Progress, Written, write_hugging_face, write_megatron
 from megatron_ext.errors import ConfigError
-from megatron_ext.upcycling.copy import Copy
-from megatron_ext.upcycling.method import FeedForward, Method
-
-METHODS: dict[str, Method] = {method.name: method for method in (Copy(),)}
+from megatron_ext.merging.merge import Linear
+from megatron_ext.merging.stream import Merged
+from megatron_ext.upcycling.depth import RepeatedLayers, deepened_model, parse_layers
+from megatron_ext.upcycling.layers import RouterOf, upcycling_tasks
+from megatron_ext.upcycling.method import Draw, Method
+from megatron_ext.upcycling.mix import Mix
+from megatron_ext.upcycling.options import UpcycleOptions
+from megatron_ext.upcycling.router import drawn_router
+from megatron_ext.upcycling.sources import Sources
 
 # Everything but the feed-forward layers must stay what it is.
 _MAY_CHANGE = {
@@ -28,39 +35,61 @@ _MAY_CHANGE = {
 }
 
 
-def upcycle(
-    source: str | Path,
-    target: str | Path,
-    moe: ModelConfig,
-    method: Method,
-    *,
-    seed: int,
-    force: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Write to `target` a Megatron checkpoint of `moe` made of the dense Megatron checkpoint `source`.
+@dataclass(frozen=True)
+class Plan:
+    """What an upcycling will do."""
 
-    Routers are normal with `moe.init_method_std`, drawn from `seed` and their names. The optimizer is not carried.
+    options: UpcycleOptions
+    opened: Sequence[Checkpoint]
+    dense: ModelConfig
+    """The dense model, its layers repeated if that was asked for."""
+    moe: ModelConfig
+    dtype: torch.dtype
+    inexact: str | None
+    """Why the MoE model will not compute what the first source does; None if it will."""
+
+    @property
+    def method(self) -> Method:
+        """How experts are made."""
+        return self.options.method
+
+
+def make_plan(options: UpcycleOptions) -> Plan:
+    """Open the sources and settle what will be made of them.
 
     Raises:
-        ConfigError: there is no such model, or the method cannot make it of that one.
-        ConversionError, CheckpointError: nothing that looks complete is left behind.
+        ConfigError: there is no such model, or the method cannot make it of those.
+        ConversionError, CheckpointError: a source cannot be read.
     """
-    dense = read_model(source)
-    check_models(dense, moe, method)
-    stream = MegatronSource(source)
-    check_source(stream, model_shapes(dense), where=str(stream.directory))
-    dtype = stream.specs["embedding.word_embeddings.weight"].dtype
-    specs = {name: TensorSpec(shape, dtype) for name, shape in model_shapes(moe).items()}
-    run: dict[str, Any] = {**read_run(require_checkpoint(source)), "model": to_mapping(moe)}
-    total = sum(torch.Size(spec.shape).numel() * dtype.itemsize for spec in specs.values())
-    done = 0
-    tokenizer = tokenizer_directory(source)
-    with MegatronSink(target, specs, run, tokenizer=tokenizer, force=force, inputs=[stream.directory]) as sink:
-        for name, tensor in upcycled_tensors(stream, moe, method, seed):
-            sink.write(name, tensor)
-            done += tensor.numel() * dtype.itemsize
-            progress(done, total)
+    opened = [open_checkpoint(source) for source in options.sources]
+    _check_sources(opened, options)
+    shallow = opened[0].model
+    dense = deepened_model(shallow, parse_layers(options.layers, shallow.num_layers)) if options.layers else shallow
+    moe = options.moe_model(dense)
+    check_models(dense, moe, options.method)
+    own = opened[0].tensors.specs["embedding.word_embeddings.weight"].dtype
+    dtype = DTYPES.get(options.dtype or "", own)
+    inexact = "layers are repeated" if options.layers else options.method.inexact(moe, dtype)
+    if inexact is None and dtype != own and dtype.itemsize < own.itemsize:
+        inexact = f"weights are rounded to {str(dtype).removeprefix('torch.')}"
+    return Plan(options, opened, dense, moe, dtype, inexact)
+
+
+def _check_sources(opened: Sequence[Checkpoint], options: UpcycleOptions) -> None:
+    several = options.method.takes_several
+    if several != (len(opened) > 1):
+        needed = "two or more" if several else "one"
+        raise ConfigError(f"sources: {len(opened)} given; --method {options.method.kind} takes {needed}")
+    first = opened[0]
+    for other in opened[1:]:
+        for name in ModelConfig.__dataclass_fields__:
+            a, b = getattr(first.model, name), getattr(other.model, name)
+            if a != b and (name not in _MAY_CHANGE or name == "num_moe_experts"):
+                raise ConfigError(
+                    f"sources must be of one shape: {name} is {a!r} in {first.directory}, {b!r} in {other.directory}"
+                )
+    if isinstance(options.method, Mix):
+        options.method.check_sources(len(opened), options.num_experts)
 
 
 def check_models(dense: ModelConfig, moe: ModelConfig, method: Method) -> None:
@@ -69,6 +98,7 @@ def check_models(dense: ModelConfig, moe: ModelConfig, method: Method) -> None:
         raise ConfigError("the source is a MoE model already; upcycling starts from a dense one")
     if not moe.is_moe:
         raise ConfigError("the target has no experts; set num_moe_experts")
+    method.check(dense, moe)
     check_model(moe, source="the upcycled model")
     changed = [
         f"  {name}: {getattr(dense, name)!r} in the source, {getattr(moe, name)!r} in the target"
@@ -77,56 +107,78 @@ def check_models(dense: ModelConfig, moe: ModelConfig, method: Method) -> None:
     ]
     if changed:
         raise ConfigError("upcycling changes the feed-forward layers only, but these differ:\n" + "\n".join(changed))
-    method.check(dense, moe)
 
 
-def upcycled_tensors(source: TensorSource, moe: ModelConfig, method: Method, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the MoE model by canonical name, one layer's feed-forward at a time."""
-    for name in source.specs:
-        if ".mlp.linear_fc" not in name:
-            yield name, source.read(name)
-    for layer, is_moe in enumerate(moe.moe_layer_pattern):
-        prefix = f"decoder.layers.{layer}.mlp"
-        ffn = _feed_forward(source, prefix)
-        if is_moe:
-            yield from _moe_layer(prefix, ffn, moe, method, seed)
-        else:
-            yield from _named(prefix, ffn)
+def drawn_routers(plan: Plan) -> RouterOf:
+    """Routers drawn from the seed."""
+    std = plan.options.router_std or plan.moe.init_method_std
+
+    def router_of(layer: int, draw: Draw) -> Tensor:
+        return drawn_router(plan.options.router_init, std, plan.moe, plan.method, draw)
+
+    return router_of
 
 
-def _feed_forward(source: TensorSource, prefix: str) -> FeedForward:
-    *weights, fc1_bias, fc2_bias = _names(prefix)
-    fc1, fc2 = map(source.read, weights)
-    biases = (source.read(name) if name in source.specs else None for name in (fc1_bias, fc2_bias))
-    return FeedForward(fc1, fc2, *biases)
+def dense_streams(plan: Plan) -> list[TensorSource]:
+    """The tensors of each source, its layers repeated if that was asked for."""
+    streams: list[TensorSource] = [opened.tensors for opened in plan.opened]
+    if not plan.options.layers:
+        return streams
+    layers = parse_layers(plan.options.layers, plan.opened[0].model.num_layers)
+    return [RepeatedLayers(stream, layers) for stream in streams]
 
 
-def _moe_layer(
-    prefix: str, ffn: FeedForward, moe: ModelConfig, method: Method, seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    for expert, network in enumerate(method.experts(ffn, moe)):
-        yield from _named(f"{prefix}.experts.{expert}", network)
-    if moe.moe_shared_expert_intermediate_size is not None:
-        yield from _named(f"{prefix}.shared_experts", method.shared(ffn, moe))
-    if moe.moe_shared_expert_gate:
-        yield f"{prefix}.shared_experts.gate_weight", torch.zeros(1, moe.hidden_size)
-    if moe.moe_router_enable_expert_bias:
-        yield f"{prefix}.router.expert_bias", torch.zeros(moe.num_moe_experts or 0)
-    if isinstance(moe.moe_router_noise, LearnedNoise):
-        yield f"{prefix}.router.noise_weight", torch.zeros(moe.num_moe_experts or 0, moe.hidden_size)
-    name = f"{prefix}.router.weight"
-    assert moe.num_moe_experts is not None
-    generator = torch.Generator().manual_seed(seed_from_name(seed, name))
-    yield name, torch.empty(moe.num_moe_experts, moe.hidden_size).normal_(0.0, moe.init_method_std, generator=generator)
+def dense_stream(plan: Plan) -> TensorSource:
+    """The tensors of the dense model; of several, their average."""
+    streams = dense_streams(plan)
+    if len(streams) == 1:
+        return streams[0]
+    weights = plan.method.source_weights if isinstance(plan.method, Mix) else None
+    return Merged(Linear(weights=weights), streams)
 
 
-def _named(prefix: str, network: FeedForward) -> Iterator[tuple[str, Tensor]]:
-    tensors = (network.fc1, network.fc2, network.fc1_bias, network.fc2_bias)
-    for name, tensor in zip(_names(prefix), tensors, strict=True):
-        if tensor is not None:
-            yield name, tensor
+def content_of(plan: Plan, router_of: RouterOf) -> Content:
+    """The upcycled model, to be written."""
+    streams = dense_streams(plan)
+    count, seed = len(streams), plan.options.seed
+    tasks = list(upcycling_tasks(plan.dense, plan.moe, plan.method, router_of, sources=count, seed=seed))
+    specs = {
+        name: TensorSpec(shape, in_dtype(name, torch.float32, plan.dtype))
+        for name, shape in model_shapes(plan.moe).items()
+    }
+    first = plan.opened[0]
+    return Content(
+        model=plan.moe,
+        tasks=tasks,
+        specs=specs,
+        stream=Sources(streams, dense_stream(plan)),
+        inputs=[opened.directory for opened in plan.opened],
+        tokenizer=first.tokenizer,
+        hf_config=first.hf_config,
+        run=first.run,
+    )
 
 
-def _names(prefix: str) -> tuple[str, ...]:
-    """The tensors of a feed-forward network in the order of FeedForward's fields."""
-    return tuple(f"{prefix}.linear_{layer}.{kind}" for kind in ("weight", "bias") for layer in ("fc1", "fc2"))
+def write(
+    plan: Plan, router_of: RouterOf, check: Callable[[Path], None], progress: Progress = lambda done, total: None
+) -> Written:
+    """Write the upcycled model. Routers that normalize are never all equal: their rows are drawn, or distinct clusters.
+
+    Args:
+        check: examines the model at its unfinished place; what it raises keeps it from getting its name.
+
+    Raises:
+        ConversionError, CheckpointError: nothing that looks complete is left behind.
+    """
+    options = plan.options
+    output = Output(Path(options.target), workers=options.workers, force=options.force, progress=progress)
+    content = content_of(plan, router_of)
+
+    def examine(partial: Path) -> Verification | None:
+        check(partial)
+        return None
+
+    if options.to == "hf":
+        architecture, why = architecture_for(plan.moe)
+        return write_hugging_face(content, architecture, why, output, examine)
+    return write_megatron(content, output, examine)

@@ -1,0 +1,111 @@
+"""Writes a model as a Megatron checkpoint or a Hugging Face directory, wherever its tensors come from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.checkpoint.safetensors import HuggingFaceSink
+from megatron_ext.checkpoint.tensors import MegatronSink, TensorSink
+from megatron_ext.config import to_mapping
+from megatron_ext.conversion.content import Content
+from megatron_ext.conversion.engine import Task, followed_by, in_dtype, target_specs, tasks_to_hf
+from megatron_ext.conversion.export import write_export
+from megatron_ext.conversion.model_card import write_model_card
+from megatron_ext.conversion.transfer import transfer
+from megatron_ext.conversion.verify import Verification
+
+Progress = Callable[[int, int], None]
+"""Told (bytes written, bytes in all) as a model is written."""
+Check = Callable[[Path], Verification | None]
+"""Examines what was written, still at its unfinished place; what it raises keeps it from getting its name."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and how a model is written."""
+
+    target: Path
+    dtype: torch.dtype | None = None
+    """None keeps each tensor's."""
+    shard_bytes: int = 5 * 10**9
+    """Size of a safetensors file at most, but for a tensor that is larger alone."""
+    workers: int = 1
+    """Threads. The result does not depend on them."""
+    force: bool = False
+    """Replace an existing target."""
+    progress: Progress = lambda done, total: None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written."""
+
+    tensors: int
+    bytes: int
+    """Of tensors."""
+    verification: Verification | None
+
+
+def write_hugging_face(content: Content, architecture: Architecture, why: str, output: Output, check: Check) -> Written:
+    """Write `content` as a model of `architecture`, `why` going into its card.
+
+    Raises:
+        ConversionError, CheckpointError: nothing that looks complete is left behind.
+    """
+    to_hf = list(tasks_to_hf(architecture.weights, content.model))
+    specs = target_specs(iter(to_hf), content, output.dtype)
+    tasks = followed_by(content.tasks, to_hf)
+    sink = HuggingFaceSink(
+        output.target, specs, shard_bytes=output.shard_bytes, force=output.force, inputs=content.inputs
+    )
+    with sink:
+        write_export(
+            sink.partial,
+            architecture,
+            content.model,
+            specs,
+            tokenizer=content.tokenizer,
+            hf_config=content.hf_config,
+        )
+        verification = _fill(sink, tasks, content, output, check)
+        write_model_card(sink.partial, sink.target.name, architecture, why, content, verification)
+    return Written(len(specs), sink.total_bytes, verification)
+
+
+def write_megatron(content: Content, output: Output, check: Check) -> Written:
+    """Write `content` as a Megatron checkpoint at step 0.
+
+    Raises:
+        ConversionError, CheckpointError: nothing that looks complete is left behind.
+    """
+    specs = {
+        name: replace(spec, dtype=in_dtype(name, spec.dtype, output.dtype)) for name, spec in content.specs.items()
+    }
+    run = {**content.run, "model": to_mapping(content.model)}
+    sink = MegatronSink(
+        output.target, specs, run, tokenizer=content.tokenizer, force=output.force, inputs=content.inputs
+    )
+    with sink:
+        verification = _fill(sink, content.tasks, content, output, check)
+    return Written(len(specs), sink.total_bytes, verification)
+
+
+def _fill(
+    sink: TensorSink, tasks: Sequence[Task], content: Content, output: Output, check: Check
+) -> Verification | None:
+    """Write every tensor, complete the output at its unfinished place, and examine it there."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        output.progress(done, sink.total_bytes)
+
+    transfer(tasks, content.stream, sink, advance, workers=output.workers)
+    sink.finish()
+    return check(sink.partial)

@@ -1,0 +1,55 @@
+"""Routers made from what the dense model's feed-forward layers see on a text."""
+
+#   T tokens, H hidden
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.conversion.network import megatron_network
+from megatron_ext.errors import DataError
+from megatron_ext.upcycling.layers import RouterOf
+from megatron_ext.upcycling.method import Draw
+from megatron_ext.upcycling.router import repeated, router_from_activations
+from megatron_ext.upcycling.upcycle import Plan, dense_stream
+
+_TOKENS_A_ROW = 16
+"""Fewer tokens than this for each router row make clusters of chance."""
+
+
+@torch.no_grad()
+def clustered_routers(plan: Plan, batches: Sequence[Tensor]) -> RouterOf:
+    """Routers whose rows are the directions of clusters of tokens, one layer at a time as the dense model runs.
+
+    Loads the dense model (of several, their average) in fp32, in a process group of its own.
+
+    Raises:
+        DataError: too little text.
+    """
+    assert plan.moe.num_moe_experts is not None
+    rows = plan.moe.num_moe_experts // plan.method.group_size(plan.moe)
+    tokens = torch.cat(list(batches))
+    if tokens.numel() < rows * _TOKENS_A_ROW:
+        raise DataError(
+            f"router_init = activations: {rows} clusters need {rows * _TOKENS_A_ROW} tokens of text, and there are "
+            f"{tokens.numel()}; give more with --text"
+        )
+    found: dict[int, Tensor] = {}
+
+    def cluster(layer: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        draw = Draw(plan.options.seed, f"decoder.layers.{layer}.mlp")
+        found[layer] = router_from_activations(inputs[0].flatten(0, 1), rows, draw.generator("router.weight"))
+
+    with megatron_network(plan.dense, dense_stream(plan)) as network:
+        for number, layer in enumerate(network.decoder.layers):
+            if plan.moe.moe_layer_pattern[number]:
+                layer.mlp.register_forward_pre_hook(partial(cluster, number))
+        network(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+
+    def router_of(layer: int, draw: Draw) -> Tensor:
+        return repeated(found[layer], plan.method, plan.moe)
+
+    return router_of
