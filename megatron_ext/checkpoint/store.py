@@ -87,7 +87,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
     path = Path(path)
     if (path / METADATA_FILE).is_file():
         return path
-    complete = _complete_checkpoints(path)
+    complete = complete_checkpoints(path)
     return complete[-1] if complete else None
 
 
@@ -99,7 +99,8 @@ def require_checkpoint(path: str | Path) -> Path:
     return found
 
 
-def _complete_checkpoints(directory: Path) -> list[Path]:
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in a directory, oldest first."""
     if not directory.is_dir():
         return []
     named = ((_COMPLETE.fullmatch(entry.name), entry) for entry in directory.iterdir())
@@ -284,7 +285,7 @@ def _prepare(partial: Path) -> None:
 
 def _remove_old(directory: Path, keep_last: int | None) -> None:
     if keep_last is not None:
-        for old in _complete_checkpoints(directory)[:-keep_last]:
+        for old in complete_checkpoints(directory)[:-keep_last]:
             shutil.rmtree(_set_aside(old))
 
 

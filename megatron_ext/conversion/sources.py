@@ -1,5 +1,6 @@
 """Any checkpoint, Megatron or Hugging Face, as one stream of canonically named Megatron tensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import config_to_megatron
+from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS, config_to_megatron
 from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.store import TOKENIZERS, TrainingState, find_checkpoint, read_run, read_state
-from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource
+from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
 from megatron_ext.conversion.content import Content
@@ -93,6 +94,52 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
     hf_config = read_json_object(directory / "config.json", ConversionError)
     tensors = CanonicalTensors(stream, architecture, model)
     return Checkpoint(directory, model, tensors, tokenizer, architecture, hf_config, {}, TrainingState())
+
+
+def streams_of_one_shape(checkpoints: Sequence[Checkpoint]) -> list[TensorSource]:
+    """The tensors of each model, all with the vocabulary padding of the first.
+
+    Raises:
+        ConversionError: they are not the same function of their weights.
+    """
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        _require_one_shape(first, other)
+    rows = first.model.padded_vocab_size
+    return [
+        one.tensors if one.model.padded_vocab_size == rows else _Repadded(one.tensors, one.model.vocab_size, rows)
+        for one in checkpoints
+    ]
+
+
+class _Repadded:
+    """A model's tensors with another vocabulary padding."""
+
+    def __init__(self, source: TensorSource, vocab_size: int, rows: int) -> None:
+        self._source, self._vocab_size, self._rows = source, vocab_size, rows
+        self.specs = {
+            name: TensorSpec((rows, *spec.shape[1:]), spec.dtype) if name in (EMBEDDING, OUTPUT) else spec
+            for name, spec in source.specs.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor."""
+        tensor = self._source.read(name)
+        if name not in (EMBEDDING, OUTPUT):
+            return tensor
+        padded = tensor.new_zeros(self._rows, *tensor.shape[1:])
+        padded[: self._vocab_size] = tensor[: self._vocab_size]
+        return padded
+
+
+def _require_one_shape(first: Checkpoint, other: Checkpoint) -> None:
+    a, b = first.model.spelled_out, other.model.spelled_out
+    for name in (name for name in ModelConfig.__dataclass_fields__ if name not in NOT_IN_THE_LOGITS):
+        if getattr(a, name) != getattr(b, name):
+            raise ConversionError(
+                f"models must be of one shape: {name} is {getattr(a, name)!r} in {first.directory}, "
+                f"{getattr(b, name)!r} in {other.directory}"
+            )
 
 
 def read_any_model(path: str | Path) -> ModelConfig:

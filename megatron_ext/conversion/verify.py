@@ -188,3 +188,12 @@ def compare_logits(a: Sequence[Tensor], b: Sequence[Tensor]) -> LogitComparison:
         log_p, log_q = F.log_softmax(x.double(), -1), F.log_softmax(y.double(), -1)
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
     return LogitComparison(tokens, largest, scale, agree / tokens, divergence / tokens)
+
+
+def perplexity(logits: Sequence[Tensor], batches: Sequence[Tensor]) -> float:
+    """Exponential of the mean cross-entropy in nats of each next token; logits [B, S, vocab], batches [B, S]."""
+    losses = [
+        F.cross_entropy(scores[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
+        for scores, tokens in zip(logits, batches, strict=True)
+    ]
+    return math.exp(sum(map(float, losses)) / len(losses))

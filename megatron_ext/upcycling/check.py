@@ -1,15 +1,13 @@
 """Does an upcycled model still compute what the dense one does? Measured on text, against what its method promises."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.conversion.figures import logit_lines
-from megatron_ext.conversion.verify import LogitComparison, checkpoint_logits, compare_logits
+from megatron_ext.conversion.verify import LogitComparison, checkpoint_logits, compare_logits, perplexity
 from megatron_ext.errors import ConversionError
 from megatron_ext.upcycling.upcycle import Plan
 
@@ -54,12 +52,3 @@ def function_check(plan: Plan, made: Path, batches: Sequence[Tensor]) -> Functio
             f"{plan.method.kind} should keep the function"
         )
     return FunctionCheck(comparison, perplexity(dense, batches), perplexity(moe, batches))
-
-
-def perplexity(logits: Sequence[Tensor], batches: Sequence[Tensor]) -> float:
-    """Exponential of the mean cross-entropy in nats of each next token; logits [B, S, vocab], batches [B, S]."""
-    losses = [
-        F.cross_entropy(scores[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
-        for scores, tokens in zip(logits, batches, strict=True)
-    ]
-    return math.exp(sum(map(float, losses)) / len(losses))

@@ -13,7 +13,7 @@ from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig, check_model
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import in_dtype
-from megatron_ext.conversion.sources import Checkpoint, open_checkpoint
+from megatron_ext.conversion.sources import Checkpoint, open_checkpoint, streams_of_one_shape
 from megatron_ext.conversion.verify import Verification
 from megatron_ext.conversion.write import DTYPES, Output, Progress, Written, write_hugging_face, write_megatron
 from megatron_ext.errors import ConfigError
@@ -80,14 +80,7 @@ def _check_sources(opened: Sequence[Checkpoint], options: UpcycleOptions) -> Non
     if several != (len(opened) > 1):
         needed = "two or more" if several else "one"
         raise ConfigError(f"sources: {len(opened)} given; --method {options.method.kind} takes {needed}")
-    first = opened[0]
-    for other in opened[1:]:
-        for name in ModelConfig.__dataclass_fields__:
-            a, b = getattr(first.model, name), getattr(other.model, name)
-            if a != b and (name not in _MAY_CHANGE or name == "num_moe_experts"):
-                raise ConfigError(
-                    f"sources must be of one shape: {name} is {a!r} in {first.directory}, {b!r} in {other.directory}"
-                )
+    streams_of_one_shape(opened)
     if isinstance(options.method, Mix):
         options.method.check_sources(len(opened), options.num_experts)
 
@@ -121,7 +114,7 @@ def drawn_routers(plan: Plan) -> RouterOf:
 
 def dense_streams(plan: Plan) -> list[TensorSource]:
     """The tensors of each source, its layers repeated if that was asked for."""
-    streams: list[TensorSource] = [opened.tensors for opened in plan.opened]
+    streams = streams_of_one_shape(plan.opened)
     if not plan.options.layers:
         return streams
     layers = parse_layers(plan.options.layers, plan.opened[0].model.num_layers)

@@ -41,9 +41,9 @@ MODELS = {
 }
 
 
-def write_checkpoint(directory: Path, model: ModelConfig, *, drop: str | None = None) -> Path:
+def write_checkpoint(directory: Path, model: ModelConfig, *, drop: str | None = None, seed: int = 5) -> Path:
     """A Megatron checkpoint with random weights."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     shapes = {name: shape for name, shape in model_shapes(model).items() if name != drop}
     specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
     with MegatronSink(directory, specs, {"model": to_mapping(model)}) as sink:

@@ -1,4 +1,4 @@
-"""Upcycling a dense checkpoint: what is copied, what is drawn, and that the function is kept, measured on logits."""
+"""Upcycling whole models: what is copied, what is drawn, and that the function is kept, measured on logits."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,100 +6,126 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import MegatronSource
-from megatron_ext.config import LearnedNoise, ModelConfig
+from megatron_ext.config import load_run
 from megatron_ext.conversion.checkpoint_model import read_model
+from megatron_ext.conversion.convert import convert
+from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.conversion.text import comparison_batches
-from megatron_ext.errors import ConfigError, ConversionError
-from megatron_ext.testing.pool import GlooPool
+from megatron_ext.conversion.verify import checkpoint_logits, compare_logits, compare_weights
+from megatron_ext.errors import ConfigError, ConversionError, DataError
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.upcycling import check
 from megatron_ext.upcycling.copy import Copy
-from megatron_ext.upcycling.upcycle import upcycle
+from megatron_ext.upcycling.depth import deepened_model, parse_layers
+from megatron_ext.upcycling.drop import Drop
+from megatron_ext.upcycling.fine_grained import FineGrained
+from megatron_ext.upcycling.mix import Mix
+from megatron_ext.upcycling.options import UpcycleOptions
+from megatron_ext.upcycling.plan import describe_plan
+from megatron_ext.upcycling.run import upcycle
+from megatron_ext.upcycling.shared_routed import SharedRouted
+from megatron_ext.upcycling.upcycle import make_plan
 from tests.unit.conversion.test_convert import write_checkpoint
 
 DENSE = tiny_model()
-
-
-def moe_model(**changes: object) -> ModelConfig:
-    moe = tiny_model(moe=True, moe_ffn_hidden_size=DENSE.ffn_hidden_size, moe_shared_expert_intermediate_size=40)
-    return replace(moe, **changes)
-
-
-def measured(source: Path, target: Path, moe: ModelConfig) -> float:
-    batches = comparison_batches(source, None, None, batches=2, length=32)
-    return check.function_check(source, target, moe, Copy(), batches).relative
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("dense"), DENSE)
-
-
-ROUTERS: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-    "normalized, gated, noisy, capacity": {
-        "moe_router_pre_softmax": True,
-        "moe_router_norm_topk_prob": True,
-        "moe_shared_expert_gate": True,
-        "moe_router_noise": LearnedNoise(kind="learned"),
-        "moe_expert_capacity_factor": 0.5,
-    },
+DENSE_MODELS = {
+    "grouped-query, untied": DENSE,
+    "tied": replace(DENSE, untie_embeddings_and_output_weights=False),
+    "GPT-2": replace(
+        DENSE,
+        num_query_groups=None,
+        position_embedding_type="learned_absolute",
+        normalization="LayerNorm",
+        activation_func="gelu_tanh",
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        untie_embeddings_and_output_weights=False,
+    ),
 }
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("dense")
+    return {name: write_checkpoint(folder / name, model) for name, model in DENSE_MODELS.items()}
+
+
+def options(source: Path | list[Path], target: Path, **changes: Any) -> UpcycleOptions:
+    sources = [str(path) for path in (source if isinstance(source, list) else [source])]
+    fields: dict[str, Any] = {"num_experts": 4, "shared_expert_size": 40, "first_k_dense": 1, "router_std": 1.0}
+    return UpcycleOptions(sources=sources, target=str(target), **(fields | changes))
+
+
+def made(o: UpcycleOptions) -> check.FunctionCheck:
+    function = upcycle(make_plan(o)).function
+    assert function is not None
+    return function
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "copy": {"method": Copy()},
+    "copy, sigmoid and a gated shared expert": {"score_function": "sigmoid", "shared_expert_gate": True},
+    "fine-grained": {"method": FineGrained(granularity=2), "num_experts": 8, "topk": 4},
+    "shared and routed": {"method": SharedRouted(granularity=4), "num_experts": 8, "topk": 4, "shared_expert_size": 32},
+    "another factor": {"method": FineGrained(granularity=2), "num_experts": 8, "topk": 4, "scaling_factor": 2.5},
+    "every second layer": {"layer_freq": 2, "first_k_dense": 0, "gating_normalization": False},
+}
+
+
+@pytest.mark.parametrize("model", DENSE_MODELS)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_function_is_kept_whatever_the_router_says(
-    seed: int, router: str, dense: Path, tmp_path: Path, pool: GlooPool
+    name: str, model: str, dense: dict[str, Path], tmp_path: Path
 ) -> None:
-    moe = moe_model(init_method_std=1.0, **ROUTERS[router])
-    upcycle(dense, tmp_path / "moe", moe, Copy(), seed=seed)
-    relative = pool.run(1, measured_in_worker, dense, tmp_path / "moe", moe)[0]
-    print(f"{router}, seed {seed}: largest difference of the logits {relative:.1e} of their scale")
-    assert relative <= check.TOLERANCE
+    for seed in (1, 2, 3):
+        function = made(options(dense[model], tmp_path / str(seed), seed=seed, **METHODS[name]))
+        print(f"{name}, {model}, seed {seed}: {function.logits.relative:.1e} of the logits' scale")
+        assert function.logits.relative <= check.TOLERANCE
+        assert function.moe_perplexity == pytest.approx(function.dense_perplexity, rel=1e-5)
 
 
-def measured_in_worker(source: Path, target: Path, moe: ModelConfig) -> float:
-    """`measured` in a process that starts its own process group."""
-    from megatron_ext.runtime.process_groups import end_process_groups
-
-    end_process_groups()
-    return measured(source, target, moe)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_biases_and_other_activations_are_carried(gated: bool, tmp_path: Path, pool: GlooPool) -> None:
-    features = {
-        "position_embedding_type": "learned_absolute",
-        "normalization": "LayerNorm",
-        "activation_func": "gelu_tanh",
-        "gated_linear_unit": gated,
-        "add_bias_linear": True,
-    }
-    moe = moe_model(**features, init_method_std=1.0)
-    source = write_checkpoint(tmp_path / "dense", replace(DENSE, **features))
-    upcycle(source, tmp_path / "moe", moe, Copy(), seed=1)
-    relative = pool.run(1, measured_in_worker, source, tmp_path / "moe", moe)[0]
-    print(f"gated {gated}: largest difference of the logits {relative:.1e} of their scale")
-    assert relative <= check.TOLERANCE
-    after = MegatronSource(tmp_path / "moe")
-    shared = "decoder.layers.1.mlp.shared_experts"
-    assert not after.read(f"{shared}.linear_fc2.bias").any()
-    assert after.read(f"{shared}.linear_fc1.bias").any()
-    expert, dense_bias = "decoder.layers.1.mlp.experts.3.linear_fc1.bias", "decoder.layers.1.mlp.linear_fc1.bias"
-    assert torch.equal(after.read(expert), MegatronSource(source).read(dense_bias))
+def test_rounding_to_bf16_moves_the_function_no_more_than_the_dense_one(dense: dict[str, Path], tmp_path: Path) -> None:
+    source = dense["grouped-query, untied"]
+    o = options(source, tmp_path / "moe", dtype="bf16")
+    assert "weights are rounded to bfloat16" in str(make_plan(o).inexact)
+    function = made(o)
+    batches = comparison_batches(source, None, None)
+    exact = checkpoint_logits(source, batches)
+    rounded = compare_logits(exact, checkpoint_logits(source, batches, weights_as=torch.bfloat16))
+    print(f"MoE {function.logits.relative:.1e}, dense in bf16 {rounded.relative:.1e} of the logits' scale")
+    assert function.logits.relative == pytest.approx(rounded.relative, rel=1e-3)
 
 
-def test_experts_are_the_dense_layer_and_the_shared_expert_is_silent(dense: Path, tmp_path: Path) -> None:
-    moe = moe_model(moe_shared_expert_intermediate_size=120)
-    upcycle(dense, tmp_path / "moe", moe, Copy(), seed=0)
-    before, after = MegatronSource(dense), MegatronSource(tmp_path / "moe")
+def test_source_format_and_workers_change_no_bit(dense: dict[str, Path], tmp_path: Path) -> None:
+    source = dense["grouped-query, untied"]
+    convert(source, tmp_path / "hf")
+    settings: dict[str, Any] = {"method": Drop(), "router_init": "activations", "logits": False}
+    upcycle(make_plan(options(source, tmp_path / "a", workers=1, **settings)))
+    upcycle(make_plan(options(tmp_path / "hf", tmp_path / "b", workers=4, **settings)))
+    comparison = compare_weights(tmp_path / "a", tmp_path / "b")
+    assert comparison.tensors == len(model_shapes(read_model(tmp_path / "a")))
+    assert not comparison.different
+
+
+def test_a_hugging_face_model_becomes_a_hugging_face_moe(dense: dict[str, Path], tmp_path: Path) -> None:
+    convert(dense["tied"], tmp_path / "hf")
+    function = made(options(tmp_path / "hf", tmp_path / "moe", to="hf"))
+    print(f"Hugging Face to Hugging Face: {function.logits.relative:.1e} of the logits' scale")
+    assert function.logits.relative <= check.TOLERANCE
+    assert open_checkpoint(tmp_path / "moe").model.num_moe_experts == 4
+    assert not (tmp_path / "moe.yaml").exists()
+
+
+def test_experts_are_the_dense_layer_and_the_shared_expert_is_silent(dense: dict[str, Path], tmp_path: Path) -> None:
+    source = dense["grouped-query, untied"]
+    upcycle(make_plan(options(source, tmp_path / "moe", shared_expert_size=120, logits=False)))
+    before, after = MegatronSource(source), MegatronSource(tmp_path / "moe")
+    moe = read_model(tmp_path / "moe")
     assert {name: spec.shape for name, spec in after.specs.items()} == model_shapes(moe)
-    assert read_model(tmp_path / "moe") == moe
     for name in before.specs:
         if ".mlp.linear_fc" not in name or "layers.0." in name:
             assert torch.equal(before.read(name), after.read(name)), name
@@ -115,83 +141,141 @@ def test_experts_are_the_dense_layer_and_the_shared_expert_is_silent(dense: Path
         assert torch.equal(up, torch.cat((dense_up, dense_up[:24])))
 
 
-def test_routers_follow_the_seed_alone(dense: Path, tmp_path: Path) -> None:
+def test_routers_follow_the_seed_alone(dense: dict[str, Path], tmp_path: Path) -> None:
     names = ["decoder.layers.1.mlp.router.weight", "decoder.layers.2.mlp.router.weight"]
 
-    def routers(target: str, seed: int, moe: ModelConfig) -> list[torch.Tensor]:
-        upcycle(dense, tmp_path / target, moe, Copy(), seed=seed)
-        source = MegatronSource(tmp_path / target)
-        return [source.read(name) for name in names]
+    def routers(target: str, **changes: Any) -> list[Tensor]:
+        source = dense["grouped-query, untied"]
+        upcycle(make_plan(options(source, tmp_path / target, logits=False, **changes)))
+        return [MegatronSource(tmp_path / target).read(name) for name in names]
 
-    first = routers("a", 1, moe_model())
-    again = routers("b", 1, moe_model(moe_shared_expert_intermediate_size=None))
-    other = routers("c", 2, moe_model())
+    first, again = routers("a", seed=1), routers("b", seed=1, shared_expert_size=None)
+    other = routers("c", seed=2)
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
     assert not torch.equal(first[0], first[1])
-    assert float(first[0].std()) == pytest.approx(moe_model().init_method_std, rel=0.2)
+    assert float(first[0].std()) == pytest.approx(1.0, rel=0.2)
+
+
+def test_several_models_become_experts_and_an_average(tmp_path: Path) -> None:
+    sources = [write_checkpoint(tmp_path / str(number), DENSE) for number in range(2)]
+    same = made(options(sources, tmp_path / "same", method=Mix(shared_experts="average"), shared_expert_size=96))
+    print(f"mix of equal models: {same.logits.relative:.1e} of the logits' scale")
+    assert same.logits.relative <= check.TOLERANCE
+
+
+def test_depth_comes_from_repeated_layers(dense: dict[str, Path], tmp_path: Path) -> None:
+    source = dense["grouped-query, untied"]
+    upcycle(make_plan(options(source, tmp_path / "moe", layers="0-2,1-3", logits=False)))
+    before, after = MegatronSource(source), MegatronSource(tmp_path / "moe")
+    assert read_model(tmp_path / "moe").num_layers == 6
+    for layer, origin in enumerate((0, 1, 2, 1, 2, 3)):
+        name = "decoder.layers.{}.self_attention.linear_qkv.weight"
+        assert torch.equal(after.read(name.format(layer)), before.read(name.format(origin)))
+    with pytest.raises(ConfigError, match=r"'2-4' is no layer or range of layers of a model with 4"):
+        parse_layers("0-2,2-4", 4)
+    assert deepened_model(DENSE, [0, 0]).num_layers == 2
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"moe_router_pre_softmax": True}, "do not sum to 1"),
-        ({"moe_router_topk_scaling_factor": 2.0}, "sum to that"),
+        ({"pre_softmax": True}, "do not sum to a constant"),
+        ({"layers": "0-3,0-3"}, "layers are repeated"),
+        ({"scaling_factor": 3.0, "dtype": "bf16"}, "a factor 0.3333 goes into the experts' output weights"),
         ({}, None),
-        ({"moe_router_topk_scaling_factor": 1.0}, None),
+        ({"scaling_factor": 3.0}, None),
     ],
 )
-def test_a_method_says_when_the_function_changes(changes: dict[str, object], reason: str | None) -> None:
-    stated = Copy().inexact(moe_model(**changes))
+def test_a_plan_says_when_the_function_changes(
+    changes: dict[str, Any], reason: str | None, dense: dict[str, Path], tmp_path: Path
+) -> None:
+    stated = make_plan(options(dense["grouped-query, untied"], tmp_path, **changes)).inexact
     assert stated == reason if reason is None else reason in str(stated)
 
 
-def test_a_changed_function_is_an_error_where_it_should_be_kept(dense: Path, tmp_path: Path, pool: GlooPool) -> None:
-    """The check can fail: a model with another scaling factor, passed off as one without."""
-    scaled = moe_model(moe_router_topk_scaling_factor=2.0)
-    upcycle(dense, tmp_path / "moe", scaled, Copy(), seed=0)
-    assert pool.run(1, measured_in_worker, dense, tmp_path / "moe", scaled)[0] > 100 * check.TOLERANCE
-    assert "does not compute what" in pool.run(1, complaint_in_worker, dense, tmp_path / "moe", moe_model())[0]
-    assert [path.name for path in (tmp_path / "moe").glob("iter_*")] == ["iter_0000000.refused"]
+def test_a_plan_names_the_origin_of_every_tensor(dense: dict[str, Path], tmp_path: Path) -> None:
+    text = describe_plan(make_plan(options(dense["grouped-query, untied"], tmp_path / "moe")))
+    print(text)
+    assert (
+        "decoder.layers.{1-3}.mlp.experts.{0-3}.linear_fc1.weight  <-  decoder.layers.*.mlp.linear_fc1.weight" in text
+    )
+    assert "decoder.layers.0.mlp.linear_fc2.weight" not in text, "layers are counted in ranges"
+    assert "decoder.layers.{0}.mlp.linear_fc2.weight  <-  decoder.layers.*.mlp.linear_fc2.weight" in text
+    assert "decoder.layers.{1-3}.mlp.router.weight  <-  drawn, or zero" in text
+    assert "kept, up to the rounding of fp32" in text
+    assert not (tmp_path / "moe").exists()
 
 
-def complaint_in_worker(source: Path, target: Path, moe: ModelConfig) -> str:
-    try:
-        measured_in_worker(source, target, moe)
-    except ConversionError as error:
-        return str(error)
-    return ""
+def test_a_changed_function_is_an_error_where_it_should_be_kept(dense: dict[str, Path], tmp_path: Path) -> None:
+    """The check can fail: a method that does not keep the function, passed off as one that does."""
+    plan = make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", pre_softmax=True))
+    with pytest.raises(ConversionError, match="does not compute what .* does"):
+        upcycle(replace(plan, inexact=None))
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_the_training_configuration_beside_is_a_run(dense: dict[str, Path], tmp_path: Path) -> None:
+    upcycle(make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", logits=False)))
+    run = load_run(tmp_path / "moe.yaml")
+    assert run.model == replace(read_model(tmp_path / "moe"), moe_aux_loss_coeff=1e-2)
+    assert run.checkpoint.initialize_from == str(tmp_path / "moe")
+    assert run.schedule.kind == "cosine"
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"moe_ffn_hidden_size": 48}, "moe_ffn_hidden_size = 48: copying needs experts of the dense layer's width, 96"),
-        ({"moe_router_topk": 9}, "model.moe_router_topk = 9, model.num_moe_experts = 4"),
-        ({"moe_router_topk": 1}, "set moe_router_pre_softmax: true"),
-        ({"hidden_size": 128}, "hidden_size: 64 in the source, 128 in the target"),
-        ({"rotary_base": 5e5}, "rotary_base: 10000.0 in the source, 500000.0 in the target"),
+        ({"expert_size": 48}, "moe_ffn_hidden_size = 48: copying needs experts of the dense layer's width, 96"),
+        ({"topk": 9}, "model.moe_router_topk = 9, model.num_moe_experts = 4"),
+        ({"topk": 1}, "set moe_router_pre_softmax: true"),
+        ({"method": Mix()}, "sources: 1 given; --method mix takes two or more"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_refused_and_nothing_is_written(
-    changes: dict[str, object], complaint: str, dense: Path, tmp_path: Path
+    changes: dict[str, Any], complaint: str, dense: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        upcycle(dense, tmp_path / "moe", moe_model(**changes), Copy(), seed=0)
+        make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", **changes))
     assert complaint in str(error.value)
     assert not (tmp_path / "moe").exists()
 
 
-def test_a_moe_source_and_a_dense_target_are_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the target has no experts"):
-        upcycle(dense, tmp_path / "x", DENSE, Copy(), seed=0)
-    upcycle(dense, tmp_path / "moe", moe_model(), Copy(), seed=0)
+def test_sources_that_do_not_go_together_are_refused(dense: dict[str, Path], tmp_path: Path) -> None:
+    first, other = dense["grouped-query, untied"], write_checkpoint(tmp_path / "x", replace(DENSE, rotary_base=5e5))
+    with pytest.raises(ConversionError, match="rotary_base is 10000.0 in .*, 500000.0 in"):
+        make_plan(options([first, other], tmp_path / "moe", method=Mix()))
+    with pytest.raises(ConfigError, match="takes one"):
+        make_plan(options([first, other], tmp_path / "moe"))
+    with pytest.raises(ConfigError, match="num_experts = 4: must be a multiple of the 3 sources"):
+        make_plan(options([first] * 3, tmp_path / "moe", method=Mix()))
+
+
+def test_a_moe_source_is_refused(dense: dict[str, Path], tmp_path: Path) -> None:
+    upcycle(make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", logits=False)))
     with pytest.raises(ConfigError, match="the source is a MoE model already"):
-        upcycle(tmp_path / "moe", tmp_path / "x", moe_model(), Copy(), seed=0)
+        make_plan(options(tmp_path / "moe", tmp_path / "x"))
 
 
-def test_an_existing_target_is_kept_unless_forced(dense: Path, tmp_path: Path) -> None:
-    upcycle(dense, tmp_path / "moe", moe_model(), Copy(), seed=1)
+def test_an_existing_target_is_kept_unless_forced(dense: dict[str, Path], tmp_path: Path) -> None:
+    source = dense["grouped-query, untied"]
+
+    def again(**changes: Any) -> None:
+        upcycle(make_plan(options(source, tmp_path / "moe", logits=False, **changes)))
+
+    again(seed=1)
+    with pytest.raises(ConversionError, match="moe.yaml exists"):
+        again(seed=2)
+    (tmp_path / "moe.yaml").unlink()
     with pytest.raises(ConversionError, match="not empty"):
-        upcycle(dense, tmp_path / "moe", moe_model(), Copy(), seed=2)
-    upcycle(dense, tmp_path / "moe", moe_model(), Copy(), seed=2, force=True)
+        again(seed=2)
+    again(seed=2, force=True)
+
+
+def test_too_little_text_for_clusters_is_refused(dense: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="128 clusters need 2048 tokens of text, and there are"):
+        upcycle(
+            make_plan(
+                options(dense["grouped-query, untied"], tmp_path / "moe", num_experts=128, router_init="activations")
+            )
+        )

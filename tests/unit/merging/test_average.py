@@ -1,0 +1,98 @@
+"""Merging checkpoints of either kind: which ones, what comes out, what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext.checkpoint.store import METADATA_FILE, checkpoint_name
+from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.conversion.convert import convert
+from megatron_ext.conversion.sources import open_checkpoint
+from megatron_ext.conversion.text import comparison_batches
+from megatron_ext.conversion.verify import compare_weights
+from megatron_ext.errors import ConfigError, ConversionError
+from megatron_ext.merging.average import AverageOptions, average, sources_of
+from megatron_ext.merging.merge import Dare, Ema, Linear, TaskArithmetic, Ties
+from megatron_ext.testing.tiny import tiny_model
+from tests.unit.conversion.test_convert import write_checkpoint
+
+MODEL = tiny_model(moe=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return [write_checkpoint(folder / str(number), MODEL, seed=number) for number in range(3)]
+
+
+def options(sources: list[Path], target: Path, **changes: Any) -> AverageOptions:
+    return AverageOptions(sources=[str(path) for path in sources], target=str(target), **changes)
+
+
+def test_an_average_is_the_mean_of_every_tensor(models: list[Path], tmp_path: Path) -> None:
+    average(options(models[:2], tmp_path / "out", method=Linear(weights=[1.0, 3.0])), [])
+    a, b, out = (MegatronSource(path) for path in (*models[:2], tmp_path / "out"))
+    assert out.specs == a.specs
+    for name in a.specs:
+        expected = 0.25 * a.read(name).double() + 0.75 * b.read(name).double()
+        assert torch.equal(out.read(name), expected.float()), name
+    assert open_checkpoint(tmp_path / "out").model == MODEL
+
+
+@pytest.mark.parametrize("method", [Linear(), Ema(), TaskArithmetic(weights=[0.5, 0.5]), Ties(density=1.0)])
+def test_equal_models_of_either_kind_give_themselves(method: Any, models: list[Path], tmp_path: Path) -> None:
+    convert(models[0], tmp_path / "hf")
+    base = str(models[1]) if method.needs_base else None
+    average(options([models[0], tmp_path / "hf"], tmp_path / "out", method=method, base=base, to="hf"), [])
+    assert not compare_weights(models[0], tmp_path / "out").different
+
+
+def test_workers_change_no_bit(models: list[Path], tmp_path: Path) -> None:
+    for workers in (1, 4):
+        o = options(models[:2], tmp_path / str(workers), method=Dare(), base=str(models[2]), workers=workers)
+        average(o, [])
+    assert not compare_weights(tmp_path / "1", tmp_path / "4").different
+
+
+def test_the_result_is_measured_beside_its_parts(models: list[Path], tmp_path: Path) -> None:
+    batches = comparison_batches(models[0], None, None, batches=1, length=32)
+    measured = average(options(models[:2], tmp_path / "out"), batches).perplexities
+    assert list(measured) == [*(str(open_checkpoint(path).directory) for path in models[:2]), str(tmp_path / "out")]
+    assert all(value > 1 for value in measured.values())
+
+
+def test_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30):
+        (tmp_path / checkpoint_name(iteration)).mkdir()
+        (tmp_path / checkpoint_name(iteration) / METADATA_FILE).touch()
+    (tmp_path / checkpoint_name(40)).mkdir()  # not complete
+    found = sources_of(options([tmp_path], tmp_path / "out", last=2))
+    assert [path.name for path in found] == ["iter_0000020", "iter_0000030"]
+    with pytest.raises(ConfigError, match="--last 4: .* holds 3 checkpoints"):
+        sources_of(options([tmp_path], tmp_path / "out", last=4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"method": Ties()}, "--method ties needs --base"),
+        ({"base": "x"}, "--method linear works without --base"),
+    ],
+)
+def test_a_base_is_for_task_vectors(
+    changes: dict[str, Any], complaint: str, models: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        average(options(models, tmp_path / "out", **changes), [])
+
+
+def test_what_cannot_be_averaged_is_refused(models: list[Path], tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", replace(MODEL, rotary_base=5e5))
+    with pytest.raises(ConversionError, match=r"rotary_base is 10000.0 in .*, 500000.0 in"):
+        average(options([models[0], other], tmp_path / "out"), [])
+    with pytest.raises(ConfigError, match="give two models or more"):
+        average(options(models[:1], tmp_path / "out"), [])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,32 @@
+#!/usr/bin/env python
+"""Merge several models of one shape into one: checkpoint averaging, task arithmetic, TIES, DARE.
+
+  python tools/average.py runs/moe runs/averaged --last 3
+  python tools/average.py A B C MERGED --weights 0.5 0.25 0.25
+  python tools/average.py CODE MATH MERGED --method ties --base PRETRAINED --density 0.3
+
+Models are Megatron checkpoints or Hugging Face directories; so is the result (--to hf).
+"""
+
+from megatron_ext.command import ending_on_sigterm, parse_command, run_command
+from megatron_ext.merging.average import AverageOptions
+
+
+def main() -> None:
+    """Parse the command line and merge."""
+    o = parse_command(AverageOptions, __doc__, positional=["sources", "target"])
+    from megatron_ext.conversion.text import comparison_batches
+    from megatron_ext.merging.average import average, sources_of
+    from megatron_ext.progress import byte_progress
+
+    sources = sources_of(o)
+    batches = comparison_batches(sources[0], o.text, o.tokenizer) if o.logits else []
+    with ending_on_sigterm(), byte_progress("merging") as progress:
+        made = average(o, batches, progress)
+    print(f"{o.target}: {o.method.kind} of {len(sources)} models, {made.written.bytes / 1e6:,.1f} MB")
+    for name, value in made.perplexities.items():
+        print(f"  perplexity {value:10.4g}  {name}")
+
+
+if __name__ == "__main__":
+    run_command(main)
