@@ -1,0 +1,106 @@
+"""Options of a command: tagged unions chosen by kind, several sources and one target, files and what wins over them."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field
+
+from megatron_ext.command import parse_command
+from megatron_ext.config.base import config
+from megatron_ext.errors import ConfigError
+
+
+@config
+class Plain:
+    """Nothing to choose."""
+
+    kind: Literal["plain"] = "plain"
+
+
+@config
+class Coarse:
+    """A grain. And more."""
+
+    kind: Literal["coarse"]
+    grain: int = Field(default=3, ge=1)
+    """Size of a grain."""
+    names: list[str] | None = None
+    """Names of grains."""
+
+
+@config
+class Fine:
+    """A grain and a mesh."""
+
+    kind: Literal["fine"]
+    grain: int = 1
+    """Size of a grain."""
+    mesh: float = 0.5
+    """Width of the mesh."""
+
+
+@config
+class Options:
+    """Options."""
+
+    sources: list[str] = Field(min_length=1)
+    """From where."""
+    target: str
+    """Where to."""
+    method: Annotated[Plain | Coarse | Fine, Field(discriminator="kind")] = Field(default_factory=Plain)
+    """How."""
+
+
+def parse(*argv: str) -> Options:
+    return parse_command(Options, "A test.", positional=["sources", "target"], argv=argv)
+
+
+def test_the_last_of_several_is_the_target() -> None:
+    o = parse("a", "b", "c")
+    assert (o.sources, o.target) == (["a", "b"], "c")
+    with pytest.raises(ConfigError, match="target"):
+        parse("a")
+
+
+def test_a_kind_takes_its_own_options() -> None:
+    assert parse("a", "b").method == Plain()
+    assert parse("a", "b", "--method", "coarse", "--grain", "5", "--names", "x", "y").method == Coarse(
+        kind="coarse", grain=5, names=["x", "y"]
+    )
+    assert parse("a", "b", "--method", "fine", "--mesh", "0.25").method == Fine(kind="fine", mesh=0.25)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (("--grain", "5"), "--grain: is an option of --method coarse, fine; this is --method plain"),
+        (("--method", "coarse", "--mesh", "1.0"), "--mesh: is an option of --method fine; this is --method coarse"),
+        (("--method", "coarse", "--grain", "0"), "method.grain"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(argv: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse("a", "b", *argv)
+    assert complaint in str(error.value)
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("sources: [a, b]\ntarget: c\nmethod: {kind: coarse, grain: 7, names: [x]}\n")
+    from_file = parse("--config", str(file))
+    assert (from_file.sources, from_file.target) == (["a", "b"], "c")
+    assert from_file.method == Coarse(kind="coarse", grain=7, names=["x"])
+    changed: Any = parse("--config", str(file), "--grain", "2").method
+    assert changed == Coarse(kind="coarse", grain=2, names=["x"])
+    # Another kind starts from its own defaults.
+    assert parse("--config", str(file), "--method", "fine").method == Fine(kind="fine")
+    assert parse("d", "e", "--config", str(file)).sources == ["d"]
+
+
+def test_help_tells_kinds_and_whose_an_option_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "plain: Nothing to choose; coarse: A grain; fine: A grain and a mesh (default plain)" in text
+    assert "[coarse, fine] Size of a grain." in text
