@@ -1,7 +1,6 @@
 """What the model is: the architecture, in Megatron's field names, without anything about how it is trained or split."""
 
 import math
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -143,19 +142,6 @@ class ModelConfig:
     def function_overrides(self) -> dict[str, Any]:
         """The overrides that may change what a trained model computes."""
         return {name: value for name, value in self.transformer_overrides.items() if name not in TRAINING_ONLY}
-
-    @property
-    def spelled_out(self) -> "ModelConfig":
-        """The same model with each default that follows from other fields written out: equal models compare equal."""
-        values: dict[str, Any] = {"num_query_groups": self.query_groups}
-        if self.multi_latent_attention is None:
-            values["kv_channels"] = self.head_dim
-        if self.num_moe_experts is not None:
-            values["moe_ffn_hidden_size"] = self.expert_ffn_hidden_size
-            values["moe_layer_freq"] = [int(is_moe) for is_moe in self.moe_layer_pattern]
-            values["moe_first_k_dense"] = 0
-            values["moe_router_norm_topk_prob"] = self.normalizes_topk
-        return replace(self, **values)
 
     @property
     def is_moe(self) -> bool:

@@ -16,6 +16,7 @@ from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.store import TOKENIZERS, TrainingState, find_checkpoint, read_run, read_state
 from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig
+from megatron_ext.config.meaning import meaning
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import MEGATRON, check_source, copies, hf_shapes, target_specs, tasks_to_megatron
@@ -133,12 +134,11 @@ class _Repadded:
 
 
 def _require_one_shape(first: Checkpoint, other: Checkpoint) -> None:
-    a, b = first.model.spelled_out, other.model.spelled_out
     for name in (name for name in ModelConfig.__dataclass_fields__ if name not in NOT_IN_THE_LOGITS):
-        if getattr(a, name) != getattr(b, name):
+        a, b = meaning(first.model, name), meaning(other.model, name)
+        if a != b:
             raise ConversionError(
-                f"models must be of one shape: {name} is {getattr(a, name)!r} in {first.directory}, "
-                f"{getattr(b, name)!r} in {other.directory}"
+                f"models must be of one shape: {name} is {a!r} in {first.directory}, {b!r} in {other.directory}"
             )
 
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.boxes import Box
 from megatron_ext.checkpoint.store import TrainingState
-from megatron_ext.config import DataSource, Layout, LearnedNoise, ModelConfig, RunConfig, load_config, to_mapping
+from megatron_ext.config import DataSource, Layout, ModelConfig, RunConfig, load_config, to_mapping
+from megatron_ext.config.meaning import meaning
 from megatron_ext.data.batches import DocumentResets, MicroBatch
 from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import dataset_fingerprint
@@ -194,7 +195,7 @@ def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
     different = [
         f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
         for name in ModelConfig.__dataclass_fields__
-        if name not in free and _meaning(saved, name) != _meaning(model, name)
+        if name not in free and meaning(saved, name) != meaning(model, name)
     ]
     if different:
         raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
@@ -226,25 +227,6 @@ def check_same_data(run: RunConfig, checkpoint: Path) -> None:
         different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
     if different:
         raise CheckpointError(_OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
-
-
-def _meaning(model: ModelConfig, name: str) -> Any:
-    """The value of a field with its default applied, so that two spellings of one model are equal."""
-    applied = {
-        "max_position_embeddings": model.max_position_embeddings if model.length_shapes_model else None,
-        "add_qkv_bias": model.has_qkv_bias,
-        "num_query_groups": model.query_groups,
-        "kv_channels": model.head_dim,
-        "make_vocab_size_divisible_by": model.padded_vocab_size,
-        "moe_ffn_hidden_size": model.expert_ffn_hidden_size if model.is_moe else None,
-        "moe_layer_freq": model.moe_layer_pattern,
-        "moe_first_k_dense": None,
-        "moe_router_norm_topk_prob": model.normalizes_topk,
-        # Only learned noise has weights; the others may come and go.
-        "moe_router_noise": model.moe_router_noise if isinstance(model.moe_router_noise, LearnedNoise) else None,
-        "transformer_overrides": model.function_overrides,
-    }
-    return applied.get(name, getattr(model, name))
 
 
 class RunData:
