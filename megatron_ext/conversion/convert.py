@@ -18,7 +18,8 @@ from megatron_ext.conversion.figures import lines_of
 from megatron_ext.conversion.model_card import write_model_card
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint
 from megatron_ext.conversion.transfer import transfer
-from megatron_ext.conversion.verify import Comparison, Verification, verify
+from megatron_ext.conversion.verify import Comparison, Verification, comparison_input
+from megatron_ext.conversion.verify import verify as compare
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
 
@@ -91,7 +92,10 @@ def convert(
     """
     opened = open_checkpoint(source)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
+    verify = None if verify is None else replace(verify, tokenizer=verify.tokenizer or own)
     order = _Order(Path(target), _DTYPES.get(dtype or ""), own, shard_bytes, workers, force, verify, progress)
+    if verify is not None:
+        comparison_input(opened.directory, verify)  # what stands in its way is found before the work
     if to == "megatron" and hf_class is not None:
         raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
     if to == "hf" or hf_class is not None or (to is None and not is_hugging_face(source)):
@@ -146,8 +150,7 @@ def _fill(sink: TensorSink, tasks: list[Task], opened: Checkpoint, order: _Order
     sink.finish()
     if order.verify is None:
         return None
-    comparison = replace(order.verify, tokenizer=order.verify.tokenizer or order.tokenizer)
-    result = verify(opened.directory, sink.partial, comparison)
+    result = compare(opened.directory, sink.partial, order.verify)
     if not result.passed:
         figures = "\n".join(f"  {line}" for line in lines_of(result))
         raise ConversionError(f"{sink.target}: not written, it would not be the same model:\n{figures}")
