@@ -1,4 +1,4 @@
-"""Conversion and parallel training: any layout exports the same files, and an imported model trains as transformers'."""
+"""Conversion and parallel training: any layout exports the same bytes, an imported model trains as it should."""
 
 import itertools
 import json
