@@ -26,7 +26,7 @@ DEEPSEEK_V3 = Architecture(
         Always("moe_router_enable_expert_bias", True),
         Fixed("rope_interleave", True),
         # How many layers for multi-token prediction come after the others: no part of the next token's logits.
-        Ignored(("num_mtp_layers", "num_nextn_predict_layers")),
+        Ignored(("num_mtp_layers", "num_nextn_predict_layers"), writes=(("num_nextn_predict_layers", 0),)),
     ),
     weights=(
         *LATENT_WEIGHTS,

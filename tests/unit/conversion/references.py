@@ -116,12 +116,12 @@ def llama_with_biases(s: Sizes) -> Any:
     return llama(s, attention_bias=True, mlp_bias=True, hidden_act="gelu_pytorch_tanh", rope_parameters=LLAMA3)
 
 
-def mistral(s: Sizes) -> Any:
-    return _build("Mistral")(_common(s), head_dim=s.head, sliding_window=64)
+def mistral(s: Sizes, **changes: Any) -> Any:
+    return _build("Mistral")(_common(s), **({"head_dim": s.head, "sliding_window": None} | changes))
 
 
-def qwen2(s: Sizes) -> Any:
-    return _build("Qwen2")(_common(s), rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+def qwen2(s: Sizes, **changes: Any) -> Any:
+    return _build("Qwen2")(_common(s), rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, **changes)
 
 
 def qwen3(s: Sizes) -> Any:
@@ -153,9 +153,11 @@ def mixtral(s: Sizes, **changes: Any) -> Any:
     return _build("Mixtral")(_common(s), **(fields | changes))
 
 
-def qwen2_moe(s: Sizes) -> Any:
-    shared = {"shared_expert_intermediate_size": 2 * s.expert + 1}
-    return _build("Qwen2Moe")(_common(s) | _experts(s), **shared, decoder_sparse_step=2, norm_topk_prob=False)
+def qwen2_moe(s: Sizes, **changes: Any) -> Any:
+    fields = {"shared_expert_intermediate_size": 2 * s.expert + 1}
+    if "mlp_only_layers" not in changes:
+        fields |= {"decoder_sparse_step": 2}
+    return _build("Qwen2Moe")(_common(s) | _experts(s), **(fields | changes))
 
 
 def qwen3_moe(s: Sizes) -> Any:
