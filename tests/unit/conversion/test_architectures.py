@@ -15,20 +15,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ext.architectures.registry import ARCHITECTURES, architecture_for
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
-from megatron_ext.conversion.checkpoint_model import read_model
-from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.logits import megatron_logits
+from megatron_ext.conversion.convert import convert, read_hugging_face_model
+from megatron_ext.conversion.logits import hugging_face_logits, megatron_logits
 from megatron_ext.conversion.verify import compare_logits, compare_weights
 from megatron_ext.errors import ConversionError
+from megatron_ext.testing.tiny import tiny_model
 from tests.conftest import WRITE_CONVERSION_TABLE
 from tests.unit.conversion import references
 from tests.unit.conversion.references import REFERENCES, YARN, Sizes, randomize, save
+from tests.unit.conversion.test_convert import write_checkpoint
 
 # fp32 rounds to 6e-8; three layers of sums in another order leave 1e-6 of the logits' scale. A wrong layout, epsilon or
 # routing rule shows as 1e-3 and more.
 TOLERANCE = 1e-5
 
 REMOTE = {a.hf_class for a in ARCHITECTURES if a.remote is not None}
+OWN = "MegatronExtForCausalLM"
 # Special tokens come from the tokenizer, and these models have none; the version is the writer's.
 NOT_OF_THE_MODEL = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_name_or_path"}
 # Fields that transformers' DeepSeek classes do not have, and other implementations read.
@@ -84,7 +86,7 @@ def assert_same_meaning(original: Path, exported: Path) -> None:
 def table(repository: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Proof]]:
     rows: dict[str, Proof] = {}
     yield rows
-    if request.config.getoption(WRITE_CONVERSION_TABLE) and rows.keys() == REFERENCES.keys():
+    if request.config.getoption(WRITE_CONVERSION_TABLE) and rows.keys() == {*REFERENCES, OWN}:
         write_table(repository / "README.md", rows)
 
 
@@ -296,19 +298,39 @@ def test_the_bias_that_selects_experts_stays_in_fp32(tmp_path: Path) -> None:
     assert all(torch.equal(back.read(name), original.read(name)) for name in biases)
 
 
-def test_imports_are_exported_to_their_own_class_or_a_simpler_equal(tmp_path: Path) -> None:
-    """Without a wish, the first class of transformers that computes the same; its logits are the original's."""
-    chosen = {}
-    for hf_class in ("MistralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekForCausalLM", "TanukiForCausalLM"):
-        s, place = Sizes(), tmp_path / hf_class
-        save(REFERENCES[hf_class](s), place, hf_class, s)
-        convert(place, place / "megatron")
-        model = read_model(place / "megatron")
-        chosen[hf_class] = architecture_for(model)[0].hf_class if hf_class != "DeepseekForCausalLM" else "?"
-        assert architecture_for(model, hf_class)[0].hf_class == hf_class
-    assert chosen["MistralForCausalLM"] == "LlamaForCausalLM"
-    assert chosen["Qwen3MoeForCausalLM"] == "Qwen3MoeForCausalLM"
-    assert chosen["TanukiForCausalLM"] == "MegatronExtForCausalLM"
+@pytest.mark.parametrize(
+    ("hf_class", "chosen"),
+    [
+        ("MistralForCausalLM", "LlamaForCausalLM"),
+        ("Qwen3MoeForCausalLM", "Qwen3MoeForCausalLM"),
+        ("DeepseekForCausalLM", "MegatronExtForCausalLM"),
+        ("TanukiForCausalLM", "MegatronExtForCausalLM"),
+    ],
+)
+def test_an_export_is_the_first_class_that_needs_no_foreign_code(hf_class: str, chosen: str, tmp_path: Path) -> None:
+    s = Sizes()
+    save(REFERENCES[hf_class](s), tmp_path / "hf", hf_class, s)
+    _, model = read_hugging_face_model(tmp_path / "hf")
+    assert architecture_for(model)[0].hf_class == chosen
+    architecture, why = architecture_for(model, hf_class)
+    assert architecture.hf_class == hf_class
+    assert ("which was not run" in why) == (hf_class in REMOTE)
+
+
+def test_our_own_class_converts_both_ways(tmp_path: Path, table: dict[str, Proof]) -> None:
+    """What no class of transformers computes; the modelling code of the export is the other side."""
+    source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True, num_moe_experts=5, moe_ffn_hidden_size=41))
+    convert(source, tmp_path / "hf")
+    tokens = [torch.randint(0, 250, (2, 40), generator=torch.Generator().manual_seed(1))]
+    compared = compare_logits(hugging_face_logits(tmp_path / "hf", tokens), megatron_logits(source, tokens))
+    convert(tmp_path / "hf", tmp_path / "back")
+    convert(tmp_path / "back", tmp_path / "hf again")
+    bitwise = not compare_weights(tmp_path / "hf", tmp_path / "hf again").different
+    bitwise &= not compare_weights(source, tmp_path / "back").different
+    table[OWN] = proof = Proof(compared.relative, compared.argmax_agreement, bitwise)
+    print(f"{OWN}: {proof}")
+    assert proof.relative < TOLERANCE
+    assert proof.bitwise
 
 
 BEGIN, END = "<!-- conversion table: written by pytest --write-conversion-table -->", "<!-- end of conversion table -->"
@@ -319,7 +341,7 @@ def write_table(path: Path, rows: dict[str, Proof]) -> None:
     lines = ["| Hugging Face class | import | export | logits: max abs difference / scale | round trip |"]
     lines.append("|---|---|---|---|---|")
     for hf_class, proof in rows.items():
-        export = "with `--hf-class`" if hf_class in REMOTE else "yes"
+        export = "on request" if hf_class in REMOTE else "with its code" if hf_class == OWN else "yes"
         bits = "bit for bit" if proof.bitwise else "differs"
         lines.append(f"| `{hf_class}` | yes | {export} | {proof.relative:.0e} | {bits} |")
     before, _, rest = path.read_text().partition(BEGIN)
@@ -327,14 +349,13 @@ def write_table(path: Path, rows: dict[str, Proof]) -> None:
     path.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}")
 
 
-def test_the_readme_has_this_table(repository: Path) -> None:
-    text = (repository / "README.md").read_text()
-    assert BEGIN in text
-    rows = [
-        line.strip("| ").split(" | ") for line in text.partition(BEGIN)[2].partition(END)[0].splitlines()[3:] if line
-    ]
-    assert [row[0].strip("`") for row in rows] == list(REFERENCES)
-    for row in rows:
-        assert float(row[3]) < TOLERANCE
-        assert row[4] == "bit for bit"
-        assert (row[2] == "yes") == (row[0].strip("`") not in REMOTE)
+def test_the_readme_has_this_table(repository: Path, request: pytest.FixtureRequest) -> None:
+    if request.config.getoption(WRITE_CONVERSION_TABLE):
+        pytest.skip("it is being written")
+    table = (repository / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()[3:]]
+    assert [row[0] for row in rows] == [*REFERENCES, OWN]
+    for hf_class, _, export, figure, bits in rows:
+        assert float(figure) < TOLERANCE
+        assert bits == "bit for bit"
+        assert (export == "on request") == (hf_class in REMOTE)
