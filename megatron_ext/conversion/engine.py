@@ -25,12 +25,14 @@ class Task:
     """Target name by role."""
     make: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     """From source tensors by role to target tensors by role."""
+    dtype: torch.dtype | None = None
+    """What the targets are, whatever dtype the conversion is to."""
 
 
 MEGATRON = "megatron"
 
-KEPT_DTYPE = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.expert_bias")
-"""Tensors that no change of dtype touches: an expert's bias moves in steps of 1e-3, which bf16 would lose."""
+IN_FP32 = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.expert_bias")
+"""Tensors that are in fp32 in every checkpoint: an expert's bias moves in steps of 1e-3, which bf16 would lose."""
 
 
 def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Task]:
@@ -41,6 +43,7 @@ def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Task]:
             {MEGATRON: rule.megatron.format(**holes)},
             names,
             partial(_to_hf, rule, model),
+            rule.dtype,
         )
 
 
@@ -52,6 +55,7 @@ def tasks_to_megatron(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[T
             names,
             {MEGATRON: rule.megatron.format(**holes)},
             partial(_to_megatron, rule, model),
+            rule.dtype,
         )
 
 
@@ -66,7 +70,7 @@ def _to_megatron(rule: Rule, model: ModelConfig, parts: dict[str, Tensor]) -> di
 def copies(source: TensorSource) -> Iterator[Task]:
     """Every tensor of `source` under its own name."""
     for name in source.specs:
-        yield Task({MEGATRON: name}, {MEGATRON: name}, dict)
+        yield Task({MEGATRON: name}, {MEGATRON: name}, dict, torch.float32 if IN_FP32.fullmatch(name) else None)
 
 
 def _expanded(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[tuple[Rule, dict[str, int]]]:
@@ -126,7 +130,6 @@ def target_specs(tasks: Iterator[Task], source: TensorSource, dtype: torch.dtype
             role: torch.empty(present[name].shape, dtype=present[name].dtype, device="meta")
             for role, name in task.reads.items()
         }
-        chosen = None if KEPT_DTYPE.fullmatch(task.reads.get(MEGATRON, "")) else dtype
         for role, tensor in task.make(parts).items():
-            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), chosen or tensor.dtype)
+            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), task.dtype or dtype or tensor.dtype)
     return specs

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.conversion.checkpoint_model import read_model
@@ -114,11 +123,52 @@ def tiny_llama() -> PreTrainedModel:
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=False,
+        initializer_range=0.2,
     )
     return LlamaForCausalLM(config)
 
 
-HUGGING_FACE: dict[str, Callable[[], PreTrainedModel]] = {"Llama": tiny_llama}
+def tiny_mixtral() -> PreTrainedModel:
+    config = MixtralConfig(
+        vocab_size=250,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_local_experts=5,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
+    return MixtralForCausalLM(config)
+
+
+def tiny_qwen2_moe() -> PreTrainedModel:
+    config = Qwen2MoeConfig(
+        vocab_size=250,
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        mlp_only_layers=[1],
+    )
+    return Qwen2MoeForCausalLM(config)
+
+
+HUGGING_FACE: dict[str, Callable[[], PreTrainedModel]] = {
+    "Llama": tiny_llama,
+    "Mixtral": tiny_mixtral,
+    "Qwen2-MoE": tiny_qwen2_moe,
+}
 
 
 def transformers_losses(directory: Path, steps: int, lr: float = 1e-3) -> list[float]:
@@ -156,6 +206,6 @@ def test_an_imported_model_trains_as_in_transformers(name: str, pool: GlooPool, 
     print(f"{name}: losses {[round(loss, 5) for loss in theirs]}, largest relative difference {difference:.1e}")
     untrained = transformers_losses(tmp_path / "hf", 3, lr=0.0)
     effect = min(abs(a - b) / b for a, b in zip(theirs[1:], untrained[1:], strict=True))
-    assert effect > 1e-3, "training changes the losses by far more than what is compared here"
+    assert effect > 1e-4, "training changes the losses by far more than what is compared here"
     # fp32 rounding of sums taken in another order, through three steps; measured 2e-7.
-    assert difference < 1e-5
+    assert difference < 2e-6
