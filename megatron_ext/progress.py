@@ -20,18 +20,18 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    begun, total_bytes = time.perf_counter(), 0
+    begun, ended, total_bytes = time.perf_counter(), 0.0, 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
 
         def advance(done: int, total: int) -> None:
-            nonlocal total_bytes
-            total_bytes = total
+            nonlocal total_bytes, ended
+            total_bytes, ended = total, time.perf_counter()
             bar.update(task, completed=done, total=total)
 
         yield advance
     if not console.is_terminal and total_bytes:
-        seconds = time.perf_counter() - begun
+        seconds = ended - begun
         print(
             f"{what}: {total_bytes / 1e6:.1f} MB in {seconds:.1f} s ({total_bytes / 1e6 / seconds:.0f} MB/s)",
             file=sys.stderr,

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.raw_io import TensorPlace, memory_of, read_bytes, write_at
 from megatron_ext.checkpoint.store import TOKENIZER_FILES
 from megatron_ext.checkpoint.tensors import Prepared, TensorSink, TensorSpec
@@ -64,11 +65,16 @@ class HuggingFaceSource:
             raise ConversionError(f"{index}: names tensors that no shard holds: {', '.join(lost[:10])}")
         self.specs = {key: TensorSpec(place.shape, place.dtype) for key, (_, place) in self._places.items()}
 
-    def read(self, name: str, box: tuple[slice, ...] | None = None) -> Tensor:
-        """One tensor, or the part of it at `box`: a slice with start and stop for each dimension."""
+    def read(self, name: str) -> Tensor:
+        """One whole tensor."""
+        shape = self.specs[name].shape
+        return self.read_box(name, (0,) * len(shape), shape)
+
+    def read_box(self, name: str, offset: Shape, size: Shape) -> Tensor:
+        """The part of a tensor that starts at `offset` and has the shape `size`; no more is read."""
         file, place = self._places[name]
-        box = box if box is not None else tuple(slice(0, size) for size in place.shape)
-        target = torch.empty([part.stop - part.start for part in box], dtype=place.dtype)
+        box = tuple(slice(start, start + count) for start, count in zip(offset, size, strict=True))
+        target = torch.empty(size, dtype=place.dtype)
         try:
             place.read_box(self._files[file].fileno(), box, target)
         except EOFError as error:

@@ -19,6 +19,19 @@ from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.raw_io import TensorPlace, read_bytes
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+"""What a pickle calls the elements' dtypes."""
 _LOCAL_MAGIC = b"PK\x03\x04"
 
 
@@ -118,9 +131,7 @@ class _TensorPickle(pickle.Unpickler):
             return _described
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if module == "torch" and isinstance(dtype := getattr(getattr(torch, name, None), "dtype", None), torch.dtype):
-            return dtype
-        return _Unknown
+        return _STORAGES.get(name, _Unknown) if module == "torch" else _Unknown
 
     def persistent_load(self, pid: Any) -> Any:
         kind, dtype, key, _, count = pid

@@ -9,7 +9,8 @@ from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint
-from megatron_ext.conversion.verify import Comparison, Verification, verify
+from megatron_ext.conversion.verify import Comparison, Verification, comparison_input
+from megatron_ext.conversion.verify import verify as compare
 from megatron_ext.conversion.write import DTYPES, Output, Progress, Written, write_hugging_face, write_megatron
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
@@ -62,9 +63,12 @@ def convert(
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     content = replace(opened.content, tokenizer=own)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, progress)
+    if verify is not None:
+        verify = replace(verify, tokenizer=verify.tokenizer or own)
+        comparison_input(opened.directory, verify)  # what stands in its way is found before the work
 
     def check(partial: Path) -> Verification | None:
-        return None if verify is None else _verified(opened, partial, Path(target), own, verify)
+        return None if verify is None else _verified(opened, partial, Path(target), verify)
 
     if to == "megatron" and hf_class is not None:
         raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
@@ -84,8 +88,8 @@ def _class_of(opened: Checkpoint, hf_class: str | None) -> tuple[Architecture, s
     return architecture_for(opened.model, hf_class)
 
 
-def _verified(opened: Checkpoint, partial: Path, target: Path, tokenizer: Path | None, how: Comparison) -> Verification:
-    result = verify(opened.directory, partial, replace(how, tokenizer=how.tokenizer or tokenizer))
+def _verified(opened: Checkpoint, partial: Path, target: Path, how: Comparison) -> Verification:
+    result = compare(opened.directory, partial, how)
     if not result.passed:
         figures = "\n".join(f"  {line}" for line in lines_of(result))
         raise ConversionError(f"{target}: not written, it would not be the same model:\n{figures}")

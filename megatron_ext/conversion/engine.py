@@ -26,6 +26,8 @@ class Task:
     """Target name by role."""
     make: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     """From source tensors by role to target tensors by role."""
+    dtype: torch.dtype | None = None
+    """What the targets are, whatever dtype the conversion is to."""
 
 
 class HasSpecs(Protocol):
@@ -38,8 +40,8 @@ class HasSpecs(Protocol):
 
 MEGATRON = "megatron"
 
-KEPT_DTYPE = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.expert_bias")
-"""Tensors that no change of dtype touches: an expert's bias moves in steps of 1e-3, which bf16 would lose."""
+IN_FP32 = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.expert_bias")
+"""Tensors that are in fp32 in every checkpoint: an expert's bias moves in steps of 1e-3, which bf16 would lose."""
 
 
 def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Task]:
@@ -50,6 +52,7 @@ def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Task]:
             {MEGATRON: rule.megatron.format(**holes)},
             names,
             partial(_to_hf, rule, model),
+            rule.dtype,
         )
 
 
@@ -61,6 +64,7 @@ def tasks_to_megatron(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[T
             names,
             {MEGATRON: rule.megatron.format(**holes)},
             partial(_to_megatron, rule, model),
+            rule.dtype,
         )
 
 
@@ -136,14 +140,13 @@ def target_specs(tasks: Iterator[Task], source: HasSpecs, dtype: torch.dtype | N
             for role, name in task.reads.items()
         }
         for role, tensor in task.make(parts).items():
-            chosen = in_dtype(task.reads.get(MEGATRON, ""), tensor.dtype, dtype)
-            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), chosen)
+            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), task.dtype or dtype or tensor.dtype)
     return specs
 
 
-def in_dtype(canonical: str, own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    """The dtype of a tensor, by its canonical name, where `asked` is wanted for all."""
-    return own if asked is None or KEPT_DTYPE.fullmatch(canonical) else asked
+def stored_dtype(canonical: str, own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a Megatron checkpoint holds a tensor, by its name, where `asked` (or its own) is wanted."""
+    return torch.float32 if IN_FP32.fullmatch(canonical) else asked or own
 
 
 def followed_by(first: Sequence[Task], second: Iterable[Task]) -> list[Task]:

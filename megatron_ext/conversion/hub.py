@@ -28,15 +28,14 @@ def push_to_hub(directory: str | Path, name: str, *, private: bool) -> str:
     Raises:
         ConversionError: the hub refused, or could not be reached. `directory` stays as it is.
     """
-    import httpx  # what huggingface_hub is built on
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # of the library that this version of the hub is built on
 
     hub = HfApi()
     try:
         hub.create_repo(name, private=private, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=directory, commit_message="Export by megatron_ext")
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConversionError(f"{directory} is complete, but was not uploaded to {name}: {reason}") from error
     return f"{hub.endpoint}/{name}"

@@ -65,10 +65,16 @@ def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False)
     """
     from transformers import AutoModelForCausalLM  # slow to import
 
+    trusted = may_run_code(directory, trust_remote_code=trust_remote_code)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trusted).eval()
+
+
+def may_run_code(directory: str | Path, *, trust_remote_code: bool = False) -> bool:
+    """Whether modelling code inside `directory` may be run; ConversionError where it would have to be and may not."""
     trusted = trust_remote_code or carries_our_code(directory)
     if not trusted and "auto_map" in read_json_object(Path(directory) / "config.json", ConversionError):
         raise ConversionError(f"{directory}: brings its own modelling code; pass --trust-remote-code to run it")
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trusted).eval()
+    return trusted
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:

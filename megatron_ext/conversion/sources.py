@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS, config_to_megatron
 from megatron_ext.architectures.registry import architecture_of
+from megatron_ext.architectures.stored import unstacked
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.store import TOKENIZERS, TrainingState, find_checkpoint, read_run, read_state
@@ -89,8 +90,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _open_hugging_face(directory: Path) -> Checkpoint:
     architecture, model = read_hugging_face_model(directory)
-    stream = HuggingFaceSource(directory)
-    check_hugging_face(stream, architecture, model)
+    stream = unstacked(HuggingFaceSource(directory), architecture, model)
+    check_hugging_face(stream, architecture, model, where=str(directory))
     tokenizer = directory if any((directory / name).is_file() for name in TOKENIZERS) else None
     hf_config = read_json_object(directory / "config.json", ConversionError)
     tensors = CanonicalTensors(stream, architecture, model)
@@ -155,13 +156,13 @@ def read_hugging_face_model(directory: str | Path) -> tuple[Architecture, ModelC
     return architecture, config_to_megatron(architecture.config, raw, source=str(path))
 
 
-def check_hugging_face(stream: HuggingFaceSource, architecture: Architecture, model: ModelConfig) -> None:
+def check_hugging_face(stream: TensorSource, architecture: Architecture, model: ModelConfig, *, where: str) -> None:
     """Account for every tensor of a Hugging Face directory.
 
     Raises:
         ConversionError: naming those that are missing, unexpected or misshapen.
     """
-    where, tied = str(stream.directory), not model.untie_embeddings_and_output_weights
+    tied = not model.untie_embeddings_and_output_weights
     embedding, output = _hf_name(architecture, EMBEDDING), _hf_name(architecture, OUTPUT)
     repeated = frozenset({output} if tied and output is not None else ())
     check_source(stream, hf_shapes(architecture.weights, model), where=where, ignore=repeated)
@@ -195,4 +196,5 @@ class CanonicalTensors:
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
         task = self._tasks[name]
-        return task.make({role: self._source.read(part) for role, part in task.reads.items()})[MEGATRON]
+        made = task.make({role: self._source.read(part) for role, part in task.reads.items()})[MEGATRON]
+        return made.to(self.specs[name].dtype)

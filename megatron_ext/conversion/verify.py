@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.checkpoint.parameters import count_parameters
-from megatron_ext.conversion.logits import hugging_face_logits, megatron_logits
+from megatron_ext.conversion.logits import hugging_face_logits, may_run_code, megatron_logits
 from megatron_ext.conversion.sources import (
     EMBEDDING,
     OUTPUT,
@@ -100,12 +100,10 @@ def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
     Raises:
         ConversionError: they hold different tensors, or there is too little memory for their logits.
     """
-    if how.logits:
-        _require_memory(a)
+    batches = comparison_input(a, how)
     weights = compare_weights(a, b)
     logits = None
-    if how.logits:
-        batches = comparison_batches(a, how.text, how.tokenizer, batches=how.batches, length=how.length)
+    if batches:
         narrow = getattr(torch, weights.rounded_to[0]) if len(weights.rounded_to) == 1 else None
         computed = (
             checkpoint_logits(path, batches, trust_remote_code=how.trust_remote_code, weights_as=narrow)
@@ -113,6 +111,20 @@ def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
         )
         logits = compare_logits(*computed)
     return Verification(weights, logits, how.tolerance)
+
+
+def comparison_input(path: str | Path, how: Comparison) -> list[Tensor]:
+    """The token batches to compare a checkpoint's logits on; none where weights alone are compared.
+
+    Raises:
+        ConversionError, DataError: its logits cannot be computed here, or there is no such text.
+    """
+    if not how.logits:
+        return []
+    _require_memory(path)
+    if is_hugging_face(path):
+        may_run_code(path, trust_remote_code=how.trust_remote_code)
+    return comparison_batches(path, how.text, how.tokenizer, batches=how.batches, length=how.length)
 
 
 def _require_memory(path: str | Path) -> None:

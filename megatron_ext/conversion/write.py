@@ -11,7 +11,7 @@ from megatron_ext.checkpoint.safetensors import HuggingFaceSink
 from megatron_ext.checkpoint.tensors import MegatronSink, TensorSink
 from megatron_ext.config import to_mapping
 from megatron_ext.conversion.content import Content
-from megatron_ext.conversion.engine import Task, followed_by, in_dtype, target_specs, tasks_to_hf
+from megatron_ext.conversion.engine import Task, followed_by, stored_dtype, target_specs, tasks_to_hf
 from megatron_ext.conversion.export import write_export
 from megatron_ext.conversion.model_card import write_model_card
 from megatron_ext.conversion.transfer import transfer
@@ -84,7 +84,7 @@ def write_megatron(content: Content, output: Output, check: Check) -> Written:
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
     specs = {
-        name: replace(spec, dtype=in_dtype(name, spec.dtype, output.dtype)) for name, spec in content.specs.items()
+        name: replace(spec, dtype=stored_dtype(name, spec.dtype, output.dtype)) for name, spec in content.specs.items()
     }
     run = {**content.run, "model": to_mapping(content.model)}
     sink = MegatronSink(

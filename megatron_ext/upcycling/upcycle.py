@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig, check_model
 from megatron_ext.conversion.content import Content
-from megatron_ext.conversion.engine import in_dtype
+from megatron_ext.conversion.engine import stored_dtype
 from megatron_ext.conversion.sources import Checkpoint, open_checkpoint, streams_of_one_shape
 from megatron_ext.conversion.verify import Verification
 from megatron_ext.conversion.write import DTYPES, Output, Progress, Written, write_hugging_face, write_megatron
@@ -136,7 +136,7 @@ def content_of(plan: Plan, router_of: RouterOf) -> Content:
     count, seed = len(streams), plan.options.seed
     tasks = list(upcycling_tasks(plan.dense, plan.moe, plan.method, router_of, sources=count, seed=seed))
     specs = {
-        name: TensorSpec(shape, in_dtype(name, torch.float32, plan.dtype))
+        name: TensorSpec(shape, stored_dtype(name, torch.float32, plan.dtype))
         for name, shape in model_shapes(plan.moe).items()
     }
     first = plan.opened[0]

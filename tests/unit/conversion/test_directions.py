@@ -1,0 +1,247 @@
+"""Every direction of a conversion, and what stands beside the weights of an export."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSource
+from megatron_ext.checkpoint.store import STATE_FILE, require_checkpoint
+from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.config import ModelConfig, dump_yaml, read_yaml
+from megatron_ext.conversion.checkpoint_model import read_model
+from megatron_ext.conversion.convert import convert
+from megatron_ext.conversion.model_card import MODEL_CARD
+from megatron_ext.conversion.sources import open_checkpoint
+from megatron_ext.conversion.verify import Comparison, compare_weights
+from megatron_ext.data.tokenizer import train_tokenizer
+from megatron_ext.errors import ConversionError
+from megatron_ext.testing.tiny import tiny_model
+from tests.unit.conversion.test_convert import MODELS, edit_config, write_checkpoint
+from tests.workspace import write_corpus
+
+SIGMOID = tiny_model(moe=True, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+
+
+def test_megatron_to_megatron_changes_the_dtype_alone(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "fp32", MODELS["MoE"])
+    done = convert(source, tmp_path / "bf16", to="megatron", dtype="bf16")
+    assert (done.direction, done.architecture) == ("to Megatron", None)
+    before, after = MegatronSource(source), MegatronSource(tmp_path / "bf16")
+    assert all(torch.equal(after.read(name), before.read(name).bfloat16()) for name in before.specs)
+    assert read_model(tmp_path / "bf16") == MODELS["MoE"]
+    comparison = compare_weights(source, tmp_path / "bf16")
+    assert (comparison.different, comparison.rounded_to) == ((), ("bfloat16",))
+
+
+def test_an_expert_bias_keeps_its_dtype(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "fp32", SIGMOID)
+    convert(source, tmp_path / "bf16", to="megatron", dtype="bf16")
+    dtypes = {name: spec.dtype for name, spec in MegatronSource(tmp_path / "bf16").specs.items()}
+    biases = {name for name in dtypes if name.endswith("router.expert_bias")}
+    assert len(biases) == 3
+    assert all((dtype is torch.float32) == (name in biases) for name, dtype in dtypes.items())
+
+
+def test_hugging_face_to_hugging_face(tmp_path: Path) -> None:
+    """Another class that computes the same, and back: bit for bit."""
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "llama")
+    edit_config(tmp_path / "llama", bos_token_id=3, eos_token_id=5)
+    done = convert(tmp_path / "llama", tmp_path / "ours", hf_class="MegatronExtForCausalLM")
+    assert done.architecture is not None
+    assert done.architecture.hf_class == "MegatronExtForCausalLM"
+    back = convert(tmp_path / "ours", tmp_path / "back", hf_class="LlamaForCausalLM")
+    assert "LlamaForCausalLM" in back.why
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("llama", "back")]
+    assert files[0] == files[1]
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("llama", "back")]
+    assert configs[0] == configs[1], "special tokens included"
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == 5
+
+
+def test_hugging_face_in_another_dtype_keeps_its_class(tmp_path: Path) -> None:
+    convert(
+        write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "ours", hf_class="MegatronExtForCausalLM"
+    )
+    done = convert(tmp_path / "ours", tmp_path / "half", to="hf", dtype="fp16")
+    assert "MegatronExtForCausalLM, as before" in done.why
+    assert {spec.dtype for spec in HuggingFaceSource(tmp_path / "half").specs.values()} == {torch.float16}
+
+
+def test_a_class_that_would_compute_something_else_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["MoE"])
+    with pytest.raises(ConversionError, match="LlamaForCausalLM"):
+        convert(source, tmp_path / "hf", hf_class="LlamaForCausalLM")
+    with pytest.raises(ConversionError, match="a Megatron checkpoint has no Hugging Face class"):
+        convert(source, tmp_path / "hf", to="megatron", hf_class="LlamaForCausalLM")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_numbers_that_fp16_cannot_hold_are_named(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e5
+    from safetensors.torch import save_file
+
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    convert(tmp_path / "hf", tmp_path / "bf16", dtype="bf16")
+    with pytest.raises(ConversionError, match=r"final_layernorm\.weight: has numbers that fp16 cannot hold"):
+        convert(tmp_path / "hf", tmp_path / "fp16", dtype="fp16")
+    assert not (tmp_path / "fp16").exists()
+
+
+def test_shards_hold_what_was_asked_for_and_transformers_reads_them(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    convert(source, tmp_path / "hf", shard_bytes=120_000, workers=3)
+    shards = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert all(path.stat().st_size < 130_000 for path in shards)
+    weight_map = json.loads((tmp_path / "hf" / INDEX_FILE).read_text())["weight_map"]
+    # A reader that goes through the layers goes through the files.
+    files = [weight_map[f"model.layers.{layer}.self_attn.q_proj.weight"] for layer in range(4)]
+    assert files == sorted(files)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(model.model.norm.weight, HuggingFaceSource(tmp_path / "hf").read("model.norm.weight"))
+    assert not compare_weights(source, tmp_path / "hf").different
+
+
+def test_how_to_stop_and_sample_survives_both_ways(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320)
+    source = write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320))
+    convert(source, tmp_path / "hf", tokenizer=tokenizer.directory)
+    settings = GenerationConfig.from_pretrained(tmp_path / "hf")
+    settings.update(eos_token_id=[2, 7], temperature=0.7, do_sample=True)
+    settings.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    convert(tmp_path / "hf", tmp_path / "back")
+    convert(tmp_path / "back", tmp_path / "again")
+    kept = GenerationConfig.from_pretrained(tmp_path / "again")
+    assert (kept.eos_token_id, kept.temperature, kept.do_sample) == ([2, 7], 0.7, True)
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "hf/model.safetensors"
+    )
+    convert(tmp_path / "hf", tmp_path / "back")
+    assert "output_layer.weight" not in open_checkpoint(tmp_path / "back").tensors.specs
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, tmp_path / "hf/model.safetensors")
+    with pytest.raises(ConversionError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
+        convert(tmp_path / "hf", tmp_path / "other")
+
+
+# --- the model card -----------------------------------------------------------------------------------------
+
+
+def trained(directory: Path, model: ModelConfig) -> Path:
+    """A checkpoint as a run of 20 steps of 8 sequences of 32 tokens leaves it."""
+    checkpoint = require_checkpoint(write_checkpoint(directory, model))
+    run = read_yaml(checkpoint / "run.yaml")
+    (checkpoint / "run.yaml").write_text(
+        dump_yaml({**run, "data": {"sequence_length": 32}, "optimizer": {"lr": 0.003}})
+    )
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    (checkpoint / STATE_FILE).write_text(json.dumps(state | {"iteration": 20, "consumed_samples": 160}))
+    return directory
+
+
+def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
+    done = convert(trained(tmp_path / "megatron", MODELS["MoE"]), tmp_path / "hf", verify=Comparison())
+    card = (tmp_path / "hf" / MODEL_CARD).read_text()
+    for part in (
+        "library_name: transformers",
+        "`MegatronExtForCausalLM`",
+        done.why,
+        "5 in 3 of 4 layers, 2 a token",
+        "20 steps, 5,120 tokens",
+        "  lr: 0.003",
+        "trust_remote_code=True",
+        "tensors equal bit for bit",
+        "argmax agreement  100.00%",
+    ):
+        assert part in card, part
+
+
+def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    card = (tmp_path / "hf" / MODEL_CARD).read_text()
+    assert "Not verified" in card
+    assert "trust_remote_code" not in card
+    assert "steps" not in card
+
+
+# --- verified before it gets its name -----------------------------------------------------------------------
+
+
+def test_an_export_that_would_be_another_model_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that is wrong in one direction: verification finds it in the weights."""
+    from megatron_ext.architectures.rules import Rename
+
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    right = Rename.to_hf
+
+    def wrong(rule: Rename, tensor: torch.Tensor, model: ModelConfig) -> dict[str, torch.Tensor]:
+        parts = right(rule, tensor, model)
+        return {role: part + 1 if "o_proj" in rule.hf else part for role, part in parts.items()}
+
+    monkeypatch.setattr(Rename, "to_hf", wrong)
+    with pytest.raises(ConversionError, match="not written, it would not be the same model") as caught:
+        convert(source, tmp_path / "hf", verify=Comparison(logits=False))
+    assert re.search(r"weights: 4 of \d+ tensors differ, by up to 1: decoder\.layers\.0", str(caught.value))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron"]
+
+
+def test_a_config_that_says_another_function_is_found_by_the_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights under another RoPE base: only logits show it."""
+    from megatron_ext.conversion import convert as module
+
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    write = module.write_export
+
+    def wrong(directory: Path, architecture: object, model: ModelConfig, *rest: object, **named: object) -> None:
+        write(directory, architecture, replace(model, rotary_base=99.0), *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "write_export", wrong)
+    with pytest.raises(ConversionError, match=r"max \|d\|"):
+        convert(source, tmp_path / "hf", verify=Comparison())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron"]
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_a_rounded_copy_is_verified_as_what_it_is(to: str, tmp_path: Path) -> None:
+    """bf16 weights are the rounded ones bit for bit, and logits are compared with those of the rounded source."""
+    source = write_checkpoint(tmp_path / "megatron", MODELS["MoE"])
+    done = convert(source, tmp_path / "out", to=to, dtype="bf16", verify=Comparison())  # type: ignore[arg-type]
+    assert done.verification is not None
+    assert done.verification.weights.rounded_to == ("bfloat16",)
+    assert done.verification.logits is not None
+    print(f"to {to}: max |d| / scale {done.verification.logits.relative:.1e}")
+    assert done.verification.logits.relative < 1e-5
+
+
+def test_a_model_larger_than_the_memory_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    memory = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    written: list[int] = []
+    with pytest.raises(ConversionError, match="with --no-logits"):
+        convert(source, tmp_path / "hf", verify=Comparison(), progress=lambda done, total: written.append(done))
+    assert not written
+    assert not (tmp_path / "hf").exists()
+    convert(source, tmp_path / "hf", verify=Comparison(logits=False))
