@@ -13,13 +13,12 @@ from megatron_ext.architectures.registry import architecture_for, architecture_o
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.conversion.references import LLAMA3, REFERENCES, Sizes
+from tests.unit.conversion.references import LLAMA3, REFERENCES, Sizes, raw_config
 
 
 def reference(hf_class: str) -> dict[str, Any]:
     """The config.json of a tiny model of the class."""
-    raw: dict[str, Any] = REFERENCES[hf_class](Sizes()).config.to_diff_dict()
-    return raw
+    return raw_config(REFERENCES[hf_class](Sizes()), hf_class, Sizes())
 
 
 def read(hf_class: str, raw: dict[str, Any]) -> ModelConfig:
