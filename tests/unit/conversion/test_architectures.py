@@ -22,7 +22,7 @@ from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
 from tests.conftest import WRITE_CONVERSION_TABLE
 from tests.unit.conversion import references
-from tests.unit.conversion.references import REFERENCES, YARN, Sizes, randomize, save
+from tests.unit.conversion.references import REFERENCES, YARN, Sizes, Tensors, randomize, save
 from tests.unit.conversion.test_convert import write_checkpoint
 
 # fp32 rounds to 6e-8; three layers of sums in another order leave 1e-6 of the logits' scale. A wrong layout, epsilon or
@@ -219,12 +219,12 @@ def test_experts_fused_in_one_tensor_are_read(hf_class: str, tmp_path: Path) -> 
     assert not compare_weights(tmp_path / "fused", tmp_path / "megatron each").different
 
 
-def resave(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+def resave(directory: Path, change: Callable[[Tensors], Tensors]) -> None:
     weights = change(load_file(directory / "model.safetensors"))
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors")
 
 
-OLDER_FILES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]] = {
+OLDER_FILES: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "GPT-2 as first published": (
         "GPT2LMHeadModel",
         lambda weights: (
@@ -280,6 +280,35 @@ def test_no_other_tensor_is_left_out(hf_class: str, extra: str, tmp_path: Path) 
     REFERENCES[hf_class](Sizes()).save_pretrained(tmp_path / "hf")
     resave(tmp_path / "hf", lambda weights: weights | {extra: torch.ones(3, 5)})
     with pytest.raises(ConversionError, match=f"unexpected: {extra}"):
+        convert(tmp_path / "hf", tmp_path / "megatron")
+
+
+@pytest.mark.parametrize(
+    ("hf_class", "change", "complaint"),
+    [
+        (
+            "GPTNeoXForCausalLM",
+            lambda weights: weights | {"lm_head.weight": torch.ones(101, 48)},
+            "embed_out.weight is stored twice: in embed_out.weight and in lm_head.weight",
+        ),
+        (
+            "OlmoeForCausalLM",
+            lambda weights: weights | {"model.layers.0.mlp.experts.down_proj": torch.ones(6, 48, 52)},
+            r"experts\.0\.down_proj\.weight is stored twice",
+        ),
+        (
+            "OlmoeForCausalLM",
+            lambda weights: weights | {"model.layers.0.mlp.experts.gate_up_proj": torch.ones(6, 105, 48)},
+            r"unexpected: model\.layers\.0\.mlp\.experts\.gate_up_proj \[6, 105, 48\]",
+        ),
+    ],
+)
+def test_tensors_under_two_names_or_of_no_form_are_refused(
+    hf_class: str, change: Callable[[Tensors], Tensors], complaint: str, tmp_path: Path
+) -> None:
+    REFERENCES[hf_class](Sizes()).save_pretrained(tmp_path / "hf")
+    resave(tmp_path / "hf", change)
+    with pytest.raises(ConversionError, match=complaint):
         convert(tmp_path / "hf", tmp_path / "megatron")
 
 
