@@ -205,7 +205,7 @@ def test_a_config_that_says_another_function_is_found_by_the_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights under another RoPE base: only logits show it."""
-    from megatron_ext.conversion import convert as module
+    from megatron_ext.conversion import write as module
 
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
     write = module.write_export
@@ -224,11 +224,11 @@ def test_a_rounded_copy_is_verified_as_what_it_is(to: str, tmp_path: Path) -> No
     """bf16 weights are the rounded ones bit for bit, and logits are compared with those of the rounded source."""
     source = write_checkpoint(tmp_path / "megatron", MODELS["MoE"])
     done = convert(source, tmp_path / "out", to=to, dtype="bf16", verify=Comparison())  # type: ignore[arg-type]
-    assert done.verification is not None
-    assert done.verification.weights.rounded_to == ("bfloat16",)
-    assert done.verification.logits is not None
-    print(f"to {to}: max |d| / scale {done.verification.logits.relative:.1e}")
-    assert done.verification.logits.relative < 1e-5
+    assert done.written.verification is not None
+    assert done.written.verification.weights.rounded_to == ("bfloat16",)
+    assert done.written.verification.logits is not None
+    print(f"to {to}: max |d| / scale {done.written.verification.logits.relative:.1e}")
+    assert done.written.verification.logits.relative < 1e-5
 
 
 def test_a_model_larger_than_the_memory_is_said_before_the_work(
