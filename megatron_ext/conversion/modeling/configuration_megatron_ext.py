@@ -13,7 +13,9 @@ ROPE_TYPES = {
         {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
     ),
 }
-ROPE_COMMON = {"rope_type", "rope_theta", "partial_rotary_factor"}
+# Where configurations before transformers 5 have these.
+BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
+ROPE_COMMON = {"rope_type", *BESIDE_ROPE}
 ROUTER_NOISE = {"gumbel": {"scale"}, "learned": set(), "input_jitter": {"eps"}}
 CHOICES = {
     "norm_type": ("rms_norm", "layer_norm"),
@@ -137,7 +139,7 @@ class MegatronExtConfig(PretrainedConfig):
         **kwargs,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
-        rope = {name: given.pop(name) for name in ("rope_theta", "rope_scaling", "rope_parameters")}
+        rope = {name: given.pop(name) for name in ("rope_parameters", "rope_scaling", *BESIDE_ROPE)}
         special = {name: given.pop(name) for name in list(given) if name.endswith("_token_id")}
         super().__init__(**special, tie_word_embeddings=given.pop("tie_word_embeddings"), **kwargs)
         for name, value in given.items():
@@ -153,7 +155,7 @@ class MegatronExtConfig(PretrainedConfig):
             self.head_dim = head_dim or hidden_size // num_attention_heads
         else:
             self.head_dim = (qk_nope_head_dim or 0) + (qk_rope_head_dim or 0)
-        problems = self._read_rope(**rope) + _problems(self)
+        problems = self._read_rope(rope) + _problems(self)
         if head_dim not in (None, self.head_dim):
             problems.append(f"head_dim = {head_dim}: with kv_lora_rank it is qk_nope_head_dim + qk_rope_head_dim")
         if problems:
@@ -175,24 +177,30 @@ class MegatronExtConfig(PretrainedConfig):
         """Width of the rotated part of a head's query and key."""
         if self.kv_lora_rank is not None:
             return self.qk_rope_head_dim
-        return int(self.head_dim * self.partial_rotary_factor)
+        return int(self.head_dim * self.rotated_share)
 
     def is_moe_layer(self, layer_idx):
         """Whether layer `layer_idx` has experts."""
         return bool(self.num_experts and self.moe_layer_pattern[layer_idx])
 
-    def _read_rope(self, rope_theta, rope_scaling, rope_parameters):
-        """Set `rope_parameters`, `rope_theta` and `partial_rotary_factor` from all places; return what is wrong."""
-        beside = {"rope_theta": rope_theta, "partial_rotary_factor": self.partial_rotary_factor}
+    @property
+    def rotated_share(self):
+        """Share of a head that is rotated."""
+        return self.rope_parameters.get("partial_rotary_factor", 1.0)
+
+    def _read_rope(self, given):
+        """Set `rope_parameters` (and `rope_theta`, for old readers) from all places; return what contradicts."""
         stated, problems = {}, []
-        for place in (rope_parameters or {}, rope_scaling or {}, beside):
+        beside = {name: given[name] for name in BESIDE_ROPE}
+        for place in (given["rope_parameters"] or {}, given["rope_scaling"] or {}, beside):
             for name, value in place.items():
                 name = "rope_type" if name == "type" else name
                 if value is not None and stated.setdefault(name, value) != value:
                     problems.append(f"{name} is {stated[name]!r} and {value!r} at once")
+        if stated.get("partial_rotary_factor") == 1.0:
+            del stated["partial_rotary_factor"]
         self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **stated}
         self.rope_theta = self.rope_parameters["rope_theta"]
-        self.partial_rotary_factor = stated.get("partial_rotary_factor", 1.0)
         return problems
 
 
@@ -226,7 +234,7 @@ def _rope_problems(config):
     is_rope = config.position_embedding_type == "rope"
     yield is_rope and (width < 2 or width % 2), f"RoPE rotates pairs, and {width} dimensions of a head are rotated"
     yield (
-        not is_rope and (kind != "default" or config.partial_rotary_factor != 1.0),
+        not is_rope and (kind != "default" or config.rotated_share != 1.0),
         "learned positions are not rotated; remove the RoPE parameters",
     )
 
@@ -245,7 +253,7 @@ def _attention_problems(config):
         return
     yield len(given) < len(widths), f"latent attention needs {', '.join(widths)}"
     yield config.position_embedding_type != "rope", "latent attention needs position_embedding_type = 'rope'"
-    yield config.partial_rotary_factor != 1.0, "with latent attention qk_rope_head_dim is what is rotated"
+    yield config.rotated_share != 1.0, "with latent attention qk_rope_head_dim is what is rotated"
     yield groups != heads, "with latent attention every head has keys and values of its own"
     yield config.qk_norm is not None, "latent attention has norms of its own; remove qk_norm"
     yield config.qkv_bias or config.use_bias, "latent attention has no biases"
