@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_ext.architectures.fields import ConfigRule, unsaid
 from megatron_ext.architectures.rules import Rule
+from megatron_ext.architectures.stored import Alias, Drop, Stacked
 from megatron_ext.config import ModelConfig
 
 
@@ -25,7 +26,18 @@ class Architecture:
     code: tuple[str, ...] = ()
     """Modelling files shipped with an export because transformers does not have the class."""
     auto_map: tuple[tuple[str, str], ...] = ()
-    """Auto classes of the shipped code."""
+    """Auto classes of the shipped code, or of code in a public repository."""
+    remote: str | None = None
+    """The public repository with the code of a class that nobody else has. It is exported to on request only."""
+    stacked: tuple[Stacked, ...] = ()
+    """Tensors that hold the experts of a layer in one, in files of newer writers."""
+    aliases: tuple[Alias, ...] = ()
+    """Names that some files have for a tensor of the rules."""
+    drops: tuple[Drop, ...] = ()
+    """Tensors of some files that no logits depend on."""
+    prefix: str = ""
+    """What the names of all tensors but those of `heads` begin with; some files leave it out."""
+    heads: tuple[str, ...] = ("lm_head.weight",)
 
     def unlike(self, model: ModelConfig) -> str | None:
         """Why this class would not compute what the Megatron model computes; None if it computes exactly that.

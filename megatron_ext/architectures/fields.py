@@ -6,7 +6,7 @@ the arithmetic alone is refused by name: a silent default would change the model
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 from megatron_ext.config import LearnedNoise, ModelConfig, load_config
@@ -17,7 +17,8 @@ HARMLESS = frozenset(
     "_name_or_path architectures auto_map bos_token_id dtype eos_token_id initializer_range "
     "keys_to_ignore_at_inference model_type output_attentions output_hidden_states output_router_logits "
     "pad_token_id pretraining_tp return_dict router_aux_loss_coef tokenizer_class torch_dtype transformers_version "
-    "use_cache is_encoder_decoder id2label label2id problem_type chunk_size_feed_forward".split()
+    "use_cache is_encoder_decoder id2label label2id problem_type chunk_size_feed_forward router_jitter_noise "
+    "aux_loss_alpha seq_aux ep_size".split()
 )
 """Fields that do not change the logits of a forward pass."""
 
@@ -49,6 +50,10 @@ class ConfigRule(ABC):
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The ModelConfig fields that `raw` says. Raises ConversionError where the model cannot be expressed."""
 
+    def lost(self, model: ModelConfig) -> list[str]:
+        """The values of `model`, each as `field = value`, that this rule's Hugging Face fields cannot say."""
+        return []
+
 
 @dataclass(frozen=True)
 class Field(ConfigRule):
@@ -59,19 +64,28 @@ class Field(ConfigRule):
     settable: str | None = None
     default: Any = None
     """What Hugging Face means where the field is absent or null."""
+    also: tuple[str, ...] = ()
+    """Further names of the same field: any is read, all are written."""
+    required: bool = False
+    """Refuse a config.json without it, because neither side's default is meant."""
 
     def hf_names(self) -> tuple[str, ...]:
-        return (self.hf,)
+        return (self.hf, *self.also)
 
     def megatron_names(self) -> tuple[str, ...]:
         return (self.settable or self.megatron,)
 
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
-        return {self.hf: getattr(model, self.megatron)}
+        return dict.fromkeys(self.hf_names(), getattr(model, self.megatron))
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        value = raw.get(self.hf)
-        value = self.default if value is None else value
+        stated = {name: raw[name] for name in self.hf_names() if raw.get(name) is not None}
+        values = list(stated.values())
+        if any(value != values[0] for value in values):
+            raise ConversionError(f"{_listed(stated)}: names of one field, with different values")
+        if not values and self.required:
+            raise ConversionError(f"{self.hf}: is not given")
+        value = values[0] if values else self.default
         return {} if value is None else {self.settable or self.megatron: value}
 
 
@@ -121,32 +135,46 @@ class Fixed(ConfigRule):
 
 
 @dataclass(frozen=True)
-class Rope(ConfigRule):
-    """RoPE theta: transformers 5 keeps it in `rope_parameters`, 4 and older readers at the top; both are written."""
+class Always(ConfigRule):
+    """A field of ModelConfig that has one value in every model of the class, and no Hugging Face field."""
+
+    megatron: str
+    value: Any
 
     def hf_names(self) -> tuple[str, ...]:
-        return ("rope_theta", "rope_parameters", "rope_scaling")
+        return ()
 
     def megatron_names(self) -> tuple[str, ...]:
-        return ("rotary_base",)
+        return (self.megatron,)
 
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
-        theta = model.rotary_base
-        return {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, "rope_type": "default"}}
+        return {}
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        theta = raw.get("rope_theta") or 10000.0
-        for name in ("rope_scaling", "rope_parameters"):
-            nested = raw.get(name) or {}
-            if not isinstance(nested, dict):
-                raise ConversionError(f"{name} = {nested!r}: expected a mapping")
-            kind = nested.get("rope_type", nested.get("type", "default"))
-            if kind != "default":
-                raise ConversionError(f"{name}: rope_type = {kind!r}: scaled rotary embeddings are not supported")
-            theta = nested.get("rope_theta", theta)
-        if not isinstance(theta, int | float):
-            raise ConversionError(f"rope_theta = {theta!r}: expected a number")
-        return {"rotary_base": float(theta)}
+        return {self.megatron: asdict(self.value) if is_dataclass(self.value) else self.value}
+
+    def lost(self, model: ModelConfig) -> list[str]:
+        value = getattr(model, self.megatron)
+        return [] if value == self.value else [f"{self.megatron} = {value!r}"]
+
+
+@dataclass(frozen=True)
+class Ignored(ConfigRule):
+    """Hugging Face fields that leave the logits of this class alone, or that it computes anew from others."""
+
+    hf: tuple[str, ...]
+
+    def hf_names(self) -> tuple[str, ...]:
+        return self.hf
+
+    def megatron_names(self) -> tuple[str, ...]:
+        return ()
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        return {}
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -191,11 +219,14 @@ class LayerPattern(ConfigRule):
 
 
 def unsaid(rules: tuple[ConfigRule, ...], model: ModelConfig) -> list[str]:
-    """What a table of rules would lose of `model`: fields that it does not carry and that are not at their default."""
+    """What a table would lose of `model`: values it cannot say, and fields it lacks that are not at their default."""
     said = {name for rule in rules for name in rule.megatron_names()} | NOT_IN_THE_LOGITS
     if not isinstance(model.moe_router_noise, LearnedNoise):
         said |= {"moe_router_noise"}  # drawn in training only, and without weights that an export would lose
-    return [
+    if model.position_embedding_type != "rope":
+        said |= {"rotary_base"}  # nothing is rotated
+    lost = [statement for rule in rules for statement in rule.lost(model)]
+    return lost + [
         f"{name} = {getattr(model, name)!r}"
         for name, info in fields_of(ModelConfig).items()
         if name not in said and getattr(model, name) != info.get_default(call_default_factory=True)
@@ -232,3 +263,7 @@ def config_to_megatron(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any], *,
         return load_config(ModelConfig, fields, source=source)
     except ConfigError as error:
         raise ConversionError(str(error)) from error
+
+
+def _listed(stated: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value!r}" for name, value in stated.items())

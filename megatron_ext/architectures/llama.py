@@ -1,51 +1,79 @@
 """Llama and every model of its shape: `LlamaForCausalLM`."""
 
+from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, LinearBiases
 from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import Field, Fixed, Inverted, Rope
-from megatron_ext.architectures.rules import GateUp, Qkv, Rename, Rule, in_dense_layers
+from megatron_ext.architectures.fields import ConfigRule, Field, Fixed, Inverted
+from megatron_ext.architectures.rope import Rope
+from megatron_ext.architectures.rules import (
+    GateUp,
+    Qkv,
+    Rename,
+    Rule,
+    bias_of,
+    in_dense_layers,
+    untied,
+    with_biases,
+)
+from megatron_ext.architectures.stored import Drop
 from megatron_ext.config import ModelConfig
 
 LAYER = "model.layers.{layer}"
 MEGATRON_LAYER = "decoder.layers.{layer}"
 
-
-def untied(model: ModelConfig, layer: int) -> bool:
-    """Models whose output layer has weights of its own."""
-    return model.untie_embeddings_and_output_weights
-
-
-CONFIG = (
+SIZES: tuple[ConfigRule, ...] = (
     Field("vocab_size", "vocab_size"),
     Field("hidden_size", "hidden_size"),
-    Field("intermediate_size", "ffn_hidden_size"),
     Field("num_hidden_layers", "num_layers"),
     Field("num_attention_heads", "num_attention_heads"),
-    Field("num_key_value_heads", "query_groups", settable="num_query_groups"),
-    Field("head_dim", "head_dim", settable="kv_channels"),
+    Field("attention_dropout", "attention_dropout", default=0.0),
+    Field("initializer_range", "init_method_std", default=0.02),
+    Inverted("tie_word_embeddings", "untie_embeddings_and_output_weights"),
+)
+"""What the classes of Llama's shape have in common."""
+
+SHAPE: tuple[ConfigRule, ...] = (
+    *SIZES,
+    Field("intermediate_size", "ffn_hidden_size"),
+    Groups(),
+    HeadWidth("divides"),
     Field("max_position_embeddings", "max_position_embeddings", default=2048),
     Field("rms_norm_eps", "layernorm_epsilon", default=1e-6),
-    Inverted("tie_word_embeddings", "untie_embeddings_and_output_weights"),
+    Rope(partial=None),
+)
+
+CONFIG: tuple[ConfigRule, ...] = (
+    *SHAPE,
     Fixed("hidden_act", "silu"),
     Fixed("attention_bias", False),
     Fixed("mlp_bias", False),
-    Fixed("attention_dropout", 0.0),
-    Rope(),
 )
+"""Llama's fields where activation and biases cannot be chosen."""
 
-TRUNK: tuple[Rule, ...] = (
+EMBEDDINGS: tuple[Rule, ...] = (
     Rename("embedding.word_embeddings.weight", hf="model.embed_tokens.weight", vocab=True),
-    Rename(f"{MEGATRON_LAYER}.input_layernorm.weight", hf=f"{LAYER}.input_layernorm.weight"),
-    Qkv(
-        f"{MEGATRON_LAYER}.self_attention.linear_qkv.weight",
-        q=f"{LAYER}.self_attn.q_proj.weight",
-        k=f"{LAYER}.self_attn.k_proj.weight",
-        v=f"{LAYER}.self_attn.v_proj.weight",
-    ),
-    Rename(f"{MEGATRON_LAYER}.self_attention.linear_proj.weight", hf=f"{LAYER}.self_attn.o_proj.weight"),
-    Rename(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", hf=f"{LAYER}.post_attention_layernorm.weight"),
     Rename("decoder.final_layernorm.weight", hf="model.norm.weight"),
     Rename("output_layer.weight", untied, hf="lm_head.weight", vocab=True),
 )
+
+NORMS: tuple[Rule, ...] = (
+    Rename(f"{MEGATRON_LAYER}.input_layernorm.weight", hf=f"{LAYER}.input_layernorm.weight"),
+    Rename(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", hf=f"{LAYER}.post_attention_layernorm.weight"),
+)
+
+QKV = Qkv(
+    f"{MEGATRON_LAYER}.self_attention.linear_qkv.weight",
+    q=f"{LAYER}.self_attn.q_proj.weight",
+    k=f"{LAYER}.self_attn.k_proj.weight",
+    v=f"{LAYER}.self_attn.v_proj.weight",
+)
+PROJECTION = Rename(f"{MEGATRON_LAYER}.self_attention.linear_proj.weight", hf=f"{LAYER}.self_attn.o_proj.weight")
+
+QK_NORMS: tuple[Rule, ...] = (
+    Rename(f"{MEGATRON_LAYER}.self_attention.q_layernorm.weight", hf=f"{LAYER}.self_attn.q_norm.weight"),
+    Rename(f"{MEGATRON_LAYER}.self_attention.k_layernorm.weight", hf=f"{LAYER}.self_attn.k_norm.weight"),
+)
+
+TRUNK: tuple[Rule, ...] = (*EMBEDDINGS, *NORMS, QKV, PROJECTION)
 """Everything but the feed-forward layers; shared by the architectures of Llama's shape."""
 
 DENSE_FFN: tuple[Rule, ...] = (
@@ -58,9 +86,11 @@ DENSE_FFN: tuple[Rule, ...] = (
     Rename(f"{MEGATRON_LAYER}.mlp.linear_fc2.weight", in_dense_layers, hf=f"{LAYER}.mlp.down_proj.weight"),
 )
 
+DROPS = (Drop("model.layers.{layer}.self_attn.rotary_emb.inv_freq", "a buffer that older versions of the class saved"),)
+
 
 def dense_only(model: ModelConfig) -> str | None:
-    """Llama is dense."""
+    """A reason against classes without experts."""
     return "it has no experts" if model.is_moe else None
 
 
@@ -68,7 +98,8 @@ LLAMA = Architecture(
     name="llama",
     hf_class="LlamaForCausalLM",
     model_type="llama",
-    config=CONFIG,
-    weights=TRUNK + DENSE_FFN,
+    config=(*SHAPE, Activation("hidden_act"), LinearBiases()),
+    weights=(*TRUNK, *DENSE_FFN, *(bias_of(rule, with_biases) for rule in (QKV, PROJECTION, *DENSE_FFN))),
     other=dense_only,
+    drops=DROPS,
 )

@@ -4,13 +4,42 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.deepseek_v1 import DEEPSEEK_V1
+from megatron_ext.architectures.deepseek_v2 import DEEPSEEK_V2
+from megatron_ext.architectures.deepseek_v3 import DEEPSEEK_V3
+from megatron_ext.architectures.gpt2 import GPT2
+from megatron_ext.architectures.gpt_neox import GPT_NEOX
 from megatron_ext.architectures.llama import LLAMA
 from megatron_ext.architectures.megatron_ext import MEGATRON_EXT
+from megatron_ext.architectures.mistral import MISTRAL
+from megatron_ext.architectures.mixtral import MIXTRAL
+from megatron_ext.architectures.olmoe import OLMOE
+from megatron_ext.architectures.qwen2 import QWEN2
+from megatron_ext.architectures.qwen2_moe import QWEN2_MOE
+from megatron_ext.architectures.qwen3 import QWEN3
+from megatron_ext.architectures.qwen3_moe import QWEN3_MOE
+from megatron_ext.architectures.tanuki import TANUKI
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MEGATRON_EXT)
-"""In order of preference: an export takes the first that reproduces the model exactly."""
+ARCHITECTURES: tuple[Architecture, ...] = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GPT2,
+    GPT_NEOX,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DEEPSEEK_V1,
+    TANUKI,
+    MEGATRON_EXT,
+)
+"""In order of preference: an export takes the first that reproduces the model exactly and needs no foreign code."""
 
 
 def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
@@ -19,15 +48,17 @@ def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
     for architecture in ARCHITECTURES:
         if architecture.hf_class == named:
             return architecture
-    known = ", ".join(a.hf_class for a in ARCHITECTURES)
-    raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {known}")
+    raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {_known()}")
 
 
-def architecture_for(model: ModelConfig) -> tuple[Architecture, str]:
+def architecture_for(model: ModelConfig, hf_class: str | None = None) -> tuple[Architecture, str]:
     """The architecture to export `model` as, and a sentence on why.
 
+    Args:
+        hf_class: take this class. Classes whose code is in a public repository are taken only so.
+
     Raises:
-        ConversionError: none computes what the model computes.
+        ConversionError: none computes what the model computes, or the named one does not.
     """
     if unknown := sorted(model.function_overrides):
         raise ConversionError(
@@ -35,11 +66,39 @@ def architecture_for(model: ModelConfig) -> tuple[Architecture, str]:
             "an export could compute something else. If it leaves the logits alone, add it to TRAINING_ONLY in "
             "config/model.py"
         )
-    passed_over = []
+    if hf_class is not None:
+        return _named(model, hf_class)
     for architecture in ARCHITECTURES:
-        reason = architecture.unlike(model)
-        if reason is None:
-            because = f" ({'; '.join(passed_over)})" if passed_over else ", which reproduces the model exactly"
-            return architecture, f"{architecture.hf_class}{because}"
-        passed_over.append(f"not {architecture.hf_class}: {reason}")
-    raise ConversionError(f"no architecture reproduces this model: {'; '.join(passed_over)}")
+        if architecture.remote is None and architecture.unlike(model) is None:
+            return architecture, f"{architecture.hf_class}{_reason(architecture, model)}"
+    raise ConversionError(f"no architecture reproduces this model: {_nearest(ARCHITECTURES, model)}")
+
+
+def _named(model: ModelConfig, hf_class: str) -> tuple[Architecture, str]:
+    architecture = next((a for a in ARCHITECTURES if a.hf_class == hf_class), None)
+    if architecture is None:
+        raise ConversionError(f"{hf_class} is not known; choose one of {_known()}")
+    if (reason := architecture.unlike(model)) is not None:
+        best, _ = architecture_for(model)
+        raise ConversionError(f"{hf_class} does not compute what this model computes: {reason}; {best.hf_class} does")
+    code = "" if architecture.remote is None else f"; its code is in {architecture.remote}, which we have not run"
+    return architecture, f"{hf_class}, as asked{code}"
+
+
+def _reason(architecture: Architecture, model: ModelConfig) -> str:
+    if not architecture.code:
+        return ", a class of transformers that reproduces the model exactly"
+    stock = tuple(a for a in ARCHITECTURES if not a.code and a.remote is None)
+    return f" (no class of transformers computes this model; {_nearest(stock, model)})"
+
+
+def _nearest(architectures: tuple[Architecture, ...], model: ModelConfig) -> str:
+    """Why the classes that come closest to `model` are not it: those whose reason is the shortest list."""
+    reasons = {a.hf_class: reason for a in architectures if a.remote is None and (reason := a.unlike(model))}
+    fewest = sorted(reasons, key=lambda name: (reasons[name].count(" = "), list(reasons).index(name)))
+    shown = [name for name in fewest if reasons[name].startswith("it cannot say")][:2] or fewest[:2]
+    return "; ".join(f"not {name}: {reasons[name]}" for name in shown)
+
+
+def _known() -> str:
+    return ", ".join(a.hf_class for a in ARCHITECTURES)

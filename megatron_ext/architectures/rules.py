@@ -6,7 +6,7 @@ have the holes `{layer}` and `{expert}`, filled from the model's configuration, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -37,12 +37,29 @@ def with_shared_experts(model: ModelConfig, layer: int) -> bool:
     return model.moe_layer_pattern[layer] and model.moe_shared_expert_intermediate_size is not None
 
 
+def untied(model: ModelConfig, layer: int) -> bool:
+    """Models whose output layer has weights of its own."""
+    return model.untie_embeddings_and_output_weights
+
+
+def with_biases(model: ModelConfig, layer: int) -> bool:
+    """Models with biases in every linear layer."""
+    return model.add_bias_linear
+
+
+def with_qkv_biases(model: ModelConfig, layer: int) -> bool:
+    """Models with biases in the query, key and value projections."""
+    return model.has_qkv_bias
+
+
 @dataclass(frozen=True)
 class Rule(ABC):
     """One correspondence. `megatron` is a canonical name; `where` says in which layers the rule holds."""
 
     megatron: str
     where: Where = everywhere
+    dtype: torch.dtype | None = None
+    """What the tensor is in every checkpoint, whatever dtype the others are converted to; None: it follows them."""
 
     @abstractmethod
     def hf_names(self) -> dict[str, str]:
@@ -91,6 +108,22 @@ class Rename(Rule):
 
 
 @dataclass(frozen=True)
+class Transpose(Rule):
+    """A weight stored [inputs, outputs], as GPT-2's `Conv1D` has it. Biases are left as they are."""
+
+    hf: str = ""
+
+    def hf_names(self) -> dict[str, str]:
+        return {"tensor": self.hf}
+
+    def to_megatron(self, parts: Parts, model: ModelConfig) -> Tensor:
+        return parts["tensor"].t().contiguous()
+
+    def to_hf(self, tensor: Tensor, model: ModelConfig) -> Parts:
+        return {"tensor": tensor.t().contiguous()}
+
+
+@dataclass(frozen=True)
 class Qkv(Rule):
     """Query, key and value projections against Megatron's single one.
 
@@ -131,3 +164,34 @@ class GateUp(Rule):
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> Parts:
         gate, up = tensor.chunk(2)
         return {"gate": gate, "up": up}
+
+
+@dataclass(frozen=True)
+class BlockQkv(Rule):
+    """Query, key and value projections in one tensor, all queries first, stored [inputs, outputs] (GPT-2's `c_attn`).
+
+    Megatron's has the three of each head together. GPT-2 has no grouped queries.
+    """
+
+    hf: str = ""
+
+    def hf_names(self) -> dict[str, str]:
+        return {"tensor": self.hf}
+
+    def to_megatron(self, parts: Parts, model: ModelConfig) -> Tensor:
+        blocks = parts["tensor"].t().unflatten(0, (3, model.num_attention_heads, -1))
+        return blocks.transpose(0, 1).flatten(0, 2).contiguous()
+
+    def to_hf(self, tensor: Tensor, model: ModelConfig) -> Parts:
+        heads = tensor.unflatten(0, (model.num_attention_heads, 3, -1))
+        return {"tensor": heads.transpose(0, 1).flatten(0, 2).t().contiguous()}
+
+
+def bias_of(rule: Rule, where: Where) -> Rule:
+    """The rule of the biases that belong to the weights of `rule`: the same, under the same names, where they exist."""
+    names = {
+        field.name: value.removesuffix(".weight") + ".bias"
+        for field in fields(rule)
+        if isinstance(value := getattr(rule, field.name), str)
+    }
+    return replace(rule, where=where, **names)

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.store import TOKENIZER_FILES
 from megatron_ext.checkpoint.tensors import TensorSink, TensorSpec
 from megatron_ext.errors import ConversionError
@@ -72,6 +73,12 @@ class HuggingFaceSource:
         """One whole tensor."""
         tensor: Tensor = self._handles[self._file_of[name]].get_tensor(name)
         return tensor
+
+    def read_box(self, name: str, offset: Shape, size: Shape) -> Tensor:
+        """The part of a tensor that starts at `offset` and has the shape `size`; no more is read."""
+        view = self._handles[self._file_of[name]].get_slice(name)
+        part: Tensor = view[tuple(slice(start, start + count) for start, count in zip(offset, size, strict=True))]
+        return part
 
 
 class HuggingFaceSink(TensorSink):

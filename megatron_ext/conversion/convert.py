@@ -12,6 +12,7 @@ import torch
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.fields import config_to_hf, config_to_megatron
 from megatron_ext.architectures.registry import architecture_for, architecture_of
+from megatron_ext.architectures.stored import unstacked
 from megatron_ext.checkpoint.safetensors import HuggingFaceSink, HuggingFaceSource
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.store import TOKENIZERS, copy_tokenizer, find_checkpoint
@@ -67,6 +68,7 @@ def convert(
     *,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
+    hf_class: str | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
@@ -75,6 +77,7 @@ def convert(
     Args:
         dtype: `fp32`, `bf16` or `fp16`; None keeps what the source has.
         tokenizer: directory whose tokenizer goes into a Hugging Face export. Default: the checkpoint's own.
+        hf_class: the Hugging Face class to export as. Default: the first that reproduces the model.
         force: replace an existing target.
 
     Raises:
@@ -83,17 +86,24 @@ def convert(
     if is_hugging_face(source):
         return _to_megatron(Path(source), Path(target), _DTYPES.get(dtype or ""), force, progress)
     if find_checkpoint(source) is not None:
-        return _to_hugging_face(Path(source), Path(target), _DTYPES.get(dtype or ""), tokenizer, force, progress)
+        stored = _DTYPES.get(dtype or "")
+        return _to_hugging_face(Path(source), Path(target), stored, tokenizer, hf_class, force, progress)
     raise ConversionError(
         f"{source}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
     )
 
 
 def _to_hugging_face(
-    source: Path, target: Path, dtype: torch.dtype | None, tokenizer: str | Path | None, force: bool, progress: Progress
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    tokenizer: str | Path | None,
+    hf_class: str | None,
+    force: bool,
+    progress: Progress,
 ) -> Conversion:
     model = read_model(source)
-    architecture, why = architecture_for(model)
+    architecture, why = architecture_for(model, hf_class)
     stream = MegatronSource(source)
     check_source(stream, model_shapes(model), where=str(stream.directory))
     vocabulary = Path(tokenizer) if tokenizer is not None else tokenizer_directory(source)
@@ -111,8 +121,8 @@ def _to_hugging_face(
 
 def _to_megatron(source: Path, target: Path, dtype: torch.dtype | None, force: bool, progress: Progress) -> Conversion:
     architecture, model = read_hugging_face_model(source)
-    stream = HuggingFaceSource(source)
-    check_hugging_face(stream, architecture, model)
+    stream = unstacked(HuggingFaceSource(source), architecture, model)
+    check_hugging_face(stream, architecture, model, where=str(source))
     tasks = list(tasks_to_megatron(architecture.weights, model))
     specs = target_specs(iter(tasks), stream, dtype)
     tokenizer = source if any((source / name).is_file() for name in TOKENIZERS) else None
@@ -130,13 +140,13 @@ def read_hugging_face_model(directory: str | Path) -> tuple[Architecture, ModelC
     return architecture, config_to_megatron(architecture.config, raw, source=str(path))
 
 
-def check_hugging_face(stream: HuggingFaceSource, architecture: Architecture, model: ModelConfig) -> None:
+def check_hugging_face(stream: TensorSource, architecture: Architecture, model: ModelConfig, *, where: str) -> None:
     """Account for every tensor of a Hugging Face directory.
 
     Raises:
         ConversionError: naming those that are missing, unexpected or misshapen.
     """
-    where, tied = str(stream.directory), not model.untie_embeddings_and_output_weights
+    tied = not model.untie_embeddings_and_output_weights
     may_repeat = frozenset({_OUTPUT} if tied else ())
     check_source(stream, hf_shapes(architecture.weights, model), where=where, ignore=may_repeat)
     # transformers leaves a tied model's output layer alone where the file has another one.

@@ -24,6 +24,8 @@ class Task:
     """Target name by role."""
     make: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     """From source tensors by role to target tensors by role."""
+    dtype: torch.dtype | None = None
+    """What the targets are, whatever dtype the conversion is to."""
 
 
 MEGATRON = "megatron"
@@ -37,6 +39,7 @@ def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Task]:
             {MEGATRON: rule.megatron.format(**holes)},
             names,
             partial(_to_hf, rule, model),
+            rule.dtype,
         )
 
 
@@ -48,6 +51,7 @@ def tasks_to_megatron(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[T
             names,
             {MEGATRON: rule.megatron.format(**holes)},
             partial(_to_megatron, rule, model),
+            rule.dtype,
         )
 
 
@@ -111,7 +115,7 @@ def target_specs(tasks: Iterator[Task], source: TensorSource, dtype: torch.dtype
             for role, name in task.reads.items()
         }
         for role, tensor in task.make(parts).items():
-            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), dtype or tensor.dtype)
+            specs[task.writes[role]] = TensorSpec(tuple(tensor.shape), task.dtype or dtype or tensor.dtype)
     return specs
 
 

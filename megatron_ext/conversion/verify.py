@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.stored import unstacked
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource
@@ -81,8 +82,8 @@ class _Canonical:
         if is_hugging_face(path):
             architecture: Architecture
             architecture, self.model = read_hugging_face_model(path)
-            self._source = HuggingFaceSource(path)
-            check_hugging_face(self._source, architecture, self.model)
+            self._source = unstacked(HuggingFaceSource(path), architecture, self.model)
+            check_hugging_face(self._source, architecture, self.model, where=str(path))
             self._tasks = {task.writes[MEGATRON]: task for task in tasks_to_megatron(architecture.weights, self.model)}
             self.names = frozenset(self._tasks)
         else:

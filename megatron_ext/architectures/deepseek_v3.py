@@ -1,0 +1,43 @@
+"""DeepSeek-V3: V2 with sigmoid scores, a bias that balances, and groups by their two best: `DeepseekV3ForCausalLM`."""
+
+import torch
+
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.deepseek_v2 import LATENT_CONFIG, LATENT_WEIGHTS
+from megatron_ext.architectures.experts import MEGATRON_MLP, moe_only, stacked_experts
+from megatron_ext.architectures.fields import Always, Field, Fixed, Ignored
+from megatron_ext.architectures.llama import LAYER
+from megatron_ext.architectures.routing_fields import FirstDense, GroupLimited, Scaling, SharedCount, SigmoidScores
+from megatron_ext.architectures.rules import Rename, in_moe_layers
+from megatron_ext.architectures.stored import Drop
+
+DEEPSEEK_V3 = Architecture(
+    name="deepseek_v3",
+    hf_class="DeepseekV3ForCausalLM",
+    model_type="deepseek_v3",
+    config=(
+        *LATENT_CONFIG,
+        Field("max_position_embeddings", "max_position_embeddings", default=4096),
+        SharedCount(default=1),
+        FirstDense(default=3),
+        SigmoidScores(),
+        Scaling(default=2.5),
+        GroupLimited("top2_sum", method="noaux_tc", default=(8, 4)),
+        Always("moe_router_enable_expert_bias", True),
+        Fixed("rope_interleave", True),
+        # How many layers for multi-token prediction come after the others: no part of the next token's logits.
+        Ignored(("num_mtp_layers", "num_nextn_predict_layers")),
+    ),
+    weights=(
+        *LATENT_WEIGHTS,
+        Rename(
+            f"{MEGATRON_MLP}.router.expert_bias",
+            in_moe_layers,
+            dtype=torch.float32,
+            hf=f"{LAYER}.mlp.gate.e_score_correction_bias",
+        ),
+    ),
+    other=moe_only,
+    stacked=stacked_experts(),
+    drops=(Drop(f"{LAYER}.*", "a layer that predicts further tokens", beside=f"{LAYER}.eh_proj.weight"),),
+)

@@ -1,0 +1,29 @@
+"""Mistral without its sliding window: `MistralForCausalLM`."""
+
+from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.fields import Field
+from megatron_ext.architectures.llama import DENSE_FFN, DROPS, SIZES, TRUNK, dense_only
+from megatron_ext.architectures.rope import Rope
+
+POSITIONS = 131072
+
+MISTRAL = Architecture(
+    name="mistral",
+    hf_class="MistralForCausalLM",
+    model_type="mistral",
+    config=(
+        *SIZES,
+        Field("intermediate_size", "ffn_hidden_size"),
+        Groups(default=8),
+        HeadWidth(),
+        Field("max_position_embeddings", "max_position_embeddings", default=POSITIONS),
+        Field("rms_norm_eps", "layernorm_epsilon", default=1e-6),
+        Activation("hidden_act"),
+        SlidingWindow(window=4096, positions=POSITIONS),
+        Rope(partial=None),
+    ),
+    weights=TRUNK + DENSE_FFN,
+    other=dense_only,
+    drops=DROPS,
+)

@@ -1,0 +1,31 @@
+"""Qwen2 and Qwen2.5, dense: `Qwen2ForCausalLM`."""
+
+from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.fields import Always, Field
+from megatron_ext.architectures.llama import DENSE_FFN, DROPS, QKV, SIZES, TRUNK, dense_only
+from megatron_ext.architectures.rope import Rope
+from megatron_ext.architectures.rules import bias_of, with_qkv_biases
+
+POSITIONS = 32768
+
+QWEN2 = Architecture(
+    name="qwen2",
+    hf_class="Qwen2ForCausalLM",
+    model_type="qwen2",
+    config=(
+        *SIZES,
+        Field("intermediate_size", "ffn_hidden_size"),
+        Groups(default=32),
+        HeadWidth(declared=False),
+        Field("max_position_embeddings", "max_position_embeddings", default=POSITIONS),
+        Field("rms_norm_eps", "layernorm_epsilon", default=1e-6),
+        Activation("hidden_act"),
+        Always("add_qkv_bias", True),
+        SlidingWindow(window=4096, positions=POSITIONS, switch="use_sliding_window"),
+        Rope(partial=None),
+    ),
+    weights=(*TRUNK, *DENSE_FFN, bias_of(QKV, with_qkv_biases)),
+    other=dense_only,
+    drops=DROPS,
+)

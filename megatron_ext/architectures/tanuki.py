@@ -1,0 +1,24 @@
+"""Tanuki-8x8B: Mixtral with gating-logit normalization, `TanukiForCausalLM`; its code is in a public repository.
+
+The gate is that of the team's inference code (team-hatakeyama-phase2/vllm, `models/tanuki.py`): each token's logits
+less their mean, over their sample standard deviation plus 1e-5, then Mixtral's.
+"""
+
+from megatron_ext.architectures import mixtral
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.experts import moe_only
+from megatron_ext.architectures.fields import Always
+from megatron_ext.config import GatingNormalization
+
+TANUKI = Architecture(
+    name="tanuki",
+    hf_class="TanukiForCausalLM",
+    model_type="Tanuki",
+    config=(
+        *mixtral.CONFIG,
+        Always("moe_gating_normalization", GatingNormalization(scale=1.0, eps=1e-5, correction=1)),
+    ),
+    weights=mixtral.MIXTRAL.weights,
+    other=moe_only,
+    remote="weblab-GENIAC/Tanuki-8x8B-dpo-v1.0",
+)
