@@ -1,17 +1,24 @@
 """Our own `MegatronExtForCausalLM`: any model this framework can train, with the modelling code in the export."""
 
+import torch
+
 from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import ConfigRule, Field, Inverted, LayerPattern, Normalization, Rope
+from megatron_ext.architectures.fields import ConfigRule, Field, Inverted, LayerPattern, Normalization
 from megatron_ext.architectures.megatron_ext_fields import Experts, Heads, Noise, SelectedSum, Spelled, Training
+from megatron_ext.architectures.rope import Rope
 from megatron_ext.architectures.rules import (
     GateUp,
     Qkv,
     Rename,
     Rule,
     Where,
+    bias_of,
     everywhere,
     in_dense_layers,
     in_moe_layers,
+    untied,
+    with_biases,
+    with_qkv_biases,
     with_shared_experts,
 )
 from megatron_ext.config import LearnedNoise, ModelConfig
@@ -76,11 +83,6 @@ def both(*conditions: Where) -> Where:
     return lambda model, layer: all(condition(model, layer) for condition in conditions)
 
 
-def untied(model: ModelConfig, layer: int) -> bool:
-    """Models whose output layer has weights of its own."""
-    return model.untie_embeddings_and_output_weights
-
-
 def gated(model: ModelConfig, layer: int) -> bool:
     """Feed-forward networks with a gate projection."""
     return model.gated_linear_unit
@@ -89,11 +91,6 @@ def gated(model: ModelConfig, layer: int) -> bool:
 def plain(model: ModelConfig, layer: int) -> bool:
     """Feed-forward networks without a gate projection."""
     return not model.gated_linear_unit
-
-
-def biased(model: ModelConfig, layer: int) -> bool:
-    """Biases in every linear layer."""
-    return model.add_bias_linear
 
 
 def layer_norms(model: ModelConfig, layer: int) -> bool:
@@ -109,6 +106,11 @@ def learned_positions(model: ModelConfig, layer: int) -> bool:
 def grouped_query(model: ModelConfig, layer: int) -> bool:
     """Ordinary attention."""
     return model.multi_latent_attention is None
+
+
+def qk_norms(model: ModelConfig, layer: int) -> bool:
+    """Norms of queries and keys."""
+    return model.qk_layernorm is not None
 
 
 def latent(model: ModelConfig, layer: int) -> bool:
@@ -128,41 +130,25 @@ def direct_queries(model: ModelConfig, layer: int) -> bool:
 
 def _linear(megatron: str, hf: str, where: Where) -> tuple[Rule, ...]:
     """One linear layer on both sides, with its bias where there are biases."""
-    return (
-        Rename(f"{megatron}.weight", where, hf=f"{hf}.weight"),
-        Rename(f"{megatron}.bias", both(where, biased), hf=f"{hf}.bias"),
-    )
+    weight = Rename(f"{megatron}.weight", where, hf=f"{hf}.weight")
+    return weight, bias_of(weight, both(where, with_biases))
 
 
 def _norm(megatron: str, hf: str, where: Where = everywhere) -> tuple[Rule, ...]:
     """One norm on both sides."""
-    return (
-        Rename(f"{megatron}.weight", where, hf=f"{hf}.weight"),
-        Rename(f"{megatron}.bias", both(where, layer_norms), hf=f"{hf}.bias"),
-    )
-
-
-def _qkv(kind: str, where: Where) -> Rule:
-    q, k, v = (f"{HF_ATTENTION}.{projection}_proj.{kind}" for projection in "qkv")
-    return Qkv(f"{ATTENTION}.linear_qkv.{kind}", where, q=q, k=k, v=v)
+    weight = Rename(f"{megatron}.weight", where, hf=f"{hf}.weight")
+    return weight, bias_of(weight, both(where, layer_norms))
 
 
 def _feed_forward(megatron: str, hf: str, where: Where) -> tuple[Rule, ...]:
     """One feed-forward network, gated or not."""
-    weight, bias = (
-        GateUp(
-            f"{megatron}.linear_fc1.{kind}",
-            both(where, gated, condition),
-            gate=f"{hf}.gate_proj.{kind}",
-            up=f"{hf}.up_proj.{kind}",
-        )
-        for kind, condition in (("weight", everywhere), ("bias", biased))
-    )
+    gate, up, down = (f"{hf}.{name}_proj" for name in ("gate", "up", "down"))
+    fc1 = GateUp(f"{megatron}.linear_fc1.weight", both(where, gated), gate=f"{gate}.weight", up=f"{up}.weight")
     return (
-        weight,
-        bias,
-        *_linear(f"{megatron}.linear_fc1", f"{hf}.up_proj", both(where, plain)),
-        *_linear(f"{megatron}.linear_fc2", f"{hf}.down_proj", where),
+        fc1,
+        bias_of(fc1, both(where, gated, with_biases)),
+        *_linear(f"{megatron}.linear_fc1", up, both(where, plain)),
+        *_linear(f"{megatron}.linear_fc2", down, where),
     )
 
 
@@ -177,18 +163,19 @@ EMBEDDINGS: tuple[Rule, ...] = (
     Rename("output_layer.weight", untied, hf="lm_head.weight", vocab=True),
 )
 
+QKV = Qkv(
+    f"{ATTENTION}.linear_qkv.weight",
+    grouped_query,
+    q=f"{HF_ATTENTION}.q_proj.weight",
+    k=f"{HF_ATTENTION}.k_proj.weight",
+    v=f"{HF_ATTENTION}.v_proj.weight",
+)
+
 GROUPED_QUERY_ATTENTION: tuple[Rule, ...] = (
-    _qkv("weight", grouped_query),
-    _qkv("bias", lambda model, layer: model.has_qkv_bias),
-    *(
-        rule
-        for x in "qk"
-        for rule in _norm(
-            f"{ATTENTION}.{x}_layernorm",
-            f"{HF_ATTENTION}.{x}_norm",
-            lambda model, layer: model.qk_layernorm is not None,
-        )
-    ),
+    QKV,
+    bias_of(QKV, with_qkv_biases),
+    *_norm(f"{ATTENTION}.q_layernorm", f"{HF_ATTENTION}.q_norm", qk_norms),
+    *_norm(f"{ATTENTION}.k_layernorm", f"{HF_ATTENTION}.k_norm", qk_norms),
 )
 
 LATENT_ATTENTION: tuple[Rule, ...] = (
@@ -206,6 +193,7 @@ ROUTER: tuple[Rule, ...] = (
     Rename(
         f"{MLP}.router.expert_bias",
         both(in_moe_layers, lambda model, layer: model.moe_router_enable_expert_bias),
+        torch.float32,
         hf=f"{HF_MLP}.gate.e_score_correction_bias",
     ),
     Rename(

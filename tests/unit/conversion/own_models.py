@@ -1,6 +1,5 @@
 """Small models that together use everything a model configuration can say, and their exports as our own class."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,7 @@ MODELS = {
 
 _YARN = YarnRopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=10)
 _DEEPSEEK_YARN = replace(_YARN, mscale=0.7, mscale_all_dim=0.9, beta_fast=8.0, beta_slow=2.0)
-ROPE = {
+_SCALED = {
     "linear": ("dense", {"rope_scaling": LinearRopeScaling(kind="linear", factor=4.0)}),
     "dynamic": (
         "dense",
@@ -184,7 +183,9 @@ ROPE = {
     "yarn, DeepSeek's factors": ("dense", {"rope_scaling": _DEEPSEEK_YARN}),
     "partial": ("dense", {"rotary_percent": 0.4}),
 }
-"""Variants of rotary embedding: which of MODELS has them, and with what changes."""
+SCALED = {variant: replace(MODELS[name], **changes) for variant, (name, changes) in _SCALED.items()}
+"""Some of MODELS with every kind of rotary embedding."""
+MODELS |= SCALED
 
 
 def write_checkpoint(directory: Path, model: ModelConfig) -> Path:
@@ -201,28 +202,7 @@ def write_checkpoint(directory: Path, model: ModelConfig) -> Path:
 def export(directory: Path, name: str) -> tuple[Path, Path]:
     """One of MODELS as a Megatron checkpoint and as a Hugging Face directory of our own class."""
     source = write_checkpoint(directory / "megatron", MODELS[name])
-    assert convert(source, directory / "hf").architecture.hf_class == "MegatronExtForCausalLM"
-    return source, directory / "hf"
-
-
-def export_scaled(directory: Path, variant: str) -> tuple[Path, Path]:
-    """The same for a variant of ROPE: the plain model's export, whose config.json then says the rest."""
-    name, changes = ROPE[variant]
-    model = replace(MODELS[name], **changes)
-    source = write_checkpoint(directory / "megatron", model)
-    convert(write_checkpoint(directory / "plain", MODELS[name]), directory / "hf")
-    rope: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_type": "default"}
-    if model.rope_scaling is not None:
-        fields = to_mapping(model)["rope_scaling"]
-        rope["rope_type"] = fields.pop("kind")
-        rope |= fields
-    config_file = directory / "hf" / "config.json"
-    config = json.loads(config_file.read_text()) | {
-        "rope_parameters": rope,
-        "partial_rotary_factor": model.rotary_percent,
-        "max_position_embeddings": model.max_position_embeddings,
-    }
-    config_file.write_text(json.dumps(config))
+    convert(source, directory / "hf", hf_class="MegatronExtForCausalLM")
     return source, directory / "hf"
 
 

@@ -16,7 +16,7 @@ from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.verify import checkpoint_logits, compare_logits, compare_weights
 from megatron_ext.testing.pool import GlooPool
-from tests.unit.conversion.own_models import MODELS, ROPE, export, export_scaled, tokens, write_checkpoint
+from tests.unit.conversion.own_models import MODELS, SCALED, export, tokens, write_checkpoint
 from tests.unit.conversion.test_convert import edit_config, gradients
 
 # fp32 rounding of sums taken in another order: measured up to 2.4e-6 of the logits' scale.
@@ -33,7 +33,7 @@ def report(name: str, source: Path, exported: Path) -> None:
 
 def test_the_models_use_every_field() -> None:
     """A field that no model sets is a field whose export nobody has tried."""
-    models = [*MODELS.values(), *(replace(MODELS[name], **changes) for name, changes in ROPE.values())]
+    models = MODELS.values()
     for model in models:
         check_model(model, source="own_models.py")
     untried = [
@@ -51,7 +51,7 @@ def test_export_computes_what_megatron_computes_and_comes_back(name: str, tmp_pa
     report(name, source, exported)
     convert(exported, tmp_path / "back")
     assert not compare_weights(source, tmp_path / "back").different
-    convert(tmp_path / "back", tmp_path / "again")
+    convert(tmp_path / "back", tmp_path / "again", hf_class="MegatronExtForCausalLM")
     assert (tmp_path / "again" / "config.json").read_text() == (exported / "config.json").read_text()
     first, second = HuggingFaceSource(exported), HuggingFaceSource(tmp_path / "again")
     assert first.specs == second.specs
@@ -78,11 +78,10 @@ def canonical(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("variant", ROPE)
-def test_scaled_and_partial_rotary_embedding(variant: str, tmp_path: Path) -> None:
-    source, exported = export_scaled(tmp_path, variant)
-    report(variant, source, exported)
-    edit_config(exported, rope_parameters={"rope_type": "default"}, partial_rotary_factor=1.0)
+@pytest.mark.parametrize("name", SCALED)
+def test_kinds_of_rotary_embedding_are_told_apart(name: str, tmp_path: Path) -> None:
+    source, exported = export(tmp_path, name)
+    edit_config(exported, rope_parameters=None, rope_scaling=None, partial_rotary_factor=None)
     without = compare_logits(checkpoint_logits(source, [tokens()]), checkpoint_logits(exported, [tokens()]))
     assert without.relative > 1e-3
 
@@ -125,7 +124,7 @@ def test_gradients_are_megatrons(name: str, tmp_path: Path, pool: GlooPool) -> N
         "output_z_loss_coeff": 0.0,
     }
     source = write_checkpoint(tmp_path / "megatron", replace(MODELS[name], **plain))
-    convert(source, tmp_path / "hf")
+    convert(source, tmp_path / "hf", hf_class="MegatronExtForCausalLM")
     (differences,) = pool.run(1, gradients, str(source), str(tmp_path / "hf"))
     worst = max(differences, key=lambda n: differences[n])
     print(f"{name}: largest relative difference of a gradient {differences[worst]:.1e} ({worst})")
