@@ -63,7 +63,6 @@ class MegatronExtPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MegatronExtDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _supports_attention_backend = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -73,6 +72,11 @@ class MegatronExtPreTrainedModel(PreTrainedModel):
     _supports_cache_class = True
     # Which experts run depends on the tokens, so the forward pass is no single graph.
     _can_compile_fullgraph = False
+
+    def __init__(self, config: MegatronExtConfig):
+        super().__init__(config)
+        if config.expert_bias:  # transformers 4 refuses names that a model does not have
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -123,7 +127,6 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
-        cache_position=None,
         **kwargs,
     ):
         """Token ids [B, S], or their embeddings [B, S, H] before `embedding_multiplier`, -> hidden states [B, S, H].
@@ -143,6 +146,7 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
             use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        cache_position = kwargs.pop("cache_position", None)  # from generate, before transformers 5
         if cache_position is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             cache_position = torch.arange(hidden.shape[1], device=hidden.device) + seen
@@ -237,7 +241,6 @@ class MegatronExtForCausalLM(MegatronExtPreTrainedModel, GenerationMixin):
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
-        cache_position=None,
         logits_to_keep=0,
         **kwargs,
     ):
@@ -256,7 +259,6 @@ class MegatronExtForCausalLM(MegatronExtPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cache_position=cache_position,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep

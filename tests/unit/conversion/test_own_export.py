@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ext.architectures.megatron_ext import MEGATRON_EXT
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
 from megatron_ext.config import LearnedNoise, ModelConfig, check_model
 from megatron_ext.config.load import fields_of
@@ -43,6 +44,11 @@ def test_the_models_use_every_field() -> None:
     ]
     # Overrides that change the function are refused (test_convert.py), others are about the run and do not travel.
     assert untried == ["transformer_overrides"]
+
+
+def test_every_field_travels() -> None:
+    carried = {name for rule in MEGATRON_EXT.config for name in rule.megatron_names()}
+    assert carried == set(fields_of(ModelConfig)) - {"transformer_overrides"}
 
 
 @pytest.mark.parametrize("name", MODELS)
