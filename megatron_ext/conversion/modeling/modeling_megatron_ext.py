@@ -73,11 +73,6 @@ class MegatronExtPreTrainedModel(PreTrainedModel):
     # Which experts run depends on the tokens, so the forward pass is no single graph.
     _can_compile_fullgraph = False
 
-    def __init__(self, config: MegatronExtConfig):
-        super().__init__(config)
-        if config.expert_bias:  # transformers 4 refuses names that a model does not have
-            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
-
     def _init_weights(self, module):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -57,10 +57,8 @@ class MegatronExtRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         if self.noise is not None and self.noise["kind"] == "learned":
             self.noise_weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.e_score_correction_bias = None
-        if config.expert_bias:  # moved by training without a gradient
-            bias = torch.zeros(config.num_experts, dtype=torch.float32)
-            self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.expert_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, hidden_TH):
         """Return expert ids [T, K] and their weights [T, K] in fp32."""

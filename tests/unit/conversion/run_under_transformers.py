@@ -40,7 +40,7 @@ def measure(directory: Path) -> dict[str, Any]:
     with torch.no_grad():
         saved = torch.equal(again(expected["tokens"]).logits, network.eval()(expected["tokens"]).logits)
     rounded = transformers.AutoModelForCausalLM.from_pretrained(directory, **options | {"torch_dtype": torch.bfloat16})
-    kept = {n: p.dtype for n, p in rounded.named_parameters() if p.dtype != torch.bfloat16}
+    kept = {n: tensor.dtype for n, tensor in rounded.state_dict().items() if tensor.dtype != torch.bfloat16}
     return {
         "transformers": transformers.__version__,
         "difference": max(differences) / float(expected["logits"].abs().max()),
