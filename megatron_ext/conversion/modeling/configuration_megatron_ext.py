@@ -161,11 +161,13 @@ class MegatronExtConfig(PretrainedConfig):
         if problems:
             raise ValueError("\n  ".join([f"this is no {type(self).__name__}:", *problems]))
         self.base_model_tp_plan = _tensor_parallel_plan(self)
-        self.base_model_pp_plan = {
-            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-            "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-            "norm": (["hidden_states"], ["hidden_states"]),
-        }
+        # Engines feed a later stage its hidden states as `inputs_embeds`, which are scaled and given positions.
+        if embedding_multiplier == 1.0 and position_embedding_type == "rope":
+            self.base_model_pp_plan = {
+                "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+                "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+                "norm": (["hidden_states"], ["hidden_states"]),
+            }
 
     @property
     def weights_sum_to_one(self):

@@ -44,12 +44,17 @@ class MegatronExtDecoderLayer(GradientCheckpointingLayer):
         else:
             self.mlp = MegatronExtMLP(config, config.intermediate_size)
 
-    def forward(self, hidden_states, **kwargs):
-        """Hidden states [B, S, H] -> [B, S, H] and the attention weights."""
+    def forward(self, hidden_states, attentions=None, **kwargs):
+        """Hidden states [B, S, H] -> [B, S, H]; the attention weights go into the list `attentions`, if there is one.
+
+        Engines that hold some of the layers only hand hidden states past the others, so the output is one tensor.
+        """
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        if attentions is not None:
+            attentions.append(weights)
         hidden_states = hidden_states + self._dropout(attended)
         computed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self._dropout(computed), weights
+        return hidden_states + self._dropout(computed)
 
     def _dropout(self, x):
         return F.dropout(x, p=self.hidden_dropout, training=self.training)
@@ -156,25 +161,25 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
             **{name: value for name, value in mask_from.items() if name in MASK_ARGUMENTS},
         )
         hidden, rotation = self._embed(hidden, position_ids)
-        all_hidden, all_weights = [hidden], []
+        all_hidden, attentions = [hidden], [] if output_attentions else None
         for layer in self.layers:
-            hidden, weights = layer(
+            hidden = layer(
                 hidden,
                 rotation=rotation,
                 attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 cache_position=cache_position,
+                attentions=attentions,
                 **kwargs,
             )
             all_hidden.append(hidden)
-            all_weights.append(weights)
         all_hidden[-1] = self.norm(hidden)
         output = BaseModelOutputWithPast(
             last_hidden_state=all_hidden[-1],
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(all_hidden) if keep_all else None,
-            attentions=tuple(all_weights) if output_attentions else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
         return output if _wants_names(self.config, return_dict) else output.to_tuple()
 

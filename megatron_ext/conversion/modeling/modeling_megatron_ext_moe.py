@@ -36,10 +36,13 @@ class MegatronExtExperts(nn.ModuleList):
     def forward(self, hidden_TH, topk_ids_TK, topk_weights_TK):
         """Each token's experts' outputs, times their weights, summed: [T, H]."""
         output_TH = torch.zeros_like(hidden_TH)
-        for expert in topk_ids_TK.unique().tolist():
-            token, slot = torch.where(topk_ids_TK == expert)
-            output = self[expert](hidden_TH[token]) * topk_weights_TK[token, slot].unsqueeze(-1)
-            output_TH.index_add_(0, token, output.to(output_TH.dtype))
+        order = topk_ids_TK.flatten().argsort()
+        counts_E = topk_ids_TK.flatten().bincount(minlength=len(self)).tolist()  # the only wait for the device
+        tokens = (order // topk_ids_TK.shape[1]).split(counts_E)
+        weights = topk_weights_TK.flatten()[order].unsqueeze(-1).split(counts_E)
+        for expert, token, weight in zip(self, tokens, weights, strict=True):
+            if len(token):
+                output_TH.index_add_(0, token, (expert(hidden_TH[token]) * weight).to(output_TH.dtype))
         return output_TH
 
 

@@ -213,6 +213,31 @@ def test_an_engine_can_replace_the_experts(exported: Any) -> None:
     assert distance(network(tokens()).logits, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["Tanuki with a shared expert", "DeepSeek-V3 with normalized gating"])
+@torch.no_grad()
+def test_attention_goes_through_the_interface(name: str, exported: Any) -> None:
+    """An implementation that an engine registers is called, with what flash kernels need: keys as wide as values."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    layers = []
+
+    def kernel(module: Any, query: Any, key: Any, value: Any, mask: Any, *, scaling: float, **kwargs: Any) -> Any:
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+        layers.append((module.layer_idx, kwargs["stream"]))
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return context.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("an_engines_flash", kernel)
+    network = load(exported(name))
+    expected = network(tokens()).logits
+    network.config._attn_implementation = "an_engines_flash"  # as engines do; transformers looks for a flash package
+    logits = network(tokens(), stream="handed on").logits
+    assert layers == [(layer, "handed on") for layer in range(3)]
+    assert distance(logits, expected) < TOLERANCE
+
+
 def test_the_tensor_parallel_plan_names_linear_layers(exported: Any) -> None:
     import fnmatch
 
