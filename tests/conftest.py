@@ -17,6 +17,11 @@ hypothesis.settings.register_profile("here", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("here")
 
 ROOT = Path(__file__).resolve().parents[1]
+WRITE_CONVERSION_TABLE = "--write-conversion-table"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(WRITE_CONVERSION_TABLE, action="store_true", help="write the README's table of architectures")
 
 
 @pytest.fixture(scope="session")

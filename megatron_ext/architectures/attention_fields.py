@@ -143,7 +143,8 @@ class NoGroups(ConfigRule):
     """Every head has keys and values of its own; `hf` names a field that must say so, if the class has one."""
 
     hf: str | None = None
-    heads: str = "num_attention_heads"
+    default: int | None = None
+    """What a config.json means that does not name the field; None: as many as heads."""
 
     def hf_names(self) -> tuple[str, ...]:
         return () if self.hf is None else (self.hf,)
@@ -155,8 +156,8 @@ class NoGroups(ConfigRule):
         return {} if self.hf is None else {self.hf: model.num_attention_heads}
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        stated = None if self.hf is None else raw.get(self.hf)
-        if stated is not None and stated != raw.get(self.heads):
+        stated = None if self.hf is None else raw.get(self.hf, self.default)
+        if stated is not None and stated != raw.get("num_attention_heads"):
             raise ConversionError(f"{self.hf} = {stated!r}: every head of this class has keys and values of its own")
         return {}
 

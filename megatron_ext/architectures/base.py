@@ -47,5 +47,9 @@ class Architecture:
         """
         if (reason := self.other(model)) is not None:
             return reason
-        lost = unsaid(self.config, model)
+        lost = self.lost(model)
         return f"it cannot say {', '.join(lost)}" if lost else None
+
+    def lost(self, model: ModelConfig) -> list[str]:
+        """The values of `model`, each as `field = value`, that the table of config fields cannot say."""
+        return unsaid(self.config, model)

@@ -29,7 +29,6 @@ def _through_a_latent(model: ModelConfig, layer: int) -> bool:
 LATENT_CONFIG: tuple[ConfigRule, ...] = (
     *SIZES,
     Field("intermediate_size", "ffn_hidden_size"),
-    NoGroups("num_key_value_heads"),
     LatentAttention(),
     LatentEpsilon(),
     Activation("hidden_act"),
@@ -75,6 +74,7 @@ DEEPSEEK_V2 = Architecture(
     config=(
         *LATENT_CONFIG,
         Field("max_position_embeddings", "max_position_embeddings", default=2048),
+        NoGroups("num_key_value_heads"),
         Fixed("mlp_bias", False),
         SharedCount(default=2),
         FirstDense(default=0),

@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron_ext.architectures.attention_fields import NoGroups
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.deepseek_v2 import LATENT_CONFIG, LATENT_WEIGHTS
 from megatron_ext.architectures.experts import MEGATRON_MLP, moe_only, stacked_experts
@@ -18,6 +19,7 @@ DEEPSEEK_V3 = Architecture(
     config=(
         *LATENT_CONFIG,
         Field("max_position_embeddings", "max_position_embeddings", default=4096),
+        NoGroups("num_key_value_heads", default=128),
         SharedCount(default=1),
         FirstDense(default=3),
         SigmoidScores(),
@@ -26,7 +28,7 @@ DEEPSEEK_V3 = Architecture(
         Always("moe_router_enable_expert_bias", True),
         Fixed("rope_interleave", True),
         # How many layers for multi-token prediction come after the others: no part of the next token's logits.
-        Ignored(("num_mtp_layers", "num_nextn_predict_layers")),
+        Ignored(("num_mtp_layers", "num_nextn_predict_layers"), writes=(("num_nextn_predict_layers", 0),)),
     ),
     weights=(
         *LATENT_WEIGHTS,

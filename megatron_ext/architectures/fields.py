@@ -163,6 +163,8 @@ class Ignored(ConfigRule):
     """Hugging Face fields that leave the logits of this class alone, or that it computes anew from others."""
 
     hf: tuple[str, ...]
+    writes: tuple[tuple[str, Any], ...] = ()
+    """Values that an export says all the same."""
 
     def hf_names(self) -> tuple[str, ...]:
         return self.hf
@@ -171,7 +173,7 @@ class Ignored(ConfigRule):
         return ()
 
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
-        return {}
+        return dict(self.writes)
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         return {}
@@ -225,6 +227,8 @@ def unsaid(rules: tuple[ConfigRule, ...], model: ModelConfig) -> list[str]:
         said |= {"moe_router_noise"}  # drawn in training only, and without weights that an export would lose
     if model.position_embedding_type != "rope":
         said |= {"rotary_base"}  # nothing is rotated
+    if model.moe_router_topk_scaling_factor == 1.0:
+        said |= {"moe_router_topk_scaling_factor"}
     lost = [statement for rule in rules for statement in rule.lost(model)]
     return lost + [
         f"{name} = {getattr(model, name)!r}"

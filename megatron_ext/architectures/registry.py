@@ -45,10 +45,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
     """The architecture that a Hugging Face config.json names."""
     named = (raw.get("architectures") or [None])[0]
-    for architecture in ARCHITECTURES:
-        if architecture.hf_class == named:
-            return architecture
-    raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {_known()}")
+    architecture = next((a for a in ARCHITECTURES if a.hf_class == named), None)
+    if architecture is None:
+        raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {_known()}")
+    if (stated := raw.get("model_type", architecture.model_type)) != architecture.model_type:
+        raise ConversionError(
+            f"{source}: model_type = {stated!r}, but {named} is of the type {architecture.model_type!r}; transformers "
+            "goes by the type, others by the class"
+        )
+    return architecture
 
 
 def architecture_for(model: ModelConfig, hf_class: str | None = None) -> tuple[Architecture, str]:
@@ -68,10 +73,17 @@ def architecture_for(model: ModelConfig, hf_class: str | None = None) -> tuple[A
         )
     if hf_class is not None:
         return _named(model, hf_class)
-    for architecture in ARCHITECTURES:
-        if architecture.remote is None and architecture.unlike(model) is None:
-            return architecture, f"{architecture.hf_class}{_reason(architecture, model)}"
-    raise ConversionError(f"no architecture reproduces this model: {_nearest(ARCHITECTURES, model)}")
+    architecture = _first(model)
+    if architecture is None:
+        raise ConversionError(f"no architecture reproduces this model; {_nearest(ARCHITECTURES, model)}")
+    if not architecture.code:
+        return architecture, f"{architecture.hf_class}, which reproduces the model exactly"
+    stock = tuple(a for a in ARCHITECTURES if not a.code)
+    return architecture, f"{architecture.hf_class} (transformers has no such model; {_nearest(stock, model)})"
+
+
+def _first(model: ModelConfig) -> Architecture | None:
+    return next((a for a in ARCHITECTURES if a.remote is None and a.unlike(model) is None), None)
 
 
 def _named(model: ModelConfig, hf_class: str) -> tuple[Architecture, str]:
@@ -79,25 +91,19 @@ def _named(model: ModelConfig, hf_class: str) -> tuple[Architecture, str]:
     if architecture is None:
         raise ConversionError(f"{hf_class} is not known; choose one of {_known()}")
     if (reason := architecture.unlike(model)) is not None:
-        best, _ = architecture_for(model)
-        raise ConversionError(f"{hf_class} does not compute what this model computes: {reason}; {best.hf_class} does")
-    code = "" if architecture.remote is None else f"; its code is in {architecture.remote}, which we have not run"
+        first = _first(model)
+        other = f"; {first.hf_class} computes it" if first else ""
+        raise ConversionError(f"{hf_class} does not compute what this model computes: {reason}{other}")
+    code = "" if architecture.remote is None else f"; its code is in {architecture.remote}, which was not run"
     return architecture, f"{hf_class}, as asked{code}"
 
 
-def _reason(architecture: Architecture, model: ModelConfig) -> str:
-    if not architecture.code:
-        return ", a class of transformers that reproduces the model exactly"
-    stock = tuple(a for a in ARCHITECTURES if not a.code and a.remote is None)
-    return f" (no class of transformers computes this model; {_nearest(stock, model)})"
-
-
 def _nearest(architectures: tuple[Architecture, ...], model: ModelConfig) -> str:
-    """Why the classes that come closest to `model` are not it: those whose reason is the shortest list."""
-    reasons = {a.hf_class: reason for a in architectures if a.remote is None and (reason := a.unlike(model))}
-    fewest = sorted(reasons, key=lambda name: (reasons[name].count(" = "), list(reasons).index(name)))
-    shown = [name for name in fewest if reasons[name].startswith("it cannot say")][:2] or fewest[:2]
-    return "; ".join(f"not {name}: {reasons[name]}" for name in shown)
+    """Why not the class that comes closest to `model`: the one that cannot say the fewest of its fields."""
+    candidates = [a for a in architectures if a.remote is None]
+    related = [a for a in candidates if a.other(model) is None] or candidates
+    nearest = min(related, key=lambda a: len(a.lost(model)))
+    return f"the nearest is {nearest.hf_class}: {nearest.unlike(model)}"
 
 
 def _known() -> str:

@@ -69,7 +69,7 @@ def test_check_shows_the_run_and_starts_nothing(tmp_path: Path, monkeypatch: pyt
     assert "TP 2 x CP 1 x DP 2 x PP 2, experts ETP 1 x EP 2 x EDP 2" in rest
     assert re.search(r"parameters +7,607,424 in all, 4,068,480 active", rest)
     assert "state memory" in rest
-    assert "Hugging Face    MegatronExtForCausalLM (not LlamaForCausalLM: it has no experts)" in rest
+    assert "Hugging Face    MegatronExtForCausalLM (transformers has no such model; the nearest is " in rest
 
 
 def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Config tables in both directions, and the refusal of what they cannot say."""
 
+import copy
 import json
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +11,22 @@ from transformers import LlamaConfig
 
 from megatron_ext.architectures.fields import config_to_hf, config_to_megatron
 from megatron_ext.architectures.llama import LLAMA
-from megatron_ext.architectures.megatron_ext import MEGATRON_EXT
 from megatron_ext.architectures.registry import architecture_for, architecture_of
+from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
+from tests.unit.conversion.references import LLAMA3, REFERENCES, Sizes, raw_config
+
+
+def reference(hf_class: str) -> dict[str, Any]:
+    """The config.json of a tiny model of the class."""
+    return raw_config(REFERENCES[hf_class](Sizes()), hf_class, Sizes())
+
+
+def read(hf_class: str, raw: dict[str, Any]) -> ModelConfig:
+    architecture = architecture_of({"architectures": [hf_class]}, source="config.json")
+    return config_to_megatron(architecture.config, raw, source="config.json")
 
 
 def same_model(a: ModelConfig, b: ModelConfig) -> bool:
@@ -57,34 +71,242 @@ def test_old_and_new_rope_keys_are_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("hf_class", "change", "expected"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"attention_bias": True}, "attention_bias = True"),
-        ({"sliding_window": 512}, "sliding_window = 512: may change the model and is not understood"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type = 'longrope'"),
+        ("LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": False}, "attention_bias = True, mlp_bias = False"),
+        ("LlamaForCausalLM", {"sliding_window": 512}, "sliding_window = 512: may change the model and is not under"),
+        ("LlamaForCausalLM", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
+        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: this class rotates whole"),
+        ("MistralForCausalLM", {"sliding_window": 63}, "sliding_window = 63 is shorter than max_position_embeddings"),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 63}, "sliding_window = 63 is shorter"),
+        ("Qwen2ForCausalLM", {"layer_types": ["sliding_attention"] * 3}, "layer_types names sliding_attention"),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias = True"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ("GPT2LMHeadModel", {"embd_pdrop": 0.0}, "embd_pdrop = 0.0, resid_pdrop = 0.1: Megatron has one rate"),
+        ("GPTNeoXForCausalLM", {"use_parallel_residual": True}, "use_parallel_residual = True"),
+        ("GPTNeoXForCausalLM", {"use_parallel_residual": None}, "use_parallel_residual = None"),
+        ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        ("OlmoeForCausalLM", {"head_dim": 16}, "head_dim = 16: this class has hidden_size / num_attention_heads"),
+        ("Qwen3MoeForCausalLM", {"num_experts": 5}, "num_experts = 5, num_local_experts = 6: names of one field"),
+        ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob = True: transformers' class does not"),
+        ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ("DeepseekV2ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ("DeepseekV2ForCausalLM", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05: the norms of latent vectors have"),
+        ("DeepseekV2ForCausalLM", {"num_key_value_heads": 2}, "num_key_value_heads = 2: every head"),
+        ("DeepseekV2ForCausalLM", {"n_shared_experts": 0}, "n_shared_experts = 0"),
+        ("DeepseekV3ForCausalLM", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ("DeepseekV3ForCausalLM", {"rope_interleave": False}, "rope_interleave = False"),
+        ("DeepseekV3ForCausalLM", {"topk_method": "greedy"}, "topk_method = 'greedy'"),
     ],
 )
-def test_what_cannot_be_said_is_refused_by_name(change: dict[str, Any], expected: str) -> None:
-    raw = config_to_hf(LLAMA.config, tiny_model()) | change
+def test_what_cannot_be_said_is_refused_by_name(hf_class: str, change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConversionError) as caught:
-        config_to_megatron(LLAMA.config, raw, source="config.json")
+        read(hf_class, reference(hf_class) | change)
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}, "attention_factor = 1.5: may change"),
+        ({"rope_type": "yarn", "factor": 4.0, "truncate": False}, "truncate = False: may change"),
+        ({"rope_type": "linear", "factor": 4.0, "type": "dynamic"}, "this scaling of rotary embeddings is not supp"),
+        ({"full_attention": {"rope_type": "default"}}, "full_attention = "),
+        ({"rope_type": "llama3"}, "model.rope_scaling.factor: is required"),
+        ({"rope_type": "default", "rope_theta": "x"}, "rope_theta = 'x': expected a number"),
+    ],
+)
+def test_scalings_that_megatron_lacks_are_refused(stated: dict[str, Any], expected: str) -> None:
+    raw = {name: value for name, value in reference("LlamaForCausalLM").items() if name != "rope_parameters"}
+    with pytest.raises(ConversionError) as caught:
+        read("LlamaForCausalLM", raw | {"rope_parameters": stated})
+    assert expected in str(caught.value)
+    with pytest.raises(ConversionError, match="say different things"):
+        read("LlamaForCausalLM", raw | {"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 2.0}})
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 10000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        {"rope_parameters": LLAMA3, "rope_scaling": LLAMA3},
+        {"rope_scaling": {"type": "llama3"} | {k: v for k, v in LLAMA3.items() if k != "rope_type"}},
+        {"rope_parameters": LLAMA3, "rope_scaling": None},
+    ],
+)
+def test_every_spelling_of_a_scaling_is_one(spelling: dict[str, Any]) -> None:
+    raw = {name: value for name, value in reference("LlamaForCausalLM").items() if name != "rope_parameters"}
+    assert read("LlamaForCausalLM", raw | spelling) == read("LlamaForCausalLM", raw | {"rope_parameters": LLAMA3})
+
+
+def test_published_configurations_are_understood() -> None:
+    """GPT-NeoX's own names of rotary embedding, DeepSeek's own of yarn: as in files of transformers 4."""
+    old = reference("GPTNeoXForCausalLM")
+    rope = old.pop("rope_parameters")
+    old |= {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
+    assert read("GPTNeoXForCausalLM", old) == read("GPTNeoXForCausalLM", reference("GPTNeoXForCausalLM"))
+    old = reference("DeepseekV2ForCausalLM")
+    rope = dict(old.pop("rope_parameters"))
+    old |= {"rope_theta": rope.pop("rope_theta"), "scoring_func": "softmax", "aux_loss_alpha": 0.001, "ep_size": 1}
+    old |= {"rope_scaling": {"type": rope.pop("rope_type"), **rope}, "seq_aux": True, "moe_layer_freq": 1}
+    assert read("DeepseekV2ForCausalLM", old) == read("DeepseekV2ForCausalLM", reference("DeepseekV2ForCausalLM"))
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "resid_pdrop": 0.1,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "vocab_size": 50257,
+    },
+    "Qwen3MoeForCausalLM": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "DeepseekV2ForCausalLM": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"},
+        "aux_loss_alpha": 0.001,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 10944,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 163840,
+        "model_type": "deepseek_v2",
+        "moe_intermediate_size": 1408,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 27,
+        "num_key_value_heads": 16,
+        "pretraining_tp": 1,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "v_head_dim": 128,
+        "vocab_size": 102400,
+    },
+}
+"""The fields of GPT-2, Qwen3-30B-A3B and DeepSeek-V2-Lite as their authors published them."""
+PARAMETERS = {
+    "GPT2LMHeadModel": 124_439_808,
+    "Qwen3MoeForCausalLM": 30_532_122_624,
+    "DeepseekV2ForCausalLM": 15_706_484_224,
+}
+
+
+@pytest.mark.parametrize("hf_class", PUBLISHED)
+def test_models_have_the_parameters_that_their_authors_count(hf_class: str) -> None:
+    model = replace(read(hf_class, PUBLISHED[hf_class]), make_vocab_size_divisible_by=1)
+    assert sum(math.prod(shape) for shape in model_shapes(model).values()) == PARAMETERS[hf_class]
+
+
+def test_a_type_that_is_not_of_the_class_is_refused() -> None:
+    with pytest.raises(ConversionError, match="model_type = 'mistral', but LlamaForCausalLM is of the type 'llama'"):
+        architecture_of({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}, source="config.json")
+
+
+STOCK = [name for name in REFERENCES if name not in ("DeepseekForCausalLM", "TanukiForCausalLM")]
+
+
+@pytest.mark.parametrize("hf_class", STOCK)
+def test_an_absent_field_means_what_transformers_means(hf_class: str) -> None:
+    """Where a config.json leaves a field out, the model read is that of transformers' default, or none."""
+    raw, architecture = reference(hf_class), architecture_of({"architectures": [hf_class]}, source="test")
+    config = type(REFERENCES[hf_class](Sizes()).config)
+    read_alike = 0
+    for name in {name for rule in architecture.config for name in rule.hf_names()} & raw.keys():
+        without = {key: value for key, value in raw.items() if key != name}
+        try:
+            ours = read(hf_class, without)
+        except ConversionError:
+            continue
+        theirs = read(hf_class, config.from_dict(copy.deepcopy(without)).to_dict())
+        assert config_to_hf(architecture.config, ours) == config_to_hf(architecture.config, theirs), name
+        read_alike += 1
+    assert read_alike > 5
+
+
 def test_all_unknown_fields_come_in_one_message() -> None:
-    raw = config_to_hf(LLAMA.config, tiny_model()) | {"sliding_window": 5, "hidden_act": "gelu"}
+    raw = reference("LlamaForCausalLM") | {"sliding_window": 5, "hidden_act": "relu"}
     with pytest.raises(ConversionError, match=r"(?s)sliding_window.*hidden_act"):
-        config_to_megatron(LLAMA.config, raw, source="config.json")
-
-
-def test_a_stock_class_is_preferred_and_the_reason_given() -> None:
-    assert architecture_for(tiny_model())[0] is LLAMA
-    architecture, why = architecture_for(tiny_model(moe=True))
-    assert architecture is MEGATRON_EXT
-    assert "not LlamaForCausalLM: it has no experts" in why
+        read("LlamaForCausalLM", raw)
 
 
 def test_unknown_architectures_are_named() -> None:
-    with pytest.raises(ConversionError, match="FalconForCausalLM.*supported: LlamaForCausalLM, MegatronExtForCausalLM"):
+    with pytest.raises(ConversionError, match="Falcon.*supported: LlamaForCausalLM, .*MegatronExtForCausalLM"):
         architecture_of({"architectures": ["FalconForCausalLM"]}, source="config.json")

@@ -5,12 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.architectures.registry import ARCHITECTURES
-from megatron_ext.architectures.rules import GateUp, Qkv, Rename, Rule
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.fields import config_to_megatron
+from megatron_ext.architectures.llama import LLAMA
+from megatron_ext.architectures.megatron_ext import MEGATRON_EXT
+from megatron_ext.architectures.registry import architecture_of
+from megatron_ext.architectures.rules import BlockQkv, GateUp, Qkv, Rename, Rule, Transpose, bias_of, with_biases
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.engine import hf_shapes, tasks_to_hf, tasks_to_megatron
 from megatron_ext.testing.tiny import tiny_model
+from tests.unit.conversion.references import REFERENCES, Sizes, raw_config
 
 
 @st.composite
@@ -38,7 +43,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 @given(models())
 def test_every_tensor_survives_the_way_there_and_back(model: ModelConfig) -> None:
     """Megatron -> Hugging Face -> Megatron is bitwise the identity (the vocabulary's padding is made of zeros)."""
-    architecture = ARCHITECTURES[-1]
+    architecture = MEGATRON_EXT
     there = {}
     originals = {name: torch.randn(shape) for name, shape in model_shapes(model).items()}
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -70,7 +75,12 @@ def test_qkv_groups_are_interleaved_as_megatron_has_them() -> None:
         (Rename("m", hf="h"), {"tensor": torch.randn(3, 4)}),
         (Rename("m", hf="h", vocab=True), {"tensor": torch.randn(250, 4)}),
         (Qkv("m", q="q", k="k", v="v"), {"q": torch.randn(64, 5), "k": torch.randn(32, 5), "v": torch.randn(32, 5)}),
+        (Qkv("m", q="q", k="k", v="v"), {"q": torch.randn(64), "k": torch.randn(32), "v": torch.randn(32)}),
         (GateUp("m", gate="g", up="u"), {"gate": torch.randn(7, 5), "up": torch.randn(7, 5)}),
+        (GateUp("m", gate="g", up="u"), {"gate": torch.randn(7), "up": torch.randn(7)}),
+        (Transpose("m", hf="h"), {"tensor": torch.randn(3, 7)}),
+        (BlockQkv("m", hf="h"), {"tensor": torch.randn(5, 3 * 64)}),
+        (BlockQkv("m", hf="h"), {"tensor": torch.randn(3 * 64)}),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -81,7 +91,32 @@ def test_from_hugging_face_and_back_is_the_identity(rule: Rule, parts: dict[str,
     assert all(torch.equal(back[role], parts[role]) for role in parts)
 
 
-def test_every_megatron_tensor_has_exactly_one_rule() -> None:
-    for architecture, model in ((ARCHITECTURES[0], tiny_model()), (ARCHITECTURES[1], tiny_model(moe=True))):
-        read = [name for task in tasks_to_hf(architecture.weights, model) for name in task.reads.values()]
-        assert sorted(read) == sorted(model_shapes(model))
+def models_of_every_class() -> list[tuple[Architecture, ModelConfig]]:
+    pairs = [(MEGATRON_EXT, tiny_model(moe=True)), (LLAMA, tiny_model(add_bias_linear=True))]
+    for hf_class, build in REFERENCES.items():
+        architecture = architecture_of({"architectures": [hf_class]}, source="test")
+        raw = raw_config(build(Sizes()), hf_class, Sizes())
+        pairs.append((architecture, config_to_megatron(architecture.config, raw, source="test")))
+    return pairs
+
+
+@pytest.mark.parametrize(("architecture", "model"), models_of_every_class(), ids=lambda x: getattr(x, "name", ""))
+def test_every_megatron_tensor_has_exactly_one_rule(architecture: Architecture, model: ModelConfig) -> None:
+    read = [name for task in tasks_to_hf(architecture.weights, model) for name in task.reads.values()]
+    assert sorted(read) == sorted(model_shapes(model))
+    written = [name for task in tasks_to_hf(architecture.weights, model) for name in task.writes.values()]
+    assert len(set(written)) == len(written)
+
+
+def test_heads_are_collected_from_blocks() -> None:
+    model = tiny_model(num_query_groups=None)  # 4 heads of width 16
+    q, k, v = (start + torch.arange(64.0) for start in (0, 100, 200))
+    fused = BlockQkv("m", hf="h").to_megatron({"tensor": torch.cat((q, k, v))[None]}, model).flatten()
+    expected = [start + 16 * head + n for head in range(4) for start in (0, 100, 200) for n in range(16)]
+    assert fused.tolist() == expected
+
+
+def test_biases_have_the_rule_of_their_weights() -> None:
+    rule = bias_of(Qkv("a.weight", q="q.weight", k="k.weight", v="v.weight"), with_biases)
+    assert (rule.megatron, rule.hf_names()) == ("a.bias", {"q": "q.bias", "k": "k.bias", "v": "v.bias"})
+    assert not list(rule.holes(tiny_model()))
