@@ -170,6 +170,38 @@ def test_device_map(name: str, exported: Any) -> None:
 
 
 @torch.no_grad()
+def test_parts_on_two_devices_generate(exported: Any, tmp_path: Path) -> None:
+    """Layers that do not fit are kept on disk, whole, and brought in when their turn comes."""
+    pytest.importorskip("accelerate")
+    name = "DeepSeek-V3 with normalized gating"
+    network = load(
+        exported(name), device_map="auto", max_memory={"cpu": 300_000}, offload_folder=str(tmp_path / "offloaded")
+    )
+    assert set(network.hf_device_map.values()) == {"cpu", "disk"}
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(network.generate(tokens(), **settings), load(exported(name)).generate(tokens(), **settings))
+
+
+class Nothing(torch.nn.Module):
+    """Experts that compute nothing, since meta tensors have no numbers to route by."""
+
+    def forward(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        assert {hidden.device.type, topk_ids.device.type, topk_weights.device.type} == {"meta"}
+        return hidden
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_tensor_is_made_where_the_model_is(name: str, exported: Any) -> None:
+    """On torch's meta device, which refuses to mix with the CPU as CUDA does."""
+    network = load(exported(name)).to("meta").train()
+    for layer in network.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = Nothing()
+    assert network(tokens().to("meta")).logits.device.type == "meta"
+
+
+@torch.no_grad()
 def test_a_new_model_is_initialised(exported: Any) -> None:
     """Also what transformers leaves uninitialised unless a class says how: router, biases, learned noise."""
     for name in ("GPT-2 with experts", "Qwen2-MoE with learned noise", "DeepSeek-V3 with normalized gating"):
