@@ -77,7 +77,7 @@ class SelectedSum(ConfigRule):
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         stated = raw.get("norm_topk_prob")
-        usual = raw.get("scoring_func") == "sigmoid" and raw.get("num_experts_per_tok", 2) > 1
+        usual = raw.get("scoring_func") == "sigmoid" and raw.get("num_experts_per_tok") != 1
         return {"moe_router_norm_topk_prob": None if stated in (None, usual) else stated}
 
 
@@ -101,11 +101,12 @@ class Heads(ConfigRule):
         head, groups = raw.get("head_dim"), raw.get("num_key_value_heads")
         if not stated:
             return {"kv_channels": head, "num_query_groups": groups}
-        width = stated.get("qk_head_dim", 0) + stated.get("qk_pos_emb_head_dim", 0)
-        if head not in (None, width) or groups not in (None, raw.get("num_attention_heads")):
+        parts = [raw.get("qk_nope_head_dim"), raw.get("qk_rope_head_dim")]
+        if head is not None and all(isinstance(part, int) for part in parts) and head != sum(parts):
+            raise ConversionError(f"head_dim = {head!r}: qk_nope_head_dim + qk_rope_head_dim is {sum(parts)}")
+        if groups not in (None, raw.get("num_attention_heads")):
             raise ConversionError(
-                f"head_dim = {head!r}, num_key_value_heads = {groups!r}: latent attention has heads of "
-                f"qk_nope_head_dim + qk_rope_head_dim = {width}, each with keys and values of its own"
+                f"num_key_value_heads = {groups!r}: in latent attention every head has keys and values of its own"
             )
         return {"multi_latent_attention": stated}
 
@@ -146,6 +147,8 @@ class Training(ConfigRule):
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         stated = raw.get(self.hf) or {}
+        if not isinstance(stated, dict):
+            raise ConversionError(f"{self.hf} = {stated!r}: expected a mapping")
         if unknown := sorted(set(stated) - set(self.megatron)):
             raise ConversionError(f"{self.hf}: {', '.join(unknown)}: not understood")
         return dict(stated)

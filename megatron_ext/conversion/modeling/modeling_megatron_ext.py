@@ -210,6 +210,7 @@ class MegatronExtForCausalLM(MegatronExtPreTrainedModel, GenerationMixin):
     """The language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_rep"}
 
     def __init__(self, config: MegatronExtConfig):
         super().__init__(config)

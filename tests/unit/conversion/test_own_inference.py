@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCach
 
 from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.verify import compare_weights
+from megatron_ext.testing.pool import GlooPool
 from tests.unit.conversion.own_models import LENGTH, MODELS, VOCABULARY, export, tokens
 
 # Other kernels and other shapes sum in another order; measured up to 4e-6 of the logits' scale.
@@ -273,11 +275,36 @@ def test_attention_goes_through_the_interface(name: str, exported: Any) -> None:
 def test_the_tensor_parallel_plan_names_linear_layers(exported: Any) -> None:
     import fnmatch
 
-    for name in MODELS:
+    for name in ("GPT-2 with experts", "OLMoE with biases", "yarn, latent", "DeepSeek-V2 with LayerNorm", "dense"):
         network = load(exported(name))
         linears = {n.removeprefix("model.") for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
         for pattern in network.config.base_model_tp_plan:
             assert fnmatch.filter(linears, pattern), f"{name}: nothing is called {pattern}"
+
+
+def tensor_parallel_logits(directory: str) -> torch.Tensor:
+    """Logits of one process of a tensor-parallel group, by transformers' own tensor parallelism."""
+    from transformers.distributed import DistributedConfig
+
+    place = {"RANK": torch.distributed.get_rank(), "WORLD_SIZE": torch.distributed.get_world_size()}
+    os.environ |= {name: str(value) for name, value in (place | {"LOCAL_RANK": place["RANK"]}).items()}
+    try:
+        network = load(Path(directory), distributed_config=DistributedConfig(tp_plan="auto"))
+        with torch.no_grad():
+            return network(tokens()).logits
+    finally:
+        for name in (*place, "LOCAL_RANK"):
+            del os.environ[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["GPT-2 with experts", "OLMoE with biases", "yarn, latent", "Qwen2-MoE with learned noise"]
+)
+def test_tensor_parallel_inference(name: str, exported: Any, pool: GlooPool) -> None:
+    with torch.no_grad():
+        expected = load(exported(name))(tokens()).logits
+    for logits in pool.run(2, tensor_parallel_logits, str(exported(name))):
+        assert distance(logits, expected) < TOLERANCE
 
 
 def test_shipped_files_need_torch_and_transformers_only() -> None:
