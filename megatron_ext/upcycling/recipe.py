@@ -14,7 +14,6 @@ _UNKNOWN: dict[str, Any] = {
     "precision": {"kind": "bf16"},
     "train": {"train_iters": 10000, "global_batch_size": 1024, "micro_batch_size": 1},
     "optimizer": {"kind": "adam", "lr": 3e-4},
-    "data": {"tokenizer": "TOKENIZER", "cache_dir": "CACHE", "train": [{"path": "DATA/train"}]},
 }
 """What a Hugging Face directory does not say about its training."""
 
@@ -53,8 +52,13 @@ def training_recipe(plan: Plan) -> str:
 
 
 def _defaults(plan: Plan) -> dict[str, Any]:
-    length = min(plan.moe.max_position_embeddings, 4096)
-    return {**_UNKNOWN, "data": {**_UNKNOWN["data"], "sequence_length": length}, "checkpoint": {"save_interval": 1000}}
+    data = {
+        "sequence_length": min(plan.moe.max_position_embeddings, 4096),
+        "tokenizer": str(plan.opened[0].tokenizer or "TOKENIZER"),
+        "cache_dir": f"{plan.options.target}-cache",
+        "train": [{"path": "DATA/train"}],
+    }
+    return {**_UNKNOWN, "data": data, "checkpoint": {"save_interval": 1000}}
 
 
 def _balanced(moe: ModelConfig) -> ModelConfig:
@@ -88,7 +92,7 @@ def _plain(value: Any) -> Any:
 
 
 def _commented(text: str, plan: Plan, *, from_run: bool) -> str:
-    where = "the dense model's run" if from_run else "placeholders for data and batches: fill them in"
+    where = "the dense model's run" if from_run else "what the papers did; fill in data.train, and your own batches"
     header = [
         f"# Trains {plan.options.target}, upcycled by {plan.method.kind}. Made from {where}.",
         f"#   torchrun --nproc-per-node N tools/train.py {recipe_path(plan)}",
