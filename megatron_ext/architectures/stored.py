@@ -75,12 +75,16 @@ class UnstackedSource:
     """The tensors of `source` under the names that an architecture's rules have.
 
     What it does not know keeps its name, so that whoever accounts for the tensors reports it.
+
+    Attributes:
+        dropped: names of tensors that are not read, by what they are.
     """
 
     def __init__(self, source: PartSource, architecture: "Architecture", model: ModelConfig) -> None:
         self._source = source
         self._places: dict[str, _Place] = {}
         self.specs: dict[str, TensorSpec] = {}
+        self.dropped: dict[str, list[str]] = {}
         renames = _aliases(architecture, model)
         stacks = {
             stacked.hf.format(layer=layer): (stacked, layer)
@@ -94,7 +98,9 @@ class UnstackedSource:
                 name = architecture.prefix + name
             if name in stacks and _splits(spec, stacks[name][0]):
                 self._unstack(key, spec, *stacks[name])
-            elif not any(_drops(drop, name, source.specs) for drop in architecture.drops):
+            elif drop := next((drop for drop in architecture.drops if _drops(drop, name, source.specs)), None):
+                self.dropped.setdefault(drop.why, []).append(key)
+            else:
                 self._put(name, _Place(key), spec)
 
     def _unstack(self, key: str, spec: TensorSpec, stacked: Stacked, layer: int) -> None:

@@ -1,5 +1,6 @@
 """Any checkpoint, Megatron or Hugging Face, as one stream of canonically named Megatron tensors."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import MEGATRON, check_source, copies, hf_shapes, target_specs, tasks_to_megatron
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
+
+log = logging.getLogger(__name__)
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -92,6 +95,8 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
     architecture, model = read_hugging_face_model(directory)
     stream = unstacked(HuggingFaceSource(directory), architecture, model)
     check_hugging_face(stream, architecture, model, where=str(directory))
+    for what, names in stream.dropped.items():
+        log.warning("%s: %d tensors are left out, %s and so on: %s", directory, len(names), names[0], what)
     tokenizer = directory if any((directory / name).is_file() for name in TOKENIZERS) else None
     hf_config = read_json_object(directory / "config.json", ConversionError)
     tensors = CanonicalTensors(stream, architecture, model)

@@ -256,7 +256,9 @@ OLDER_FILES: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
 
 
 @pytest.mark.parametrize("name", OLDER_FILES)
-def test_names_and_tensors_of_other_writers_are_understood(name: str, tmp_path: Path) -> None:
+def test_names_and_tensors_of_other_writers_are_understood(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     hf_class, change = OLDER_FILES[name]
     network = REFERENCES[hf_class](Sizes())
     randomize(network)
@@ -266,6 +268,7 @@ def test_names_and_tensors_of_other_writers_are_understood(name: str, tmp_path: 
     for directory in ("now", "then"):
         convert(tmp_path / directory, tmp_path / f"megatron {directory}")
     assert not compare_weights(tmp_path / "megatron now", tmp_path / "megatron then").different
+    assert ("tensors are left out" in caplog.text) == ("own names" not in name)
 
 
 @pytest.mark.parametrize(
