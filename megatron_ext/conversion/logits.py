@@ -73,7 +73,14 @@ def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False)
     trusted = trust_remote_code or carries_our_code(directory)
     if not trusted and "auto_map" in read_json_object(Path(directory) / "config.json", ConversionError):
         raise ConversionError(f"{directory}: brings its own modelling code; pass --trust-remote-code to run it")
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trusted).eval()
+    network = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        trust_remote_code=trusted,
+        # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
+        experts_implementation="eager",
+    )
+    return network.eval()
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
