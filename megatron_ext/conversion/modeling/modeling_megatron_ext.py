@@ -146,22 +146,11 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
             use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        cache_position = kwargs.pop("cache_position", None)  # from generate, before transformers 5
-        if cache_position is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            cache_position = torch.arange(hidden.shape[1], device=hidden.device) + seen
-        if position_ids is None:
-            position_ids = _positions(attention_mask, cache_position)
-        mask_from = {"cache_position": cache_position, "position_ids": position_ids}
-        mask = create_causal_mask(
-            self.config,
-            hidden,
-            attention_mask,
-            past_key_values=past_key_values,
-            **{name: value for name, value in mask_from.items() if name in MASK_ARGUMENTS},
+        cache_position, position_ids, mask = self._place(
+            hidden, attention_mask, position_ids, past_key_values, kwargs.pop("cache_position", None)
         )
         hidden, rotation = self._embed(hidden, position_ids)
-        all_hidden, attentions = [hidden], [] if output_attentions else None
+        all_hidden, attentions = [hidden] if keep_all else [], [] if output_attentions else None
         for layer in self.layers:
             hidden = layer(
                 hidden,
@@ -173,15 +162,28 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
                 attentions=attentions,
                 **kwargs,
             )
-            all_hidden.append(hidden)
-        all_hidden[-1] = self.norm(hidden)
+            if keep_all:
+                all_hidden.append(hidden)
+        hidden = self.norm(hidden)
         output = BaseModelOutputWithPast(
-            last_hidden_state=all_hidden[-1],
+            last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(all_hidden) if keep_all else None,
+            hidden_states=(*all_hidden[:-1], hidden) if keep_all else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
         return output if _wants_names(self.config, return_dict) else output.to_tuple()
+
+    def _place(self, hidden, attention_mask, position_ids, past_key_values, cache_position):
+        """Where the tokens are in the cache [S] and in their rows [B, S], and the mask for the attention in use."""
+        if cache_position is None:  # generate gives it, before transformers 5
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            cache_position = torch.arange(hidden.shape[1], device=hidden.device) + seen
+        if position_ids is None:
+            position_ids = _positions(attention_mask, cache_position)
+        places = {"cache_position": cache_position, "position_ids": position_ids}
+        known = {name: value for name, value in places.items() if name in MASK_ARGUMENTS}
+        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values=past_key_values, **known)
+        return cache_position, position_ids, mask
 
     def _embed(self, embedded, position_ids):
         """What enters the first layer [B, S, H], and the rotation of queries and keys, if positions are rotations."""
