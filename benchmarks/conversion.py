@@ -83,7 +83,10 @@ def write_model(directory: Path, model: Any) -> int:
 
 def measured_here(job: str, source: str, target: str, workers: int) -> None:
     """Do one job in this process and print its seconds and peak memory; the import of libraries is not timed."""
-    import torch  # noqa: F401
+    from megatron_ext.command import prefer_huge_pages
+
+    if job == "convert":
+        prefer_huge_pages()  # as tools/convert.py does
     from safetensors.torch import load_file, save_file
 
     from megatron_ext.conversion.convert import convert
@@ -148,9 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed runs of each (default 5)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads beside one (default 2)")
-    parser.add_argument(
-        "--directory", metavar="DIR", help="where to write, 16 GB at most (default: a temporary folder)"
-    )
+    parser.add_argument("--directory", metavar="DIR", help="where to write up to 13 GB (default: a temporary folder)")
     parser.add_argument("--tiny", action="store_true", help="models of a few MB, to see that it runs")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     parser.add_argument("--job", nargs=3, metavar=("JOB", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
@@ -182,10 +183,10 @@ def large_model(rate: float) -> str:
     # Sequential rates of a laptop's NVMe disk once its cache is full: 3 GB/s to read, 1 GB/s to write.
     disk = LARGE_BYTES / 3e9 + LARGE_BYTES / 1e9
     return (
-        f"By arithmetic: Tanuki-8x8B (46,973,325,312 parameters, {LARGE_BYTES / 1e9:.0f} GB in bf16) takes "
-        f"{LARGE_BYTES / rate / 60:.1f} minutes at the slowest rate above, {disk / 60:.1f} minutes on a laptop's SSD that "
-        "reads 3 GB/s and writes 1 GB/s one after the other: whichever is longer. mbridge and Megatron-Bridge do not "
-        "start without Transformer Engine, so they are not in the table."
+        f"By arithmetic, an export of Tanuki-8x8B (46,973,325,312 parameters, {LARGE_BYTES / 1e9:.0f} GB in bf16) takes "
+        f"{LARGE_BYTES / rate / 60:.1f} minutes at the slowest rate above, or what the disk takes where that is longer: "
+        f"{disk / 60:.1f} minutes on a laptop's SSD that reads 3 GB/s and writes 1 GB/s, one after the other. mbridge and "
+        "Megatron-Bridge do not start without Transformer Engine, so they are not in the table."
     )
 
 

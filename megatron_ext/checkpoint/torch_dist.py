@@ -117,8 +117,12 @@ class TensorArchive:
 
     def write(self, piece: memoryview | bytes) -> int:
         """Take a piece from torch.save. Only the elements stay where they are when it goes on."""
-        elements = len(piece) == self.tensor.numel() * self.tensor.itemsize and len(piece) > _SMALL
-        self.pieces.append(piece if elements else bytes(piece))
+        if len(piece) > _SMALL and len(piece) == self.tensor.numel() * self.tensor.itemsize:
+            self.pieces.append(piece)
+        elif self.pieces and isinstance(self.pieces[-1], bytes):
+            self.pieces[-1] += bytes(piece)
+        else:
+            self.pieces.append(bytes(piece))
         return len(piece)
 
     def flush(self) -> None:
