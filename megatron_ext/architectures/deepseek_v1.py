@@ -5,7 +5,7 @@ Transformers has no such class; the code is in the public repositories of the mo
 
 from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.experts import moe_only, routed_experts, shared_experts
+from megatron_ext.architectures.experts import moe_only, routed_experts, shared_experts, stacked_experts
 from megatron_ext.architectures.fields import Field, Fixed
 from megatron_ext.architectures.llama import DENSE_FFN, DROPS, LAYER, SIZES, TRUNK
 from megatron_ext.architectures.rope import Rope
@@ -43,5 +43,6 @@ DEEPSEEK_V1 = Architecture(
         ("AutoModelForCausalLM", f"{REPOSITORY}--modeling_deepseek.DeepseekForCausalLM"),
     ),
     remote=REPOSITORY,
+    stacked=stacked_experts(),
     drops=DROPS,
 )

@@ -227,6 +227,8 @@ def unsaid(rules: tuple[ConfigRule, ...], model: ModelConfig) -> list[str]:
         said |= {"moe_router_noise"}  # drawn in training only, and without weights that an export would lose
     if model.position_embedding_type != "rope":
         said |= {"rotary_base"}  # nothing is rotated
+    if model.moe_router_topk_scaling_factor == 1.0:
+        said |= {"moe_router_topk_scaling_factor"}
     lost = [statement for rule in rules for statement in rule.lost(model)]
     return lost + [
         f"{name} = {getattr(model, name)!r}"

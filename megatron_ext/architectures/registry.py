@@ -45,10 +45,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
     """The architecture that a Hugging Face config.json names."""
     named = (raw.get("architectures") or [None])[0]
-    for architecture in ARCHITECTURES:
-        if architecture.hf_class == named:
-            return architecture
-    raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {_known()}")
+    architecture = next((a for a in ARCHITECTURES if a.hf_class == named), None)
+    if architecture is None:
+        raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {_known()}")
+    if (stated := raw.get("model_type", architecture.model_type)) != architecture.model_type:
+        raise ConversionError(
+            f"{source}: model_type = {stated!r}, but {named} is of the type {architecture.model_type!r}; transformers "
+            "goes by the type, others by the class"
+        )
+    return architecture
 
 
 def architecture_for(model: ModelConfig, hf_class: str | None = None) -> tuple[Architecture, str]:

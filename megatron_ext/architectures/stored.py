@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.tensors import TensorSpec
 from megatron_ext.config import ModelConfig
+from megatron_ext.errors import ConversionError
 
 if TYPE_CHECKING:
     from megatron_ext.architectures.base import Architecture
@@ -91,23 +92,24 @@ class UnstackedSource:
             name = renames.get(key, key)
             if not prefixed and name not in architecture.heads:
                 name = architecture.prefix + name
-            if name in stacks and len(spec.shape) == 3 and name not in self._rule_names(architecture):
+            if name in stacks and _splits(spec, stacks[name][0]):
                 self._unstack(key, spec, *stacks[name])
             elif not any(_drops(drop, name, source.specs) for drop in architecture.drops):
-                self._places[name], self.specs[name] = _Place(key), spec
-
-    @staticmethod
-    def _rule_names(architecture: "Architecture") -> frozenset[str]:
-        return frozenset(name for rule in architecture.weights for name in rule.hf_names().values())
+                self._put(name, _Place(key), spec)
 
     def _unstack(self, key: str, spec: TensorSpec, stacked: Stacked, layer: int) -> None:
         experts, rows, columns = spec.shape
         share = rows // len(stacked.parts)
         for expert in range(experts):
             for number, part in enumerate(stacked.parts):
+                box = (expert, number * share, 0), (1, share, columns)
                 name = part.format(layer=layer, expert=expert)
-                self._places[name] = _Place(key, ((expert, number * share, 0), (1, share, columns)))
-                self.specs[name] = TensorSpec((share, columns), spec.dtype)
+                self._put(name, _Place(key, box), TensorSpec((share, columns), spec.dtype))
+
+    def _put(self, name: str, place: _Place, spec: TensorSpec) -> None:
+        if name in self._places:
+            raise ConversionError(f"{name} is stored twice: in {self._places[name].key} and in {place.key}")
+        self._places[name], self.specs[name] = place, spec
 
     def read(self, name: str) -> Tensor:
         """One whole tensor; of fused ones only the part that it is."""
@@ -118,8 +120,17 @@ class UnstackedSource:
 
 
 def unstacked(source: PartSource, architecture: "Architecture", model: ModelConfig) -> UnstackedSource:
-    """A Hugging Face directory's tensors under the names that the rules of `architecture` have, read as lazily."""
+    """A Hugging Face directory's tensors under the names that the rules of `architecture` have, read as lazily.
+
+    Raises:
+        ConversionError: one of them is stored twice, under two names.
+    """
     return UnstackedSource(source, architecture, model)
+
+
+def _splits(spec: TensorSpec, stacked: Stacked) -> bool:
+    """Whether the tensor has the form of fused experts; otherwise it is left to be reported as unexpected."""
+    return len(spec.shape) == 3 and spec.shape[1] % len(stacked.parts) == 0
 
 
 def _aliases(architecture: "Architecture", model: ModelConfig) -> dict[str, str]:

@@ -20,5 +20,7 @@ TANUKI = Architecture(
     ),
     weights=mixtral.MIXTRAL.weights,
     other=moe_only,
+    stacked=mixtral.MIXTRAL.stacked,
+    aliases=mixtral.MIXTRAL.aliases,
     remote="weblab-GENIAC/Tanuki-8x8B-dpo-v1.0",
 )

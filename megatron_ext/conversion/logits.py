@@ -87,7 +87,14 @@ def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False)
     from transformers import AutoModelForCausalLM  # slow to import
 
     trusted = may_run_code(directory, trust_remote_code=trust_remote_code)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trusted).eval()
+    network = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        trust_remote_code=trusted,
+        # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
+        experts_implementation="eager",
+    )
+    return network.eval()
 
 
 def may_run_code(directory: str | Path, *, trust_remote_code: bool = False) -> bool:

@@ -15,7 +15,7 @@ from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.engine import hf_shapes, tasks_to_hf, tasks_to_megatron
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.conversion.references import REFERENCES, Sizes
+from tests.unit.conversion.references import REFERENCES, Sizes, raw_config
 
 
 @st.composite
@@ -94,10 +94,9 @@ def test_from_hugging_face_and_back_is_the_identity(rule: Rule, parts: dict[str,
 def models_of_every_class() -> list[tuple[Architecture, ModelConfig]]:
     pairs = [(MEGATRON_EXT, tiny_model(moe=True)), (LLAMA, tiny_model(add_bias_linear=True))]
     for hf_class, build in REFERENCES.items():
-        if hf_class not in ("DeepseekForCausalLM", "TanukiForCausalLM"):  # their configurations are written by hand
-            architecture = architecture_of({"architectures": [hf_class]}, source="test")
-            raw = build(Sizes()).config.to_diff_dict()
-            pairs.append((architecture, config_to_megatron(architecture.config, raw, source="test")))
+        architecture = architecture_of({"architectures": [hf_class]}, source="test")
+        raw = raw_config(build(Sizes()), hf_class, Sizes())
+        pairs.append((architecture, config_to_megatron(architecture.config, raw, source="test")))
     return pairs
 
 

@@ -236,10 +236,9 @@ def randomize(network: torch.nn.Module, *, spread: float = 0.12) -> None:
             tensor.copy_(spread * torch.randn(tensor.shape, generator=generator))
 
 
-def save(network: Any, directory: Path, hf_class: str, s: Sizes) -> None:
-    """Save as transformers does, and models whose class it does not have under the names that those have."""
-    network.save_pretrained(directory)
-    config = json.loads((directory / "config.json").read_text())
+def raw_config(network: Any, hf_class: str, s: Sizes) -> dict[str, Any]:
+    """The config.json of `network`, as its class would have it if transformers does not have the class."""
+    config: dict[str, Any] = network.config.to_diff_dict()
     if hf_class == "TanukiForCausalLM":
         config |= {"architectures": [hf_class], "model_type": "Tanuki"}
     if hf_class == "DeepseekForCausalLM":
@@ -247,8 +246,17 @@ def save(network: Any, directory: Path, hf_class: str, s: Sizes) -> None:
         config |= {name: _latent(s)[name] for name in (*fields, "first_k_dense_replace")}
         config |= {"architectures": [hf_class], "model_type": "deepseek", "norm_topk_prob": False}
         del config["head_dim"], config["mlp_bias"]
+    return config
+
+
+def save(network: Any, directory: Path, hf_class: str, s: Sizes) -> None:
+    """Save as transformers does, and models whose class it does not have under the names that those have."""
+    network.save_pretrained(directory)
+    if hf_class == "DeepseekForCausalLM":
         save_file(per_expert(network.state_dict()), directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config))
+    if hf_class in ("DeepseekForCausalLM", "TanukiForCausalLM"):
+        config = raw_config(network, hf_class, s) | {"dtype": "float32"}
+        (directory / "config.json").write_text(json.dumps(config))
 
 
 def per_expert(tensors: Tensors) -> Tensors:
