@@ -6,6 +6,7 @@ PYTHON_NEWEST ?= python3.12
 VENV := .venv
 READY := $(VENV)/.ready
 NEWEST := .venv-newest
+OLDEST_TRANSFORMERS := .transformers-oldest
 
 .PHONY: setup quickstart test test-newest lint clean
 
@@ -21,8 +22,13 @@ $(READY): pyproject.toml setup.py requirements/cpu.txt
 quickstart: $(READY)
 	PYTHON=$(CURDIR)/$(VENV)/bin/python examples/quickstart/run.sh
 
-test: $(READY)
+test: $(READY) $(OLDEST_TRANSFORMERS)/.ready
 	$(VENV)/bin/python -m pytest
+
+$(OLDEST_TRANSFORMERS)/.ready: requirements/oldest_transformers.txt | $(READY)
+	rm -rf $(OLDEST_TRANSFORMERS)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST_TRANSFORMERS) -r $<
+	touch $@
 
 test-newest: $(NEWEST)/.ready $(if $(TE),$(NEWEST)/.transformer-engine)
 	$(NEWEST)/bin/python -m pytest

@@ -1,134 +1,283 @@
-"""A Llama-shaped language model with Mixture-of-Experts layers, as trained by megatron_ext.
+"""The language models that megatron_ext trains, for transformers 4.53 and later; needs torch and transformers only.
 
-Depends on torch and transformers only. Attention, cache, generation and everything around the feed-forward layers is
-transformers' Llama; what is defined here is the router with gating-logit normalization, routed experts and shared
-experts.
+Attention goes through transformers' interface (`attn_implementation`: eager, sdpa, flash_attention_2, ...). A MoE layer
+decides the routing and calls its child `experts` with it, so that serving engines can put fused kernels there.
 """
+
+import inspect
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_megatron_ext import MegatronExtConfig
+from .modeling_megatron_ext_attention import (
+    MegatronExtAttention,
+    MegatronExtLatentAttention,
+    MegatronExtRotaryEmbedding,
+    build_norm,
+)
+from .modeling_megatron_ext_moe import MegatronExtMLP, MegatronExtMoE, MegatronExtRouter
+
+# Transformers has changed what masks are made from: positions came with 4.54, cache positions left with 5.
+MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
-class MegatronExtMLP(nn.Module):
-    """One gated feed-forward network: an expert, or the shared experts together."""
+class MegatronExtDecoderLayer(GradientCheckpointingLayer):
+    """Attention and a feed-forward network, each after a norm and added to the residual stream."""
 
-    def __init__(self, hidden_size, intermediate_size):
+    def __init__(self, config: MegatronExtConfig, layer_idx):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, hidden):
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
-class MegatronExtExperts(nn.ModuleList):
-    """The routed experts. Called with the routing already decided, so that an engine can put its own kernels here."""
-
-    def forward(self, hidden_states, topk_ids, topk_weights):
-        """hidden_states [T, H], topk_ids and topk_weights [T, K] -> [T, H]."""
-        output = torch.zeros_like(hidden_states)
-        for number in topk_ids.unique().tolist():
-            token, slot = torch.where(topk_ids == number)
-            contribution = self[number](hidden_states[token]) * topk_weights[token, slot].unsqueeze(-1)
-            output.index_add_(0, token, contribution.to(output.dtype))
-        return output
-
-
-class MegatronExtMoE(nn.Module):
-    """Router, routed experts and shared experts of one layer."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.softmax_before_topk = config.softmax_before_topk
-        self.scaling_factor = config.routed_scaling_factor
-        self.normalization = config.gating_normalization
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = MegatronExtExperts(
-            MegatronExtMLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
-        )
-        self.shared_expert = None
-        if config.shared_expert_intermediate_size is not None:
-            self.shared_expert = MegatronExtMLP(config.hidden_size, config.shared_expert_intermediate_size)
-
-    def route(self, hidden):
-        """Hidden [T, H] -> expert ids [T, K] and their weights [T, K], in fp32 as in training."""
-        logits = F.linear(hidden.float(), self.gate.weight.float())
-        if self.normalization is not None:
-            centred = logits - logits.mean(dim=-1, keepdim=True)
-            deviation = logits.std(dim=-1, correction=self.normalization["correction"], keepdim=True)
-            logits = self.normalization["scale"] * centred / (deviation + self.normalization["eps"])
-        if self.softmax_before_topk:
-            weights, ids = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
-        else:
-            selected, ids = logits.topk(self.top_k, dim=-1)
-            weights = selected.softmax(dim=-1)
-        if self.scaling_factor is not None:
-            weights = weights * self.scaling_factor
-        return ids, weights
-
-    def forward(self, hidden_states):
-        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output = self.experts(hidden, *self.route(hidden))
-        if self.shared_expert is not None:
-            output = output + self.shared_expert(hidden)
-        return output.view(hidden_states.shape)
-
-
-class MegatronExtDecoderLayer(LlamaDecoderLayer):
-    """Llama's layer, with experts in the layers that have them."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx)
-        if config.moe_layer_pattern[layer_idx]:
+        self.hidden_dropout = config.hidden_dropout
+        self.input_layernorm = build_norm(config, config.hidden_size)
+        attention = MegatronExtAttention if config.kv_lora_rank is None else MegatronExtLatentAttention
+        self.self_attn = attention(config, layer_idx)
+        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        if config.is_moe_layer(layer_idx):
             self.mlp = MegatronExtMoE(config)
+        else:
+            self.mlp = MegatronExtMLP(config, config.intermediate_size)
+
+    def forward(self, hidden_states, attentions=None, **kwargs):
+        """Hidden states [B, S, H] -> [B, S, H]; the attention weights go into the list `attentions`, if there is one.
+
+        Engines that hold some of the layers only hand hidden states past the others, so the output is one tensor.
+        """
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        if attentions is not None:
+            attentions.append(weights)
+        hidden_states = hidden_states + self._dropout(attended)
+        computed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self._dropout(computed)
+
+    def _dropout(self, x):
+        return F.dropout(x, p=self.hidden_dropout, training=self.training)
 
 
-class MegatronExtPreTrainedModel(LlamaPreTrainedModel):
+class MegatronExtPreTrainedModel(PreTrainedModel):
     """What transformers needs to know about loading and placing the model."""
 
     config_class = MegatronExtConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["MegatronExtDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    # Transformers before 4.54 asks for these two.
+    _supports_flash_attn_2 = True
+    _supports_cache_class = True
     # Which experts run depends on the tokens, so the forward pass is no single graph.
     _can_compile_fullgraph = False
 
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, MegatronExtRouter):
+            nn.init.normal_(module.weight, std=std)
+            if module.e_score_correction_bias is not None:
+                nn.init.zeros_(module.e_score_correction_bias)
+            if hasattr(module, "noise_weight"):
+                nn.init.zeros_(module.noise_weight)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
 
-class MegatronExtModel(MegatronExtPreTrainedModel, LlamaModel):
+
+class MegatronExtModel(MegatronExtPreTrainedModel):
     """The layers without the output head."""
 
-    def __init__(self, config):
-        MegatronExtPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+    def __init__(self, config: MegatronExtConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.rotary_emb = MegatronExtRotaryEmbedding(config)
         self.layers = nn.ModuleList(MegatronExtDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.norm = build_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_input_embeddings(self):
+        return self.embed_tokens
 
-class MegatronExtForCausalLM(MegatronExtPreTrainedModel, LlamaForCausalLM):
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Token ids [B, S], or their embeddings [B, S, H] before `embedding_multiplier`, -> hidden states [B, S, H].
+
+        Args:
+            attention_mask: [B, cached + S], 0 where a token is padding. Positions that are not given count from the
+                first token that is none.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None  # a layer that is computed again would enter its keys twice
+        elif use_cache is None:
+            use_cache = self.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        cache_position, position_ids, mask = self._place(
+            hidden, attention_mask, position_ids, past_key_values, kwargs.pop("cache_position", None)
+        )
+        hidden, rotation = self._embed(hidden, position_ids)
+        all_hidden, attentions = [hidden] if keep_all else [], [] if output_attentions else None
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                rotation=rotation,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                cache_position=cache_position,
+                attentions=attentions,
+                **kwargs,
+            )
+            if keep_all:
+                all_hidden.append(hidden)
+        hidden = self.norm(hidden)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*all_hidden[:-1], hidden) if keep_all else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if _wants_names(self.config, return_dict) else output.to_tuple()
+
+    def _place(self, hidden, attention_mask, position_ids, past_key_values, cache_position):
+        """Where the tokens are in the cache [S] and in their rows [B, S], and the mask for the attention in use."""
+        if cache_position is None:  # generate gives it, before transformers 5
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            cache_position = torch.arange(hidden.shape[1], device=hidden.device) + seen
+        if position_ids is None:
+            position_ids = _positions(attention_mask, cache_position)
+        places = {"cache_position": cache_position, "position_ids": position_ids}
+        known = {name: value for name, value in places.items() if name in MASK_ARGUMENTS}
+        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values=past_key_values, **known)
+        return cache_position, position_ids, mask
+
+    def _embed(self, embedded, position_ids):
+        """What enters the first layer [B, S, H], and the rotation of queries and keys, if positions are rotations."""
+        embedded = embedded * self.config.embedding_multiplier
+        rotation = None
+        if self.rotary_emb is None:
+            embedded = embedded + self.embed_positions(position_ids)
+        else:
+            rotation = self.rotary_emb(position_ids, embedded.dtype)
+        return F.dropout(embedded, p=self.config.hidden_dropout, training=self.training), rotation
+
+
+def _positions(attention_mask, cache_position):
+    """Positions [B, S] of tokens after padding on the left; [1, S] where no mask tells of padding."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return cache_position.unsqueeze(0)
+    counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return counted[:, -len(cache_position) :]
+
+
+def _wants_names(config, return_dict):
+    return config.return_dict if return_dict is None else return_dict
+
+
+class MegatronExtForCausalLM(MegatronExtPreTrainedModel, GenerationMixin):
     """The language model."""
 
-    def __init__(self, config):
-        MegatronExtPreTrainedModel.__init__(self, config)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_rep"}
+
+    def __init__(self, config: MegatronExtConfig):
+        super().__init__(config)
         self.model = MegatronExtModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """Token ids [B, S] -> logits [B, S, vocab], and the loss of `labels` [B, S] (-100: ignored) if given.
+
+        Args:
+            logits_to_keep: logits of the last so many positions only (0: all), or of the positions of a tensor.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden = output.last_hidden_state
+        logits = self.lm_head(hidden[:, kept] if not isinstance(kept, int) else hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result if _wants_names(self.config, return_dict) else result.to_tuple()
 
 
 __all__ = ["MegatronExtConfig", "MegatronExtForCausalLM", "MegatronExtModel"]
