@@ -183,8 +183,8 @@ def large_model(rate: float) -> str:
     # Sequential rates of a laptop's NVMe disk once its cache is full: 3 GB/s to read, 1 GB/s to write.
     disk = LARGE_BYTES / 3e9 + LARGE_BYTES / 1e9
     lines = (
-        f"By arithmetic, an export of Tanuki-8x8B (46,973,325,312 parameters, {LARGE_BYTES / 1e9:.0f} GB in bf16) takes",
-        f"{LARGE_BYTES / rate / 60:.1f} minutes at the slowest rate above, or what the disk takes where that is longer:",
+        f"By arithmetic an export of Tanuki-8x8B (46,973,325,312 parameters, {LARGE_BYTES / 1e9:.0f} GB of bf16) takes",
+        f"{LARGE_BYTES / rate / 60:.1f} minutes at the slowest rate above, or what the disk takes if that is longer:",
         f"{disk / 60:.1f} minutes on a laptop's SSD that reads 3 GB/s and writes 1 GB/s, one after the other. mbridge",
         "and Megatron-Bridge do not start without Transformer Engine, so they are not in the table.",
     )
