@@ -9,7 +9,7 @@
 One process, no GPU, a few tensors in memory. Every tensor is accounted for, or nothing is written.
 """
 
-from megatron_ext.command import ending_on_sigterm, parse_command, run_command
+from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
 from megatron_ext.conversion.options import ConvertOptions
 from megatron_ext.errors import ConversionError
 
@@ -17,6 +17,7 @@ from megatron_ext.errors import ConversionError
 def main() -> None:
     """Parse the command line and convert."""
     o = parse_command(ConvertOptions, __doc__, positional=["source", "target"])
+    prefer_huge_pages()
     from megatron_ext.conversion.convert import convert
     from megatron_ext.conversion.figures import lines_of
     from megatron_ext.conversion.hub import push_to_hub, require_hub

@@ -98,9 +98,10 @@ class Rename(Rule):
 
     def to_megatron(self, parts: Parts, model: ModelConfig) -> Tensor:
         tensor = parts["tensor"]
-        if not self.vocab:
+        rows = model.padded_vocab_size - tensor.shape[0] if self.vocab else 0
+        if rows == 0:
             return tensor
-        padding = tensor.new_zeros((model.padded_vocab_size - tensor.shape[0], *tensor.shape[1:]))
+        padding = tensor.new_zeros((rows, *tensor.shape[1:]))
         return torch.cat((tensor, padding))
 
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> Parts:

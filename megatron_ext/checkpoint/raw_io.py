@@ -1,5 +1,7 @@
 """Bytes of tensors from and to files at given positions: safe on several threads, and never partly done."""
 
+import math
+import mmap
 import os
 from dataclasses import dataclass
 
@@ -10,6 +12,8 @@ from megatron_ext.checkpoint.boxes import Shape
 
 # Linux transfers at most 2 GiB less a page in one call.
 _MOST = 1 << 30
+# Bytes below which reading is cheaper than mapping.
+_MAPPED_FROM = 1 << 16
 
 
 def read_bytes(descriptor: int, start: int, count: int) -> bytes:
@@ -62,14 +66,51 @@ class TensorPlace:
         Raises:
             EOFError: the file is shorter.
         """
+        run = self._run(box)
+        if run.is_box and target.dtype == self.dtype and target.is_contiguous():
+            read_into(descriptor, run.start, target)
+            return
+        elements = torch.empty(run.count, dtype=self.dtype)
+        read_into(descriptor, run.start, elements)
+        target.copy_(elements.as_strided(run.sizes, run.strides))
+
+    def map_box(self, descriptor: int, box: tuple[slice, ...]) -> Tensor | None:
+        """The elements at `box` in the system's own memory of the file, without a copy; None where that cannot be.
+
+        Writing into the tensor does not change the file. A file that is cut short while the tensor is in use ends the
+        process (SIGBUS), as with every reader that maps files.
+        """
+        run = self._run(box)
+        size = run.count * self.dtype.itemsize
+        if not run.is_box or size < _MAPPED_FROM or run.start % self.dtype.itemsize:
+            return None
+        if os.fstat(descriptor).st_size < run.start + size:
+            raise EOFError
+        inside = run.start % mmap.ALLOCATIONGRANULARITY
+        memory = mmap.mmap(descriptor, size + inside, offset=run.start - inside, access=mmap.ACCESS_COPY)
+        memory.madvise(mmap.MADV_WILLNEED)
+        flat = torch.frombuffer(memory, dtype=self.dtype, count=run.count, offset=inside)
+        return flat.view(run.sizes)
+
+    def _run(self, box: tuple[slice, ...]) -> "_Run":
         strides = torch.empty(self.shape, device="meta").stride()
-        sizes = [part.stop - part.start for part in box]
+        sizes = tuple(part.stop - part.start for part in box)
         first = sum(part.start * stride for part, stride in zip(box, strides, strict=True))
         count = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-        where = self.start + first * self.dtype.itemsize
-        if count == target.numel() and target.dtype == self.dtype and target.is_contiguous():
-            read_into(descriptor, where, target)
-            return
-        run = torch.empty(count, dtype=self.dtype)
-        read_into(descriptor, where, run)
-        target.copy_(run.as_strided(sizes, strides))
+        if 0 in sizes:
+            first = count = 0
+        is_box = count == math.prod(sizes)
+        return _Run(self.start + first * self.dtype.itemsize, count, sizes, strides, is_box)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The shortest stretch of a file that holds a box of a tensor."""
+
+    start: int
+    count: int
+    """Elements from the box's first to its last."""
+    sizes: Shape
+    strides: Shape
+    is_box: bool
+    """Whether there is nothing else in between."""

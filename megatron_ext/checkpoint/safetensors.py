@@ -74,8 +74,10 @@ class HuggingFaceSource:
         """The part of a tensor that starts at `offset` and has the shape `size`; no more is read."""
         file, place = self._places[name]
         box = tuple(slice(start, start + count) for start, count in zip(offset, size, strict=True))
-        target = torch.empty(size, dtype=place.dtype)
         try:
+            if (mapped := place.map_box(self._files[file].fileno(), box)) is not None:
+                return mapped
+            target = torch.empty(size, dtype=place.dtype)
             place.read_box(self._files[file].fileno(), box, target)
         except EOFError as error:
             raise ConversionError(f"{self.directory / file}: ends inside {name}") from error

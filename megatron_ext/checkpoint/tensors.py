@@ -84,14 +84,10 @@ class TensorSink(ABC):
         target = output_place(target, ConversionError, force=force, contents=self.contents, inputs=inputs)
         self.target, self.specs = target, dict(specs)
         self.partial = target.with_name(target.name + UNFINISHED)
+        self.total_bytes = sum(spec.bytes for spec in self.specs.values())
         self._waiting = set(self.specs)
         self._made: list[Path] = []
         self._finished = False
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(spec.bytes for spec in self.specs.values())
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Take one tensor, converted to the announced dtype.

@@ -43,24 +43,31 @@ def find_tensor(descriptor: int, start: int, length: int) -> TensorPlace | None:
     """
     if os.fstat(descriptor).st_size < start + length:
         raise EOFError
+    # Checksums are not looked at: torch.save may be told not to write them.
     with zipfile.ZipFile(_Window(descriptor, start, length)) as archive:
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
             return None
-        if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
-            return None
-        described = _TensorPickle(io.BytesIO(archive.read(records["data.pkl"]))).load()
+    places = {name: _record(descriptor, start, length, info) for name, info in records.items()}
+    if "byteorder" in places and read_bytes(descriptor, *places["byteorder"]) != b"little":
+        return None
+    described = _TensorPickle(io.BytesIO(read_bytes(descriptor, *places["data.pkl"]))).load()
     if not isinstance(described, _Described) or not described.is_whole:
         return None
-    record = records[f"data/{described.storage.key}"]
-    header = read_bytes(descriptor, start + record.header_offset, _LOCAL_HEADER.size)
+    data, size = places[f"data/{described.storage.key}"]
+    if size != described.storage.bytes:
+        raise zipfile.BadZipFile("the record of the elements has another size")
+    return TensorPlace(data, described.size, described.storage.dtype)
+
+
+def _record(descriptor: int, start: int, length: int, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Position in the file and size of one record of the archive at [start, start + length)."""
+    header = read_bytes(descriptor, start + info.header_offset, _LOCAL_HEADER.size)
     magic, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    if magic != _LOCAL_MAGIC or record.file_size != described.storage.bytes:
-        raise zipfile.BadZipFile("the record of the elements is not where it should be")
-    data = record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    if data + record.file_size > length:
-        raise EOFError
-    return TensorPlace(start + data, described.size, described.storage.dtype)
+    position = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    if magic != _LOCAL_MAGIC or position + info.file_size > length:
+        raise zipfile.BadZipFile(f"{info.filename} is not where it should be")
+    return start + position, info.file_size
 
 
 class _Window(io.RawIOBase):

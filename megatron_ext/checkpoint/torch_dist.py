@@ -12,6 +12,7 @@ import pickle
 import threading
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.raw_io import TensorPlace, read_bytes, write_at
@@ -30,6 +32,10 @@ METADATA_FILE = ".metadata"
 
 # Bytes; torch.save writes headers of a few dozen and pads with less than a hundred.
 _SMALL = 4096
+_ALIGNMENT = 64
+
+# torch's switch for checksums is one for the whole process.
+_WITHOUT_CHECKSUMS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ class TorchDistWriter:
 
     def reserve(self, key: str, global_shape: Shape, offset: Shape, archive: "TensorArchive") -> int:
         """The place in the file of a chunk that `put` will write. Not for several threads at once."""
-        start, self._end = self._end, self._end + archive.length
+        # Aligned, elements can be used where they lie: their record begins at a multiple of 64 within the archive.
+        start = -(-self._end // _ALIGNMENT) * _ALIGNMENT
+        self._end = start + archive.length
         size = tuple(archive.tensor.shape)
         dtype = archive.tensor.dtype
         self.records.append(ChunkRecord(key, dtype, global_shape, offset, size, self._name, start, archive.length))
@@ -98,13 +106,23 @@ class TensorArchive:
         whole = whole.clone() if whole.untyped_storage().nbytes() != whole.numel() * whole.itemsize else whole
         self.tensor = whole.contiguous()
         self.pieces: list[memoryview | bytes] = []
-        torch.save(self.tensor, cast("IO[bytes]", self))
+        with _WITHOUT_CHECKSUMS:
+            before = get_crc32_options()
+            set_crc32_options(False)  # as long as writing takes, and no reader looks at them
+            try:
+                torch.save(self.tensor, cast("IO[bytes]", self))
+            finally:
+                set_crc32_options(before)
         self.length = sum(map(len, self.pieces))
 
     def write(self, piece: memoryview | bytes) -> int:
         """Take a piece from torch.save. Only the elements stay where they are when it goes on."""
-        elements = len(piece) == self.tensor.numel() * self.tensor.itemsize and len(piece) > _SMALL
-        self.pieces.append(piece if elements else bytes(piece))
+        if len(piece) > _SMALL and len(piece) == self.tensor.numel() * self.tensor.itemsize:
+            self.pieces.append(piece)
+        elif self.pieces and isinstance(self.pieces[-1], bytes):
+            self.pieces[-1] += bytes(piece)
+        else:
+            self.pieces.append(bytes(piece))
         return len(piece)
 
     def flush(self) -> None:
@@ -184,9 +202,25 @@ class TorchDistReader:
     def read(self, key: str, offset: Shape | None = None, size: Shape | None = None) -> Tensor:
         """Return the box of `key` at `offset` of `size`; the whole tensor by default."""
         whole = self.shape(key)
-        target = torch.empty(size if size is not None else whole, dtype=self.dtype(key))
-        self.read_into(key, offset if offset is not None else (0,) * len(whole), target)
+        offset, size = offset if offset is not None else (0,) * len(whole), size if size is not None else whole
+        if (mapped := self._mapped(key, offset, size)) is not None:
+            return mapped
+        target = torch.empty(size, dtype=self.dtype(key))
+        self.read_into(key, offset, target)
         return target
+
+    def _mapped(self, key: str, offset: Shape, size: Shape) -> Tensor | None:
+        """A box in the system's own memory of a file; None unless it lies there in one piece."""
+        for chunk, info in self._chunks(key):
+            overlap = _overlap(offset, size, tuple(chunk.offsets), tuple(chunk.sizes))
+            if overlap is not None:
+                box = overlap[1]
+                if tuple(part.stop - part.start for part in box) != size:
+                    return None
+                with self._reading(key, info) as (descriptor, place):
+                    fits = place is not None and place.shape == tuple(chunk.sizes) and place.dtype == self.dtype(key)
+                    return place.map_box(descriptor, box) if place is not None and fits else None
+        return None
 
     def _chunks(self, key: str) -> Iterator[tuple[dcp.ChunkStorageMetadata, _StorageInfo]]:
         for chunk in self.tensors[key].chunks:
@@ -194,17 +228,22 @@ class TorchDistReader:
 
     def _fill(self, part: Tensor, key: str, info: _StorageInfo, box: tuple[slice, ...], size: Shape) -> None:
         """Read the elements at `box` of one chunk, which has `size`."""
-        descriptor = self._open(info.relative_path)
-        try:
-            where = info.relative_path, info.offset
-            if where not in self._places:
-                self._places[where] = find_tensor(descriptor, info.offset, info.length)
-            place = self._places[where]
+        with self._reading(key, info) as (descriptor, place):
             if place is not None and place.shape == size:
                 place.read_box(descriptor, box, part)
             else:
                 data = io.BytesIO(read_bytes(descriptor, info.offset, info.length))
                 part.copy_(torch.load(data, map_location="cpu", weights_only=True).view(size)[box])
+
+    @contextmanager
+    def _reading(self, key: str, info: _StorageInfo) -> Iterator[tuple[int, TensorPlace | None]]:
+        """Give the file of a chunk and where its elements lie; turn what goes wrong with it into CheckpointError."""
+        descriptor = self._open(info.relative_path)
+        try:
+            where = info.relative_path, info.offset
+            if where not in self._places:
+                self._places[where] = find_tensor(descriptor, info.offset, info.length)
+            yield descriptor, self._places[where]
         except EOFError as error:
             raise CheckpointError(f"{self.directory}: {info.relative_path} ends inside {key}") from error
         except OSError as error:
