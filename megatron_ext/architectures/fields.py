@@ -197,7 +197,7 @@ class Normalization(ConfigRule):
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         stated = raw.get(self.hf)
-        return {"moe_gating_normalization": None if stated is None else dict(stated)}
+        return {"moe_gating_normalization": stated}
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,9 @@ class LayerPattern(ConfigRule):
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         stated = raw.get(self.hf)
-        return {} if stated is None else {"moe_layer_freq": list(stated)}
+        if stated is not None and not isinstance(stated, list):
+            raise ConversionError(f"{self.hf} = {stated!r}: expected a list with one entry a layer")
+        return {} if stated is None else {"moe_layer_freq": stated}
 
 
 def unsaid(rules: tuple[ConfigRule, ...], model: ModelConfig) -> list[str]:

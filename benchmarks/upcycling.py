@@ -1,0 +1,334 @@
+#!/usr/bin/env python
+"""Does upcycling pay? A dense model trained to a plateau, and then, with equal tokens: it goes on, or becomes a MoE.
+
+  python benchmarks/upcycling.py --corpus ja=ja.jsonl en=en.jsonl hi=hi.jsonl --record
+  python benchmarks/upcycling.py --tiny                    to see that it runs
+
+Every way is trained with several seeds, on the same data with the same schedule. The table has the validation loss and
+how far experts have specialised; the plot has the validation loss over the tokens. Interrupted, it goes on.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import RESULTS, hardware, markdown_table, record, versions
+from torch import Tensor
+
+from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.config import dump_yaml
+from megatron_ext.conversion.network import megatron_network
+from megatron_ext.conversion.sources import Checkpoint, open_checkpoint
+from megatron_ext.conversion.text import comparison_batches
+from megatron_ext.data.python_corpus import write_python_corpus
+from megatron_ext.monitoring.metrics_file import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY, LENGTH, BATCH = 4096, 128, 16
+WIDTH = 384
+
+
+@dataclass(frozen=True)
+class Way:
+    """What becomes of the dense model."""
+
+    upcycle: tuple[str, ...] | None = None
+    """Options of tools/upcycle.py; None: nothing."""
+    model: tuple[tuple[str, Any], ...] = ()
+    """Fields of the model where it is trained from scratch, or stays dense."""
+    from_scratch: bool = False
+
+
+COPY = ("--num-experts", "8", "--topk", "2")
+WAYS = {
+    "dense, goes on": Way(),
+    "MoE from scratch": Way(model=(("num_moe_experts", 8), ("moe_aux_loss_coeff", 1e-2)), from_scratch=True),
+    "copy": Way((*COPY, "--no-gating-normalization")),
+    "copy, normalized gate": Way(COPY),
+    "drop 0.5": Way((*COPY, "--no-gating-normalization", "--method", "drop")),
+    "shared and routed": Way(
+        ("--num-experts", "16", "--topk", "4", "--method", "shared_routed", "--granularity", "2")
+        + ("--shared-expert-size", str(WIDTH // 2), "--no-gating-normalization")
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of the benchmark."""
+
+    folder: Path
+    dense_steps: int
+    steps: int
+    seeds: int
+    threads: int
+
+    def run(self, name: str) -> Path:
+        """Where a run is."""
+        return self.folder / name.replace(", ", "-").replace(" ", "_")
+
+
+def tool(name: str, *arguments: object) -> None:
+    """Run a command line of the framework; its last words if it fails."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+
+
+def prepare(plan: Plan, corpora: dict[str, list[str]]) -> None:
+    """Tokenizer and token files of every corpus."""
+    tokenizer = plan.folder / "tokenizer"
+    files = list(itertools.chain.from_iterable(corpora.values()))
+    if not tokenizer.exists():
+        tool("tokenizer", "train", *files, "--output", tokenizer, "--vocab-size", VOCABULARY)
+    for name, paths in corpora.items():
+        if not (plan.folder / "data" / name).exists():
+            output = plan.folder / "data" / name
+            tool("preprocess", *paths, "--tokenizer", tokenizer, "--output", output, "--split", 0.95, 0.05, 0.0)
+
+
+def run_mapping(plan: Plan, corpora: list[str], directory: Path, steps: int, seed: int) -> dict[str, Any]:
+    """A run on one process."""
+    data = plan.folder / "data"
+    return {
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 128,
+            "ffn_hidden_size": WIDTH,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": LENGTH,
+        },
+        "precision": {"kind": "fp32"},
+        "train": {
+            "train_iters": steps,
+            "global_batch_size": BATCH,
+            "micro_batch_size": BATCH,
+            "seed": seed,
+            "eval_interval": max(steps // 10, 1),
+            "eval_iters": 8,
+        },
+        "optimizer": {"kind": "adam", "lr": 2e-3},
+        "schedule": {"kind": "cosine", "warmup_iters": max(steps // 50, 1), "min_lr": 2e-4},
+        "data": {
+            "sequence_length": LENGTH,
+            "tokenizer": str(plan.folder / "tokenizer"),
+            "cache_dir": str(plan.folder / "cache"),
+            "train": [{"path": str(data / name / "train")} for name in corpora],
+            "validation": [{"path": str(data / name / "validation")} for name in corpora],
+        },
+        "checkpoint": {"directory": str(directory), "save_interval": steps, "keep_last": 1},
+        "runtime": {"device": "cpu", "threads": plan.threads},
+    }
+
+
+def train(plan: Plan, directory: Path, mapping: dict[str, Any]) -> None:
+    """Train, unless it is done."""
+    file = directory.with_name(directory.name + ".run.yaml")
+    file.write_text(dump_yaml(mapping))
+    tool("train", file)
+
+
+def go(plan: Plan, corpora: list[str], name: str, seed: int) -> Path:
+    """One way with one seed; return the run's folder."""
+    way, directory = WAYS[name], plan.run(f"{name}.{seed}")
+    mapping = run_mapping(plan, corpora, directory, plan.steps, seed)
+    start = plan.run("dense")
+    if way.upcycle is not None:
+        start = plan.run(f"{name}.{seed}.start")
+        if not start.exists():
+            options = ("--router-std", 0.02, "--no-logits", "--force", "--seed", seed)
+            tool("upcycle", plan.run("dense"), start, *way.upcycle, *options)
+        model = open_checkpoint(start).run["model"]
+        mapping["model"] = {**model, "moe_aux_loss_coeff": 1e-2}
+    mapping["model"] |= dict(way.model)
+    if not way.from_scratch:
+        mapping["checkpoint"]["initialize_from"] = str(start)
+    train(plan, directory, mapping)
+    return directory
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one run came to."""
+
+    validation: list[tuple[int, float]]
+    """(tokens, loss) over the run."""
+    entropy: float | None = None
+    """Of a token's distribution over the experts, / ln E; None in a dense model."""
+    max1_max2: float | None = None
+    cosine: float | None = None
+    """Mean cosine between the weights of two experts of a layer."""
+    language: float | None = None
+    """Mean total variation distance between the loads that two corpora give the experts of a layer."""
+
+
+def figures_of(plan: Plan, directory: Path, corpora: list[str]) -> Figures:
+    """Read a run's metrics and look into its last checkpoint."""
+    records = list(read_metrics(directory / "metrics.jsonl"))
+    validation = [(r["iteration"] * BATCH * LENGTH, r["validation_loss"]) for r in records if "validation_loss" in r]
+    opened = open_checkpoint(directory)
+    if not opened.model.is_moe:
+        return Figures(validation)
+    layers = [layer for r in records[-20:] for layer in r.get("moe", {}).values()]
+    return Figures(
+        validation,
+        statistics.fmean(layer["entropy"] for layer in layers),
+        statistics.fmean(layer["max1_max2"] for layer in layers),
+        expert_cosine(opened),
+        language_distance(plan, opened, corpora),
+    )
+
+
+def expert_cosine(opened: Checkpoint) -> float:
+    """Mean over layers and pairs of experts."""
+    values = []
+    for layer, is_moe in enumerate(opened.model.moe_layer_pattern):
+        if is_moe:
+            prefix = f"decoder.layers.{layer}.mlp.experts"
+            experts = torch.stack(
+                [
+                    torch.cat([opened.tensors.read(f"{prefix}.{e}.linear_fc{n}.weight").flatten() for n in (1, 2)])
+                    for e in range(opened.model.num_moe_experts or 0)
+                ]
+            )
+            similarity = torch.corrcoef(experts)
+            pairs = torch.triu_indices(len(experts), len(experts), offset=1)
+            values.append(float(similarity[pairs[0], pairs[1]].mean()))
+    return statistics.fmean(values)
+
+
+@torch.no_grad()
+def language_distance(plan: Plan, opened: Checkpoint, corpora: list[str]) -> float:
+    """How differently corpora load the experts: 0 alike, 1 no expert in common."""
+    loads: dict[str, dict[int, Tensor]] = {}
+    with megatron_network(opened.model, opened.tensors) as network:
+        for name in corpora:
+            counts: dict[int, Tensor] = {}
+
+            def count(layer: int, module: Any, inputs: Any, outputs: Any, counts: dict[int, Tensor] = counts) -> None:
+                counts[layer] = counts.get(layer, torch.zeros(())) + outputs[1].sum(dim=0).float()
+
+            hooks = [
+                layer.mlp.router.register_forward_hook(partial(count, number))
+                for number, layer in enumerate(network.decoder.layers)
+                if opened.model.moe_layer_pattern[number]
+            ]
+            text = plan.folder / "data" / name / "validation"
+            for tokens in comparison_batches(opened.directory, text, None, batches=8, rows=8, length=LENGTH):
+                network(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+            for hook in hooks:
+                hook.remove()
+            loads[name] = {layer: load / load.sum() for layer, load in counts.items()}
+    distances = [
+        float((loads[a][layer] - loads[b][layer]).abs().sum() / 2)
+        for a, b in itertools.combinations(corpora, 2)
+        for layer in loads[a]
+    ]
+    return statistics.fmean(distances) if distances else 0.0
+
+
+def rows_of(plan: Plan, results: dict[str, list[Figures]]) -> Iterator[list[str]]:
+    """A row of the table for each way."""
+    for name, figures in results.items():
+        counts = count_parameters(open_checkpoint(plan.run(f"{name}.0")).model)
+        losses = [f.validation[-1][1] for f in figures]
+        cells = [name, f"{counts.total / 1e6:.1f} / {counts.active / 1e6:.1f}", _spread(losses)]
+        for field in ("entropy", "max1_max2", "cosine", "language"):
+            values = [getattr(f, field) for f in figures if getattr(f, field) is not None]
+            cells.append(_spread(values, 3) if values else "")
+        yield cells
+
+
+def _spread(values: list[float], digits: int = 4) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def plot(results: dict[str, list[Figures]], plateau: float, path: Path) -> None:
+    """Validation loss over tokens, the mean of the seeds with their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for name, figures in results.items():
+        tokens = [point[0] for point in figures[0].validation]
+        curves = [[loss for _, loss in f.validation] for f in figures]
+        means = [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
+        (line,) = axes.plot(tokens, means, label=name)
+        axes.fill_between(
+            tokens, list(map(min, *curves, means)), list(map(max, *curves, means)), color=line.get_color(), alpha=0.2
+        )
+    axes.axhline(plateau, color="grey", linewidth=0.5, label="dense model before")
+    axes.set_ylim(top=plateau + 0.5)
+    axes.set_xlabel("tokens after the dense model")
+    axes.set_ylabel("validation loss")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def read_corpora(plan: Plan, stated: list[str]) -> dict[str, list[str]]:
+    """Files of each corpus by name; without any, the documentation and sources of Python."""
+    if stated:
+        return {name: paths.split(",") for name, _, paths in (one.partition("=") for one in stated)}
+    path = plan.folder / "python.jsonl"
+    if not path.exists():
+        write_python_corpus(path)
+    return {"python": [str(path)]}
+
+
+def main() -> None:
+    """Train everything, print, plot, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", nargs="*", default=[], metavar="NAME=FILE[,FILE...]", help="text of each kind")
+    parser.add_argument("--dense-steps", type=int, default=1500, help="of the dense model (default 1500)")
+    parser.add_argument("--steps", type=int, default=600, help="of each way after it (default 600)")
+    parser.add_argument("--seeds", type=int, default=3, help="of each way (default 3)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of a run (default all cores)")
+    parser.add_argument("--folder", type=Path, default=Path("build/upcycling"), help="where runs are kept")
+    parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--record", action="store_true", help="keep table and plot beside benchmarks/RESULTS.md")
+    o = parser.parse_args()
+    steps = (20, 10, 2) if o.tiny else (o.dense_steps, o.steps, o.seeds)
+    plan = Plan(o.folder / "tiny" if o.tiny else o.folder, *steps, o.threads)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    corpora = read_corpora(plan, o.corpus)
+    prepare(plan, corpora)
+    dense = plan.run("dense")
+    train(plan, dense, run_mapping(plan, list(corpora), dense, plan.dense_steps, seed=100))
+    results: dict[str, list[Figures]] = {name: [] for name in WAYS}
+    for seed, name in itertools.product(range(plan.seeds), WAYS):
+        results[name].append(figures_of(plan, go(plan, list(corpora), name, seed), list(corpora)))
+        print(f"{name}, seed {seed}: validation loss {results[name][-1].validation[-1][1]:.4f}", flush=True)
+    plateau = figures_of(plan, dense, list(corpora)).validation[-1][1]
+    path = RESULTS.with_name("upcycling.png") if o.record else Path("build/upcycling.png")
+    plot(results, plateau, path)
+    columns = ("way", "M parameters / active", "validation loss", "entropy / ln E", "Max1/Max2", "cosine", "languages")
+    text = (
+        f"{hardware()}; {versions('torch', 'megatron-core')}. Corpora: {', '.join(corpora)}. Dense model of "
+        f"{plan.dense_steps} steps of {BATCH * LENGTH} tokens, validation loss {plateau:.4f}; then {plan.steps} steps "
+        f"of each way, mean and standard deviation over {plan.seeds} seeds.\n\n"
+        f"{markdown_table(columns, list(rows_of(plan, results)))}\n\n![validation loss over tokens]({path.name})"
+    )
+    print(text)
+    if o.record:
+        record("Upcycling: does it learn?", text)
+
+
+if __name__ == "__main__":
+    main()
