@@ -58,6 +58,7 @@ class _Order:
     workers: int
     force: bool
     verify: Comparison | None
+    name: str
     progress: Progress
 
 
@@ -73,6 +74,7 @@ def convert(
     workers: int = 1,
     force: bool = False,
     verify: Comparison | None = None,
+    name: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
     """Convert `source` to `target`, by default to the other format.
@@ -86,6 +88,7 @@ def convert(
         workers: threads. The result does not depend on them.
         force: replace an existing target.
         verify: compare the result with the source before it gets its name.
+        name: what the model card of a Hugging Face export calls the model. Default: the target's own name.
 
     Raises:
         ConversionError, CheckpointError: nothing that looks complete is left behind.
@@ -93,7 +96,8 @@ def convert(
     opened = open_checkpoint(source)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     verify = None if verify is None else replace(verify, tokenizer=verify.tokenizer or own)
-    order = _Order(Path(target), _DTYPES.get(dtype or ""), own, shard_bytes, workers, force, verify, progress)
+    name = name or Path(target).name
+    order = _Order(Path(target), _DTYPES.get(dtype or ""), own, shard_bytes, workers, force, verify, name, progress)
     if verify is not None:
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
     if to == "megatron" and hf_class is not None:
@@ -120,7 +124,7 @@ def _to_hugging_face(opened: Checkpoint, hf_class: str | None, order: _Order) ->
             sink.partial, architecture, opened.model, specs, tokenizer=order.tokenizer, hf_config=opened.hf_config
         )
         verification = _fill(sink, tasks, opened, order)
-        write_model_card(sink.partial, sink.target.name, architecture, why, opened, verification)
+        write_model_card(sink.partial, order.name, architecture, why, opened, verification)
     return _summary("to Hugging Face", architecture, why, opened, sink, verification)
 
 

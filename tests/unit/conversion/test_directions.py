@@ -172,11 +172,19 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
         assert part in card, part
 
 
+def test_weights_convert_without_a_training_state(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    (require_checkpoint(source) / STATE_FILE).write_text("{}")
+    convert(source, tmp_path / "hf")
+    assert "steps" not in (tmp_path / "hf" / MODEL_CARD).read_text()
+
+
 def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     card = (tmp_path / "hf" / MODEL_CARD).read_text()
     assert "Not verified" in card
     assert "trust_remote_code" not in card
+    assert "AutoTokenizer" not in card, "it has no tokenizer"
     assert "steps" not in card
 
 
