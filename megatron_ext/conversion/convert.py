@@ -114,6 +114,12 @@ def _to_hugging_face(opened: Checkpoint, hf_class: str | None, order: _Order) ->
         architecture, why = opened.architecture, f"{opened.architecture.hf_class}, as before"
     else:
         architecture, why = architecture_for(opened.model, hf_class)
+    how = order.verify
+    if architecture.remote is not None and how is not None and how.logits and not how.trust_remote_code:
+        raise ConversionError(
+            f"{architecture.hf_class}: its code is in {architecture.remote}; verify weights alone with --no-logits, or "
+            "run that code with --trust-remote-code"
+        )
     tasks = list(tasks_to_hf(architecture.weights, opened.model))
     specs = target_specs(iter(tasks), opened.tensors, order.dtype)
     sink = HuggingFaceSink(

@@ -82,6 +82,19 @@ def test_a_class_that_would_compute_something_else_is_refused(tmp_path: Path) ->
     assert not (tmp_path / "hf").exists()
 
 
+def test_code_that_is_elsewhere_is_not_run_unasked(tmp_path: Path) -> None:
+    model = tiny_model(
+        moe=True, moe_gating_normalization=None, moe_router_pre_softmax=True, moe_shared_expert_intermediate_size=96
+    )
+    source = write_checkpoint(tmp_path / "megatron", model)
+    with pytest.raises(ConversionError, match="its code is in deepseek-ai/.*--no-logits"):
+        convert(source, tmp_path / "hf", hf_class="DeepseekForCausalLM", verify=Comparison())
+    assert not (tmp_path / "hf").exists()
+    done = convert(source, tmp_path / "hf", hf_class="DeepseekForCausalLM", verify=Comparison(logits=False))
+    assert done.verification is not None
+    assert done.verification.passed
+
+
 def test_numbers_that_fp16_cannot_hold_are_named(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
