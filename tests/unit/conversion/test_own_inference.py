@@ -174,7 +174,6 @@ def test_device_map(name: str, exported: Any) -> None:
 @torch.no_grad()
 def test_parts_on_two_devices_generate(exported: Any, tmp_path: Path) -> None:
     """Layers that do not fit are kept on disk, whole, and brought in when their turn comes."""
-    pytest.importorskip("accelerate")
     name = "DeepSeek-V3 with normalized gating"
     network = load(
         exported(name), device_map="auto", max_memory={"cpu": 300_000}, offload_folder=str(tmp_path / "offloaded")
