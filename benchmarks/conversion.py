@@ -112,7 +112,11 @@ def measure(row: Measured, job: str, source: Path, target: Path, workers: int = 
     row.seconds.append(seconds)
     row.peak = max(row.peak, peak)
     shutil.rmtree(target)
-    print(f"  {job}, {workers} workers: {seconds:.2f} s, {peak / 2**20:.0f} MiB", file=sys.stderr)
+    print(f"  {job}, {_threads(workers)}: {seconds:.2f} s, {peak / 2**20:.0f} MiB", file=sys.stderr)
+
+
+def _threads(count: int) -> str:
+    return f"{count} worker{'s' if count > 1 else ''}"
 
 
 def compare(directory: Path, name: str, model: Any, rounds: int, workers: int) -> tuple[list[list[str]], float]:
@@ -123,8 +127,8 @@ def compare(directory: Path, name: str, model: Any, rounds: int, workers: int) -
     total = convert(directory / "megatron", directory / "hf", workers=workers).bytes
     tasks = {
         "plain copy": ("copy", directory / "hf", 1),
-        **{f"to Hugging Face, {n} workers": ("convert", directory / "megatron", n) for n in sorted({1, workers})},
-        **{f"to Megatron, {n} workers": ("convert", directory / "hf", n) for n in sorted({1, workers})},
+        **{f"to Hugging Face, {_threads(n)}": ("convert", directory / "megatron", n) for n in sorted({1, workers})},
+        **{f"to Megatron, {_threads(n)}": ("convert", directory / "hf", n) for n in sorted({1, workers})},
     }
     rows = {what: Measured() for what in tasks}
     for turn in range(rounds + 1):
@@ -139,7 +143,8 @@ def compare(directory: Path, name: str, model: Any, rounds: int, workers: int) -
     for what, row in rows.items():
         seconds = statistics.median(row.seconds)
         ratio = statistics.median(a / b for a, b in zip(row.seconds, copy, strict=True))
-        allowed = "" if what == "plain copy" else f"{(2**30 + 3 * largest) / 2**20:.0f}"
+        bound = 2**30 + 3 * largest
+        allowed = "" if what == "plain copy" else f"{bound / 2**20:.0f}{' EXCEEDED' if row.peak > bound else ''}"
         cells = [f"{seconds:.2f}", f"{total / 1e6 / seconds:.0f}", f"{ratio:.2f}", f"{row.peak / 2**20:.0f}", allowed]
         table.append([f"{name}, {total / 1e9:.2f} GB: {what}", *cells])
         slowest = min(slowest, total / seconds)

@@ -43,6 +43,7 @@ def main() -> None:
             workers=o.workers,
             force=o.force,
             verify=how if o.verify else None,
+            name=o.push_to_hub,
             progress=progress,
         )
     print(f"{o.target}: {done.direction}, {done.written.tensors:,} tensors, {done.written.bytes / 1e6:,.1f} MB")

@@ -87,7 +87,10 @@ class TensorPlace:
         if os.fstat(descriptor).st_size < run.start + size:
             raise EOFError
         inside = run.start % mmap.ALLOCATIONGRANULARITY
-        memory = mmap.mmap(descriptor, size + inside, offset=run.start - inside, access=mmap.ACCESS_COPY)
+        try:
+            memory = mmap.mmap(descriptor, size + inside, offset=run.start - inside, access=mmap.ACCESS_COPY)
+        except OSError:
+            return None  # a file system that cannot
         memory.madvise(mmap.MADV_WILLNEED)
         flat = torch.frombuffer(memory, dtype=self.dtype, count=run.count, offset=inside)
         return flat.view(run.sizes)

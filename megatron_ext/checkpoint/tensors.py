@@ -32,6 +32,9 @@ from megatron_ext.checkpoint.torch_dist import TensorArchive, TorchDistReader, T
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import UNFINISHED, output_place, publish_directory
 
+# A system lets one thread at a time write into a file.
+_FILES = 4
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -267,11 +270,11 @@ class MegatronSink(TensorSink):
         super().__init__(directory / checkpoint_name(0), specs, force=force, inputs=inputs)
         self._run, self._tokenizer, self._state = run, tokenizer, TrainingState()
         self._plan = storage_plan({name: spec.shape for name, spec in specs.items()})
-        self._writer: TorchDistWriter | None = None
-        self._starts: dict[str, int] = {}
+        self._writers: list[TorchDistWriter] = []
+        self._starts: dict[str, tuple[TorchDistWriter, int]] = {}
 
     def _open(self) -> None:
-        self._writer = TorchDistWriter(self.partial)
+        self._writers = [TorchDistWriter(self.partial, f"__0_{number}.distcp") for number in range(_FILES)]
 
     def _prepare(self, name: str, tensor: Tensor) -> TensorArchive:
         within = len(self._plan[name][0].stacked)
@@ -281,20 +284,19 @@ class MegatronSink(TensorSink):
         super().claim(prepared)
         place, shape = self._plan[prepared.name]
         offset = place.stacked + (0,) * (len(shape) - len(place.stacked))
-        assert self._writer is not None
-        self._starts[prepared.name] = self._writer.reserve(place.key, shape, offset, prepared.content)
+        writer = min(self._writers, key=lambda one: one.length)
+        self._starts[prepared.name] = writer, writer.reserve(place.key, shape, offset, prepared.content)
 
     def _store(self, prepared: Prepared) -> None:
-        assert self._writer is not None
-        self._writer.put(prepared.content, self._starts[prepared.name])
+        writer, start = self._starts[prepared.name]
+        writer.put(prepared.content, start)
 
     def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.finish(sync=False)
+        for writer in self._writers:
+            writer.finish(sync=False)
 
     def _complete(self) -> None:
-        assert self._writer is not None
-        write_metadata(self.partial, self._writer.records)
+        write_metadata(self.partial, [record for writer in self._writers for record in writer.records])
         write_small_files(self.partial, self._state, self._run, self._tokenizer)
 
     def _publish(self) -> None:

@@ -61,7 +61,8 @@ class TorchDistWriter:
     def __init__(self, directory: Path, name: str = "__0_0.distcp") -> None:
         self.records: list[ChunkRecord] = []
         self._name = name
-        self._end = 0
+        self.length = 0
+        """Bytes of the file when everything reserved is written."""
         self._file: BinaryIO = open(directory / name, "wb", buffering=0)  # noqa: SIM115 - closed by finish()
 
     def write(self, key: str, global_shape: Shape, offset: Shape, data: Tensor) -> None:
@@ -72,8 +73,8 @@ class TorchDistWriter:
     def reserve(self, key: str, global_shape: Shape, offset: Shape, archive: "TensorArchive") -> int:
         """The place in the file of a chunk that `put` will write. Not for several threads at once."""
         # Aligned, elements can be used where they lie: their record begins at a multiple of 64 within the archive.
-        start = -(-self._end // _ALIGNMENT) * _ALIGNMENT
-        self._end = start + archive.length
+        start = -(-self.length // _ALIGNMENT) * _ALIGNMENT
+        self.length = start + archive.length
         size = tuple(archive.tensor.shape)
         dtype = archive.tensor.dtype
         self.records.append(ChunkRecord(key, dtype, global_shape, offset, size, self._name, start, archive.length))

@@ -42,6 +42,7 @@ def convert(
     workers: int = 1,
     force: bool = False,
     verify: Comparison | None = None,
+    name: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
     """Convert `source` to `target`, by default to the other format.
@@ -55,6 +56,7 @@ def convert(
         workers: threads. The result does not depend on them.
         force: replace an existing target.
         verify: compare the result with the source before it gets its name.
+        name: what the model card of a Hugging Face export calls the model. Default: the target's own name.
 
     Raises:
         ConversionError, CheckpointError: nothing that looks complete is left behind.
@@ -62,7 +64,7 @@ def convert(
     opened = open_checkpoint(source)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     content = replace(opened.content, tokenizer=own)
-    output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, progress)
+    output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
     if verify is not None:
         verify = replace(verify, tokenizer=verify.tokenizer or own)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
@@ -75,17 +77,24 @@ def convert(
     if to == "hf" or hf_class is not None or (to is None and not is_hugging_face(source)):
         if tokenizer is not None and Tokenizer(tokenizer).vocab_size > opened.model.vocab_size:
             raise ConversionError(f"{tokenizer} has more tokens than the model's vocab_size, {opened.model.vocab_size}")
-        architecture, why = _class_of(opened, hf_class)
+        architecture, why = _class_of(opened, hf_class, verify)
         written = write_hugging_face(content, architecture, why, output, check)
         return Conversion("to Hugging Face", why, architecture, opened.model, written)
     why = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
     return Conversion("to Megatron", why, opened.architecture, opened.model, write_megatron(content, output, check))
 
 
-def _class_of(opened: Checkpoint, hf_class: str | None) -> tuple[Architecture, str]:
+def _class_of(opened: Checkpoint, hf_class: str | None, how: Comparison | None) -> tuple[Architecture, str]:
     if opened.architecture is not None and hf_class in (None, opened.architecture.hf_class):
-        return opened.architecture, f"{opened.architecture.hf_class}, as before"
-    return architecture_for(opened.model, hf_class)
+        architecture, why = opened.architecture, f"{opened.architecture.hf_class}, as before"
+    else:
+        architecture, why = architecture_for(opened.model, hf_class)
+    if architecture.remote is not None and how is not None and how.logits and not how.trust_remote_code:
+        raise ConversionError(
+            f"{architecture.hf_class}: its code is in {architecture.remote}; verify weights alone with --no-logits, or "
+            "run that code with --trust-remote-code"
+        )
+    return architecture, why
 
 
 def _verified(opened: Checkpoint, partial: Path, target: Path, how: Comparison) -> Verification:

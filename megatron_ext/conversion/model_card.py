@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.checkpoint.store import TOKENIZERS
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.yaml_text import dump_yaml
 from megatron_ext.conversion.content import Content
@@ -21,12 +22,12 @@ def write_model_card(
     content: Content,
     verification: Verification | None,
 ) -> None:
-    """Write the card into `directory`, from which the export will be published under `name`."""
+    """Write the card into `directory`, which holds the rest of the export and will be published under `name`."""
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}",
         _facts(architecture, why, content),
-        _loading(name, architecture),
+        _loading(name, architecture, has_tokenizer=any((directory / file).is_file() for file in TOKENIZERS)),
         _verified(verification),
         *([_training(content)] if content.run else []),
         "Exported by megatron_ext.",
@@ -51,7 +52,7 @@ def _facts(architecture: Architecture, why: str, content: Content) -> str:
         length = content.run.get("data", {}).get("sequence_length")
         tokens = f", {state.consumed_samples * length:,} tokens" if length else ""
         rows.append(("trained", f"{state.iteration:,} steps{tokens}"))
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows)])
 
 
 def _experts(model: ModelConfig) -> str:
@@ -61,17 +62,16 @@ def _experts(model: ModelConfig) -> str:
     return text if shared is None else f"{text}, and a shared one of width {shared}"
 
 
-def _loading(name: str, architecture: Architecture) -> str:
+def _loading(name: str, architecture: Architecture, *, has_tokenizer: bool) -> str:
     trust = ", trust_remote_code=True" if architecture.auto_map else ""
+    code = [
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})',
+        *([f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] if has_tokenizer else []),
+    ]
     note = "\n\nIts modelling code is in this directory; `trust_remote_code` runs it." if architecture.code else ""
-    return f"""## Loading
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```{note}"""
+    return "## Loading\n\n```python\n" + "\n".join(code) + "\n```" + note
 
 
 def _verified(verification: Verification | None) -> str:

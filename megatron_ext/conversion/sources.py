@@ -22,7 +22,7 @@ from megatron_ext.config.meaning import meaning
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import MEGATRON, check_source, copies, hf_shapes, target_specs, tasks_to_megatron
-from megatron_ext.errors import ConversionError
+from megatron_ext.errors import CheckpointError, ConversionError
 from megatron_ext.files import read_json_object
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Checkpoint:
     run: dict[str, Any]
     """The resolved run of a Megatron checkpoint."""
     state: TrainingState
-    """Where its training stood."""
+    """Where its training stood, if the checkpoint says so."""
 
     @property
     def content(self) -> Content:
@@ -87,8 +87,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     model, stream = read_model(path), MegatronSource(path)
     check_source(stream, model_shapes(model), where=str(stream.directory))
-    run, state = read_run(stream.directory), read_state(stream.directory)
-    return Checkpoint(stream.directory, model, stream, tokenizer_directory(path), None, {}, run, state)
+    try:
+        state = read_state(stream.directory)
+    except CheckpointError:
+        state = TrainingState()  # weights convert without it
+    return Checkpoint(
+        stream.directory, model, stream, tokenizer_directory(path), None, {}, read_run(stream.directory), state
+    )
 
 
 def _open_hugging_face(directory: Path) -> Checkpoint:

@@ -38,6 +38,8 @@ class Output:
     """Threads. The result does not depend on them."""
     force: bool = False
     """Replace an existing target."""
+    name: str | None = None
+    """Of the model, in its card. Default: the target's."""
     progress: Progress = lambda done, total: None
 
 
@@ -73,7 +75,7 @@ def write_hugging_face(content: Content, architecture: Architecture, why: str, o
             hf_config=content.hf_config,
         )
         verification = _fill(sink, tasks, content, output, check)
-        write_model_card(sink.partial, sink.target.name, architecture, why, content, verification)
+        write_model_card(sink.partial, output.name or sink.target.name, architecture, why, content, verification)
     return Written(len(specs), sink.total_bytes, verification)
 
 

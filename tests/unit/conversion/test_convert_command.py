@@ -179,7 +179,9 @@ def test_a_verified_export_is_uploaded_whole(tmp_path: Path, push: Push) -> None
     ), "as newer and older versions of the hub's library say it"
     assert hub.tokens == {"Bearer hf_secret"}
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
-    assert b"argmax agreement  100.00%" in hub.files["README.md"]
+    card = hub.files["README.md"].decode()
+    assert "argmax agreement  100.00%" in card
+    assert 'AutoModelForCausalLM.from_pretrained("me/x"' in card
 
 
 def test_nothing_is_uploaded_that_is_not_verified(tmp_path: Path, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,19 @@ def test_a_class_that_would_compute_something_else_is_refused(tmp_path: Path) ->
     assert not (tmp_path / "hf").exists()
 
 
+def test_code_that_is_elsewhere_is_not_run_unasked(tmp_path: Path) -> None:
+    model = tiny_model(
+        moe=True, moe_gating_normalization=None, moe_router_pre_softmax=True, moe_shared_expert_intermediate_size=96
+    )
+    source = write_checkpoint(tmp_path / "megatron", model)
+    with pytest.raises(ConversionError, match="its code is in deepseek-ai/.*--no-logits"):
+        convert(source, tmp_path / "hf", hf_class="DeepseekForCausalLM", verify=Comparison())
+    assert not (tmp_path / "hf").exists()
+    done = convert(source, tmp_path / "hf", hf_class="DeepseekForCausalLM", verify=Comparison(logits=False))
+    assert done.verification is not None
+    assert done.verification.passed
+
+
 def test_numbers_that_fp16_cannot_hold_are_named(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
@@ -172,11 +185,19 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
         assert part in card, part
 
 
+def test_weights_convert_without_a_training_state(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    (require_checkpoint(source) / STATE_FILE).write_text("{}")
+    convert(source, tmp_path / "hf")
+    assert "steps" not in (tmp_path / "hf" / MODEL_CARD).read_text()
+
+
 def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     card = (tmp_path / "hf" / MODEL_CARD).read_text()
     assert "Not verified" in card
     assert "trust_remote_code" not in card
+    assert "AutoTokenizer" not in card, "it has no tokenizer"
     assert "steps" not in card
 
 
