@@ -91,8 +91,8 @@ def test_code_that_is_elsewhere_is_not_run_unasked(tmp_path: Path) -> None:
         convert(source, tmp_path / "hf", hf_class="DeepseekForCausalLM", verify=Comparison())
     assert not (tmp_path / "hf").exists()
     done = convert(source, tmp_path / "hf", hf_class="DeepseekForCausalLM", verify=Comparison(logits=False))
-    assert done.verification is not None
-    assert done.verification.passed
+    assert done.written.verification is not None
+    assert done.written.verification.passed
 
 
 def test_numbers_that_fp16_cannot_hold_are_named(tmp_path: Path) -> None:
