@@ -23,7 +23,7 @@ from typing import Any
 
 from report import hardware, markdown_table, record, versions
 
-COLUMNS = ("what", "seconds", "MB/s", "of a plain copy", "peak MiB", "allowed MiB")
+COLUMNS = ("what", "seconds", "MB/s", "of a plain copy", "CPU s", "of a plain copy", "peak MiB", "allowed MiB")
 
 # Tanuki-8x8B in bf16: 46,973,325,312 parameters.
 LARGE_BYTES = 2 * 46_973_325_312
@@ -34,6 +34,8 @@ class Measured:
     """One row of the table."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    """Seconds of all threads, which others' load disturbs least."""
     peak: int = 0
     """Most bytes resident in its process, libraries included."""
 
@@ -91,7 +93,7 @@ def measured_here(job: str, source: str, target: str, workers: int) -> None:
 
     from megatron_ext.conversion.convert import convert
 
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), time.process_time()
     if job == "copy":
         Path(target).mkdir()
         for path in sorted(Path(source).glob("*.safetensors")):
@@ -99,7 +101,8 @@ def measured_here(job: str, source: str, target: str, workers: int) -> None:
     else:
         convert(source, target, workers=workers)
     seconds = time.perf_counter() - begin
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+    cpu = time.process_time() - before
+    print(json.dumps([seconds, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 
 
 def measure(row: Measured, job: str, source: Path, target: Path, workers: int = 1) -> None:
@@ -108,11 +111,12 @@ def measure(row: Measured, job: str, source: Path, target: Path, workers: int = 
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(done.stderr)
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
+    seconds, cpu, peak = json.loads(done.stdout.splitlines()[-1])
     row.seconds.append(seconds)
+    row.cpu.append(cpu)
     row.peak = max(row.peak, peak)
     shutil.rmtree(target)
-    print(f"  {job}, {_threads(workers)}: {seconds:.2f} s, {peak / 2**20:.0f} MiB", file=sys.stderr)
+    print(f"  {job}, {_threads(workers)}: {seconds:.2f} s, CPU {cpu:.2f} s, {peak / 2**20:.0f} MiB", file=sys.stderr)
 
 
 def _threads(count: int) -> str:
@@ -135,18 +139,20 @@ def compare(directory: Path, name: str, model: Any, rounds: int, workers: int) -
         for what, (job, source, count) in tasks.items():
             measure(rows[what], job, source, directory / "out", count)
             if turn == 0:
-                rows[what].seconds.clear()  # the page cache warms up
+                rows[what] = Measured()  # the page cache warms up
     shutil.rmtree(directory / "megatron")
     shutil.rmtree(directory / "hf")
-    copy = rows["plain copy"].seconds
+    copy = rows["plain copy"]
     table, slowest = [], float("inf")
     for what, row in rows.items():
         seconds = statistics.median(row.seconds)
-        ratio = statistics.median(a / b for a, b in zip(row.seconds, copy, strict=True))
+        ratio = statistics.median(a / b for a, b in zip(row.seconds, copy.seconds, strict=True))
+        cpu, copy_cpu = statistics.median(row.cpu), statistics.median(copy.cpu)
         bound = 2**30 + 3 * largest
         allowed = "" if what == "plain copy" else f"{bound / 2**20:.0f}{' EXCEEDED' if row.peak > bound else ''}"
-        cells = [f"{seconds:.2f}", f"{total / 1e6 / seconds:.0f}", f"{ratio:.2f}", f"{row.peak / 2**20:.0f}", allowed]
-        table.append([f"{name}, {total / 1e9:.2f} GB: {what}", *cells])
+        speed = [f"{seconds:.2f}", f"{total / 1e6 / seconds:.0f}", f"{ratio:.2f}"]
+        work = [f"{cpu:.2f}", f"{cpu / copy_cpu:.2f}", f"{row.peak / 2**20:.0f}", allowed]
+        table.append([f"{name}, {total / 1e9:.2f} GB: {what}", *speed, *work])
         slowest = min(slowest, total / seconds)
     return table, slowest
 
