@@ -128,7 +128,7 @@ def compare(directory: Path, name: str, model: Any, rounds: int, workers: int) -
     from megatron_ext.conversion.convert import convert
 
     largest = write_model(directory / "megatron", model)
-    total = convert(directory / "megatron", directory / "hf", workers=workers).bytes
+    total = convert(directory / "megatron", directory / "hf", workers=workers).written.bytes
     tasks = {
         "plain copy": ("copy", directory / "hf", 1),
         **{f"to Hugging Face, {_threads(n)}": ("convert", directory / "megatron", n) for n in sorted({1, workers})},

@@ -8,8 +8,11 @@
 Models are Megatron checkpoints or Hugging Face directories; so is the result (--to hf).
 """
 
-from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.merging.average import AverageOptions
+from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
+
+prefer_huge_pages()  # the options import torch
+
+from megatron_ext.merging.average import AverageOptions  # noqa: E402
 
 
 def main() -> None:

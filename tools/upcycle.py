@@ -9,8 +9,11 @@ DENSE and TARGET are Megatron checkpoints or Hugging Face directories (--to hf).
 nothing. Beside a Megatron target stands a training configuration, TARGET.yaml.
 """
 
-from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.upcycling.options import UpcycleOptions
+from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
+
+prefer_huge_pages()  # the options import torch
+
+from megatron_ext.upcycling.options import UpcycleOptions  # noqa: E402
 
 
 def main() -> None:
