@@ -168,8 +168,8 @@ class Figures:
     entropy: float | None = None
     """Of a token's distribution over the experts, / ln E; None in a dense model."""
     max1_max2: float | None = None
-    cosine: float | None = None
-    """Mean cosine between the weights of two experts of a layer."""
+    correlation: float | None = None
+    """Mean correlation between the weights of two experts of a layer."""
     language: float | None = None
     """Mean total variation distance between the loads that two corpora give the experts of a layer."""
 
@@ -186,12 +186,12 @@ def figures_of(plan: Plan, directory: Path, corpora: list[str]) -> Figures:
         validation,
         statistics.fmean(layer["entropy"] for layer in layers),
         statistics.fmean(layer["max1_max2"] for layer in layers),
-        expert_cosine(opened),
+        expert_correlation(opened),
         language_distance(plan, opened, corpora),
     )
 
 
-def expert_cosine(opened: Checkpoint) -> float:
+def expert_correlation(opened: Checkpoint) -> float:
     """Mean over layers and pairs of experts."""
     values = []
     for layer, is_moe in enumerate(opened.model.moe_layer_pattern):
@@ -245,7 +245,7 @@ def rows_of(plan: Plan, results: dict[str, list[Figures]]) -> Iterator[list[str]
         counts = count_parameters(open_checkpoint(plan.run(f"{name}.0")).model)
         losses = [f.validation[-1][1] for f in figures]
         cells = [name, f"{counts.total / 1e6:.1f} / {counts.active / 1e6:.1f}", _spread(losses)]
-        for field in ("entropy", "max1_max2", "cosine", "language"):
+        for field in ("entropy", "max1_max2", "correlation", "language"):
             values = [getattr(f, field) for f in figures if getattr(f, field) is not None]
             cells.append(_spread(values, 3) if values else "")
         yield cells
@@ -318,7 +318,15 @@ def main() -> None:
     plateau = figures_of(plan, dense, list(corpora)).validation[-1][1]
     path = RESULTS.with_name("upcycling.png") if o.record else Path("build/upcycling.png")
     plot(results, plateau, path)
-    columns = ("way", "M parameters / active", "validation loss", "entropy / ln E", "Max1/Max2", "cosine", "languages")
+    columns = (
+        "way",
+        "M parameters / active",
+        "validation loss",
+        "entropy / ln E",
+        "Max1/Max2",
+        "correlation",
+        "languages",
+    )
     text = (
         f"{hardware()}; {versions('torch', 'megatron-core')}. Corpora: {', '.join(corpora)}. Dense model of "
         f"{plan.dense_steps} steps of {BATCH * LENGTH} tokens, validation loss {plateau:.4f}; then {plan.steps} steps "

@@ -18,15 +18,12 @@ from megatron_ext.merging.average import AverageOptions  # noqa: E402
 def main() -> None:
     """Parse the command line and merge."""
     o = parse_command(AverageOptions, __doc__, positional=["sources", "target"])
-    from megatron_ext.conversion.text import comparison_batches
-    from megatron_ext.merging.average import average, sources_of
+    from megatron_ext.merging.average import average
     from megatron_ext.progress import byte_progress
 
-    sources = sources_of(o)
-    batches = comparison_batches(sources[0], o.text, o.tokenizer) if o.logits else []
     with ending_on_sigterm(), byte_progress("merging") as progress:
-        made = average(o, batches, progress)
-    print(f"{o.target}: {o.method.kind} of {len(sources)} models, {made.written.bytes / 1e6:,.1f} MB")
+        made = average(o, progress)
+    print(f"{o.target}: {o.method.kind}, {made.written.bytes / 1e6:,.1f} MB")
     for name, value in made.perplexities.items():
         print(f"  perplexity {value:10.4g}  {name}")
 

@@ -161,9 +161,9 @@ class TensorSink(ABC):
         self._finished = True
 
     def __enter__(self) -> "TensorSink":
-        self._require_space()
         if self.partial.exists():
-            shutil.rmtree(self.partial)
+            shutil.rmtree(self.partial)  # what a killed process left also takes space
+        self._require_space()
         self._made = [folder for folder in self.partial.parents if not folder.exists()]
         try:
             self.partial.mkdir(parents=True)

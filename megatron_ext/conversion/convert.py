@@ -9,9 +9,17 @@ from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint
-from megatron_ext.conversion.verify import Comparison, Verification, comparison_input
+from megatron_ext.conversion.verify import Comparison, comparison_input
 from megatron_ext.conversion.verify import verify as compare
-from megatron_ext.conversion.write import DTYPES, Output, Progress, Written, write_hugging_face, write_megatron
+from megatron_ext.conversion.write import (
+    DTYPES,
+    Examined,
+    Output,
+    Progress,
+    Written,
+    write_hugging_face,
+    write_megatron,
+)
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
 
@@ -69,7 +77,7 @@ def convert(
         verify = replace(verify, tokenizer=verify.tokenizer or own)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
 
-    def check(partial: Path) -> Verification | None:
+    def check(partial: Path) -> Examined | None:
         return None if verify is None else _verified(opened, partial, Path(target), verify)
 
     if to == "megatron" and hf_class is not None:
@@ -97,9 +105,10 @@ def _class_of(opened: Checkpoint, hf_class: str | None, how: Comparison | None) 
     return architecture, why
 
 
-def _verified(opened: Checkpoint, partial: Path, target: Path, how: Comparison) -> Verification:
+def _verified(opened: Checkpoint, partial: Path, target: Path, how: Comparison) -> Examined:
     result = compare(opened.directory, partial, how)
+    lines = lines_of(result)
     if not result.passed:
-        figures = "\n".join(f"  {line}" for line in lines_of(result))
+        figures = "\n".join(f"  {line}" for line in lines)
         raise ConversionError(f"{target}: not written, it would not be the same model:\n{figures}")
-    return result
+    return Examined(lines, result)

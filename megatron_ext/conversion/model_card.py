@@ -1,5 +1,6 @@
 """The README.md of a Hugging Face export: what the model is, how it was trained, how it loads, what was verified."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.architectures.base import Architecture
@@ -8,8 +9,6 @@ from megatron_ext.checkpoint.store import TOKENIZERS
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.yaml_text import dump_yaml
 from megatron_ext.conversion.content import Content
-from megatron_ext.conversion.figures import lines_of
-from megatron_ext.conversion.verify import Verification
 
 MODEL_CARD = "README.md"
 
@@ -20,7 +19,7 @@ def write_model_card(
     architecture: Architecture,
     why: str,
     content: Content,
-    verification: Verification | None,
+    figures: Sequence[str] | None,
 ) -> None:
     """Write the card into `directory`, which holds the rest of the export and will be published under `name`."""
     parts = [
@@ -28,7 +27,7 @@ def write_model_card(
         f"# {name}",
         _facts(architecture, why, content),
         _loading(name, architecture, has_tokenizer=any((directory / file).is_file() for file in TOKENIZERS)),
-        _verified(verification),
+        _verified(figures),
         *([_training(content)] if content.run else []),
         "Exported by megatron_ext.",
     ]
@@ -74,11 +73,11 @@ def _loading(name: str, architecture: Architecture, *, has_tokenizer: bool) -> s
     return "## Loading\n\n```python\n" + "\n".join(code) + "\n```" + note
 
 
-def _verified(verification: Verification | None) -> str:
-    if verification is None:
-        return "## Verification\n\nNot verified against the model it was made of."
-    figures = "\n".join(lines_of(verification))
-    return f"## Verification\n\nCompared with the model it was made of, before it was published:\n\n```\n{figures}\n```"
+def _verified(figures: Sequence[str] | None) -> str:
+    if figures is None:
+        return "## Verification\n\nNot compared with the model it was made of."
+    lines = "\n".join(figures)
+    return f"## Verification\n\nCompared with the model it was made of, before it was published:\n\n```\n{lines}\n```"
 
 
 def _training(content: Content) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.logits import hugging_face_logits, may_run_code, megatron_logits
 from megatron_ext.conversion.sources import (
     EMBEDDING,
@@ -121,20 +122,20 @@ def comparison_input(path: str | Path, how: Comparison) -> list[Tensor]:
     """
     if not how.logits:
         return []
-    _require_memory(path)
+    require_memory(read_any_model(path), path)
     if is_hugging_face(path):
         may_run_code(path, trust_remote_code=how.trust_remote_code)
     return comparison_batches(path, how.text, how.tokenizer, batches=how.batches, length=how.length)
 
 
-def _require_memory(path: str | Path) -> None:
-    """Raise ConversionError where a model computed in fp32 does not fit into the memory that is free."""
-    needed = 4 * count_parameters(read_any_model(path)).total
+def require_memory(model: ModelConfig, path: str | Path) -> None:
+    """Raise ConversionError where `model`, of `path`, does not fit in fp32 into the memory that is free."""
+    needed = 4 * count_parameters(model).total
     free = psutil.virtual_memory().available
     if needed > free:
         raise ConversionError(
             f"{path}: its logits need the model in fp32, {needed / 1e9:.0f} GB, but {free / 1e9:.0f} GB are free; "
-            "compare weights alone with --no-logits"
+            "do without them by --no-logits"
         )
 
 

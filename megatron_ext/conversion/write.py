@@ -19,7 +19,18 @@ from megatron_ext.conversion.verify import Verification
 
 Progress = Callable[[int, int], None]
 """Told (bytes written, bytes in all) as a model is written."""
-Check = Callable[[Path], Verification | None]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What an examination of the output found."""
+
+    lines: Sequence[str]
+    """For people, and for the model card."""
+    verification: Verification | None = None
+
+
+Check = Callable[[Path], Examined | None]
 """Examines what was written, still at its unfinished place; what it raises keeps it from getting its name."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,9 +85,10 @@ def write_hugging_face(content: Content, architecture: Architecture, why: str, o
             tokenizer=content.tokenizer,
             hf_config=content.hf_config,
         )
-        verification = _fill(sink, tasks, content, output, check)
-        write_model_card(sink.partial, output.name or sink.target.name, architecture, why, content, verification)
-    return Written(len(specs), sink.total_bytes, verification)
+        examined = _fill(sink, tasks, content, output, check)
+        figures = examined.lines if examined else None
+        write_model_card(sink.partial, output.name or sink.target.name, architecture, why, content, figures)
+    return _written(sink, examined)
 
 
 def write_megatron(content: Content, output: Output, check: Check) -> Written:
@@ -93,13 +105,23 @@ def write_megatron(content: Content, output: Output, check: Check) -> Written:
         output.target, specs, run, tokenizer=content.tokenizer, force=output.force, inputs=content.inputs
     )
     with sink:
-        verification = _fill(sink, content.tasks, content, output, check)
-    return Written(len(specs), sink.total_bytes, verification)
+        examined = _fill(sink, content.tasks, content, output, check)
+    return _written(sink, examined)
 
 
-def _fill(
-    sink: TensorSink, tasks: Sequence[Task], content: Content, output: Output, check: Check
-) -> Verification | None:
+def _written(sink: TensorSink, examined: Examined | None) -> Written:
+    return Written(len(sink.specs), sink.total_bytes, examined.verification if examined else None)
+
+
+def require_place(to: str, output: Output, inputs: Sequence[Path]) -> None:
+    """Raise ConversionError where `output` may not be written, before anything is computed for it."""
+    if to == "hf":
+        HuggingFaceSink(output.target, {}, force=output.force, inputs=inputs)
+    else:
+        MegatronSink(output.target, {}, {}, force=output.force, inputs=inputs)
+
+
+def _fill(sink: TensorSink, tasks: Sequence[Task], content: Content, output: Output, check: Check) -> Examined | None:
     """Write every tensor, complete the output at its unfinished place, and examine it there."""
     done = 0
 

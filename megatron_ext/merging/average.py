@@ -6,15 +6,27 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
-from megatron_ext.checkpoint.store import complete_checkpoints
+from megatron_ext.checkpoint.store import TrainingState, complete_checkpoints
 from megatron_ext.config.base import config
+from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import copies
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint, streams_of_one_shape
-from megatron_ext.conversion.verify import Verification, checkpoint_logits, perplexity
-from megatron_ext.conversion.write import DTYPES, Output, Progress, Written, write_hugging_face, write_megatron
+from megatron_ext.conversion.text import comparison_batches
+from megatron_ext.conversion.verify import checkpoint_logits, perplexity, require_memory
+from megatron_ext.conversion.write import (
+    DTYPES,
+    Check,
+    Examined,
+    Output,
+    Progress,
+    Written,
+    require_place,
+    write_hugging_face,
+    write_megatron,
+)
 from megatron_ext.errors import ConfigError
 from megatron_ext.merging.merge import AnyMerge, Linear
 from megatron_ext.merging.stream import Merged
@@ -36,16 +48,20 @@ class AverageOptions:
     """How the models are merged."""
     base: str | None = None
     """The model that task vectors are differences to; for task_arithmetic, ties and dare."""
-    seed: int = Field(default=1234, ge=0)
-    """Seed of what dare drops."""
+    hf_class: str | None = None
+    """Hugging Face class to write; refused where it would compute something else. Default: the first source's own."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of what dare drops. Default: 1234."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Convert the weights. Default: the first source's."""
+    """Convert the weights. Default: what they are, or what the base's are."""
     text: str | None = None
     """Text or prepared dataset to measure the perplexity on. Default: built-in sentences."""
     tokenizer: str | None = None
     """Tokenizer for the text. Default: the first source's."""
     logits: bool = True
     """Measure the perplexity of every source and of the result; each is loaded in fp32. --no-logits leaves that out."""
+    trust_remote_code: bool = False
+    """Run modelling code inside Hugging Face directories to measure perplexities."""
     workers: int = Field(default=2, ge=1)
     """Threads. The result does not depend on them."""
     force: bool = False
@@ -61,30 +77,21 @@ class Averaged:
     """Of each source, and of the result under the name of the target; empty where none was to be measured."""
 
 
-def average(
-    options: AverageOptions, batches: Sequence[Tensor], progress: Progress = lambda done, total: None
-) -> Averaged:
-    """Merge the sources and write the result.
-
-    Args:
-        batches: token ids [B, S] to measure perplexities on; none for none.
+def average(options: AverageOptions, progress: Progress = lambda done, total: None) -> Averaged:
+    """Merge the sources, write the result and measure perplexities.
 
     Raises:
         ConfigError: the models are not of one shape, or do not suit the method.
+        DataError: there is no such text.
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
+    _check_options(options)
     opened = [open_checkpoint(path) for path in sources_of(options)]
-    base = _base(options)
+    base = open_checkpoint(options.base) if options.base is not None else None
     models = [*opened, *([base] if base else [])]
     streams = streams_of_one_shape(models)
-    merged = Merged(options.method, streams[: len(opened)], base=streams[-1] if base else None, seed=options.seed)
-    content = replace(
-        opened[0].content,
-        tasks=list(copies(merged)),
-        specs=merged.specs,
-        stream=merged,
-        inputs=[one.directory for one in models],
-    )
+    seed = 1234 if options.seed is None else options.seed
+    merged = Merged(options.method, streams[: len(opened)], base=streams[-1] if base else None, seed=seed)
     output = Output(
         Path(options.target),
         DTYPES.get(options.dtype or ""),
@@ -92,18 +99,64 @@ def average(
         force=options.force,
         progress=progress,
     )
-    directories = [one.directory for one in opened] if batches else []
-    measured = {str(path): perplexity(checkpoint_logits(path, batches), batches) for path in directories}
-
-    def examine(partial: Path) -> Verification | None:
-        if batches:
-            measured[options.target] = perplexity(checkpoint_logits(partial, batches), batches)
-        return None
-
-    if options.to == "hf":
-        architecture, why = architecture_for(content.model)
-        return Averaged(write_hugging_face(content, architecture, why, output, examine), measured)
+    content = _content(options, opened, merged, [one.directory for one in models])
+    require_place(options.to, output, content.inputs)
+    chosen = _class_of(options, opened[0]) if options.to == "hf" else None
+    measured, examine = _measurement(options, opened)
+    if chosen is not None:
+        return Averaged(write_hugging_face(content, *chosen, output, examine), measured)
     return Averaged(write_megatron(content, output, examine), measured)
+
+
+def _check_options(options: AverageOptions) -> None:
+    """Raise ConfigError where an option would have no effect, or lacks another."""
+    kind = options.method.kind
+    if options.method.needs_base != (options.base is not None):
+        raise ConfigError(f"--method {kind} {'needs --base' if options.method.needs_base else 'works without --base'}")
+    idle = {
+        "seed": kind != "dare" and f"--method {kind}",
+        "hf_class": options.to != "hf" and "--to megatron",
+        "text": not options.logits and "--no-logits",
+        "tokenizer": not options.logits and "--no-logits",
+    }
+    for name, why in idle.items():
+        if why and getattr(options, name) is not None:
+            raise ConfigError(f"{name} = {getattr(options, name)}: has no effect with {why}; remove it")
+
+
+def _content(options: AverageOptions, opened: Sequence[Checkpoint], merged: Merged, inputs: Sequence[Path]) -> Content:
+    """The merged model. Of several checkpoints of one run it carries the newest one's record of training."""
+    newest = opened[-1].content
+    content = replace(newest, tasks=list(copies(merged)), specs=merged.specs, stream=merged, inputs=inputs)
+    content = replace(content, model=opened[0].model)
+    return content if options.last is not None else replace(content, run={}, state=TrainingState())
+
+
+def _class_of(options: AverageOptions, first: Checkpoint) -> tuple[Architecture, str]:
+    if first.architecture is not None and options.hf_class is None:
+        return first.architecture, f"{first.architecture.hf_class}, as before"
+    return architecture_for(first.model, options.hf_class)
+
+
+def _measurement(options: AverageOptions, opened: Sequence[Checkpoint]) -> tuple[dict[str, float], Check]:
+    """The perplexity of every source, and how that of the result joins them."""
+    if not options.logits:
+        return {}, lambda partial: None
+    first = opened[0]
+    require_memory(first.model, options.target)
+    batches = comparison_batches(first.directory, options.text, options.tokenizer)
+
+    def measure(path: Path) -> float:
+        logits = checkpoint_logits(path, batches, trust_remote_code=options.trust_remote_code)
+        return perplexity(logits, batches)
+
+    measured = {str(one.directory): measure(one.directory) for one in opened}
+
+    def examine(partial: Path) -> Examined:
+        measured[options.target] = measure(partial)
+        return Examined([f"perplexity {value:10.4g}  {Path(name).name}" for name, value in measured.items()])
+
+    return measured, examine
 
 
 def sources_of(options: AverageOptions) -> list[Path]:
@@ -123,10 +176,3 @@ def sources_of(options: AverageOptions) -> list[Path]:
     if len(found) < options.last:
         raise ConfigError(f"--last {options.last}: {paths[0]} holds {len(found)} checkpoints")
     return found[-options.last :]
-
-
-def _base(options: AverageOptions) -> Checkpoint | None:
-    if options.method.needs_base != (options.base is not None):
-        needed = "needs --base" if options.method.needs_base else "works without --base"
-        raise ConfigError(f"--method {options.method.kind} {needed}")
-    return open_checkpoint(options.base) if options.base is not None else None

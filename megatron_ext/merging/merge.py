@@ -119,12 +119,14 @@ class Ties(Merge):
 
     def _trimmed(self, version: Tensor, base: Tensor) -> Tensor:
         """The task vector with zeros in the place of all but its largest entries."""
-        vector = version.to(base.dtype) - base
-        dropped = vector.numel() - max(round(self.density * vector.numel()), 1)
-        if dropped == 0:
+        vector = version.to(base.dtype).sub_(base) if version.dtype != base.dtype else version - base
+        kept = max(round(self.density * vector.numel()), 1)
+        if kept == vector.numel():
             return vector
-        threshold = vector.abs().flatten().kthvalue(dropped).values
-        return vector.where(vector.abs() > threshold, 0.0)
+        flat = vector.flatten()
+        # Differences of bf16 weights are often equal: the share is kept exactly, whatever ties there are.
+        smallest = flat.abs().topk(vector.numel() - kept, largest=False, sorted=False).indices
+        return flat.index_fill_(0, smallest, 0.0).view_as(vector)
 
 
 @config

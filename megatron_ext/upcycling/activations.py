@@ -2,7 +2,7 @@
 
 #   T tokens, H hidden
 
-from collections.abc import Sequence
+import math
 from functools import partial
 from typing import Any
 
@@ -10,32 +10,40 @@ import torch
 from torch import Tensor
 
 from megatron_ext.conversion.network import megatron_network
+from megatron_ext.conversion.text import comparison_batches
+from megatron_ext.conversion.verify import require_memory
 from megatron_ext.errors import DataError
 from megatron_ext.upcycling.layers import RouterOf
 from megatron_ext.upcycling.method import Draw
 from megatron_ext.upcycling.router import repeated, router_from_activations
 from megatron_ext.upcycling.upcycle import Plan, dense_stream
 
-_TOKENS_A_ROW = 16
-"""Fewer tokens than this for each router row make clusters of chance."""
+_TOKENS_A_ROW, _FEWEST = 256, 32
+"""Tokens of text for each router row, and how few will do where the text is short."""
+_ROWS, _LENGTH = 4, 128
 
 
 @torch.no_grad()
-def clustered_routers(plan: Plan, batches: Sequence[Tensor]) -> RouterOf:
+def clustered_routers(plan: Plan) -> RouterOf:
     """Routers whose rows are the directions of clusters of tokens, one layer at a time as the dense model runs.
 
     Loads the dense model (of several, their average) in fp32, in a process group of its own.
 
     Raises:
         DataError: too little text.
+        ConversionError: too little memory.
     """
     assert plan.moe.num_moe_experts is not None
     rows = plan.moe.num_moe_experts // plan.method.group_size(plan.moe)
-    tokens = torch.cat(list(batches))
-    if tokens.numel() < rows * _TOKENS_A_ROW:
+    source, options = plan.opened[0].directory, plan.options
+    require_memory(plan.dense, source)
+    count = math.ceil(rows * _TOKENS_A_ROW / (_ROWS * _LENGTH))
+    batches = comparison_batches(source, options.text, options.tokenizer, batches=count, rows=_ROWS, length=_LENGTH)
+    tokens = torch.cat(batches)
+    if tokens.numel() < rows * _FEWEST:
         raise DataError(
-            f"router_init = activations: {rows} clusters need {rows * _TOKENS_A_ROW} tokens of text, and there are "
-            f"{tokens.numel()}; give more with --text"
+            f"router_init = activations: {rows} clusters need {rows * _FEWEST} tokens of text, and --text has "
+            f"{tokens.numel()} in whole rows of {_LENGTH}"
         )
     found: dict[int, Tensor] = {}
 

@@ -61,7 +61,7 @@ class FineGrained(Method):
 
     def weight_sum(self, moe: ModelConfig) -> float:
         """Each part counts once."""
-        return float(self.granularity) if self.scale == "exact" else moe.moe_router_topk_scaling_factor or 1.0
+        return float(self.granularity) if self.scale == "exact" else 1.0
 
     def factors(self, moe: ModelConfig) -> list[float]:
         """Each part has its share of the output bias."""

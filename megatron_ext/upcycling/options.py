@@ -72,6 +72,8 @@ class UpcycleOptions:
     """Tokenizer for the text. Default: the first source's."""
     logits: bool = True
     """Compare the logits of the dense and of the MoE model; both are loaded in fp32. --no-logits leaves that out."""
+    tolerance: float = Field(default=1e-5, gt=0)
+    """Largest difference of logits, relative to the largest logit, that a method which keeps the function may make."""
     figures: str | None = None
     """JSON file for the figures of the function check."""
     workers: int = Field(default=2, ge=1)

@@ -37,8 +37,8 @@ def router_from_activations(inputs_TH: Tensor, rows: int, generator: torch.Gener
     """Rows [R, H] that send tokens which are alike to the same experts, so that experts start to specialise at once.
 
     Spherical k-means (Dhillon and Modha 2001, "Concept decompositions for large sparse text data using clustering") of
-    the inputs around their mean. A row is its cluster's direction, scaled so that the logits have a standard deviation
-    of 1 over the experts.
+    the inputs around their mean. A row is its cluster's direction, without what it has of the mean's, scaled so that
+    the logits have a standard deviation of 1 over the experts.
 
     Args:
         inputs_TH: what the dense feed-forward layer sees for each token of some text.
@@ -52,8 +52,11 @@ def router_from_activations(inputs_TH: Tensor, rows: int, generator: torch.Gener
         sums_RH = torch.zeros_like(centres_RH).index_add_(0, nearest_T, directions_TH)
         empty = torch.bincount(nearest_T, minlength=rows) == 0
         centres_RH = torch.nn.functional.normalize(torch.where(empty[:, None], centres_RH, sums_RH), dim=-1)
-    logits_TR = inputs_TH @ centres_RH.t()
-    return centres_RH / logits_TR.std(dim=1).mean()
+    # What all tokens share would favour the same experts for all of them.
+    shared_H = torch.nn.functional.normalize(mean_H, dim=0)
+    rows_RH = centres_RH - torch.outer(centres_RH @ shared_H, shared_H)
+    logits_TR = inputs_TH @ rows_RH.t()
+    return rows_RH / logits_TR.std(dim=1).mean()
 
 
 def _spread_out(directions_TH: Tensor, rows: int, generator: torch.Generator) -> Tensor:

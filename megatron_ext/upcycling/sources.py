@@ -10,8 +10,8 @@ from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
 
 AVERAGE = "average"
 """Prefix of what is read from the average of all sources."""
-_KEPT = 3
-"""Tensors kept: the matrices of the feed-forward layer that its experts are being made of, and one more."""
+_KEPT = 4
+"""Tensors kept: those of the feed-forward layer that its experts are being made of, two matrices and two biases."""
 
 
 class Sources:

@@ -1,7 +1,7 @@
 """Makes a MoE model out of dense ones: what is read, what is made of it, and the checks before and after."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,7 @@ from megatron_ext.config import ModelConfig, check_model
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import stored_dtype
 from megatron_ext.conversion.sources import Checkpoint, open_checkpoint, streams_of_one_shape
-from megatron_ext.conversion.verify import Verification
-from megatron_ext.conversion.write import DTYPES, Output, Progress, Written, write_hugging_face, write_megatron
+from megatron_ext.conversion.write import DTYPES, Check, Output, Progress, Written, write_hugging_face, write_megatron
 from megatron_ext.errors import ConfigError
 from megatron_ext.merging.merge import Linear
 from megatron_ext.merging.stream import Merged
@@ -61,18 +60,31 @@ def make_plan(options: UpcycleOptions) -> Plan:
         ConfigError: there is no such model, or the method cannot make it of those.
         ConversionError, CheckpointError: a source cannot be read.
     """
+    _check_options(options)
     opened = [open_checkpoint(source) for source in options.sources]
     _check_sources(opened, options)
     shallow = opened[0].model
     dense = deepened_model(shallow, parse_layers(options.layers, shallow.num_layers)) if options.layers else shallow
     moe = options.moe_model(dense)
     check_models(dense, moe, options.method)
-    own = opened[0].tensors.specs["embedding.word_embeddings.weight"].dtype
+    own = opened[0].tensors.specs["decoder.layers.0.mlp.linear_fc1.weight"].dtype
     dtype = DTYPES.get(options.dtype or "", own)
     inexact = "layers are repeated" if options.layers else options.method.inexact(moe, dtype)
     if inexact is None and dtype != own and dtype.itemsize < own.itemsize:
         inexact = f"weights are rounded to {str(dtype).removeprefix('torch.')}"
     return Plan(options, opened, dense, moe, dtype, inexact)
+
+
+def _check_options(options: UpcycleOptions) -> None:
+    """Raise ConfigError where an option would have no effect, or lacks another."""
+    clusters = options.router_init == "activations"
+    if clusters and options.text is None:
+        raise ConfigError("router_init = activations: needs --text, enough of it for a few hundred tokens an expert")
+    if clusters and options.router_std is not None:
+        raise ConfigError(f"router_std = {options.router_std}: has no effect with router_init = activations; remove it")
+    for name in ("text", "tokenizer", "figures"):
+        if getattr(options, name) is not None and not options.logits and (name == "figures" or not clusters):
+            raise ConfigError(f"{name} = {getattr(options, name)}: has no effect with --no-logits; remove it")
 
 
 def _check_sources(opened: Sequence[Checkpoint], options: UpcycleOptions) -> None:
@@ -135,8 +147,10 @@ def content_of(plan: Plan, router_of: RouterOf) -> Content:
     streams = dense_streams(plan)
     count, seed = len(streams), plan.options.seed
     tasks = list(upcycling_tasks(plan.dense, plan.moe, plan.method, router_of, sources=count, seed=seed))
+    present, asked = streams[0].specs, DTYPES.get(plan.options.dtype or "")
     specs = {
-        name: TensorSpec(shape, stored_dtype(name, torch.float32, plan.dtype))
+        # What is not made anew keeps its own dtype: some models have norms in fp32 beside weights in bf16.
+        name: TensorSpec(shape, stored_dtype(name, present[name].dtype if name in present else plan.dtype, asked))
         for name, shape in model_shapes(plan.moe).items()
     }
     first = plan.opened[0]
@@ -152,26 +166,21 @@ def content_of(plan: Plan, router_of: RouterOf) -> Content:
     )
 
 
-def write(
-    plan: Plan, router_of: RouterOf, check: Callable[[Path], None], progress: Progress = lambda done, total: None
-) -> Written:
-    """Write the upcycled model. Routers that normalize are never all equal: their rows are drawn, or distinct clusters.
+def output_of(plan: Plan, progress: Progress = lambda done, total: None) -> Output:
+    """Where and how the model is written."""
+    options = plan.options
+    return Output(Path(options.target), workers=options.workers, force=options.force, progress=progress)
 
-    Args:
-        check: examines the model at its unfinished place; what it raises keeps it from getting its name.
+
+def write(plan: Plan, router_of: RouterOf, check: Check, output: Output) -> Written:
+    """Write the upcycled model. Routers that normalize are never all equal: their rows are drawn, or distinct clusters.
 
     Raises:
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
-    options = plan.options
-    output = Output(Path(options.target), workers=options.workers, force=options.force, progress=progress)
     content = content_of(plan, router_of)
-
-    def examine(partial: Path) -> Verification | None:
-        check(partial)
-        return None
-
-    if options.to == "hf":
+    if plan.options.to == "hf":
         architecture, why = architecture_for(plan.moe)
-        return write_hugging_face(content, architecture, why, output, examine)
-    return write_megatron(content, output, examine)
+        # The run is the dense model's: a card would pass it off as this one's.
+        return write_hugging_face(replace(content, run={}), architecture, why, output, check)
+    return write_megatron(content, output, check)

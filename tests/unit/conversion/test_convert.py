@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from megatron_ext.checkpoint import tensors
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSpec
@@ -377,3 +379,16 @@ def test_a_model_split_unevenly_in_training_is_compared(tmp_path: Path) -> None:
     convert(source, tmp_path / "hf")
     relative, _ = megatron_and_exported_logits(str(source), str(tmp_path / "hf"))
     assert relative < TOLERANCE
+
+
+def test_leftovers_of_a_killed_conversion_do_not_count_as_used_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    leftovers = tmp_path / "hf.partial"
+    leftovers.mkdir()
+    monkeypatch.setattr(
+        tensors.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0 if leftovers.exists() else 2**40)
+    )
+    convert(source, tmp_path / "hf")
+    assert not leftovers.exists()

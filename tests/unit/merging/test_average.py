@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 
 from megatron_ext.checkpoint.store import METADATA_FILE, checkpoint_name
 from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.conversion import verify
 from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.sources import open_checkpoint
-from megatron_ext.conversion.text import comparison_batches
 from megatron_ext.conversion.verify import compare_weights
 from megatron_ext.errors import ConfigError, ConversionError
+from megatron_ext.merging import average as average_module
 from megatron_ext.merging.average import AverageOptions, average, sources_of
 from megatron_ext.merging.merge import Dare, Ema, Linear, TaskArithmetic, Ties
 from megatron_ext.testing.tiny import tiny_model
@@ -29,11 +31,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def options(sources: list[Path], target: Path, **changes: Any) -> AverageOptions:
-    return AverageOptions(sources=[str(path) for path in sources], target=str(target), **changes)
+    fields: dict[str, Any] = {"logits": False, **changes}
+    return AverageOptions(sources=[str(path) for path in sources], target=str(target), **fields)
 
 
 def test_an_average_is_the_mean_of_every_tensor(models: list[Path], tmp_path: Path) -> None:
-    average(options(models[:2], tmp_path / "out", method=Linear(weights=[1.0, 3.0])), [])
+    average(options(models[:2], tmp_path / "out", method=Linear(weights=[1.0, 3.0])))
     a, b, out = (MegatronSource(path) for path in (*models[:2], tmp_path / "out"))
     assert out.specs == a.specs
     for name in a.specs:
@@ -46,20 +49,19 @@ def test_an_average_is_the_mean_of_every_tensor(models: list[Path], tmp_path: Pa
 def test_equal_models_of_either_kind_give_themselves(method: Any, models: list[Path], tmp_path: Path) -> None:
     convert(models[0], tmp_path / "hf")
     base = str(models[1]) if method.needs_base else None
-    average(options([models[0], tmp_path / "hf"], tmp_path / "out", method=method, base=base, to="hf"), [])
+    average(options([models[0], tmp_path / "hf"], tmp_path / "out", method=method, base=base, to="hf"))
     assert not compare_weights(models[0], tmp_path / "out").different
 
 
 def test_workers_change_no_bit(models: list[Path], tmp_path: Path) -> None:
     for workers in (1, 4):
         o = options(models[:2], tmp_path / str(workers), method=Dare(), base=str(models[2]), workers=workers)
-        average(o, [])
+        average(o)
     assert not compare_weights(tmp_path / "1", tmp_path / "4").different
 
 
 def test_the_result_is_measured_beside_its_parts(models: list[Path], tmp_path: Path) -> None:
-    batches = comparison_batches(models[0], None, None, batches=1, length=32)
-    measured = average(options(models[:2], tmp_path / "out"), batches).perplexities
+    measured = average(options(models[:2], tmp_path / "out", logits=True)).perplexities
     assert list(measured) == [*(str(open_checkpoint(path).directory) for path in models[:2]), str(tmp_path / "out")]
     assert all(value > 1 for value in measured.values())
 
@@ -80,19 +82,47 @@ def test_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
     [
         ({"method": Ties()}, "--method ties needs --base"),
         ({"base": "x"}, "--method linear works without --base"),
+        ({"seed": 1}, "seed = 1: has no effect with --method linear"),
+        ({"text": "t"}, "text = t: has no effect with --no-logits"),
+        ({"hf_class": "LlamaForCausalLM"}, "hf_class = LlamaForCausalLM: has no effect with --to megatron"),
     ],
 )
-def test_a_base_is_for_task_vectors(
+def test_an_option_without_effect_is_refused(
     changes: dict[str, Any], complaint: str, models: list[Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        average(options(models, tmp_path / "out", **changes), [])
+        average(options(models, tmp_path / "out", **changes))
 
 
 def test_what_cannot_be_averaged_is_refused(models: list[Path], tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", replace(MODEL, rotary_base=5e5))
     with pytest.raises(ConversionError, match=r"rotary_base is 10000.0 in .*, 500000.0 in"):
-        average(options([models[0], other], tmp_path / "out"), [])
+        average(options([models[0], other], tmp_path / "out"))
     with pytest.raises(ConfigError, match="give two models or more"):
-        average(options(models[:1], tmp_path / "out"), [])
+        average(options(models[:1], tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_taken_target_and_short_memory_are_found_before_the_work(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(average_module, "checkpoint_logits", never)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(ConversionError, match="not empty"):
+        average(options(models[:2], tmp_path / "out", logits=True))
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(ConversionError, match="its logits need the model in fp32"):
+        average(options(models[:2], tmp_path / "other", logits=True))
+
+
+def test_a_merge_of_hugging_face_models_stays_of_their_class(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "dense", tiny_model())
+    convert(source, tmp_path / "hf", hf_class="MistralForCausalLM")
+    average(options([tmp_path / "hf", tmp_path / "hf"], tmp_path / "out", to="hf"))
+    architecture = open_checkpoint(tmp_path / "out").architecture
+    assert architecture is not None
+    assert architecture.hf_class == "MistralForCausalLM"

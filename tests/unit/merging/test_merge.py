@@ -67,6 +67,16 @@ def test_ties_by_hand() -> None:
     assert torch.allclose(everything, torch.tensor([3.0, 4.0, 2.0, 0.15, 6.0, 5.0]))
 
 
+def test_ties_keeps_its_share_of_equal_differences() -> None:
+    """Weights in bf16 often move by the same step: a share of the moves is kept, not none of them."""
+    base = torch.ones(10, 10, dtype=torch.bfloat16)
+    version = base.clone()
+    version[:5] += 2**-7
+    changed = merged(Ties(density=0.2), [version], base) != base
+    assert int(changed.sum()) == 20
+    assert not changed[5:].any()
+
+
 def test_dare_drops_its_share_and_keeps_the_mean() -> None:
     base = torch.zeros(400, 500)
     version = torch.ones(400, 500)

@@ -214,6 +214,7 @@ def test_the_papers_weights_are_right_for_even_probabilities() -> None:
     products = [part(tensors, f"mlp.experts.{e}") for e in range(4)]
     total = sum(weight * ffn.fc2 @ ffn.fc1 for ffn in products)
     assert torch.allclose(total, source.fc2 @ source.fc1, rtol=1e-12)
+    assert method.folded(replace(moe, moe_router_topk_scaling_factor=2.5)) == 1 / 2.5
     biases = sum(weight * ffn.fc2_bias for ffn in products)  # type: ignore[misc]
     assert torch.allclose(torch.as_tensor(biases), source.fc2_bias, rtol=1e-12)
 
@@ -352,4 +353,5 @@ def test_a_router_from_activations_finds_the_clusters() -> None:
     best = logits.argmax(dim=1)
     assert [len(best[kinds == kind].unique()) for kind in range(4)] == [1] * 4
     assert len(best.unique()) == 4
+    assert float((weight @ inputs.mean(dim=0)).abs().max()) < 1e-4, "what all tokens share favours nobody"
     assert float(logits.std(dim=1).mean()) == pytest.approx(1.0, rel=1e-4)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.tensors import MegatronSource
-from megatron_ext.config import load_run
+from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSpec
+from megatron_ext.config import load_run, to_mapping
+from megatron_ext.conversion import verify
 from megatron_ext.conversion.checkpoint_model import read_model
 from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.conversion.text import comparison_batches
 from megatron_ext.conversion.verify import checkpoint_logits, compare_logits, compare_weights
+from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError, ConversionError, DataError
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.upcycling import check
@@ -30,7 +33,10 @@ from megatron_ext.upcycling.run import upcycle
 from megatron_ext.upcycling.shared_routed import SharedRouted
 from megatron_ext.upcycling.upcycle import make_plan
 from tests.unit.conversion.test_convert import write_checkpoint
+from tests.workspace import write_corpus
 
+# The default of --tolerance.
+TOLERANCE = 1e-5
 DENSE = tiny_model()
 DENSE_MODELS = {
     "grouped-query, untied": DENSE,
@@ -84,7 +90,7 @@ def test_the_function_is_kept_whatever_the_router_says(
     for seed in (1, 2, 3):
         function = made(options(dense[model], tmp_path / str(seed), seed=seed, **METHODS[name]))
         print(f"{name}, {model}, seed {seed}: {function.logits.relative:.1e} of the logits' scale")
-        assert function.logits.relative <= check.TOLERANCE
+        assert function.logits.relative <= TOLERANCE
         assert function.moe_perplexity == pytest.approx(function.dense_perplexity, rel=1e-5)
 
 
@@ -103,7 +109,7 @@ def test_rounding_to_bf16_moves_the_function_no_more_than_the_dense_one(dense: d
 def test_source_format_and_workers_change_no_bit(dense: dict[str, Path], tmp_path: Path) -> None:
     source = dense["grouped-query, untied"]
     convert(source, tmp_path / "hf")
-    settings: dict[str, Any] = {"method": Drop(), "router_init": "activations", "logits": False}
+    settings: dict[str, Any] = {"method": Drop(), "router_std": 0.1, "logits": False}
     upcycle(make_plan(options(source, tmp_path / "a", workers=1, **settings)))
     upcycle(make_plan(options(tmp_path / "hf", tmp_path / "b", workers=4, **settings)))
     comparison = compare_weights(tmp_path / "a", tmp_path / "b")
@@ -115,7 +121,7 @@ def test_a_hugging_face_model_becomes_a_hugging_face_moe(dense: dict[str, Path],
     convert(dense["tied"], tmp_path / "hf")
     function = made(options(tmp_path / "hf", tmp_path / "moe", to="hf"))
     print(f"Hugging Face to Hugging Face: {function.logits.relative:.1e} of the logits' scale")
-    assert function.logits.relative <= check.TOLERANCE
+    assert function.logits.relative <= TOLERANCE
     assert open_checkpoint(tmp_path / "moe").model.num_moe_experts == 4
     assert not (tmp_path / "moe.yaml").exists()
 
@@ -161,7 +167,7 @@ def test_several_models_become_experts_and_an_average(tmp_path: Path) -> None:
     sources = [write_checkpoint(tmp_path / str(number), DENSE) for number in range(2)]
     same = made(options(sources, tmp_path / "same", method=Mix(shared_experts="average"), shared_expert_size=96))
     print(f"mix of equal models: {same.logits.relative:.1e} of the logits' scale")
-    assert same.logits.relative <= check.TOLERANCE
+    assert same.logits.relative <= TOLERANCE
 
 
 def test_depth_comes_from_repeated_layers(dense: dict[str, Path], tmp_path: Path) -> None:
@@ -272,10 +278,84 @@ def test_an_existing_target_is_kept_unless_forced(dense: dict[str, Path], tmp_pa
     again(seed=2, force=True)
 
 
-def test_too_little_text_for_clusters_is_refused(dense: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="128 clusters need 2048 tokens of text, and there are"):
-        upcycle(
-            make_plan(
-                options(dense["grouped-query, untied"], tmp_path / "moe", num_experts=128, router_init="activations")
-            )
-        )
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model with its tokenizer, and text beside it."""
+    folder = tmp_path_factory.mktemp("worded")
+    corpus = write_corpus(folder / "corpus.jsonl")
+    train_tokenizer([corpus], folder / "tokenizer", 330)
+    write_corpus(folder / "short.jsonl", documents=12)
+    write_checkpoint(folder / "dense", replace(DENSE, vocab_size=330))
+    return folder
+
+
+def test_routers_from_activations_do_not_depend_on_the_source_and_use_all_the_text(
+    worded: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "num_experts": 128,
+        "router_init": "activations",
+        "router_std": None,
+        "text": str(worded / "corpus.jsonl"),
+        "tokenizer": str(worded / "tokenizer"),
+        "logits": False,
+    }
+    convert(worded / "dense", tmp_path / "hf")
+    upcycle(make_plan(options(worded / "dense", tmp_path / "a", **settings)))
+    upcycle(make_plan(options(tmp_path / "hf", tmp_path / "b", **settings)))
+    assert not compare_weights(tmp_path / "a", tmp_path / "b").different
+    weight = MegatronSource(tmp_path / "a").read("decoder.layers.1.mlp.router.weight")
+    assert len(weight.unique(dim=0)) == 128
+    short = make_plan(options(worded / "dense", tmp_path / "c", **{**settings, "text": str(worded / "short.jsonl")}))
+    with pytest.raises(DataError, match="128 clusters need 4096 tokens of text, and --text has"):
+        upcycle(short)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"router_init": "activations"}, "router_init = activations: needs --text"),
+        ({"router_init": "activations", "text": "t"}, "router_std = 1.0: has no effect"),
+        ({"text": "t", "logits": False}, "text = t: has no effect with --no-logits"),
+        ({"figures": "f", "logits": False}, "figures = f: has no effect with --no-logits"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    changes: dict[str, Any], complaint: str, dense: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", **changes))
+
+
+def test_what_is_not_made_anew_keeps_its_dtype(tmp_path: Path) -> None:
+    """bf16 matrices beside fp32 norms, as some models have them."""
+    shapes = model_shapes(DENSE)
+    specs = {n: TensorSpec(s, torch.float32 if "norm" in n else torch.bfloat16) for n, s in shapes.items()}
+    generator = torch.Generator().manual_seed(0)
+    with MegatronSink(tmp_path / "dense", specs, {"model": to_mapping(DENSE)}) as sink:
+        for name, shape in shapes.items():
+            sink.write(name, torch.randn(shape, generator=generator) * 0.1 + (1.0 if "norm" in name else 0.0))
+    function = made(options(tmp_path / "dense", tmp_path / "moe"))
+    print(f"mixed dtypes: {function.logits.relative:.1e} of the logits' scale")
+    assert function.logits.relative <= TOLERANCE
+    after = MegatronSource(tmp_path / "moe").specs
+    assert after["decoder.final_layernorm.weight"].dtype == torch.float32
+    assert after["decoder.layers.1.mlp.experts.0.linear_fc1.weight"].dtype == torch.bfloat16
+
+
+def test_short_memory_is_found_before_the_work(
+    dense: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(ConversionError, match="its logits need the model in fp32"):
+        upcycle(make_plan(options(dense["tied"], tmp_path / "moe")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_of_an_export_says_what_was_measured_and_not_how_the_dense_model_was_trained(
+    dense: dict[str, Path], tmp_path: Path
+) -> None:
+    made(options(dense["tied"], tmp_path / "moe", to="hf"))
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "perplexity" in card
+    assert "num_moe_experts: null" not in card
