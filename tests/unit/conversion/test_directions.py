@@ -195,7 +195,7 @@ def test_weights_convert_without_a_training_state(tmp_path: Path) -> None:
 def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     card = (tmp_path / "hf" / MODEL_CARD).read_text()
-    assert "Not verified" in card
+    assert "Not compared with the model it was made of" in card
     assert "trust_remote_code" not in card
     assert "AutoTokenizer" not in card, "it has no tokenizer"
     assert "steps" not in card
@@ -261,7 +261,7 @@ def test_a_model_larger_than_the_memory_is_said_before_the_work(
     memory = type("Memory", (), {"available": 1000})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     written: list[int] = []
-    with pytest.raises(ConversionError, match="with --no-logits"):
+    with pytest.raises(ConversionError, match="do without them by --no-logits"):
         convert(source, tmp_path / "hf", verify=Comparison(), progress=lambda done, total: written.append(done))
     assert not written
     assert not (tmp_path / "hf").exists()

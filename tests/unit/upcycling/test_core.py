@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.upcycling_utils import upcycle_state_dict
 from megatron.core.transformer.spec_utils import build_module
@@ -39,10 +38,11 @@ def by_core(moe: ModelConfig, source: FeedForward) -> dict[str, Tensor]:
     split_process_group(ParallelConfig(), RuntimeConfig(device="cpu"))
     seed_everything(0)
     config = core_config(moe)
-    dense_mlp = _built(get_mlp_module_spec(use_te=False), config)
-    with torch.no_grad():
-        dense_mlp.linear_fc1.weight = torch.nn.Parameter(source.fc1)
-        dense_mlp.linear_fc2.weight = torch.nn.Parameter(source.fc2)
+    # Of the dense layer it reads no more than this.
+    dense_mlp = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1, bias=False) for name in ("linear_fc1", "linear_fc2")})
+    dense_mlp.config = config
+    dense_mlp["linear_fc1"].weight = torch.nn.Parameter(source.fc1)
+    dense_mlp["linear_fc2"].weight = torch.nn.Parameter(source.fc2)
     spec = get_moe_module_spec(use_te=False, num_experts=moe.num_moe_experts, moe_grouped_gemm=False)
     moe_layer = _built(spec, config)
     with torch.no_grad():
