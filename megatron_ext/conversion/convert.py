@@ -1,10 +1,12 @@
 """Converts a checkpoint: Megatron or Hugging Face to either, one process, tensor by tensor, complete or not at all."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.fields import left_behind
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
@@ -14,6 +16,8 @@ from megatron_ext.conversion.verify import verify as compare
 from megatron_ext.conversion.write import DTYPES, Output, Progress, Written, write_hugging_face, write_megatron
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ def convert(
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
     opened = open_checkpoint(source)
+    if opened.architecture is not None:
+        for statement in left_behind(opened.architecture.config, opened.hf_config):
+            log.warning("%s: %s", source, statement)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     content = replace(opened.content, tokenizer=own)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)

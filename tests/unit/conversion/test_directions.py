@@ -153,6 +153,33 @@ def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) ->
         convert(tmp_path / "hf", tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("stated", "key"),
+    [
+        ({"router_aux_loss_coef": 0.02}, "model.moe_aux_loss_coeff"),
+        ({"router_jitter_noise": 0.1}, "model.moe_router_noise"),
+        ({"router_aux_loss_coef": 0.0, "router_jitter_noise": 0.0}, None),
+    ],
+)
+def test_training_that_megatron_has_otherwise_is_said_once(
+    stated: dict[str, float], key: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(moe=True, moe_gating_normalization=None, moe_shared_expert_intermediate_size=None)
+    model = replace(model, moe_first_k_dense=0, moe_layer_freq=1)
+    convert(write_checkpoint(tmp_path / "megatron", model), tmp_path / "hf", hf_class="MixtralForCausalLM")
+    edit_config(tmp_path / "hf", **stated)
+    caplog.clear()
+    convert(tmp_path / "hf", tmp_path / "back", verify=Comparison(logits=False))
+    said = [message for message in caplog.messages if "is not carried over" in message]
+    if key is None:
+        assert not said
+    else:
+        ((name, value),) = stated.items()
+        assert len(said) == 1
+        assert f"{name} = {value}" in said[0]
+        assert key in said[0]
+
+
 # --- the model card -----------------------------------------------------------------------------------------
 
 
