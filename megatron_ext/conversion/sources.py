@@ -1,7 +1,7 @@
 """Any checkpoint, Megatron or Hugging Face, as one stream of canonically named Megatron tensors."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,12 +145,18 @@ class _Repadded:
 
 
 def _require_one_shape(first: Checkpoint, other: Checkpoint) -> None:
-    for name in (name for name in ModelConfig.__dataclass_fields__ if name not in NOT_IN_THE_LOGITS):
-        a, b = meaning(first.model, name), meaning(other.model, name)
-        if a != b:
-            raise ConversionError(
-                f"models must be of one shape: {name} is {a!r} in {first.directory}, {b!r} in {other.directory}"
-            )
+    for name, a, b in differing_fields(first.model, other.model):
+        raise ConversionError(
+            f"models must be of one shape: {name} is {a!r} in {first.directory}, {b!r} in {other.directory}"
+        )
+
+
+def differing_fields(a: ModelConfig, b: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The fields that make two models compute something else, with the value of each."""
+    for name in ModelConfig.__dataclass_fields__:
+        x, y = meaning(a, name), meaning(b, name)
+        if name not in NOT_IN_THE_LOGITS and x != y:
+            yield name, x, y
 
 
 def read_any_model(path: str | Path) -> ModelConfig:

@@ -22,7 +22,7 @@ from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.verify import LogitComparison
 from megatron_ext.errors import ConversionError
 from tests.unit.conversion.hub_server import hub_server
-from tests.unit.conversion.test_convert import MODELS, write_checkpoint
+from tests.unit.conversion.test_convert import MODELS, edit_config, write_checkpoint
 from tests.workspace import ROOT
 from tools import convert as convert_tool
 from tools import verify as verify_tool
@@ -131,6 +131,18 @@ def test_workers_shards_and_verification_are_options(tmp_path: Path, monkeypatch
     )
     assert (code, "logits" in output) == (0, False)
     assert json.loads(figures.read_text())["weights"]["rounded_to"] == ["bfloat16"]
+
+
+def test_another_configuration_is_another_model(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    source, target = write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf"
+    convert(source, target)
+    code, output, _ = in_this_process(verify_tool.main, monkeypatch, capsys, source, target, "--no-logits")
+    assert (code, "configuration:" in output) == (0, False)
+    edit_config(target, rms_norm_eps=1e-3)
+    code, output, _ = in_this_process(verify_tool.main, monkeypatch, capsys, source, target, "--no-logits")
+    assert code == 1
+    assert f"configuration: layernorm_epsilon is 1e-05 in {source}, 0.001 in {target}" in output
+    assert "verdict: NOT the same model" in output
 
 
 def test_weights_that_are_code_are_not_read(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -249,10 +249,11 @@ def test_an_export_that_would_be_another_model_is_not_written(tmp_path: Path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron"]
 
 
-def test_a_config_that_says_another_function_is_found_by_the_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_config_that_says_another_function_is_found(
+    logits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same weights under another RoPE base: only logits show it."""
+    """The same weights under another RoPE base."""
     from megatron_ext.conversion import write as module
 
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
@@ -262,8 +263,9 @@ def test_a_config_that_says_another_function_is_found_by_the_logits(
         write(directory, architecture, replace(model, rotary_base=99.0), *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "write_export", wrong)
-    with pytest.raises(ConversionError, match=r"max \|d\|"):
-        convert(source, tmp_path / "hf", verify=Comparison())
+    with pytest.raises(ConversionError, match=r"configuration: rotary_base is 10000\.0 in .*, 99\.0 in ") as caught:
+        convert(source, tmp_path / "hf", verify=Comparison(logits=logits))
+    assert ("max |d|" in str(caught.value)) == logits
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron"]
 
 
