@@ -13,7 +13,8 @@ from megatron_ext.architectures.fields import config_to_hf
 from megatron_ext.checkpoint.store import TOKENIZERS, copy_tokenizer
 from megatron_ext.checkpoint.tensors import TensorSpec
 from megatron_ext.config import ModelConfig
-from megatron_ext.errors import ConversionError
+from megatron_ext.conversion.hugging_face_tokenizer import load_tokenizer
+from megatron_ext.errors import ConversionError, DataError
 from megatron_ext.files import read_json_object
 
 log = logging.getLogger(__name__)
@@ -80,12 +81,18 @@ def _prevailing_dtype(specs: Mapping[str, TensorSpec]) -> Any:
 def _special_tokens(directory: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Token ids that generation stops at and pads with: the tokenizer's, else those of the model before."""
     ids = {name: hf_config.get(name) for name in _SPECIAL_TOKENS}
-    if (directory / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer  # slow to import, and not needed without a tokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        own = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS}
-        ids |= {name: value for name, value in own.items() if value is not None}
+    if not (directory / "tokenizer.json").is_file():
+        return ids
+    try:
+        tokenizer = load_tokenizer(directory)
+    except DataError as error:
+        log.warning("%s; token ids in the export are those of the source's config.json: %s", error, ids)
+        return ids
+    for name, before in ids.items():
+        own = getattr(tokenizer, name)
+        # A chat model stops at several tokens, of which its tokenizer knows one.
+        if own is not None and not (isinstance(before, list) and own in before):
+            ids[name] = own
     return ids
 
 

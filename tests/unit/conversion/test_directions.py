@@ -153,6 +153,35 @@ def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) ->
         convert(tmp_path / "hf", tmp_path / "other")
 
 
+@pytest.mark.parametrize("stated", [[2, 7], [5, 7], 5])
+def test_several_ids_that_end_a_text_are_kept(stated: list[int] | int, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320)
+    convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320)), tmp_path / "hf")
+    edit_config(tmp_path / "hf", eos_token_id=stated)
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    convert(tmp_path / "hf", tmp_path / "again", to="hf", tokenizer=tokenizer.directory)
+    expected = stated if isinstance(stated, list) and tokenizer.eod in stated else tokenizer.eod
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == expected
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
+    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320).directory
+    code = {"AutoTokenizer": ["tokenization_theirs.Theirs", None]}
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Theirs", "auto_map": code}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tokenizer / "tokenization_theirs.py").write_text("raise SystemExit('foreign code ran')")
+    convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320)), tmp_path / "hf")
+    edit_config(tmp_path / "hf", eos_token_id=5)
+    convert(tmp_path / "hf", tmp_path / "again", to="hf", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == 5
+    assert "token ids in the export are those of the source's config.json" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("stated", "key"),
     [
