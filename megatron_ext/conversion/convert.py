@@ -81,7 +81,7 @@ def convert(
 
     if to == "megatron" and hf_class is not None:
         raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
-    if to == "hf" or hf_class is not None or (to is None and not is_hugging_face(source)):
+    if goes_to_hugging_face(source, to, hf_class):
         if tokenizer is not None and Tokenizer(tokenizer).vocab_size > opened.model.vocab_size:
             raise ConversionError(f"{tokenizer} has more tokens than the model's vocab_size, {opened.model.vocab_size}")
         architecture, why = _class_of(opened, hf_class, verify)
@@ -89,6 +89,11 @@ def convert(
         return Conversion("to Hugging Face", why, architecture, opened.model, written)
     why = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
     return Conversion("to Megatron", why, opened.architecture, opened.model, write_megatron(content, output, check))
+
+
+def goes_to_hugging_face(source: str | Path, to: str | None, hf_class: str | None) -> bool:
+    """Whether a conversion writes a Hugging Face directory: asked for, or by default the format `source` has not."""
+    return to == "hf" or (to is None and (hf_class is not None or not is_hugging_face(source)))
 
 
 def _class_of(opened: Checkpoint, hf_class: str | None, how: Comparison | None) -> tuple[Architecture, str]:
