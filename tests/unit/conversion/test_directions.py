@@ -93,6 +93,9 @@ def test_code_that_is_elsewhere_is_not_run_unasked(tmp_path: Path) -> None:
     done = convert(source, tmp_path / "hf", hf_class="DeepseekForCausalLM", verify=Comparison(logits=False))
     assert done.written.verification is not None
     assert done.written.verification.passed
+    card = (tmp_path / "hf" / MODEL_CARD).read_text()
+    assert "trust_remote_code=True" in card
+    assert "Its modelling code is in [deepseek-ai/" in card
 
 
 def test_numbers_that_fp16_cannot_hold_are_named(tmp_path: Path) -> None:
@@ -255,6 +258,18 @@ def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
     assert "trust_remote_code" not in card
     assert "AutoTokenizer" not in card, "it has no tokenizer"
     assert "steps" not in card
+
+
+def test_a_card_shows_no_loading_that_would_fail(tmp_path: Path) -> None:
+    every = {"moe_first_k_dense": 0, "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": None}
+    source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True, **every))
+    convert(source, tmp_path / "hf", hf_class="TanukiForCausalLM")
+    card = (tmp_path / "hf" / MODEL_CARD).read_text()
+    assert "from_pretrained" not in card
+    assert "its code is to be had with [weblab-GENIAC/Tanuki-8x8B-dpo-v1.0]" in card
+    # As the card says: transformers knows neither the class nor where its code is.
+    with pytest.raises(ValueError, match="Tanuki"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
 
 
 # --- verified before it gets its name -----------------------------------------------------------------------
