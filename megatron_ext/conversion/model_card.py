@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.checkpoint.parameters import count_parameters
-from megatron_ext.checkpoint.store import TOKENIZERS
+from megatron_ext.checkpoint.store import has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.yaml_text import dump_yaml
 from megatron_ext.conversion.content import Content
@@ -27,7 +27,7 @@ def write_model_card(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}",
         _facts(architecture, why, content),
-        _loading(name, architecture, has_tokenizer=any((directory / file).is_file() for file in TOKENIZERS)),
+        _loading(name, architecture, has_tokenizer=has_tokenizer(directory)),
         _verified(verification),
         *([_training(content)] if content.run else []),
         "Exported by megatron_ext.",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.store import STATE_FILE, require_checkpoint
@@ -139,6 +139,45 @@ def test_how_to_stop_and_sample_survives_both_ways(tmp_path: Path) -> None:
     kept = GenerationConfig.from_pretrained(tmp_path / "again")
     assert (kept.eos_token_id, kept.temperature, kept.do_sample) == ([2, 7], 0.7, True)
     assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_tokenizer_of_two_files_is_carried_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-2's vocab.json and merges.txt: nothing here reads them, transformers does."""
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    edit_config(tmp_path / "hf", eos_token_id=2)
+    beside = {
+        "vocab.json": json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2, "ab": 3}),
+        "merges.txt": "#version: 0.2\na b\n",
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer"}),
+        "generation_config.json": json.dumps({"eos_token_id": [2, 3], "temperature": 0.5}, indent=2) + "\n",
+        "chat_template.jinja": "{{ messages }}",
+    }
+    for name, content in beside.items():
+        (tmp_path / "hf" / name).write_text(content)
+    caplog.clear()
+    convert(tmp_path / "hf", tmp_path / "back", verify=Comparison())
+    convert(tmp_path / "back", tmp_path / "again")
+    kept = {name: (tmp_path / "again" / name).read_text() for name in beside}
+    assert (
+        json.loads(kept.pop("generation_config.json")).items() >= {"eos_token_id": [2, 3], "temperature": 0.5}.items()
+    )
+    assert kept == {name: content for name, content in beside.items() if name in kept}
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").encode("ab") == [3]
+    assert "a tokenizer of vocab.json without tokenizer.json or tokenizer.model is not read here" in caplog.text
+    assert "carries no tokenizer" not in caplog.text
+
+
+def test_how_to_sample_survives_another_tokenizer_and_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320)
+    convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320)), tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    caplog.clear()
+    convert(tmp_path / "hf", tmp_path / "one", to="hf", tokenizer=tokenizer.directory)
+    assert not caplog.messages
+    convert(tmp_path / "hf", tmp_path / "none", to="hf")
+    assert "the checkpoint carries no tokenizer" in caplog.text
+    for name in ("one", "none"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["temperature"] == 0.5
 
 
 def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) -> None:
