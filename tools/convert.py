@@ -10,25 +10,21 @@ One process, no GPU, a few tensors in memory. Every tensor is accounted for, or 
 """
 
 from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
-from megatron_ext.conversion.options import ConvertOptions
-from megatron_ext.errors import ConversionError
+from megatron_ext.conversion.options import ConvertOptions, refuse_unused
 
 
 def main() -> None:
     """Parse the command line and convert."""
     o = parse_command(ConvertOptions, __doc__, positional=["source", "target"])
     prefer_huge_pages()
-    from megatron_ext.conversion.convert import convert
+    from megatron_ext.conversion.convert import convert, goes_to_hugging_face
     from megatron_ext.conversion.figures import lines_of
     from megatron_ext.conversion.hub import push_to_hub, require_hub
     from megatron_ext.conversion.verify import Comparison
     from megatron_ext.progress import byte_progress
 
+    refuse_unused(o, to_hugging_face=goes_to_hugging_face(o.source, o.to, o.hf_class))
     if o.push_to_hub is not None:
-        if not o.verify:
-            raise ConversionError("--push-to-hub uploads verified exports only; add --verify")
-        if o.to == "megatron":
-            raise ConversionError("--push-to-hub uploads Hugging Face exports, not Megatron checkpoints")
         require_hub(o.push_to_hub)
     how = Comparison(logits=o.logits, text=o.text, trust_remote_code=o.trust_remote_code)
     with ending_on_sigterm(), byte_progress("converting") as progress:
@@ -39,7 +35,7 @@ def main() -> None:
             hf_class=o.hf_class,
             dtype=o.dtype,
             tokenizer=o.tokenizer,
-            shard_bytes=int(o.shard_size * 1e9),
+            shard_bytes=int((o.shard_size or 5.0) * 1e9),
             workers=o.workers,
             force=o.force,
             verify=how if o.verify else None,

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Compare two checkpoints, Megatron or Hugging Face: weights bit for bit, and logits on text.
+"""Compare two checkpoints, Megatron or Hugging Face: configuration, weights bit for bit, and logits on text.
 
   python tools/verify.py A B [--text corpus.jsonl]
 
 Where one side stores its weights in a narrower dtype, both are compared in that one.
-Exit code 1 if the weights differ or the logits are further apart than fp32 rounding explains.
+Exit code 1 if the configurations say another function, the weights differ, or the logits are further apart than
+fp32 rounding explains.
 """
 
 from pydantic import Field
@@ -22,7 +23,7 @@ class VerifyOptions:
     b: str
     """Second checkpoint."""
     logits: bool = True
-    """Compare logits too: each model is loaded in fp32, one after the other. --no-logits compares weights alone."""
+    """Compare logits too: each model is loaded in fp32, one after the other. --no-logits leaves that out."""
     text: str | None = None
     """Text (.jsonl, .txt, a folder) or the prefix of a prepared dataset. Default: built-in sentences."""
     tokenizer: str | None = None

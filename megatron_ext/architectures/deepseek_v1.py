@@ -9,7 +9,7 @@ from megatron_ext.architectures.experts import moe_only, routed_experts, shared_
 from megatron_ext.architectures.fields import Field, Fixed
 from megatron_ext.architectures.llama import DENSE_FFN, DROPS, LAYER, SIZES, TRUNK
 from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.routing_fields import FirstDense, NormalizedTopK, SharedCount
+from megatron_ext.architectures.routing_fields import DeepSeekBalance, FirstDense, NormalizedTopK, SharedCount
 
 REPOSITORY = "deepseek-ai/deepseek-moe-16b-base"
 
@@ -34,6 +34,7 @@ DEEPSEEK_V1 = Architecture(
         FirstDense(default=0, every=False),
         Fixed("scoring_func", "softmax"),
         NormalizedTopK(),
+        DeepSeekBalance(),
     ),
     weights=(*TRUNK, *DENSE_FFN, *routed_experts(), *shared_experts(f"{LAYER}.mlp.shared_experts")),
     other=moe_only,

@@ -11,7 +11,14 @@ from megatron_ext.architectures.experts import moe_only, routed_experts, shared_
 from megatron_ext.architectures.fields import ConfigRule, Field, Fixed, Ignored
 from megatron_ext.architectures.llama import DENSE_FFN, EMBEDDINGS, LAYER, MEGATRON_LAYER, NORMS, PROJECTION, SIZES
 from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.routing_fields import FirstDense, GroupLimited, NormalizedTopK, Scaling, SharedCount
+from megatron_ext.architectures.routing_fields import (
+    DeepSeekBalance,
+    FirstDense,
+    GroupLimited,
+    NormalizedTopK,
+    Scaling,
+    SharedCount,
+)
 from megatron_ext.architectures.rules import Rename, Rule
 from megatron_ext.config import ModelConfig
 
@@ -82,6 +89,7 @@ DEEPSEEK_V2 = Architecture(
         NormalizedTopK(settable=False),
         Scaling(default=1.0),
         GroupLimited("max", method="group_limited_greedy"),
+        DeepSeekBalance(),
     ),
     weights=LATENT_WEIGHTS,
     other=_no_even_heads,

@@ -22,6 +22,16 @@ HARMLESS = frozenset(
 )
 """Fields that do not change the logits of a forward pass."""
 
+TRAINING_OF_OTHERS = {
+    "router_aux_loss_coef": "this is top-k times a balance loss of all layers together, Megatron's is of each layer; "
+    "set model.moe_aux_loss_coeff to train on with one",
+    "aux_loss_alpha": "no code of this class says of which balance loss; set model.moe_router_load_balancing_type and "
+    "model.moe_aux_loss_coeff to train on with one",
+    "router_jitter_noise": "this is noise on the experts' input too, Megatron's is on the router's alone; set "
+    "model.moe_router_noise to train on with it",
+}
+"""Harmless fields that training reads and Megatron has no exact counterpart of: why, and what to set instead."""
+
 NOT_IN_THE_LOGITS = frozenset(
     "attention_dropout hidden_dropout init_method_std make_vocab_size_divisible_by moe_adaptive_aux_loss "
     "moe_aux_loss_coeff moe_expert_capacity_factor moe_router_bias_update_rate moe_router_load_balancing_type "
@@ -269,6 +279,16 @@ def config_to_megatron(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any], *,
         return load_config(ModelConfig, fields, source=source)
     except ConfigError as error:
         raise ConversionError(str(error)) from error
+
+
+def left_behind(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any]) -> list[str]:
+    """What a Hugging Face config says about training, and a table of rules does not keep; zero says nothing."""
+    said = {name for rule in rules for name in rule.hf_names()}
+    return [
+        f"{name} = {raw[name]!r} is not carried over: {why}"
+        for name, why in TRAINING_OF_OTHERS.items()
+        if name not in said and raw.get(name)
+    ]
 
 
 def _listed(stated: Mapping[str, Any]) -> str:

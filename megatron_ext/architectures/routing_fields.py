@@ -300,3 +300,31 @@ class GroupLimited(ConfigRule):
         if model.moe_router_num_groups is None or model.moe_router_group_score == self.score:
             return []
         return [f"moe_router_group_score = {model.moe_router_group_score!r}"]
+
+
+@dataclass(frozen=True)
+class DeepSeekBalance(ConfigRule):
+    """The balance loss that DeepSeek's own modelling code takes of each layer's softmax, over a sequence or a batch.
+
+    It is `E * sum_i f_i P_i` there too (`MoEGate` of the models' repositories). Transformers' classes take none, so
+    that an absent weight is none.
+    """
+
+    def hf_names(self) -> tuple[str, ...]:
+        return ("aux_loss_alpha", "seq_aux")
+
+    def megatron_names(self) -> tuple[str, ...]:
+        return ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        losses = model.balance_losses
+        if model.moe_adaptive_aux_loss is not None or len(losses) != 1 or "global_aux_loss" in losses:
+            return {"aux_loss_alpha": 0.0}  # DeepSeek's code takes an absent one for 0.001
+        ((kind, weight),) = losses.items()
+        return {"aux_loss_alpha": weight, "seq_aux": kind == "seq_aux_loss"}
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        if not (weight := raw.get("aux_loss_alpha")):
+            return {}
+        kind = "seq_aux_loss" if raw.get("seq_aux", True) else "aux_loss"
+        return {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": weight}

@@ -47,6 +47,11 @@ class HuggingFaceSource:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ConversionError(f"{index}: has no weight_map")
             files = sorted(set(weight_map.values()))
+            if single.is_file() and SINGLE_FILE not in files:
+                raise ConversionError(
+                    f"{self.directory}: has both {SINGLE_FILE} and an {INDEX_FILE} of other files, and readers differ "
+                    "in which they take; move the one that is not meant out of the folder"
+                )
         elif single.is_file():
             files = [SINGLE_FILE]
         else:
@@ -60,7 +65,9 @@ class HuggingFaceSource:
                 places = _read_header(self._files[name])
             except (OSError, EOFError, ValueError) as error:
                 raise ConversionError(f"{path}: no complete safetensors file ({error})") from error
-            self._places.update({key: (name, place) for key, place in places.items()})
+            for key, place in places.items():
+                if (other := self._places.setdefault(key, (name, place))[0]) != name:
+                    raise ConversionError(f"{self.directory}: {key} is in both {other} and {name}; take it out of one")
         if lost := sorted(set(weight_map) - set(self._places)):
             raise ConversionError(f"{index}: names tensors that no shard holds: {', '.join(lost[:10])}")
         self.specs = {key: TensorSpec(place.shape, place.dtype) for key, (_, place) in self._places.items()}

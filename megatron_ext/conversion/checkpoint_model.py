@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ext.checkpoint.store import RUN_FILE, TOKENIZER_FOLDER, read_run, require_checkpoint
+from megatron_ext.checkpoint.store import RUN_FILE, TOKENIZER_FOLDER, has_tokenizer, read_run, require_checkpoint
 from megatron_ext.config import ModelConfig, load_config
 from megatron_ext.errors import CheckpointError
 
@@ -19,4 +19,4 @@ def read_model(checkpoint: str | Path) -> ModelConfig:
 def tokenizer_directory(checkpoint: str | Path) -> Path | None:
     """The tokenizer that the checkpoint carries, if it has one."""
     path = require_checkpoint(checkpoint) / TOKENIZER_FOLDER
-    return path if path.is_dir() else None
+    return path if has_tokenizer(path) else None

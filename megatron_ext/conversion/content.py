@@ -31,3 +31,5 @@ class Content:
     """The resolved run that trained it, where one did."""
     state: TrainingState = field(default_factory=TrainingState)
     """How far it is trained."""
+    beside: Path | None = None
+    """Folder of the model's own tokenizer, readable here or not, and of how it stops, samples and chats."""

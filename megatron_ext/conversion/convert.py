@@ -1,10 +1,12 @@
 """Converts a checkpoint: Megatron or Hugging Face to either, one process, tensor by tensor, complete or not at all."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_ext.architectures.base import Architecture
+from megatron_ext.architectures.fields import left_behind
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
@@ -22,6 +24,8 @@ from megatron_ext.conversion.write import (
 )
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ def convert(
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
     opened = open_checkpoint(source)
+    if opened.architecture is not None:
+        for statement in left_behind(opened.architecture.config, opened.hf_config):
+            log.warning("%s: %s", source, statement)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     content = replace(opened.content, tokenizer=own)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
@@ -82,7 +89,7 @@ def convert(
 
     if to == "megatron" and hf_class is not None:
         raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
-    if to == "hf" or hf_class is not None or (to is None and not is_hugging_face(source)):
+    if goes_to_hugging_face(source, to, hf_class):
         if tokenizer is not None and Tokenizer(tokenizer).vocab_size > opened.model.vocab_size:
             raise ConversionError(f"{tokenizer} has more tokens than the model's vocab_size, {opened.model.vocab_size}")
         architecture, why = _class_of(opened, hf_class, verify)
@@ -90,6 +97,11 @@ def convert(
         return Conversion("to Hugging Face", why, architecture, opened.model, written)
     why = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
     return Conversion("to Megatron", why, opened.architecture, opened.model, write_megatron(content, output, check))
+
+
+def goes_to_hugging_face(source: str | Path, to: str | None, hf_class: str | None) -> bool:
+    """Whether a conversion writes a Hugging Face directory: asked for, or by default the format `source` has not."""
+    return to == "hf" or (to is None and (hf_class is not None or not is_hugging_face(source)))
 
 
 def _class_of(opened: Checkpoint, hf_class: str | None, how: Comparison | None) -> tuple[Architecture, str]:

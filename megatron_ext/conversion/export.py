@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.fields import config_to_hf
-from megatron_ext.checkpoint.store import TOKENIZERS, copy_tokenizer
+from megatron_ext.checkpoint.store import GENERATION_FILE, TOKENIZERS, copy_tokenizer
 from megatron_ext.checkpoint.tensors import TensorSpec
 from megatron_ext.config import ModelConfig
-from megatron_ext.errors import ConversionError
+from megatron_ext.conversion.hugging_face_tokenizer import load_tokenizer
+from megatron_ext.errors import ConversionError, DataError
 from megatron_ext.files import read_json_object
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ def write_export(
     specs: Mapping[str, TensorSpec],
     *,
     tokenizer: Path | None,
+    beside: Path | None,
     hf_config: Mapping[str, Any],
 ) -> None:
     """Write config.json, generation_config.json, the tokenizer and the modelling code that the class needs.
@@ -35,9 +38,10 @@ def write_export(
     Args:
         specs: the tensors beside; most of their elements have the dtype that config.json names.
         tokenizer: folder of the tokenizer, and of a generation_config.json to carry on.
+        beside: the model's own such folder, of which the latter is taken where `tokenizer` has none.
         hf_config: config.json of the model this one was made of, for token ids that no tokenizer says.
     """
-    _copy_tokenizer(tokenizer, directory)
+    _copy_beside(tokenizer, beside, directory)
     special = _special_tokens(directory, hf_config)
     name = str(_prevailing_dtype(specs)).removeprefix("torch.")
     config = {
@@ -53,9 +57,10 @@ def write_export(
         "use_cache": True,
     }
     _write_json(directory / "config.json", config)
-    generation = directory / "generation_config.json"
+    generation = directory / GENERATION_FILE
     carried = read_json_object(generation, ConversionError) if generation.is_file() else {}
-    _write_json(generation, {**special, **carried})
+    unsaid = {name: value for name, value in special.items() if carried.get(name) is None}
+    _write_json(generation, {**carried, **unsaid})
     for file_name in architecture.code:
         (directory / file_name).write_text(shipped_code(file_name))
 
@@ -80,17 +85,38 @@ def _prevailing_dtype(specs: Mapping[str, TensorSpec]) -> Any:
 def _special_tokens(directory: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Token ids that generation stops at and pads with: the tokenizer's, else those of the model before."""
     ids = {name: hf_config.get(name) for name in _SPECIAL_TOKENS}
-    if (directory / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer  # slow to import, and not needed without a tokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        own = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS}
-        ids |= {name: value for name, value in own.items() if value is not None}
+    if not (directory / "tokenizer.json").is_file():
+        return ids
+    try:
+        tokenizer = load_tokenizer(directory)
+    except DataError as error:
+        log.warning("%s; token ids in the export are those of the source's config.json: %s", error, ids)
+        return ids
+    for name, before in ids.items():
+        own = getattr(tokenizer, name)
+        # A chat model stops at several tokens, of which its tokenizer knows one.
+        if own is not None and not (isinstance(before, list) and own in before):
+            ids[name] = own
     return ids
 
 
-def _copy_tokenizer(source: Path | None, target: Path) -> None:
-    if source is None:
+def _copy_beside(tokenizer: Path | None, beside: Path | None, target: Path) -> None:
+    """Copy a tokenizer, and how to stop, sample and chat, which a model has without one too."""
+    if tokenizer is not None:
+        if not copy_tokenizer(tokenizer, target):
+            raise ConversionError(f"{tokenizer}: no tokenizer here ({' or '.join(TOKENIZERS)})")
+        # Another tokenizer has a chat template of its own, or none.
+        if beside is not None and (beside / GENERATION_FILE).is_file() and not (target / GENERATION_FILE).exists():
+            shutil.copyfile(beside / GENERATION_FILE, target / GENERATION_FILE)
+        return
+    if beside is not None:
+        copy_tokenizer(beside, target)
+    if (target / "vocab.json").is_file():
+        log.warning(
+            "%s: carried on as it is, but a tokenizer of vocab.json without %s is not read here; transformers' "
+            "save_pretrained makes a tokenizer.json, for --tokenizer DIR",
+            beside,
+            " or ".join(TOKENIZERS),
+        )
+    else:
         log.warning("the checkpoint carries no tokenizer, so the export has none; pass --tokenizer DIR")
-    elif not copy_tokenizer(source, target):
-        raise ConversionError(f"{source}: no tokenizer here ({' or '.join(TOKENIZERS)})")

@@ -35,7 +35,8 @@ def weight_lines(comparison: WeightComparison) -> list[str]:
 def lines_of(verification: Verification) -> list[str]:
     """Lines for the terminal."""
     logits = [] if verification.logits is None else logit_lines(verification.logits)
-    return [*weight_lines(verification.weights), *logits]
+    fields = [f"configuration: {statement}" for statement in verification.fields]
+    return [*fields, *weight_lines(verification.weights), *logits]
 
 
 def write_figures(path: str | Path, **comparisons: LogitComparison | WeightComparison | None) -> None:

@@ -11,7 +11,7 @@ from megatron_ext.architectures.registry import ARCHITECTURES
 from megatron_ext.conversion.export import shipped_code
 from megatron_ext.conversion.network import megatron_network
 from megatron_ext.conversion.sources import open_checkpoint
-from megatron_ext.errors import ConversionError, DataError
+from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
 
 
@@ -82,21 +82,6 @@ def may_run_code(directory: str | Path, *, trust_remote_code: bool = False) -> b
     if not trusted and "auto_map" in read_json_object(Path(directory) / "config.json", ConversionError):
         raise ConversionError(f"{directory}: brings its own modelling code; pass --trust-remote-code to run it")
     return trusted
-
-
-def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Transformers' tokenizer of `directory`. An export of ours brings none of its own code, so none is run unasked.
-
-    Raises:
-        DataError: there is none that transformers can use.
-    """
-    from transformers import AutoTokenizer  # slow to import
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{directory}: no tokenizer here that transformers can use ({reason})") from error
 
 
 def carries_our_code(directory: str | Path) -> bool:

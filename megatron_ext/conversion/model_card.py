@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.checkpoint.parameters import count_parameters
-from megatron_ext.checkpoint.store import TOKENIZERS
+from megatron_ext.checkpoint.store import has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.yaml_text import dump_yaml
 from megatron_ext.conversion.content import Content
@@ -26,7 +26,7 @@ def write_model_card(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}",
         _facts(architecture, why, content),
-        _loading(name, architecture, has_tokenizer=any((directory / file).is_file() for file in TOKENIZERS)),
+        _loading(name, architecture, has_tokenizer=has_tokenizer(directory)),
         _verified(figures),
         *([_training(content)] if content.run else []),
         "Exported by megatron_ext.",
@@ -62,15 +62,32 @@ def _experts(model: ModelConfig) -> str:
 
 
 def _loading(name: str, architecture: Architecture, *, has_tokenizer: bool) -> str:
+    loads = architecture.remote is None or bool(architecture.auto_map)
+    classes = [*(["AutoModelForCausalLM"] if loads else []), *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if architecture.auto_map else ""
     code = [
-        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}",
+        f"from transformers import {', '.join(classes)}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})',
+        *([f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})'] if loads else []),
         *([f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] if has_tokenizer else []),
     ]
-    note = "\n\nIts modelling code is in this directory; `trust_remote_code` runs it." if architecture.code else ""
-    return "## Loading\n\n```python\n" + "\n".join(code) + "\n```" + note
+    parts = ["## Loading", *(["```python\n" + "\n".join(code) + "\n```"] if classes else []), _code_note(architecture)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _code_note(architecture: Architecture) -> str:
+    """Where the modelling code is to be had; empty where transformers has it."""
+    if architecture.code:
+        return "Its modelling code is in this directory; `trust_remote_code` runs it."
+    if architecture.remote is None:
+        return ""
+    where = f"[{architecture.remote}](https://huggingface.co/{architecture.remote})"
+    if architecture.auto_map:
+        return f"Its modelling code is in {where}; `trust_remote_code` fetches and runs it."
+    return (
+        f"Transformers has no `{architecture.hf_class}`, and this directory has no code of it, so that `AutoModel` "
+        f"classes do not load it: its code is to be had with {where}."
+    )
 
 
 def _verified(figures: Sequence[str] | None) -> str:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_ext.config.base import config
+from megatron_ext.errors import ConfigError
 
 _MOST_WORKERS = 4
 
@@ -32,8 +33,8 @@ class ConvertOptions:
     """Convert the weights. Default: keep them as they are."""
     tokenizer: str | None = None
     """Tokenizer to put into a Hugging Face export. Default: the one of the training run."""
-    shard_size: float = Field(default=5.0, gt=0)
-    """Largest safetensors file, in GB."""
+    shard_size: float | None = Field(default=None, gt=0)
+    """Largest safetensors file of a Hugging Face export, in GB. Default: 5."""
     workers: int = Field(default_factory=_cores, ge=1)
     """Threads. The result does not depend on them. Default: one for each core, up to 4."""
     force: bool = False
@@ -51,3 +52,25 @@ class ConvertOptions:
     taken from HF_TOKEN, or from the login of the hub's own command line."""
     private: bool = True
     """Create the repository as a private one, where it is not there yet."""
+
+
+def refuse_unused(o: ConvertOptions, *, to_hugging_face: bool) -> None:
+    """Raise ConfigError where an option was given that nothing would come of; it names what the option needs."""
+    compares_logits = "--verify without --no-logits: it is for the comparison of logits"
+    needs = [
+        ("--no-logits", not o.logits, o.verify, "--verify: it is for the comparison with the source"),
+        ("--text", o.text is not None, o.verify and o.logits, compares_logits),
+        ("--trust-remote-code", o.trust_remote_code, o.verify and o.logits, compares_logits),
+        ("--shard-size", o.shard_size is not None, to_hugging_face, "a Hugging Face target, not a Megatron checkpoint"),
+        ("--no-private", not o.private, o.push_to_hub is not None, "--push-to-hub"),
+        (
+            "--push-to-hub",
+            o.push_to_hub is not None,
+            to_hugging_face,
+            "a Hugging Face target, not a Megatron checkpoint",
+        ),
+        ("--push-to-hub", o.push_to_hub is not None, o.verify, "--verify: only verified exports are uploaded"),
+    ]
+    for option, given, useful, what in needs:
+        if given and not useful:
+            raise ConfigError(f"{option} needs {what}")

@@ -1,7 +1,7 @@
 """Any checkpoint, Megatron or Hugging Face, as one stream of canonically named Megatron tensors."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.stored import unstacked
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.store import TOKENIZERS, TrainingState, find_checkpoint, read_run, read_state
+from megatron_ext.checkpoint.store import (
+    TOKENIZER_FOLDER,
+    TrainingState,
+    find_checkpoint,
+    has_tokenizer,
+    read_run,
+    read_state,
+)
 from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.meaning import meaning
@@ -49,6 +56,8 @@ class Checkpoint:
     """The resolved run of a Megatron checkpoint."""
     state: TrainingState
     """Where its training stood, if the checkpoint says so."""
+    beside: Path
+    """Where its tokenizer's files, readable here or not, would stand, and how it stops, samples and chats."""
 
     @property
     def content(self) -> Content:
@@ -63,6 +72,7 @@ class Checkpoint:
             self.hf_config,
             self.run,
             self.state,
+            self.beside,
         )
 
 
@@ -91,9 +101,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         state = read_state(stream.directory)
     except CheckpointError:
         state = TrainingState()  # weights convert without it
-    return Checkpoint(
-        stream.directory, model, stream, tokenizer_directory(path), None, {}, read_run(stream.directory), state
-    )
+    run, beside = read_run(stream.directory), stream.directory / TOKENIZER_FOLDER
+    return Checkpoint(stream.directory, model, stream, tokenizer_directory(path), None, {}, run, state, beside)
 
 
 def _open_hugging_face(directory: Path) -> Checkpoint:
@@ -102,10 +111,10 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
     check_hugging_face(stream, architecture, model, where=str(directory))
     for what, names in stream.dropped.items():
         log.warning("%s: %d tensors are left out, %s and so on: %s", directory, len(names), names[0], what)
-    tokenizer = directory if any((directory / name).is_file() for name in TOKENIZERS) else None
+    tokenizer = directory if has_tokenizer(directory) else None
     hf_config = read_json_object(directory / "config.json", ConversionError)
     tensors = CanonicalTensors(stream, architecture, model)
-    return Checkpoint(directory, model, tensors, tokenizer, architecture, hf_config, {}, TrainingState())
+    return Checkpoint(directory, model, tensors, tokenizer, architecture, hf_config, {}, TrainingState(), directory)
 
 
 def streams_of_one_shape(checkpoints: Sequence[Checkpoint]) -> list[TensorSource]:
@@ -145,12 +154,18 @@ class _Repadded:
 
 
 def _require_one_shape(first: Checkpoint, other: Checkpoint) -> None:
-    for name in (name for name in ModelConfig.__dataclass_fields__ if name not in NOT_IN_THE_LOGITS):
-        a, b = meaning(first.model, name), meaning(other.model, name)
-        if a != b:
-            raise ConversionError(
-                f"models must be of one shape: {name} is {a!r} in {first.directory}, {b!r} in {other.directory}"
-            )
+    for name, a, b in differing_fields(first.model, other.model):
+        raise ConversionError(
+            f"models must be of one shape: {name} is {a!r} in {first.directory}, {b!r} in {other.directory}"
+        )
+
+
+def differing_fields(a: ModelConfig, b: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The fields that make two models compute something else, with the value of each."""
+    for name in ModelConfig.__dataclass_fields__:
+        x, y = meaning(a, name), meaning(b, name)
+        if name not in NOT_IN_THE_LOGITS and x != y:
+            yield name, x, y
 
 
 def read_any_model(path: str | Path) -> ModelConfig:

@@ -36,8 +36,8 @@ def token_batches(
     Raises:
         DataError: too little text for one batch.
     """
-    stream = _tokens(source, tokenizer)
     needed = rows * length
+    stream = _tokens(source, tokenizer, most=batches * needed)
     result: list[Tensor] = []
     buffer: list[int] = []
     for ids in stream:
@@ -52,14 +52,15 @@ def token_batches(
     return result
 
 
-def _tokens(source: str | Path | None, tokenizer: Tokenizer) -> Iterator[Iterable[int]]:
+def _tokens(source: str | Path | None, tokenizer: Tokenizer, *, most: int) -> Iterator[Iterable[int]]:
+    """Token ids of `source` piece by piece; of a prepared dataset no more than `most` are read."""
     if source is None:
         text = "\n".join(_SENTENCES)
         while True:
             yield tokenizer.encode(text)
     elif Path(f"{source}.bin").is_file():
         manifest = json.loads((Path(source).parent / MANIFEST_FILE).read_text())
-        yield np.fromfile(f"{source}.bin", dtype=token_dtype(manifest["vocab_size"])).astype(np.int64).tolist()
+        yield np.fromfile(f"{source}.bin", dtype=token_dtype(manifest["vocab_size"]), count=most).tolist()
     else:
         for document in read_documents(corpus_files([source])):
             yield [*tokenizer.encode(document), tokenizer.eod]

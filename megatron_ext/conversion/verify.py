@@ -1,4 +1,4 @@
-"""Proof that two checkpoints are the same model: their weights bit for bit, their logits on given text."""
+"""Proof that two checkpoints are the same model: configuration, weights bit for bit, logits on text."""
 
 import math
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from megatron_ext.conversion.sources import (
     EMBEDDING,
     OUTPUT,
     Checkpoint,
+    differing_fields,
     is_hugging_face,
     open_checkpoint,
     read_any_model,
@@ -69,11 +70,14 @@ class Verification:
     """None where only weights were compared."""
     tolerance: float
     """Largest difference of logits that counts as equal, relative to the largest logit."""
+    fields: tuple[str, ...] = ()
+    """Fields of the configurations that make them compute something else, each with both values."""
 
     @property
     def passed(self) -> bool:
         """Whether they are."""
-        return not self.weights.different and (self.logits is None or self.logits.relative <= self.tolerance)
+        same = not self.fields and not self.weights.different
+        return same and (self.logits is None or self.logits.relative <= self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,13 @@ def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
             for path in (a, b)
         )
         logits = compare_logits(*computed)
-    return Verification(weights, logits, how.tolerance)
+    return Verification(weights, logits, how.tolerance, compare_fields(a, b))
+
+
+def compare_fields(a: str | Path, b: str | Path) -> tuple[str, ...]:
+    """The fields in which two checkpoints' configurations say another function, each with both values."""
+    different = differing_fields(read_any_model(a), read_any_model(b))
+    return tuple(f"{name} is {x!r} in {a}, {y!r} in {b}" for name, x, y in different)
 
 
 def comparison_input(path: str | Path, how: Comparison) -> list[Tensor]:

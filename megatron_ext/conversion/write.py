@@ -8,6 +8,7 @@ import torch
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.checkpoint.safetensors import HuggingFaceSink
+from megatron_ext.checkpoint.store import TOKENIZER_FILES
 from megatron_ext.checkpoint.tensors import MegatronSink, TensorSink
 from megatron_ext.config import to_mapping
 from megatron_ext.conversion.content import Content
@@ -83,6 +84,7 @@ def write_hugging_face(content: Content, architecture: Architecture, why: str, o
             content.model,
             specs,
             tokenizer=content.tokenizer,
+            beside=content.beside,
             hf_config=content.hf_config,
         )
         examined = _fill(sink, tasks, content, output, check)
@@ -101,9 +103,14 @@ def write_megatron(content: Content, output: Output, check: Check) -> Written:
         name: replace(spec, dtype=stored_dtype(name, spec.dtype, output.dtype)) for name, spec in content.specs.items()
     }
     run = {**content.run, "model": to_mapping(content.model)}
-    sink = MegatronSink(
-        output.target, specs, run, tokenizer=content.tokenizer, force=output.force, inputs=content.inputs
-    )
+    tokenizer = content.tokenizer
+    if (
+        tokenizer is None
+        and content.beside is not None
+        and any((content.beside / n).is_file() for n in TOKENIZER_FILES)
+    ):
+        tokenizer = content.beside  # for a later export; nothing here reads it
+    sink = MegatronSink(output.target, specs, run, tokenizer=tokenizer, force=output.force, inputs=content.inputs)
     with sink:
         examined = _fill(sink, content.tasks, content, output, check)
     return _written(sink, examined)

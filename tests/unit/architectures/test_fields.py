@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
-from megatron_ext.architectures.fields import config_to_hf, config_to_megatron
+from megatron_ext.architectures.fields import config_to_hf, config_to_megatron, left_behind
 from megatron_ext.architectures.llama import LLAMA
 from megatron_ext.architectures.registry import architecture_for, architecture_of
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
+from megatron_ext.mcore.moe import balance
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.conversion.references import LLAMA3, REFERENCES, Sizes, raw_config
 
@@ -151,7 +153,9 @@ def test_published_configurations_are_understood() -> None:
     rope = dict(old.pop("rope_parameters"))
     old |= {"rope_theta": rope.pop("rope_theta"), "scoring_func": "softmax", "aux_loss_alpha": 0.001, "ep_size": 1}
     old |= {"rope_scaling": {"type": rope.pop("rope_type"), **rope}, "seq_aux": True, "moe_layer_freq": 1}
-    assert read("DeepseekV2ForCausalLM", old) == read("DeepseekV2ForCausalLM", reference("DeepseekV2ForCausalLM"))
+    balance = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.001}
+    expected = replace(read("DeepseekV2ForCausalLM", reference("DeepseekV2ForCausalLM")), **balance)
+    assert read("DeepseekV2ForCausalLM", old) == expected
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -273,6 +277,53 @@ PARAMETERS = {
 def test_models_have_the_parameters_that_their_authors_count(hf_class: str) -> None:
     model = replace(read(hf_class, PUBLISHED[hf_class]), make_vocab_size_divisible_by=1)
     assert sum(math.prod(shape) for shape in model_shapes(model).values()) == PARAMETERS[hf_class]
+
+
+@pytest.mark.parametrize("hf_class", ["DeepseekForCausalLM", "DeepseekV2ForCausalLM"])
+@pytest.mark.parametrize("losses", [("seq_aux_loss", 0.003), ("aux_loss", 0.02), ("global_aux_loss", 0.1)])
+def test_the_balance_loss_of_deepseeks_code_survives(hf_class: str, losses: tuple[str, float]) -> None:
+    table = architecture_of({"architectures": [hf_class]}, source="t").config
+    kind, weight = losses
+    model = replace(read(hf_class, reference(hf_class)), moe_router_load_balancing_type=kind, moe_aux_loss_coeff=weight)
+    raw = config_to_hf(table, model)
+    if kind == "global_aux_loss":
+        assert raw["aux_loss_alpha"] == 0
+    else:
+        assert (raw["aux_loss_alpha"], raw["seq_aux"]) == (weight, kind == "seq_aux_loss")
+        assert config_to_megatron(table, raw, source="t").balance_losses == {kind: weight}
+    assert not left_behind(table, raw)
+
+
+def test_a_balance_loss_that_no_code_defines_is_not_taken() -> None:
+    table = architecture_of({"architectures": ["DeepseekV3ForCausalLM"]}, source="t").config
+    (said,) = left_behind(table, reference("DeepseekV3ForCausalLM") | {"aux_loss_alpha": 0.001, "seq_aux": True})
+    assert said.startswith("aux_loss_alpha = 0.001 is not carried over")
+
+
+def deepseeks_loss(scores_TE: torch.Tensor, chosen_TK: torch.Tensor, batch: int, by_sequence: bool) -> torch.Tensor:
+    """DeepSeek's loss of weight 1, as `MoEGate` of DeepSeek's repositories takes it; rows by sequence."""
+    experts, (tokens, k) = scores_TE.shape[1], chosen_TK.shape
+    if by_sequence:
+        counts = torch.zeros(batch, experts).scatter_add_(
+            1, chosen_TK.view(batch, -1), torch.ones(batch, tokens // batch * k)
+        )
+        shares = counts / (tokens // batch * k / experts)
+        return (shares * scores_TE.view(batch, -1, experts).mean(dim=1)).sum(dim=1).mean()
+    share = torch.nn.functional.one_hot(chosen_TK.flatten(), experts).float().mean(0) * experts
+    return (share * scores_TE.mean(0)).sum()
+
+
+def test_deepseeks_balance_loss_is_megatrons() -> None:
+    batch, length, experts = 3, 7, 5
+    scores_BSE = torch.randn(batch, length, experts, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    chosen_BSK = scores_BSE.topk(2).indices
+    chosen_BSE = torch.zeros_like(scores_BSE).scatter_(2, chosen_BSK, 1).bool()
+    rows = [scores_BSE.flatten(0, 1), chosen_BSK.flatten(0, 1)]
+    scores_TE, chosen_TE = (x.transpose(0, 1).flatten(0, 1) for x in (scores_BSE, chosen_BSE))
+    ours = balance.sequence_loss(chosen_TE, scores_TE, batch, 1, None)
+    torch.testing.assert_close(ours, deepseeks_loss(*rows, batch, by_sequence=True))
+    ours = balance.micro_batch_loss(chosen_TE.sum(0), scores_TE, 1, None)
+    torch.testing.assert_close(ours, deepseeks_loss(*rows, batch, by_sequence=False))
 
 
 def test_a_type_that_is_not_of_the_class_is_refused() -> None:

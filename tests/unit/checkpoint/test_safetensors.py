@@ -54,6 +54,23 @@ def test_an_index_that_names_absent_tensors_is_refused(tmp_path: Path) -> None:
         HuggingFaceSource(tmp_path)
 
 
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(3), "y": torch.ones(1)}, tmp_path / "one.safetensors")
+    save_file({"x": torch.zeros(3), "z": torch.ones(1)}, tmp_path / "two.safetensors")
+    weight_map = {"x": "one.safetensors", "y": "one.safetensors", "z": "two.safetensors"}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ConversionError, match=r"x is in both one\.safetensors and two\.safetensors"):
+        HuggingFaceSource(tmp_path)
+
+
+def test_one_file_beside_an_index_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(3)}, tmp_path / "one.safetensors")
+    save_file({"x": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"x": "one.safetensors"}}))
+    with pytest.raises(ConversionError, match=r"has both model\.safetensors and .*; move the one"):
+        HuggingFaceSource(tmp_path)
+
+
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ConversionError, match=r"model\.safetensors"):

@@ -22,17 +22,19 @@ from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.verify import LogitComparison
 from megatron_ext.errors import ConversionError
 from tests.unit.conversion.hub_server import hub_server
-from tests.unit.conversion.test_convert import MODELS, write_checkpoint
+from tests.unit.conversion.test_convert import MODELS, edit_config, write_checkpoint
 from tests.workspace import ROOT
 from tools import convert as convert_tool
 from tools import verify as verify_tool
 
 SLOWLY = """
+import signal
 import time
 from megatron_ext.checkpoint import safetensors
 from megatron_ext.command import run_command
 from tools.convert import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of a job in the background ignore it
 read = safetensors.HuggingFaceSource.read
 
 def slowly(*arguments):
@@ -133,6 +135,50 @@ def test_workers_shards_and_verification_are_options(tmp_path: Path, monkeypatch
     assert json.loads(figures.read_text())["weights"]["rounded_to"] == ["bfloat16"]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--text corpus.txt", "--text needs --verify"),
+        ("--verify --no-logits --text corpus.txt", "--text needs --verify without --no-logits"),
+        ("--no-logits", "--no-logits needs --verify"),
+        ("--trust-remote-code", "--trust-remote-code needs --verify"),
+        ("--to megatron --shard-size 5", "--shard-size needs a Hugging Face target"),
+        ("--no-private", "--no-private needs --push-to-hub"),
+        ("--to megatron --verify --push-to-hub me/x", "--push-to-hub needs a Hugging Face target"),
+    ],
+)
+def test_an_option_that_nothing_would_come_of_is_refused(
+    options: str, expected: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    arguments = (source, tmp_path / "out", *options.split())
+    code, _, errors = in_this_process(convert_tool.main, monkeypatch, capsys, *arguments)
+    assert (code, f"error: {expected}" in errors) == (2, True), errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_in_the_other_format_is_no_hugging_face_target(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    for options in (("--shard-size", "1"), ("--verify", "--push-to-hub", "me/x")):
+        arguments = (tmp_path / "hf", tmp_path / "back", *options)
+        code, _, errors = in_this_process(convert_tool.main, monkeypatch, capsys, *arguments)
+        assert (code, "needs a Hugging Face target" in errors) == (2, True), errors
+
+
+def test_another_configuration_is_another_model(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    source, target = write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf"
+    convert(source, target)
+    code, output, _ = in_this_process(verify_tool.main, monkeypatch, capsys, source, target, "--no-logits")
+    assert (code, "configuration:" in output) == (0, False)
+    edit_config(target, rms_norm_eps=1e-3)
+    code, output, _ = in_this_process(verify_tool.main, monkeypatch, capsys, source, target, "--no-logits")
+    assert code == 1
+    assert f"configuration: layernorm_epsilon is 1e-05 in {source}, 0.001 in {target}" in output
+    assert "verdict: NOT the same model" in output
+
+
 def test_weights_that_are_code_are_not_read(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
@@ -188,7 +234,7 @@ def test_nothing_is_uploaded_that_is_not_verified(tmp_path: Path, push: Push, mo
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
     with hub_server() as hub:
         code, _, errors = push(source, tmp_path / "a", address=hub.address)
-        assert (code, "add --verify" in errors) == (2, True)
+        assert (code, "--push-to-hub needs --verify" in errors) == (2, True)
         monkeypatch.setattr(LogitComparison, "relative", 1.0)
         code, _, errors = push(source, tmp_path / "a", "--verify", address=hub.address)
         assert (code, "it would not be the same model" in errors) == (2, True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.store import STATE_FILE, require_checkpoint
@@ -93,6 +93,9 @@ def test_code_that_is_elsewhere_is_not_run_unasked(tmp_path: Path) -> None:
     done = convert(source, tmp_path / "hf", hf_class="DeepseekForCausalLM", verify=Comparison(logits=False))
     assert done.written.verification is not None
     assert done.written.verification.passed
+    card = (tmp_path / "hf" / MODEL_CARD).read_text()
+    assert "trust_remote_code=True" in card
+    assert "Its modelling code is in [deepseek-ai/" in card
 
 
 def test_numbers_that_fp16_cannot_hold_are_named(tmp_path: Path) -> None:
@@ -138,6 +141,45 @@ def test_how_to_stop_and_sample_survives_both_ways(tmp_path: Path) -> None:
     assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
+def test_a_tokenizer_of_two_files_is_carried_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-2's vocab.json and merges.txt: nothing here reads them, transformers does."""
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    edit_config(tmp_path / "hf", eos_token_id=2)
+    beside = {
+        "vocab.json": json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2, "ab": 3}),
+        "merges.txt": "#version: 0.2\na b\n",
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer"}),
+        "generation_config.json": json.dumps({"eos_token_id": [2, 3], "temperature": 0.5}, indent=2) + "\n",
+        "chat_template.jinja": "{{ messages }}",
+    }
+    for name, content in beside.items():
+        (tmp_path / "hf" / name).write_text(content)
+    caplog.clear()
+    convert(tmp_path / "hf", tmp_path / "back", verify=Comparison())
+    convert(tmp_path / "back", tmp_path / "again")
+    kept = {name: (tmp_path / "again" / name).read_text() for name in beside}
+    assert (
+        json.loads(kept.pop("generation_config.json")).items() >= {"eos_token_id": [2, 3], "temperature": 0.5}.items()
+    )
+    assert kept == {name: content for name, content in beside.items() if name in kept}
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").encode("ab") == [3]
+    assert "a tokenizer of vocab.json without tokenizer.json or tokenizer.model is not read here" in caplog.text
+    assert "carries no tokenizer" not in caplog.text
+
+
+def test_how_to_sample_survives_another_tokenizer_and_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320)
+    convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320)), tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    caplog.clear()
+    convert(tmp_path / "hf", tmp_path / "one", to="hf", tokenizer=tokenizer.directory)
+    assert not caplog.messages
+    convert(tmp_path / "hf", tmp_path / "none", to="hf")
+    assert "the checkpoint carries no tokenizer" in caplog.text
+    for name in ("one", "none"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["temperature"] == 0.5
+
+
 def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -151,6 +193,62 @@ def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) ->
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, tmp_path / "hf/model.safetensors")
     with pytest.raises(ConversionError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
         convert(tmp_path / "hf", tmp_path / "other")
+
+
+@pytest.mark.parametrize("stated", [[2, 7], [5, 7], 5])
+def test_several_ids_that_end_a_text_are_kept(stated: list[int] | int, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320)
+    convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320)), tmp_path / "hf")
+    edit_config(tmp_path / "hf", eos_token_id=stated)
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    convert(tmp_path / "hf", tmp_path / "again", to="hf", tokenizer=tokenizer.directory)
+    expected = stated if isinstance(stated, list) and tokenizer.eod in stated else tokenizer.eod
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == expected
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
+    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320).directory
+    code = {"AutoTokenizer": ["tokenization_theirs.Theirs", None]}
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Theirs", "auto_map": code}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tokenizer / "tokenization_theirs.py").write_text("raise SystemExit('foreign code ran')")
+    convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320)), tmp_path / "hf")
+    edit_config(tmp_path / "hf", eos_token_id=5)
+    convert(tmp_path / "hf", tmp_path / "again", to="hf", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == 5
+    assert "token ids in the export are those of the source's config.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stated", "key"),
+    [
+        ({"router_aux_loss_coef": 0.02}, "model.moe_aux_loss_coeff"),
+        ({"router_jitter_noise": 0.1}, "model.moe_router_noise"),
+        ({"router_aux_loss_coef": 0.0, "router_jitter_noise": 0.0}, None),
+    ],
+)
+def test_training_that_megatron_has_otherwise_is_said_once(
+    stated: dict[str, float], key: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(moe=True, moe_gating_normalization=None, moe_shared_expert_intermediate_size=None)
+    model = replace(model, moe_first_k_dense=0, moe_layer_freq=1)
+    convert(write_checkpoint(tmp_path / "megatron", model), tmp_path / "hf", hf_class="MixtralForCausalLM")
+    edit_config(tmp_path / "hf", **stated)
+    caplog.clear()
+    convert(tmp_path / "hf", tmp_path / "back", verify=Comparison(logits=False))
+    said = [message for message in caplog.messages if "is not carried over" in message]
+    if key is None:
+        assert not said
+    else:
+        ((name, value),) = stated.items()
+        assert len(said) == 1
+        assert f"{name} = {value}" in said[0]
+        assert key in said[0]
 
 
 # --- the model card -----------------------------------------------------------------------------------------
@@ -201,6 +299,18 @@ def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
     assert "steps" not in card
 
 
+def test_a_card_shows_no_loading_that_would_fail(tmp_path: Path) -> None:
+    every = {"moe_first_k_dense": 0, "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": None}
+    source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True, **every))
+    convert(source, tmp_path / "hf", hf_class="TanukiForCausalLM")
+    card = (tmp_path / "hf" / MODEL_CARD).read_text()
+    assert "from_pretrained" not in card
+    assert "its code is to be had with [weblab-GENIAC/Tanuki-8x8B-dpo-v1.0]" in card
+    # As the card says: transformers knows neither the class nor where its code is.
+    with pytest.raises(ValueError, match="Tanuki"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+
+
 # --- verified before it gets its name -----------------------------------------------------------------------
 
 
@@ -222,10 +332,11 @@ def test_an_export_that_would_be_another_model_is_not_written(tmp_path: Path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron"]
 
 
-def test_a_config_that_says_another_function_is_found_by_the_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_config_that_says_another_function_is_found(
+    logits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same weights under another RoPE base: only logits show it."""
+    """The same weights under another RoPE base."""
     from megatron_ext.conversion import write as module
 
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
@@ -235,8 +346,9 @@ def test_a_config_that_says_another_function_is_found_by_the_logits(
         write(directory, architecture, replace(model, rotary_base=99.0), *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "write_export", wrong)
-    with pytest.raises(ConversionError, match=r"max \|d\|"):
-        convert(source, tmp_path / "hf", verify=Comparison())
+    with pytest.raises(ConversionError, match=r"configuration: rotary_base is 10000\.0 in .*, 99\.0 in ") as caught:
+        convert(source, tmp_path / "hf", verify=Comparison(logits=logits))
+    assert ("max |d|" in str(caught.value)) == logits
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron"]
 
 
