@@ -35,7 +35,7 @@ OWN = "MegatronExtForCausalLM"
 # Special tokens come from the tokenizer, and these models have none; the version is the writer's.
 NOT_OF_THE_MODEL = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_name_or_path"}
 # Fields that transformers' DeepSeek classes do not have, and other implementations read.
-FOR_OTHER_READERS = {"moe_layer_freq", "scoring_func", "topk_method"}
+FOR_OTHER_READERS = {"aux_loss_alpha", "moe_layer_freq", "scoring_func", "seq_aux", "topk_method"}
 
 
 @dataclass(frozen=True)
