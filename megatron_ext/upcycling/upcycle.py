@@ -163,6 +163,7 @@ def content_of(plan: Plan, router_of: RouterOf) -> Content:
         tokenizer=first.tokenizer,
         hf_config=first.hf_config,
         run=first.run,
+        beside=first.content.beside,
     )
 
 
