@@ -106,7 +106,7 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
             ["upcycle.py", "nowhere", "target", "--num-experts", "4", "--ratio", "0.5"],
             ["--ratio: is an option of --method"],
         ),
-        (["average.py", "nowhere", "elsewhere", "target"], ["nowhere: no complete Megatron checkpoint"]),
+        (["average.py", "nowhere", "elsewhere", "target"], ["nowhere: neither a Hugging Face directory"]),
         (["convert.py", "nowhere", "target"], ["nowhere"]),
         (["verify.py", "nowhere", "target"], ["nowhere"]),
         (["generate.py", "nowhere", "--prompts", "a"], ["nowhere"]),
