@@ -69,7 +69,7 @@ def _loading(name: str, architecture: Architecture, *, has_tokenizer: bool) -> s
         f"from transformers import {', '.join(classes)}",
         "",
         *([f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})'] if loads else []),
-        *([f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] if has_tokenizer else []),
+        *([f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})'] if has_tokenizer else []),
     ]
     parts = ["## Loading", *(["```python\n" + "\n".join(code) + "\n```"] if classes else []), _code_note(architecture)]
     return "\n\n".join(part for part in parts if part)
