@@ -133,15 +133,21 @@ def _add_union(parser: argparse.ArgumentParser, name: str, info: Any) -> None:
     group = parser.add_argument_group(f"options of --{name}")
     for field, owners in _owners(info).items():
         settings = _argument(field, fields_of(kinds[owners[0]])[field], is_positional=False)
-        settings["help"] = f"[{', '.join(owners)}] {settings['help']}"
+        said: dict[str, list[str]] = {}
+        for owner in owners:
+            text = _argument(field, fields_of(kinds[owner])[field], is_positional=False)["help"]
+            said.setdefault(text, []).append(owner)
+        settings["help"] = " ".join(f"[{', '.join(sayers)}] {text}" for text, sayers in said.items())
         group.add_argument(f"--{field.replace('_', '-')}", **settings)
 
 
 def _choose_kind(name: str, info: Any, given: dict[str, Any], raw: dict[str, Any]) -> None:
     """Move what was given for the union `name` into one mapping, beside what the file says of the same kind."""
     options = {field: given.pop(field) for field in _owners(info) if field in given}
-    in_file = raw.get(name) if isinstance(raw.get(name), dict) else {}
-    kind = given.pop(name, None) or in_file.get("kind")  # type: ignore[union-attr]
+    in_file = raw.get(name) or {}
+    if not isinstance(in_file, dict):
+        raise ConfigError(f"{name} = {in_file!r}: expected a mapping with its kind, such as {{kind: {in_file}}}")
+    kind = given.pop(name, None) or in_file.get("kind")
     if kind is None and not info.is_required():
         kind = info.get_default(call_default_factory=True).kind
     for field in options:
@@ -149,8 +155,8 @@ def _choose_kind(name: str, info: Any, given: dict[str, Any], raw: dict[str, Any
             flag = f"--{field.replace('_', '-')}"
             raise ConfigError(f"{flag}: is an option of --{name} {', '.join(owners)}; this is --{name} {kind}")
     if kind is not None:
-        kept = in_file if in_file.get("kind") == kind else {}  # type: ignore[union-attr]
-        given[name] = {"kind": kind, **kept, **options}  # type: ignore[dict-item]
+        kept = in_file if in_file.get("kind") == kind else {}
+        given[name] = {"kind": kind, **kept, **options}
 
 
 def _owners(info: Any) -> dict[str, list[str]]:

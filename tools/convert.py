@@ -26,7 +26,7 @@ def main() -> None:
     refuse_unused(o, to_hugging_face=goes_to_hugging_face(o.source, o.to, o.hf_class))
     if o.push_to_hub is not None:
         require_hub(o.push_to_hub)
-    how = Comparison(logits=o.logits, text=o.text, trust_remote_code=o.trust_remote_code)
+    how = Comparison(o.logits, o.text, tolerance=o.tolerance or 1e-5, trust_remote_code=o.trust_remote_code)
     with ending_on_sigterm(), byte_progress("converting") as progress:
         done = convert(
             o.source,

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from megatron_ext.command import parse_command, run_command
 from megatron_ext.config.base import config
+from megatron_ext.errors import ConfigError
 
 
 @config
@@ -46,6 +47,9 @@ def main() -> None:
     from megatron_ext.conversion.figures import lines_of, write_figures
     from megatron_ext.conversion.verify import Comparison, verify
 
+    for name in ("text", "tokenizer", "trust_remote_code"):
+        if getattr(o, name) and not o.logits:
+            raise ConfigError(f"--{name.replace('_', '-')} is for the comparison of logits; leave out --no-logits")
     how = Comparison(o.logits, o.text, o.tokenizer, o.batches, o.length, o.tolerance, o.trust_remote_code)
     done = verify(o.a, o.b, how)
     print(*lines_of(done), sep="\n")

@@ -1,16 +1,14 @@
 """Converts a checkpoint: Megatron or Hugging Face to either, one process, tensor by tensor, complete or not at all."""
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import left_behind
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
-from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint
+from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint, warn_of_what_stays
 from megatron_ext.conversion.verify import Comparison, comparison_input
 from megatron_ext.conversion.verify import verify as compare
 from megatron_ext.conversion.write import (
@@ -24,8 +22,6 @@ from megatron_ext.conversion.write import (
 )
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,7 @@ def convert(
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
     opened = open_checkpoint(source)
-    if opened.architecture is not None:
-        for statement in left_behind(opened.architecture.config, opened.hf_config):
-            log.warning("%s: %s", source, statement)
+    warn_of_what_stays(opened)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     content = replace(opened.content, tokenizer=own)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)

@@ -11,7 +11,8 @@ from megatron_ext.errors import ConfigError
 _MOST_WORKERS = 4
 
 
-def _cores() -> int:
+def default_workers() -> int:
+    """A thread for each core, up to 4: more make a disk no faster."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _MOST_WORKERS)
 
@@ -35,7 +36,7 @@ class ConvertOptions:
     """Tokenizer to put into a Hugging Face export. Default: the one of the training run."""
     shard_size: float | None = Field(default=None, gt=0)
     """Largest safetensors file of a Hugging Face export, in GB. Default: 5."""
-    workers: int = Field(default_factory=_cores, ge=1)
+    workers: int = Field(default_factory=default_workers, ge=1)
     """Threads. The result does not depend on them. Default: one for each core, up to 4."""
     force: bool = False
     """Replace an existing target."""
@@ -45,6 +46,8 @@ class ConvertOptions:
     """Compare logits too: the model is loaded in fp32. --no-logits compares weights alone."""
     text: str | None = None
     """Text for the logits (.jsonl, .txt, a folder, the prefix of a prepared dataset). Default: built-in sentences."""
+    tolerance: float | None = Field(default=None, gt=0)
+    """Largest difference of logits that counts as equal, as a share of the largest logit. Default: 1e-5."""
     trust_remote_code: bool = False
     """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
     push_to_hub: str | None = None
@@ -60,6 +63,7 @@ def refuse_unused(o: ConvertOptions, *, to_hugging_face: bool) -> None:
     needs = [
         ("--no-logits", not o.logits, o.verify, "--verify: it is for the comparison with the source"),
         ("--text", o.text is not None, o.verify and o.logits, compares_logits),
+        ("--tolerance", o.tolerance is not None, o.verify and o.logits, compares_logits),
         ("--trust-remote-code", o.trust_remote_code, o.verify and o.logits, compares_logits),
         ("--shard-size", o.shard_size is not None, to_hugging_face, "a Hugging Face target, not a Megatron checkpoint"),
         ("--no-private", not o.private, o.push_to_hub is not None, "--push-to-hub"),

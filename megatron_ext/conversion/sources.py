@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS, config_to_megatron
+from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS, config_to_megatron, left_behind
 from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.stored import unstacked
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
@@ -115,6 +115,13 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
     hf_config = read_json_object(directory / "config.json", ConversionError)
     tensors = CanonicalTensors(stream, architecture, model)
     return Checkpoint(directory, model, tensors, tokenizer, architecture, hf_config, {}, TrainingState(), directory)
+
+
+def warn_of_what_stays(opened: Checkpoint) -> None:
+    """Log what config.json says of training and no Megatron field means exactly, each with what to set instead."""
+    if opened.architecture is not None:
+        for statement in left_behind(opened.architecture.config, opened.hf_config):
+            log.warning("%s: %s", opened.directory, statement)
 
 
 def streams_of_one_shape(checkpoints: Sequence[Checkpoint]) -> list[TensorSource]:

@@ -13,7 +13,14 @@ from megatron_ext.checkpoint.store import TrainingState, complete_checkpoints
 from megatron_ext.config.base import config
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import copies
-from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint, streams_of_one_shape
+from megatron_ext.conversion.options import default_workers
+from megatron_ext.conversion.sources import (
+    Checkpoint,
+    is_hugging_face,
+    open_checkpoint,
+    streams_of_one_shape,
+    warn_of_what_stays,
+)
 from megatron_ext.conversion.text import comparison_batches
 from megatron_ext.conversion.verify import checkpoint_logits, perplexity, require_memory
 from megatron_ext.conversion.write import (
@@ -62,8 +69,8 @@ class AverageOptions:
     """Measure the perplexity of every source and of the result; each is loaded in fp32. --no-logits leaves that out."""
     trust_remote_code: bool = False
     """Run modelling code inside Hugging Face directories to measure perplexities."""
-    workers: int = Field(default=2, ge=1)
-    """Threads. The result does not depend on them."""
+    workers: int = Field(default_factory=default_workers, ge=1)
+    """Threads. The result does not depend on them. Default: one for each core, up to 4."""
     force: bool = False
     """Replace an existing target."""
 
@@ -88,6 +95,7 @@ def average(options: AverageOptions, progress: Progress = lambda done, total: No
     _check_options(options)
     opened = [open_checkpoint(path) for path in sources_of(options)]
     base = open_checkpoint(options.base) if options.base is not None else None
+    warn_of_what_stays(opened[0])
     models = [*opened, *([base] if base else [])]
     streams = streams_of_one_shape(models)
     seed = 1234 if options.seed is None else options.seed

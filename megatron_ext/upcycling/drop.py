@@ -3,6 +3,7 @@
 Nakamura et al. 2025 (arXiv 2502.19261), section 3.2, and the code released with it.
 """
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -53,9 +54,9 @@ class PartlyNew(Method):
         result[chosen] = self.replacement(matrix[chosen], moe, draw.generator(f"{name}.{expert}"))
         return result
 
+    @abstractmethod
     def replacement(self, rows: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
         """What takes the place of `rows` [n, ...], the same neurons' weights in one matrix."""
-        raise NotImplementedError
 
 
 @config

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.config.base import config
+from megatron_ext.conversion.options import default_workers
 from megatron_ext.upcycling.copy import Copy
 from megatron_ext.upcycling.drop import Drop
 from megatron_ext.upcycling.fine_grained import FineGrained
@@ -76,8 +77,8 @@ class UpcycleOptions:
     """Largest difference of logits, relative to the largest logit, that a method which keeps the function may make."""
     figures: str | None = None
     """JSON file for the figures of the function check."""
-    workers: int = Field(default=2, ge=1)
-    """Threads. The result does not depend on them."""
+    workers: int = Field(default_factory=default_workers, ge=1)
+    """Threads. The result does not depend on them. Default: one for each core, up to 4."""
     check: bool = False
     """Only print the plan: where each tensor comes from, parameters, what is expected of the function."""
     force: bool = False

@@ -98,9 +98,18 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert parse("d", "e", "--config", str(file)).sources == ["d"]
 
 
+def test_a_file_that_names_a_kind_alone_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("sources: [a]\ntarget: c\nmethod: fine\n")
+    with pytest.raises(ConfigError, match=r"method = 'fine': expected a mapping with its kind, such as \{kind: fine\}"):
+        parse("--config", str(file))
+
+
 def test_help_tells_kinds_and_whose_an_option_is(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "plain: Nothing to choose; coarse: A grain; fine: A grain and a mesh (default plain)" in text
-    assert "[coarse, fine] Size of a grain." in text
+    # Said once for all kinds that agree, and with each one's own default where they do not.
+    assert "[coarse] Size of a grain. (integer, default 3) [fine] Size of a grain. (integer, default 1)" in text
+    assert "[fine] Width of the mesh." in text
