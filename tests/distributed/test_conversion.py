@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,61 +114,28 @@ def test_every_layout_exports_the_same_bytes(
 # --- training through conversion ----------------------------------------------------------------------------
 
 
-def tiny_llama() -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=250,
-        hidden_size=48,
-        intermediate_size=88,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)
-
-
-def tiny_mixtral() -> PreTrainedModel:
-    config = MixtralConfig(
-        vocab_size=250,
-        hidden_size=48,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        num_local_experts=5,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    return MixtralForCausalLM(config)
-
-
-def tiny_qwen2_moe() -> PreTrainedModel:
-    config = Qwen2MoeConfig(
-        vocab_size=250,
-        hidden_size=48,
-        intermediate_size=88,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        num_experts=5,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=40,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        mlp_only_layers=[1],
-    )
-    return Qwen2MoeForCausalLM(config)
-
-
+SIZES: dict[str, Any] = {
+    "vocab_size": 250,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+QWEN2_MOE_SIZES = {
+    "intermediate_size": 88,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "mlp_only_layers": [1],
+}
 HUGGING_FACE: dict[str, Callable[[], PreTrainedModel]] = {
-    "Llama": tiny_llama,
-    "Mixtral": tiny_mixtral,
-    "Qwen2-MoE": tiny_qwen2_moe,
+    "Llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=88)),
+    "Mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=40, num_local_experts=5)),
+    "Qwen2-MoE": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **QWEN2_MOE_SIZES)),
 }
 
 

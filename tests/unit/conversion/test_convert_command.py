@@ -141,6 +141,7 @@ def test_workers_shards_and_verification_are_options(tmp_path: Path, monkeypatch
         ("--text corpus.txt", "--text needs --verify"),
         ("--verify --no-logits --text corpus.txt", "--text needs --verify without --no-logits"),
         ("--no-logits", "--no-logits needs --verify"),
+        ("--tolerance 1e-3", "--tolerance needs --verify"),
         ("--trust-remote-code", "--trust-remote-code needs --verify"),
         ("--to megatron --shard-size 5", "--shard-size needs a Hugging Face target"),
         ("--no-private", "--no-private needs --push-to-hub"),
@@ -155,6 +156,21 @@ def test_an_option_that_nothing_would_come_of_is_refused(
     code, _, errors = in_this_process(convert_tool.main, monkeypatch, capsys, *arguments)
     assert (code, f"error: {expected}" in errors) == (2, True), errors
     assert not (tmp_path / "out").exists()
+
+
+def test_text_is_for_logits(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
+    arguments = (source, source, "--no-logits", "--text", "corpus.txt")
+    code, _, errors = in_this_process(verify_tool.main, monkeypatch, capsys, *arguments)
+    assert (code, "error: --text is for the comparison of logits" in errors) == (2, True), errors
+
+
+def test_a_tolerance_can_be_too_tight(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODELS["MoE"])
+    arguments = (source, tmp_path / "hf", "--verify", "--tolerance", "1e-12")
+    code, _, errors = in_this_process(convert_tool.main, monkeypatch, capsys, *arguments)
+    assert (code, "it would not be the same model" in errors) == (2, True), errors
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_checkpoint_in_the_other_format_is_no_hugging_face_target(
