@@ -8,36 +8,20 @@ A dense model of 2 GB and a MoE of 4 GB with random bf16 weights. A plain copy l
 it again. Each run is a process of its own; conversions and copies take turns, the page cache warm for both.
 """
 
-import argparse
-import json
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs import Measured, job_parser, reported, run_job
 from report import hardware, markdown_table, record, versions
 
 COLUMNS = ("what", "seconds", "MB/s", "of a plain copy", "CPU s", "of a plain copy", "peak MiB", "allowed MiB")
 
 # Tanuki-8x8B in bf16: 46,973,325,312 parameters.
 LARGE_BYTES = 2 * 46_973_325_312
-
-
-@dataclass
-class Measured:
-    """One row of the table."""
-
-    seconds: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    """Seconds of all threads, which others' load disturbs least."""
-    peak: int = 0
-    """Most bytes resident in its process, libraries included."""
 
 
 def models(tiny: bool) -> dict[str, Any]:
@@ -93,30 +77,13 @@ def measured_here(job: str, source: str, target: str, workers: int) -> None:
 
     from megatron_ext.conversion.convert import convert
 
-    begin, before = time.perf_counter(), time.process_time()
-    if job == "copy":
-        Path(target).mkdir()
-        for path in sorted(Path(source).glob("*.safetensors")):
-            save_file(load_file(path), Path(target) / path.name)
-    else:
-        convert(source, target, workers=workers)
-    seconds = time.perf_counter() - begin
-    cpu = time.process_time() - before
-    print(json.dumps([seconds, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
-
-
-def measure(row: Measured, job: str, source: Path, target: Path, workers: int = 1) -> None:
-    """Run one job in a process of its own, and remove what it wrote."""
-    arguments = ["--job", job, str(source), str(target), "--workers", str(workers)]
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr)
-    seconds, cpu, peak = json.loads(done.stdout.splitlines()[-1])
-    row.seconds.append(seconds)
-    row.cpu.append(cpu)
-    row.peak = max(row.peak, peak)
-    shutil.rmtree(target)
-    print(f"  {job}, {_threads(workers)}: {seconds:.2f} s, CPU {cpu:.2f} s, {peak / 2**20:.0f} MiB", file=sys.stderr)
+    with reported():
+        if job == "copy":
+            Path(target).mkdir()
+            for path in sorted(Path(source).glob("*.safetensors")):
+                save_file(load_file(path), Path(target) / path.name)
+        else:
+            convert(source, target, workers=workers)
 
 
 def _threads(count: int) -> str:
@@ -137,7 +104,7 @@ def compare(directory: Path, name: str, model: Any, rounds: int, workers: int) -
     rows = {what: Measured() for what in tasks}
     for turn in range(rounds + 1):
         for what, (job, source, count) in tasks.items():
-            measure(rows[what], job, source, directory / "out", count)
+            run_job(__file__, rows[what], job, str(source), directory / "out", count)
             if turn == 0:
                 rows[what] = Measured()  # the page cache warms up
     shutil.rmtree(directory / "megatron")
@@ -159,14 +126,7 @@ def compare(directory: Path, name: str, model: Any, rounds: int, workers: int) -
 
 def main() -> None:
     """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed runs of each (default 5)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads beside one (default 2)")
-    parser.add_argument("--directory", metavar="DIR", help="where to write up to 13 GB (default: a temporary folder)")
-    parser.add_argument("--tiny", action="store_true", help="models of a few MB, to see that it runs")
-    parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
-    parser.add_argument("--job", nargs=3, metavar=("JOB", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = job_parser(__doc__, rounds=5, gigabytes=13).parse_args()
     if arguments.job:
         measured_here(*arguments.job, arguments.workers)
         return

@@ -8,19 +8,13 @@ A dense model of 1 GB with random bf16 weights. Plain writing saves tensors that
 size, with safetensors. Each run is a process of its own; they take turns, the page cache warm.
 """
 
-import argparse
-import json
-import resource
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from conversion import Measured, write_model
+from conversion import write_model
+from jobs import Measured, job_parser, reported, run_job
 from report import hardware, markdown_table, record, versions
 
 COLUMNS = ("what", "seconds", "MB/s", "of plain writing", "peak MiB", "allowed MiB")
@@ -87,31 +81,13 @@ def measured_here(job: str, source: str, target: str, workers: int) -> None:
         shards, rest = divmod(int(source), SHARD)
         tensors = [torch.ones(size // 2, dtype=torch.bfloat16) for size in [SHARD] * shards + [rest]]
         Path(target).mkdir()
-        begin = time.perf_counter()
-        for number, tensor in enumerate(tensors):
-            save_file({"tensor": tensor}, Path(target) / f"{number}.safetensors")
+        with reported():
+            for number, tensor in enumerate(tensors):
+                save_file({"tensor": tensor}, Path(target) / f"{number}.safetensors")
     else:
-        plan = options(job, source, target, workers)
-        begin = time.perf_counter()
-        upcycle(make_plan(plan))
-    seconds = time.perf_counter() - begin
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
-
-
-def measure(row: Measured, job: str, source: str, target: Path, workers: int) -> int:
-    """Run one job in a process of its own, remove what it wrote and return the bytes of that."""
-    arguments = ["--job", job, source, str(target), "--workers", str(workers)]
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr)
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    row.seconds.append(seconds)
-    row.peak = max(row.peak, peak)
-    written = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    shutil.rmtree(target)
-    target.with_name(target.name + ".yaml").unlink(missing_ok=True)
-    print(f"  {job}: {seconds:.2f} s, {peak / 2**20:.0f} MiB", file=sys.stderr)
-    return written
+        asked = options(job, source, target, workers)
+        with reported():
+            upcycle(make_plan(asked))
 
 
 def compare(directory: Path, tiny: bool, rounds: int, workers: int) -> list[list[str]]:
@@ -122,10 +98,10 @@ def compare(directory: Path, tiny: bool, rounds: int, workers: int) -> list[list
     for method in METHODS:
         ours, plain = Measured(), Measured()
         source, target = str(directory / "dense"), directory / "out"
-        written = measure(Measured(), method, source, target, workers)
+        written = run_job(__file__, Measured(), method, source, target, workers)
         for _ in range(rounds):
-            measure(ours, method, source, target, workers)
-            measure(plain, "write", str(written), target, 1)
+            run_job(__file__, ours, method, source, target, workers)
+            run_job(__file__, plain, "write", str(written), target, 1)
         ratio = statistics.median(a / b for a, b in zip(ours.seconds, plain.seconds, strict=True))
         for what, row, of in ((method, ours, f"{ratio:.2f}"), ("plain writing", plain, "1.00")):
             seconds = statistics.median(row.seconds)
@@ -137,14 +113,7 @@ def compare(directory: Path, tiny: bool, rounds: int, workers: int) -> list[list
 
 def main() -> None:
     """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed runs of each (default 3)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads (default 2)")
-    parser.add_argument("--directory", metavar="DIR", help="where to write up to 8 GB (default: a temporary folder)")
-    parser.add_argument("--tiny", action="store_true", help="models of a few MB, to see that it runs")
-    parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
-    parser.add_argument("--job", nargs=3, metavar=("JOB", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = job_parser(__doc__, rounds=3, gigabytes=8).parse_args()
     if arguments.job:
         measured_here(*arguments.job, arguments.workers)
         return
