@@ -4,17 +4,20 @@
   python benchmarks/upcycling.py --corpus ja=ja.jsonl en=en.jsonl hi=hi.jsonl --record
   python benchmarks/upcycling.py --tiny                    to see that it runs
 
-Every way is trained with several seeds, on the same data with the same schedule. The table has the validation loss and
-how far experts have specialised; the plot has the validation loss over the tokens. Interrupted, it goes on.
+Every way is trained with several seeds, on the same data with the same schedule: the ways of a seed see the same
+samples in the same order, and all runs are validated on the same samples. The table has the validation loss and how far
+experts have specialised; the plot has the validation loss over the tokens. Interrupted, it goes on.
 """
 
 import argparse
 import itertools
+import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,9 +51,10 @@ class Way:
     from_scratch: bool = False
 
 
+DENSE = "dense, goes on"
 COPY = ("--num-experts", "8", "--topk", "2")
 WAYS = {
-    "dense, goes on": Way(),
+    DENSE: Way(),
     "MoE from scratch": Way(model=(("num_moe_experts", 8), ("moe_aux_loss_coeff", 1e-2)), from_scratch=True),
     "copy": Way((*COPY, "--no-gating-normalization")),
     "copy, normalized gate": Way(COPY),
@@ -70,7 +74,8 @@ class Plan:
     dense_steps: int
     steps: int
     seeds: int
-    threads: int
+    jobs: int
+    """Runs at a time, each on one thread."""
 
     def run(self, name: str) -> Path:
         """Where a run is."""
@@ -90,6 +95,7 @@ def prepare(plan: Plan, corpora: dict[str, list[str]]) -> None:
     tokenizer = plan.folder / "tokenizer"
     files = list(itertools.chain.from_iterable(corpora.values()))
     if not tokenizer.exists():
+        print("tokenizing", flush=True)
         tool("tokenizer", "train", *files, "--output", tokenizer, "--vocab-size", VOCABULARY)
     for name, paths in corpora.items():
         if not (plan.folder / "data" / name).exists():
@@ -97,9 +103,21 @@ def prepare(plan: Plan, corpora: dict[str, list[str]]) -> None:
             tool("preprocess", *paths, "--tokenizer", tokenizer, "--output", output, "--split", 0.95, 0.05, 0.0)
 
 
+def tokens_of(plan: Plan, corpus: str, split: str = "train") -> int:
+    """How many tokens of a corpus there are to learn from."""
+    manifest = json.loads((plan.folder / "data" / corpus / "dataset.json").read_text(encoding="utf-8"))
+    return int(manifest["splits"][split]["tokens"])
+
+
+def blend(plan: Plan, corpora: list[str], split: str) -> list[dict[str, Any]]:
+    """Every corpus as large as it is, so that none is repeated more often than another."""
+    return [
+        {"path": str(plan.folder / "data" / name / split), "weight": tokens_of(plan, name, split)} for name in corpora
+    ]
+
+
 def run_mapping(plan: Plan, corpora: list[str], directory: Path, steps: int, seed: int) -> dict[str, Any]:
     """A run on one process."""
-    data = plan.folder / "data"
     return {
         "model": {
             "num_layers": 4,
@@ -117,19 +135,19 @@ def run_mapping(plan: Plan, corpora: list[str], directory: Path, steps: int, see
             "micro_batch_size": BATCH,
             "seed": seed,
             "eval_interval": max(steps // 10, 1),
-            "eval_iters": 8,
+            "eval_iters": 24,
         },
         "optimizer": {"kind": "adam", "lr": 2e-3},
         "schedule": {"kind": "cosine", "warmup_iters": max(steps // 50, 1), "min_lr": 2e-4},
         "data": {
             "sequence_length": LENGTH,
             "tokenizer": str(plan.folder / "tokenizer"),
-            "cache_dir": str(plan.folder / "cache"),
-            "train": [{"path": str(data / name / "train")} for name in corpora],
-            "validation": [{"path": str(data / name / "validation")} for name in corpora],
+            "cache_dir": str(plan.folder / "cache" / directory.name),  # runs at a time do not share one
+            "train": blend(plan, corpora, "train"),
+            "validation": blend(plan, corpora, "validation"),
         },
         "checkpoint": {"directory": str(directory), "save_interval": steps, "keep_last": 1},
-        "runtime": {"device": "cpu", "threads": plan.threads},
+        "runtime": {"device": "cpu", "threads": 1},
     }
 
 
@@ -140,8 +158,8 @@ def train(plan: Plan, directory: Path, mapping: dict[str, Any]) -> None:
     tool("train", file)
 
 
-def go(plan: Plan, corpora: list[str], name: str, seed: int) -> Path:
-    """One way with one seed; return the run's folder."""
+def go(plan: Plan, corpora: list[str], name: str, seed: int) -> None:
+    """One way with one seed."""
     way, directory = WAYS[name], plan.run(f"{name}.{seed}")
     mapping = run_mapping(plan, corpora, directory, plan.steps, seed)
     start = plan.run("dense")
@@ -156,7 +174,7 @@ def go(plan: Plan, corpora: list[str], name: str, seed: int) -> Path:
     if not way.from_scratch:
         mapping["checkpoint"]["initialize_from"] = str(start)
     train(plan, directory, mapping)
-    return directory
+    print(f"trained: {name}, seed {seed}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -165,6 +183,7 @@ class Figures:
 
     validation: list[tuple[int, float]]
     """(tokens, loss) over the run."""
+
     entropy: float | None = None
     """Of a token's distribution over the experts, / ln E; None in a dense model."""
     max1_max2: float | None = None
@@ -172,6 +191,11 @@ class Figures:
     """Mean correlation between the weights of two experts of a layer."""
     language: float | None = None
     """Mean total variation distance between the loads that two corpora give the experts of a layer."""
+
+    @property
+    def loss(self) -> float:
+        """The last validation loss."""
+        return self.validation[-1][1]
 
 
 def figures_of(plan: Plan, directory: Path, corpora: list[str]) -> Figures:
@@ -241,19 +265,22 @@ def language_distance(plan: Plan, opened: Checkpoint, corpora: list[str]) -> flo
 
 def rows_of(plan: Plan, results: dict[str, list[Figures]]) -> Iterator[list[str]]:
     """A row of the table for each way."""
+    dense = [figures.loss for figures in results[DENSE]]
     for name, figures in results.items():
         counts = count_parameters(open_checkpoint(plan.run(f"{name}.0")).model)
-        losses = [f.validation[-1][1] for f in figures]
+        losses = [f.loss for f in figures]
         cells = [name, f"{counts.total / 1e6:.1f} / {counts.active / 1e6:.1f}", _spread(losses)]
+        differences = [own - other for own, other in zip(losses, dense, strict=True)]
+        cells.append("" if name == DENSE else _spread(differences, sign="+"))
         for field in ("entropy", "max1_max2", "correlation", "language"):
             values = [getattr(f, field) for f in figures if getattr(f, field) is not None]
             cells.append(_spread(values, 3) if values else "")
         yield cells
 
 
-def _spread(values: list[float], digits: int = 4) -> str:
+def _spread(values: list[float], digits: int = 4, sign: str = "") -> str:
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    return f"{statistics.fmean(values):{sign}.{digits}f}{spread}"
 
 
 def plot(results: dict[str, list[Figures]], plateau: float, path: Path) -> None:
@@ -299,38 +326,45 @@ def main() -> None:
     parser.add_argument("--dense-steps", type=int, default=1500, help="of the dense model (default 1500)")
     parser.add_argument("--steps", type=int, default=600, help="of each way after it (default 600)")
     parser.add_argument("--seeds", type=int, default=3, help="of each way (default 3)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of a run (default all cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one thread (default all cores)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("build/upcycling"), help="where runs are kept")
     parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--record", action="store_true", help="keep table and plot beside benchmarks/RESULTS.md")
     o = parser.parse_args()
     steps = (20, 10, 2) if o.tiny else (o.dense_steps, o.steps, o.seeds)
-    plan = Plan(o.folder / "tiny" if o.tiny else o.folder, *steps, o.threads)
+    plan = Plan(o.folder / "tiny" if o.tiny else o.folder, *steps, o.jobs)
     plan.folder.mkdir(parents=True, exist_ok=True)
     corpora = read_corpora(plan, o.corpus)
     prepare(plan, corpora)
     dense = plan.run("dense")
     train(plan, dense, run_mapping(plan, list(corpora), dense, plan.dense_steps, seed=100))
-    results: dict[str, list[Figures]] = {name: [] for name in WAYS}
-    for seed, name in itertools.product(range(plan.seeds), WAYS):
-        results[name].append(figures_of(plan, go(plan, list(corpora), name, seed), list(corpora)))
-        print(f"{name}, seed {seed}: validation loss {results[name][-1].validation[-1][1]:.4f}", flush=True)
-    plateau = figures_of(plan, dense, list(corpora)).validation[-1][1]
+    names = list(corpora)
+    with ThreadPoolExecutor(plan.jobs) as pool:  # threads, for each waits for processes
+        list(pool.map(lambda run: go(plan, names, run[1], run[0]), itertools.product(range(plan.seeds), WAYS)))
+    results = {
+        name: [figures_of(plan, plan.run(f"{name}.{seed}"), names) for seed in range(plan.seeds)] for name in WAYS
+    }
+    before = figures_of(plan, dense, names).validation
     path = RESULTS.with_name("upcycling.png") if o.record else Path("build/upcycling.png")
-    plot(results, plateau, path)
+    plot(results, before[-1][1], path)
     columns = (
         "way",
         "M parameters / active",
         "validation loss",
+        "to dense",
         "entropy / ln E",
         "Max1/Max2",
         "correlation",
         "languages",
     )
+    sizes = ", ".join(f"{name} {tokens_of(plan, name) / 1e6:.2f} M" for name in corpora)
     text = (
-        f"{hardware()}; {versions('torch', 'megatron-core')}. Corpora: {', '.join(corpora)}. Dense model of "
-        f"{plan.dense_steps} steps of {BATCH * LENGTH} tokens, validation loss {plateau:.4f}; then {plan.steps} steps "
-        f"of each way, mean and standard deviation over {plan.seeds} seeds.\n\n"
+        f"{hardware()}; {versions('torch', 'megatron-core')}. Tokens to learn from: {sizes}. Dense model of "
+        f"{plan.dense_steps} steps of {BATCH * LENGTH} tokens, validation loss {before[-1][1]:.4f} "
+        f"({before[-2][1]:.4f} at nine tenths); then {plan.steps} steps of each way, mean and standard deviation over "
+        f'{plan.seeds} seeds. "To dense" is the difference to the dense model that goes on with the same seed.\n\n'
         f"{markdown_table(columns, list(rows_of(plan, results)))}\n\n![validation loss over tokens]({path.name})"
     )
     print(text)
