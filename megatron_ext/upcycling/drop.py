@@ -15,6 +15,7 @@ from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.feed_forward import FeedForward
 from megatron_ext.upcycling.method import Draw, Method
+from megatron_ext.upcycling.normal import mean_and_std, normal_like
 
 
 class PartlyNew(Method):
@@ -36,7 +37,7 @@ class PartlyNew(Method):
     def expert(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """The dense layer, or a choice of its neurons, changed at other neurons in each expert."""
         kept = self.kept(number, ffn, moe, draw)
-        return kept.over_matrices(lambda name, matrix: self._changed(name, matrix, number, moe, draw))
+        return kept.changed(lambda name, matrix, dim: self._change(name, matrix, dim, number, moe, draw))
 
     def kept(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """Expert `number` before any of it changes."""
@@ -45,18 +46,18 @@ class PartlyNew(Method):
             return ffn
         return ffn.neurons(draw.permutation(f"neurons.{number}", ffn.width)[:width])
 
-    def _changed(self, name: str, matrix: Tensor, expert: int, moe: ModelConfig, draw: Draw) -> Tensor:
+    def _change(self, name: str, matrix: Tensor, dim: int, expert: int, moe: ModelConfig, draw: Draw) -> None:
         where = "changed" if self.shared_indices else f"changed.{name}"
-        chosen = draw.permutation(f"{where}.{expert}", len(matrix))[: int(self.ratio * len(matrix))]
-        if len(chosen) == 0:
-            return matrix
-        result = matrix.clone()
-        result[chosen] = self.replacement(matrix[chosen], moe, draw.generator(f"{name}.{expert}"))
-        return result
+        count = matrix.shape[dim]
+        chosen = draw.permutation(f"{where}.{expert}", count)[: int(self.ratio * count)]
+        if len(chosen):
+            chosen = chosen.sort().values  # in the order of memory, which is faster
+            changed = self.replacement(matrix.index_select(dim, chosen), moe, draw.generator(f"{name}.{expert}"))
+            matrix.index_copy_(dim, chosen, changed)
 
     @abstractmethod
-    def replacement(self, rows: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
-        """What takes the place of `rows` [n, ...], the same neurons' weights in one matrix."""
+    def replacement(self, weights: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
+        """What takes the place of `weights`, those of some neurons in one matrix."""
 
 
 @config
@@ -78,12 +79,9 @@ class Drop(PartlyNew):
         """At any ratio above 0."""
         return f"{self.ratio:.0%} of each expert's neurons are new" if self.ratio > 0 else narrowed(moe)
 
-    def replacement(self, rows: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
-        """Normal with the mean and standard deviation of `rows`."""
-        values = rows.float()
-        std = values.std() if values.numel() > 1 else values.new_zeros(())
-        drawn = torch.randn(values.shape, generator=generator) * std + values.mean()
-        return drawn.to(rows.dtype)
+    def replacement(self, weights: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
+        """Normal with the mean and standard deviation of `weights`."""
+        return normal_like(weights, *mean_and_std(weights), generator)
 
 
 def narrowed(moe: ModelConfig) -> str | None:

@@ -55,20 +55,24 @@ class FeedForward:
         """The same with `factor` times the output bias."""
         return FeedForward(self.fc1, self.fc2, self.fc1_bias, _times(self.fc2_bias, factor))
 
-    def over_matrices(self, change: Callable[[str, Tensor], Tensor]) -> "FeedForward":
-        """`change(name, matrix)` in the place of each matrix and bias of neurons.
+    def changed(self, change: Callable[[str, Tensor, int], None]) -> "FeedForward":
+        """A copy whose matrices and biases `change(name, matrix, dim)` changes in place, the output bias excepted.
 
-        Each comes with neurons along dimension 0, [F, ...], and under a name of its own: `gate`, `up` (`fc1` if not
-        gated), `down`, and the same with `_bias`. The output bias belongs to no neuron and stays.
+        Neurons lie along `dim` of each, and each has a name of its own: `gate`, `up` (`fc1` if not gated), `down`, and
+        the same with `_bias`. The output bias belongs to no neuron.
         """
         names = ("gate", "up") if self.halves == 2 else ("fc1",)
 
         def rows(stacked: Tensor, suffix: str = "") -> Tensor:
-            halves = stacked.chunk(self.halves)
-            return torch.cat([change(name + suffix, half) for name, half in zip(names, halves, strict=True)])
+            copy = stacked.clone()
+            for name, half in zip(names, copy.chunk(self.halves), strict=True):
+                change(name + suffix, half, 0)
+            return copy
 
+        fc1, fc2 = rows(self.fc1), self.fc2.clone()
+        change("down", fc2, 1)
         bias = None if self.fc1_bias is None else rows(self.fc1_bias, "_bias")
-        return FeedForward(rows(self.fc1), change("down", self.fc2.t()).t(), bias, self.fc2_bias)
+        return FeedForward(fc1, fc2, bias, self.fc2_bias)
 
 
 def _times(bias: Tensor | None, factor: float) -> Tensor | None:

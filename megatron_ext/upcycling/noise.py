@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.base import config
 from megatron_ext.upcycling.drop import PartlyNew, narrowed
+from megatron_ext.upcycling.normal import with_normal_noise
 
 
 @config
@@ -31,7 +32,6 @@ class Noise(PartlyNew):
         noisy = self.ratio > 0 and self.std > 0
         return f"{self.ratio:.0%} of each expert's neurons have noise" if noisy else narrowed(moe)
 
-    def replacement(self, rows: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
-        """`rows` with noise."""
-        noise = torch.randn(rows.shape, generator=generator) * self.std
-        return (rows + noise).to(rows.dtype)  # added in fp32 at least
+    def replacement(self, weights: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
+        """`weights` with noise."""
+        return with_normal_noise(weights, self.std, generator)

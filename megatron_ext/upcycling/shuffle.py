@@ -15,6 +15,7 @@ from megatron_ext.config.base import config
 from megatron_ext.upcycling.drop import PartlyNew
 from megatron_ext.upcycling.feed_forward import FeedForward
 from megatron_ext.upcycling.method import Draw
+from megatron_ext.upcycling.normal import normal_like
 
 
 @config
@@ -45,6 +46,6 @@ class Shuffle(PartlyNew):
         copies = [draw.permutation(f"copy.{copy}", ffn.width) for copy in range(first, last + 1)]
         return ffn.neurons(torch.cat(copies)[start - first * ffn.width :][:width])
 
-    def replacement(self, rows: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
+    def replacement(self, weights: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
         """Normal with the standard deviation of initial weights."""
-        return (torch.randn(rows.shape, generator=generator) * moe.init_method_std).to(rows.dtype)
+        return normal_like(weights, 0.0, moe.init_method_std, generator)
