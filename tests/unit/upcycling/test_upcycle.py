@@ -94,16 +94,24 @@ def test_the_function_is_kept_whatever_the_router_says(
         assert function.moe_perplexity == pytest.approx(function.dense_perplexity, rel=1e-5)
 
 
-def test_rounding_to_bf16_moves_the_function_no_more_than_the_dense_one(dense: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "another factor"])
+def test_in_bf16_it_is_the_dense_model_in_bf16(name: str, dense: dict[str, Path], tmp_path: Path) -> None:
+    """No more is lost than rounding the dense weights loses: factors of these methods are powers of two."""
     source = dense["grouped-query, untied"]
-    o = options(source, tmp_path / "moe", dtype="bf16")
+    o = options(source, tmp_path / "moe", dtype="bf16", **METHODS[name])
     assert "weights are rounded to bfloat16" in str(make_plan(o).inexact)
     function = made(o)
     batches = comparison_batches(source, None, None)
-    exact = checkpoint_logits(source, batches)
-    rounded = compare_logits(exact, checkpoint_logits(source, batches, weights_as=torch.bfloat16))
-    print(f"MoE {function.logits.relative:.1e}, dense in bf16 {rounded.relative:.1e} of the logits' scale")
+    in_bf16 = checkpoint_logits(source, batches, weights_as=torch.bfloat16)
+    rounded = compare_logits(checkpoint_logits(source, batches), in_bf16)
+    apart = compare_logits(in_bf16, checkpoint_logits(tmp_path / "moe", batches))
+    print(
+        f"{name}: {function.logits.relative:.1e} from fp32, as dense in bf16 is ({rounded.relative:.1e}); the two are "
+        f"{apart.relative:.1e} apart, argmax agreement {apart.argmax_agreement:.2%}"
+    )
     assert function.logits.relative == pytest.approx(rounded.relative, rel=1e-3)
+    assert apart.relative <= TOLERANCE
+    assert apart.argmax_agreement >= 0.99
 
 
 def test_source_format_and_workers_change_no_bit(dense: dict[str, Path], tmp_path: Path) -> None:
