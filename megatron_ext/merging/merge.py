@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
+from megatron_ext.merging.pieces import pieces
 from megatron_ext.merging.weighted_sum import WeightedSum, wider
 
 Versions = Sequence[Callable[[], Tensor]]
@@ -102,31 +103,51 @@ class Ties(Merge):
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + scale * the mean of those trimmed entries that have the elected sign."""
         assert base is not None
-        weights = _weights(self.weights, len(versions))
-        wide = base.to(wider(base.dtype))
-        elected = torch.zeros_like(wide)
-        for weight, read in zip(weights, versions, strict=True):
-            elected.add_(self._trimmed(read(), wide), alpha=weight)
-        sign = elected.sign_()
-        total, voices = torch.zeros_like(wide), torch.zeros_like(wide)
-        for weight, read in zip(weights, versions, strict=True):
-            vector = self._trimmed(read(), wide)
-            agrees = vector * sign * weight > 0
-            total.add_(vector.where(agrees, 0.0), alpha=weight)
-            voices.add_(agrees, alpha=abs(weight))
-        merged = total.div_(voices.where(voices > 0, 1.0))
-        return wide.add_(merged, alpha=self.scale).to(base.dtype)
+        weights, others = _weights(self.weights, len(versions)), [read() for read in versions]
+        trims = [_Trim(other, base, self.density) for other in others]
+        merged = torch.empty(base.shape, dtype=base.dtype)
+        for target, before, *parts in zip(*map(pieces, (merged, base, *others)), strict=True):
+            vectors = [trim(_difference(part, before)) for trim, part in zip(trims, parts, strict=True)]
+            target.copy_(before + self.scale * _elected_mean(vectors, weights))
+        return merged
 
-    def _trimmed(self, version: Tensor, base: Tensor) -> Tensor:
-        """The task vector with zeros in the place of all but its largest entries."""
-        vector = version.to(base.dtype).sub_(base) if version.dtype != base.dtype else version - base
-        kept = max(round(self.density * vector.numel()), 1)
-        if kept == vector.numel():
-            return vector
-        flat = vector.flatten()
-        # Differences of bf16 weights are often equal: the share is kept exactly, whatever ties there are.
-        smallest = flat.abs().topk(vector.numel() - kept, largest=False, sorted=False).indices
-        return flat.index_fill_(0, smallest, 0.0).view_as(vector)
+
+class _Trim:
+    """Keeps the largest entries of a task vector, whose pieces come in order, and puts zeros in the others' places."""
+
+    def __init__(self, version: Tensor, base: Tensor, density: float) -> None:
+        sizes = torch.empty(base.numel(), dtype=wider(base.dtype))
+        for target, after, before in zip(*map(pieces, (sizes, version, base)), strict=True):
+            target.copy_(_difference(after, before).abs_())
+        dropped = len(sizes) - max(round(density * len(sizes)), 1)
+        array = sizes.numpy()
+        array.partition(dropped)
+        self._least = float(array[dropped])
+        # Differences of bf16 weights are often equal: the share is kept exactly, of equal ones the first.
+        self._equal = int((array[dropped:] == self._least).sum())
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """The next piece."""
+        size = vector.abs()
+        equal = (size == self._least).nonzero().flatten()[: self._equal]
+        self._equal -= len(equal)
+        dropped = size <= self._least  # not a number is kept
+        dropped[equal] = False
+        return vector.masked_fill_(dropped, 0.0)
+
+
+def _difference(version: Tensor, base: Tensor) -> Tensor:
+    """The task vector, in the wider dtype."""
+    wide = wider(base.dtype)
+    return version.to(wide) - base.to(wide)
+
+
+def _elected_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    """The weighted mean of those entries whose sign is that of the weighted sum."""
+    votes = torch.stack([weight * vector for weight, vector in zip(weights, vectors, strict=True)])
+    agrees = ~(votes * votes.sum(dim=0).sign() <= 0)  # not a number has its say, to be seen
+    voices = agrees.to(votes.dtype) * votes.new_tensor(weights).abs()[:, None]
+    return votes.where(agrees, 0.0).sum(dim=0) / voices.sum(dim=0).where(agrees.any(dim=0), 1.0)
 
 
 @config
@@ -143,12 +164,12 @@ class Dare(Merge):
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + sum of weight * the dropped and rescaled task vector."""
         assert base is not None
-        wide = base.to(wider(base.dtype))
-        merged = wide.clone()
+        merged = base.to(wider(base.dtype), copy=True)
         for number, (weight, read) in enumerate(zip(_weights(self.weights, len(versions)), versions, strict=True)):
             generator = torch.Generator().manual_seed(seed_from_name(seed, f"{name}.{number}"))
-            kept = torch.rand(base.shape, generator=generator) >= self.drop_rate
-            merged.add_((read().to(wide.dtype) - wide).where(kept, 0.0), alpha=weight / (1 - self.drop_rate))
+            for target, after, before in zip(*map(pieces, (merged, read(), base)), strict=True):
+                kept = torch.rand(len(target), generator=generator) >= self.drop_rate
+                target.add_(_difference(after, before).where(kept, 0.0), alpha=weight / (1 - self.drop_rate))
         return merged.to(base.dtype)
 
 

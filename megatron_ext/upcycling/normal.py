@@ -1,8 +1,4 @@
-"""Normal random numbers for large tensors, and the statistics of what they replace.
-
-Both go through a tensor in pieces that stay in the processor's cache in fp32: the whole would be written to memory and
-read again for every step, which takes longer than to draw.
-"""
+"""Normal random numbers for large tensors, and the statistics of what they replace, piece by piece in fp32."""
 
 import math
 from collections.abc import Iterator
@@ -10,14 +6,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 16
-"""Elements of a piece, 256 KiB in fp32. What is drawn depends on it."""
+from megatron_ext.merging.pieces import PIECE, pieces
 
 
 def normal_like(tensor: Tensor, mean: float, std: float, generator: torch.Generator) -> Tensor:
     """Normal numbers of the tensor's shape and dtype, drawn in fp32."""
     result = torch.empty(tensor.shape, dtype=tensor.dtype)
-    for target, drawn in zip(_pieces(result), _drawn(tensor.numel(), generator), strict=True):
+    for target, drawn in zip(pieces(result), _drawn(tensor.numel(), generator), strict=True):
         target.copy_(drawn.mul_(std).add_(mean))
     return result
 
@@ -25,17 +20,17 @@ def normal_like(tensor: Tensor, mean: float, std: float, generator: torch.Genera
 def with_normal_noise(tensor: Tensor, std: float, generator: torch.Generator) -> Tensor:
     """The tensor with normal noise, added in fp32 at least."""
     result = tensor.clone(memory_format=torch.contiguous_format)
-    for target, drawn in zip(_pieces(result), _drawn(tensor.numel(), generator), strict=True):
+    for target, drawn in zip(pieces(result), _drawn(tensor.numel(), generator), strict=True):
         target.copy_(target + drawn.mul_(std))
     return result
 
 
 def mean_and_std(tensor: Tensor) -> tuple[float, float]:
     """The mean and the standard deviation (that of a sample, n - 1) of all elements; of one element 0."""
-    pieces, count = _pieces(tensor), tensor.numel()
-    shift = float(pieces[0].float().mean())  # so that squares do not cancel where the mean is large
+    parts, count = pieces(tensor), tensor.numel()
+    shift = float(parts[0].float().mean())  # so that squares do not cancel where the mean is large
     total = square = 0.0
-    for piece in pieces:
+    for piece in parts:
         shifted = piece.float() - shift
         total += float(shifted.sum())
         square += float(shifted.dot(shifted))
@@ -43,12 +38,8 @@ def mean_and_std(tensor: Tensor) -> tuple[float, float]:
     return shift + total / count, math.sqrt(max(variance, 0.0))
 
 
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.view(-1).split(_PIECE)
-
-
 def _drawn(count: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Standard normal numbers in pieces, each gone when the next one comes."""
-    memory = torch.empty(min(count, _PIECE))
-    for start in range(0, count, _PIECE):
+    memory = torch.empty(min(count, PIECE))
+    for start in range(0, count, PIECE):
         yield memory[: count - start].normal_(generator=generator)

@@ -77,6 +77,32 @@ def test_ties_keeps_its_share_of_equal_differences() -> None:
     assert not changed[5:].any()
 
 
+def test_ties_in_pieces_is_ties_of_the_whole() -> None:
+    """Three pieces and a part of one, with equal sizes across their borders; against the paper's steps in float64."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.zeros(300, 700)
+    models = [torch.randint(-8, 9, base.shape, generator=generator) / 8 for _ in range(3)]
+    weights = [1.0, 0.5, -2.0]
+    trimmed = []
+    for model in models:
+        flat = model.double().flatten()
+        largest = flat.abs().argsort(descending=True, stable=True)[: round(0.3 * flat.numel())]
+        trimmed.append(torch.zeros_like(flat).index_copy(0, largest, flat[largest]))
+    votes = torch.stack([weight * vector for weight, vector in zip(weights, trimmed, strict=True)])
+    agrees = votes * votes.sum(dim=0).sign() > 0
+    voices = (agrees * torch.tensor(weights, dtype=torch.float64).abs()[:, None]).sum(dim=0)
+    expected = (votes * agrees).sum(dim=0) / voices.clamp_min(1e-9)
+    result = merged(Ties(density=0.3, weights=weights), models, base).flatten().double()
+    assert float((result - expected).abs().max()) <= 2**-24  # rounded to fp32 once
+    assert int((result != 0).sum()) > 50_000
+
+
+def test_ties_lets_not_a_number_be_seen() -> None:
+    base, version = tensors(2)
+    version[0, 0] = float("nan")
+    assert bool(merged(Ties(density=0.2), [version], base)[0, 0].isnan())
+
+
 def test_dare_drops_its_share_and_keeps_the_mean() -> None:
     base = torch.zeros(400, 500)
     version = torch.ones(400, 500)

@@ -1,0 +1,14 @@
+"""Large tensors in pieces that stay in the processor's cache, in whatever dtype they are computed.
+
+A step over the whole would be written to memory and read again by the next, in a dtype wider than the tensor's.
+"""
+
+from torch import Tensor
+
+PIECE = 1 << 16
+"""Elements of a piece. What is drawn at random by pieces depends on it."""
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Flat views of the elements in order; of a tensor that is not contiguous, of a copy."""
+    return tensor.reshape(-1).split(PIECE)
