@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS, config_to_megatron, left_behind
 from megatron_ext.architectures.registry import architecture_of
-from megatron_ext.architectures.stored import unstacked
+from megatron_ext.architectures.unstacked import UnstackedSource
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.store import (
@@ -107,7 +107,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _open_hugging_face(directory: Path) -> Checkpoint:
     architecture, model = read_hugging_face_model(directory)
-    stream = unstacked(HuggingFaceSource(directory), architecture, model)
+    stream = UnstackedSource(HuggingFaceSource(directory), architecture, model)
     check_hugging_face(stream, architecture, model, where=str(directory))
     for what, names in stream.dropped.items():
         log.warning("%s: %d tensors are left out, %s and so on: %s", directory, len(names), names[0], what)

@@ -22,7 +22,7 @@ from megatron_ext.data.batches import MicroBatch
 from megatron_ext.errors import TrainingError
 from megatron_ext.mcore.fp8.scaling import advance_histories, forget_step
 from megatron_ext.mcore.model import routers
-from megatron_ext.mcore.moe import balance
+from megatron_ext.mcore.moe import steps
 from megatron_ext.mcore.moe.noise import begin_micro_batch
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.runtime.process_groups import Groups
@@ -63,7 +63,7 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     gates = routers(wrapped)
-    balance.begin_step(gates)
+    steps.begin_step(gates)
     (loss, z_loss), tokens = _run(wrapped, batch, groups, forward_only=False)
     norm = gradient_norm(optimizer)
     if not math.isfinite(norm):
@@ -71,7 +71,7 @@ def train_step(
         raise TrainingError(f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated")
     clip_and_step(optimizer, norm, max_norm)
     # After the update, so that a refused step moves neither biases nor coefficients nor scales.
-    balance.end_step(gates, groups.stage)
+    steps.end_step(gates, groups.stage)
     advance_histories(wrapped, groups.stage)
     return StepResult(loss, tokens, z_loss, norm)
 

@@ -2,17 +2,11 @@
 
 #   S sequence, B micro-batch, T = S x B tokens of this rank, E experts
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.config import AdaptiveAuxLoss
-
-if TYPE_CHECKING:
-    from megatron_ext.mcore.moe.router import Router
 
 
 def switch_loss(counts: Tensor, mean_probability: Tensor) -> Tensor:
@@ -83,25 +77,3 @@ def adapted_coefficient(
 def moved_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
     """The expert bias after a step (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): up where load is below the mean."""
     return bias_E + rate * torch.sign(counts_E.mean() - counts_E)
-
-
-def begin_step(routers: Sequence["Router"]) -> None:
-    """Forget what was counted since the last step that was taken."""
-    for router in routers:
-        router.begin_step()
-
-
-def end_step(routers: Sequence["Router"], group: dist.ProcessGroup) -> None:
-    """Let biases and coefficients follow the loads of the step just taken, summed over `group`.
-
-    Args:
-        routers: those of this pipeline stage; every rank of the stage must call this.
-        group: the ranks of the stage.
-    """
-    moving = [router for router in routers if router.follows_load]
-    if not moving:
-        return
-    counts = torch.stack([router.step_counts for router in moving])
-    dist.all_reduce(counts, group=group)
-    for router, row in zip(moving, counts, strict=True):
-        router.follow(counts_E=row[:-1], dropped=row[-1])

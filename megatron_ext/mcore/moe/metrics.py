@@ -5,44 +5,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_ext.mcore.moe.router import Router
-
-_MEANS = ("entropy", "top1", "ratio")
-_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "z_loss")
-_COLUMNS = ("dropped", "tokens", *_MEANS, *_LOSSES)
-
-
-class RouterCounts:
-    """Sums over the tokens that one router has seen since the last report; nothing is read from the device here."""
-
-    def __init__(self, experts: int) -> None:
-        self.experts = experts
-        self.sums: Tensor | None = None
-
-    def add(self, load_E: Tensor, dropped: Tensor, probabilities_TE: Tensor) -> None:
-        """Count a micro-batch: assignments, dropped ones, and the shape of the gate's distribution without noise."""
-        best_T2 = probabilities_TE.topk(2, dim=-1).values
-        entropy = torch.special.entr(probabilities_TE).sum()
-        ratio = (best_T2[:, 0] / best_T2[:, 1].clamp(min=1e-9)).sum()
-        tokens = load_E.new_full((), probabilities_TE.shape[0])
-        row = torch.stack((dropped, tokens, entropy, best_T2[:, 0].sum(), ratio))
-        self._add(torch.cat((load_E.float(), row, row.new_zeros(len(_LOSSES)))))
-
-    def add_loss(self, kind: str, value: Tensor) -> None:
-        """Add this rank's part of a loss, without its coefficient."""
-        row = torch.zeros(self.experts + len(_COLUMNS), device=value.device)
-        row[self.experts + _COLUMNS.index(kind)] = value.detach()
-        self._add(row)
-
-    def _add(self, row: Tensor) -> None:
-        self.sums = row if self.sums is None else self.sums + row
+from megatron_ext.mcore.moe.counts import COLUMNS, LOSSES, MEANS, RouterCounts
+from megatron_ext.mcore.moe.router import Router
 
 
 @dataclass(frozen=True)
@@ -78,7 +46,7 @@ ExpertStatistics = dict[int, LayerHealth]
 
 
 def collect_statistics(
-    routers: Sequence["Router"],
+    routers: Sequence[Router],
     *,
     num_layers: int,
     num_experts: int,
@@ -95,7 +63,7 @@ def collect_statistics(
     Args:
         num_microbatches: micro-batches of all ranks since the last report.
     """
-    table = torch.zeros(num_layers, num_experts + len(_COLUMNS), dtype=torch.float64, device=device)
+    table = torch.zeros(num_layers, num_experts + len(COLUMNS), dtype=torch.float64, device=device)
     for router in routers:
         assert router.layer_number is not None
         if router.counts.sums is not None:
@@ -103,7 +71,7 @@ def collect_statistics(
         router.counts = RouterCounts(num_experts)
     dist.all_reduce(table, group=group)
     return {
-        layer: _health(row[:num_experts], dict(zip(_COLUMNS, row[num_experts:], strict=True)), num_microbatches)
+        layer: _health(row[:num_experts], dict(zip(COLUMNS, row[num_experts:], strict=True)), num_microbatches)
         for layer, row in enumerate(table.tolist())
         if sum(row[:num_experts]) > 0
     }
@@ -111,12 +79,12 @@ def collect_statistics(
 
 def _health(load: list[float], sums: dict[str, float], num_microbatches: int) -> LayerHealth:
     assignments = sum(load)
-    means = {name: sums[name] / sums["tokens"] for name in _MEANS}
+    means = {name: sums[name] / sums["tokens"] for name in MEANS}
     return LayerHealth(
         load=[count / assignments for count in load],
         drop_rate=sums["dropped"] / assignments,
         entropy=means["entropy"] / math.log(len(load)),
         top1=means["top1"],
         max1_max2=means["ratio"],
-        losses={kind: sums[kind] / num_microbatches for kind in _LOSSES if sums[kind]},
+        losses={kind: sums[kind] / num_microbatches for kind in LOSSES if sums[kind]},
     )

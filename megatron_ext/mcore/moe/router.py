@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_ext.config import GumbelNoise, InputJitter, LearnedNoise, ModelConfig
 from megatron_ext.errors import CheckpointError
 from megatron_ext.mcore.moe import balance, noise
-from megatron_ext.mcore.moe.metrics import RouterCounts
+from megatron_ext.mcore.moe.counts import RouterCounts
 from megatron_ext.mcore.moe.selection import (
     Capacity,
     choose,

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.fields import config_to_megatron
 from megatron_ext.architectures.registry import architecture_of
-from megatron_ext.architectures.stored import unstacked
+from megatron_ext.architectures.unstacked import UnstackedSource
 from megatron_ext.checkpoint.naming import storage_plan
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import TensorSpec
@@ -101,7 +101,7 @@ class InMemory:
 
 def canonical(tensors: Tensors, architecture: Architecture, model: ModelConfig) -> Tensors:
     """Weights, or gradients, of a transformers model under Megatron's names."""
-    source = unstacked(InMemory(tensors), architecture, model)
+    source = UnstackedSource(InMemory(tensors), architecture, model)
     return {
         task.writes[MEGATRON]: task.make({role: source.read(name) for role, name in task.reads.items()})[MEGATRON]
         for task in tasks_to_megatron(architecture.weights, model)

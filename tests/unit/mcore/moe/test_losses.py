@@ -13,7 +13,7 @@ from megatron_ext.config import (
     ModelConfig,
     ParallelConfig,
 )
-from megatron_ext.mcore.moe.metrics import RouterCounts
+from megatron_ext.mcore.moe.counts import RouterCounts
 from megatron_ext.mcore.moe.router import _GatingLinear
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model

@@ -13,7 +13,8 @@ from megatron_ext.config import (
     RecomputeConfig,
 )
 from megatron_ext.mcore.model import routers
-from megatron_ext.mcore.moe.metrics import RouterCounts, collect_statistics
+from megatron_ext.mcore.moe.counts import RouterCounts
+from megatron_ext.mcore.moe.metrics import collect_statistics
 from megatron_ext.mcore.moe.selection import normalize_gating_logits
 from megatron_ext.testing.parity import Cell, run_cell
 from megatron_ext.testing.pool import GlooPool

@@ -12,7 +12,7 @@ from megatron_ext.config import (
     ParallelConfig,
 )
 from megatron_ext.errors import CheckpointError
-from megatron_ext.mcore.moe import balance
+from megatron_ext.mcore.moe import balance, steps
 from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
@@ -56,11 +56,11 @@ def load_balanced_by_bias() -> tuple[float, float]:
     hidden = hidden_states() + router.weight[0].detach() / router.weight[0].detach().norm()
     violation = []
     for _ in range(200):
-        balance.begin_step([router])
+        steps.begin_step([router])
         _, chosen = router(hidden)
         load = chosen.sum(dim=0).float()
         violation.append(float(load.max() / load.mean() - 1))
-        balance.end_step([router], parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+        steps.end_step([router], parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     return violation[0], sum(violation[-20:]) / 20
 
 

@@ -1,0 +1,37 @@
+"""What a router counts between two reports."""
+
+#   E experts, T tokens
+
+import torch
+from torch import Tensor
+
+MEANS = ("entropy", "top1", "ratio")
+LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "z_loss")
+COLUMNS = ("dropped", "tokens", *MEANS, *LOSSES)
+"""What follows the E loads in a row of sums."""
+
+
+class RouterCounts:
+    """Sums over the tokens that one router has seen since the last report; nothing is read from the device here."""
+
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
+        self.sums: Tensor | None = None
+
+    def add(self, load_E: Tensor, dropped: Tensor, probabilities_TE: Tensor) -> None:
+        """Count a micro-batch: assignments, dropped ones, and the shape of the gate's distribution without noise."""
+        best_T2 = probabilities_TE.topk(2, dim=-1).values
+        entropy = torch.special.entr(probabilities_TE).sum()
+        ratio = (best_T2[:, 0] / best_T2[:, 1].clamp(min=1e-9)).sum()
+        tokens = load_E.new_full((), probabilities_TE.shape[0])
+        row = torch.stack((dropped, tokens, entropy, best_T2[:, 0].sum(), ratio))
+        self._add(torch.cat((load_E.float(), row, row.new_zeros(len(LOSSES)))))
+
+    def add_loss(self, kind: str, value: Tensor) -> None:
+        """Add this rank's part of a loss, without its coefficient."""
+        row = torch.zeros(self.experts + len(COLUMNS), device=value.device)
+        row[self.experts + COLUMNS.index(kind)] = value.detach()
+        self._add(row)
+
+    def _add(self, row: Tensor) -> None:
+        self.sums = row if self.sums is None else self.sums + row
