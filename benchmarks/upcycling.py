@@ -13,27 +13,19 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from report import RESULTS, hardware, markdown_table, record, versions
-from torch import Tensor
+from upcycling_figures import COLUMNS, Figures, figures_of, plot, rows
 
-from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config import dump_yaml
-from megatron_ext.conversion.network import megatron_network
-from megatron_ext.conversion.sources import Checkpoint, open_checkpoint
-from megatron_ext.conversion.text import comparison_batches
+from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.data.python_corpus import write_python_corpus
-from megatron_ext.monitoring.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, LENGTH, BATCH = 4096, 128, 16
@@ -177,138 +169,6 @@ def go(plan: Plan, corpora: list[str], name: str, seed: int) -> None:
     print(f"trained: {name}, seed {seed}", flush=True)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What one run came to."""
-
-    validation: list[tuple[int, float]]
-    """(tokens, loss) over the run."""
-
-    entropy: float | None = None
-    """Of a token's distribution over the experts, / ln E; None in a dense model."""
-    max1_max2: float | None = None
-    correlation: float | None = None
-    """Mean correlation between the weights of two experts of a layer."""
-    language: float | None = None
-    """Mean total variation distance between the loads that two corpora give the experts of a layer."""
-
-    @property
-    def loss(self) -> float:
-        """The last validation loss."""
-        return self.validation[-1][1]
-
-
-def figures_of(plan: Plan, directory: Path, corpora: list[str]) -> Figures:
-    """Read a run's metrics and look into its last checkpoint."""
-    records = list(read_metrics(directory / "metrics.jsonl"))
-    validation = [(r["iteration"] * BATCH * LENGTH, r["validation_loss"]) for r in records if "validation_loss" in r]
-    opened = open_checkpoint(directory)
-    if not opened.model.is_moe:
-        return Figures(validation)
-    layers = [layer for r in records[-20:] for layer in r.get("moe", {}).values()]
-    return Figures(
-        validation,
-        statistics.fmean(layer["entropy"] for layer in layers),
-        statistics.fmean(layer["max1_max2"] for layer in layers),
-        expert_correlation(opened),
-        language_distance(plan, opened, corpora),
-    )
-
-
-def expert_correlation(opened: Checkpoint) -> float:
-    """Mean over layers and pairs of experts."""
-    values = []
-    for layer, is_moe in enumerate(opened.model.moe_layer_pattern):
-        if is_moe:
-            prefix = f"decoder.layers.{layer}.mlp.experts"
-            experts = torch.stack(
-                [
-                    torch.cat([opened.tensors.read(f"{prefix}.{e}.linear_fc{n}.weight").flatten() for n in (1, 2)])
-                    for e in range(opened.model.num_moe_experts or 0)
-                ]
-            )
-            similarity = torch.corrcoef(experts)
-            pairs = torch.triu_indices(len(experts), len(experts), offset=1)
-            values.append(float(similarity[pairs[0], pairs[1]].mean()))
-    return statistics.fmean(values)
-
-
-@torch.no_grad()
-def language_distance(plan: Plan, opened: Checkpoint, corpora: list[str]) -> float:
-    """How differently corpora load the experts: 0 alike, 1 no expert in common."""
-    loads: dict[str, dict[int, Tensor]] = {}
-    with megatron_network(opened.model, opened.tensors) as network:
-        for name in corpora:
-            counts: dict[int, Tensor] = {}
-
-            def count(layer: int, module: Any, inputs: Any, outputs: Any, counts: dict[int, Tensor] = counts) -> None:
-                counts[layer] = counts.get(layer, torch.zeros(())) + outputs[1].sum(dim=0).float()
-
-            hooks = [
-                layer.mlp.router.register_forward_hook(partial(count, number))
-                for number, layer in enumerate(network.decoder.layers)
-                if opened.model.moe_layer_pattern[number]
-            ]
-            text = plan.folder / "data" / name / "validation"
-            for tokens in comparison_batches(opened.directory, text, None, batches=8, rows=8, length=LENGTH):
-                network(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
-            for hook in hooks:
-                hook.remove()
-            loads[name] = {layer: load / load.sum() for layer, load in counts.items()}
-    distances = [
-        float((loads[a][layer] - loads[b][layer]).abs().sum() / 2)
-        for a, b in itertools.combinations(corpora, 2)
-        for layer in loads[a]
-    ]
-    return statistics.fmean(distances) if distances else 0.0
-
-
-def rows_of(plan: Plan, results: dict[str, list[Figures]]) -> Iterator[list[str]]:
-    """A row of the table for each way."""
-    dense = [figures.loss for figures in results[DENSE]]
-    for name, figures in results.items():
-        counts = count_parameters(open_checkpoint(plan.run(f"{name}.0")).model)
-        losses = [f.loss for f in figures]
-        cells = [name, f"{counts.total / 1e6:.1f} / {counts.active / 1e6:.1f}", _spread(losses)]
-        differences = [own - other for own, other in zip(losses, dense, strict=True)]
-        cells.append("" if name == DENSE else _spread(differences, sign="+"))
-        for field in ("entropy", "max1_max2", "correlation", "language"):
-            values = [getattr(f, field) for f in figures if getattr(f, field) is not None]
-            cells.append(_spread(values, 3) if values else "")
-        yield cells
-
-
-def _spread(values: list[float], digits: int = 4, sign: str = "") -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.{digits}f}{spread}"
-
-
-def plot(results: dict[str, list[Figures]], plateau: float, path: Path) -> None:
-    """Validation loss over tokens, the mean of the seeds with their range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5))
-    for name, figures in results.items():
-        tokens = [point[0] for point in figures[0].validation]
-        curves = [[loss for _, loss in f.validation] for f in figures]
-        means = [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
-        (line,) = axes.plot(tokens, means, label=name)
-        axes.fill_between(
-            tokens, list(map(min, *curves, means)), list(map(max, *curves, means)), color=line.get_color(), alpha=0.2
-        )
-    axes.axhline(plateau, color="grey", linewidth=0.5, label="dense model before")
-    axes.set_ylim(top=plateau + 0.5)
-    axes.set_xlabel("tokens after the dense model")
-    axes.set_ylabel("validation loss")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
 def read_corpora(plan: Plan, stated: list[str]) -> dict[str, list[str]]:
     """Files of each corpus by name; without any, the documentation and sources of Python."""
     if stated:
@@ -343,29 +203,23 @@ def main() -> None:
     names = list(corpora)
     with ThreadPoolExecutor(plan.jobs) as pool:  # threads, for each waits for processes
         list(pool.map(lambda run: go(plan, names, run[1], run[0]), itertools.product(range(plan.seeds), WAYS)))
-    results = {
-        name: [figures_of(plan, plan.run(f"{name}.{seed}"), names) for seed in range(plan.seeds)] for name in WAYS
-    }
-    before = figures_of(plan, dense, names).validation
+    texts = {name: plan.folder / "data" / name / "validation" for name in names}
+
+    def figures(run: str) -> Figures:
+        return figures_of(plan.run(run), texts, sequences=BATCH, length=LENGTH)
+
+    results = {name: [figures(f"{name}.{seed}") for seed in range(plan.seeds)] for name in WAYS}
+    before = figures("dense").validation
     path = RESULTS.with_name("upcycling.png") if o.record else Path("build/upcycling.png")
     plot(results, before[-1][1], path)
-    columns = (
-        "way",
-        "M parameters / active",
-        "validation loss",
-        "to dense",
-        "entropy / ln E",
-        "Max1/Max2",
-        "correlation",
-        "languages",
-    )
-    sizes = ", ".join(f"{name} {tokens_of(plan, name) / 1e6:.2f} M" for name in corpora)
+    sizes = ", ".join(f"{name} {tokens_of(plan, name) / 1e6:.2f} M" for name in names)
     text = (
         f"{hardware()}; {versions('torch', 'megatron-core')}. Tokens to learn from: {sizes}. Dense model of "
         f"{plan.dense_steps} steps of {BATCH * LENGTH} tokens, validation loss {before[-1][1]:.4f} "
         f"({before[-2][1]:.4f} at nine tenths); then {plan.steps} steps of each way, mean and standard deviation over "
         f'{plan.seeds} seeds. "To dense" is the difference to the dense model that goes on with the same seed.\n\n'
-        f"{markdown_table(columns, list(rows_of(plan, results)))}\n\n![validation loss over tokens]({path.name})"
+        f"{markdown_table(COLUMNS, list(rows(results, DENSE)))}\n\n"
+        f"![losses, router and loads of experts]({path.name})"
     )
     print(text)
     if o.record:

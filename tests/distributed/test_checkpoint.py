@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_ext.checkpoint import store
@@ -363,6 +364,9 @@ def save_with_megatron_core(part: Part, directory: Path) -> None:
         # Its writer starts processes, which a daemon (every worker of the pool) may not do.
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         dist_checkpointing.save(plain_model_state(session), str(directory))
+        # Its writer also keeps a process with a queue, which would outlive the pool's worker.
+        filesystem_async._results_queue._manager.shutdown()
+        filesystem_async._results_queue = None
         session.save()
 
 
