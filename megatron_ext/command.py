@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from megatron_ext.config.help import describe_keys, plain, type_name
+from megatron_ext.config.help import describe_keys, plain, summary_of, type_name
 from megatron_ext.config.load import fields_of, kind_of, load_config, section_types
 from megatron_ext.config.root import RunConfig
 from megatron_ext.config.yaml_text import parse_scalar, read_yaml
@@ -126,7 +126,7 @@ def parse_command(
 def _add_union(parser: argparse.ArgumentParser, name: str, info: Any) -> None:
     """Add the choice of a kind, and the fields of all kinds."""
     kinds = {kind_of(section): section for section in section_types(info.annotation)}
-    summaries = "; ".join(f"{kind}: {(section.__doc__ or '').partition('.')[0]}" for kind, section in kinds.items())
+    summaries = "; ".join(f"{kind}: {summary_of(section)}" for kind, section in kinds.items())
     default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True).kind}"
     text = f"{info.description or ''} {summaries} ({default})"
     parser.add_argument(f"--{name}", choices=list(kinds), default=argparse.SUPPRESS, help=text.replace("%", "%%"))

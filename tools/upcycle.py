@@ -4,6 +4,7 @@
   python tools/upcycle.py DENSE TARGET --num-experts 8
   python tools/upcycle.py DENSE TARGET --num-experts 64 --topk 8 --method fine_grained --granularity 8
   python tools/upcycle.py CODE JAPANESE MATH TARGET --num-experts 6 --method mix
+  python tools/upcycle.py DENSE TARGET --layers 0-23,8-31       # a deeper dense model; with --num-experts a MoE of it
 
 DENSE and TARGET are Megatron checkpoints or Hugging Face directories (--to hf). --check prints the plan and writes
 nothing. Beside a Megatron target stands a training configuration, TARGET.yaml.
@@ -30,8 +31,9 @@ def main() -> None:
         return
     with ending_on_sigterm(), byte_progress("upcycling") as progress:
         made = upcycle(plan, progress)
-    print(f"{o.target}: {o.method.kind}, {o.num_experts} experts, {made.written.bytes / 1e6:,.1f} MB")
-    print(f"expected: {plan.inexact or 'the function is kept'}")
+    experts = f"{o.method.kind}, {o.num_experts} experts" if o.num_experts else f"{plan.moe.num_layers} layers"
+    print(f"{plan.options.target}: {experts}, {made.written.bytes / 1e6:,.1f} MB")
+    print(f"function: {plan.expectation}")
     if made.function is not None:
         print(*made.function.lines(), sep="\n")
     if made.recipe is not None:

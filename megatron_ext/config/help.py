@@ -24,11 +24,15 @@ def _section(cls: type, prefix: str) -> Iterator[str]:
         yield textwrap.fill(info.description or "", _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     for name, info in fields_of(cls).items():
         for variant in section_types(info.annotation):
-            summary = (variant.__doc__ or "").split("\n")[0]
             kind = fields_of(variant).get("kind")
             title = f"{prefix}{name}" + (f" (kind: {typing.get_args(kind.annotation)[0]})" if kind else "")
-            yield f"\n{title}: {summary}"
+            yield f"\n{title}: {summary_of(variant)}."
             yield from _section(variant, f"{prefix}{name}.")
+
+
+def summary_of(section: type) -> str:
+    """The first line of its docstring, without the full stop."""
+    return (section.__doc__ or "").partition("\n")[0].removesuffix(".")
 
 
 def type_name(annotation: Any) -> str:

@@ -31,5 +31,7 @@ class Content:
     """The resolved run that trained it, where one did."""
     state: TrainingState = field(default_factory=TrainingState)
     """How far it is trained."""
+    made_of: str = ""
+    """Of what other models it is made and how, for its card; empty where it is the same model as before."""
     beside: Path | None = None
     """Folder of the model's own tokenizer, readable here or not, and of how it stops, samples and chats."""

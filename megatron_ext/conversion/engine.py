@@ -28,6 +28,8 @@ class Task:
     """From source tensors by role to target tensors by role."""
     dtype: torch.dtype | None = None
     """What the targets are, whatever dtype the conversion is to."""
+    note: str = ""
+    """What is done to what is read, for people."""
 
 
 class HasSpecs(Protocol):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.architectures.registry import ARCHITECTURES
+from megatron_ext.checkpoint.tensors import TensorSource
+from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.export import shipped_code
 from megatron_ext.conversion.network import megatron_network
 from megatron_ext.conversion.sources import open_checkpoint
@@ -15,7 +17,6 @@ from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
 
 
-@torch.no_grad()
 def megatron_logits(
     checkpoint: str | Path, batches: Sequence[Tensor], *, weights_as: torch.dtype | None = None
 ) -> list[Tensor]:
@@ -27,12 +28,20 @@ def megatron_logits(
     Starts a process group of one and leaves it again; call it where none is running.
     """
     opened = open_checkpoint(checkpoint)
-    with megatron_network(opened.model, opened.tensors) as network:
+    return stream_logits(opened.model, opened.tensors, batches, weights_as=weights_as)
+
+
+@torch.no_grad()
+def stream_logits(
+    model: ModelConfig, tensors: TensorSource, batches: Sequence[Tensor], *, weights_as: torch.dtype | None = None
+) -> list[Tensor]:
+    """The same of a model that is not on disk: `model` with the canonical `tensors`."""
+    with megatron_network(model, tensors) as network:
         _round_weights(network, weights_as)
         results = []
         for tokens in batches:
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-            results.append(network(tokens, positions, None)[..., : opened.model.vocab_size].float())
+            results.append(network(tokens, positions, None)[..., : model.vocab_size].float())
         return results
 
 

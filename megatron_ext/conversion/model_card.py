@@ -47,6 +47,8 @@ def _facts(architecture: Architecture, why: str, content: Content) -> str:
     ]
     if model.is_moe:
         rows.append(("experts", _experts(model)))
+    if content.made_of:
+        rows.append(("made of", content.made_of))
     if state.iteration:
         length = content.run.get("data", {}).get("sequence_length")
         tokens = f", {state.consumed_samples * length:,} tokens" if length else ""

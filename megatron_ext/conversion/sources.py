@@ -72,7 +72,7 @@ class Checkpoint:
             self.hf_config,
             self.run,
             self.state,
-            self.beside,
+            beside=self.beside,
         )
 
 

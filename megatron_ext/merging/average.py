@@ -1,5 +1,6 @@
 """Merges checkpoints: which ones, into what, and how the result does on text beside its parts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from megatron_ext.conversion.write import (
     write_hugging_face,
     write_megatron,
 )
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, ConversionError
 from megatron_ext.merging.merge import AnyMerge, Linear
 from megatron_ext.merging.stream import Merged
 
@@ -93,13 +94,21 @@ def average(options: AverageOptions, progress: Progress = lambda done, total: No
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
     _check_options(options)
-    opened = [open_checkpoint(path) for path in sources_of(options)]
+    paths = sources_of(options)
+    options.method.check(len(paths))
+    opened = [open_checkpoint(path) for path in paths]
     base = open_checkpoint(options.base) if options.base is not None else None
     warn_of_what_stays(opened[0])
     models = [*opened, *([base] if base else [])]
     streams = streams_of_one_shape(models)
     seed = 1234 if options.seed is None else options.seed
-    merged = Merged(options.method, streams[: len(opened)], base=streams[-1] if base else None, seed=seed)
+    merged = Merged(
+        options.method,
+        streams[: len(opened)],
+        base=streams[-1] if base else None,
+        seed=seed,
+        vocab_size=opened[0].model.vocab_size,
+    )
     output = Output(
         Path(options.target),
         DTYPES.get(options.dtype or ""),
@@ -136,7 +145,9 @@ def _content(options: AverageOptions, opened: Sequence[Checkpoint], merged: Merg
     """The merged model. Of several checkpoints of one run it carries the newest one's record of training."""
     newest = opened[-1].content
     content = replace(newest, tasks=list(copies(merged)), specs=merged.specs, stream=merged, inputs=inputs)
-    content = replace(content, model=opened[0].model)
+    names = ", ".join(one.directory.name for one in opened)
+    beside_base = f" beside {Path(options.base).name}" if options.base else ""
+    content = replace(content, model=opened[0].model, made_of=f"{options.method.kind} of {names}{beside_base}")
     return content if options.last is not None else replace(content, run={}, state=TrainingState())
 
 
@@ -156,7 +167,9 @@ def _measurement(options: AverageOptions, opened: Sequence[Checkpoint]) -> tuple
 
     def measure(path: Path) -> float:
         logits = checkpoint_logits(path, batches, trust_remote_code=options.trust_remote_code)
-        return perplexity(logits, batches)
+        if math.isnan(value := perplexity(logits, batches)):
+            raise ConversionError(f"{path}: its logits are not numbers; is it a model that diverged?")
+        return value
 
     measured = {str(one.directory): measure(one.directory) for one in opened}
 
@@ -175,8 +188,6 @@ def sources_of(options: AverageOptions) -> list[Path]:
     """
     paths = [Path(source) for source in options.sources]
     if options.last is None:
-        if len(paths) < 2 and not options.method.needs_base:
-            raise ConfigError("sources: give two models or more, or --last N with a directory of checkpoints")
         return paths
     if len(paths) != 1 or is_hugging_face(paths[0]):
         raise ConfigError("--last takes one directory of Megatron checkpoints")

@@ -29,25 +29,50 @@ class Merge(ABC):
     needs_base = False
     """Whether it works on differences to a base model."""
 
+    def check(self, models: int) -> None:
+        """Raise ConfigError where this cannot merge so many models."""
+        if models < 2 and not self.needs_base:
+            raise ConfigError("sources: give two models or more, or --last N with a directory of checkpoints")
+
     @abstractmethod
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Merge the versions of the tensor `name`; `base` is its version in the base model. Their dtype is kept."""
 
 
+class Weighted(Merge):
+    """A way to merge in which each model may have a weight."""
+
+    weights: list[float] | None
+
+    def check(self, models: int) -> None:
+        """Each model must have a weight where weights are given."""
+        super().check(models)
+        if self.weights is not None and len(self.weights) != models:
+            raise ConfigError(f"weights = {self.weights}: {len(self.weights)} weights for {models} models")
+
+    def each(self, versions: Versions) -> list[float]:
+        """The weight of each version."""
+        return self.weights if self.weights is not None else [1.0] * len(versions)
+
+
 @config
-class Linear(Merge):
+class Linear(Weighted):
     """Weighted mean: checkpoint averaging, model soups (Wortsman et al. 2022, arXiv 2203.05482)."""
 
     kind: Literal["linear"] = "linear"
     weights: list[float] | None = None
     """Weight of each model; divided by their sum. Default: equal."""
 
+    def check(self, models: int) -> None:
+        """Weights must not sum to nothing."""
+        super().check(models)
+        if self.weights is not None and sum(self.weights) == 0:
+            raise ConfigError(f"weights = {self.weights}: sum to 0")
+
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """The weighted mean."""
-        weights = _weights(self.weights, len(versions))
-        if (whole := sum(weights)) == 0:
-            raise ConfigError(f"weights = {self.weights}: sum to 0")
-        return _sum([weight / whole for weight in weights], versions)
+        weights = self.each(versions)
+        return _sum([weight / sum(weights) for weight in weights], versions)
 
 
 @config
@@ -66,7 +91,7 @@ class Ema(Merge):
 
 
 @config
-class TaskArithmetic(Merge):
+class TaskArithmetic(Weighted):
     """The base plus the weighted sum of task vectors (arXiv 2212.04089, section 2)."""
 
     kind: Literal["task_arithmetic"] = "task_arithmetic"
@@ -77,7 +102,7 @@ class TaskArithmetic(Merge):
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + sum of weight * (version - base)."""
         assert base is not None
-        weights, total = _weights(self.weights, len(versions)), WeightedSum()
+        weights, total = self.each(versions), WeightedSum()
         total.add(1 - sum(weights), base)
         for weight, read in zip(weights, versions, strict=True):
             total.add(weight, read())
@@ -85,10 +110,11 @@ class TaskArithmetic(Merge):
 
 
 @config
-class Ties(Merge):
+class Ties(Weighted):
     """Trim, elect sign, and merge (Yadav et al. 2023, arXiv 2306.01708, section 4): fewer task vectors cancel out.
 
-    What is kept of a task vector is decided in each tensor, so that models of any size are merged in little memory.
+    What is kept of a task vector is decided in each Megatron tensor (one holds queries, keys and values, one gate and
+    up), so that models of any size are merged in little memory: the versions of a tensor, and three of its own at most.
     """
 
     kind: Literal["ties"] = "ties"
@@ -103,7 +129,8 @@ class Ties(Merge):
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + scale * the mean of those trimmed entries that have the elected sign."""
         assert base is not None
-        weights, others = _weights(self.weights, len(versions)), [read() for read in versions]
+        weights, base = self.each(versions), base.contiguous()
+        others = [read().contiguous() for read in versions]
         trims = [_Trim(other, base, self.density) for other in others]
         merged = torch.empty(base.shape, dtype=base.dtype)
         for target, before, *parts in zip(*map(pieces, (merged, base, *others)), strict=True):
@@ -151,7 +178,7 @@ def _elected_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
 
 
 @config
-class Dare(Merge):
+class Dare(Weighted):
     """Drop and rescale (Yu et al. 2024, arXiv 2311.03099, section 3.2), then task arithmetic."""
 
     kind: Literal["dare"] = "dare"
@@ -164,24 +191,17 @@ class Dare(Merge):
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + sum of weight * the dropped and rescaled task vector."""
         assert base is not None
+        base = base.contiguous()
         merged = base.to(wider(base.dtype), copy=True)
-        for number, (weight, read) in enumerate(zip(_weights(self.weights, len(versions)), versions, strict=True)):
+        for number, (weight, read) in enumerate(zip(self.each(versions), versions, strict=True)):
             generator = torch.Generator().manual_seed(seed_from_name(seed, f"{name}.{number}"))
-            for target, after, before in zip(*map(pieces, (merged, read(), base)), strict=True):
+            for target, after, before in zip(*map(pieces, (merged, read().contiguous(), base)), strict=True):
                 kept = torch.rand(len(target), generator=generator) >= self.drop_rate
                 target.add_(_difference(after, before).where(kept, 0.0), alpha=weight / (1 - self.drop_rate))
         return merged.to(base.dtype)
 
 
 AnyMerge = Annotated[Linear | Ema | TaskArithmetic | Ties | Dare, Field(discriminator="kind")]
-
-
-def _weights(given: list[float] | None, count: int) -> list[float]:
-    if given is None:
-        return [1.0] * count
-    if len(given) != count:
-        raise ConfigError(f"weights = {given}: {len(given)} weights for {count} models")
-    return given
 
 
 def _sum(weights: Sequence[float], versions: Versions) -> Tensor:

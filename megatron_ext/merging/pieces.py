@@ -10,5 +10,5 @@ PIECE = 1 << 16
 
 
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Flat views of the elements in order; of a tensor that is not contiguous, of a copy."""
-    return tensor.reshape(-1).split(PIECE)
+    """Flat views of the elements in order; the tensor must be contiguous."""
+    return tensor.view(-1).split(PIECE)

@@ -54,6 +54,11 @@ class FineGrained(Method):
         require_groups(moe, self.granularity, "layer")
         if self.scale == "paper" and (moe.moe_router_score_function != "softmax" or moe.normalizes_topk):
             raise ConfigError("scale = paper: is for a softmax over all experts, not normalized; set scale: exact")
+        if self.scale == "paper" and moe.moe_gating_normalization is not None:
+            raise ConfigError(
+                "scale = paper: its weights are right for probabilities that are about even, and a normalized gate has "
+                "others; pass --no-gating-normalization"
+            )
 
     def group_size(self, moe: ModelConfig) -> int:
         """The experts that together are the dense layer."""

@@ -71,12 +71,14 @@ def layer_tasks(
 
     for expert in range(experts):
         source = str(expert * sources // experts)
-        yield Task(read(source), write(f"experts.{expert}"), partial(_expert, method, expert, moe, draw))
+        make = partial(_expert, method, expert, moe, draw)
+        yield Task(read(source), write(f"experts.{expert}"), make, note=method.changes(moe) or "")
     if moe.moe_shared_expert_intermediate_size is not None:
         source = AVERAGE if method.shared_from_average else "0"
-        yield Task(read(source), write("shared_experts"), partial(_shared, method, moe, draw))
-    yield _made(f"{prefix}.router.weight", partial(router_of, draw))
-    # All of these start at zero, where they change nothing.
+        make = partial(_shared, method, moe, draw)
+        yield Task(read(source), write("shared_experts"), make, note=method.shared_origin())
+    yield _made(f"{prefix}.router.weight", partial(router_of, draw), "made by router_init")
+    # All of these start where they change nothing.
     if moe.moe_shared_expert_gate:
         yield _made(f"{prefix}.shared_experts.gate_weight", partial(torch.zeros, 1, moe.hidden_size))
     if moe.moe_router_enable_expert_bias:
@@ -85,8 +87,8 @@ def layer_tasks(
         yield _made(f"{prefix}.router.noise_weight", partial(torch.zeros, experts, moe.hidden_size))
 
 
-def _made(name: str, make: Callable[[], Tensor]) -> Task:
-    return Task({}, {"tensor": name}, lambda parts: {"tensor": make()})
+def _made(name: str, make: Callable[[], Tensor], note: str = "zero") -> Task:
+    return Task({}, {"tensor": name}, lambda parts: {"tensor": make()}, note=note)
 
 
 def _expert(method: Method, number: int, moe: ModelConfig, draw: Draw, parts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,10 +33,18 @@ class Method(ABC):
     """One way to turn dense models into a MoE model. Its fields are its options."""
 
     kind: str
-    takes_several = False
-    """Whether it makes one model of several; what is not an expert is then their average."""
-    shared_from_average = False
-    """Whether the shared experts are made of the average, too."""
+    source_weights: list[float] | None = None
+    """Weight of each of several models in their average."""
+
+    @property
+    def shared_from_average(self) -> bool:
+        """Whether the shared experts are made of the average of several models, too."""
+        return False
+
+    def check_sources(self, sources: int, experts: int) -> None:
+        """Raise ConfigError where this method cannot make `experts` experts of so many models."""
+        if sources > 1:
+            raise ConfigError(f"sources: {sources} given; --method {self.kind} takes one")
 
     def adjust(self, moe: ModelConfig, dense: ModelConfig) -> ModelConfig:
         """The model with what this method implies of it, where nothing else was asked for."""
@@ -49,6 +57,10 @@ class Method(ABC):
     @abstractmethod
     def expert(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """Make routed expert `number` of a layer out of the layer's dense network."""
+
+    def shared_origin(self) -> str:
+        """What `shared` does with the dense network, in words."""
+        return "repeated or cut to its width; linear_fc2 is zero at first"
 
     def shared(self, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """Make the shared experts: here the dense layer's neurons, repeated or cut, that write nothing at first."""

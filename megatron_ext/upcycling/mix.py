@@ -26,10 +26,9 @@ class Mix(Method):
     shared_experts: Literal["average", "silent"] = "silent"
     """Where the model has shared experts: the average of the sources' feed-forward layers, which then counts one half
     and the routed experts the other; or silent, writing zeros at first."""
-    takes_several = True
 
     @property
-    def shared_from_average(self) -> bool:  # type: ignore[override]
+    def shared_from_average(self) -> bool:
         """Where they are asked to be."""
         return self.shared_experts == "average"
 
@@ -37,17 +36,22 @@ class Mix(Method):
         """Experts, and an averaged shared expert, must have the dense layer's width."""
         require_width(moe, dense.ffn_hidden_size, "experts are whole layers of the sources")
         width = moe.moe_shared_expert_intermediate_size
-        if self.shared_experts == "average" and width not in (None, dense.ffn_hidden_size):
+        if self.shared_from_average and width != dense.ffn_hidden_size:
             raise ConfigError(
-                f"shared_expert_size = {width}: an average of dense layers has their width, {dense.ffn_hidden_size}"
+                f"shared_expert_size = {width}: with --shared-experts average it must be {dense.ffn_hidden_size}, the "
+                "width of the dense layers"
             )
 
     def check_sources(self, sources: int, experts: int) -> None:
         """Each source must give as many experts, and have a weight where weights are given."""
+        if sources < 2:
+            raise ConfigError(f"sources: {sources} given; --method {self.kind} takes two or more")
         if experts % sources:
             raise ConfigError(f"num_experts = {experts}: must be a multiple of the {sources} sources")
         if self.source_weights is not None and len(self.source_weights) != sources:
             raise ConfigError(f"source_weights = {self.source_weights}: give one for each of the {sources} sources")
+        if self.source_weights is not None and sum(self.source_weights) == 0:
+            raise ConfigError(f"source_weights = {self.source_weights}: sum to 0")
 
     def changes(self, moe: ModelConfig) -> str | None:
         """The sources are different models."""
@@ -55,10 +59,11 @@ class Mix(Method):
 
     def weight_sum(self, moe: ModelConfig) -> float:
         """One half where a shared expert gives the other."""
-        return 0.5 if self._averages_shared(moe) else 1.0
+        return 0.5 if self.shared_from_average else 1.0
 
-    def _averages_shared(self, moe: ModelConfig) -> bool:
-        return self.shared_experts == "average" and moe.moe_shared_expert_intermediate_size is not None
+    def shared_origin(self) -> str:
+        """One half of the average where it is asked for."""
+        return "half of it" if self.shared_from_average else super().shared_origin()
 
     def expert(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """The layer of the expert's source."""
@@ -66,4 +71,4 @@ class Mix(Method):
 
     def shared(self, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """Half of the average, or silent."""
-        return ffn.times(0.5) if self.shared_experts == "average" else super().shared(ffn, moe, draw)
+        return ffn.times(0.5) if self.shared_from_average else super().shared(ffn, moe, draw)

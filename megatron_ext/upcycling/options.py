@@ -31,8 +31,8 @@ class UpcycleOptions:
     """Format of the target: a checkpoint to train, or a Hugging Face directory."""
     method: AnyMethod = Field(default_factory=Copy)
     """How experts are made."""
-    num_experts: int = Field(ge=2)
-    """Routed experts."""
+    num_experts: int | None = Field(default=None, ge=2)
+    """Routed experts. Left out, with --layers, the model is the deeper dense one."""
     topk: int = Field(default=2, ge=1)
     """Experts a token is sent to."""
     expert_size: int | None = Field(default=None, ge=1)
@@ -45,6 +45,8 @@ class UpcycleOptions:
     """Normalize each token's router logits (Skywork-MoE)."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores."""
+    expert_bias: bool = False
+    """Choose experts by scores plus a bias that balances them without a loss (DeepSeek-V3)."""
     pre_softmax: bool = False
     """Softmax over all experts before the selection, as topk 1 needs. The function is then kept only if the scores are
     divided by their sum."""
@@ -73,8 +75,9 @@ class UpcycleOptions:
     """Tokenizer for the text. Default: the first source's."""
     logits: bool = True
     """Compare the logits of the dense and of the MoE model; both are loaded in fp32. --no-logits leaves that out."""
-    tolerance: float = Field(default=1e-5, gt=0)
-    """Largest difference of logits, relative to the largest logit, that a method which keeps the function may make."""
+    tolerance: float | None = Field(default=None, gt=0)
+    """Largest difference of logits, relative to the largest logit, that a method which keeps the function may make.
+    Default: 1e-5."""
     figures: str | None = None
     """JSON file for the figures of the function check."""
     workers: int = Field(default_factory=default_workers, ge=1)
@@ -82,15 +85,18 @@ class UpcycleOptions:
     check: bool = False
     """Only print the plan: where each tensor comes from, parameters, what is expected of the function."""
     force: bool = False
-    """Replace an existing target."""
+    """Replace an existing target and the training configuration beside it."""
 
-    def moe_model(self, dense: ModelConfig) -> ModelConfig:
+    def model_of(self, dense: ModelConfig) -> ModelConfig:
         """The configuration of the model to make of `dense`."""
+        if self.num_experts is None:
+            return dense
         changes: dict[str, Any] = {
             "num_moe_experts": self.num_experts,
             "moe_router_topk": self.topk,
             "moe_ffn_hidden_size": self.expert_size,
             "moe_router_score_function": self.score_function,
+            "moe_router_enable_expert_bias": self.expert_bias,
             "moe_router_pre_softmax": self.pre_softmax,
             "moe_router_norm_topk_prob": self.norm_topk_prob,
             "moe_router_topk_scaling_factor": self.scaling_factor,

@@ -3,8 +3,10 @@
 import re
 
 from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.config.help import summary_of
 from megatron_ext.conversion.engine import Task
 from megatron_ext.upcycling.layers import upcycling_tasks
+from megatron_ext.upcycling.places import obstacle
 from megatron_ext.upcycling.sources import AVERAGE
 from megatron_ext.upcycling.upcycle import Plan, drawn_routers
 
@@ -25,17 +27,20 @@ def describe_plan(plan: Plan) -> str:
     largest = max(spec.bytes for opened in plan.opened for spec in opened.tensors.specs.values())
     written = after.total * plan.dtype.itemsize
     moe_layers = sum(plan.moe.moe_layer_pattern)
+    repeated = f" ({plan.options.layers} of the source)" if plan.options.layers else ""
+    taken = obstacle(plan)
     lines = [
-        f"method       {plan.method.kind}: {(plan.method.__doc__ or '').partition('.')[0]}",
+        *([f"method       {plan.method.kind}: {summary_of(type(plan.method))}"] if plan.moe.is_moe else []),
         *(f"source {number}     {opened.directory}" for number, opened in enumerate(plan.opened)),
         f"target       {plan.options.target} ({plan.options.to}, {str(plan.dtype).removeprefix('torch.')})",
-        f"layers       {plan.moe.num_layers}, of which {moe_layers} become MoE",
+        *([f"             {taken}"] if taken else []),
+        f"layers       {plan.moe.num_layers}{repeated}, of which {moe_layers} become MoE",
         f"parameters   {before.total:,} before; {after.total:,} after, {after.active:,} active for each token",
         f"writes       {written / 1e9:,.2f} GB; needs about {1 + 4 * largest / 1e9:,.1f} GB of memory"
         + (
             f", and {4 * after.total / 1e9:,.1f} GB for the function check (--no-logits)" if plan.options.logits else ""
         ),
-        f"function     {'kept, up to the rounding of fp32' if plan.inexact is None else f'changes: {plan.inexact}'}",
+        f"function     {plan.expectation}",
         "tensors",
         *origins(list(tasks), several=len(plan.opened) > 1),
     ]
@@ -46,11 +51,9 @@ def origins(tasks: list[Task], *, several: bool) -> list[str]:
     """A line for every kind of tensor, with the layers and experts that it is there for."""
     groups: dict[tuple[str, str], dict[str, set[int]]] = {}
     for task in tasks:
-        read_from = sorted({_origin(name, several) for name in task.reads.values()})
         for role, name in task.writes.items():
-            origin = (
-                _origin(task.reads[role], several) if role in task.reads else ", ".join(read_from) or "drawn, or zero"
-            )
+            read_from = [_origin(task.reads[role], several)] if role in task.reads else []
+            origin = ": ".join([*read_from, *([task.note] if task.note else [])])
             key = (_NUMBERED.sub(r"\1.*", name), origin)
             numbers = groups.setdefault(key, {})
             for kind, number in _NUMBERED.findall(name):

@@ -1,13 +1,17 @@
 """A training configuration for an upcycled model, with what the papers recommend as comments."""
 
+import logging
+import textwrap
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import ModelConfig, RunConfig, dump_yaml, load_config, to_mapping
 from megatron_ext.config.load import fields_of
 from megatron_ext.errors import ConfigError
+from megatron_ext.upcycling.places import RECIPE_HEAD, recipe_path
 from megatron_ext.upcycling.upcycle import Plan
+
+log = logging.getLogger(__name__)
 
 _AUX_LOSS = 1e-2
 _UNKNOWN: dict[str, Any] = {
@@ -41,14 +45,38 @@ def training_recipe(plan: Plan) -> str:
     raw["model"] = to_mapping(_balanced(plan.moe))
     raw["schedule"] = _rewarmed(raw)
     raw["checkpoint"] = {**raw.get("checkpoint", {}), "directory": f"{target}-trained", "initialize_from": target}
+    run, comments = _trainable(raw)
+    return _commented(dump_yaml(_without_defaults(run)), plan, comments, from_run="train" in source)
+
+
+def _trainable(raw: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
+    """The run, without what a dense run may have and a MoE run may not; and a comment on each section that changed."""
     try:
-        run = load_config(RunConfig, raw, source="the source's run")
-    except ConfigError:
-        # A layout or an FP8 recipe of the dense run that the MoE model cannot have.
-        run = load_config(
-            RunConfig, {**raw, "parallel": {}, "precision": {"kind": "bf16"}}, source="the training recipe"
-        )
-    return _commented(dump_yaml(_without_defaults(run)), plan, from_run="train" in source)
+        return load_config(RunConfig, raw, source="the source's run"), {}
+    except ConfigError as error:
+        fault = error
+    sequence_parallel = {"parallel": {**raw.get("parallel", {}), "sequence_parallel": True}}
+    parallel: dict[str, Any] = {"parallel": {}}
+    precision = {"precision": _UNKNOWN["precision"]}
+    for change in (
+        sequence_parallel,
+        parallel,
+        precision,
+        {**sequence_parallel, **precision},
+        {**parallel, **precision},
+    ):
+        try:
+            run = load_config(RunConfig, {**raw, **change}, source="the source's run")
+        except ConfigError:
+            continue
+        comments = {
+            f"{section}:": f"The dense model's run has {raw.get(section)}, with which this one is refused: {fault}"
+            for section in change
+        }
+        for section, comment in comments.items():
+            log.warning("the training configuration changes %s %s", section, comment)
+        return run, comments
+    raise fault
 
 
 def _defaults(plan: Plan) -> dict[str, Any]:
@@ -62,7 +90,7 @@ def _defaults(plan: Plan) -> dict[str, Any]:
 
 
 def _balanced(moe: ModelConfig) -> ModelConfig:
-    if moe.moe_router_enable_expert_bias or any(moe.balance_losses.values()):
+    if not moe.is_moe or moe.moe_router_enable_expert_bias or any(moe.balance_losses.values()):
         return moe
     return replace(moe, moe_aux_loss_coeff=_AUX_LOSS)
 
@@ -91,20 +119,18 @@ def _plain(value: Any) -> Any:
     return _without_defaults(value) if hasattr(value, "__dataclass_fields__") else value
 
 
-def _commented(text: str, plan: Plan, *, from_run: bool) -> str:
+def _commented(text: str, plan: Plan, changes: dict[str, str], *, from_run: bool) -> str:
     where = "the dense model's run" if from_run else "what the papers did; fill in data.train, and your own batches"
+    made = f"upcycled by {plan.method.kind}" if plan.moe.is_moe else "deepened"
     header = [
-        f"# Trains {plan.options.target}, upcycled by {plan.method.kind}. Made from {where}.",
+        f"{RECIPE_HEAD}{plan.options.target}, {made}. Made from {where}.",
         f"#   torchrun --nproc-per-node N tools/train.py {recipe_path(plan)}",
     ]
+    comments = _COMMENTS if plan.moe.is_moe else {}
     lines: list[str] = []
     for line in text.splitlines():
-        lines += [f"# {comment}" for comment in _COMMENTS.get(line, [])]
+        lines += [f"# {comment}" for comment in comments.get(line, [])]
+        lines += textwrap.wrap(changes.pop(line, ""), 110, initial_indent="# ", subsequent_indent="# ")
         lines.append(line)
-    return "\n".join([*header, *lines]) + "\n"
-
-
-def recipe_path(plan: Plan) -> Path:
-    """The file beside the target."""
-    target = Path(plan.options.target)
-    return target.with_name(target.name + ".yaml")
+    left = [wrapped for change in changes.values() for wrapped in textwrap.wrap(change, 110)]
+    return "\n".join([*header, *(f"# {line}" for line in left), *lines]) + "\n"

@@ -74,6 +74,10 @@ class SharedRouted(Method):
         order = self._order(ffn, draw)[moe.moe_shared_expert_intermediate_size :]
         return shard(ffn.with_bias_times(0.0), order, number, self.granularity)
 
+    def shared_origin(self) -> str:
+        """Some of its neurons."""
+        return f"neurons chosen {'at random' if self.shuffle else 'in their order'}"
+
     def shared(self, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """The shared neurons, and the output bias, since every token passes through here."""
         return ffn.neurons(self._order(ffn, draw)[: moe.moe_shared_expert_intermediate_size])

@@ -47,5 +47,7 @@ class Shuffle(PartlyNew):
         return ffn.neurons(torch.cat(copies)[start - first * ffn.width :][:width])
 
     def replacement(self, weights: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
-        """Normal with the standard deviation of initial weights."""
+        """Normal with the standard deviation of initial weights; biases start at zero."""
+        if weights.dim() == 1:
+            return torch.zeros_like(weights)
         return normal_like(weights, 0.0, moe.init_method_std, generator)

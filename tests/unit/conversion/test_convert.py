@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,12 +45,14 @@ MODELS = {
 }
 
 
-def write_checkpoint(directory: Path, model: ModelConfig, *, drop: str | None = None, seed: int = 5) -> Path:
-    """A Megatron checkpoint with random weights."""
+def write_checkpoint(
+    directory: Path, model: ModelConfig, *, drop: str | None = None, seed: int = 5, run: Mapping[str, Any] | None = None
+) -> Path:
+    """A Megatron checkpoint with random weights, of a `run` if there was one."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: shape for name, shape in model_shapes(model).items() if name != drop}
     specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
-    with MegatronSink(directory, specs, {"model": to_mapping(model)}) as sink:
+    with MegatronSink(directory, specs, {**(run or {}), "model": to_mapping(model)}) as sink:
         for name, shape in shapes.items():
             sink.write(name, torch.randn(shape, generator=generator) * 0.1 + (1.0 if "norm" in name else 0.0))
     return directory

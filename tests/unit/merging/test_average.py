@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint.store import METADATA_FILE, checkpoint_name
-from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource
+from megatron_ext.config import to_mapping
 from megatron_ext.conversion import verify
 from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.sources import open_checkpoint
+from megatron_ext.conversion.sources import EMBEDDING, open_checkpoint
 from megatron_ext.conversion.verify import compare_weights
 from megatron_ext.errors import ConfigError, ConversionError
 from megatron_ext.merging import average as average_module
@@ -119,6 +120,49 @@ def test_a_taken_target_and_short_memory_are_found_before_the_work(
         average(options(models[:2], tmp_path / "other", logits=True))
 
 
+def with_nan(source: Path, target: Path) -> Path:
+    """A copy in which one weight is not a number."""
+    read = MegatronSource(source)
+    with MegatronSink(target, read.specs, {"model": to_mapping(MODEL)}) as sink:
+        for name in read.specs:
+            tensor = read.read(name).clone()
+            if name == "decoder.final_layernorm.weight":
+                tensor[3] = float("nan")
+            sink.write(name, tensor)
+    return target
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("method", [Linear(), Ties()])
+def test_a_source_that_is_not_a_number_is_an_error(
+    method: Any, logits: bool, models: list[Path], tmp_path: Path
+) -> None:
+    bad = with_nan(models[0], tmp_path / "bad")
+    base = str(models[2]) if method.needs_base else None
+    complaint = "bad.*its logits are not numbers" if logits else "final_layernorm.weight: merged, it holds NaN or Inf"
+    with pytest.raises(ConversionError, match=complaint):
+        average(options([models[1], bad], tmp_path / "out", method=method, base=base, logits=logits))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_weights_are_counted_before_anything_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3 weights for 2 models"):
+        average(options([tmp_path / "a", tmp_path / "b"], tmp_path / "out", method=Linear(weights=[1.0, 2.0, 3.0])))
+
+
+def test_padding_of_the_vocabulary_has_no_share_of_what_ties_keeps(tmp_path: Path) -> None:
+    """Two models that differ everywhere, once padded by 62 rows and once by two: the tokens' rows come out alike."""
+    results = []
+    for divisor in (64, 2):
+        model = tiny_model(vocab_size=130, make_vocab_size_divisible_by=divisor)
+        paths = [write_checkpoint(tmp_path / f"{divisor}.{seed}", model, seed=seed) for seed in range(2)]
+        target = tmp_path / f"{divisor}.out"
+        average(options(paths[:1], target, method=Ties(density=0.3), base=str(paths[1])))
+        base, merged = (MegatronSource(path).read(EMBEDDING)[:130] for path in (paths[1], target))
+        results.append(float((base != merged).float().mean()))
+    assert results == [pytest.approx(0.3, abs=1e-4)] * 2
+
+
 def test_a_merge_of_hugging_face_models_stays_of_their_class(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "dense", tiny_model())
     convert(source, tmp_path / "hf", hf_class="MistralForCausalLM")
@@ -126,3 +170,4 @@ def test_a_merge_of_hugging_face_models_stays_of_their_class(tmp_path: Path) -> 
     architecture = open_checkpoint(tmp_path / "out").architecture
     assert architecture is not None
     assert architecture.hf_class == "MistralForCausalLM"
+    assert "| made of | linear of hf, hf |" in (tmp_path / "out" / "README.md").read_text()

@@ -117,7 +117,16 @@ def test_dare_drops_its_share_and_keeps_the_mean() -> None:
 
 
 def test_weights_for_another_number_of_models_are_refused() -> None:
-    with pytest.raises(ConfigError, match="1 weights for 2 models"):
-        merged(Linear(weights=[1.0]), tensors(2))
+    for merge in (Linear(weights=[1.0]), TaskArithmetic(weights=[1.0]), Ties(weights=[1.0]), Dare(weights=[1.0])):
+        with pytest.raises(ConfigError, match="1 weights for 2 models"):
+            merge.check(2)
+
+
+def test_weights_that_sum_to_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="sum to 0"):
-        merged(Linear(weights=[1.0, -1.0]), tensors(2))
+        Linear(weights=[1.0, -1.0]).check(2)
+
+
+@pytest.mark.parametrize("merge", [Dare(drop_rate=0.0), Ties(density=1.0)])
+def test_tensors_that_are_not_contiguous_are_merged(merge: Merge) -> None:
+    assert torch.equal(merged(merge, [torch.ones(3, 4).t()], torch.zeros(3, 4).t()), torch.ones(4, 3))

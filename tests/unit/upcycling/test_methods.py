@@ -72,7 +72,7 @@ def upcycled(method: Method, moe: ModelConfig, sources: Sequence[FeedForward], s
 
     parts = [field.name for field in fields(FeedForward) if getattr(sources[0], field.name) is not None]
     stored = [Stored({f"mlp.{NAMES[part]}": getattr(ffn, part) for part in parts}) for ffn in sources]
-    average = Merged(Linear(weights=getattr(method, "source_weights", None)), stored)
+    average = Merged(Linear(weights=method.source_weights), stored, vocab_size=DENSE.vocab_size)
     stream, made = Sources(stored, average), {}
     for task in layer_tasks("mlp", parts, moe, method, router, sources=len(sources), seed=seed):
         results = task.make({role: stream.read(name) for role, name in task.reads.items()})
@@ -268,6 +268,39 @@ def test_qwens_experts_are_cut_from_shuffled_copies() -> None:
     assert [int(count) for count in kept] == [8] * 9
 
 
+def test_the_papers_weights_of_gated_layers_are_cube_roots() -> None:
+    """Three matrices multiply in a gated layer: without its activation the product grows by E G / T."""
+    method = FineGrained(granularity=2, scale="paper")
+    moe, source = model(method), network()
+    ffn = method.expert(0, source, moe, Draw(0, "mlp"))
+    half = source.neurons(torch.arange(WIDTH // 2))
+    grown = [(new / old).unique() for new, old in ((ffn.fc1, half.fc1), (ffn.fc2, half.fc2))]
+    factor = (8 * 2 / 4) ** (1 / 3)
+    assert all(torch.allclose(ratio, torch.full_like(ratio, factor), rtol=1e-12) for ratio in grown)
+
+
+def test_noise_has_its_deviation_and_leaves_the_rest() -> None:
+    width = 400
+    source = FeedForward(torch.zeros(2 * width, HIDDEN, dtype=torch.float64), torch.zeros(HIDDEN, width).double())
+    ffn = Noise(ratio=0.25, std=0.3).expert(0, source, replace(DENSE, ffn_hidden_size=width), Draw(0, "mlp"))
+    noisy = ffn.fc2[:, (ffn.fc2 != 0).any(dim=0)]
+    assert noisy.shape == (HIDDEN, width // 4)
+    # The standard error of a normal sample's deviation is std / sqrt(2 n).
+    assert abs(float(noisy.std()) - 0.3) < 4 * 0.3 / (2 * noisy.numel()) ** 0.5
+
+
+def test_what_qwen_draws_anew_is_as_initial_weights_are() -> None:
+    width = 400
+    dense = replace(DENSE, ffn_hidden_size=width, init_method_std=0.05)
+    ones = FeedForward(torch.ones(width, HIDDEN), torch.ones(HIDDEN, width), torch.ones(width), torch.ones(HIDDEN))
+    ffn = Shuffle(ratio=0.5).expert(0, ones, replace(dense, num_moe_experts=4), Draw(0, "mlp"))
+    new = ffn.fc2[:, (ffn.fc2 != 1).any(dim=0)]
+    assert new.shape == (HIDDEN, width // 2)
+    assert abs(float(new.std()) - 0.05) < 4 * 0.05 / (2 * new.numel()) ** 0.5
+    assert ffn.fc1_bias is not None
+    assert sorted(ffn.fc1_bias.tolist()) == [0.0] * 200 + [1.0] * 200
+
+
 @pytest.mark.parametrize("shared", ["silent", "average"])
 def test_mixing_equal_models_keeps_the_function(shared: str) -> None:
     method = Mix(shared_experts=shared, source_weights=[1.0, 3.0])
@@ -307,11 +340,17 @@ REFUSED: list[tuple[Method, dict[str, Any], str]] = [
         {"moe_shared_expert_intermediate_size": 8},
         "the 16 neurons beside the shared expert",
     ),
+    (Mix(shared_experts="average"), {}, "shared_expert_size = None: with --shared-experts average it must be 24"),
+    (
+        FineGrained(granularity=2, scale="paper"),
+        {"moe_gating_normalization": GatingNormalization()},
+        "pass --no-gating-normalization",
+    ),
     (Drop(), {"moe_ffn_hidden_size": 32}, "cannot be wider than the dense layer, 24"),
     (
         Mix(shared_experts="average"),
         {"moe_shared_expert_intermediate_size": 8},
-        "an average of dense layers has their width, 24",
+        "shared_expert_size = 8: with --shared-experts average it must be 24",
     ),
 ]
 

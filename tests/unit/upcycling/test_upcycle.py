@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSpec
 from megatron_ext.config import load_run, to_mapping
+from megatron_ext.config.load import read_yaml
 from megatron_ext.conversion import verify
 from megatron_ext.conversion.checkpoint_model import read_model
 from megatron_ext.conversion.convert import convert
@@ -60,10 +61,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_checkpoint(folder / name, model) for name, model in DENSE_MODELS.items()}
 
 
-def options(source: Path | list[Path], target: Path, **changes: Any) -> UpcycleOptions:
+EXPERTS: dict[str, Any] = {"num_experts": 4, "shared_expert_size": 40, "first_k_dense": 1, "router_std": 1.0}
+
+
+def options(source: Path | list[Path], target: Path | str, **changes: Any) -> UpcycleOptions:
     sources = [str(path) for path in (source if isinstance(source, list) else [source])]
-    fields: dict[str, Any] = {"num_experts": 4, "shared_expert_size": 40, "first_k_dense": 1, "router_std": 1.0}
-    return UpcycleOptions(sources=sources, target=str(target), **(fields | changes))
+    return UpcycleOptions(**({"sources": sources, "target": str(target)} | EXPERTS | changes))
 
 
 def made(o: UpcycleOptions) -> check.FunctionCheck:
@@ -99,7 +102,7 @@ def test_in_bf16_it_is_the_dense_model_in_bf16(name: str, dense: dict[str, Path]
     """No more is lost than rounding the dense weights loses: factors of these methods are powers of two."""
     source = dense["grouped-query, untied"]
     o = options(source, tmp_path / "moe", dtype="bf16", **METHODS[name])
-    assert "weights are rounded to bfloat16" in str(make_plan(o).inexact)
+    assert "kept, up to the rounding of fp32, with weights rounded to bfloat16" in make_plan(o).expectation
     function = made(o)
     batches = comparison_batches(source, None, None)
     in_bf16 = checkpoint_logits(source, batches, weights_as=torch.bfloat16)
@@ -125,13 +128,22 @@ def test_source_format_and_workers_change_no_bit(dense: dict[str, Path], tmp_pat
     assert not comparison.different
 
 
-def test_a_hugging_face_model_becomes_a_hugging_face_moe(dense: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", METHODS)
+def test_a_hugging_face_model_becomes_a_hugging_face_moe(name: str, dense: dict[str, Path], tmp_path: Path) -> None:
+    """Both computed by transformers."""
     convert(dense["tied"], tmp_path / "hf")
-    function = made(options(tmp_path / "hf", tmp_path / "moe", to="hf"))
-    print(f"Hugging Face to Hugging Face: {function.logits.relative:.1e} of the logits' scale")
+    function = made(options(tmp_path / "hf", tmp_path / "moe", to="hf", **METHODS[name]))
+    print(f"{name}: {function.logits.relative:.1e} of the logits' scale")
     assert function.logits.relative <= TOLERANCE
-    assert open_checkpoint(tmp_path / "moe").model.num_moe_experts == 4
+    assert open_checkpoint(tmp_path / "moe").model.is_moe
     assert not (tmp_path / "moe.yaml").exists()
+    assert "| made of | hf, upcycled by" in (tmp_path / "moe" / "README.md").read_text()
+
+
+def test_a_megatron_checkpoint_becomes_a_hugging_face_moe(dense: dict[str, Path], tmp_path: Path) -> None:
+    function = made(options(dense["GPT-2"], tmp_path / "moe", to="hf"))
+    print(f"Megatron to Hugging Face: {function.logits.relative:.1e} of the logits' scale")
+    assert function.logits.relative <= TOLERANCE
 
 
 def test_experts_are_the_dense_layer_and_the_shared_expert_is_silent(dense: dict[str, Path], tmp_path: Path) -> None:
@@ -178,6 +190,18 @@ def test_several_models_become_experts_and_an_average(tmp_path: Path) -> None:
     assert same.logits.relative <= TOLERANCE
 
 
+def test_what_is_not_an_expert_is_the_weighted_average(tmp_path: Path) -> None:
+    sources = [write_checkpoint(tmp_path / str(number), DENSE, seed=number) for number in range(2)]
+    upcycle(make_plan(options(sources, tmp_path / "moe", method=Mix(source_weights=[1.0, 3.0]), logits=False)))
+    a, b, moe = (MegatronSource(path) for path in (*sources, tmp_path / "moe"))
+    for name in ("embedding.word_embeddings.weight", "decoder.layers.0.mlp.linear_fc1.weight", "output_layer.weight"):
+        expected = (a.read(name).double() + 3 * b.read(name).double()) / 4
+        assert torch.equal(moe.read(name), expected.float()), name
+    for expert, source in enumerate((a, a, b, b)):
+        name = "decoder.layers.1.mlp.{}linear_fc1.weight"
+        assert torch.equal(moe.read(name.format(f"experts.{expert}.")), source.read(name.format("")))
+
+
 def test_depth_comes_from_repeated_layers(dense: dict[str, Path], tmp_path: Path) -> None:
     source = dense["grouped-query, untied"]
     upcycle(make_plan(options(source, tmp_path / "moe", layers="0-2,1-3", logits=False)))
@@ -191,14 +215,35 @@ def test_depth_comes_from_repeated_layers(dense: dict[str, Path], tmp_path: Path
     assert deepened_model(DENSE, [0, 0]).num_layers == 2
 
 
+@pytest.mark.parametrize("layers", ["0-2,1-3", "0-3"])
+def test_a_deeper_model_keeps_its_function_as_a_moe(layers: str, dense: dict[str, Path], tmp_path: Path) -> None:
+    function = made(options(dense["grouped-query, untied"], tmp_path / "moe", layers=layers))
+    print(f"layers {layers}: {function.logits.relative:.1e} of the logits' scale of the dense model with these layers")
+    assert function.logits.relative <= TOLERANCE
+
+
+def test_depth_alone_makes_a_deeper_dense_model(dense: dict[str, Path], tmp_path: Path) -> None:
+    """It is the model that two steps are: what the first writes, upcycled, is what one step with both makes."""
+    source, alone = dense["grouped-query, untied"], dict.fromkeys(EXPERTS)
+    first = options(source, tmp_path / "deep", layers="0-2,1-3", **{**alone, "first_k_dense": 0})
+    assert made(first).logits.relative == 0
+    assert not read_model(tmp_path / "deep").is_moe
+    run = load_run(tmp_path / "deep.yaml")
+    assert run.model == read_model(tmp_path / "deep")
+    upcycle(make_plan(options(tmp_path / "deep", tmp_path / "two", logits=False)))
+    upcycle(make_plan(options(source, tmp_path / "one", layers="0-2,1-3", logits=False)))
+    assert not compare_weights(tmp_path / "one", tmp_path / "two").different
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"pre_softmax": True}, "do not sum to a constant"),
-        ({"layers": "0-3,0-3"}, "layers are repeated"),
         ({"scaling_factor": 3.0, "dtype": "bf16"}, "a factor 0.3333 goes into the experts' output weights"),
         ({}, None),
         ({"scaling_factor": 3.0}, None),
+        ({"layers": "0-3,0-3"}, None),
+        ({"dtype": "bf16"}, None),
     ],
 )
 def test_a_plan_says_when_the_function_changes(
@@ -216,9 +261,15 @@ def test_a_plan_names_the_origin_of_every_tensor(dense: dict[str, Path], tmp_pat
     )
     assert "decoder.layers.0.mlp.linear_fc2.weight" not in text, "layers are counted in ranges"
     assert "decoder.layers.{0}.mlp.linear_fc2.weight  <-  decoder.layers.*.mlp.linear_fc2.weight" in text
-    assert "decoder.layers.{1-3}.mlp.router.weight  <-  drawn, or zero" in text
+    assert "decoder.layers.{1-3}.mlp.router.weight  <-  made by router_init" in text
+    assert "shared_experts.linear_fc2.weight  <-  decoder.layers.*.mlp.linear_fc2.weight: repeated or cut" in text
     assert "kept, up to the rounding of fp32" in text
     assert not (tmp_path / "moe").exists()
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "notes.txt").touch()
+    half = describe_plan(make_plan(options(dense["tied"], tmp_path / "moe", method=Drop())))
+    assert "linear_fc2.weight: 50% of each expert's neurons are new" in half
+    assert "moe is not empty" in half or "exists" in half
 
 
 def test_a_changed_function_is_an_error_where_it_should_be_kept(dense: dict[str, Path], tmp_path: Path) -> None:
@@ -230,11 +281,51 @@ def test_a_changed_function_is_an_error_where_it_should_be_kept(dense: dict[str,
 
 
 def test_the_training_configuration_beside_is_a_run(dense: dict[str, Path], tmp_path: Path) -> None:
-    upcycle(make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", logits=False)))
+    upcycle(make_plan(options(dense["grouped-query, untied"], f"{tmp_path}/moe/", logits=False)))
     run = load_run(tmp_path / "moe.yaml")
     assert run.model == replace(read_model(tmp_path / "moe"), moe_aux_loss_coeff=1e-2)
     assert run.checkpoint.initialize_from == str(tmp_path / "moe")
+    assert run.checkpoint.directory == str(tmp_path / "moe-trained")
     assert run.schedule.kind == "cosine"
+
+
+RUN = {
+    "train": {"train_iters": 500, "global_batch_size": 8, "micro_batch_size": 2, "seed": 5},
+    "optimizer": {"kind": "adam", "lr": 4e-4},
+    "schedule": {"kind": "constant"},
+    "data": {"sequence_length": 32, "tokenizer": "T", "cache_dir": "C", "train": [{"path": "D"}]},
+    "checkpoint": {"directory": "R", "save_interval": 50},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"precision": {"kind": "fp32"}}, {"precision": {"kind": "fp32"}}),
+        # MoE layers under tensor parallelism need sequence parallelism; the rest of the layout stays.
+        (
+            {"precision": {"kind": "fp32"}, "parallel": {"tensor_model_parallel_size": 2}},
+            {
+                "precision": {"kind": "fp32"},
+                "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            },
+        ),
+    ],
+)
+def test_the_training_configuration_is_the_dense_models_run(
+    settings: dict[str, Any], expected: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_checkpoint(tmp_path / "dense", DENSE, run={**RUN, **settings})
+    upcycle(make_plan(options(source, tmp_path / "moe", logits=False)))
+    text = (tmp_path / "moe.yaml").read_text()
+    run = read_yaml(tmp_path / "moe.yaml")
+    assert {name: run[name] for name in expected} == expected
+    assert run["train"] == RUN["train"]
+    assert run["optimizer"]["lr"] == 4e-4
+    assert run["schedule"] == {"kind": "cosine", "warmup_iters": 5, "min_lr": pytest.approx(4e-5)}
+    changed = "parallel" in settings
+    assert ("# The dense model's run has {'tensor_model_parallel_size': 2}" in text) == changed
+    assert ("the training configuration changes parallel" in caplog.text) == changed
 
 
 @pytest.mark.parametrize(
@@ -244,6 +335,11 @@ def test_the_training_configuration_beside_is_a_run(dense: dict[str, Path], tmp_
         ({"topk": 9}, "model.moe_router_topk = 9, model.num_moe_experts = 4"),
         ({"topk": 1}, "set moe_router_pre_softmax: true"),
         ({"method": Mix()}, "sources: 1 given; --method mix takes two or more"),
+        ({"first_k_dense": 4}, "first_k_dense = 4, layer_freq = 1: leave none of the 4 layers to become MoE"),
+        ({"method": FineGrained(granularity=2, scale="paper"), "topk": 2}, "pass --no-gating-normalization"),
+        ({"num_experts": None}, "num_experts: required, but for a deeper dense model"),
+        ({"num_experts": None, "layers": "0-3"}, "shared_expert_size = 40: has no effect without num_experts"),
+        ({"method": Drop(), "tolerance": 1e-3}, "tolerance = 0.001: has no effect, since the function changes"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_refused_and_nothing_is_written(
@@ -263,6 +359,8 @@ def test_sources_that_do_not_go_together_are_refused(dense: dict[str, Path], tmp
         make_plan(options([first, other], tmp_path / "moe"))
     with pytest.raises(ConfigError, match="num_experts = 4: must be a multiple of the 3 sources"):
         make_plan(options([first] * 3, tmp_path / "moe", method=Mix()))
+    with pytest.raises(ConfigError, match=r"source_weights = \[1.0, -1.0\]: sum to 0"):
+        make_plan(options([first] * 2, tmp_path / "moe", method=Mix(source_weights=[1.0, -1.0])))
 
 
 def test_a_moe_source_is_refused(dense: dict[str, Path], tmp_path: Path) -> None:
@@ -278,12 +376,68 @@ def test_an_existing_target_is_kept_unless_forced(dense: dict[str, Path], tmp_pa
         upcycle(make_plan(options(source, tmp_path / "moe", logits=False, **changes)))
 
     again(seed=1)
-    with pytest.raises(ConversionError, match="moe.yaml exists"):
-        again(seed=2)
-    (tmp_path / "moe.yaml").unlink()
     with pytest.raises(ConversionError, match="not empty"):
         again(seed=2)
+    (tmp_path / "moe").rename(tmp_path / "aside")
+    with pytest.raises(ConversionError, match="moe.yaml exists"):
+        again(seed=2)
+    (tmp_path / "aside").rename(tmp_path / "moe")
     again(seed=2, force=True)
+    (tmp_path / "moe.yaml").write_text("mine: true\n")
+    with pytest.raises(ConversionError, match="not replaced, even with --force"):
+        again(seed=3, force=True)
+    assert (tmp_path / "moe.yaml").read_text() == "mine: true\n"
+
+
+def test_places_beside_the_target_are_looked_at_before_the_work(dense: dict[str, Path], tmp_path: Path) -> None:
+    source = dense["grouped-query, untied"]
+    with pytest.raises(ConversionError, match="is a directory; name a file in it"):
+        upcycle(make_plan(options(source, tmp_path / "moe", figures=str(tmp_path))))
+    (tmp_path / "moe.yaml").mkdir()
+    with pytest.raises(ConversionError, match="not replaced, even with --force"):
+        upcycle(make_plan(options(source, tmp_path / "moe", force=True)))
+    assert [path.name for path in tmp_path.iterdir()] == ["moe.yaml"]
+
+
+def test_a_target_needs_a_name(dense: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for nameless in ("", "/"):
+        with pytest.raises(ConfigError, match="give the name of a directory to write"):
+            make_plan(options(dense["tied"], nameless))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert make_plan(options(dense["tied"], ".")).options.target == str(tmp_path / "here")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_routers_that_cannot_choose_are_refused(dtype: str, dense: dict[str, Path], tmp_path: Path) -> None:
+    """1e-12 is zero in fp16, and a router of zeros would be divided by its deviation."""
+    plan = make_plan(options(dense["tied"], tmp_path / "moe", router_std=1e-12, dtype=dtype, logits=False))
+    if dtype == "fp16":
+        with pytest.raises(DataError, match="does not tell experts apart in torch.float16: router_std"):
+            upcycle(plan)
+        assert list(tmp_path.iterdir()) == []
+    else:
+        upcycle(plan)
+
+
+def test_a_dense_model_that_diverged_is_named(tmp_path: Path) -> None:
+    with MegatronSink(
+        tmp_path / "dense",
+        {n: TensorSpec(s, torch.float32) for n, s in model_shapes(DENSE).items()},
+        {"model": to_mapping(DENSE)},
+    ) as sink:
+        for name, shape in model_shapes(DENSE).items():
+            sink.write(name, torch.full(shape, float("nan")))
+    with pytest.raises(ConversionError, match="dense.*its logits are not numbers"):
+        upcycle(make_plan(options(tmp_path / "dense", tmp_path / "moe", router_std=None)))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_bias_that_balances_starts_at_zero(dense: dict[str, Path], tmp_path: Path) -> None:
+    function = made(options(dense["tied"], tmp_path / "moe", score_function="sigmoid", expert_bias=True))
+    assert function.logits.relative <= TOLERANCE
+    assert not MegatronSource(tmp_path / "moe").read("decoder.layers.1.mlp.router.expert_bias").any()
+    assert load_run(tmp_path / "moe.yaml").model.moe_aux_loss_coeff == 0
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +480,8 @@ def test_routers_from_activations_do_not_depend_on_the_source_and_use_all_the_te
         ({"router_init": "activations", "text": "t"}, "router_std = 1.0: has no effect"),
         ({"text": "t", "logits": False}, "text = t: has no effect with --no-logits"),
         ({"figures": "f", "logits": False}, "figures = f: has no effect with --no-logits"),
+        ({"figures": "f", "check": True}, "figures = f: has no effect with --check"),
+        ({"tolerance": 1e-3, "logits": False}, "tolerance = 0.001: has no effect with --no-logits"),
     ],
 )
 def test_an_option_without_effect_is_refused(
