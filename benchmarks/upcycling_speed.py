@@ -74,8 +74,8 @@ def measured_here(job: str, source: str, target: str, workers: int) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from megatron_ext.upcycling.plan import make_plan
     from megatron_ext.upcycling.run import upcycle
-    from megatron_ext.upcycling.upcycle import make_plan
 
     if job == "write":
         shards, rest = divmod(int(source), SHARD)

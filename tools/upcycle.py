@@ -21,9 +21,9 @@ def main() -> None:
     """Parse the command line, upcycle and check."""
     o = parse_command(UpcycleOptions, __doc__, positional=["sources", "target"])
     from megatron_ext.progress import byte_progress
-    from megatron_ext.upcycling.plan import describe_plan
+    from megatron_ext.upcycling.describe import describe_plan
+    from megatron_ext.upcycling.plan import make_plan
     from megatron_ext.upcycling.run import upcycle
-    from megatron_ext.upcycling.upcycle import make_plan
 
     plan = make_plan(o)
     if o.check:

@@ -194,7 +194,7 @@ FAULTS: tuple[Fault, ...] = (
         "upcycling_needs_every_layer_moe",
         "upcycling_utils fails on models whose first layers stay dense",
         "avoided",
-        "our methods work one layer at a time, whatever the pattern of layers (upcycling/upcycle.py)",
+        "our methods work one layer at a time, whatever the pattern of layers (upcycling/layers.py)",
     ),
     Fault(
         "upcycling_swaps_models_of_several_chunks",

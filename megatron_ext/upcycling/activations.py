@@ -13,10 +13,11 @@ from megatron_ext.conversion.network import megatron_network
 from megatron_ext.conversion.text import comparison_batches
 from megatron_ext.conversion.verify import require_memory
 from megatron_ext.errors import DataError
+from megatron_ext.upcycling.content import dense_stream
 from megatron_ext.upcycling.layers import RouterOf
 from megatron_ext.upcycling.method import Draw
+from megatron_ext.upcycling.plan import Plan
 from megatron_ext.upcycling.router import repeated, router_from_activations
-from megatron_ext.upcycling.upcycle import Plan, dense_stream
 
 _TOKENS_A_ROW, _FEWEST = 256, 32
 """Tokens of text for each router row, and how few will do where the text is short."""

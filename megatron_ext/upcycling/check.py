@@ -11,7 +11,8 @@ from megatron_ext.conversion.figures import logit_lines
 from megatron_ext.conversion.logits import stream_logits
 from megatron_ext.conversion.verify import LogitComparison, checkpoint_logits, compare_logits, perplexity
 from megatron_ext.errors import ConversionError
-from megatron_ext.upcycling.upcycle import TOLERANCE, Plan, dense_streams
+from megatron_ext.upcycling.content import dense_streams
+from megatron_ext.upcycling.plan import TOLERANCE, Plan
 
 
 @dataclass(frozen=True)

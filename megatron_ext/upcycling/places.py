@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_ext.conversion.write import Output, Progress, require_place
 from megatron_ext.errors import ConversionError
-from megatron_ext.upcycling.upcycle import Plan
+from megatron_ext.upcycling.plan import Plan
 
 RECIPE_HEAD = "# Trains "
 """How a training configuration of ours begins."""

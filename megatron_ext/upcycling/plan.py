@@ -1,89 +1,150 @@
-"""What an upcycling would do, as text: where each tensor comes from, parameters, and what is expected."""
+"""What an upcycling will do, settled from its options and sources before anything is computed."""
 
-import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from megatron_ext.checkpoint.parameters import count_parameters
-from megatron_ext.config.help import summary_of
-from megatron_ext.conversion.engine import Task
-from megatron_ext.upcycling.layers import upcycling_tasks
-from megatron_ext.upcycling.places import obstacle
-from megatron_ext.upcycling.sources import AVERAGE
-from megatron_ext.upcycling.upcycle import Plan, drawn_routers
+import torch
 
-_NUMBERED = re.compile(r"(layers|experts)\.(\d+)")
+from megatron_ext.config import ModelConfig, check_model
+from megatron_ext.conversion.sources import Checkpoint, open_checkpoint, streams_of_one_shape
+from megatron_ext.conversion.write import DTYPES
+from megatron_ext.errors import ConfigError
+from megatron_ext.upcycling.depth import deepened_model, parse_layers
+from megatron_ext.upcycling.method import Method
+from megatron_ext.upcycling.options import UpcycleOptions
+
+# Everything but the feed-forward layers must stay what it is.
+_MAY_CHANGE = {
+    name
+    for name in ModelConfig.__dataclass_fields__
+    if name.startswith("moe_") or name in ("num_moe_experts", "init_method_std", "transformer_overrides")
+}
 
 
-def describe_plan(plan: Plan) -> str:
-    """The origin of every tensor, parameter counts, memory and the expected exactness."""
-    before, after = count_parameters(plan.opened[0].model), count_parameters(plan.moe)
-    tasks = upcycling_tasks(
-        plan.dense,
-        plan.moe,
-        plan.method,
-        drawn_routers(plan),
-        sources=len(plan.opened),
-        seed=plan.options.seed,
-    )
-    largest = max(spec.bytes for opened in plan.opened for spec in opened.tensors.specs.values())
-    written = after.total * plan.dtype.itemsize
-    moe_layers = sum(plan.moe.moe_layer_pattern)
-    repeated = f" ({plan.options.layers} of the source)" if plan.options.layers else ""
-    taken = obstacle(plan)
-    lines = [
-        *([f"method       {plan.method.kind}: {summary_of(type(plan.method))}"] if plan.moe.is_moe else []),
-        *(f"source {number}     {opened.directory}" for number, opened in enumerate(plan.opened)),
-        f"target       {plan.options.target} ({plan.options.to}, {str(plan.dtype).removeprefix('torch.')})",
-        *([f"             {taken}"] if taken else []),
-        f"layers       {plan.moe.num_layers}{repeated}, of which {moe_layers} become MoE",
-        f"parameters   {before.total:,} before; {after.total:,} after, {after.active:,} active for each token",
-        f"writes       {written / 1e9:,.2f} GB; needs about {1 + 4 * largest / 1e9:,.1f} GB of memory"
-        + (
-            f", and {4 * after.total / 1e9:,.1f} GB for the function check (--no-logits)" if plan.options.logits else ""
-        ),
-        f"function     {plan.expectation}",
-        "tensors",
-        *origins(list(tasks), several=len(plan.opened) > 1),
+TOLERANCE = 1e-5
+"""Of logits, where the function is kept: sums in another order measure 1e-7 to 1e-6 of their scale in fp32."""
+
+_OF_EXPERTS = (
+    "method topk expert_size shared_expert_size shared_expert_gate gating_normalization score_function expert_bias "
+    "pre_softmax norm_topk_prob scaling_factor first_k_dense layer_freq router_init router_std"
+).split()
+"""Options that say something about experts."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an upcycling will do."""
+
+    options: UpcycleOptions
+    opened: Sequence[Checkpoint]
+    dense: ModelConfig
+    """The dense model, its layers repeated if that was asked for."""
+    moe: ModelConfig
+    """The model to make; without experts, `dense` itself."""
+    dtype: torch.dtype
+    rounds: bool
+    """Whether that dtype holds less than the source's."""
+    inexact: str | None
+    """Why the MoE model will not compute what `dense` does with weights of that dtype; None if it will."""
+
+    @property
+    def method(self) -> Method:
+        """How experts are made."""
+        return self.options.method
+
+    @property
+    def expectation(self) -> str:
+        """What becomes of the function, for people."""
+        if self.inexact is not None:
+            return f"changes: {self.inexact}"
+        of = " of the model with these layers" if self.options.layers else ""
+        rounded = f", with weights rounded to {str(self.dtype).removeprefix('torch.')}" if self.rounds else ""
+        return f"kept{of}, up to the rounding of fp32{rounded}"
+
+
+def make_plan(options: UpcycleOptions) -> Plan:
+    """Open the sources and settle what will be made of them.
+
+    Raises:
+        ConfigError: there is no such model, or the method cannot make it of those.
+        ConversionError, CheckpointError: a source cannot be read.
+    """
+    options = replace(options, target=_named(options.target))
+    _check_options(options)
+    opened = [open_checkpoint(source) for source in options.sources]
+    if options.num_experts is not None:
+        options.method.check_sources(len(opened), options.num_experts)
+    elif len(opened) > 1:
+        raise ConfigError(f"sources: {len(opened)} given; without num_experts one is deepened")
+    for one in opened:
+        if one.model.is_moe:
+            raise ConfigError(f"{one.directory}: the source is a MoE model already; upcycling starts from a dense one")
+    streams_of_one_shape(opened)
+    shallow = opened[0].model
+    dense = deepened_model(shallow, parse_layers(options.layers, shallow.num_layers)) if options.layers else shallow
+    moe = options.model_of(dense)
+    if options.num_experts is not None:
+        check_models(dense, moe, options.method)
+    own = opened[0].tensors.specs["decoder.layers.0.mlp.linear_fc1.weight"].dtype
+    dtype = DTYPES.get(options.dtype or "", own)
+    inexact = options.method.inexact(moe, dtype) if moe.is_moe else None
+    if inexact is not None and options.tolerance is not None:
+        raise ConfigError(f"tolerance = {options.tolerance}: has no effect, since the function changes: {inexact}")
+    rounds = dtype != own and dtype.itemsize <= own.itemsize
+    return Plan(options, opened, dense, moe, dtype, rounds, inexact)
+
+
+def _named(target: str) -> str:
+    """The target without a slash at its end, or the name that `.` and `..` stand for.
+
+    Raises:
+        ConfigError: it has none, and nothing can stand beside it.
+    """
+    path = Path(target) if Path(target).name not in ("", "..") else Path(target).resolve()
+    if not target or not path.name:
+        raise ConfigError(f"target = {target!r}: give the name of a directory to write")
+    return str(path)
+
+
+def _check_options(options: UpcycleOptions) -> None:
+    """Raise ConfigError where an option would have no effect, or lacks another."""
+    clusters = options.router_init == "activations"
+    if options.num_experts is None:
+        if options.layers is None:
+            raise ConfigError("num_experts: required, but for a deeper dense model (--layers)")
+        defaults = UpcycleOptions(sources=[""], target="")
+        for name in _OF_EXPERTS:
+            if (value := getattr(options, name)) != getattr(defaults, name):
+                raise ConfigError(f"{name} = {value}: has no effect without num_experts; remove it")
+    if clusters and options.text is None:
+        raise ConfigError("router_init = activations: needs --text, enough of it for a few hundred tokens an expert")
+    if clusters and options.router_std is not None:
+        raise ConfigError(f"router_std = {options.router_std}: has no effect with router_init = activations; remove it")
+    idle = {
+        "text": not options.logits and not clusters and "--no-logits",
+        "tokenizer": not options.logits and not clusters and "--no-logits",
+        "figures": (not options.logits and "--no-logits") or (options.check and "--check"),
+        "tolerance": not options.logits and "--no-logits",
+    }
+    for name, why in idle.items():
+        if why and (value := getattr(options, name)) is not None:
+            raise ConfigError(f"{name} = {value}: has no effect with {why}; remove it")
+
+
+def check_models(dense: ModelConfig, moe: ModelConfig, method: Method) -> None:
+    """Raise ConfigError where `moe` is not `dense` with experts, or the method cannot make it."""
+    if not moe.is_moe:
+        raise ConfigError(
+            f"first_k_dense = {moe.moe_first_k_dense}, layer_freq = {moe.moe_layer_freq}: leave none of the "
+            f"{moe.num_layers} layers to become MoE"
+        )
+    method.check(dense, moe)
+    check_model(moe, source="the upcycled model")
+    changed = [
+        f"  {name}: {getattr(dense, name)!r} in the source, {getattr(moe, name)!r} in the target"
+        for name in ModelConfig.__dataclass_fields__
+        if name not in _MAY_CHANGE and getattr(dense, name) != getattr(moe, name)
     ]
-    return "\n".join(lines)
-
-
-def origins(tasks: list[Task], *, several: bool) -> list[str]:
-    """A line for every kind of tensor, with the layers and experts that it is there for."""
-    groups: dict[tuple[str, str], dict[str, set[int]]] = {}
-    for task in tasks:
-        for role, name in task.writes.items():
-            read_from = [_origin(task.reads[role], several)] if role in task.reads else []
-            origin = ": ".join([*read_from, *([task.note] if task.note else [])])
-            key = (_NUMBERED.sub(r"\1.*", name), origin)
-            numbers = groups.setdefault(key, {})
-            for kind, number in _NUMBERED.findall(name):
-                numbers.setdefault(kind, set()).add(int(number))
-    return [f"  {_with_ranges(pattern, numbers)}  <-  {origin}" for (pattern, origin), numbers in groups.items()]
-
-
-def _origin(name: str, several: bool) -> str:
-    source, _, own = name.partition("/")
-    own = _NUMBERED.sub(r"\1.*", own)
-    if not several:
-        return own
-    return f"average of all: {own}" if source == AVERAGE else f"source {source}: {own}"
-
-
-def _with_ranges(pattern: str, numbers: dict[str, set[int]]) -> str:
-    for kind, present in numbers.items():
-        pattern = pattern.replace(f"{kind}.*", f"{kind}.{_ranges(sorted(present))}", 1)
-    return pattern
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Sorted numbers as `{0-3,5}`."""
-    parts: list[str] = []
-    start = previous = numbers[0]
-    for number in [*numbers[1:], None]:
-        if number is not None and number == previous + 1:
-            previous = number
-            continue
-        parts.append(str(start) if start == previous else f"{start}-{previous}")
-        if number is not None:
-            start = previous = number
-    return "{" + ",".join(parts) + "}"
+    if changed:
+        raise ConfigError("upcycling changes the feed-forward layers only, but these differ:\n" + "\n".join(changed))

@@ -9,7 +9,7 @@ from megatron_ext.config import ModelConfig, RunConfig, dump_yaml, load_config, 
 from megatron_ext.config.load import fields_of
 from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.places import RECIPE_HEAD, recipe_path
-from megatron_ext.upcycling.upcycle import Plan
+from megatron_ext.upcycling.plan import Plan
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from megatron_ext.conversion.write import Examined, Progress, Written
 from megatron_ext.files import write_text
 from megatron_ext.upcycling.activations import clustered_routers
 from megatron_ext.upcycling.check import FunctionCheck, function_check
+from megatron_ext.upcycling.content import drawn_routers, write
 from megatron_ext.upcycling.places import output_of, recipe_path, require_places
+from megatron_ext.upcycling.plan import Plan
 from megatron_ext.upcycling.recipe import training_recipe
-from megatron_ext.upcycling.upcycle import Plan, drawn_routers, write
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from megatron_ext.upcycling.fine_grained import FineGrained
 from megatron_ext.upcycling.mix import Mix
 from megatron_ext.upcycling.noise import Noise
 from megatron_ext.upcycling.options import UpcycleOptions
+from megatron_ext.upcycling.plan import make_plan
 from megatron_ext.upcycling.run import upcycle
 from megatron_ext.upcycling.shared_routed import SharedRouted
 from megatron_ext.upcycling.shuffle import Shuffle
-from megatron_ext.upcycling.upcycle import make_plan
 from tests.distributed.runs import Part, train_and_save
 from tests.unit.conversion.test_convert import write_checkpoint
 

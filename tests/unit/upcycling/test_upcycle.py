@@ -25,14 +25,14 @@ from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.upcycling import check
 from megatron_ext.upcycling.copy import Copy
 from megatron_ext.upcycling.depth import deepened_model, parse_layers
+from megatron_ext.upcycling.describe import describe_plan
 from megatron_ext.upcycling.drop import Drop
 from megatron_ext.upcycling.fine_grained import FineGrained
 from megatron_ext.upcycling.mix import Mix
 from megatron_ext.upcycling.options import UpcycleOptions
-from megatron_ext.upcycling.plan import describe_plan
+from megatron_ext.upcycling.plan import make_plan
 from megatron_ext.upcycling.run import upcycle
 from megatron_ext.upcycling.shared_routed import SharedRouted
-from megatron_ext.upcycling.upcycle import make_plan
 from tests.unit.conversion.test_convert import write_checkpoint
 from tests.workspace import write_corpus
 

@@ -1,0 +1,109 @@
+"""The upcycled model: the streams it is read from, the tensors made of them, and its writing."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from megatron_ext.architectures.registry import architecture_for
+from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
+from megatron_ext.conversion.content import Content
+from megatron_ext.conversion.engine import stored_dtype
+from megatron_ext.conversion.sources import streams_of_one_shape
+from megatron_ext.conversion.write import DTYPES, Check, Output, Written, write_hugging_face, write_megatron
+from megatron_ext.errors import DataError
+from megatron_ext.merging.merge import Linear
+from megatron_ext.merging.stream import Merged
+from megatron_ext.upcycling.depth import RepeatedLayers, parse_layers
+from megatron_ext.upcycling.layers import RouterOf, upcycling_tasks
+from megatron_ext.upcycling.method import Draw
+from megatron_ext.upcycling.plan import Plan
+from megatron_ext.upcycling.router import drawn_router
+from megatron_ext.upcycling.sources import Sources
+
+
+def drawn_routers(plan: Plan) -> RouterOf:
+    """Routers drawn from the seed."""
+    std = plan.options.router_std or plan.moe.init_method_std
+
+    def router_of(layer: int, draw: Draw) -> Tensor:
+        return drawn_router(plan.options.router_init, std, plan.moe, plan.method, draw)
+
+    return router_of
+
+
+def dense_streams(plan: Plan) -> list[TensorSource]:
+    """The tensors of each source, its layers repeated if that was asked for."""
+    streams = streams_of_one_shape(plan.opened)
+    if not plan.options.layers:
+        return streams
+    layers = parse_layers(plan.options.layers, plan.opened[0].model.num_layers)
+    return [RepeatedLayers(stream, layers) for stream in streams]
+
+
+def dense_stream(plan: Plan) -> TensorSource:
+    """The tensors of the dense model; of several, their average."""
+    streams = dense_streams(plan)
+    if len(streams) == 1:
+        return streams[0]
+    return Merged(Linear(weights=plan.method.source_weights), streams, vocab_size=plan.dense.vocab_size)
+
+
+def content_of(plan: Plan, router_of: RouterOf) -> Content:
+    """The upcycled model, to be written."""
+    streams = dense_streams(plan)
+    present, asked = streams[0].specs, DTYPES.get(plan.options.dtype or "")
+    specs = {
+        # What is not made anew keeps its own dtype: some models have norms in fp32 beside weights in bf16.
+        name: TensorSpec(shape, stored_dtype(name, present[name].dtype if name in present else plan.dtype, asked))
+        for name, shape in model_shapes(plan.moe).items()
+    }
+
+    def checked_router(layer: int, draw: Draw) -> Tensor:
+        return _fit_to_choose(plan, layer, router_of(layer, draw), specs)
+
+    tasks = list(
+        upcycling_tasks(plan.dense, plan.moe, plan.method, checked_router, sources=len(streams), seed=plan.options.seed)
+    )
+    first, names = plan.opened[0], ", ".join(opened.directory.name for opened in plan.opened)
+    return Content(
+        model=plan.moe,
+        tasks=tasks,
+        specs=specs,
+        stream=Sources(streams, dense_stream(plan)),
+        inputs=[opened.directory for opened in plan.opened],
+        tokenizer=first.tokenizer,
+        hf_config=first.hf_config,
+        run=first.run,
+        beside=first.content.beside,
+        made_of=f"{names}, upcycled by {plan.method.kind}" if plan.moe.is_moe else f"layers of {names}",
+    )
+
+
+def _fit_to_choose(plan: Plan, layer: int, weight_EH: Tensor, specs: Mapping[str, TensorSpec]) -> Tensor:
+    """The router's weight, if it tells experts apart once it is stored; those of a set share a row.
+
+    Raises:
+        DataError: it does not.
+    """
+    stored = weight_EH.to(specs[f"decoder.layers.{layer}.mlp.router.weight"].dtype)
+    rows = stored[:: plan.method.group_size(plan.moe)]
+    if not bool(stored.isfinite().all()) or len(rows.unique(dim=0)) < len(rows):
+        what = "--text has too few different tokens" if plan.options.router_init == "activations" else "router_std"
+        raise DataError(f"the router of layer {layer} does not tell experts apart in {stored.dtype}: {what}")
+    return weight_EH
+
+
+def write(plan: Plan, router_of: RouterOf, check: Check, output: Output) -> Written:
+    """Write the upcycled model.
+
+    Raises:
+        ConversionError, CheckpointError, DataError: nothing that looks complete is left behind.
+    """
+    content = content_of(plan, router_of)
+    if plan.options.to == "hf":
+        architecture, why = architecture_for(plan.moe)
+        # The run is the dense model's: a card would pass it off as this one's.
+        return write_hugging_face(replace(content, run={}), architecture, why, output, check)
+    return write_megatron(content, output, check)
