@@ -4,7 +4,7 @@
   python tools/upcycle.py DENSE TARGET --num-experts 8
   python tools/upcycle.py DENSE TARGET --num-experts 64 --topk 8 --method fine_grained --granularity 8
   python tools/upcycle.py CODE JAPANESE MATH TARGET --num-experts 6 --method mix
-  python tools/upcycle.py DENSE TARGET --layers 0-23,8-31       # a deeper dense model; with --num-experts a MoE of it
+  python tools/upcycle.py DENSE TARGET --layers 0-23,8-31       # a deeper model; with --num-experts a MoE of it
 
 DENSE and TARGET are Megatron checkpoints or Hugging Face directories (--to hf). --check prints the plan and writes
 nothing. Beside a Megatron target stands a training configuration, TARGET.yaml.

@@ -16,7 +16,7 @@ from megatron_ext.errors import DataError
 from megatron_ext.merging.merge import Linear
 from megatron_ext.merging.stream import Merged
 from megatron_ext.upcycling.depth import RepeatedLayers, parse_layers
-from megatron_ext.upcycling.layers import RouterOf, upcycling_tasks
+from megatron_ext.upcycling.layers import RouterOf, copied, upcycling_tasks
 from megatron_ext.upcycling.method import Draw
 from megatron_ext.upcycling.plan import Plan
 from megatron_ext.upcycling.router import drawn_router
@@ -63,13 +63,16 @@ def content_of(plan: Plan, router_of: RouterOf) -> Content:
     def checked_router(layer: int, draw: Draw) -> Tensor:
         return _fit_to_choose(plan, layer, router_of(layer, draw), specs)
 
-    tasks = list(
-        upcycling_tasks(plan.dense, plan.moe, plan.method, checked_router, sources=len(streams), seed=plan.options.seed)
-    )
+    if plan.adds_experts:
+        made = upcycling_tasks(
+            plan.dense, plan.moe, plan.method, checked_router, sources=len(streams), seed=plan.options.seed
+        )
+    else:
+        made = map(copied, specs)
     first, names = plan.opened[0], ", ".join(opened.directory.name for opened in plan.opened)
     return Content(
         model=plan.moe,
-        tasks=tasks,
+        tasks=list(made),
         specs=specs,
         stream=Sources(streams, dense_stream(plan)),
         inputs=[opened.directory for opened in plan.opened],
@@ -77,7 +80,7 @@ def content_of(plan: Plan, router_of: RouterOf) -> Content:
         hf_config=first.hf_config,
         run=first.run,
         beside=first.content.beside,
-        made_of=f"{names}, upcycled by {plan.method.kind}" if plan.moe.is_moe else f"layers of {names}",
+        made_of=f"{names}, upcycled by {plan.method.kind}" if plan.adds_experts else f"layers of {names}",
     )
 
 

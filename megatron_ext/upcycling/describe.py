@@ -1,12 +1,12 @@
 """What an upcycling would do, as text: where each tensor comes from, parameters, and what is expected."""
 
 import re
+from collections.abc import Sequence
 
 from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config.help import summary_of
 from megatron_ext.conversion.engine import Task
-from megatron_ext.upcycling.content import drawn_routers
-from megatron_ext.upcycling.layers import upcycling_tasks
+from megatron_ext.upcycling.content import content_of, drawn_routers
 from megatron_ext.upcycling.places import obstacle
 from megatron_ext.upcycling.plan import Plan
 from megatron_ext.upcycling.sources import AVERAGE
@@ -17,25 +17,18 @@ _NUMBERED = re.compile(r"(layers|experts)\.(\d+)")
 def describe_plan(plan: Plan) -> str:
     """The origin of every tensor, parameter counts, memory and the expected exactness."""
     before, after = count_parameters(plan.opened[0].model), count_parameters(plan.moe)
-    tasks = upcycling_tasks(
-        plan.dense,
-        plan.moe,
-        plan.method,
-        drawn_routers(plan),
-        sources=len(plan.opened),
-        seed=plan.options.seed,
-    )
+    content = content_of(plan, drawn_routers(plan))
     largest = max(spec.bytes for opened in plan.opened for spec in opened.tensors.specs.values())
     written = after.total * plan.dtype.itemsize
-    moe_layers = sum(plan.moe.moe_layer_pattern)
+    experts = f", of which {sum(plan.moe.moe_layer_pattern)} become MoE" if plan.adds_experts else ""
     repeated = f" ({plan.options.layers} of the source)" if plan.options.layers else ""
     taken = obstacle(plan)
     lines = [
-        *([f"method       {plan.method.kind}: {summary_of(type(plan.method))}"] if plan.moe.is_moe else []),
+        *([f"method       {plan.method.kind}: {summary_of(type(plan.method))}"] if plan.adds_experts else []),
         *(f"source {number}     {opened.directory}" for number, opened in enumerate(plan.opened)),
         f"target       {plan.options.target} ({plan.options.to}, {str(plan.dtype).removeprefix('torch.')})",
         *([f"             {taken}"] if taken else []),
-        f"layers       {plan.moe.num_layers}{repeated}, of which {moe_layers} become MoE",
+        f"layers       {plan.moe.num_layers}{repeated}{experts}",
         f"parameters   {before.total:,} before; {after.total:,} after, {after.active:,} active for each token",
         f"writes       {written / 1e9:,.2f} GB; needs about {1 + 4 * largest / 1e9:,.1f} GB of memory"
         + (
@@ -43,12 +36,12 @@ def describe_plan(plan: Plan) -> str:
         ),
         f"function     {plan.expectation}",
         "tensors",
-        *origins(list(tasks), several=len(plan.opened) > 1),
+        *origins(content.tasks, several=len(plan.opened) > 1),
     ]
     return "\n".join(lines)
 
 
-def origins(tasks: list[Task], *, several: bool) -> list[str]:
+def origins(tasks: Sequence[Task], *, several: bool) -> list[str]:
     """A line for every kind of tensor, with the layers and experts that it is there for."""
     groups: dict[tuple[str, str], dict[str, set[int]]] = {}
     for task in tasks:

@@ -31,17 +31,18 @@ def upcycling_tasks(
     names = model_shapes(dense)
     for name in names:
         if ".mlp.linear_fc" not in name:
-            yield _copy(name)
+            yield copied(name)
     for layer, is_moe in enumerate(moe.moe_layer_pattern):
         prefix = f"decoder.layers.{layer}.mlp"
         parts = [part for part, name in _PARTS.items() if f"{prefix}.{name}" in names]
         if is_moe:
             yield from layer_tasks(prefix, parts, moe, method, partial(router_of, layer), sources=sources, seed=seed)
         else:
-            yield from (_copy(f"{prefix}.{_PARTS[part]}") for part in parts)
+            yield from (copied(f"{prefix}.{_PARTS[part]}") for part in parts)
 
 
-def _copy(name: str) -> Task:
+def copied(name: str) -> Task:
+    """The step that leaves a tensor as it is; of several sources, their average."""
     return Task({"tensor": f"{AVERAGE}/{name}"}, {"tensor": name}, dict)
 
 

@@ -32,7 +32,7 @@ class UpcycleOptions:
     method: AnyMethod = Field(default_factory=Copy)
     """How experts are made."""
     num_experts: int | None = Field(default=None, ge=2)
-    """Routed experts. Left out, with --layers, the model is the deeper dense one."""
+    """Routed experts. Left out, --layers makes a deeper model of the source's kind."""
     topk: int = Field(default=2, ge=1)
     """Experts a token is sent to."""
     expert_size: int | None = Field(default=None, ge=1)

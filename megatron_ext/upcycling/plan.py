@@ -41,7 +41,7 @@ class Plan:
     dense: ModelConfig
     """The dense model, its layers repeated if that was asked for."""
     moe: ModelConfig
-    """The model to make; without experts, `dense` itself."""
+    """The model to make; where no experts are added, `dense` itself."""
     dtype: torch.dtype
     rounds: bool
     """Whether that dtype holds less than the source's."""
@@ -52,6 +52,11 @@ class Plan:
     def method(self) -> Method:
         """How experts are made."""
         return self.options.method
+
+    @property
+    def adds_experts(self) -> bool:
+        """Whether it makes a MoE model; otherwise a deeper one of the source's kind."""
+        return self.options.num_experts is not None
 
     @property
     def expectation(self) -> str:
@@ -73,13 +78,7 @@ def make_plan(options: UpcycleOptions) -> Plan:
     options = replace(options, target=_named(options.target))
     _check_options(options)
     opened = [open_checkpoint(source) for source in options.sources]
-    if options.num_experts is not None:
-        options.method.check_sources(len(opened), options.num_experts)
-    elif len(opened) > 1:
-        raise ConfigError(f"sources: {len(opened)} given; without num_experts one is deepened")
-    for one in opened:
-        if one.model.is_moe:
-            raise ConfigError(f"{one.directory}: the source is a MoE model already; upcycling starts from a dense one")
+    _check_sources(opened, options)
     streams_of_one_shape(opened)
     shallow = opened[0].model
     dense = deepened_model(shallow, parse_layers(options.layers, shallow.num_layers)) if options.layers else shallow
@@ -88,7 +87,7 @@ def make_plan(options: UpcycleOptions) -> Plan:
         check_models(dense, moe, options.method)
     own = opened[0].tensors.specs["decoder.layers.0.mlp.linear_fc1.weight"].dtype
     dtype = DTYPES.get(options.dtype or "", own)
-    inexact = options.method.inexact(moe, dtype) if moe.is_moe else None
+    inexact = options.method.inexact(moe, dtype) if options.num_experts is not None else None
     if inexact is not None and options.tolerance is not None:
         raise ConfigError(f"tolerance = {options.tolerance}: has no effect, since the function changes: {inexact}")
     rounds = dtype != own and dtype.itemsize <= own.itemsize
@@ -112,7 +111,7 @@ def _check_options(options: UpcycleOptions) -> None:
     clusters = options.router_init == "activations"
     if options.num_experts is None:
         if options.layers is None:
-            raise ConfigError("num_experts: required, but for a deeper dense model (--layers)")
+            raise ConfigError("num_experts: required, but where --layers alone makes a deeper model")
         defaults = UpcycleOptions(sources=[""], target="")
         for name in _OF_EXPERTS:
             if (value := getattr(options, name)) != getattr(defaults, name):
@@ -130,6 +129,18 @@ def _check_options(options: UpcycleOptions) -> None:
     for name, why in idle.items():
         if why and (value := getattr(options, name)) is not None:
             raise ConfigError(f"{name} = {value}: has no effect with {why}; remove it")
+
+
+def _check_sources(opened: Sequence[Checkpoint], options: UpcycleOptions) -> None:
+    """Raise ConfigError where there are too few or too many sources, or they are MoE models already."""
+    if options.num_experts is None:
+        if len(opened) > 1:
+            raise ConfigError(f"sources: {len(opened)} given; without num_experts one is made deeper")
+        return
+    options.method.check_sources(len(opened), options.num_experts)
+    for one in opened:
+        if one.model.is_moe:
+            raise ConfigError(f"{one.directory}: the source is a MoE model already; upcycling starts from a dense one")
 
 
 def check_models(dense: ModelConfig, moe: ModelConfig, method: Method) -> None:

@@ -121,12 +121,12 @@ def _plain(value: Any) -> Any:
 
 def _commented(text: str, plan: Plan, changes: dict[str, str], *, from_run: bool) -> str:
     where = "the dense model's run" if from_run else "what the papers did; fill in data.train, and your own batches"
-    made = f"upcycled by {plan.method.kind}" if plan.moe.is_moe else "deepened"
+    made = f"upcycled by {plan.method.kind}" if plan.adds_experts else "deepened"
     header = [
         f"{RECIPE_HEAD}{plan.options.target}, {made}. Made from {where}.",
         f"#   torchrun --nproc-per-node N tools/train.py {recipe_path(plan)}",
     ]
-    comments = _COMMENTS if plan.moe.is_moe else {}
+    comments = _COMMENTS if plan.adds_experts else {}
     lines: list[str] = []
     for line in text.splitlines():
         lines += [f"# {comment}" for comment in comments.get(line, [])]

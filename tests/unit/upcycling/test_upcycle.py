@@ -222,6 +222,16 @@ def test_a_deeper_model_keeps_its_function_as_a_moe(layers: str, dense: dict[str
     assert function.logits.relative <= TOLERANCE
 
 
+def test_a_moe_model_is_made_deeper(dense: dict[str, Path], tmp_path: Path) -> None:
+    upcycle(make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", logits=False)))
+    alone = {**dict.fromkeys(EXPERTS), "first_k_dense": 0}
+    assert made(options(tmp_path / "moe", tmp_path / "deep", layers="0-3,2-3", **alone)).logits.relative == 0
+    assert read_model(tmp_path / "deep").moe_layer_pattern == [False, True, True, True, True, True]
+    before, after = MegatronSource(tmp_path / "moe"), MegatronSource(tmp_path / "deep")
+    name = "decoder.layers.{}.mlp.router.weight"
+    assert torch.equal(after.read(name.format(4)), before.read(name.format(2)))
+
+
 def test_depth_alone_makes_a_deeper_dense_model(dense: dict[str, Path], tmp_path: Path) -> None:
     """It is the model that two steps are: what the first writes, upcycled, is what one step with both makes."""
     source, alone = dense["grouped-query, untied"], dict.fromkeys(EXPERTS)
@@ -337,7 +347,7 @@ def test_the_training_configuration_is_the_dense_models_run(
         ({"method": Mix()}, "sources: 1 given; --method mix takes two or more"),
         ({"first_k_dense": 4}, "first_k_dense = 4, layer_freq = 1: leave none of the 4 layers to become MoE"),
         ({"method": FineGrained(granularity=2, scale="paper"), "topk": 2}, "pass --no-gating-normalization"),
-        ({"num_experts": None}, "num_experts: required, but for a deeper dense model"),
+        ({"num_experts": None}, "num_experts: required, but where --layers alone"),
         ({"num_experts": None, "layers": "0-3"}, "shared_expert_size = 40: has no effect without num_experts"),
         ({"method": Drop(), "tolerance": 1e-3}, "tolerance = 0.001: has no effect, since the function changes"),
     ],
