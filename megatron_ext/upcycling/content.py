@@ -93,8 +93,9 @@ def _fit_to_choose(plan: Plan, layer: int, weight_EH: Tensor, specs: Mapping[str
     stored = weight_EH.to(specs[f"decoder.layers.{layer}.mlp.router.weight"].dtype)
     rows = stored[:: plan.method.group_size(plan.moe)]
     if not bool(stored.isfinite().all()) or len(rows.unique(dim=0)) < len(rows):
-        what = "--text has too few different tokens" if plan.options.router_init == "activations" else "router_std"
-        raise DataError(f"the router of layer {layer} does not tell experts apart in {stored.dtype}: {what}")
+        clusters = plan.options.router_init == "activations"
+        why = "--text has too few different tokens" if clusters else "router_std is too small for that"
+        raise DataError(f"the router of layer {layer} does not tell experts apart in {stored.dtype}: {why}")
     return weight_EH
 
 
