@@ -18,7 +18,7 @@ from jobs import Measured, job_parser, reported, run_job
 from report import hardware, markdown_table, record, versions
 
 COLUMNS = ("what", "seconds", "MB/s", "of plain writing", "peak MiB", "allowed MiB")
-METHODS = ("copy", "drop", "shared_routed")
+METHODS = ("copy", "fine_grained", "shared_routed", "drop", "noise", "qwen")
 SHARD = 10**9
 
 
@@ -52,9 +52,10 @@ def options(method: str, source: str, target: str, workers: int) -> Any:
         "logits": False,
         "workers": workers,
     }
+    if method in ("fine_grained", "shared_routed"):
+        raw["method"]["granularity"] = 4
     if method == "shared_routed":
         raw["shared_expert_size"] = dense_width(source) // 2
-        raw["method"]["granularity"] = 4
     return load_config(UpcycleOptions, raw, source="benchmark")
 
 
@@ -119,8 +120,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="upcycling-") as directory:
         rows = compare(Path(directory), arguments.tiny, arguments.rounds, arguments.workers)
-    machine = f"{hardware()}. {versions('torch', 'safetensors')}. Median of {arguments.rounds} runs, taking turns."
-    text = f"{machine}\n\n{markdown_table(COLUMNS, rows)}"
+    machine = f"{hardware()}. {versions('torch', 'safetensors')}."
+    how = f"Median of {arguments.rounds} runs, taking turns; {arguments.workers} threads, plain writing has one."
+    text = f"{machine} {how}\n\n{markdown_table(COLUMNS, rows)}"
     print(text)
     if arguments.record:
         record("Upcycling, speed" + (" (tiny)" if arguments.tiny else ""), text)
