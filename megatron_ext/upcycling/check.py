@@ -52,11 +52,11 @@ def function_check(plan: Plan, made: Path, batches: Sequence[Tensor]) -> Functio
     if plan.inexact is None:
         rounded = dense_logits(plan, batches, weights_as=plan.dtype) if plan.rounds else dense
         kept, tolerance = compare_logits(rounded, moe), plan.options.tolerance or TOLERANCE
-        if not kept.relative <= tolerance:
+        if kept.relative > tolerance:
             raise ConversionError(
                 f"{plan.options.target}: not written, it does not compute what {source} does: logits differ by up to "
-                f"{kept.max_abs_difference:.3g} ({kept.relative:.1e} of their scale), though {plan.method.kind} should "
-                "keep the function"
+                f"{kept.max_abs_difference:.3g} ({kept.relative:.1e} of their scale), though its function should be "
+                f"{plan.expectation}; --no-logits leaves the check out, --tolerance sets what is allowed"
             )
     return FunctionCheck(compare_logits(dense, moe), perplexity(dense, batches), perplexity(moe, batches))
 
