@@ -85,7 +85,7 @@ def make_plan(options: UpcycleOptions) -> Plan:
     moe = options.model_of(dense)
     if options.num_experts is not None:
         check_models(dense, moe, options.method)
-    own = opened[0].tensors.specs["decoder.layers.0.mlp.linear_fc1.weight"].dtype
+    own = opened[0].tensors.specs["decoder.layers.0.self_attention.linear_proj.weight"].dtype
     dtype = DTYPES.get(options.dtype or "", own)
     inexact = options.method.inexact(moe, dtype) if options.num_experts is not None else None
     if inexact is not None and options.tolerance is not None:

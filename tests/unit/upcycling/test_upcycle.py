@@ -222,11 +222,13 @@ def test_a_deeper_model_keeps_its_function_as_a_moe(layers: str, dense: dict[str
     assert function.logits.relative <= TOLERANCE
 
 
-def test_a_moe_model_is_made_deeper(dense: dict[str, Path], tmp_path: Path) -> None:
-    upcycle(make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", logits=False)))
+@pytest.mark.parametrize("first_k_dense", [0, 1])
+def test_a_moe_model_is_made_deeper(first_k_dense: int, dense: dict[str, Path], tmp_path: Path) -> None:
+    source = dense["grouped-query, untied"]
+    upcycle(make_plan(options(source, tmp_path / "moe", first_k_dense=first_k_dense, logits=False)))
     alone = {**dict.fromkeys(EXPERTS), "first_k_dense": 0}
     assert made(options(tmp_path / "moe", tmp_path / "deep", layers="0-3,2-3", **alone)).logits.relative == 0
-    assert read_model(tmp_path / "deep").moe_layer_pattern == [False, True, True, True, True, True]
+    assert read_model(tmp_path / "deep").moe_layer_pattern == [first_k_dense == 0] + [True] * 5
     before, after = MegatronSource(tmp_path / "moe"), MegatronSource(tmp_path / "deep")
     name = "decoder.layers.{}.mlp.router.weight"
     assert torch.equal(after.read(name.format(4)), before.read(name.format(2)))
