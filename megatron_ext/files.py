@@ -20,7 +20,7 @@ UNFINISHED = ".partial"
 
 def read_json_object(path: str | Path, error: type[MegatronExtError]) -> dict[str, Any]:
     """The JSON object in the file at `path`; raises `error` where there is none."""
-    with reading(path, error):
+    with reading(path, error, kind="JSON"):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -18,13 +18,14 @@ _MOST_CHARACTERS = 300
 
 
 @contextlib.contextmanager
-def reading(path: str | Path, error: type[MegatronExtError], advice: str = "") -> Iterator[None]:
+def reading(path: str | Path, error: type[MegatronExtError], *, kind: str = "", advice: str = "") -> Iterator[None]:
     """Turn whatever goes wrong inside into one `error` that names the file at `path`.
 
     Errors that are already written for people pass as they are, and so do Ctrl-C and exits. Keep the block small: a
     mistake of our own inside it would be taken for one of the file.
 
     Args:
+        kind: what the file should have been ("JSON"), for the message.
         advice: the way out, as a clause after the fault ("take it from the model's page again").
     """
     try:
@@ -32,28 +33,28 @@ def reading(path: str | Path, error: type[MegatronExtError], advice: str = "") -
     except MegatronExtError:
         raise
     except Exception as fault:
-        raise error(f"{path}: {fault_of(fault)}{advice and '; '}{advice}") from fault
+        raise error(f"{path}: {fault_of(fault, kind)}{advice and '; '}{advice}") from fault
     except BaseException as fault:
         if type(fault).__name__ != "PanicException":  # how Rust's panics arrive: not even an Exception
             raise
-        raise error(f"{path}: {fault_of(fault)}{advice and '; '}{advice}") from fault
+        raise error(f"{path}: {fault_of(fault, kind)}{advice and '; '}{advice}") from fault
 
 
-def fault_of(fault: BaseException) -> str:
+def fault_of(fault: BaseException, kind: str = "") -> str:
     """What went wrong in reading a file, in one line of bounded length."""
     if isinstance(fault, OSError) and fault.strerror:
         return fault.strerror
-    if isinstance(fault, RecursionError):
-        return "cannot be read (it is nested too deeply)"
-    if isinstance(fault, MemoryError):
-        return "cannot be read (it asks for more memory than there is)"
-    if isinstance(fault, UnicodeDecodeError):
-        return f"not UTF-8 (byte {fault.start})"
     lines = str(fault).strip().splitlines()
     said = lines[0].strip().rstrip(".:") if lines else ""
-    if isinstance(fault, KeyError):
+    if isinstance(fault, RecursionError):
+        said = "it is nested too deeply"
+    elif isinstance(fault, MemoryError):
+        said = "it asks for more memory than there is"
+    elif isinstance(fault, UnicodeDecodeError):
+        said = f"not UTF-8 at byte {fault.start}"
+    elif isinstance(fault, KeyError):
         said = f"{said} is missing"
     elif isinstance(fault, EOFError) and not said:
         said = "it ends too early"
     said = said if len(said) <= _MOST_CHARACTERS else f"{said[:_MOST_CHARACTERS]}..."
-    return f"cannot be read ({said or type(fault).__name__})"
+    return f"cannot be read{kind and ' as '}{kind} ({said or type(fault).__name__})"
