@@ -1,13 +1,18 @@
 """Files people give us and expect of us: JSON with a clear error; output that is complete, and over nothing else."""
 
+import errno
 import fnmatch
 import json
+import os
 import shutil
+import stat
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import MegatronExtError
+from megatron_ext.foreign import reading
 
 UNFINISHED = ".partial"
 """Ends the name of output that is still being written."""
@@ -15,13 +20,26 @@ UNFINISHED = ".partial"
 
 def read_json_object(path: str | Path, error: type[MegatronExtError]) -> dict[str, Any]:
     """The JSON object in the file at `path`; raises `error` where there is none."""
-    try:
+    with reading(path, error, kind="JSON"):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
-        raise error(f"{path}: cannot be read as JSON ({fault})") from fault
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def open_regular(path: str | Path, *, follow_links: bool = True) -> FileIO:
+    """Open the file at `path` to read its bytes, unbuffered.
+
+    Raises:
+        OSError: there is none, or it is something that never ends or never answers (a pipe, a device), or, unless
+            `follow_links`, a link.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)  # not blocking, or the opening of a pipe would wait for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return FileIO(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:
