@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint.boxes import Box
+from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_ext.checkpoint.torch_dist import (
     METADATA_FILE,
     ChunkRecord,
@@ -34,20 +35,6 @@ log = logging.getLogger(__name__)
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RUN_FILE, STATE_FILE, RNG_FILE, TOKENIZER_FOLDER = "run.yaml", "state.json", "rng.pt", "tokenizer"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-"""Files of which a tokenizer has at least one."""
-GENERATION_FILE, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
-TOKENIZER_FILES = (
-    *TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    CHAT_TEMPLATE,
-    GENERATION_FILE,
-)
-"""What is kept of a tokenizer's folder; how to stop and sample goes with it."""
 CHECKPOINT_CONTENTS = (
     METADATA_FILE,
     "*.distcp",
@@ -181,19 +168,6 @@ def write_small_files(partial: Path, state: TrainingState, run: dict[str, Any], 
         "common_backend_version": 1,
     }
     (partial / "metadata.json").write_text(json.dumps(backends) + "\n")
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether `directory` holds a tokenizer that this framework reads."""
-    return any((directory / name).is_file() for name in TOKENIZERS)
-
-
-def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer's files of `source` into the folder `target`; whether they are one that is read here."""
-    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in present:
-        shutil.copyfile(source / name, target / name)
-    return has_tokenizer(target)
 
 
 def publish(partial: Path, final: Path, iteration: int, *, sync: bool = True) -> None:

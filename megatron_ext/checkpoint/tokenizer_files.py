@@ -43,6 +43,11 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in TOKENIZERS)
 
 
+def says_of_tokens(directory: Path) -> bool:
+    """Whether `directory` has anything that `copy_tokenizer` keeps: files of a tokenizer, or ids of single tokens."""
+    return bool(tokenizer_files(directory)) or any(name.endswith("_token_id") for name in said_of_tokens(directory))
+
+
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the tokenizer's files of `source` into the folder `target`; whether it is one by `has_tokenizer`.
 

@@ -19,8 +19,10 @@ import numpy as np
 from megatron_ext.data.corpus import Shard, corpus_files, read_shard, split_into_shards
 from megatron_ext.data.indexed import concatenate, token_dtype, write_index
 from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer.record import check_record, record_of
 from megatron_ext.errors import DataError
 from megatron_ext.files import UNFINISHED, output_place, publish_directory, read_json_object
+from megatron_ext.foreign import reading
 
 MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
@@ -96,9 +98,7 @@ def _plan(files: Sequence[Path], tokenizer: Tokenizer, text_key: str, fractions:
         "sources": [
             {"path": str(p.resolve()), "bytes": p.stat().st_size, "modified": p.stat().st_mtime_ns} for p in files
         ],
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
+        **record_of(tokenizer),
         "text_key": text_key,
         "split": list(fractions),
     }
@@ -207,6 +207,13 @@ def dataset_fingerprint(prefix: str | Path) -> str:
     return hashlib.sha256((prefix.parent / MANIFEST_FILE).read_bytes() + prefix.name.encode()).hexdigest()[:16]
 
 
+def dtype_of(prefix: str | Path) -> np.dtype[np.generic]:
+    """The dtype of token ids in the dataset at `prefix`; raises DataError where dataset.json does not say."""
+    path = Path(prefix).parent / MANIFEST_FILE
+    with reading(path, DataError, kind="a dataset's manifest"):
+        return token_dtype(int(read_json_object(path, DataError)["vocab_size"]))
+
+
 def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
     """Check that the dataset at `prefix` is whole and was made with `tokenizer`, and return its size.
 
@@ -219,8 +226,7 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
         if not path.is_file():
             raise DataError(f"{prefix}: {path.name} is missing; prepare it with tools/preprocess.py")
     manifest = read_json_object(manifest_file, DataError)
-    if manifest["tokenizer"] != tokenizer.fingerprint:
-        raise DataError(f"{prefix} was made with another tokenizer than {tokenizer.directory}; prepare it again")
+    check_record(manifest, tokenizer, prefix)
     counts = SplitSummary(**manifest["splits"][prefix.name])
     expected = counts.tokens * token_dtype(manifest["vocab_size"]).itemsize
     actual = prefix.with_name(prefix.name + ".bin").stat().st_size

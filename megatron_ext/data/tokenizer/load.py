@@ -15,6 +15,7 @@ from megatron_ext.checkpoint.tokenizer_files import (
 )
 from megatron_ext.errors import DataError
 from megatron_ext.files import read_json_object
+from megatron_ext.foreign import reading
 
 _LFS_POINTER = b"version https://git-lfs"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
@@ -30,25 +31,17 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     _check_files(directory)
     from transformers import AutoTokenizer  # slow to import
 
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(directory), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except MemoryError:
-        raise
-    except BaseException as error:
-        # Foreign parsers: the tokenizers library raises bare Exceptions, and panics that are no Exceptions.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{directory}: its tokenizer cannot be read ({reason}); {_way_out(directory, error)}") from error
+    with reading(directory, DataError, kind="a tokenizer", advice=_way_out(directory)):
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 def _check_files(directory: Path) -> None:
     """Raise DataError where the files are no tokenizer, as far as that shows without reading all of them."""
     wanted = " or ".join(TOKENIZERS)
     if not directory.is_dir():
-        raise DataError(f"{directory}: no tokenizer here ({'not a folder' if directory.exists() else 'no such folder'})")
+        raise DataError(
+            f"{directory}: no tokenizer here ({'not a folder' if directory.exists() else 'no such folder'})"
+        )
     files = tokenizer_files(directory)
     vocabularies = [name for name in files if any(name.match(pattern) for pattern in VOCABULARIES)]
     if not vocabularies and Path(SETTINGS_FILE) not in files:
@@ -65,29 +58,28 @@ def _check_files(directory: Path) -> None:
             raise DataError(f"{directory / name}: is empty; download it again")
 
 
-def _way_out(directory: Path, error: BaseException) -> str:
-    """What to do about a tokenizer that transformers does not load."""
-    if "trust_remote_code" in str(error):
-        return (
-            f"it needs code of its own, which is not run here; save it as {FAST_FILE} where you trust that code "
-            "(transformers' save_pretrained of the fast tokenizer)"
-        )
+def _way_out(directory: Path) -> str:
+    """What to do where transformers does not load the tokenizer of `directory`."""
     if (directory / FAST_FILE).is_file():
         try:
             read_json_object(directory / FAST_FILE, DataError)
         except DataError:
             return f"{FAST_FILE} is damaged: download it again"
-        newer = " ".join(f"{name} {version(name)}" for name in ("tokenizers", "transformers"))
+        here = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "transformers"))
         return (
-            f"if a newer library wrote {FAST_FILE} than the ones here ({newer}): "
+            f"if a newer library wrote {FAST_FILE} than the ones here ({here}): "
             "pip install --upgrade tokenizers transformers"
         )
     if (directory / MODEL_FILE).is_file():
         with open(directory / MODEL_FILE, "rb") as file:
             if _TIKTOKEN_LINE.match(file.readline(1000)):
                 return f"{MODEL_FILE} is a tiktoken list: put the {FAST_FILE} of the same model beside it"
-        return f"is {MODEL_FILE} a SentencePiece model? If so, tools/tokenizer.py export {directory / MODEL_FILE} says more"
+        return (
+            f"if {MODEL_FILE} is a SentencePiece model, put the {SETTINGS_FILE} beside it that came with it, or see what "
+            f"tools/tokenizer.py export {directory / MODEL_FILE} says"
+        )
     return (
-        f"transformers makes a {FAST_FILE}: AutoTokenizer.from_pretrained('{directory}').save_pretrained('NEW'), where "
-        "it loads at all"
+        f"{FAST_FILE} of the same model beside these files is read without a class of its own: where you trust the "
+        f"tokenizer's code, AutoTokenizer.from_pretrained('{directory}', trust_remote_code=True).save_pretrained('NEW') "
+        "may write one"
     )

@@ -57,17 +57,18 @@ class Tokenizer:
         self._control = frozenset(special - {loaded.unk_token_id} | {self.eod})
         self._backend = getattr(loaded, "backend_tokenizer", None)
         self._loaded = None if _reads_alone(loaded, self._backend) else loaded
-        self._prepare()
+        if self._backend is not None:
+            _set_plain(self._backend)
         if not (self.directory / FAST_FILE).is_file() and not (self.directory / SETTINGS_FILE).is_file():
             self._check_against_sentencepiece()
 
-    def _prepare(self) -> None:
-        if self._backend is not None:
-            _set_plain(self._backend)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_spelt"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._prepare()  # which the tokenizers library does not save
+        if self._backend is not None:
+            _set_plain(self._backend)  # which the tokenizers library does not save
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens.
