@@ -27,7 +27,8 @@ def read_tokenizer(directory: Path) -> Any | None:
         return load_tokenizer(directory)
     except DataError as error:
         log.warning(
-            "%s; its files are carried on as they are, and token ids in the export are those of the source's config.json",
+            "%s; its files are carried on as they are, and token ids in the export are those of the source's "
+            "config.json",
             error,
         )
         return None
@@ -104,7 +105,8 @@ def check_rows(tokenizer: Any, where: Path, vocab_size: int, *, refuse: bool) ->
     )
     if refuse and number not in special:
         raise ConversionError(
-            f"{what}: text with them would end in an error; pass --tokenizer DIR of one with more tokens than the model's"
+            f"{what}: text with them would end in an error; pass --tokenizer DIR of the one that the model was trained "
+            "with, or train with a larger model.vocab_size"
         )
     log.warning("%s, and must not be used", what)
 

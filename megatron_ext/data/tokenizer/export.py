@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megatron_ext.checkpoint.tokenizer_files import FAST_FILE, MODEL_FILE, SETTINGS_FILE, SPECIAL_FILE
 from megatron_ext.data.tokenizer.load import load_tokenizer
-from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece
+from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece, sentencepiece_of
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS, texts_of
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.errors import DataError
@@ -45,8 +45,8 @@ def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, f
         texts = [*HARD_TEXTS, *texts_of(_spelt(pieces)), *texts]
         if different := disagreements(Tokenizer(beside), texts):
             raise DataError(
-                f"{len(different)} of {len(texts)} texts, such as {different[0][:60]!r}, are encoded otherwise by the fast "
-                f"tokenizer that Hugging Face would use: this model cannot be exported. {_KINDS}"
+                f"{len(different)} of {len(texts)} texts, such as {different[0][:60]!r}, are encoded otherwise by the "
+                f"fast tokenizer that Hugging Face would use: this model cannot be exported. {_KINDS}"
             )
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -67,8 +67,8 @@ def export_tokenizer(model: bytes, directory: Path) -> sentencepiece.SentencePie
     Raises:
         DataError: it is no such model, has no token that ends documents, or no fast tokenizer can be made of it.
     """
+    pieces = sentencepiece_of(model, "the model")
     (directory / MODEL_FILE).write_bytes(model)
-    pieces = load_sentencepiece(directory / MODEL_FILE)
     if pieces.eos_id() < 0:
         raise DataError(
             "the SentencePiece model has no end-of-sentence piece (eos_id is -1): documents could not be told apart; "

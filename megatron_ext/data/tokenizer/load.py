@@ -1,6 +1,5 @@
 """The tokenizer of a folder as transformers loads it, and what is wrong where it does not."""
 
-import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,10 @@ from megatron_ext.checkpoint.tokenizer_files import (
     VOCABULARIES,
     tokenizer_files,
 )
+from megatron_ext.data.tokenizer.pieces import LFS_POINTER, TIKTOKEN_LINE
 from megatron_ext.errors import DataError
 from megatron_ext.files import read_json_object
 from megatron_ext.foreign import reading
-
-_LFS_POINTER = b"version https://git-lfs"
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -48,8 +45,8 @@ def _check_files(directory: Path) -> None:
         raise DataError(f"{directory}: no tokenizer here ({wanted})")
     for name in files:
         with open(directory / name, "rb") as file:
-            start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
             raise DataError(
                 f"{directory / name}: is a Git LFS pointer, not the file itself; fetch it by 'git lfs pull' in the "
                 "repository, or download it again"
@@ -60,11 +57,20 @@ def _check_files(directory: Path) -> None:
 
 def _way_out(directory: Path) -> str:
     """What to do where transformers does not load the tokenizer of `directory`."""
-    if (directory / FAST_FILE).is_file():
+    again = f"AutoTokenizer.from_pretrained('{directory}').save_pretrained('NEW')"
+    for name in (SETTINGS_FILE, FAST_FILE):
+        if not (directory / name).is_file():
+            continue
         try:
-            read_json_object(directory / FAST_FILE, DataError)
+            content = read_json_object(directory / name, DataError)
         except DataError:
-            return f"{FAST_FILE} is damaged: download it again"
+            return f"{name} is damaged: download it again"
+        if name == SETTINGS_FILE and content.get("auto_map"):
+            return (
+                f"it has code of its own, which is not run here; where you trust that, {again} with "
+                f"trust_remote_code=True may write a {FAST_FILE} that needs none"
+            )
+    if (directory / FAST_FILE).is_file():
         here = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "transformers"))
         return (
             f"if a newer library wrote {FAST_FILE} than the ones here ({here}): "
@@ -72,14 +78,12 @@ def _way_out(directory: Path) -> str:
         )
     if (directory / MODEL_FILE).is_file():
         with open(directory / MODEL_FILE, "rb") as file:
-            if _TIKTOKEN_LINE.match(file.readline(1000)):
+            if TIKTOKEN_LINE.match(file.readline(1000)):
                 return f"{MODEL_FILE} is a tiktoken list: put the {FAST_FILE} of the same model beside it"
         return (
-            f"if {MODEL_FILE} is a SentencePiece model, put the {SETTINGS_FILE} beside it that came with it, or see what "
-            f"tools/tokenizer.py export {directory / MODEL_FILE} says"
+            f"if {MODEL_FILE} is a SentencePiece model, put the {SETTINGS_FILE} beside it that came with it, or see "
+            f"what tools/tokenizer.py export {directory / MODEL_FILE} says"
         )
     return (
-        f"{FAST_FILE} of the same model beside these files is read without a class of its own: where you trust the "
-        f"tokenizer's code, AutoTokenizer.from_pretrained('{directory}', trust_remote_code=True).save_pretrained('NEW') "
-        "may write one"
+        f"put the {FAST_FILE} of the same model beside these files; where transformers loads them, {again} writes one"
     )

@@ -1,18 +1,38 @@
 """SentencePiece models: loading, and encoding as they mean it."""
 
+import re
 from pathlib import Path
 
 import sentencepiece
 
 from megatron_ext.errors import DataError
 
+LFS_POINTER = b"version https://git-lfs"
+"""Begins the file that stands in a repository for one that Git LFS keeps."""
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+"""Of a tiktoken list: a token in base64 and its rank."""
+
 
 def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     """The SentencePiece model in the file at `path`; raises DataError where there is none."""
+    return sentencepiece_of(path.read_bytes(), str(path))
+
+
+def sentencepiece_of(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model of those bytes; raises DataError where they are none, calling them `name`."""
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a SentencePiece model ({error})") from error
+        raise DataError(f"{name}: not a SentencePiece model{_instead(model)}") from error
+
+
+def _instead(model: bytes) -> str:
+    """What bytes are that are no SentencePiece model, as far as they show it."""
+    if model.startswith(LFS_POINTER):
+        return ", but a Git LFS pointer to one; fetch it by 'git lfs pull', or download it again"
+    if TIKTOKEN_LINE.match(model):
+        return ", but a tiktoken list; use the tokenizer.json of the same model"
+    return ", or cut or damaged; download it again" if model else ", but empty"
 
 
 def encode_lines(pieces: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:

@@ -8,6 +8,7 @@ count as tokens.
 
 import hashlib
 import json
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
 from megatron_ext.errors import DataError
 from megatron_ext.files import read_json_object
+
+log = logging.getLogger(__name__)
 
 _HIDDEN = "\0special {}\0"
 """What a piece is called that no text should be read as."""
@@ -59,8 +62,8 @@ class Tokenizer:
         self._loaded = None if _reads_alone(loaded, self._backend) else loaded
         if self._backend is not None:
             _set_plain(self._backend)
-        if not (self.directory / FAST_FILE).is_file() and not (self.directory / SETTINGS_FILE).is_file():
-            self._check_against_sentencepiece()
+        if (self.directory / MODEL_FILE).is_file() and not (self.directory / FAST_FILE).is_file():
+            self._compare_with_sentencepiece(type(loaded).__name__)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_spelt"}
@@ -130,21 +133,31 @@ class Tokenizer:
         digest = hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass"))
         return f"ids-{digest.hexdigest()[:16]}"
 
-    def _check_against_sentencepiece(self) -> None:
-        """Raise DataError where transformers reads a lone tokenizer.model, of no class, otherwise than SentencePiece."""
+    def _compare_with_sentencepiece(self, class_name: str) -> None:
+        """Say where transformers reads a tokenizer.model otherwise than SentencePiece does.
+
+        Raises:
+            DataError: and nothing beside it names the class to read it with.
+        """
         path = self.directory / MODEL_FILE
-        if not path.is_file():
-            return
         pieces = load_sentencepiece(path)
-        control = {i for i in range(pieces.get_piece_size()) if pieces.is_control(i)}
-        self._control = frozenset(self._control | control)
-        for text in HARD_TEXTS:
-            if self.encode(text) != encode_lines(pieces, text):
-                raise DataError(
-                    f"{path}: transformers reads it otherwise than SentencePiece does (such as {text[:40]!r}); put the "
-                    f"tokenizer.json or tokenizer_config.json of its model beside it, or make them by "
-                    f"tools/tokenizer.py export {path} --output DIR"
-                )
+        self._control |= {i for i in range(pieces.get_piece_size()) if pieces.is_control(i)}
+        # SentencePiece knows nothing of tokens that were added to it.
+        texts = [text for text in HARD_TEXTS if not any(token.content in text for token in self._added.values())]
+        different = [text for text in texts if self.encode(text) != encode_lines(pieces, text)]
+        if not different:
+            return
+        what = f"{path}: transformers ({class_name}) reads it otherwise than SentencePiece does"
+        if not (self.directory / SETTINGS_FILE).is_file():
+            raise DataError(
+                f"{what}, such as {different[0][:40]!r}; put the tokenizer.json or tokenizer_config.json of its model "
+                f"beside it, or make them by tools/tokenizer.py export {path} --output DIR"
+            )
+        log.warning(
+            "%s, %d of %d texts such as %r: ids are those of transformers, as in generation. Is %s the right "
+            "tokenizer_class?",
+            *(what, len(different), len(texts), different[0][:40], class_name),
+        )
 
 
 def _set_plain(backend: tokenizers.Tokenizer) -> None:

@@ -62,8 +62,8 @@ def _check_older(made_by: Any, record: Mapping[str, Any], tokenizer: Tokenizer, 
     size = record.get("vocab_size")
     if isinstance(size, int) and size > tokenizer.vocab_size:
         raise DataError(
-            f"{prefix} was made with {size} tokens, but {tokenizer.directory} has {tokenizer.vocab_size}; it is another "
-            "tokenizer: prepare the data again"
+            f"{prefix} was made with {size} tokens, but {tokenizer.directory} has {tokenizer.vocab_size}; it is "
+            "another tokenizer: prepare the data again"
         )
     log.warning(
         "%s: made before data kept its whole tokenizer; what it says of it fits %s (added tokens, and special tokens "
