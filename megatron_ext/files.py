@@ -143,6 +143,16 @@ def remove_unfinished(folder: Path) -> None:
     if any(folder.iterdir()) and not (folder / OURS).is_file():
         why = f"{folder.name} is in the way. It has no {OURS}, so it may be yours and is not removed; move it away"
         raise FileExistsError(errno.EEXIST, why, str(folder))
+    _remove_ours(folder)
+
+
+def _remove_ours(folder: Path) -> None:
+    """Remove a folder of ours, its mark last: interrupted, it is ours still."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != OURS:
+            entry.unlink()
     shutil.rmtree(folder)
 
 
@@ -164,7 +174,7 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
             aside.rename(target)
             (target / OURS).unlink()
             raise
-        shutil.rmtree(aside)
+        _remove_ours(aside)
     else:
         try:
             partial.rename(target)  # never over anything but an empty folder
