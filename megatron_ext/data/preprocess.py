@@ -4,12 +4,10 @@ Every document gets an end-of-document token and is assigned to a split by a has
 not depend on order or number of processes, and copies of a document never stand in two splits.
 """
 
-import fnmatch
 import glob
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +25,17 @@ from megatron_ext.data.parts import Part, join_lengths, join_tokens
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.workers import run_in_processes
 from megatron_ext.errors import DataError
-from megatron_ext.files import UNFINISHED, output_place, publish_directory, read_json_object
+from megatron_ext.files import (
+    OURS,
+    output_place,
+    publish_directory,
+    read_json_object,
+    remove_unfinished,
+    start_directory,
+    unfinished_place,
+)
 from megatron_ext.foreign import reading
+from megatron_ext.locks import exclusive_output
 from megatron_ext.manifest import MANIFEST_FILE as SUMS_FILE
 from megatron_ext.manifest import FileSum, check_manifest, write_manifest
 
@@ -36,7 +43,6 @@ MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
 _CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE)
 _PLAN_FILE, _JOINED = "plan.json", "joined"
-_WORK_MARKS = (_PLAN_FILE, f"{_PLAN_FILE}{UNFINISHED}", "part-*", _JOINED)
 _PREPARE = "prepare it with tools/preprocess.py, or take it from a copy"
 _SHARD_BYTES = 4 * 1024 * 1024
 
@@ -84,16 +90,17 @@ def preprocess(
     files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
     output = output_place(output, DataError, force=force, contents=_CONTENTS, inputs=[*files, tokenizer.directory])
     fractions = _checked_fractions(split)
-    work = output.with_name(output.name + UNFINISHED)
+    work = unfinished_place(output)
     plan = _plan(files, tokenizer, text_key, fractions)
     job = _Job(work, tokenizer.directory, text_key, fractions)
     shards = split_into_shards(files, _SHARD_BYTES)
-    with _writing(work):
-        _continue_or_restart(work, plan)
-        _run_shards(job, shards, workers, progress)
-        summary = _join(work, len(shards), plan, token_dtype(tokenizer.vocab_size))
-        publish_directory(work / _JOINED, output)
-        shutil.rmtree(work)
+    with exclusive_output(output, "preparing data"):
+        _continue_or_restart(output, plan)
+        with _writing(work):
+            _run_shards(job, shards, workers, progress)
+            summary = _join(work, len(shards), plan, token_dtype(tokenizer.vocab_size))
+        publish_directory(work / _JOINED, output, replace=force)
+        remove_unfinished(work)
     return summary
 
 
@@ -128,34 +135,18 @@ def _plan(files: Sequence[Path], tokenizer: Tokenizer, text_key: str, fractions:
     }
 
 
-def _continue_or_restart(work: Path, plan: dict[str, Any]) -> None:
+def _continue_or_restart(output: Path, plan: dict[str, Any]) -> None:
     """Keep finished shards of an interrupted preparation if nothing it depends on has changed."""
-    _require_ours(work)
+    work = unfinished_place(output)
     plan = {**plan, "shard_bytes": _SHARD_BYTES}
-    begun = _plan_of(work)
-    if begun == plan:
-        shutil.rmtree(work / _JOINED, ignore_errors=True)
-        return
-    if begun is not None:
-        print(f"{work}: begun with other text, tokenizer or options; starts anew", file=sys.stderr)
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
+    if (work / OURS).is_file() and not work.is_symlink():
+        if (begun := _plan_of(work)) == plan:
+            shutil.rmtree(work / _JOINED, ignore_errors=True)
+            return
+        if begun is not None:
+            print(f"{work}: begun with other text, tokenizer or options; starts anew", file=sys.stderr)
+    start_directory(output)
     write_synced(work / _PLAN_FILE, json.dumps(plan).encode())
-
-
-def _require_ours(work: Path) -> None:
-    """Refuse what somebody keeps at the place for unfinished data: it would be removed."""
-    fault = "it is no folder" if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()) else None
-    names = [] if fault else [entry.name for entry in work.iterdir()] if work.exists() else []
-    # Older versions joined the parts here: what is finished may stand beside them, but not alone.
-    known = (*_WORK_MARKS, *_CONTENTS)
-    foreign = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in known)]
-    if foreign or (names and not any(fnmatch.filter(names, pattern) for pattern in _WORK_MARKS)):
-        fault = f"it holds {(foreign or names)[0]}"
-    if fault:
-        way_out = "move it away, or choose another output"
-        raise DataError(f"{work} is where unfinished data is kept, but is something else ({fault}); {way_out}")
 
 
 def _plan_of(work: Path) -> dict[str, Any] | None:
