@@ -5,7 +5,7 @@ the directory gets its name:
 
     write_manifest(partial)                                # reads every file once, on two threads
     write_manifest(partial, {"train.bin": running.sum()})  # what was summed while it was written is not read again
-    publish_directory(partial, target)
+    publish_directory(partial, target, replace=force)
 
 and is looked at whenever the directory is read:
 

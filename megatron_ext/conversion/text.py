@@ -11,7 +11,8 @@ from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
 from megatron_ext.conversion.checkpoint_model import tokenizer_directory
 from megatron_ext.conversion.sources import is_hugging_face, read_any_model
 from megatron_ext.data.corpus import corpus_files, read_documents
-from megatron_ext.data.preprocess import dtype_of
+from megatron_ext.data.indexed import token_dtype
+from megatron_ext.data.preprocess import check_dataset
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 
@@ -58,7 +59,8 @@ def _tokens(source: str | Path | None, tokenizer: Tokenizer, *, most: int) -> It
         while True:
             yield tokenizer.encode(text)
     elif Path(f"{source}.bin").is_file():
-        yield np.fromfile(f"{source}.bin", dtype=dtype_of(source), count=most).tolist()
+        check_dataset(source, tokenizer)
+        yield np.fromfile(f"{source}.bin", dtype=token_dtype(tokenizer.vocab_size), count=most).tolist()
     else:
         for document in read_documents(corpus_files([source])):
             yield [*tokenizer.encode(document), tokenizer.eod]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece,
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS, texts_of
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.errors import DataError
-from megatron_ext.files import UNFINISHED, output_place, publish_directory
+from megatron_ext.files import output_place, publish_directory, remove_unfinished, start_directory
+from megatron_ext.locks import exclusive_output
 
 CONTENTS = (FAST_FILE, MODEL_FILE, SETTINGS_FILE, SPECIAL_FILE)
 """What stands in a tokenizer's directory."""
@@ -37,21 +37,20 @@ def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, f
         DataError: they do not, or `output` exists and `force` is not set; nothing is written.
     """
     output = output_place(output, DataError, force=force, contents=CONTENTS)
-    beside = output.with_name(output.name + UNFINISHED)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        pieces = export_tokenizer(model, beside)
-        texts = [*HARD_TEXTS, *texts_of(_spelt(pieces)), *texts]
-        if different := disagreements(Tokenizer(beside), texts):
-            raise DataError(
-                f"{len(different)} of {len(texts)} texts, such as {different[0][:60]!r}, are encoded otherwise by the "
-                f"fast tokenizer that Hugging Face would use: this model cannot be exported. {_KINDS}"
-            )
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    publish_directory(beside, output)
+    with exclusive_output(output, "exporting a tokenizer"):
+        beside = start_directory(output)
+        try:
+            pieces = export_tokenizer(model, beside)
+            texts = [*HARD_TEXTS, *texts_of(_spelt(pieces)), *texts]
+            if different := disagreements(Tokenizer(beside), texts):
+                raise DataError(
+                    f"{len(different)} of {len(texts)} texts, such as {different[0][:60]!r}, are encoded otherwise by "
+                    f"the fast tokenizer that Hugging Face would use: this model cannot be exported. {_KINDS}"
+                )
+        except BaseException:
+            remove_unfinished(beside)
+            raise
+        publish_directory(beside, output, replace=force)
     return Tokenizer(output)
 
 

@@ -13,6 +13,7 @@ from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import output_place
+from megatron_ext.locks import exclusive_output
 
 _UNK, _BOS, _EOS, _PAD = range(4)
 _LONGEST_LINE = 4000
@@ -95,5 +96,7 @@ def train_tokenizer(
     """Train a tokenizer on the documents of `inputs` and write it to `output`."""
     files = corpus_files(inputs)
     output_place(output, DataError, force=force, contents=CONTENTS, inputs=files)
-    model = train_sentencepiece(read_documents(files, text_key), vocab_size, max_lines=max_lines, threads=threads)
-    return write_tokenizer(model, output, itertools.islice(read_documents(files, text_key), _PROOF_TEXTS), force=force)
+    with exclusive_output(output, "training a tokenizer"):
+        model = train_sentencepiece(read_documents(files, text_key), vocab_size, max_lines=max_lines, threads=threads)
+        texts = itertools.islice(read_documents(files, text_key), _PROOF_TEXTS)
+        return write_tokenizer(model, output, texts, force=force)
