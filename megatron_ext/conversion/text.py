@@ -1,6 +1,5 @@
 """Token batches for comparing two models: from text, from a prepared dataset, or from a few sentences of our own."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from megatron_ext.conversion.checkpoint_model import tokenizer_directory
 from megatron_ext.conversion.sources import is_hugging_face, read_any_model
 from megatron_ext.data.corpus import corpus_files, read_documents
 from megatron_ext.data.indexed import token_dtype
-from megatron_ext.data.preprocess import MANIFEST_FILE
+from megatron_ext.data.preprocess import check_dataset
 from megatron_ext.data.tokenizer import FAST_FILE, MODEL_FILE, Tokenizer
 from megatron_ext.errors import DataError
 
@@ -31,10 +30,10 @@ def token_batches(
     """Return up to `batches` batches of token ids [rows, length].
 
     Args:
-        source: a corpus (.txt, .jsonl, a folder), the prefix of a prepared dataset, or None for built-in sentences.
+        source: a corpus (a file or a folder), the prefix of a prepared dataset, or None for built-in sentences.
 
     Raises:
-        DataError: too little text for one batch.
+        DataError: too little text for one batch, or a dataset that is damaged or of another tokenizer.
     """
     needed = rows * length
     stream = _tokens(source, tokenizer, most=batches * needed)
@@ -59,8 +58,8 @@ def _tokens(source: str | Path | None, tokenizer: Tokenizer, *, most: int) -> It
         while True:
             yield tokenizer.encode(text)
     elif Path(f"{source}.bin").is_file():
-        manifest = json.loads((Path(source).parent / MANIFEST_FILE).read_text())
-        yield np.fromfile(f"{source}.bin", dtype=token_dtype(manifest["vocab_size"]), count=most).tolist()
+        check_dataset(source, tokenizer)
+        yield np.fromfile(f"{source}.bin", dtype=token_dtype(tokenizer.vocab_size), count=most).tolist()
     else:
         for document in read_documents(corpus_files([source])):
             yield [*tokenizer.encode(document), tokenizer.eod]
