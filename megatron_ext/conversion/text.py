@@ -31,10 +31,10 @@ def token_batches(
     """Return up to `batches` batches of token ids [rows, length].
 
     Args:
-        source: a corpus (.txt, .jsonl, a folder), the prefix of a prepared dataset, or None for built-in sentences.
+        source: a corpus (a file or a folder), the prefix of a prepared dataset, or None for built-in sentences.
 
     Raises:
-        DataError: too little text for one batch.
+        DataError: too little text for one batch, or a dataset that is damaged or of another tokenizer.
     """
     needed = rows * length
     stream = _tokens(source, tokenizer, most=batches * needed)
