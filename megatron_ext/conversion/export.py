@@ -54,7 +54,7 @@ def write_export(
     if tokenizer is not None:
         check_rows(tokenizer, given or beside or directory, model.vocab_size, refuse=trained or foreign)
     said = _said(given if foreign else None) or content.hf_config or _said(beside)
-    special = special_tokens(tokenizer, said, vocab_size=model.vocab_size, decides=trained or foreign)
+    special = special_tokens(tokenizer, directory, said, vocab_size=model.vocab_size, decides=trained or foreign)
     name = str(_prevailing_dtype(specs)).removeprefix("torch.")
     config = {
         "architectures": [architecture.hf_class],

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_ext.checkpoint.tokenizer_files import GENERATION_FILE, VOCABULARIES
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
+from megatron_ext.data.tokenizer.reading import end_of_document
 from megatron_ext.errors import ConversionError, DataError
 from megatron_ext.files import read_json_object
 
@@ -34,17 +35,20 @@ def read_tokenizer(directory: Path) -> Any | None:
         return None
 
 
-def special_tokens(tokenizer: Any | None, said: Mapping[str, Any], *, vocab_size: int, decides: bool) -> dict[str, Any]:
+def special_tokens(
+    tokenizer: Any | None, directory: Path, said: Mapping[str, Any], *, vocab_size: int, decides: bool
+) -> dict[str, Any]:
     """Token ids for config.json, by name; those of which nothing is known are None, or left out where `said` is.
 
     Args:
+        tokenizer: that of `directory`, if it has one that can be read.
         said: what the config.json of the model before says, single ids or lists.
         decides: whether the tokenizer's own id wins over `said`: the model was trained with it, or gets it anew.
             Otherwise it fills what `said` leaves open.
     """
     ids = {name: said[name] for name in SPECIAL_TOKENS if name in said} if said else dict.fromkeys(SPECIAL_TOKENS)
     for name in SPECIAL_TOKENS:
-        own = getattr(tokenizer, name, None)
+        own = _own(tokenizer, directory, name)
         if own is not None and own >= vocab_size:
             log.warning(
                 "the tokenizer's %s is %d, which the model has no row for (vocab_size %d): left out",
@@ -55,6 +59,15 @@ def special_tokens(tokenizer: Any | None, said: Mapping[str, Any], *, vocab_size
         elif own is not None:
             ids[name] = _chosen(ids.get(name), own, decides=decides)
     return ids
+
+
+def _own(tokenizer: Any | None, directory: Path, name: str) -> int | None:
+    if tokenizer is None or name != "eos_token_id":
+        return getattr(tokenizer, name, None)
+    try:
+        return end_of_document(directory, tokenizer)[0]
+    except DataError:
+        return None  # data cannot be made with it, but it may have been another's
 
 
 def _chosen(before: Any, own: int, *, decides: bool) -> Any:

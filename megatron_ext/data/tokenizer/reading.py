@@ -51,10 +51,7 @@ class Tokenizer:
             raise DataError(f"{self.directory}: the vocabulary is empty")
         self.vocab_size = max(self.vocabulary.values()) + 1
         self._added = loaded.added_tokens_decoder
-        self.eod, self.eod_token = _end_of_document(self.directory, loaded, self.vocabulary)
-        self.special_ids: dict[str, int | None] = {
-            f"{name}_token_id": getattr(loaded, f"{name}_token_id", None) for name in ("bos", "eos", "pad")
-        }
+        self.eod, self.eod_token = end_of_document(self.directory, loaded)
         special = {i for i, token in self._added.items() if token.special} | set(loaded.all_special_ids)
         # Unknown characters have a token, too, that is no mark; but where it is the end of a document, it is.
         self._control = frozenset(special - {loaded.unk_token_id} | {self.eod})
@@ -190,8 +187,13 @@ def _reads_alone(loaded: Any, backend: tokenizers.Tokenizer | None) -> bool:
     return expected == [backend.encode(text, add_special_tokens=False).ids for text in HARD_TEXTS]
 
 
-def _end_of_document(directory: Path, loaded: Any, vocabulary: dict[str, int]) -> tuple[int, str]:
-    token, number = loaded.eos_token, loaded.eos_token_id
+def end_of_document(directory: Path, loaded: Any) -> tuple[int, str]:
+    """Id and spelling of the token that ends a document: the `eos_token` of the tokenizer `loaded` from `directory`.
+
+    Raises:
+        DataError: it has none, or names one that is not in its vocabulary.
+    """
+    token, number, vocabulary = loaded.eos_token, loaded.eos_token_id, loaded.get_vocab()
     if number is None and (directory / SPECIAL_FILE).is_file():
         # Transformers leaves this file unread where tokenizer_config.json is of a later form.
         said = read_json_object(directory / SPECIAL_FILE, DataError).get("eos_token")
