@@ -1,5 +1,6 @@
 """The tokenizer of a folder as transformers loads it, and what is wrong where it does not."""
 
+import logging
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from megatron_ext.errors import DataError
 from megatron_ext.files import read_json_object
 from megatron_ext.foreign import reading
 
+log = logging.getLogger(__name__)
+
+_TOKEN_KEYS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Transformers' tokenizer of `directory`. An export of ours brings none of its own code, so none is run unasked.
@@ -29,7 +34,28 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     from transformers import AutoTokenizer  # slow to import
 
     with reading(directory, DataError, kind="a tokenizer", advice=_way_out(directory)):
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
+        how = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        return AutoTokenizer.from_pretrained(str(directory), **how, **_plain_tokens(directory))
+
+
+def _plain_tokens(directory: Path) -> dict[str, Any]:
+    """Special tokens that tokenizer_config.json describes without saying `__type`, which transformers does not take."""
+    from tokenizers import AddedToken
+
+    path = directory / SETTINGS_FILE
+    settings = read_json_object(path, DataError) if path.is_file() else {}
+    plain = {
+        name: AddedToken(**{key: value for key, value in token.items() if key in _TOKEN_KEYS})
+        for name, token in settings.items()
+        if name.endswith("_token") and isinstance(token, dict) and "content" in token and "__type" not in token
+    }
+    if plain:
+        log.warning(
+            '%s: %s lack "__type": "AddedToken"; transformers alone would not load this tokenizer',
+            path,
+            ", ".join(plain),
+        )
+    return plain
 
 
 def _check_files(directory: Path) -> None:
