@@ -2,7 +2,7 @@
 
 bash benchmarks/gpu_check/gpu_check.sh [--tiny] [--budget 480] [--parts "checks;64 experts|torch, bf16"]
 
-Every part is a process of its own with a time limit; what is there is written to $OUT (build/gpu_check) after each part:
+Every part is a process of its own with a time limit; what is there is written to $OUT (build/gpu_check) after each:
 gpu_check.json and gpu_check.txt (figures), tests.txt, profile.txt, log.txt. Parts, in order:
 
 kernels   what the card gives, and single operations as this repository writes them, each beside what was predicted
