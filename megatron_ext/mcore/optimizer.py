@@ -47,7 +47,8 @@ class FusedAdam:
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(self.steps), device=params[0].device)] * len(params),
+                # Filled on the device; a copy from the host would wait for it.
+                [torch.full((), float(self.steps), device=params[0].device)] * len(params),
                 lr=group["lr"],
                 beta1=self.betas[0],
                 beta2=self.betas[1],
