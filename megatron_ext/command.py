@@ -1,6 +1,7 @@
 """What every command line shares: options made from a configuration, help that teaches, and exit codes."""
 
 import argparse
+import errno
 import itertools
 import os
 import signal
@@ -34,16 +35,27 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main`; a fault of the user's ends with one message on stderr and exit code 2, Ctrl-C with 130."""
     try:
         main()
+        sys.stdout.flush()  # it may be a file on a full disk
     except MegatronExtError as error:
         _fail(str(error))
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _NO_ROOM:
             raise  # not about a file: a fault of ours, or of the network
-        _fail(f"{error.filename}: {error.strerror}")
+        _fail(_said(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _said(error: OSError) -> str:
+    """What the system says of a file, for people."""
+    place = "an output" if error.filename is None else error.filename
+    way_out = "; make room there and start again, nothing unfinished was kept" if error.errno in _NO_ROOM else ""
+    return f"{place}: {error.strerror}{way_out}"
 
 
 def prefer_huge_pages() -> None:

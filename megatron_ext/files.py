@@ -22,12 +22,23 @@ OURS = f".megatron_ext{UNFINISHED}"
 """An empty file in each folder that we write or take away: a folder of this name without it is somebody else's."""
 
 
-def read_json_object(path: str | Path, error: type[MegatronExtError]) -> dict[str, Any]:
-    """The JSON object in the file at `path`; raises `error` where there is none."""
+def read_json_object(path: str | Path, error: type[MegatronExtError], *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object in the file at `path`; raises `error` where there is none, or, if `unique`, a key comes twice."""
     with reading(path, error, kind="JSON"):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=json_pairs if unique else None)
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def json_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different: the `object_pairs_hook` that raises ValueError where they are not."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"the key {name!r} is written twice")
+        content[name] = value
     return content
 
 
@@ -55,9 +66,8 @@ def writing(path: str | Path) -> Iterator[None]:
         if fault.filename is not None:
             raise
         # numpy knows how many bytes it could not write, but not why.
-        raise OSError(
-            fault.errno or errno.ENOSPC, fault.strerror or f"cannot be written ({fault})", str(path)
-        ) from fault
+        why = fault.strerror or f"cannot be written ({fault})"
+        raise OSError(fault.errno or errno.ENOSPC, why, str(path)) from fault
 
 
 def write_text(path: str | Path, text: str) -> None:

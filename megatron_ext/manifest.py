@@ -126,14 +126,19 @@ def check_manifest(
         return False
     names = [name for name in manifest if any(fnmatch.fnmatchcase(name, pattern) for pattern in only)]
     faults = list(manifest_faults(directory, {name: manifest[name] for name in names}, checksums=checksums))
+    raise_faults(directory, error, faults, advice)
+    return True
+
+
+def raise_faults(directory: Path, error: type[MegatronExtError], faults: Sequence[str], advice: str) -> None:
+    """Raise `error` with the `faults` of a directory's files, if there are any, and the way out."""
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:_SHOWN])
         more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise error(
-            f"{directory} is not what its {MANIFEST_FILE} says it was when it was written:\n{shown}{more}\n"
+            f"{directory} is damaged: its files are not those that its {MANIFEST_FILE} lists\n{shown}{more}\n"
             f"{advice} (where a change is meant, remove {MANIFEST_FILE})"
         )
-    return True
 
 
 def manifest_faults(directory: Path, manifest: Mapping[str, FileSum], *, checksums: bool) -> Iterator[str]:

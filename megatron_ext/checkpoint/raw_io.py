@@ -57,6 +57,11 @@ class OutputFile:
             while done < len(view):
                 done += os.pwrite(self._file.fileno(), view[done : done + _MOST], start + done)
 
+    def reserve(self, length: int) -> None:
+        """Give the file its `length` in bytes before all of them are written."""
+        with writing(self.path):
+            self._file.truncate(length)
+
     def finish(self, *, sync: bool) -> FileSum:
         """Close the file, with `sync` only once everything is on disk."""
         with writing(self.path):

@@ -5,18 +5,21 @@ every global tensor which chunk of it lies where. torch.distributed.checkpoint a
 here and write what is read here. Nothing is unpickled but a known set of classes.
 """
 
+import errno
 import io
+import itertools
 import math
 import os
 import pickle
 import threading
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
@@ -24,9 +27,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ext.checkpoint.boxes import Shape
-from megatron_ext.checkpoint.raw_io import TensorPlace, read_bytes, write_at
+from megatron_ext.checkpoint.raw_io import OutputFile, TensorPlace, read_bytes
 from megatron_ext.checkpoint.torch_archive import find_tensor
 from megatron_ext.errors import CheckpointError
+from megatron_ext.files import open_regular, write_bytes, writing
+from megatron_ext.foreign import fault_of, reading
+from megatron_ext.manifest import FileSum, check_manifest
 
 METADATA_FILE = ".metadata"
 
@@ -60,10 +66,12 @@ class TorchDistWriter:
 
     def __init__(self, directory: Path, name: str = "__0_0.distcp") -> None:
         self.records: list[ChunkRecord] = []
-        self._name = name
+        self.name = name
         self.length = 0
         """Bytes of the file when everything reserved is written."""
-        self._file: BinaryIO = open(directory / name, "wb", buffering=0)  # noqa: SIM115 - closed by finish()
+        self.sum = FileSum(0, 0)
+        """Size and checksum of the file once it is finished."""
+        self._file: OutputFile | None = OutputFile(directory / name)
 
     def write(self, key: str, global_shape: Shape, offset: Shape, data: Tensor) -> None:
         """Append `data`, the chunk of `key` at `offset`; its memory is not kept."""
@@ -77,25 +85,28 @@ class TorchDistWriter:
         self.length = start + archive.length
         size = tuple(archive.tensor.shape)
         dtype = archive.tensor.dtype
-        self.records.append(ChunkRecord(key, dtype, global_shape, offset, size, self._name, start, archive.length))
+        self.records.append(ChunkRecord(key, dtype, global_shape, offset, size, self.name, start, archive.length))
         return start
 
     def put(self, archive: "TensorArchive", start: int) -> None:
         """Write a chunk at its place."""
+        assert self._file is not None
         for piece in archive.pieces:
-            write_at(self._file.fileno(), start, piece)
+            self._file.write(start, piece)
             start += len(piece)
 
     def finish(self, *, sync: bool = True) -> list[ChunkRecord]:
         """Close the file, with `sync` only once everything is on disk, and return what was written."""
-        if sync:
-            os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file is not None:
+            self.sum = self._file.finish(sync=sync)
+            self._file = None
         return self.records
 
     def abandon(self) -> None:
         """Close the file after a failure."""
-        self._file.close()
+        if self._file is not None:
+            self._file.abandon()
+            self._file = None
 
 
 class TensorArchive:
@@ -147,18 +158,46 @@ def write_metadata(directory: Path, records: Iterable[ChunkRecord]) -> None:
         entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(record.offset), torch.Size(record.size)))
         storage[index] = _StorageInfo(record.file, record.start, record.length)
     for key, entry in tensors.items():
-        covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
-        if covered != math.prod(entry.size):
-            raise CheckpointError(
-                f"{directory}: the chunks of {key} hold {covered} of {math.prod(entry.size)} elements"
-            )
+        if fault := _fault_of_chunks(entry):
+            raise CheckpointError(f"{directory}: the chunks of {key} {fault}")
     content = dcp.Metadata(state_dict_metadata={**tensors}, planner_data={}, storage_data=storage)
-    beside = directory / f"{METADATA_FILE}.partial"
-    with open(beside, "wb") as file:
-        pickle.dump(content, file)
-        file.flush()
+    path = directory / METADATA_FILE
+    write_bytes(path, pickle.dumps(content))
+    with writing(path), open(path, "rb") as file:
         os.fsync(file.fileno())
-    beside.rename(directory / METADATA_FILE)
+
+
+def _fault_of_chunks(entry: dcp.TensorStorageMetadata) -> str | None:
+    """Why the chunks of a tensor do not cover it, each element once; None if they do."""
+    whole = tuple(entry.size)
+    offsets = np.array([tuple(chunk.offsets) for chunk in entry.chunks], dtype=np.int64).reshape(-1, len(whole))
+    sizes = np.array([tuple(chunk.sizes) for chunk in entry.chunks], dtype=np.int64).reshape(-1, len(whole))
+    stops = offsets + sizes
+    if (offsets < 0).any() or (sizes < 0).any() or (stops > np.array(whole, dtype=np.int64)).any():
+        return "reach beyond it"
+    covered = sum(math.prod(map(int, size)) for size in sizes)
+    if covered != math.prod(whole):
+        return f"hold {covered} of {math.prod(whole)} elements"
+    if len(offsets) > 1 and _overlapping(offsets[(sizes > 0).all(1)], stops[(sizes > 0).all(1)]):
+        return "overlap, so elements are missing"
+    return None
+
+
+def _overlapping(starts: np.ndarray, stops: np.ndarray) -> bool:
+    """Whether any two of the boxes [start, stop), one a row, share an element."""
+    # Boxes can only overlap that follow each other closely along each dimension: along the one that is cut most.
+    axis = int(np.argmax([len(np.unique(column)) for column in starts.T])) if starts.shape[1] else 0
+    if not starts.shape[1]:
+        return len(starts) > 1
+    order = np.argsort(starts[:, axis], kind="stable")
+    starts, stops = starts[order], stops[order]
+    last = np.searchsorted(starts[:, axis], stops[:, axis])  # boxes from here on begin after this one ends
+    for number in range(len(starts)):
+        others = slice(number + 1, int(last[number]))
+        apart = (starts[others] >= stops[number]) | (stops[others] <= starts[number])
+        if not apart.any(1).all():
+            return True
+    return False
 
 
 class TorchDistReader:
@@ -166,9 +205,11 @@ class TorchDistReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        check_manifest(directory, CheckpointError, only=(METADATA_FILE,), checksums=True)
         self._metadata = _read_metadata(directory)
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, FileIO] = {}
         self._places: dict[tuple[str, int], TensorPlace | None] = {}
+        self._checked: set[str] = set()
         self._opening = threading.Lock()
         self.tensors: dict[str, dcp.TensorStorageMetadata] = {
             key: entry
@@ -224,8 +265,17 @@ class TorchDistReader:
         return None
 
     def _chunks(self, key: str) -> Iterator[tuple[dcp.ChunkStorageMetadata, _StorageInfo]]:
-        for chunk in self.tensors[key].chunks:
-            yield chunk, self._metadata.storage_data[dcp.MetadataIndex(key, chunk.offsets)]
+        entry = self.tensors[key]
+        if key not in self._checked:
+            with reading(self.directory / METADATA_FILE, CheckpointError):
+                if fault := _fault_of_chunks(entry):
+                    raise CheckpointError(f"{self.directory / METADATA_FILE}: the chunks of {key} {fault}")
+            self._checked.add(key)
+        for chunk in entry.chunks:
+            info = self._metadata.storage_data.get(dcp.MetadataIndex(key, chunk.offsets))
+            if info is None:
+                raise CheckpointError(f"{self.directory / METADATA_FILE}: does not say where {key} lies")
+            yield chunk, info
 
     def _fill(self, part: Tensor, key: str, info: _StorageInfo, box: tuple[slice, ...], size: Shape) -> None:
         """Read the elements at `box` of one chunk, which has `size`."""
@@ -245,22 +295,30 @@ class TorchDistReader:
             if where not in self._places:
                 self._places[where] = find_tensor(descriptor, info.offset, info.length)
             yield descriptor, self._places[where]
+        except CheckpointError:
+            raise
         except EOFError as error:
             raise CheckpointError(f"{self.directory}: {info.relative_path} ends inside {key}") from error
         except OSError as error:
             raise CheckpointError(f"{self.directory}: {info.relative_path}: {error.strerror}") from error
-        except (RuntimeError, KeyError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        except Exception as error:  # noqa: BLE001 - damaged archives fail in any way
             raise CheckpointError(f"{self.directory}: {info.relative_path}: {key} is damaged") from error
 
     def _open(self, name: str) -> int:
         """Descriptor of one of the files."""
         with self._opening:
             if name not in self._files:
-                try:
-                    self._files[name] = open(self.directory / name, "rb", buffering=0)  # noqa: SIM115 - close() does
-                except OSError as error:
-                    raise CheckpointError(f"{self.directory}: {name}: {error.strerror}") from error
+                self._files[name] = self._opened(name)
             return self._files[name].fileno()
+
+    def _opened(self, name: str) -> FileIO:
+        if Path(name).name != name:
+            raise CheckpointError(f"{self.directory / METADATA_FILE}: names {name!r}, which is no file beside it")
+        try:
+            return open_regular(self.directory / name, follow_links=False)
+        except OSError as error:
+            why = "is a link; copy the file here" if error.errno == errno.ELOOP else error.strerror
+            raise CheckpointError(f"{self.directory}: {name}: {why}") from error
 
     def close(self) -> None:
         """Close the files."""
@@ -327,14 +385,37 @@ _METADATA_CLASSES = {
 def _read_metadata(directory: Path) -> dcp.Metadata:
     path = directory / METADATA_FILE
     try:
-        with open(path, "rb") as file:
-            content = _KnownClasses(file).load()
+        with open_regular(path, follow_links=False) as file:
+            content = _KnownClasses(io.BufferedReader(file)).load()
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} is no torch_dist checkpoint: it has no {METADATA_FILE}") from error
     except _Refused as error:
         raise CheckpointError(f"{path}: refused, it asks for {error}") from error
     except Exception as error:  # noqa: BLE001 - damaged pickles fail in any way
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        raise CheckpointError(f"{path}: {fault_of(error)}") from error
     if not isinstance(content, dcp.Metadata):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not checkpoint metadata")
+    with reading(path, CheckpointError):
+        _check_metadata(content, path)
     return content
+
+
+def _check_metadata(content: dcp.Metadata, path: Path) -> None:
+    """Raise where metadata is not made of what it should be, or two chunks share bytes of a file."""
+    for key, entry in content.state_dict_metadata.items():
+        if not isinstance(key, str) or not isinstance(entry, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata):
+            raise CheckpointError(f"{path}: damaged at {key!r}")
+        if isinstance(entry, dcp.TensorStorageMetadata):
+            sizes = [entry.size, *(part for chunk in entry.chunks for part in (chunk.offsets, chunk.sizes))]
+            whole = all(isinstance(size, torch.Size) and len(size) == len(entry.size) for size in sizes)
+            if not whole or not isinstance(entry.properties.dtype, torch.dtype):
+                raise CheckpointError(f"{path}: damaged at {key!r}")
+    places = []
+    for index, info in content.storage_data.items():
+        numbers = info.offset, info.length
+        if not isinstance(info.relative_path, str) or any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers):
+            raise CheckpointError(f"{path}: damaged at {index.fqn!r}")
+        places.append((info.relative_path, info.offset, info.offset + info.length, index.fqn))
+    for (file, _, stop, one), (other_file, start, _, other) in itertools.pairwise(sorted(places)):
+        if file == other_file and start < stop:
+            raise CheckpointError(f"{path}: {one} and {other} lie over each other in {file}")

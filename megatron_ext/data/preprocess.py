@@ -235,7 +235,9 @@ def _join(work: Path, num_shards: int, plan: dict[str, Any], dtype: np.dtype[np.
             write_index(output / f"{name}.idx", lengths, dtype)
             summary[name] = SplitSummary(len(lengths), int(lengths.sum()))
     if not summary:
-        raise DataError("the corpus has no text")
+        files = [source["path"] for source in plan["sources"]]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise DataError(f"{files[0]}{more}: no text there, all documents are empty")
     splits = {name: asdict(counts) for name, counts in summary.items()}
     write_synced(output / MANIFEST_FILE, (json.dumps({**plan, "splits": splits}, indent=2) + "\n").encode())
     write_manifest(output, sums)

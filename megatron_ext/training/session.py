@@ -22,6 +22,7 @@ from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, DataError, TrainingError
+from megatron_ext.foreign import reading
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, gather_parameters, release_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
@@ -126,7 +127,8 @@ class Session:
         same_layout = store.read_run(checkpoint).get("parallel") == to_mapping(self.run.parallel)
         saved = store.read_random_state(checkpoint, dist.get_rank()) if same_layout else None
         if saved is not None:
-            restore_random_state(saved, self.device)
+            with reading(checkpoint / store.RNG_FILE, CheckpointError):
+                restore_random_state(saved, self.device)
         log.info(
             "continuing %s at step %d%s", checkpoint, self.state.iteration, "" if same_layout else ", in another layout"
         )

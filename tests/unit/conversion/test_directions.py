@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_ext.architectures.base import Architecture
+from megatron_ext.checkpoint.run_file import write_run
 from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.store import STATE_FILE, require_checkpoint
 from megatron_ext.checkpoint.tensors import MegatronSource, TensorSpec
-from megatron_ext.config import ModelConfig, dump_yaml, read_yaml
+from megatron_ext.config import ModelConfig, read_yaml
 from megatron_ext.conversion.checkpoint_model import read_model
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.convert import convert
@@ -23,6 +24,7 @@ from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.conversion.verify import Comparison, compare_weights
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConversionError
+from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.conversion.test_convert import MODELS, edit_config, write_checkpoint
 from tests.workspace import write_corpus
@@ -104,6 +106,7 @@ def test_numbers_that_fp16_cannot_hold_are_named(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     weights["model.norm.weight"][3] = 1e5
+    (tmp_path / "hf" / MANIFEST_FILE).unlink()
     from safetensors.torch import save_file
 
     save_file(weights, tmp_path / "hf" / "model.safetensors")
@@ -187,6 +190,7 @@ def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) ->
 
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / MANIFEST_FILE).unlink()
     save_file(
         weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "hf/model.safetensors"
     )
@@ -260,9 +264,8 @@ def trained(directory: Path, model: ModelConfig) -> Path:
     """A checkpoint as a run of 20 steps of 8 sequences of 32 tokens leaves it."""
     checkpoint = require_checkpoint(write_checkpoint(directory, model))
     run = read_yaml(checkpoint / "run.yaml")
-    (checkpoint / "run.yaml").write_text(
-        dump_yaml({**run, "data": {"sequence_length": 32}, "optimizer": {"lr": 0.003}})
-    )
+    (checkpoint / MANIFEST_FILE).unlink()
+    write_run(checkpoint, {**run, "data": {"sequence_length": 32}, "optimizer": {"lr": 0.003}})
     state = json.loads((checkpoint / STATE_FILE).read_text())
     (checkpoint / STATE_FILE).write_text(json.dumps(state | {"iteration": 20, "consumed_samples": 160}))
     return directory
@@ -287,7 +290,8 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
 
 def test_weights_convert_without_a_training_state(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
-    (require_checkpoint(source) / STATE_FILE).write_text("{}")
+    (require_checkpoint(source) / STATE_FILE).unlink()
+    (require_checkpoint(source) / MANIFEST_FILE).unlink()
     convert(source, tmp_path / "hf")
     assert "steps" not in (tmp_path / "hf" / MODEL_CARD).read_text()
 
