@@ -120,14 +120,14 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def attend(module, query, key, value, attention_mask, past_key_values, cache_position, **kwargs):
+def attend(module, query, key, value, attention_mask, cache, cache_position, **kwargs):
     """Attention of [B, heads, S, D] by the implementation that the user chose, through the cache if there is one.
 
     Returns:
         The context [B, S, heads * D] and the attention weights, or None where the kernel does not give them.
     """
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, module.layer_idx, {"cache_position": cache_position})
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx, {"cache_position": cache_position})
     name = module.config._attn_implementation or "eager"
     implementation = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     width = value.shape[-1]
