@@ -29,14 +29,12 @@ from .modeling_megatron_ext_moe import MegatronExtMLP, MegatronExtMoE, MegatronE
 MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 # What `generate`, the mask and the outputs call the cache: `past_key_values` until transformers 5.23, then `cache`.
 CACHE_NAMES = ("cache", "past_key_values")
-# Keywords that the loss takes; trainers give them whether there are labels or not.
-LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
-# Keywords that are handed to any model and that this one has nothing for: tokenizers write token types.
-IGNORED_KEYWORDS = ("token_type_ids",)
-# Where sequences packed into one row begin: kernels for that read them, the others go by `position_ids`.
-PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-# Attention that drops keywords it does not know. Any other, of an engine, is handed all of them.
-DROPPING_ATTENTION = ("eager", "sdpa", "flex_attention")
+# What the loss takes, which trainers give with and without labels; and token types, which tokenizers write for all.
+NOT_FOR_ATTENTION = ("num_items_in_batch", "ignore_index", "shift_labels", "token_type_ids")
+# Where the sequences packed into a row begin: flash kernels read it, the other ones go by `position_ids`.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# Transformers' own attention, which drops what it does not know. An engine's is handed everything.
+OWN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 def _cache_name(names, where):
@@ -172,7 +170,11 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         cache, cache_position = _one_cache(cache, past_key_values), kwargs.pop("cache_position", None)
-        kwargs = self._for_attention(kwargs, has_positions=position_ids is not None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in NOT_FOR_ATTENTION}
+        if cache is None or isinstance(cache, Cache):
+            self._refuse_dropped(kwargs, has_positions=position_ids is not None)
+        elif MASK_CACHE == "past_key_values":  # transformers' paged attention filled its cache itself then
+            kwargs["cache"], cache = cache, None
         if self.gradient_checkpointing and self.training:
             use_cache, cache = False, None  # a layer that is computed again would enter its keys twice
         elif use_cache is None:
@@ -188,7 +190,7 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
                 rotation=rotation,
                 attention_mask=mask,
                 position_ids=position_ids,
-                cache=cache,
+                past_key_values=cache,
                 cache_position=cache_position,
                 attentions=attentions,
                 **kwargs,
@@ -204,27 +206,24 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         )
         return output if _wants_names(self.config, return_dict) else output.to_tuple()
 
-    def _for_attention(self, kwargs, has_positions):
-        """The keywords that attention is to be handed; TypeError for what it would drop although it says something."""
-        handed = {name: value for name, value in kwargs.items() if name not in (*LOSS_KEYWORDS, *IGNORED_KEYWORDS)}
-        if (self.config._attn_implementation or "eager") not in DROPPING_ATTENTION:
-            return handed
-        known = PACKING_KEYWORDS if has_positions else ()
-        for name, value in handed.items():
+    def _refuse_dropped(self, kwargs, has_positions):
+        """Raise TypeError for what attention would drop although it says something: a rename must not go unnoticed."""
+        attention = self.config._attn_implementation or "eager"
+        packing = PACKING if has_positions or attention.startswith("flash") else ()
+        for name, value in kwargs.items():
             if isinstance(value, Cache):
                 raise TypeError(f"{type(self).__name__} takes the cache as {' or '.join(CACHE_NAMES)}, not as {name}")
             if name == "is_causal" and value is False:
-                raise TypeError(f"{type(self).__name__} is causal; is_causal=False is not for it")
-            says_something = value is not None and value is not False and name not in ("is_causal", *known)
-            if says_something:
-                need = "needs position_ids beside it" if name in PACKING_KEYWORDS else "is not known"
-                raise TypeError(f"{type(self).__name__}: the keyword {name} {need}, and would be dropped silently")
-        return {}
+                raise TypeError(f"{type(self).__name__} is causal, so is_causal=False is not for it")
+            if attention not in OWN_ATTENTION or value is None or value is False or name in ("is_causal", *packing):
+                continue
+            why = "needs position_ids beside it" if name in PACKING else "is not known here"
+            raise TypeError(f"{type(self).__name__}: the keyword {name} {why}, and would be dropped silently")
 
     def _place(self, hidden, attention_mask, position_ids, cache, cache_position):
         """Where the tokens are in the cache [S] and in their rows [B, S], and the mask for the attention in use."""
         if cache_position is None:  # generate gives it, before transformers 5
-            seen = cache.get_seq_length() if cache is not None else 0
+            seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
             cache_position = torch.arange(hidden.shape[1], device=hidden.device) + seen
         if position_ids is None:
             position_ids = _positions(attention_mask, cache_position)
@@ -249,8 +248,8 @@ def _one_cache(cache, past_key_values):
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise TypeError("cache and past_key_values are two names of one thing; give one of them")
     given = past_key_values if cache is None else cache
-    if given is not None and not hasattr(given, "get_seq_length"):
-        raise TypeError(f"the cache is a {type(given).__name__}; it must be a Cache of transformers, as DynamicCache is")
+    if given is not None and not hasattr(given, "update"):
+        raise TypeError(f"the cache is a {type(given).__name__}; it must be a Cache of transformers: DynamicCache, ...")
     return given
 
 
@@ -349,7 +348,7 @@ class MegatronExtForCausalLM(MegatronExtPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            **{OUTPUT_CACHE: output[OUTPUT_CACHE] if OUTPUT_CACHE in output else None},
+            **{OUTPUT_CACHE: output.get(OUTPUT_CACHE)},
         )
         return result if _wants_names(self.config, return_dict) else result.to_tuple()
 
