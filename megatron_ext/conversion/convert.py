@@ -74,7 +74,8 @@ def convert(
     content = replace(opened.content, tokenizer=own)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
     if verify is not None:
-        verify = replace(verify, tokenizer=verify.tokenizer or own)
+        to_hf = goes_to_hugging_face(source, to, hf_class)
+        verify = replace(verify, tokenizer=verify.tokenizer or own, generation=verify.generation and to_hf)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
 
     def check(partial: Path) -> Examined | None:
@@ -113,5 +114,6 @@ def _verified(opened: Checkpoint, partial: Path, target: Path, how: Comparison) 
     lines = lines_of(result)
     if not result.passed:
         figures = "\n".join(f"  {line}" for line in lines)
-        raise ConversionError(f"{target}: not written, it would not be the same model:\n{figures}")
+        why = "it would not generate what it computes" if result.same else "it would not be the same model"
+        raise ConversionError(f"{target}: not written, {why}:\n{figures}")
     return Examined(lines, result)

@@ -46,19 +46,12 @@ def stream_logits(
 
 
 @torch.no_grad()
-def hugging_face_logits(
-    directory: str | Path,
-    batches: Sequence[Tensor],
-    *,
-    trust_remote_code: bool = False,
-    weights_as: torch.dtype | None = None,
-) -> list[Tensor]:
-    """fp32 logits of a Hugging Face directory, as transformers' AutoModelForCausalLM computes them."""
-    network = load_hugging_face(directory, trust_remote_code=trust_remote_code)
-    _round_weights(network, weights_as)
-    return [network(tokens).logits.float() for tokens in batches]
+def network_logits(network: Any, batches: Sequence[Tensor]) -> list[Tensor]:
+    """fp32 logits [B, S, vocab] that transformers' `network` computes for each batch of token ids [B, S]."""
+    return [network(tokens, use_cache=False).logits.float() for tokens in batches]
 
 
+@torch.no_grad()
 def _round_weights(network: torch.nn.Module, dtype: torch.dtype | None) -> None:
     """Round weights to `dtype` and keep them in fp32. Buffers, such as an expert bias, keep their precision."""
     if dtype is not None:
@@ -66,14 +59,18 @@ def _round_weights(network: torch.nn.Module, dtype: torch.dtype | None) -> None:
             weight.copy_(weight.to(dtype))
 
 
-def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Transformers' model of `directory`, in fp32.
+def load_hugging_face(
+    directory: str | Path, *, trust_remote_code: bool = False, weights_as: torch.dtype | None = None
+) -> Any:
+    """Transformers' model of `directory`, in fp32, with its weights rounded to `weights_as` before.
 
     Modelling code inside the directory is run if the caller trusts it, or if it is byte for byte what this framework
     ships.
     """
     from transformers import AutoModelForCausalLM  # slow to import
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading: it ends in a moment, or is a line of noise in a log
     trusted = may_run_code(directory, trust_remote_code=trust_remote_code)
     network = AutoModelForCausalLM.from_pretrained(
         directory,
@@ -82,6 +79,7 @@ def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False)
         # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
         experts_implementation="eager",
     )
+    _round_weights(network, weights_as)
     return network.eval()
 
 
@@ -89,8 +87,19 @@ def may_run_code(directory: str | Path, *, trust_remote_code: bool = False) -> b
     """Whether modelling code inside `directory` may be run; ConversionError where it would have to be and may not."""
     trusted = trust_remote_code or carries_our_code(directory)
     if not trusted and "auto_map" in read_json_object(Path(directory) / "config.json", ConversionError):
-        raise ConversionError(f"{directory}: brings its own modelling code; pass --trust-remote-code to run it")
+        way_out = (
+            "it is an export of ours with code of another version: tools/convert.py --refresh-code writes today's"
+            if is_ours(directory)
+            else "pass --trust-remote-code to run it"
+        )
+        raise ConversionError(f"{directory}: brings its own modelling code; {way_out}")
     return trusted
+
+
+def is_ours(directory: str | Path) -> bool:
+    """Whether config.json names a class whose code this framework ships, of whatever version."""
+    named = read_json_object(Path(directory) / "config.json", ConversionError).get("architectures")
+    return any(a.code and named == [a.hf_class] for a in ARCHITECTURES)
 
 
 def carries_our_code(directory: str | Path) -> bool:

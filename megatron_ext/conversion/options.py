@@ -43,7 +43,7 @@ class ConvertOptions:
     verify: bool = False
     """Compare weights and logits with the source, and give the target its name only if they are the same model."""
     logits: bool = True
-    """Compare logits too: the model is loaded in fp32. --no-logits compares weights alone."""
+    """Compare logits and generated tokens too: the model is loaded in fp32. --no-logits compares weights alone."""
     text: str | None = None
     """Text for the logits (.jsonl, .txt, a folder, the prefix of a prepared dataset). Default: built-in sentences."""
     tolerance: float | None = Field(default=None, gt=0)

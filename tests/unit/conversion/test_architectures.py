@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
 from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.logits import hugging_face_logits, megatron_logits
+from megatron_ext.conversion.logits import megatron_logits
 from megatron_ext.conversion.sources import read_hugging_face_model
-from megatron_ext.conversion.verify import compare_logits, compare_weights
+from megatron_ext.conversion.verify import checkpoint_logits, compare_logits, compare_weights
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
 from tests.conftest import WRITE_CONVERSION_TABLE
@@ -343,7 +343,7 @@ def test_our_own_class_converts_both_ways(tmp_path: Path, table: dict[str, Proof
     source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True, num_moe_experts=5, moe_ffn_hidden_size=41))
     convert(source, tmp_path / "hf")
     tokens = [torch.randint(0, 250, (2, 40), generator=torch.Generator().manual_seed(1))]
-    compared = compare_logits(hugging_face_logits(tmp_path / "hf", tokens), megatron_logits(source, tokens))
+    compared = compare_logits(checkpoint_logits(tmp_path / "hf", tokens), megatron_logits(source, tokens))
     convert(tmp_path / "hf", tmp_path / "back")
     convert(tmp_path / "back", tmp_path / "hf again")
     bitwise = not compare_weights(tmp_path / "hf", tmp_path / "hf again").different
@@ -360,7 +360,7 @@ def test_experts_of_any_width_are_computed_by_transformers(tmp_path: Path) -> No
     source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True, moe_ffn_hidden_size=41, **plain))
     assert convert(source, tmp_path / "hf").architecture.hf_class == "MixtralForCausalLM"
     tokens = [torch.randint(0, 250, (2, 40), generator=torch.Generator().manual_seed(1))]
-    compared = compare_logits(hugging_face_logits(tmp_path / "hf", tokens), megatron_logits(source, tokens))
+    compared = compare_logits(checkpoint_logits(tmp_path / "hf", tokens), megatron_logits(source, tokens))
     assert compared.relative < TOLERANCE
 
 
