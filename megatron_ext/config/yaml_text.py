@@ -98,7 +98,7 @@ def parse_yaml(text: str, *, source: str) -> Any:
 
 
 def _load(text: str) -> Any:
-    """The value of YAML `text`; what yaml raises, and ValueError where aliases unfold to very much more than is there."""
+    """The value of YAML `text`; raises what yaml raises, and ValueError where aliases unfold without end."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
