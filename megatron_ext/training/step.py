@@ -3,6 +3,7 @@
 #   M micro-batches of this rank, D data-parallel ranks, C context-parallel ranks,
 #   N tokens of the global batch whose label counts
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from megatron_ext.mcore.moe import steps
 from megatron_ext.mcore.moe.noise import begin_micro_batch
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.runtime.process_groups import Groups
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,15 @@ def train_step(
     norm = gradient_norm(optimizer)
     if not math.isfinite(norm):
         forget_step(wrapped)
-        raise TrainingError(f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated")
+        if not float(tokens):
+            raise TrainingError(
+                "no label of the global batch counts, so there is no loss: every token is masked (with "
+                "data.eod_mask_loss, the batch holds nothing but ends of documents); pass over it with train.skip_steps"
+            )
+        raise TrainingError(
+            f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated. Start again to "
+            "go on from the newest checkpoint, past this step (train.skip_steps) or with a lower optimizer.lr"
+        )
     clip_and_step(optimizer, norm, max_norm)
     # After the update, so that a refused step moves neither biases nor coefficients nor scales.
     steps.end_step(gates, groups.stage)
@@ -85,6 +96,8 @@ def validation_loss(wrapped: Sequence[Any], batches: Iterator[Sequence[MicroBatc
     for batch in batches:
         (loss, _), counted = _run(wrapped, batch, groups, forward_only=True)
         total, tokens = total.to(loss) + loss * counted, tokens.to(loss) + counted
+    if not float(tokens):
+        log.warning("no label of the validation samples counts: there is no validation loss")
     return total / tokens
 
 
@@ -118,7 +131,7 @@ def _run(
     contributes = groups.is_last_stage and groups.tp.rank() == 0
     totals = torch.stack(sums).sum(dim=0) if contributes else torch.zeros(2, device=tokens.device)
     dist.all_reduce(totals, group=groups.world)
-    return totals / tokens, tokens
+    return totals / tokens.clamp(min=1), tokens
 
 
 def _forward(weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
