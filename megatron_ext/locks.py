@@ -176,8 +176,14 @@ def exclusive_output(target: str | Path, purpose: str) -> Iterator[DirectoryLock
 
 @contextlib.contextmanager
 def joined(directory: str | Path, purpose: str) -> Iterator[None]:
-    """Hold the lock of `directory` together with the process of the same run that took it and shares it."""
+    """Hold the lock of `directory` together with the process of the same run that took it and shares it.
+
+    Where its lock file cannot be seen (another host's own disk) there is nothing to hold.
+    """
     file = Path(directory).resolve() / LOCK_FILE
+    if not file.is_file():
+        yield
+        return
     lock = DirectoryLock(Path(directory), file, purpose)
     lock.share()
     _held[file] = lock
@@ -213,18 +219,18 @@ def _taken(directory: Path, file: Path, purpose: str) -> Iterator[DirectoryLock]
 
 def _this_process() -> dict[str, Any]:
     return {
-        **_identity(os.getpid()),
+        **process_identity(os.getpid()),
         # torchrun's ranks end with it; a process without a launcher has nobody to end with.
-        "launcher": _identity(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None,
+        "launcher": process_identity(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None,
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "job": _job(),
         "command": shlex.join(sys.argv)[:1000],
     }
 
 
-def _identity(pid: int) -> dict[str, Any]:
+def process_identity(pid: int) -> dict[str, Any]:
     """A process of this host, told apart from a later one of the same number by when it started."""
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _start_of(pid)}
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": start_of_process(pid)}
 
 
 def _boot() -> str | None:
@@ -243,7 +249,7 @@ def _job() -> str | None:
     return None if run == "none" else f"torchrun {run}"
 
 
-def _start_of(pid: int) -> str | None:
+def start_of_process(pid: int) -> str | None:
     """When the process `pid` of this host started, in clock ticks since boot; None if it is gone."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -265,7 +271,7 @@ def _is_dead(owner: dict[str, Any] | None) -> bool:
     pid = owner.get("pid")
     if not isinstance(pid, int) or not Path("/proc/self/stat").exists():
         return False
-    return _start_of(pid) != owner.get("started")
+    return start_of_process(pid) != owner.get("started")
 
 
 def _is_ours_to_take(owner: dict[str, Any]) -> bool:
@@ -280,11 +286,12 @@ def _after_fork() -> None:
     _held.clear()
 
 
-def _at_exit() -> None:
+def release_all() -> None:
+    """Let go of every lock; for a process that ends without Python's own exit."""
     for lock in list(_held.values()):
         lock.release()
     _held.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_at_exit)
+atexit.register(release_all)
