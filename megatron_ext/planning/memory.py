@@ -5,13 +5,16 @@ import re
 from dataclasses import dataclass
 
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.config import Layout, ModelConfig, RunConfig
+from megatron_ext.config import Layout, ModelConfig, Precision, RunConfig
 
 # Layers split by output split their biases too; those split by input, and projections to a latent vector, do not.
 _SPLIT_OVER_TP = re.compile(
     r"(linear_qkv|linear_fc1|linear_q_proj|linear_q_up_proj|linear_kv_up_proj)\.(weight|bias)$"
     r"|(linear_proj|linear_fc2|word_embeddings|output_layer)\.weight$"
 )
+
+_BYTES = {True: (4, 8), False: (2, 12)}
+"""Of a weight and of its optimizer state: in fp32, and in any other precision."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
     weights: data-parallel x context-parallel ones, and for experts those of the expert grid.
     """
     stages = [_stage(run.model, layout, stage) for stage in range(layout.pp)]
-    weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
+    weight, state = _BYTES[run.precision.kind == "fp32"]
     dense_share = layout.dp * layout.cp if run.parallel.use_distributed_optimizer else 1
     expert_share = layout.edp if run.parallel.use_distributed_optimizer else 1
 
@@ -72,3 +75,10 @@ def _stages_of(name: str, model: ModelConfig, pp: int) -> tuple[int, ...]:
         tied = not model.untie_embeddings_and_output_weights
         return (0, pp - 1) if tied and pp > 1 else (0,)
     return (pp - 1,)
+
+
+def checkpoint_bytes(model: ModelConfig, precision: Precision) -> int:
+    """Bytes of a checkpoint's tensors: weights, Adam's two moments and, beside bf16 weights, those in fp32."""
+    parameters = sum(math.prod(shape) for shape in model_shapes(model).values())
+    weight, state = _BYTES[precision.kind == "fp32"]
+    return parameters * (weight + state)

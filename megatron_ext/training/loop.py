@@ -19,27 +19,37 @@ from megatron_ext.runtime.process_groups import (
     split_process_group,
     start_process_group,
 )
+from megatron_ext.training.banner import banner
+from megatron_ext.training.preflight import examine_run
 from megatron_ext.training.schedule import learning_rate
-from megatron_ext.training.session import RunData, Session, open_session
+from megatron_ext.training.session import RunData, Session, open_session, starting_state
 from megatron_ext.training.step import StepResult
 
 log = logging.getLogger(__name__)
 
 
-def train(run: RunConfig) -> None:
-    """Run, or continue, the training that `run` describes, as one of the processes the launcher started."""
+def train(run: RunConfig, source: str = "the run") -> None:
+    """Run, or continue, the training that `run` describes, as one of the processes the launcher started.
+
+    Args:
+        source: where the run is from, for messages.
+    """
     setup_logging(launched_rank())
     layout = run.resolve(launched_world_size())
     accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe)
+    found = examine_run(run, source) if launched_rank() == 0 else None
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
     groups = split_process_group(run.parallel, run.runtime)
+    # The data first: what is wrong with it is said before minutes go into building the model.
+    data = RunData(run, starting_state(run))
     session = open_session(run, layout, groups, device)
-    data = RunData(run, session.state)
     session.state = replace(session.state, data=data.fingerprints)
     assert session.state.wandb_run_id is not None
     is_reporter = dist.get_rank() == 0
     monitor = Monitor(run, layout, session.state.iteration, session.state.wandb_run_id) if is_reporter else None
+    for line in banner(run, layout, device, found) if found is not None else ():
+        log.info(line)
     try:
         _train(session, data, monitor)
     except BaseException:
