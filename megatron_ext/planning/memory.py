@@ -13,8 +13,6 @@ _SPLIT_OVER_TP = re.compile(
     r"|(linear_proj|linear_fc2|word_embeddings|output_layer)\.weight$"
 )
 
-_BYTES = {True: (4, 8), False: (2, 12)}
-"""Of a weight and of its optimizer state: in fp32, and in any other precision."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
     weights: data-parallel x context-parallel ones, and for experts those of the expert grid.
     """
     stages = [_stage(run.model, layout, stage) for stage in range(layout.pp)]
-    weight, state = _BYTES[run.precision.kind == "fp32"]
+    weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
     dense_share = layout.dp * layout.cp if run.parallel.use_distributed_optimizer else 1
     expert_share = layout.edp if run.parallel.use_distributed_optimizer else 1
 
@@ -78,7 +76,6 @@ def _stages_of(name: str, model: ModelConfig, pp: int) -> tuple[int, ...]:
 
 
 def checkpoint_bytes(model: ModelConfig, precision: Precision) -> int:
-    """Bytes of a checkpoint's tensors: weights, Adam's two moments and, beside bf16 weights, those in fp32."""
+    """Bytes of a checkpoint's tensors: weights, and in fp32 the optimizer's own weights and Adam's two moments."""
     parameters = sum(math.prod(shape) for shape in model_shapes(model).values())
-    weight, state = _BYTES[precision.kind == "fp32"]
-    return parameters * (weight + state)
+    return parameters * ((4 if precision.kind == "fp32" else 2) + 12)
