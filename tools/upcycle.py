@@ -37,7 +37,7 @@ def main() -> None:
     if made.function is not None:
         print(*made.function.lines(), sep="\n")
     if made.recipe is not None:
-        print(f"training configuration: {made.recipe}")
+        print(f"training configuration: {made.recipe}", *made.notes, sep="\n  ")
 
 
 if __name__ == "__main__":

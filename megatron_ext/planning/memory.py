@@ -14,7 +14,6 @@ _SPLIT_OVER_TP = re.compile(
 )
 
 
-
 @dataclass(frozen=True)
 class StateMemory:
     """The fullest rank's share."""

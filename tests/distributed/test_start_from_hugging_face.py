@@ -74,7 +74,5 @@ def test_each_rank_has_the_same_weights(work: Path, padding: int, tmp_path: Path
 def test_another_model_is_refused(work: Path, tmp_path: Path, pool: GlooPool) -> None:
     model = ModelConfig(**{**vars(read_any_model(work / "hf")), "moe_router_topk": 1, "num_layers": 2})
     part = Part(model, tmp_path / "run", checkpoint=(("initialize_from", str(work / "hf")),))
-    with pytest.raises(
-        CheckpointError, match=r"hf holds another model:\n  model\.num_layers: 4 in the checkpoint, 2 in"
-    ):
+    with pytest.raises(WorkerFailure, match=r"hf holds another model:\n  model\.num_layers: 4 in the checkpoint, 2 in"):
         pool.run(1, weights, part)
