@@ -7,6 +7,7 @@
   python tools/convert.py RUN SMALLER_RUN --to megatron --dtype bf16
 
 One process, no GPU, a few tensors in memory. Every tensor is accounted for, or nothing is written.
+Beside a Megatron target stands a training configuration, TARGET.yaml.
 """
 
 from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
@@ -46,6 +47,8 @@ def main() -> None:
     print(f"architecture: {done.why}")
     if done.written.verification is not None:
         print(*lines_of(done.written.verification), sep="\n")
+    if done.recipe is not None:
+        print(f"training configuration: {done.recipe}", *done.notes, sep="\n  ")
     if o.push_to_hub is not None:
         print(f"uploaded: {push_to_hub(o.target, o.push_to_hub, private=o.private)}")
 

@@ -12,15 +12,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint.boxes import Box
+from megatron_ext.checkpoint.boxes import Box, Shape
 from megatron_ext.checkpoint.run_file import RUN_FILE as RUN_FILE
 from megatron_ext.checkpoint.run_file import read_run as read_run
 from megatron_ext.checkpoint.run_file import write_run
@@ -330,6 +330,26 @@ def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
     """
     _require_whole_together(checkpoint)
     reader = TorchDistReader(checkpoint)
+    fill_boxes(reader, checkpoint, boxes)
+    reader.close()
+
+
+class BoxReader(Protocol):
+    """Stored tensors of which boxes can be read."""
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """The keys."""
+
+    def shape(self, key: str) -> Shape:
+        """Global shape of a tensor."""
+
+    def read_into(self, key: str, offset: Shape, target: torch.Tensor) -> None:
+        """Fill `target` with the box of `key` at `offset`, converting the dtype where it differs."""
+
+
+def fill_boxes(reader: BoxReader, checkpoint: Path, boxes: Sequence[Box]) -> None:
+    """`load_boxes` from whatever reads the tensors of `checkpoint`."""
     afresh = {
         box.key
         for box in boxes
@@ -351,7 +371,6 @@ def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
     with torch.no_grad():
         for box in sorted(boxes, key=lambda box: (box.key, box.offset)):
             reader.read_into(box.key, box.offset, box.data)
-    reader.close()
 
 
 def read_random_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:

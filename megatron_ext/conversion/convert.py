@@ -1,5 +1,7 @@
 """Converts a checkpoint: Megatron or Hugging Face to either, one process, tensor by tensor, complete or not at all."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -8,6 +10,7 @@ from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
+from megatron_ext.conversion.recipe import Recipe, Target, recipe_path, require_recipe_place, training_recipe
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint, warn_of_what_stays
 from megatron_ext.conversion.verify import Comparison, comparison_input
 from megatron_ext.conversion.verify import verify as compare
@@ -20,7 +23,10 @@ from megatron_ext.conversion.write import (
     write_hugging_face,
     write_megatron,
 )
-from megatron_ext.errors import ConversionError
+from megatron_ext.errors import ConfigError, ConversionError
+from megatron_ext.files import write_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,10 @@ class Conversion:
     """Of the Hugging Face side; None between two Megatron checkpoints."""
     model: ModelConfig
     written: Written
+    recipe: Path | None = None
+    """The training configuration beside a Megatron checkpoint."""
+    notes: Sequence[str] = ()
+    """What it has otherwise than the source's run."""
 
 
 def convert(
@@ -88,7 +98,23 @@ def convert(
         written = write_hugging_face(content, architecture, why, output, check)
         return Conversion("to Hugging Face", why, architecture, opened.model, written)
     why = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
-    return Conversion("to Megatron", why, opened.architecture, opened.model, write_megatron(content, output, check))
+    recipe, training = recipe_path(target), _recipe(opened, str(target), own)
+    require_recipe_place(recipe, force=force)
+    written = write_megatron(content, output, check)
+    if training is None:
+        return Conversion("to Megatron", why, opened.architecture, opened.model, written)
+    write_text(recipe, training.text)
+    return Conversion("to Megatron", why, opened.architecture, opened.model, written, recipe, training.notes)
+
+
+def _recipe(opened: Checkpoint, target: str, tokenizer: Path | None) -> Recipe | None:
+    """A run that trains the model; None, with a warning, where no run of ours can."""
+    made = f"converted from {opened.directory}"
+    try:
+        return training_recipe(Target(target, opened.model, made, opened.run, tokenizer))
+    except ConfigError as error:
+        log.warning("no training configuration for %s: %s", target, error)
+        return None
 
 
 def goes_to_hugging_face(source: str | Path, to: str | None, hf_class: str | None) -> bool:

@@ -133,11 +133,14 @@ def streams_of_one_shape(checkpoints: Sequence[Checkpoint]) -> list[TensorSource
     first = checkpoints[0]
     for other in checkpoints[1:]:
         _require_one_shape(first, other)
-    rows = first.model.padded_vocab_size
-    return [
-        one.tensors if one.model.padded_vocab_size == rows else _Repadded(one.tensors, one.model.vocab_size, rows)
-        for one in checkpoints
-    ]
+    return [with_padding(one, first.model.padded_vocab_size) for one in checkpoints]
+
+
+def with_padding(checkpoint: Checkpoint, rows: int) -> TensorSource:
+    """The tensors of a model with the vocabulary padded to `rows`."""
+    if checkpoint.model.padded_vocab_size == rows:
+        return checkpoint.tensors
+    return _Repadded(checkpoint.tensors, checkpoint.model.vocab_size, rows)
 
 
 class _Repadded:

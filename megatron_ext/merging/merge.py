@@ -4,21 +4,23 @@ With a base model, its difference to each of the others is called their task vec
 2212.04089).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
-from megatron_ext.merging.pieces import pieces
-from megatron_ext.merging.weighted_sum import WeightedSum, wider
 
-Versions = Sequence[Callable[[], Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Versions = Sequence[Callable[[], "Tensor"]]
 """Reads the same tensor of each model."""
 
 
@@ -101,6 +103,8 @@ class TaskArithmetic(Weighted):
 
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + sum of weight * (version - base)."""
+        from megatron_ext.merging.weighted_sum import WeightedSum
+
         assert base is not None
         weights, total = self.each(versions), WeightedSum()
         total.add(1 - sum(weights), base)
@@ -128,6 +132,10 @@ class Ties(Weighted):
 
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + scale * the mean of those trimmed entries that have the elected sign."""
+        import torch
+
+        from megatron_ext.merging.pieces import pieces
+
         assert base is not None
         weights, base = self.each(versions), base.contiguous()
         others = [read().contiguous() for read in versions]
@@ -143,6 +151,11 @@ class _Trim:
     """Keeps the largest entries of a task vector, whose pieces come in order, and puts zeros in the others' places."""
 
     def __init__(self, version: Tensor, base: Tensor, density: float) -> None:
+        import torch
+
+        from megatron_ext.merging.pieces import pieces
+        from megatron_ext.merging.weighted_sum import wider
+
         sizes = torch.empty(base.numel(), dtype=wider(base.dtype))
         for target, after, before in zip(*map(pieces, (sizes, version, base)), strict=True):
             target.copy_(_difference(after, before).abs_())
@@ -165,12 +178,16 @@ class _Trim:
 
 def _difference(version: Tensor, base: Tensor) -> Tensor:
     """The task vector, in the wider dtype."""
+    from megatron_ext.merging.weighted_sum import wider
+
     wide = wider(base.dtype)
     return version.to(wide) - base.to(wide)
 
 
 def _elected_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
     """The weighted mean of those entries whose sign is that of the weighted sum."""
+    import torch
+
     votes = torch.stack([weight * vector for weight, vector in zip(weights, vectors, strict=True)])
     agrees = ~(votes * votes.sum(dim=0).sign() <= 0)  # not a number has its say, to be seen
     voices = agrees.to(votes.dtype) * votes.new_tensor(weights).abs()[:, None]
@@ -190,6 +207,11 @@ class Dare(Weighted):
 
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + sum of weight * the dropped and rescaled task vector."""
+        import torch
+
+        from megatron_ext.merging.pieces import pieces
+        from megatron_ext.merging.weighted_sum import wider
+
         assert base is not None
         base = base.contiguous()
         merged = base.to(wider(base.dtype), copy=True)
@@ -205,6 +227,8 @@ AnyMerge = Annotated[Linear | Ema | TaskArithmetic | Ties | Dare, Field(discrimi
 
 
 def _sum(weights: Sequence[float], versions: Versions) -> Tensor:
+    from megatron_ext.merging.weighted_sum import WeightedSum
+
     total = WeightedSum()
     for weight, read in zip(weights, versions, strict=True):
         total.add(weight, read())
