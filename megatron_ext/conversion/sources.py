@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS, config_to_megatron, left_behind
+from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS, left_behind
 from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.unstacked import UnstackedSource
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
@@ -118,9 +118,10 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
 
 
 def warn_of_what_stays(opened: Checkpoint) -> None:
-    """Log what config.json says of training and no Megatron field means exactly, each with what to set instead."""
-    if opened.architecture is not None:
-        for statement in left_behind(opened.architecture.config, opened.hf_config):
+    """Log what config.json says and no Megatron field means: of training, with what to set instead, and to nobody."""
+    if (architecture := opened.architecture) is not None:
+        raw = opened.hf_config
+        for statement in left_behind(architecture.config, raw) + architecture.unread(raw):
             log.warning("%s: %s", opened.directory, statement)
 
 
@@ -185,7 +186,7 @@ def read_hugging_face_model(directory: str | Path) -> tuple[Architecture, ModelC
     path = Path(directory) / "config.json"
     raw = read_json_object(path, ConversionError)
     architecture = architecture_of(raw, source=str(path))
-    return architecture, config_to_megatron(architecture.config, raw, source=str(path))
+    return architecture, architecture.model_of(raw, source=str(path))
 
 
 def check_hugging_face(stream: TensorSource, architecture: Architecture, model: ModelConfig, *, where: str) -> None:
