@@ -20,7 +20,8 @@ HARMLESS = frozenset(
     "router_aux_loss_coef tokenizer_class torch_dtype transformers_version use_cache is_encoder_decoder id2label "
     "label2id problem_type chunk_size_feed_forward router_jitter_noise aux_loss_alpha seq_aux ep_size "
     # Read for initialisation, for memory in training, for a warning, and for heads of other tasks.
-    "initializer_factor init_std gradient_checkpointing sep_token_id classifier_dropout token_classification_bias".split()
+    "initializer_factor init_std gradient_checkpointing sep_token_id classifier_dropout "
+    "token_classification_bias".split()
 )
 """Fields that classes read, or older ones did, and that do not change the logits of a forward pass."""
 
