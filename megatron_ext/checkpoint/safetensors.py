@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,9 +36,12 @@ _NAMES = {dtype: code for code, dtype in _CODES.items()}
 
 
 class HuggingFaceSource:
-    """The weights of a Hugging Face directory, sharded or in one file."""
+    """The weights of a Hugging Face directory, sharded or in one file.
 
-    def __init__(self, directory: str | Path) -> None:
+    `repeated` are names that an index may have though no shard holds them: of tied weights, written once.
+    """
+
+    def __init__(self, directory: str | Path, repeated: Collection[str] = ()) -> None:
         self.directory = Path(directory)
         index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
         weight_map: dict[str, str] = {}
@@ -68,7 +71,7 @@ class HuggingFaceSource:
             for key, place in places.items():
                 if (other := self._places.setdefault(key, (name, place))[0]) != name:
                     raise ConversionError(f"{self.directory}: {key} is in both {other} and {name}; take it out of one")
-        if lost := sorted(set(weight_map) - set(self._places)):
+        if lost := sorted(set(weight_map) - set(self._places) - set(repeated)):
             raise ConversionError(f"{index}: names tensors that no shard holds: {', '.join(lost[:10])}")
         self.specs = {key: TensorSpec(place.shape, place.dtype) for key, (_, place) in self._places.items()}
 

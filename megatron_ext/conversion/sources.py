@@ -107,7 +107,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _open_hugging_face(directory: Path) -> Checkpoint:
     architecture, model = read_hugging_face_model(directory)
-    stream = UnstackedSource(HuggingFaceSource(directory), architecture, model)
+    stream = UnstackedSource(HuggingFaceSource(directory, _repeated(architecture, model)), architecture, model)
     check_hugging_face(stream, architecture, model, where=str(directory))
     for what, names in stream.dropped.items():
         log.warning("%s: %d tensors are left out, %s and so on: %s", directory, len(names), names[0], what)
@@ -195,9 +195,7 @@ def check_hugging_face(stream: TensorSource, architecture: Architecture, model: 
     Raises:
         ConversionError: naming those that are missing, unexpected or misshapen.
     """
-    tied = not model.untie_embeddings_and_output_weights
-    embedding, output = _hf_name(architecture, EMBEDDING), _hf_name(architecture, OUTPUT)
-    repeated = frozenset({output} if tied and output is not None else ())
+    embedding, repeated = _hf_name(architecture, EMBEDDING), _repeated(architecture, model)
     check_source(stream, hf_shapes(architecture.weights, model), where=where, ignore=repeated)
     # transformers leaves a tied model's output layer alone where the file has another one.
     for name in repeated & stream.specs.keys():
@@ -207,6 +205,12 @@ def check_hugging_face(stream: TensorSource, architecture: Architecture, model: 
                 f"{where}: config.json ties {name} to {embedding}, but the weights are not equal; "
                 "set tie_word_embeddings: false there if both are meant"
             )
+
+
+def _repeated(architecture: Architecture, model: ModelConfig) -> frozenset[str]:
+    """The name under which a tied model's embedding may stand, or only be listed, as its output layer."""
+    output = None if model.untie_embeddings_and_output_weights else _hf_name(architecture, OUTPUT)
+    return frozenset() if output is None else frozenset({output})
 
 
 def _hf_name(architecture: Architecture, canonical: str) -> str | None:

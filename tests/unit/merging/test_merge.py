@@ -99,7 +99,7 @@ def test_ties_in_pieces_is_ties_of_the_whole() -> None:
         trimmed.append(torch.zeros_like(flat).index_copy(0, largest, flat[largest]))
     votes = torch.stack([weight * vector for weight, vector in zip(weights, trimmed, strict=True)])
     signs = votes.sum(dim=0).sign()
-    assert int(((signs == 0) & (votes != 0).any(dim=0)).sum()) > 1000  # exact ties
+    assert int(((signs == 0) & (votes != 0).any(dim=0)).sum()) > 10  # exact ties
     agrees = votes * torch.where(signs == 0, signs.sum().sign(), signs) > 0
     voices = (agrees * torch.tensor(weights, dtype=torch.float64).abs()[:, None]).sum(dim=0)
     expected = (votes * agrees).sum(dim=0) / voices.clamp_min(1e-9)
