@@ -110,6 +110,10 @@ class Heads(ConfigRule):
             )
         return {"multi_latent_attention": stated}
 
+    def lost(self, model: ModelConfig) -> list[str]:
+        epsilon = model.latent_norm_epsilon
+        return [f"latent_norm_epsilon = {epsilon}"] if epsilon != model.layernorm_epsilon else []
+
 
 @dataclass(frozen=True)
 class Noise(ConfigRule):

@@ -42,16 +42,33 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 """In order of preference: an export takes the first that reproduces the model exactly and needs no foreign code."""
 
 
+FORMER_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+"""Names of classes before transformers had them under the later one, still in files of that time."""
+
+
 def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
-    """The architecture that a Hugging Face config.json names."""
-    named = (raw.get("architectures") or [None])[0]
+    """The architecture that a Hugging Face config.json names, by its class, or without one by its type.
+
+    Raises:
+        ConversionError: there is no table for it, or class and type are not of one model.
+    """
+    stated = raw.get("architectures")
+    if stated is None:
+        stated = [a.hf_class for a in ARCHITECTURES if a.model_type == raw.get("model_type")]
+    if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
+        raise ConversionError(f"{source}: architectures = {stated!r}: expected a list with the name of a class")
+    named = FORMER_NAMES.get(stated[0], stated[0]) if stated else None
     architecture = next((a for a in ARCHITECTURES if a.hf_class == named), None)
     if architecture is None:
-        raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {_known()}")
-    if (stated := raw.get("model_type", architecture.model_type)) != architecture.model_type:
         raise ConversionError(
-            f"{source}: model_type = {stated!r}, but {named} is of the type {architecture.model_type!r}; transformers "
-            "goes by the type, others by the class"
+            f"{source}: architectures = {raw.get('architectures')!r}, model_type = {raw.get('model_type')!r}; "
+            f"supported: {_known()}. Another class takes one file (CONTRIBUTING.md, Add an architecture)"
+        )
+    if (kind := raw.get("model_type", architecture.model_type)) != architecture.model_type:
+        raise ConversionError(
+            f"{source}: model_type = {kind!r}, but {named} is of the type {architecture.model_type!r}; transformers "
+            f"goes by the type, others by the class. If its code is that of {named}, write the type into a copy of "
+            "config.json"
         )
     return architecture
 

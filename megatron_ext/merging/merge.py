@@ -119,6 +119,8 @@ class Ties(Weighted):
 
     What is kept of a task vector is decided in each Megatron tensor (one holds queries, keys and values, one gate and
     up), so that models of any size are merged in little memory: the versions of a tensor, and three of its own at most.
+    Where votes of both signs sum to exactly 0, the sign that most entries of the tensor have is elected, as the
+    authors' code does over the whole model; plus if there are as many of each.
     """
 
     kind: Literal["ties"] = "ties"
@@ -141,9 +143,18 @@ class Ties(Weighted):
         others = [read().contiguous() for read in versions]
         trims = [_Trim(other, base, self.density) for other in others]
         merged = torch.empty(base.shape, dtype=base.dtype)
+        undecided, majority = [], 0.0
         for target, before, *parts in zip(*map(pieces, (merged, base, *others)), strict=True):
             vectors = [trim(_difference(part, before)) for trim, part in zip(trims, parts, strict=True)]
-            target.copy_(before + self.scale * _elected_mean(vectors, weights))
+            votes = torch.stack([weight * vector for weight, vector in zip(weights, vectors, strict=True)])
+            signs = votes.sum(dim=0).sign()
+            target.copy_(before + self.scale * _elected_mean(votes, weights, signs))
+            majority += float(signs.nansum())
+            tied = ((signs == 0) & (votes != 0).any(dim=0)).nonzero().flatten()
+            undecided.append((target, tied, before[tied], votes[:, tied]))
+        for target, tied, before, votes in undecided:
+            signs = votes.new_full((len(tied),), 1.0 if majority >= 0 else -1.0)
+            target[tied] = (before + self.scale * _elected_mean(votes, weights, signs)).to(target.dtype)
         return merged
 
 
@@ -184,12 +195,9 @@ def _difference(version: Tensor, base: Tensor) -> Tensor:
     return version.to(wide) - base.to(wide)
 
 
-def _elected_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
-    """The weighted mean of those entries whose sign is that of the weighted sum."""
-    import torch
-
-    votes = torch.stack([weight * vector for weight, vector in zip(weights, vectors, strict=True)])
-    agrees = ~(votes * votes.sum(dim=0).sign() <= 0)  # not a number has its say, to be seen
+def _elected_mean(votes: Tensor, weights: list[float], signs: Tensor) -> Tensor:
+    """The weighted mean of those entries of the votes [model, entry] that have the elected sign of the entry."""
+    agrees = ~(votes * signs <= 0)  # not a number has its say, to be seen
     voices = agrees.to(votes.dtype) * votes.new_tensor(weights).abs()[:, None]
     return votes.where(agrees, 0.0).sum(dim=0) / voices.sum(dim=0).where(agrees.any(dim=0), 1.0)
 
