@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -32,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main`; a fault of the user's ends with one message on stderr and exit code 2, Ctrl-C with 130."""
+    _say_whose_package_runs()
     try:
         main()
     except MegatronExtError as error:
@@ -44,6 +46,16 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _say_whose_package_runs() -> None:
+    """Say it where the tool is of one checkout and its package of another, as with another checkout's environment."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is None or os.environ.get("RANK", "0") != "0":
+        return
+    checkout, package = Path(script).resolve().parent.parent, Path(__file__).resolve().parent
+    if (checkout / package.name / "__init__.py").is_file() and checkout != package.parent:
+        print(f"note: {script} runs with the package {package}, not with that of {checkout}", file=sys.stderr)
 
 
 def prefer_huge_pages() -> None:
