@@ -18,7 +18,7 @@ versions() {
     "${packages[@]}"
 }
 
-[ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
+"$python" -m venv --clear "$environment"
 # What is not installed here anew comes from the environment below, this checkout too.
 below=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 here=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
