@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """Handed on to the ranks. Some Slurm scripts warn with SIGUSR1: torchrun would die of it and leave its ranks."""
 _SECONDS_TO_SAVE = 900
 """From such a signal to SIGKILL: the ranks finish their step and write a checkpoint."""
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run torchrun with `arguments` and end with the exit code of the rank that ended first."""
     logging.disable(logging.CRITICAL)  # torchrun's account of what it does; its faults are errors
     options = parse_args(arguments)
-    options.signals_to_handle = _SIGNALS
+    handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    options.signals_to_handle = ",".join(number.name for number in handled)
     options.shutdown_timeout = _SECONDS_TO_SAVE
     try:
         run(options)

@@ -137,6 +137,19 @@ def test_a_signal_reaches_the_ranks_and_they_end_in_their_own_time(number: signa
     assert sorted(path.name for path in tmp_path.glob("saved *")) == ["saved 0", "saved 1"]
 
 
+def test_a_launcher_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
+    try:
+        process = launch_ranks(tmp_path, "print('ready', flush=True)\ntime.sleep(2)", processes=1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+
+
 @pytest.mark.parametrize(("arguments", "message"), [([], "usage: sbatch"), (["run.yaml"], "is for sbatch")])
 def test_the_slurm_script_outside_a_job_says_how_it_is_used(arguments: list[str], message: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
