@@ -158,6 +158,20 @@ def test_a_fault_that_meets_every_rank_is_said_once(tmp_path: Path) -> None:
     assert process.stderr.count("no tokenizer here") == 1
 
 
+def test_a_tool_says_when_its_package_is_of_another_checkout(tmp_path: Path) -> None:
+    for name in ("tools/corpus.py", "megatron_ext/__init__.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    foreign = command(tmp_path / "tools" / "corpus.py", PYTHONPATH=str(ROOT)).stderr
+    note, *_ = foreign.splitlines()
+    assert note == (
+        f"note: {tmp_path}/tools/corpus.py runs with the package {ROOT}/megatron_ext, not with that of {tmp_path}"
+    )
+    own = command(TOOLS / "corpus.py", PYTHONPATH=str(ROOT)).stderr
+    other_rank = command(tmp_path / "tools" / "corpus.py", PYTHONPATH=str(ROOT), RANK="1").stderr
+    assert foreign.partition("\n")[2] == own == other_rank
+
+
 def test_options_of_a_file_and_of_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "corpus.yaml").write_text(dump_yaml({"output": str(tmp_path / "a.jsonl"), "outptu": 1}))
     assert_clear_error(
