@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
+from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint, warn_of_what_stays
@@ -75,6 +76,7 @@ def convert(
     content = replace(opened.content, tokenizer=own)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
     if verify is not None:
+        check_checksums(opened.directory, ConversionError)
         verify = replace(verify, tokenizer=verify.tokenizer or own)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
 
