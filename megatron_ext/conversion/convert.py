@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
+from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
 from megatron_ext.conversion.recipe import Recipe, Target, recipe_path, require_recipe_place, training_recipe
@@ -84,6 +85,7 @@ def convert(
     content = replace(opened.content, tokenizer=own)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
     if verify is not None:
+        check_checksums(opened.directory, ConversionError)
         to_hf = goes_to_hugging_face(source, to, hf_class)
         verify = replace(verify, tokenizer=verify.tokenizer or own, generation=verify.generation and to_hf)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.cached_generation import GenerationComparison, compare_generation
@@ -129,6 +130,8 @@ def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
     Raises:
         ConversionError: they hold different tensors, or there is too little memory for their logits.
     """
+    for path in (a, b):
+        check_checksums(path, ConversionError)
     batches = comparison_input(a, how)
     weights = compare_weights(a, b)
     if not batches:
