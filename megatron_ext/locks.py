@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -244,9 +245,13 @@ def _boot() -> str | None:
 def _job() -> str | None:
     """The job whose processes never overlap: what starts under its name again, starts after the end of the last."""
     if job := os.environ.get("SLURM_JOB_ID"):
-        return f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')} {job}"
+        return f"{_job_kind()} {job}"
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if run == "none" else f"torchrun {run}"
+
+
+def _job_kind() -> str:
+    return f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')}"
 
 
 def start_of_process(pid: int) -> str | None:
@@ -276,7 +281,22 @@ def _is_dead(owner: dict[str, Any] | None) -> bool:
 
 def _is_ours_to_take(owner: dict[str, Any]) -> bool:
     """Whether `owner`, who has no kernel lock here, is surely gone."""
-    return _is_this_host(owner) or (owner.get("job") is not None and owner["job"] == _job())
+    job = owner.get("job")
+    return _is_this_host(owner) or (job is not None and (job == _job() or _is_over(str(job))))
+
+
+def _is_over(job: str) -> bool:
+    """Whether Slurm, asked about the job, knows none of that number that is still there."""
+    kind, _, number = job.rpartition(" ")
+    if kind != _job_kind() or not number.isdecimal():
+        return False
+    try:
+        answer = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={number}", "--format=%T"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "Invalid job id" in answer.stderr or (answer.returncode == 0 and not answer.stdout.strip())
 
 
 def _after_fork() -> None:
