@@ -60,7 +60,7 @@ class DirectoryLock:
             self.drop()
             raise MegatronExtError(self._refusal(owner, reachable=False))
         self._owns = True
-        self._write(json.dumps({"purpose": self.purpose, **_this_process()}) + "\n")
+        self._write(json.dumps({"purpose": self.purpose, **_this_process(), "inode": self._inode()}) + "\n")
 
     def share(self) -> None:
         """Let the processes that write together hold it: one acquires, then all of them share.
@@ -115,12 +115,17 @@ class DirectoryLock:
             return False
 
     def _read(self) -> dict[str, Any]:
-        """The owner written in the file; empty where there is none, or not yet."""
+        """The owner written in the file; empty where there is none, or not yet, or the file is a copy."""
         try:
             owner = json.loads(os.pread(self._descriptor, 1 << 16, 0))
         except (OSError, ValueError):
             return {}
-        return owner if isinstance(owner, dict) else {}
+        if not isinstance(owner, dict) or owner.get("inode", self._inode()) != self._inode():
+            return {}
+        return owner
+
+    def _inode(self) -> int:
+        return os.fstat(self._descriptor).st_ino
 
     def _write(self, text: str) -> None:
         try:

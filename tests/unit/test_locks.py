@@ -143,6 +143,13 @@ def test_an_owner_whose_lock_the_kernel_does_not_show(
     assert file.is_file()
 
 
+def test_a_copied_lock_file_is_no_lock(tmp_path: Path) -> None:
+    owner = {"host": "elsewhere", "boot": "other", "pid": 5, "inode": tmp_path.stat().st_ino}
+    (tmp_path / LOCK_FILE).write_text(json.dumps(owner))
+    with exclusive(tmp_path, "testing"):
+        pass
+
+
 @pytest.mark.parametrize(
     ("answer", "is_over"),
     [
