@@ -90,7 +90,7 @@ def _train(session: Session, data: RunData, monitor: Monitor | None, stop: StopS
             lr = learning_rate(run, session.state.iteration)
             set_learning_rate(session.optimizer, lr)
             result = session.step(batch, lambda: stop.number != 0)
-            signal = stop.agreed(float(result.asking_to_stop), session.groups.world, session.device)
+            signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
             if session.state.iteration == last:
                 signal = 0  # it ends as planned
             if signal or _due(session.state.iteration, run.logging.log_interval, last):
