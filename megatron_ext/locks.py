@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ class DirectoryLock:
             self.drop()
             raise MegatronExtError(self._refusal(owner, reachable=False))
         self._owns = True
-        self._write(json.dumps({"purpose": self.purpose, **_this_process()}) + "\n")
+        self._write(json.dumps({"purpose": self.purpose, **_this_process(), "inode": self._inode()}) + "\n")
 
     def share(self) -> None:
         """Let the processes that write together hold it: one acquires, then all of them share.
@@ -114,12 +115,17 @@ class DirectoryLock:
             return False
 
     def _read(self) -> dict[str, Any]:
-        """The owner written in the file; empty where there is none, or not yet."""
+        """The owner written in the file; empty where there is none, or not yet, or the file is a copy."""
         try:
             owner = json.loads(os.pread(self._descriptor, 1 << 16, 0))
         except (OSError, ValueError):
             return {}
-        return owner if isinstance(owner, dict) else {}
+        if not isinstance(owner, dict) or owner.get("inode", self._inode()) != self._inode():
+            return {}
+        return owner
+
+    def _inode(self) -> int:
+        return os.fstat(self._descriptor).st_ino
 
     def _write(self, text: str) -> None:
         try:
@@ -244,9 +250,13 @@ def _boot() -> str | None:
 def _job() -> str | None:
     """The job whose processes never overlap: what starts under its name again, starts after the end of the last."""
     if job := os.environ.get("SLURM_JOB_ID"):
-        return f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')} {job}"
+        return f"{_job_kind()} {job}"
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if run == "none" else f"torchrun {run}"
+
+
+def _job_kind() -> str:
+    return f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')}"
 
 
 def start_of_process(pid: int) -> str | None:
@@ -276,7 +286,22 @@ def _is_dead(owner: dict[str, Any] | None) -> bool:
 
 def _is_ours_to_take(owner: dict[str, Any]) -> bool:
     """Whether `owner`, who has no kernel lock here, is surely gone."""
-    return _is_this_host(owner) or (owner.get("job") is not None and owner["job"] == _job())
+    job = owner.get("job")
+    return _is_this_host(owner) or (job is not None and (job == _job() or _is_over(str(job))))
+
+
+def _is_over(job: str) -> bool:
+    """Whether Slurm, asked about the job, knows none of that number that is still there."""
+    kind, _, number = job.rpartition(" ")
+    if kind != _job_kind() or not number.isdecimal():
+        return False
+    try:
+        answer = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={number}", "--format=%T"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "Invalid job id" in answer.stderr or (answer.returncode == 0 and not answer.stdout.strip())
 
 
 def _after_fork() -> None:

@@ -14,7 +14,7 @@ class CheckpointConfig:
     """Where training state is saved and continued from."""
 
     directory: str
-    """Checkpoints are written here. A run that finds a complete one here continues it."""
+    """Checkpoints are written here, by one run at a time. A run that finds a complete one here continues it."""
     save_interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. Unset: only the last step is saved."""
     keep_last: int | None = Field(default=None, ge=1)

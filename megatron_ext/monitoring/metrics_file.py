@@ -132,17 +132,22 @@ def _numbers(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: float(value) if isinstance(value, str) and value in words else value for key, value in pairs}
 
 
+def _records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every record of a step with the step; lines that are none (a process was killed while writing) are left out."""
+    for _, record in _lines(Path(path)):
+        if isinstance(record, dict) and isinstance(at := record.get("iteration"), int):
+            yield at, record
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The reports of a run in order of steps: of a step that was repeated after an interruption, the last one.
 
     Reports are told apart by what they hold: training steps have `loss`, validations `validation_loss`.
     """
     kept: list[dict[str, Any]] = []
-    for _, record in _lines(Path(path)):
-        if not isinstance(record, dict):
-            continue  # the last line of a process that was killed while writing
+    for at, record in _records(path):
         if record.get("event") == "start":
-            kept = [r for r in kept if r["iteration"] <= record["iteration"]]
+            kept = [r for r in kept if r["iteration"] <= at]
         elif "event" not in record:
             kept.append(record)
     return kept
@@ -150,12 +155,4 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def read_starts(path: str | Path) -> list[dict[str, Any]]:
     """What a run recorded each time it was started or continued, in order of time."""
-    starts = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line, object_pairs_hook=_numbers)
-        except json.JSONDecodeError:
-            continue
-        if record.get("event") == "start":
-            starts.append(record)
-    return starts
+    return [record for _, record in _records(path) if record.get("event") == "start"]

@@ -7,6 +7,7 @@ listens to the next one and writes down whom it misses, which all others read.
 import contextlib
 import datetime
 import os
+import signal
 import threading
 import time
 from typing import Any
@@ -122,6 +123,9 @@ class Liveness:
                 os.write(2, f"error: {self._message(lost)}\n".encode())
         else:
             time.sleep(3)  # a launcher ends all once one has ended: whoever speaks first
+        if lost in self._local and _is_alive(self._peers[lost]):
+            with contextlib.suppress(OSError):  # stopped, it would keep the launcher waiting
+                os.kill(self._peers[lost]["pid"], signal.SIGKILL)
 
     def _message(self, lost: int) -> str:
         peer = self._peers[lost]

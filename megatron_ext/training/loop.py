@@ -101,7 +101,9 @@ def _train(session: Session, data: RunData, monitor: Monitor | None, stop: StopS
             lr = learning_rate(run, session.state.iteration)
             set_learning_rate(session.optimizer, lr)
             result = session.step(batch, lambda: stop.number != 0)
-            signal = stop.agreed(float(result.asking_to_stop), session.groups.world, session.device)
+            signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
+            if session.state.iteration == last:
+                signal = 0  # it ends as planned
             if signal or _due(session.state.iteration, run.logging.log_interval, last):
                 _report(session, monitor, result, lr)
         done = session.state.iteration
@@ -110,7 +112,7 @@ def _train(session: Session, data: RunData, monitor: Monitor | None, stop: StopS
                 _validate(session, data, monitor)
             if _due(done, run.checkpoint.save_interval, last) or signal:
                 log.info("saved %s", session.save())
-        if signal and done < last:
+        if signal:
             log.info("stopped by %s after step %d; the same command goes on from there", Signals(signal).name, done)
             return signal
         if done == last:
