@@ -43,7 +43,7 @@ class Monitor:
     def __init__(self, run: RunConfig, layout: Layout, iteration: int, run_id: str) -> None:
         directory = Path(run.checkpoint.directory)
         self._run, self._layout = run, layout
-        self._file = MetricsFile(Path(run.logging.metrics_file or directory / "metrics.jsonl"))
+        self._file = MetricsFile(Path(run.logging.metrics_file or directory / "metrics.jsonl"), iteration)
         configuration = to_mapping(run)
         self._wandb = WandbRun(run.logging.wandb, run_id, directory, configuration)
         started = {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
@@ -82,6 +82,11 @@ class Monitor:
         log.info("step %d | validation loss %.4f", iteration, loss)
         self._file.write({"iteration": iteration, "validation_loss": loss, "time": time.time()})
         self._wandb.log({"validation/loss": loss}, iteration)
+
+    def skipped(self, iteration: int, first_sample: int, last_sample: int) -> None:
+        """Note a step whose samples were passed over."""
+        event = {"event": "skip", "iteration": iteration, "first_sample": first_sample, "last_sample": last_sample}
+        self._file.write({**event, "time": time.time()})
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
