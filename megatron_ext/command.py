@@ -57,7 +57,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def _said(error: OSError) -> str:
     """What the system says of a file, for people."""
     place = "an output" if error.filename is None else error.filename
-    way_out = "; make room there and start again, nothing unfinished was kept" if error.errno in _NO_ROOM else ""
+    way_out = "; make room there and start again" if error.errno in _NO_ROOM else ""
     return f"{place}: {error.strerror}{way_out}"
 
 
