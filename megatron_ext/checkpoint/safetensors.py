@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.raw_io import OutputFile, TensorPlace, memory_of, read_bytes
-from megatron_ext.checkpoint.store import TOKENIZER_FILES
 from megatron_ext.checkpoint.tensors import Prepared, TensorSink, TensorSpec
+from megatron_ext.checkpoint.tokenizer_files import TEMPLATE_FOLDERS, TOKENIZER_FILES
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import json_pairs, open_regular, read_json_object, write_text
 from megatron_ext.foreign import reading
@@ -168,7 +168,11 @@ class HuggingFaceSink(TensorSink):
     Shards are laid out from the announced shapes: headers first, then each tensor at its place as it comes.
     """
 
-    contents = ("*.safetensors", INDEX_FILE, "config.json", MANIFEST_FILE, "README.md", "*.py", *TOKENIZER_FILES)
+    contents = (
+        *("*.safetensors", INDEX_FILE, "config.json", MANIFEST_FILE, "README.md", "*.py"),
+        *TOKENIZER_FILES,
+        *TEMPLATE_FOLDERS,
+    )
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from megatron_ext.checkpoint.boxes import Box
 from megatron_ext.checkpoint.run_file import RUN_FILE as RUN_FILE
 from megatron_ext.checkpoint.run_file import read_run as read_run
 from megatron_ext.checkpoint.run_file import write_run
+from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_ext.checkpoint.torch_dist import (
     METADATA_FILE,
     ChunkRecord,
@@ -48,20 +49,6 @@ log = logging.getLogger(__name__)
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_FILE, RNG_FILE, TOKENIZER_FOLDER = "state.json", "rng.pt", "tokenizer"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-"""Files of which a tokenizer has at least one."""
-GENERATION_FILE, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
-TOKENIZER_FILES = (
-    *TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    CHAT_TEMPLATE,
-    GENERATION_FILE,
-)
-"""What is kept of a tokenizer's folder; how to stop and sample goes with it."""
 CHECKPOINT_CONTENTS = (
     METADATA_FILE,
     "*.distcp",
@@ -242,19 +229,6 @@ def _write_saved(path: Path, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_bytes(path, buffer.getbuffer())
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether `directory` holds a tokenizer that this framework reads."""
-    return any((directory / name).is_file() for name in TOKENIZERS)
-
-
-def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer's files of `source` into the folder `target`; whether they are one that is read here."""
-    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in present:
-        shutil.copyfile(source / name, target / name)
-    return has_tokenizer(target)
 
 
 def publish(partial: Path, final: Path, iteration: int, *, sync: bool = True) -> None:

@@ -20,7 +20,6 @@ from megatron_ext.conversion.write import (
     write_hugging_face,
     write_megatron,
 )
-from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
 
 
@@ -84,8 +83,6 @@ def convert(
     if to == "megatron" and hf_class is not None:
         raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
     if goes_to_hugging_face(source, to, hf_class):
-        if tokenizer is not None and Tokenizer(tokenizer).vocab_size > opened.model.vocab_size:
-            raise ConversionError(f"{tokenizer} has more tokens than the model's vocab_size, {opened.model.vocab_size}")
         architecture, why = _class_of(opened, hf_class, verify)
         written = write_hugging_face(content, architecture, why, output, check)
         return Conversion("to Hugging Face", why, architecture, opened.model, written)

@@ -19,11 +19,11 @@ from megatron_ext.checkpoint.store import (
     TOKENIZER_FOLDER,
     TrainingState,
     find_checkpoint,
-    has_tokenizer,
     read_run,
     read_state,
 )
 from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource, TensorSpec
+from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.meaning import meaning
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory

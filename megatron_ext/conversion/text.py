@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
 from megatron_ext.conversion.checkpoint_model import tokenizer_directory
 from megatron_ext.conversion.sources import is_hugging_face, read_any_model
 from megatron_ext.data.corpus import corpus_files, read_documents
 from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.preprocess import check_dataset
-from megatron_ext.data.tokenizer import FAST_FILE, MODEL_FILE, Tokenizer
+from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 
 _SENTENCES = (
@@ -98,5 +99,4 @@ def comparison_batches(
 def _own_tokenizer(checkpoint: str | Path) -> Path | None:
     if not is_hugging_face(checkpoint):
         return tokenizer_directory(checkpoint)
-    has_one = any((Path(checkpoint) / name).is_file() for name in (MODEL_FILE, FAST_FILE))
-    return Path(checkpoint) if has_one else None
+    return Path(checkpoint) if has_tokenizer(Path(checkpoint)) else None

@@ -23,6 +23,7 @@ from megatron_ext.data.corpus import Shard, corpus_files, read_shard, split_into
 from megatron_ext.data.indexed import check_index, token_dtype, write_index, write_synced
 from megatron_ext.data.parts import Part, join_lengths, join_tokens
 from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer.record import check_record, record_of
 from megatron_ext.data.workers import run_in_processes
 from megatron_ext.errors import DataError
 from megatron_ext.files import (
@@ -60,7 +61,6 @@ class _Job:
     """What every shard of one preparation has in common."""
 
     work: Path
-    tokenizer: Path
     text_key: str
     fractions: tuple[float, ...]
 
@@ -92,12 +92,12 @@ def preprocess(
     fractions = _checked_fractions(split)
     work = unfinished_place(output)
     plan = _plan(files, tokenizer, text_key, fractions)
-    job = _Job(work, tokenizer.directory, text_key, fractions)
+    job = _Job(work, text_key, fractions)
     shards = split_into_shards(files, _SHARD_BYTES)
     with exclusive_output(output, "preparing data"):
         _continue_or_restart(output, plan)
         with _writing(work):
-            _run_shards(job, shards, workers, progress)
+            _run_shards(job, tokenizer, shards, workers, progress)
             summary = _join(work, len(shards), plan, token_dtype(tokenizer.vocab_size))
         publish_directory(work / _JOINED, output, replace=force)
         remove_unfinished(work)
@@ -127,9 +127,7 @@ def _plan(files: Sequence[Path], tokenizer: Tokenizer, text_key: str, fractions:
         "sources": [
             {"path": str(p.resolve()), "bytes": p.stat().st_size, "modified": p.stat().st_mtime_ns} for p in files
         ],
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
+        **record_of(tokenizer),
         "text_key": text_key,
         "split": list(fractions),
     }
@@ -158,20 +156,22 @@ def _plan_of(work: Path) -> dict[str, Any] | None:
         return {}  # damaged: nothing there can be believed
 
 
-def _run_shards(job: _Job, shards: list[Shard], workers: int, progress: Callable[[int, int], None]) -> None:
+def _run_shards(
+    job: _Job, tokenizer: Tokenizer, shards: list[Shard], workers: int, progress: Callable[[int, int], None]
+) -> None:
     total = sum(shard.stop - shard.start for shard in shards)
     missing = [(n, shard) for n, shard in enumerate(shards) if not Part(job.work, n).is_done()]
     done = total - sum(shard.stop - shard.start for _, shard in missing)
     progress(done, total)
     if workers == 1 or len(missing) <= 1:
-        _open_tokenizer(job.tokenizer)
+        _open_tokenizer(tokenizer)
         finished = (_tokenized(job, task) for task in missing)
     else:
         finished = run_in_processes(
             partial(_tokenized, job),
             missing,
             workers,
-            start=partial(_open_tokenizer, job.tokenizer),
+            start=partial(_open_tokenizer, tokenizer),
             describe=_description,
         )
     for _, shard in finished:
@@ -187,10 +187,10 @@ def _description(task: tuple[int, Shard]) -> str:
 _tokenizer: Tokenizer | None = None
 
 
-def _open_tokenizer(directory: Path) -> None:
-    """Load the tokenizer once a process."""
+def _open_tokenizer(tokenizer: Tokenizer) -> None:
+    """Give this process the tokenizer that was loaded once: that takes seconds."""
     global _tokenizer
-    _tokenizer = Tokenizer(directory)
+    _tokenizer = tokenizer
 
 
 def _tokenized(job: _Job, task: tuple[int, Shard]) -> tuple[int, Shard]:
@@ -270,9 +270,8 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
     for path in (tokens, index, manifest_file):
         if not path.is_file():
             raise DataError(f"{prefix}: {path.name} is missing{_other_splits(prefix)}; {_PREPARE}")
-    fingerprint, vocab_size, counts = _described(manifest_file, prefix.name)
-    if fingerprint != tokenizer.fingerprint:
-        raise DataError(f"{prefix} was made with another tokenizer than {tokenizer.directory}; prepare it again")
+    vocab_size, counts = _described(manifest_file, prefix.name)
+    check_record(read_json_object(manifest_file, DataError), tokenizer, prefix)
     names = (tokens.name, index.name, MANIFEST_FILE)
     check_manifest(prefix.parent, DataError, only=[glob.escape(name) for name in names], advice=_PREPARE)
     dtype = token_dtype(vocab_size)
@@ -283,12 +282,12 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
     return counts
 
 
-def _described(manifest_file: Path, split: str) -> tuple[str, int, SplitSummary]:
-    """Fingerprint of the tokenizer, size of its vocabulary, and size of `split`, as dataset.json says them."""
+def _described(manifest_file: Path, split: str) -> tuple[int, SplitSummary]:
+    """Size of the tokenizer's vocabulary, and size of `split`, as dataset.json says them."""
     manifest = read_json_object(manifest_file, DataError)
     with reading(manifest_file, DataError, kind="what tools/preprocess.py writes", advice=_PREPARE):
         counts = {key: _count(manifest["splits"][split][key]) for key in ("documents", "tokens")}
-        return str(manifest["tokenizer"]), _count(manifest["vocab_size"]), SplitSummary(**counts)
+        return _count(manifest["vocab_size"]), SplitSummary(**counts)
 
 
 def _count(value: Any) -> int:

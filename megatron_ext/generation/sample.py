@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.hugging_face_tokenizer import load_tokenizer
 from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.sources import is_hugging_face
+from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import DataError
 
 

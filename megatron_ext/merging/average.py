@@ -14,6 +14,7 @@ from megatron_ext.checkpoint.store import TrainingState, complete_checkpoints
 from megatron_ext.config.base import config
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import copies
+from megatron_ext.conversion.one_tokenizer import require_one_tokenizer
 from megatron_ext.conversion.options import default_workers
 from megatron_ext.conversion.sources import (
     Checkpoint,
@@ -101,6 +102,7 @@ def average(options: AverageOptions, progress: Progress = lambda done, total: No
     warn_of_what_stays(opened[0])
     models = [*opened, *([base] if base else [])]
     streams = streams_of_one_shape(models)
+    require_one_tokenizer(models)
     seed = 1234 if options.seed is None else options.seed
     merged = Merged(
         options.method,

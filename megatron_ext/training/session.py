@@ -239,8 +239,8 @@ class RunData:
         self._tokenizer = Tokenizer(run.data.tokenizer)
         if self._tokenizer.vocab_size > run.model.vocab_size:
             raise DataError(
-                f"{run.data.tokenizer} has {self._tokenizer.vocab_size} tokens, more than "
-                f"model.vocab_size = {run.model.vocab_size}"
+                f"{run.data.tokenizer} makes token ids up to {self._tokenizer.vocab_size - 1}, more than "
+                f"model.vocab_size = {run.model.vocab_size}; set that to {self._tokenizer.vocab_size} or more"
             )
         data = run.data
         self._resets = None

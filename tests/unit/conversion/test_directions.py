@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from megatron_ext.architectures.base import Architecture
 from megatron_ext.checkpoint.run_file import write_run
 from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.store import STATE_FILE, require_checkpoint
-from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.checkpoint.tensors import MegatronSource, TensorSpec
 from megatron_ext.config import ModelConfig, read_yaml
 from megatron_ext.conversion.checkpoint_model import read_model
+from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.model_card import MODEL_CARD
 from megatron_ext.conversion.sources import open_checkpoint
@@ -346,8 +348,8 @@ def test_a_config_that_says_another_function_is_found(
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
     write = module.write_export
 
-    def wrong(directory: Path, architecture: object, model: ModelConfig, *rest: object, **named: object) -> None:
-        write(directory, architecture, replace(model, rotary_base=99.0), *rest, **named)  # type: ignore[arg-type]
+    def wrong(directory: Path, architecture: Architecture, content: Content, specs: dict[str, TensorSpec]) -> None:
+        write(directory, architecture, replace(content, model=replace(content.model, rotary_base=99.0)), specs)
 
     monkeypatch.setattr(module, "write_export", wrong)
     with pytest.raises(ConversionError, match=r"configuration: rotary_base is 10000\.0 in .*, 99\.0 in ") as caught:
