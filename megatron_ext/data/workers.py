@@ -78,7 +78,8 @@ def interruptible(work: Callable[[threading.Event], T]) -> T:
         return result.result()
     except BaseException:
         interrupted.set()
-        thread.join(0.5)
+        if thread.ident is not None:
+            thread.join(0.5)
         raise
 
 
