@@ -29,7 +29,7 @@ class VerifyOptions:
     """Compare logits and generated tokens too: each model is loaded in fp32, one after the other. --no-logits leaves
     that out."""
     text: str | None = None
-    """Text (.jsonl, .txt, a folder) or the prefix of a prepared dataset. Default: built-in sentences."""
+    """Text (.jsonl, .json, .txt, a folder) or the prefix of a prepared dataset. Default: built-in sentences."""
     tokenizer: str | None = None
     """Tokenizer for the text. Default: the checkpoint's own."""
     length: int = Field(default=128, ge=2)

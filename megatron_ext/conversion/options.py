@@ -45,7 +45,7 @@ class ConvertOptions:
     logits: bool = True
     """Compare logits and generated tokens too: the model is loaded in fp32. --no-logits compares weights alone."""
     text: str | None = None
-    """Text for the logits (.jsonl, .txt, a folder, the prefix of a prepared dataset). Default: built-in sentences."""
+    """Text for the logits (.jsonl, .json, .txt, a folder) or the prefix of a prepared dataset. Default: built-in."""
     tolerance: float | None = Field(default=None, gt=0)
     """Largest difference of logits that counts as equal, as a share of the largest logit. Default: 1e-5."""
     trust_remote_code: bool = False
