@@ -115,14 +115,11 @@ class Tokenizer:
         It depends on what the tokenizer does, not on how its files are written: vocabulary, merges or scores, added
         tokens, the end of documents, and `probe`.
         """
-        model = {} if self._backend is None else json.loads(self._backend.to_str())["model"]
-        merges = [_pair(merge) for merge in model.get("merges") or []]
-        scores = model["vocab"] if isinstance(model.get("vocab"), list) else []
         added = [
             (number, token.content, token.special, token.lstrip, token.rstrip, token.single_word, token.normalized)
             for number, token in sorted(self._added.items())
         ]
-        content = [sorted(self.vocabulary.items()), merges, scores, added, self.eod, self.probe]
+        content = [sorted(self.vocabulary.items()), rules_of(self._backend), added, self.eod, self.probe]
         # Whatever a vocabulary spells: byte pieces of some are no valid text.
         digest = hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass"))
         return f"ids-{digest.hexdigest()[:16]}"
@@ -154,6 +151,13 @@ class Tokenizer:
             "tokenizer_class?",
             *(what, len(different), len(texts), different[0][:40], class_name),
         )
+
+
+def rules_of(backend: tokenizers.Tokenizer | None) -> list[Any]:
+    """The merges, or the scores, by which a tokenizer cuts text, however its file writes them."""
+    model = {} if backend is None else json.loads(backend.to_str())["model"]
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else []
+    return [[_pair(merge) for merge in model.get("merges") or []], scores]
 
 
 def _marks(loaded: Any, backend: tokenizers.Tokenizer | None) -> frozenset[int]:
