@@ -19,10 +19,13 @@ def directory(tmp_path: Path) -> Path:
     return write(byte_level(), tmp_path / "t")
 
 
-def test_another_end_of_documents_is_another_tokenizer(directory: Path, tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text('{"text": "before <|endoftext|> after"}\n{"text": "ordinary"}\n')
+def test_another_end_of_documents_is_another_tokenizer(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "before <|endoftext|> <|im_end|>"}\n{"text": "<|endoftext|>"}\n')
     prefix = tmp_path / "d" / "train"
     preprocess([tmp_path / "c.jsonl"], directory, tmp_path / "d", split=(1, 0, 0))
+    assert caplog.text.count("spells out the special token '<|endoftext|>'") == 1
     counts = check_dataset(prefix, Tokenizer(directory))
     described = json.loads((tmp_path / "d" / "dataset.json").read_text())
     assert (counts.documents, described["eod"], described["eod_token"], described["vocab_size"]) == (
