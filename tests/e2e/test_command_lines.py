@@ -128,6 +128,7 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
         (["corpus.py"], ["output: is required"]),
         (["preprocess.py", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], ["nowhere.jsonl"]),
         (["tokenizer.py", "train", "nowhere.jsonl", "--output", "o"], ["nowhere.jsonl"]),
+        (["tokenizer.py", "trian", "c.jsonl"], ["tools/tokenizer.py trian: no such command; did you mean train?"]),
         (["upcycle.py", "nowhere", "target", "--num-experts", "4"], ["nowhere: neither a Hugging Face directory"]),
         (["upcycle.py", "nowhere", "target", "--num-experts", "four"], ["num_experts = 'four': must be an integer"]),
         (
