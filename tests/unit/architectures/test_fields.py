@@ -95,7 +95,11 @@ def test_old_and_new_rope_keys_are_written() -> None:
         ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob = True: transformers' class does not"),
         ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
         ("DeepseekV2ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
-        ("DeepseekV2ForCausalLM", {"num_key_value_heads": 2}, "num_key_value_heads = 2: every head"),
+        (
+            "DeepseekV2ForCausalLM",
+            {"num_key_value_heads": 2},
+            "num_key_value_heads = 2, num_attention_heads = 6: every head",
+        ),
         ("DeepseekV2ForCausalLM", {"n_shared_experts": 0}, "n_shared_experts = 0"),
         ("DeepseekV3ForCausalLM", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
         ("DeepseekV3ForCausalLM", {"rope_interleave": False}, "rope_interleave = False"),
@@ -116,7 +120,7 @@ def test_what_cannot_be_said_is_refused_by_name(hf_class: str, change: dict[str,
         ({"rope_type": "linear", "factor": 4.0, "type": "dynamic"}, "rope_parameters has another type than rope_type"),
         ({"full_attention": {"rope_type": "default"}}, "full_attention = "),
         ({"rope_type": "llama3"}, "model.rope_scaling.factor: is required"),
-        ({"rope_type": "default", "rope_theta": "x"}, "rope_theta = 'x': expected a number"),
+        ({"rope_type": "default", "rope_theta": "x"}, "rope_parameters.rope_theta = 'x': expected a number"),
     ],
 )
 def test_scalings_that_megatron_lacks_are_refused(stated: dict[str, Any], expected: str) -> None:
