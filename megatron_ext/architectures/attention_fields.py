@@ -109,12 +109,16 @@ class HeadWidth(ConfigRule):
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         width = raw.get("head_dim") or self.default
         hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
-        if width is None and isinstance(hidden, int) and isinstance(heads, int) and heads and hidden % heads:
+        if not isinstance(hidden, int) or not isinstance(heads, int) or not heads:
+            return {} if width is None else {"kv_channels": width}  # what is wrong is said of those two
+        if width is None and hidden % heads:
             width = hidden // heads
             if width < 1:
                 raise ConversionError(f"hidden_size = {hidden}, num_attention_heads = {heads}: heads without a width")
-        if self.kind == "derived" and width is not None and width * (heads or 0) != hidden:
-            raise ConversionError(f"head_dim = {width!r}: this class has hidden_size / num_attention_heads")
+        if self.kind == "derived" and width is not None and width * heads != hidden:
+            raise ConversionError(
+                f"head_dim = {width!r}, num_attention_heads = {heads}: this class has hidden_size / num_attention_heads"
+            )
         return {} if width is None else {"kv_channels": width}
 
     def lost(self, model: ModelConfig) -> list[str]:

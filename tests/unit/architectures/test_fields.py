@@ -90,7 +90,11 @@ def test_old_and_new_rope_keys_are_written() -> None:
         ("GPTNeoXForCausalLM", {"use_parallel_residual": True}, "use_parallel_residual = True"),
         ("GPTNeoXForCausalLM", {"use_parallel_residual": None}, "use_parallel_residual = None"),
         ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
-        ("OlmoeForCausalLM", {"head_dim": 16}, "head_dim = 16: this class has hidden_size / num_attention_heads"),
+        (
+            "OlmoeForCausalLM",
+            {"head_dim": 16},
+            "head_dim = 16, num_attention_heads = 6: this class has hidden_size / num",
+        ),
         ("Qwen3MoeForCausalLM", {"num_experts": 5}, "num_experts = 5, num_local_experts = 6: names of one field"),
         ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob = True: transformers' class does not"),
         ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
