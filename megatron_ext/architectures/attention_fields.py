@@ -109,10 +109,16 @@ class HeadWidth(ConfigRule):
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         width = raw.get("head_dim") or self.default
         hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
-        if width is None and isinstance(hidden, int) and isinstance(heads, int) and heads and hidden % heads:
+        if not isinstance(hidden, int) or not isinstance(heads, int) or not heads:
+            return {} if width is None else {"kv_channels": width}  # what is wrong is said of those two
+        if width is None and hidden % heads:
             width = hidden // heads
-        if self.kind == "derived" and width is not None and width * (heads or 0) != hidden:
-            raise ConversionError(f"head_dim = {width!r}: this class has hidden_size / num_attention_heads")
+            if width < 1:
+                raise ConversionError(f"hidden_size = {hidden}, num_attention_heads = {heads}: heads without a width")
+        if self.kind == "derived" and width is not None and width * heads != hidden:
+            raise ConversionError(
+                f"head_dim = {width!r}, num_attention_heads = {heads}: this class has hidden_size / num_attention_heads"
+            )
         return {} if width is None else {"kv_channels": width}
 
     def lost(self, model: ModelConfig) -> list[str]:
@@ -163,8 +169,11 @@ class NoGroups(ConfigRule):
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         stated = None if self.hf is None else raw.get(self.hf, self.default)
-        if stated is not None and stated != raw.get("num_attention_heads"):
-            raise ConversionError(f"{self.hf} = {stated!r}: every head of this class has keys and values of its own")
+        if stated is not None and stated != (heads := raw.get("num_attention_heads")):
+            raise ConversionError(
+                f"{self.hf} = {stated!r}, num_attention_heads = {heads!r}: every head of this class has keys and "
+                "values of its own"
+            )
         return {}
 
     def lost(self, model: ModelConfig) -> list[str]:
@@ -236,7 +245,7 @@ class LatentAttention(ConfigRule):
         if absent := [name for name in LATENT if name not in raw]:
             raise ConversionError(f"{', '.join(absent)}: not given")
         latent = {megatron: raw[hf] for hf, megatron in LATENT.items()}
-        epsilon = raw.get("rms_norm_eps", self.epsilon)
+        epsilon = self.epsilon if raw.get("rms_norm_eps") is None else raw["rms_norm_eps"]
         if epsilon != self.epsilon:
             latent["latent_norm_epsilon"] = self.epsilon
         return {"multi_latent_attention": latent, "layernorm_epsilon": epsilon}

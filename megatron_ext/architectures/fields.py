@@ -42,6 +42,8 @@ UNKNOWN = {
     "layer_types": "Megatron's layers are alike; take it out if all of them are full_attention",
 }
 """The way out of single fields that no table knows."""
+MOST = {"num_layers": 2_000, "num_moe_experts": 5_000}
+"""Numbers above which nothing is looked at further: each of them has tensors, whose names would fill the memory."""
 WAY_OUT = (
     "  What does not change this model can be taken out of a copy of its config.json; what does needs a field in its "
     "table (CONTRIBUTING.md, Add an architecture)."
@@ -310,8 +312,9 @@ def config_to_megatron(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any], *,
         + (f"; {UNKNOWN[name]}" if name in UNKNOWN else "")
         for name in unknown_fields(rules, raw)
     ]
+    faults += (beyond := [fault for rule in rules for fault in _beyond_reason(rule, raw)])
     fields: dict[str, Any] = {}
-    for rule in rules:
+    for rule in rules if not beyond else ():
         try:
             fields.update(rule.to_megatron(raw))
         except ConversionError as error:
@@ -324,21 +327,33 @@ def config_to_megatron(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any], *,
             return load_config(ModelConfig, fields, source=source)
         except ConfigError as error:
             faults = [_in_both_tongues(line.strip(), rules, raw) for line in str(error).splitlines()[1:]]
-    listed = "\n".join(f"  {fault}" for fault in faults)
+    listed = "\n".join(f"  {fault if len(fault) <= 1000 else f'{fault[:500]} ... {fault[-400:]}'}" for fault in faults)
     raise ConversionError(f"{source}:\n{listed}\n{WAY_OUT}")
 
 
 def _in_both_tongues(fault: str, rules: tuple[ConfigRule, ...], raw: Mapping[str, Any]) -> str:
     """A fault of a Megatron model, with the Hugging Face fields that its values come from."""
-    named = re.findall(r"\bmodel\.(\w+)", fault)
-    stated = {
-        name: raw[name]
-        for rule in rules
-        if any(megatron in rule.megatron_names() for megatron in named)
+    named = set(re.findall(r"\bmodel\.(\w+)", fault))
+    if named & {"head_dim", "rotary_width"}:
+        named |= {"kv_channels", "hidden_size", "num_attention_heads"}  # which these two follow from
+    if named & {"moe_first_k_dense", "moe_layer_freq"}:
+        named.add("num_layers")
+    statements = []
+    for rule in rules:
+        if any(megatron in rule.megatron_names() for megatron in named):
+            given = [name for name in rule.hf_names() if raw.get(name) is not None]
+            absent = [name for name in rule.hf_names() if name not in given and ("None" in fault or not given)]
+            statements += [said(name, raw[name]) for name in given] + [f"{name} is not given" for name in absent]
+    return f"{fault} ({', '.join(statements)})" if statements else fault
+
+
+def _beyond_reason(rule: ConfigRule, raw: Mapping[str, Any]) -> list[str]:
+    most = max((MOST[name] for name in rule.megatron_names() if name in MOST), default=None)
+    return [
+        f"{said(name, raw[name])}: more than {most:,}, which no model has"
         for name in rule.hf_names()
-        if raw.get(name) is not None
-    }
-    return f"{fault} ({_listed(stated)})" if stated else fault
+        if most is not None and isinstance(raw.get(name), int | float) and raw[name] > most
+    ]
 
 
 def left_behind(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any]) -> list[str]:

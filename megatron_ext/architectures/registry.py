@@ -7,6 +7,7 @@ from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.deepseek_v1 import DEEPSEEK_V1
 from megatron_ext.architectures.deepseek_v2 import DEEPSEEK_V2
 from megatron_ext.architectures.deepseek_v3 import DEEPSEEK_V3
+from megatron_ext.architectures.fields import said
 from megatron_ext.architectures.gpt2 import GPT2
 from megatron_ext.architectures.gpt_neox import GPT_NEOX
 from megatron_ext.architectures.llama import LLAMA
@@ -56,19 +57,20 @@ def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
     if stated is None:
         stated = [a.hf_class for a in ARCHITECTURES if a.model_type == raw.get("model_type")]
     if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
-        raise ConversionError(f"{source}: architectures = {stated!r}: expected a list with the name of a class")
+        raise ConversionError(f"{source}: {said('architectures', stated)}: expected a list with the name of a class")
     named = FORMER_NAMES.get(stated[0], stated[0]) if stated else None
     architecture = next((a for a in ARCHITECTURES if a.hf_class == named), None)
     if architecture is None:
+        named_so = ", ".join(said(name, raw.get(name)) for name in ("architectures", "model_type"))
         raise ConversionError(
-            f"{source}: architectures = {raw.get('architectures')!r}, model_type = {raw.get('model_type')!r}; "
-            f"supported: {_known()}. Another class takes one file (CONTRIBUTING.md, Add an architecture)"
+            f"{source}: {named_so}; supported: {_known()}. Another class takes one file (CONTRIBUTING.md, Add an "
+            "architecture)"
         )
     if (kind := raw.get("model_type", architecture.model_type)) != architecture.model_type:
         raise ConversionError(
-            f"{source}: model_type = {kind!r}, but {named} is of the type {architecture.model_type!r}; transformers "
-            f"goes by the type, others by the class. If its code is that of {named}, write the type into a copy of "
-            "config.json"
+            f"{source}: {said('model_type', kind)}, but {named} is of the type {architecture.model_type!r}; "
+            "transformers goes by the type, others by the class. If its code is that of the class, write the type "
+            "into a copy of config.json"
         )
     return architecture
 

@@ -77,26 +77,15 @@ class Rope(ConfigRule):
         scalings = [nested.scaling for nested in found.values()]
         if any(scaling != scalings[0] for scaling in scalings):
             raise ConversionError("rope_scaling and rope_parameters say different things; remove one of them")
-        theta = self._one(self.theta_name, "rope_theta", raw, {name: nested.theta for name, nested in found.items()})
+        given = {self.theta_name: raw.get(self.theta_name)}
+        theta = _one(given | {f"{name}.rope_theta": nested.theta for name, nested in found.items()})
         theta = self.theta if theta is None else theta
-        if isinstance(theta, bool) or not isinstance(theta, int | float):
-            raise ConversionError(f"{self.theta_name} = {theta!r}: expected a number")
-        partial = self._one(
-            self.partial_name, "partial_rotary_factor", raw, {name: nested.partial for name, nested in found.items()}
-        )
+        given = {self.partial_name: raw.get(self.partial_name)}
+        partial = _one(given | {f"{name}.partial_rotary_factor": nested.partial for name, nested in found.items()})
         fields: dict[str, Any] = {"rotary_base": float(theta)}
         if scalings and scalings[0] is not None:
             fields["rope_scaling"] = scalings[0]
         return fields | self._rotated_share(partial)
-
-    def _one(self, top: str, nested: str, raw: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
-        """The value that is given at the top, or in any of the nested mappings; None without one."""
-        given = {top: raw.get(top)} | {f"{place}.{nested}": value for place, value in found.items()}
-        stated = {name: value for name, value in given.items() if value is not None}
-        if any(value != next(iter(stated.values())) for value in stated.values()):
-            listed = ", ".join(said(name, value) for name, value in stated.items())
-            raise ConversionError(f"{listed}: readers differ in which they take; remove what is not meant")
-        return next(iter(stated.values()), None)
 
     def lost(self, model: ModelConfig) -> list[str]:
         kind = model.rope_scaling.kind if model.rope_scaling is not None else None
@@ -153,3 +142,15 @@ class Rope(ConfigRule):
         if "original_max_position_embeddings" in SCALINGS[kind] and "max_position_embeddings" in raw:
             scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
         return _Stated({"kind": kind, **scaling}, theta, partial)
+
+
+def _one(places: Mapping[str, Any]) -> Any:
+    """The number that is given in any of the places; None without one."""
+    stated = {name: value for name, value in places.items() if value is not None}
+    for name, value in stated.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConversionError(f"{said(name, value)}: expected a number")
+    if len(set(stated.values())) > 1:
+        listed = ", ".join(said(name, value) for name, value in stated.items())
+        raise ConversionError(f"{listed}: readers differ in which they take; remove what is not meant")
+    return next(iter(stated.values()), None)

@@ -66,19 +66,28 @@ def load_hugging_face(
 
     Modelling code inside the directory is run if the caller trusts it, or if it is byte for byte what this framework
     ships.
+
+    Raises:
+        ConversionError: its code may not be run, or transformers does not accept its config.json or weights.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM  # slow to import
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading: it ends in a moment, or is a line of noise in a log
     trusted = may_run_code(directory, trust_remote_code=trust_remote_code)
-    network = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        trust_remote_code=trusted,
-        # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
-        experts_implementation="eager",
-    )
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            trust_remote_code=trusted,
+            # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
+            experts_implementation="eager",
+        )
+    # What its configuration classes and its loading raise of a config.json that they do not accept.
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConversionError(f"{directory}: transformers does not load it: {reason[:1000]}") from error
     _round_weights(network, weights_as)
     return network.eval()
 

@@ -43,7 +43,13 @@ UNREAD = {
     "ai-sage/GigaChat-20B-A3B-instruct": "mlp_bias = False, moe_implementation = 'eager'",
     "Llama-3-ELYZA-hermes-2x8B": "attention_bias = False, mlp_bias = False",
 }
-SILENT = ("rinna/japanese-gpt-1b", "lmsys/vicuna-7b-v1.5", "llm-jp/llm-jp-3-13b", "openai-community/gpt2", "Qwen/Qwen3-8B")
+SILENT = (
+    "rinna/japanese-gpt-1b",
+    "lmsys/vicuna-7b-v1.5",
+    "llm-jp/llm-jp-3-13b",
+    "openai-community/gpt2",
+    "Qwen/Qwen3-8B",
+)
 
 
 def read(raw: dict[str, Any]) -> ModelConfig:

@@ -71,7 +71,8 @@ def test_the_result_is_measured_beside_its_parts(models: list[Path], tmp_path: P
 def test_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
     for iteration in (10, 20, 30):
         (tmp_path / checkpoint_name(iteration)).mkdir()
-        (tmp_path / checkpoint_name(iteration) / METADATA_FILE).touch()
+        for name in (METADATA_FILE, "__0_0.distcp"):
+            (tmp_path / checkpoint_name(iteration) / name).touch()
     (tmp_path / checkpoint_name(40)).mkdir()  # not complete
     found = sources_of(options([tmp_path], tmp_path / "out", last=2))
     assert [path.name for path in found] == ["iter_0000020", "iter_0000030"]
