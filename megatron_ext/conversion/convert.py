@@ -1,5 +1,6 @@
 """Converts a checkpoint: Megatron or Hugging Face to either, one process, tensor by tensor, complete or not at all."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
+from megatron_ext.conversion.finite import WatchedSource, describe
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint, warn_of_what_stays
 from megatron_ext.conversion.verify import Comparison, comparison_input
 from megatron_ext.conversion.verify import verify as compare
@@ -22,6 +24,8 @@ from megatron_ext.conversion.write import (
 )
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConversionError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def convert(
     opened = open_checkpoint(source)
     warn_of_what_stays(opened)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    content = replace(opened.content, tokenizer=own)
+    watched = WatchedSource(opened.content.stream)
+    content = replace(opened.content, tokenizer=own, stream=watched)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
     if verify is not None:
         to_hf = goes_to_hugging_face(source, to, hf_class)
@@ -80,6 +85,8 @@ def convert(
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
 
     def check(partial: Path) -> Examined | None:
+        if watched.not_finite:
+            log.warning("%s: %s: it computes nothing of use", source, describe(watched.not_finite, len(watched.specs)))
         return None if verify is None else _verified(opened, partial, Path(target), verify)
 
     if to == "megatron" and hf_class is not None:

@@ -119,6 +119,8 @@ class Comparison:
     trust_remote_code: bool = False
     generation: bool = True
     """With logits, also generate some tokens with a cache, with the second model or, if it is Megatron's, the first."""
+    first_by_megatron: bool = False
+    """Compute the first one with megatron-core's model, even if it is a Hugging Face directory."""
 
 
 def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
@@ -137,7 +139,7 @@ def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
     examined = b if is_hugging_face(b) else a
     computed, generation, why_not = [], None, ""
     for path in (a, b):
-        if not is_hugging_face(path):
+        if not is_hugging_face(path) or (how.first_by_megatron and path == a):
             computed.append(megatron_logits(path, batches, weights_as=narrow))
             continue
         network = load_hugging_face(path, trust_remote_code=how.trust_remote_code, weights_as=narrow)
@@ -173,7 +175,7 @@ def comparison_input(path: str | Path, how: Comparison) -> list[Tensor]:
     if not how.logits:
         return []
     require_memory(read_any_model(path), path)
-    if is_hugging_face(path):
+    if is_hugging_face(path) and not how.first_by_megatron:
         may_run_code(path, trust_remote_code=how.trust_remote_code)
     return comparison_batches(path, how.text, how.tokenizer, batches=how.batches, length=how.length)
 
