@@ -55,7 +55,7 @@ class LogitComparison:
     scale: float
     """Largest absolute logit of the first model."""
     argmax_agreement: float
-    """Share of positions where both models predict the same token."""
+    """Share of positions where both models predict the same token, from logits that are finite."""
     mean_kl: float
     """Mean KL divergence from the first model's distribution, in nats."""
 
@@ -250,7 +250,8 @@ def compare_logits(a: Sequence[Tensor], b: Sequence[Tensor]) -> LogitComparison:
         tokens += x.shape[:-1].numel()
         largest = max(largest, _largest_difference(x, y))
         scale = max(scale, float(x.abs().max()))
-        agree += float((x.argmax(-1) == y.argmax(-1)).sum())
+        numbers = x.isfinite().all(-1) & y.isfinite().all(-1)  # the largest of what is none would be the same one
+        agree += float(((x.argmax(-1) == y.argmax(-1)) & numbers).sum())
         log_p, log_q = F.log_softmax(x.double(), -1), F.log_softmax(y.double(), -1)
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
     return LogitComparison(tokens, largest, scale, agree / tokens, divergence / tokens)
