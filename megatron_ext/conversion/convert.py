@@ -11,6 +11,7 @@ from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
+from megatron_ext.conversion.finite import WatchedSource, describe
 from megatron_ext.conversion.recipe import Recipe, Target, recipe_path, require_recipe_place, training_recipe
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint, warn_of_what_stays
 from megatron_ext.conversion.verify import Comparison, comparison_input
@@ -82,7 +83,8 @@ def convert(
     opened = open_checkpoint(source)
     warn_of_what_stays(opened)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    content = replace(opened.content, tokenizer=own)
+    watched = WatchedSource(opened.content.stream)
+    content = replace(opened.content, tokenizer=own, stream=watched)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
     if verify is not None:
         check_checksums(opened.directory, ConversionError)
@@ -91,6 +93,8 @@ def convert(
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
 
     def check(partial: Path) -> Examined | None:
+        if watched.not_finite:
+            log.warning("%s: %s: it computes nothing of use", source, describe(watched.not_finite, len(watched.specs)))
         return None if verify is None else _verified(opened, partial, Path(target), verify)
 
     if to == "megatron" and hf_class is not None:

@@ -72,12 +72,18 @@ def load_hugging_face(
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM  # slow to import
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading: it ends in a moment, or is a line of noise in a log
+    kind: Any = AutoModelForCausalLM
     trusted = may_run_code(directory, trust_remote_code=trust_remote_code)
+    named = read_json_object(Path(directory) / "config.json", ConversionError).get("auto_map") or {}
+    if trusted and is_ours(directory) and "AutoModelForCausalLM" in named:
+        # In a process that has read such a model before, AutoModel takes that one's code, whatever `directory` holds.
+        kind = get_class_from_dynamic_module(named["AutoModelForCausalLM"], directory)
     try:
-        network = AutoModelForCausalLM.from_pretrained(
+        network = kind.from_pretrained(
             directory,
             dtype=torch.float32,
             trust_remote_code=trusted,
@@ -96,12 +102,14 @@ def may_run_code(directory: str | Path, *, trust_remote_code: bool = False) -> b
     """Whether modelling code inside `directory` may be run; ConversionError where it would have to be and may not."""
     trusted = trust_remote_code or carries_our_code(directory)
     if not trusted and "auto_map" in read_json_object(Path(directory) / "config.json", ConversionError):
-        way_out = (
-            "it is an export of ours with code of another version: tools/convert.py --refresh-code writes today's"
-            if is_ours(directory)
-            else "pass --trust-remote-code to run it"
+        refresh = (
+            "; or, as it is an export of ours, with code of another version or folders of yours in it: "
+            f"tools/convert.py {directory} --refresh-code puts this version's code there"
         )
-        raise ConversionError(f"{directory}: brings its own modelling code; {way_out}")
+        raise ConversionError(
+            f"{directory}: brings its own modelling code; pass --trust-remote-code to run it"
+            f"{refresh if is_ours(directory) else ''}"
+        )
     return trusted
 
 

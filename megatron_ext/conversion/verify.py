@@ -56,7 +56,7 @@ class LogitComparison:
     scale: float
     """Largest absolute logit of the first model."""
     argmax_agreement: float
-    """Share of positions where both models predict the same token."""
+    """Share of positions where both models predict the same token, from logits that are finite."""
     mean_kl: float
     """Mean KL divergence from the first model's distribution, in nats."""
 
@@ -120,6 +120,8 @@ class Comparison:
     trust_remote_code: bool = False
     generation: bool = True
     """With logits, also generate some tokens with a cache, with the second model or, if it is Megatron's, the first."""
+    first_by_megatron: bool = False
+    """Compute the first one with megatron-core's model, even if it is a Hugging Face directory."""
 
 
 def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
@@ -140,7 +142,7 @@ def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
     examined = b if is_hugging_face(b) else a
     computed, generation, why_not = [], None, ""
     for path in (a, b):
-        if not is_hugging_face(path):
+        if not is_hugging_face(path) or (how.first_by_megatron and path == a):
             computed.append(megatron_logits(path, batches, weights_as=narrow))
             continue
         network = load_hugging_face(path, trust_remote_code=how.trust_remote_code, weights_as=narrow)
@@ -176,7 +178,7 @@ def comparison_input(path: str | Path, how: Comparison) -> list[Tensor]:
     if not how.logits:
         return []
     require_memory(read_any_model(path), path)
-    if is_hugging_face(path):
+    if is_hugging_face(path) and not how.first_by_megatron:
         may_run_code(path, trust_remote_code=how.trust_remote_code)
     return comparison_batches(path, how.text, how.tokenizer, batches=how.batches, length=how.length)
 
@@ -251,7 +253,8 @@ def compare_logits(a: Sequence[Tensor], b: Sequence[Tensor]) -> LogitComparison:
         tokens += x.shape[:-1].numel()
         largest = max(largest, _largest_difference(x, y))
         scale = max(scale, float(x.abs().max()))
-        agree += float((x.argmax(-1) == y.argmax(-1)).sum())
+        numbers = x.isfinite().all(-1) & y.isfinite().all(-1)  # the largest of what is none would be the same one
+        agree += float(((x.argmax(-1) == y.argmax(-1)) & numbers).sum())
         log_p, log_q = F.log_softmax(x.double(), -1), F.log_softmax(y.double(), -1)
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
     return LogitComparison(tokens, largest, scale, agree / tokens, divergence / tokens)
