@@ -15,6 +15,7 @@ from megatron_ext.conversion.network import megatron_network
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
+from megatron_ext.runtime.quiet import without_loading_bars
 
 
 def megatron_logits(
@@ -75,13 +76,14 @@ def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False)
     from transformers import AutoModelForCausalLM  # slow to import
 
     trusted = may_run_code(directory, trust_remote_code=trust_remote_code)
-    network = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        trust_remote_code=trusted,
-        # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
-        experts_implementation="eager",
-    )
+    with without_loading_bars():
+        network = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            trust_remote_code=trusted,
+            # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
+            experts_implementation="eager",
+        )
     return network.eval()
 
 
