@@ -2,7 +2,7 @@
 
 import warnings
 
-from megatron_ext.runtime.quiet import quieten_loggers
+from megatron_ext.quiet import quieten_loggers
 
 __version__ = "0.1.0"
 

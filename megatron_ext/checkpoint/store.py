@@ -27,7 +27,7 @@ from megatron_ext.checkpoint.torch_dist import (
     write_metadata,
 )
 from megatron_ext.config.yaml_text import dump_yaml, read_yaml
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, named
 from megatron_ext.files import UNFINISHED
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,9 @@ def require_checkpoint(path: str | Path) -> Path:
     """`find_checkpoint`, raising CheckpointError where there is none."""
     found = find_checkpoint(path)
     if found is None:
-        raise CheckpointError(f"{path}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here")
+        raise CheckpointError(
+            f"{named(path)}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here"
+        )
     return found
 
 

@@ -15,7 +15,7 @@ from megatron_ext.conversion.network import megatron_network
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
-from megatron_ext.runtime.quiet import without_loading_bars
+from megatron_ext.quiet import without_loading_bars
 
 
 def megatron_logits(

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from megatron_ext.runtime.quiet import without_loading_bars
+from megatron_ext.quiet import without_loading_bars
 
 
 def test_known_lines_are_left_out_and_others_of_the_same_logger_shown(caplog: pytest.LogCaptureFixture) -> None:
