@@ -71,8 +71,7 @@ def _convert(o: ConvertOptions, target: str, how: "Comparison") -> "Verification
     print(f"{target}: {done.direction}, {done.written.tensors:,} tensors, {done.written.bytes / 1e6:,.1f} MB")
     print(f"architecture: {done.why}")
     if done.recipe is not None:
-        print(f"training configuration: {done.recipe}", *done.notes, sep="
-  ")
+        print(f"training configuration: {done.recipe}", *done.notes, sep="\n  ")
     return done.written.verification
 
 

@@ -32,7 +32,7 @@ from megatron_ext.checkpoint.torch_dist import (
     TorchDistWriter,
     write_metadata,
 )
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, named
 from megatron_ext.files import UNFINISHED, read_json_object, write_bytes, write_text
 from megatron_ext.foreign import reading
 from megatron_ext.manifest import (
@@ -113,7 +113,9 @@ def require_checkpoint(path: str | Path) -> Path:
     """`find_checkpoint`, raising CheckpointError where there is none."""
     found = find_checkpoint(path)
     if found is None:
-        raise CheckpointError(f"{path}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here")
+        raise CheckpointError(
+            f"{named(path)}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here"
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from megatron_ext.conversion.network import megatron_network
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
+from megatron_ext.quiet import without_loading_bars
 
 
 def megatron_logits(
@@ -73,9 +74,7 @@ def load_hugging_face(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM  # slow to import
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of loading: it ends in a moment, or is a line of noise in a log
     kind: Any = AutoModelForCausalLM
     trusted = may_run_code(directory, trust_remote_code=trust_remote_code)
     named = read_json_object(Path(directory) / "config.json", ConversionError).get("auto_map") or {}
@@ -83,13 +82,14 @@ def load_hugging_face(
         # In a process that has read such a model before, AutoModel takes that one's code, whatever `directory` holds.
         kind = get_class_from_dynamic_module(named["AutoModelForCausalLM"], directory)
     try:
-        network = kind.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            trust_remote_code=trusted,
-            # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
-            experts_implementation="eager",
-        )
+        with without_loading_bars():
+            network = kind.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                trust_remote_code=trusted,
+                # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
+                experts_implementation="eager",
+            )
     # What its configuration classes and its loading raise of a config.json that they do not accept.
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

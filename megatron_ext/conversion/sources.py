@@ -29,7 +29,7 @@ from megatron_ext.config.meaning import meaning
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import MEGATRON, check_source, copies, hf_shapes, target_specs, tasks_to_megatron
-from megatron_ext.errors import CheckpointError, ConversionError
+from megatron_ext.errors import CheckpointError, ConversionError, named
 from megatron_ext.files import read_json_object
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_hugging_face(path)
     if find_checkpoint(path) is None:
         raise ConversionError(
-            f"{path}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
+            f"{named(path)}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
         )
     model, stream = read_model(path), MegatronSource(path)
     check_source(stream, model_shapes(model), where=str(stream.directory))

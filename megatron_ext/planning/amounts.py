@@ -15,7 +15,7 @@ def flops(count: float) -> str:
 def size(count: float) -> str:
     """Bytes, such as 1.2 GB (10**9)."""
     number = _scaled(count, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)), space=" ")
-    return number if number[-1] == "B" else f"{number} bytes"
+    return number if number[-1] == "B" else f"{number}bytes"
 
 
 def duration(seconds: float) -> str:

@@ -113,7 +113,7 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["train.py", "nowhere.yaml"], ["nowhere.yaml: No such file"]),
+        (["train.py", "nowhere.yaml"], ["nowhere.yaml (= /", "/nowhere.yaml): No such file"]),
         (
             [
                 "train.py",
@@ -124,18 +124,24 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
             ],
             ["model.transformer_overrides.window_size: attention is causal, over the whole sample"],
         ),
-        (["prove.py", "nowhere.yaml"], ["nowhere.yaml: No such file"]),
+        (["prove.py", "nowhere.yaml"], ["nowhere.yaml (= /", "/nowhere.yaml): No such file"]),
         (["corpus.py"], ["output: is required"]),
         (["preprocess.py", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], ["nowhere.jsonl"]),
         (["tokenizer.py", "train", "nowhere.jsonl", "--output", "o"], ["nowhere.jsonl"]),
         (["tokenizer.py", "trian", "c.jsonl"], ["tools/tokenizer.py trian: no such command; did you mean train?"]),
-        (["upcycle.py", "nowhere", "target", "--num-experts", "4"], ["nowhere: neither a Hugging Face directory"]),
+        (
+            ["upcycle.py", "nowhere", "target", "--num-experts", "4"],
+            ["nowhere (= /", "/nowhere): neither a Hugging Face directory"],
+        ),
         (["upcycle.py", "nowhere", "target", "--num-experts", "four"], ["num_experts = 'four': must be an integer"]),
         (
             ["upcycle.py", "nowhere", "target", "--num-experts", "4", "--ratio", "0.5"],
             ["--ratio: is an option of --method"],
         ),
-        (["average.py", "nowhere", "elsewhere", "target"], ["nowhere: neither a Hugging Face directory"]),
+        (
+            ["average.py", "nowhere", "elsewhere", "target"],
+            ["nowhere (= /", "/nowhere): neither a Hugging Face directory"],
+        ),
         (["convert.py", "nowhere", "target"], ["nowhere"]),
         (["verify.py", "nowhere", "target"], ["nowhere"]),
         (["generate.py", "nowhere", "--prompts", "a"], ["nowhere"]),
