@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import ARCHITECTURES
 from megatron_ext.conversion.export import shipped_code
 from megatron_ext.conversion.figures import lines_of
-from megatron_ext.conversion.model_card import replace_verification
+from megatron_ext.conversion.model_card import MODEL_CARD, replace_verification
 from megatron_ext.conversion.sources import read_any_model
 from megatron_ext.conversion.verify import Comparison, Verification, verify
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import UNFINISHED, publish_directory, read_json_object
+from megatron_ext.manifest import read_manifest, write_manifest
 
 
 def refresh_code(directory: str | Path, how: Comparison | None = None) -> tuple[list[str], Verification | None]:
@@ -46,11 +48,19 @@ def refresh_code(directory: str | Path, how: Comparison | None = None) -> tuple[
             verification = _verified(directory, partial, how)
             replace_verification(partial, lines_of(verification))
         if changed or verification is not None:
+            _renew_manifest(partial, {*changed, MODEL_CARD})
             shutil.copymode(place, partial)
             publish_directory(partial, place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return changed, verification
+
+
+def _renew_manifest(partial: Path, touched: Collection[str]) -> None:
+    """Sum up the files that were `touched`; what the manifest says of the others stays, so that damage is found."""
+    if (before := read_manifest(partial, ConversionError)) is not None:
+        kept = {name: known for name, known in before.items() if name not in touched and (partial / name).is_file()}
+        write_manifest(partial, kept)
 
 
 def _architecture(directory: str | Path) -> Architecture:

@@ -12,6 +12,7 @@ from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.refresh import refresh_code
 from megatron_ext.conversion.verify import Comparison
 from megatron_ext.errors import ConversionError
+from megatron_ext.manifest import check_manifest
 from tests.unit.conversion.own_models import MODELS, export, tokens, write_checkpoint
 from tests.unit.conversion.test_convert_command import in_this_process
 from tools import convert as convert_tool
@@ -52,6 +53,12 @@ def test_the_code_is_this_versions_and_the_weights_the_same_file(older: Path) ->
     assert again == config
     assert [path.name for path in older.parent.iterdir() if "partial" in path.name] == []
     assert refresh_code(older)[0] == []
+    assert check_manifest(older, ConversionError, checksums=True)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (older / CODE).write_text("# old once more\n")
+    refresh_code(older)
+    with pytest.raises(ConversionError, match="model.safetensors"):
+        check_manifest(older, ConversionError, checksums=True)
 
 
 def test_it_is_compared_with_megatron_and_the_card_says_so(older: Path) -> None:
