@@ -4,7 +4,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.raw_io import OutputFile, TensorPlace, memory_of, read_bytes
-from megatron_ext.checkpoint.store import TOKENIZER_FILES
 from megatron_ext.checkpoint.tensors import Prepared, TensorSink, TensorSpec
+from megatron_ext.checkpoint.tokenizer_files import TEMPLATE_FOLDERS, TOKENIZER_FILES
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import json_pairs, open_regular, read_json_object, write_text
 from megatron_ext.foreign import reading
@@ -42,9 +42,12 @@ _NAMES = {dtype: code for code, dtype in _CODES.items()}
 
 
 class HuggingFaceSource:
-    """The weights of a Hugging Face directory, sharded or in one file."""
+    """The weights of a Hugging Face directory, sharded or in one file.
 
-    def __init__(self, directory: str | Path) -> None:
+    `repeated` are names that an index may have though no shard holds them: of tied weights, written once.
+    """
+
+    def __init__(self, directory: str | Path, repeated: Collection[str] = ()) -> None:
         self.directory = Path(directory)
         check_manifest(self.directory, ConversionError, only=(INDEX_FILE, "*.safetensors"))
         weight_map = self._read_index()
@@ -58,7 +61,7 @@ class HuggingFaceSource:
             for key, place in places.items():
                 if (other := self._places.setdefault(key, (name, place))[0]) != name:
                     raise ConversionError(f"{self.directory}: {key} is in both {other} and {name}; take it out of one")
-        if lost := sorted(set(weight_map) - set(self._places)):
+        if lost := sorted(set(weight_map) - set(self._places) - set(repeated)):
             raise ConversionError(
                 f"{self.directory / INDEX_FILE}: names tensors that no shard holds: {', '.join(lost[:10])}"
             )
@@ -168,7 +171,11 @@ class HuggingFaceSink(TensorSink):
     Shards are laid out from the announced shapes: headers first, then each tensor at its place as it comes.
     """
 
-    contents = ("*.safetensors", INDEX_FILE, "config.json", MANIFEST_FILE, "README.md", "*.py", *TOKENIZER_FILES)
+    contents = (
+        *("*.safetensors", INDEX_FILE, "config.json", MANIFEST_FILE, "README.md", "*.py"),
+        *TOKENIZER_FILES,
+        *TEMPLATE_FOLDERS,
+    )
 
     def __init__(
         self,

@@ -15,18 +15,19 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint.boxes import Box
+from megatron_ext.checkpoint.boxes import Box, Shape
 from megatron_ext.checkpoint.run_file import RUN_FILE as RUN_FILE
 from megatron_ext.checkpoint.run_file import read_run as read_run
 from megatron_ext.checkpoint.run_file import write_run
+from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_ext.checkpoint.torch_dist import (
     METADATA_FILE,
     ChunkRecord,
@@ -34,7 +35,7 @@ from megatron_ext.checkpoint.torch_dist import (
     TorchDistWriter,
     write_metadata,
 )
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, named
 from megatron_ext.files import UNFINISHED, read_json_object, write_bytes, write_text
 from megatron_ext.foreign import reading
 from megatron_ext.manifest import (
@@ -51,20 +52,6 @@ log = logging.getLogger(__name__)
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_FILE, RNG_FILE, TOKENIZER_FOLDER = "state.json", "rng.pt", "tokenizer"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-"""Files of which a tokenizer has at least one."""
-GENERATION_FILE, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
-TOKENIZER_FILES = (
-    *TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    CHAT_TEMPLATE,
-    GENERATION_FILE,
-)
-"""What is kept of a tokenizer's folder; how to stop and sample goes with it."""
 CHECKPOINT_CONTENTS = (
     METADATA_FILE,
     "*.distcp",
@@ -129,7 +116,9 @@ def require_checkpoint(path: str | Path) -> Path:
     """`find_checkpoint`, raising CheckpointError where there is none."""
     found = find_checkpoint(path)
     if found is None:
-        raise CheckpointError(f"{path}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here")
+        raise CheckpointError(
+            f"{named(path)}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here"
+        )
     return found
 
 
@@ -323,19 +312,6 @@ def _write_saved(path: Path, content: Any) -> None:
     write_bytes(path, buffer.getbuffer())
 
 
-def has_tokenizer(directory: Path) -> bool:
-    """Whether `directory` holds a tokenizer that this framework reads."""
-    return any((directory / name).is_file() for name in TOKENIZERS)
-
-
-def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer's files of `source` into the folder `target`; whether they are one that is read here."""
-    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in present:
-        shutil.copyfile(source / name, target / name)
-    return has_tokenizer(target)
-
-
 def publish(partial: Path, final: Path, iteration: int, *, sync: bool = True) -> None:
     """Give a finished checkpoint its name, with `sync` only once everything is on disk, and note it as the newest."""
     for path in (*partial.rglob("*"), partial) if sync else ():
@@ -359,6 +335,26 @@ def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
     """
     _require_whole_together(checkpoint)
     reader = TorchDistReader(checkpoint)
+    fill_boxes(reader, checkpoint, boxes)
+    reader.close()
+
+
+class BoxReader(Protocol):
+    """Stored tensors of which boxes can be read."""
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """The keys."""
+
+    def shape(self, key: str) -> Shape:
+        """Global shape of a tensor."""
+
+    def read_into(self, key: str, offset: Shape, target: torch.Tensor) -> None:
+        """Fill `target` with the box of `key` at `offset`, converting the dtype where it differs."""
+
+
+def fill_boxes(reader: BoxReader, checkpoint: Path, boxes: Sequence[Box]) -> None:
+    """`load_boxes` from whatever reads the tensors of `checkpoint`."""
     afresh = {
         box.key
         for box in boxes
@@ -380,7 +376,6 @@ def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
     with torch.no_grad():
         for box in sorted(boxes, key=lambda box: (box.key, box.offset)):
             reader.read_into(box.key, box.offset, box.data)
-    reader.close()
 
 
 def read_random_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:

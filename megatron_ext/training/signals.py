@@ -40,7 +40,7 @@ class StopSignals:
             # After a failure nothing is left to save: what comes now ends the process.
             signal.signal(number, handler)
 
-    def agreed(self, asked: float, group: dist.ProcessGroup, device: torch.device) -> int:
+    def agreed(self, asked: int, group: dist.ProcessGroup, device: torch.device) -> int:
         """The signal at which all ranks stop now, 0 for going on.
 
         Args:

@@ -43,7 +43,7 @@ class StepResult:
     """Weighted output z-loss a token, which `loss` leaves out; 0 without one."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
-    asking_to_stop: Tensor
+    asking_to_stop: int
     """How many ranks ask to stop after this step; the same on every rank."""
 
 
@@ -80,6 +80,8 @@ def train_step(
     steps.begin_step(gates)
     (loss, z_loss, stops), tokens = _run(wrapped, batch, groups, forward_only=False, asks_to_stop=asks_to_stop)
     norm = gradient_norm(optimizer)
+    # Here, where the device has just been waited for, and before it is given more to do.
+    asking_to_stop = int(stops)
     if not math.isfinite(norm):
         forget_step(wrapped)
         if not float(tokens):
@@ -95,7 +97,7 @@ def train_step(
     # After the update, so that a refused step moves neither biases nor coefficients nor scales.
     steps.end_step(gates, groups.stage)
     advance_histories(wrapped, groups.stage)
-    return StepResult(loss, tokens, z_loss, norm, stops)
+    return StepResult(loss, tokens, z_loss, norm, asking_to_stop)
 
 
 @torch.no_grad()
