@@ -9,6 +9,7 @@ from megatron_ext.checkpoint.tokenizer_files import VOCABULARIES, tokenizer_file
 from megatron_ext.conversion.sources import Checkpoint
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
+from megatron_ext.data.tokenizer.reading import rules_of
 from megatron_ext.errors import ConversionError, DataError
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ def require_one_tokenizer(checkpoints: Sequence[Checkpoint]) -> None:
             continue
         if difference is not None:
             raise ConversionError(
-                f"{first.directory} and {other.directory} have different tokenizers: {difference[0]} in the first, "
-                f"{difference[1]} in the second, so that rows of their embeddings mean different tokens; mix models of "
+                f"{first.directory} and {other.directory} have different tokenizers: {difference}. Rows of "
+                "their embeddings, or the texts they were trained on, mean different tokens; mix models of "
                 "one tokenizer. If it is the same one and a file is wrong, put the files of the right one in its place"
             )
 
@@ -51,15 +52,18 @@ def _same_files(a: Path, b: Path) -> bool:
     return ours == theirs and all((a / name).read_bytes() == (b / name).read_bytes() for name in ours)
 
 
-def _difference(a: Any, b: Any) -> tuple[str, str] | None:
+def _difference(a: Any, b: Any) -> str | None:
     """What two tokenizers mean by the same id or text, where that differs."""
     ours, theirs = a.get_vocab(), b.get_vocab()
     named = {number: token for token, number in theirs.items()}
     for token, number in sorted(ours.items(), key=lambda item: item[1]):
         if number in named and named[number] != token:
-            return f"token {number} is {token!r}", f"{named[number]!r}"
+            return f"token {number} is {token!r} in the first, {named[number]!r} in the second"
         if token in theirs and theirs[token] != number:
-            return f"{token!r} is token {number}", f"token {theirs[token]}"
+            return f"{token!r} is token {number} in the first, {theirs[token]} in the second"
+    backends = [getattr(one, "backend_tokenizer", None) for one in (a, b)]
+    if None not in backends and rules_of(backends[0]) != rules_of(backends[1]):
+        return "the tokens are the same, but not the merges or scores by which text is cut into them"
     added = {token.content for one in (a, b) for token in one.added_tokens_decoder.values()}
     for text in (text for text in HARD_TEXTS if not any(token in text for token in added)):
         ids = [
@@ -67,5 +71,5 @@ def _difference(a: Any, b: Any) -> tuple[str, str] | None:
             for one in (a, b)
         ]
         if ids[0] != ids[1]:
-            return f"{text[:30]!r} is {ids[0][:8]}", f"{ids[1][:8]}"
+            return f"{text[:30]!r} is {ids[0][:8]} in the first, {ids[1][:8]} in the second"
     return None

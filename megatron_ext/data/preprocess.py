@@ -7,6 +7,7 @@ not depend on order or number of processes, and copies of a document never stand
 import glob
 import hashlib
 import json
+import logging
 import math
 import shutil
 import sys
@@ -39,6 +40,8 @@ from megatron_ext.foreign import reading
 from megatron_ext.locks import exclusive_output
 from megatron_ext.manifest import MANIFEST_FILE as SUMS_FILE
 from megatron_ext.manifest import FileSum, check_manifest, write_manifest
+
+log = logging.getLogger(__name__)
 
 MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
@@ -205,10 +208,24 @@ def _tokenize_shard(job: _Job, number: int, shard: Shard) -> None:
     tokenizer, dtype = _tokenizer, token_dtype(_tokenizer.vocab_size)
     documents = (
         (_split_of(text, job.fractions), np.array([*tokenizer.encode(text), tokenizer.eod], dtype=dtype))
-        for text in read_shard(shard, job.text_key)
+        for text in _said_of(read_shard(shard, job.text_key), tokenizer, job.work)
         if text
     )
     Part(job.work, number).write(documents, SPLITS)
+
+
+def _said_of(texts: Iterator[str], tokenizer: Tokenizer, work: Path) -> Iterator[str]:
+    """The texts; that one spells out a special token is said once, by whichever process meets it first."""
+    said = work / "spelt"
+    for text in texts:
+        if not said.exists() and (mark := tokenizer.spells(text)):
+            said.touch()
+            log.warning(
+                "a document spells out the special token %r: in documents that is text, not the token itself. A corpus "
+                "of conversations needs them as tokens; plain text does not",
+                mark,
+            )
+        yield text
 
 
 def _split_of(text: str, fractions: tuple[float, ...]) -> str:

@@ -1,6 +1,7 @@
 """The tokenizer of a folder as transformers loads it, and what is wrong where it does not."""
 
 import logging
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     """
     directory = Path(directory)
     _check_files(directory)
+    # Processes here read a text each; threads would warn wherever a process that reads data ahead is forked.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer  # slow to import
 
     with reading(directory, DataError, kind="a tokenizer", advice=_way_out(directory)):

@@ -21,9 +21,12 @@ def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
 def sentencepiece_of(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
     """The SentencePiece model of those bytes; raises DataError where they are none, calling them `name`."""
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{name}: not a SentencePiece model{_instead(model)}") from error
+    if pieces.get_piece_size() == 0:
+        raise DataError(f"{name}: not a SentencePiece model{_instead(model)}")
+    return pieces
 
 
 def _instead(model: bytes) -> str:

@@ -14,7 +14,7 @@ from tests.workspace import WORDS
 LINES = [f"{' '.join(WORDS[n % 7 : n % 7 + 9])} {n}, user assistant\n日本語 {n}" for n in range(60)]
 
 
-def byte_level(size: int = 400) -> Tokenizer:
+def byte_level(size: int = 350) -> Tokenizer:
     """As GPT-2, Llama 3 and Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
