@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ class DirectoryLock:
             self.drop()
             raise MegatronExtError(self._refusal(owner, reachable=False))
         self._owns = True
-        self._write(json.dumps({"purpose": self.purpose, **_this_process()}) + "\n")
+        self._write(json.dumps({"purpose": self.purpose, **_this_process(), "inode": self._inode()}) + "\n")
 
     def share(self) -> None:
         """Let the processes that write together hold it: one acquires, then all of them share.
@@ -114,12 +115,17 @@ class DirectoryLock:
             return False
 
     def _read(self) -> dict[str, Any]:
-        """The owner written in the file; empty where there is none, or not yet."""
+        """The owner written in the file; empty where there is none, or not yet, or the file is a copy."""
         try:
             owner = json.loads(os.pread(self._descriptor, 1 << 16, 0))
         except (OSError, ValueError):
             return {}
-        return owner if isinstance(owner, dict) else {}
+        if not isinstance(owner, dict) or owner.get("inode", self._inode()) != self._inode():
+            return {}
+        return owner
+
+    def _inode(self) -> int:
+        return os.fstat(self._descriptor).st_ino
 
     def _write(self, text: str) -> None:
         try:
@@ -176,8 +182,14 @@ def exclusive_output(target: str | Path, purpose: str) -> Iterator[DirectoryLock
 
 @contextlib.contextmanager
 def joined(directory: str | Path, purpose: str) -> Iterator[None]:
-    """Hold the lock of `directory` together with the process of the same run that took it and shares it."""
+    """Hold the lock of `directory` together with the process of the same run that took it and shares it.
+
+    Where its lock file cannot be seen (another host's own disk) there is nothing to hold.
+    """
     file = Path(directory).resolve() / LOCK_FILE
+    if not file.is_file():
+        yield
+        return
     lock = DirectoryLock(Path(directory), file, purpose)
     lock.share()
     _held[file] = lock
@@ -213,18 +225,18 @@ def _taken(directory: Path, file: Path, purpose: str) -> Iterator[DirectoryLock]
 
 def _this_process() -> dict[str, Any]:
     return {
-        **_identity(os.getpid()),
+        **process_identity(os.getpid()),
         # torchrun's ranks end with it; a process without a launcher has nobody to end with.
-        "launcher": _identity(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None,
+        "launcher": process_identity(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None,
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "job": _job(),
         "command": shlex.join(sys.argv)[:1000],
     }
 
 
-def _identity(pid: int) -> dict[str, Any]:
+def process_identity(pid: int) -> dict[str, Any]:
     """A process of this host, told apart from a later one of the same number by when it started."""
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _start_of(pid)}
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": start_of_process(pid)}
 
 
 def _boot() -> str | None:
@@ -238,12 +250,16 @@ def _boot() -> str | None:
 def _job() -> str | None:
     """The job whose processes never overlap: what starts under its name again, starts after the end of the last."""
     if job := os.environ.get("SLURM_JOB_ID"):
-        return f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')} {job}"
+        return f"{_job_kind()} {job}"
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if run == "none" else f"torchrun {run}"
 
 
-def _start_of(pid: int) -> str | None:
+def _job_kind() -> str:
+    return f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')}"
+
+
+def start_of_process(pid: int) -> str | None:
     """When the process `pid` of this host started, in clock ticks since boot; None if it is gone."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -265,12 +281,27 @@ def _is_dead(owner: dict[str, Any] | None) -> bool:
     pid = owner.get("pid")
     if not isinstance(pid, int) or not Path("/proc/self/stat").exists():
         return False
-    return _start_of(pid) != owner.get("started")
+    return start_of_process(pid) != owner.get("started")
 
 
 def _is_ours_to_take(owner: dict[str, Any]) -> bool:
     """Whether `owner`, who has no kernel lock here, is surely gone."""
-    return _is_this_host(owner) or (owner.get("job") is not None and owner["job"] == _job())
+    job = owner.get("job")
+    return _is_this_host(owner) or (job is not None and (job == _job() or _is_over(str(job))))
+
+
+def _is_over(job: str) -> bool:
+    """Whether Slurm, asked about the job, knows none of that number that is still there."""
+    kind, _, number = job.rpartition(" ")
+    if kind != _job_kind() or not number.isdecimal():
+        return False
+    try:
+        answer = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={number}", "--format=%T"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "Invalid job id" in answer.stderr or (answer.returncode == 0 and not answer.stdout.strip())
 
 
 def _after_fork() -> None:
@@ -280,11 +311,12 @@ def _after_fork() -> None:
     _held.clear()
 
 
-def _at_exit() -> None:
+def release_all() -> None:
+    """Let go of every lock; for a process that ends without Python's own exit."""
     for lock in list(_held.values()):
         lock.release()
     _held.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_at_exit)
+atexit.register(release_all)

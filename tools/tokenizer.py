@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_ext.command import parse_command, run_command
+from megatron_ext.command import ending_on_sigterm, parse_command, run_command
 from megatron_ext.config.base import config
 from megatron_ext.config.load import fields_of
 from megatron_ext.errors import ConfigError
@@ -29,7 +29,7 @@ class TrainOptions:
     """Options of `train`."""
 
     inputs: list[str] = Field(min_length=1)
-    """Text to train on: .jsonl, .txt or folders of them."""
+    """Text to train on: .jsonl, .json, .txt, these as .gz, or folders of them."""
     output: str
     """Directory to write: the SentencePiece model, and a Hugging Face fast tokenizer that encodes alike."""
     vocab_size: int = Field(default=32000, ge=300)
@@ -51,7 +51,7 @@ class ExportOptions:
     output: str
     """Directory to write."""
     text: list[str] = Field(default_factory=list)
-    """More text to prove it on (.jsonl, .txt or folders of them): the first 500 documents."""
+    """More text to prove it on (as for train): the first 500 documents."""
     force: bool = False
     """Replace an existing output."""
 
@@ -78,14 +78,16 @@ def main() -> None:
         from megatron_ext.data.tokenizer import train_tokenizer
 
         limits = {"text_key": o.text_key, "max_lines": o.max_lines, "threads": os.cpu_count() or 1}
-        tokenizer = train_tokenizer(o.inputs, o.output, o.vocab_size, force=o.force, **limits)
+        with ending_on_sigterm():
+            tokenizer = train_tokenizer(o.inputs, o.output, o.vocab_size, force=o.force, **limits)
     else:
         e = parse_command(ExportOptions, __doc__, positional=["model"], argv=arguments)
         from megatron_ext.data.corpus import corpus_files, read_documents
         from megatron_ext.data.tokenizer import write_tokenizer
 
         texts = itertools.islice(read_documents(corpus_files(e.text)), _PROOF_TEXTS) if e.text else []
-        tokenizer = write_tokenizer(Path(e.model).read_bytes(), e.output, texts, force=e.force)
+        with ending_on_sigterm():
+            tokenizer = write_tokenizer(Path(e.model).read_bytes(), e.output, texts, force=e.force)
     print(f"{tokenizer.directory}: {tokenizer.vocab_size} tokens, end of document is {tokenizer.eod}")
 
 

@@ -22,5 +22,6 @@ TANUKI = Architecture(
     other=moe_only,
     stacked=mixtral.MIXTRAL.stacked,
     aliases=mixtral.MIXTRAL.aliases,
+    reads_like="mixtral",
     remote="weblab-GENIAC/Tanuki-8x8B-dpo-v1.0",
 )

@@ -42,17 +42,17 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     check_manifest(checkpoint, CheckpointError, only=(RUN_FILE,), checksums=True)
     with reading(path, CheckpointError):
         text = path.read_text(encoding="utf-8")
-    content = parse_yaml(text, source=str(path))
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a mapping of keys, found {type(content).__name__}; was it cut?")
-    if text.startswith("#"):
+    if checked := text.startswith("#"):
         stated = _CHECKSUM.match(text)
         if stated is None or int(stated[1], 16) != zlib.crc32(text[stated.end() :].encode()):
             raise CheckpointError(
                 f"{path}: was changed or cut after it was written; take it from a copy of the checkpoint, or, where a "
                 "change is meant, remove its first line"
             )
-    elif lacking := _lacking(text, content):
+    content = parse_yaml(text, source=str(path))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a mapping of keys, found {type(content).__name__}; was it cut?")
+    if not checked and (lacking := _lacking(text, content)):
         raise CheckpointError(f"{path}: ends before {lacking}: a part of it is missing; take it from a copy")
     return content
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,9 +42,12 @@ _NAMES = {dtype: code for code, dtype in _CODES.items()}
 
 
 class HuggingFaceSource:
-    """The weights of a Hugging Face directory, sharded or in one file."""
+    """The weights of a Hugging Face directory, sharded or in one file.
 
-    def __init__(self, directory: str | Path) -> None:
+    `repeated` are names that an index may have though no shard holds them: of tied weights, written once.
+    """
+
+    def __init__(self, directory: str | Path, repeated: Collection[str] = ()) -> None:
         self.directory = Path(directory)
         check_manifest(self.directory, ConversionError, only=(INDEX_FILE, "*.safetensors"))
         weight_map = self._read_index()
@@ -58,7 +61,7 @@ class HuggingFaceSource:
             for key, place in places.items():
                 if (other := self._places.setdefault(key, (name, place))[0]) != name:
                     raise ConversionError(f"{self.directory}: {key} is in both {other} and {name}; take it out of one")
-        if lost := sorted(set(weight_map) - set(self._places)):
+        if lost := sorted(set(weight_map) - set(self._places) - set(repeated)):
             raise ConversionError(
                 f"{self.directory / INDEX_FILE}: names tensors that no shard holds: {', '.join(lost[:10])}"
             )

@@ -21,6 +21,9 @@ class TrainConfig:
     """Sequences a forward pass on one data-parallel rank."""
     seed: int = Field(default=1234, ge=0, lt=2**31)
     """Seeds initial weights (by parameter name, so any layout starts alike), data order and dropout."""
+    skip_steps: list[list[int]] = Field(default_factory=list)
+    """Ranges [first, last] of steps that are passed over: nothing is computed, their samples count as consumed and the
+    schedule goes on. The way past bad batches after going back to a checkpoint before them: [[1200, 1250]]."""
     eval_interval: int | None = Field(default=None, ge=1)
     """Steps between validations. Unset: none. The last step is always validated when this is set."""
     eval_iters: int = Field(default=10, ge=1)
@@ -134,8 +137,12 @@ class WsdSchedule:
     """Steps from 0 to the peak."""
     wsd_decay_iters: int = Field(ge=1)
     """Length of the final decay, ending at train.train_iters."""
-    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
-    """Shape of the final decay."""
+    decay_style: Literal["linear", "cosine", "geometric", "exponential_megatron", "minus_sqrt", "exponential"] = (
+        "minus_sqrt"
+    )
+    """Shape of the final decay over its share x: geometric divides the rate by the same factor at each step, to reach
+    min_lr, lr * (min_lr / lr)**x; exponential_megatron is Megatron-LM's `exponential`, min_lr + (lr - min_lr) *
+    (2 * 0.5**x - 1). `exponential` alone is refused: it has meant both."""
     min_lr: float = Field(default=0.0, ge=0)
     """Final learning rate."""
 

@@ -1,5 +1,6 @@
 """The README.md of a Hugging Face export: what the model is, how it was trained, how it loads, what was verified."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,11 +93,24 @@ def _code_note(architecture: Architecture) -> str:
     )
 
 
-def _verified(figures: Sequence[str] | None) -> str:
+def _verified(figures: Sequence[str] | None, other: str = "the model it was made of, before it was published") -> str:
     if figures is None:
         return "## Verification\n\nNot compared with the model it was made of."
     lines = "\n".join(figures)
-    return f"## Verification\n\nCompared with the model it was made of, before it was published:\n\n```\n{lines}\n```"
+    return f"## Verification\n\nCompared with {other}:\n\n```\n{lines}\n```"
+
+
+def replace_verification(directory: Path, figures: Sequence[str]) -> None:
+    """Put newer figures into the card of `directory`, if it has one of ours; the file is replaced, not written into."""
+    card = directory / MODEL_CARD
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    after = re.sub(r"^## Verification\n.*?(?=^## |^Exported by |\Z)", "", before, flags=re.M | re.S)
+    start = re.search(r"^## Verification$", before, flags=re.M)
+    if start is not None:
+        card.unlink()
+        at = start.start()
+        section = _verified(figures, "megatron-core's model of the same weights, when its modelling code was renewed")
+        card.write_text(f"{after[:at]}{section}\n\n{after[at:]}", encoding="utf-8")
 
 
 def _training(content: Content) -> str:

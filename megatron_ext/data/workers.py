@@ -1,4 +1,4 @@
-"""Processes that share work: none outlives the command, and the death of one ends it with a message."""
+"""Processes and threads that work for a command: none outlives it, and the death of one ends it with a message."""
 
 import multiprocessing
 import os
@@ -6,6 +6,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -52,6 +53,34 @@ def run_in_processes(
             worker.process.terminate()
         for worker in workers:
             worker.end()
+
+
+def interruptible(work: Callable[[threading.Event], T]) -> T:
+    """Do `work`, deaf to signals while a library is at it, on a thread: Ctrl-C and SIGTERM end the wait at once.
+
+    Args:
+        work: given an event that is set then. It must not come back from the library into Python after that, where the
+            interpreter may be ending; the thread itself ends with the process.
+    """
+    interrupted, result = threading.Event(), Future[T]()
+
+    def run() -> None:
+        try:
+            result.set_result(work(interrupted))
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    try:
+        thread.start()
+        while thread.is_alive():  # a signal that the system gives to another thread wakes nobody
+            thread.join(0.1)
+        return result.result()
+    except BaseException:
+        interrupted.set()
+        if thread.ident is not None:
+            thread.join(0.5)
+        raise
 
 
 class _Worker(Generic[T]):

@@ -134,7 +134,9 @@ def assert_all_end(processes: list[psutil.Process]) -> None:
 
 def test_two_at_once_and_sigterm(place: Path, tmp_path: Path) -> None:
     with preparing(place, tmp_path / "d") as (process, others):
+        process.send_signal(signal.SIGSTOP)  # or it might be done before the second one has started
         second = command(*arguments(place, tmp_path / "d")[1:])
+        process.send_signal(signal.SIGCONT)
         assert second.returncode == 2
         assert "is being written by preparing data on" in second.stderr
         assert f"process {process.pid}" in second.stderr
@@ -144,6 +146,20 @@ def test_two_at_once_and_sigterm(place: Path, tmp_path: Path) -> None:
         assert process.returncode == 143
         assert_all_end(others)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.partial"]
+
+
+def test_sigterm_to_the_training_of_a_tokenizer(place: Path, tmp_path: Path) -> None:
+    """SentencePiece hears no signals, and trains on this for a minute."""
+    options = ("train", place / "large.jsonl", "--output", tmp_path / "t", "--vocab-size", 600)
+    call = [sys.executable, *map(str, (TOOLS / "tokenizer.py", *options))]
+    process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.02)
+    time.sleep(1)
+    process.terminate()
+    assert process.communicate()[1] == "terminated\n"
+    assert process.returncode == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_processes(place: Path, tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """Two processes never write one directory: the second is told who the first is; the dead hold nothing."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ with {lock}(sys.argv[1], "testing") as lock:
 """
 
 
-@contextmanager
+@contextlib.contextmanager
 def holder(directory: Path, lock: str = "exclusive", *, share: bool = False) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock until its input ends."""
     code = HOLD.format(lock=lock, share=share)
@@ -141,6 +141,39 @@ def test_an_owner_whose_lock_the_kernel_does_not_show(
     with pytest.raises(MegatronExtError, match=way_out), exclusive(tmp_path, "testing"):
         pass
     assert file.is_file()
+
+
+def test_a_copied_lock_file_is_no_lock(tmp_path: Path) -> None:
+    owner = {"host": "elsewhere", "boot": "other", "pid": 5, "inode": tmp_path.stat().st_ino}
+    (tmp_path / LOCK_FILE).write_text(json.dumps(owner))
+    with exclusive(tmp_path, "testing"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_over"),
+    [
+        ("exit 0", True),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("echo RUNNING", False),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", False),
+    ],
+    ids=["ended", "forgotten", "running", "no answer"],
+)
+def test_slurm_is_asked_about_an_owner_of_another_job(
+    answer: str, is_over: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(f'#!/bin/sh\ntest "$2" = --jobs=7 || exit 9\n{answer}\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "big")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    (tmp_path / LOCK_FILE).write_text(json.dumps({"host": "elsewhere", "boot": "other", "job": "slurm big 7"}))
+    refusal = contextlib.nullcontext() if is_over else pytest.raises(MegatronExtError, match="start again")
+    with refusal, exclusive(tmp_path, "testing"):
+        pass
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\xff\xff", b"[1]", b"{}", b'{"pid": "x"}'])

@@ -36,6 +36,14 @@ def _micro_divides_global(global_batch: int, micro: int) -> str | None:
     return "the global batch must be a multiple of the micro-batch" if global_batch % micro else None
 
 
+@rule("train.skip_steps", "train.train_iters")
+def _skips_are_ranges(skips: list[list[int]], iters: int) -> str | None:
+    for skip in skips:
+        if len(skip) != 2 or not 1 <= skip[0] <= skip[1] <= iters:
+            return f"{skip} is no range [first, last] of steps of this run"
+    return None
+
+
 @rule("train.eval_interval", given=("data.validation",))
 def _eval_needs_data(interval: int | None, validation: list[Any]) -> str | None:
     return "validation needs data.validation" if interval and not validation else None
@@ -62,8 +70,18 @@ def _floor_below_peak(floor: float, peak: float) -> str | None:
 
 
 @rule("schedule.decay_style", "schedule.min_lr")
-def _exponential_needs_floor(style: str, floor: float) -> str | None:
-    return "an exponential decay never reaches 0; set min_lr" if style == "exponential" and floor == 0 else None
+def _geometric_needs_floor(style: str, floor: float) -> str | None:
+    return "a geometric decay never reaches 0; set min_lr" if style == "geometric" and floor == 0 else None
+
+
+@rule("schedule.decay_style")
+def _exponential_has_two_meanings(style: str) -> str | None:
+    if style != "exponential":
+        return None
+    return (
+        "geometric is what this name meant here until now (the rate falls by the same factor at each step), "
+        "exponential_megatron what it means in Megatron-LM; set one of them"
+    )
 
 
 @rule("recompute.granularity", "recompute.num_layers", given=("model.num_layers", PP, VPP))

@@ -3,6 +3,7 @@
 import io
 import itertools
 import random
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import sentencepiece
 from megatron_ext.data.corpus import corpus_files, read_documents
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
 from megatron_ext.data.tokenizer.reading import Tokenizer
+from megatron_ext.data.workers import interruptible
 from megatron_ext.errors import DataError
 from megatron_ext.files import output_place
 from megatron_ext.locks import exclusive_output
@@ -18,6 +20,26 @@ from megatron_ext.locks import exclusive_output
 _UNK, _BOS, _EOS, _PAD = range(4)
 _LONGEST_LINE = 4000
 _PROOF_TEXTS = 500
+
+
+_SETTINGS = {
+    "model_type": "unigram",
+    "byte_fallback": True,
+    "character_coverage": 0.9995,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "user_defined_symbols": ["\n"],
+    # The letters of "</s>" and "<0x0A>": spelt out in a text they must have a reading as plain characters.
+    "required_chars": "<>/0123456789ABCDEFxsunkpad",
+    "unk_id": _UNK,
+    "bos_id": _BOS,
+    "eos_id": _EOS,
+    "pad_id": _PAD,
+    "minloglevel": 2,
+}
 
 
 def train_sentencepiece(
@@ -35,29 +57,18 @@ def train_sentencepiece(
     """
     model = io.BytesIO()
     lines = _sample_lines(documents, max_lines, seed)
-    try:
+
+    def train(interrupted: threading.Event) -> None:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=itertools.takewhile(lambda _: not interrupted.is_set(), lines),
             model_writer=model,
             vocab_size=vocab_size,
-            model_type="unigram",
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            user_defined_symbols=["\n"],
-            # The letters of "</s>" and "<0x0A>": spelt out in a text they must have a reading as plain characters.
-            required_chars="<>/0123456789ABCDEFxsunkpad",
-            unk_id=_UNK,
-            bos_id=_BOS,
-            eos_id=_EOS,
-            pad_id=_PAD,
+            **_SETTINGS,
             num_threads=threads,
-            minloglevel=2,
         )
+
+    try:
+        interruptible(train)
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1]
         raise DataError(f"SentencePiece could not train {vocab_size} pieces on {len(lines)} lines: {reason}") from error

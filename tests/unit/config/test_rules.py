@@ -21,6 +21,8 @@ def fp8(recipe: str, **fields: Any) -> dict[str, Any]:
 
 VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": {"num_query_groups": 3}}, ["model.num_attention_heads = 4", "model.num_query_groups = 3"]),
+    ({"train": {"skip_steps": [[3, 2]]}}, ["train.skip_steps = [[3, 2]]", "[3, 2] is no range [first, last]"]),
+    ({"train": {"skip_steps": [[1, 2, 3]]}}, ["[1, 2, 3] is no range [first, last]"]),
     ({"model": {"hidden_size": 66}}, ["model.hidden_size = 66", "kv_channels"]),
     ({"model": {"kv_channels": 7}}, ["model.rotary_width = 7", "model.head_dim = 7", "even"]),
     ({"model": {"rotary_percent": 0.2}}, ["model.rotary_width = 3", "model.rotary_percent = 0.2"]),
@@ -204,7 +206,11 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"schedule": {"warmup_iters": 50, "decay_iters": 50}}, ["end after the warmup"]),
     ({"schedule": {"kind": "wsd", "warmup_iters": 60, "wsd_decay_iters": 60}}, ["longer than the run"]),
     ({"schedule": {"min_lr": 0.1}}, ["schedule.min_lr = 0.1", "optimizer.lr = 0.001"]),
-    ({"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "exponential"}}, ["set min_lr"]),
+    ({"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "geometric"}}, ["set min_lr"]),
+    (
+        {"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "exponential", "min_lr": 1e-5}},
+        ["schedule.decay_style = 'exponential': geometric is what this name meant here", "set one of them"],
+    ),
     ({"recompute": {"granularity": "full", "num_layers": 5}}, ["only 4 layers"]),
     (
         {"precision": {"kind": "fp8", "margin": 1}},

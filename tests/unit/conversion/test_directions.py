@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from megatron_ext.config import ModelConfig, read_yaml
 from megatron_ext.conversion.checkpoint_model import read_model
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.convert import convert
+from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.model_card import MODEL_CARD
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.conversion.verify import Comparison, compare_weights
@@ -199,6 +201,25 @@ def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) ->
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, tmp_path / "hf/model.safetensors")
     with pytest.raises(ConversionError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
         convert(tmp_path / "hf", tmp_path / "other")
+
+
+def test_an_index_may_name_a_tied_output_layer_that_no_shard_holds(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf", shard_bytes=20_000)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert(tmp_path / "hf", tmp_path / "back")
+    edit_config(tmp_path / "hf", tie_word_embeddings=False)
+    with pytest.raises(ConversionError, match=r"names tensors that no shard holds: lm_head\.weight"):
+        convert(tmp_path / "hf", tmp_path / "other")
+
+
+@pytest.mark.parametrize("change", [{"initializer_range": 7.0}, {"use_cache": "yes"}, {"pad_token_id": "x"}])
+def test_what_transformers_does_not_accept_is_one_message(change: dict[str, Any], tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf")
+    edit_config(tmp_path / "hf", **change)
+    with pytest.raises(ConversionError, match=f"hf: transformers does not load it: .*{next(iter(change))}"):
+        load_hugging_face(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("stated", [[2, 7], [5, 7], 5])

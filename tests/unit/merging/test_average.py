@@ -17,8 +17,9 @@ from megatron_ext.conversion.sources import EMBEDDING, open_checkpoint
 from megatron_ext.conversion.verify import compare_weights
 from megatron_ext.errors import ConfigError, ConversionError
 from megatron_ext.merging import average as average_module
-from megatron_ext.merging.average import AverageOptions, average, sources_of
+from megatron_ext.merging.average import average, sources_of
 from megatron_ext.merging.merge import Dare, Ema, Linear, TaskArithmetic, Ties
+from megatron_ext.merging.options import AverageOptions
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.conversion.test_convert import write_checkpoint
 
@@ -70,7 +71,8 @@ def test_the_result_is_measured_beside_its_parts(models: list[Path], tmp_path: P
 def test_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
     for iteration in (10, 20, 30):
         (tmp_path / checkpoint_name(iteration)).mkdir()
-        (tmp_path / checkpoint_name(iteration) / METADATA_FILE).touch()
+        for name in (METADATA_FILE, "__0_0.distcp"):
+            (tmp_path / checkpoint_name(iteration) / name).touch()
     (tmp_path / checkpoint_name(40)).mkdir()  # not complete
     found = sources_of(options([tmp_path], tmp_path / "out", last=2))
     assert [path.name for path in found] == ["iter_0000020", "iter_0000030"]

@@ -328,15 +328,20 @@ def test_the_training_configuration_is_the_dense_models_run(
     settings: dict[str, Any], expected: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = write_checkpoint(tmp_path / "dense", DENSE, run={**RUN, **settings})
-    upcycle(make_plan(options(source, tmp_path / "moe", logits=False)))
+    made = upcycle(make_plan(options(source, tmp_path / "moe", logits=False)))
     text = (tmp_path / "moe.yaml").read_text()
     run = read_yaml(tmp_path / "moe.yaml")
     assert {name: run[name] for name in expected} == expected
-    assert run["train"] == RUN["train"]
+    # The data is what the dense model has seen: in its order it would be read again.
+    assert run["train"] == {**RUN["train"], "seed": 1005}
+    assert made.notes == [
+        "train.seed is 1005: with the source's, 5, the same samples would be read again from the first"
+    ]
+    assert "# train.seed is 1005" in text
     assert run["optimizer"]["lr"] == 4e-4
     assert run["schedule"] == {"kind": "cosine", "warmup_iters": 5, "min_lr": pytest.approx(4e-5)}
     changed = "parallel" in settings
-    assert ("# The dense model's run has {'tensor_model_parallel_size': 2}" in text) == changed
+    assert ("# The source's run has {'tensor_model_parallel_size': 2}" in text) == changed
     assert ("the training configuration changes parallel" in caplog.text) == changed
 
 
