@@ -326,16 +326,20 @@ def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
     assert "steps" not in card
 
 
-def test_a_card_shows_no_loading_that_would_fail(tmp_path: Path) -> None:
+def test_an_export_whose_code_is_elsewhere_says_where(tmp_path: Path) -> None:
     every = {"moe_first_k_dense": 0, "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": None}
     source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True, **every))
     convert(source, tmp_path / "hf", hf_class="TanukiForCausalLM")
     card = (tmp_path / "hf" / MODEL_CARD).read_text()
-    assert "from_pretrained" not in card
-    assert "its code is to be had with [weblab-GENIAC/Tanuki-8x8B-dpo-v1.0]" in card
-    # As the card says: transformers knows neither the class nor where its code is.
-    with pytest.raises(ValueError, match="Tanuki"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    repository = "weblab-GENIAC/Tanuki-8x8B-dpo-v1.0"
+    assert f"Its modelling code is in [{repository}](https://huggingface.co/{repository})" in card
+    assert "trust_remote_code=True" in card
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": f"{repository}--configuration_tanuki.TanukiConfig",
+        "AutoModelForCausalLM": f"{repository}--modeling_tanuki.TanukiForCausalLM",
+    }
+    with pytest.raises(ConversionError, match="brings its own modelling code; pass --trust-remote-code to run it"):
+        load_hugging_face(tmp_path / "hf")
 
 
 # --- verified before it gets its name -----------------------------------------------------------------------
