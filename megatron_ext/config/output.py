@@ -20,7 +20,8 @@ class CheckpointConfig:
     keep_last: int | None = Field(default=None, ge=1)
     """Remove older checkpoints once this many newer ones are complete. Unset: keep all."""
     initialize_from: str | None = None
-    """Megatron checkpoint whose weights (not optimizer or position) a new run starts from, in any layout."""
+    """Megatron checkpoint or Hugging Face directory whose weights (not optimizer or position) a new run starts from, in
+    any layout."""
     load_optimizer: bool = True
     """When continuing: False starts the optimizer afresh and keeps weights, step and data position."""
 
