@@ -43,7 +43,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             raise  # not about a file: a fault of ours, or of the network
         _fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

@@ -1,5 +1,6 @@
 """Files people give us and expect of us: JSON with a clear error; output that is complete, and over nothing else."""
 
+import errno
 import fnmatch
 import json
 import shutil
@@ -65,9 +66,17 @@ def output_place(
     return place
 
 
-def publish_directory(partial: Path, target: Path) -> None:
-    """Give a finished directory its name, in place of an older one."""
+def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> None:
+    """Give a finished directory its name, in place of an older one if `replace` allows it.
+
+    Raises:
+        FileExistsError: something has come there meanwhile.
+    """
     if target.exists():
+        if not replace:
+            raise FileExistsError(
+                errno.EEXIST, "somebody else made it meanwhile; not replaced without --force", str(target)
+            )
         aside = target.with_name(f"{target.name}.old{UNFINISHED}")
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)

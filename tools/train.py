@@ -4,6 +4,9 @@
 torchrun --nproc-per-node 8 tools/train.py RUN.yaml [section.key=value ...]
 python tools/train.py RUN.yaml                  one process
 python tools/train.py RUN.yaml --check          show the resolved run, start nothing
+
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C finish the step, save and end with 128 + the signal's number (143, 138, 129, 130);
+the same command then goes on. Ranks end with torchrun, saving first, and all end with code 2 when one is lost.
 """
 
 from megatron_ext.command import positive_integer, run_command, run_parser
@@ -22,6 +25,10 @@ def main() -> None:
 
         print(describe_run(run, arguments.world_size))
         return
+    from megatron_ext.launcher import adopt_launcher, end_with_launcher
+
+    adopt_launcher()
+    end_with_launcher()
     from megatron_ext.training.loop import train
 
     train(run)

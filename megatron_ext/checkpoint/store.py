@@ -84,12 +84,27 @@ def checkpoint_name(iteration: int) -> str:
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
-    """The checkpoint at `path`, or the newest complete one inside it; None if there is none."""
+    """The checkpoint at `path`, or the newest one inside it; None if there never was one.
+
+    Raises:
+        CheckpointError: there has been one that is not complete any more. Nothing older is taken in its stead.
+    """
     path = Path(path)
-    if (path / METADATA_FILE).is_file():
+    if is_checkpoint(path):
+        _require_complete(path, None)
         return path
-    complete = complete_checkpoints(path)
-    return complete[-1] if complete else None
+    found = _checkpoints(path)
+    if found:
+        _require_complete(found[-1], next((older for older in reversed(found[:-1]) if not faults_of(older)), None))
+    noted = _noted_iteration(path)
+    if noted is not None and not found:
+        raise CheckpointError(
+            f"{path}: {TRACKER_FILE} says {noted}, but no checkpoint is here (a directory iter_* with "
+            f"{METADATA_FILE}). Bring it back, or start anew in another directory or after removing {TRACKER_FILE}"
+        )
+    if found and noted is not None and noted != str(_iteration(found[-1])) and _speaks():
+        log.warning("%s: %s says %s, but the newest checkpoint is %s", path, TRACKER_FILE, noted, found[-1].name)
+    return found[-1] if found else None
 
 
 def require_checkpoint(path: str | Path) -> Path:
@@ -100,13 +115,61 @@ def require_checkpoint(path: str | Path) -> Path:
     return found
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether the directory `path` is, or was meant to be, one checkpoint."""
+    return (path / METADATA_FILE).is_file() or (path.is_dir() and any(path.glob("*.distcp")))
+
+
+def faults_of(checkpoint: Path) -> list[str]:
+    """What makes `checkpoint` one that cannot be gone on from; empty where nothing does."""
+    faults = []
+    if not (checkpoint / METADATA_FILE).is_file():
+        faults.append(
+            f"{METADATA_FILE} is missing (a hidden file, which `cp DIR/*` leaves behind: copy with `cp -a DIR`)"
+        )
+    elif not any(checkpoint.glob("*.distcp")):
+        faults.append("*.distcp, the tensors, are missing")
+    return faults
+
+
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in a directory, oldest first."""
+    return [checkpoint for checkpoint in _checkpoints(directory) if not faults_of(checkpoint)]
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Every directory with the name of a complete checkpoint, oldest first."""
     if not directory.is_dir():
         return []
-    named = ((_COMPLETE.fullmatch(entry.name), entry) for entry in directory.iterdir())
-    found = sorted((int(match[1]), entry) for match, entry in named if match and (entry / METADATA_FILE).is_file())
-    return [entry for _, entry in found]
+    return sorted((entry for entry in directory.iterdir() if _COMPLETE.fullmatch(entry.name)), key=_iteration)
+
+
+def _speaks() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _iteration(checkpoint: Path) -> int:
+    match = _COMPLETE.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
+
+
+def _noted_iteration(directory: Path) -> str | None:
+    """What the tracker says is the newest checkpoint; None where there is no tracker."""
+    try:
+        return (directory / TRACKER_FILE).read_text(errors="replace").strip()[:80]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _require_complete(checkpoint: Path, before: Path | None) -> None:
+    """Raise CheckpointError where `checkpoint` is damaged, saying how to go on from the one `before` it."""
+    if not (faults := faults_of(checkpoint)):
+        return
+    if before is not None:
+        way_out = f"To go on from {before.name} instead, move {checkpoint.name} away"
+    else:
+        way_out = "There is no complete one before it: bring it back whole, or start anew in another directory"
+    raise CheckpointError(f"{checkpoint} is not complete: {'; '.join(faults)}. {way_out}")
 
 
 def read_state(checkpoint: Path) -> TrainingState:
@@ -142,14 +205,34 @@ def save_checkpoint(
 
     Args:
         tokenizer: directory whose tokenizer the checkpoint carries.
-        keep_last: remove all but this many checkpoints.
+        keep_last: remove all but this many checkpoints; the newest two are always kept.
 
     Raises:
-        CheckpointError: a rank could not write; on every rank, and nothing that looks complete is left.
+        CheckpointError: a rank could not write, or a number is not finite; on every rank, and nothing is left of it.
     """
     directory = Path(directory)
     final = directory / checkpoint_name(state.iteration)
     partial = final.with_name(final.name + UNFINISHED)
+    try:
+        _save(partial, final, boxes, state, run, random_state, tokenizer)
+        _together(lambda: _remove_old(directory, keep_last) if dist.get_rank() == 0 else None)
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _save(
+    partial: Path,
+    final: Path,
+    boxes: Sequence[Box],
+    state: TrainingState,
+    run: dict[str, Any],
+    random_state: dict[str, Any] | None,
+    tokenizer: Path | None,
+) -> None:
+    _together(lambda: _require_finite(boxes))
     _together(lambda: _prepare(partial) if dist.get_rank() == 0 else None)
     records = _together(lambda: _write_boxes(partial, boxes))
     states = _gather(random_state)
@@ -160,10 +243,8 @@ def save_checkpoint(
             write_small_files(partial, state, run, tokenizer)
             torch.save(states, partial / RNG_FILE)
             publish(partial, final, state.iteration)
-            _remove_old(directory, keep_last)
 
     _together(finish)
-    return final
 
 
 def write_small_files(partial: Path, state: TrainingState, run: dict[str, Any], tokenizer: Path | None) -> None:
@@ -262,6 +343,20 @@ def _write_boxes(partial: Path, boxes: Sequence[Box]) -> list[ChunkRecord]:
         raise
 
 
+def _require_finite(boxes: Sequence[Box]) -> None:
+    """Raise CheckpointError where a number of this rank is not: a run that diverged must not replace a good state."""
+    bad = {
+        box.key
+        for box in boxes
+        if box.saved_here and box.data.is_floating_point() and not bool(torch.isfinite(box.data).all())
+    }
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} tensors hold NaN or infinity, such as {min(bad)}: the run has diverged. Start it again to go "
+            "on from the newest checkpoint, with a lower optimizer.lr or past the bad batches (train.skip_steps)"
+        )
+
+
 def _together(action: Any) -> list[Any]:
     """Run `action` on every rank; return every rank's result, or raise everywhere if any rank failed."""
     result, failure = None, None
@@ -291,7 +386,8 @@ def _prepare(partial: Path) -> None:
 
 def _remove_old(directory: Path, keep_last: int | None) -> None:
     if keep_last is not None:
-        for old in complete_checkpoints(directory)[:-keep_last]:
+        # A newest one that turns out to be bad is never the only one.
+        for old in complete_checkpoints(directory)[: -max(keep_last, 2)]:
             shutil.rmtree(_set_aside(old))
 
 

@@ -31,6 +31,7 @@ from megatron_ext.checkpoint.store import (
 from megatron_ext.checkpoint.torch_dist import TensorArchive, TorchDistReader, TorchDistWriter, write_metadata
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import UNFINISHED, output_place, publish_directory
+from megatron_ext.locks import LOCK_FILE, exclusive, exclusive_output
 
 # A system lets one thread at a time write into a file.
 _FILES = 4
@@ -91,6 +92,8 @@ class TensorSink(ABC):
         self._waiting = set(self.specs)
         self._made: list[Path] = []
         self._finished = False
+        self._replace = force
+        self._lock = contextlib.ExitStack()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Take one tensor, converted to the announced dtype.
@@ -145,7 +148,11 @@ class TensorSink(ABC):
         """Write what a finished output holds besides the tensors."""
 
     def _publish(self) -> None:
-        publish_directory(self.partial, self.target)
+        publish_directory(self.partial, self.target, replace=self._replace)
+
+    def _exclusive(self) -> contextlib.AbstractContextManager[object]:
+        """The lock under which the output is written."""
+        return exclusive_output(self.target, "writing a model")
 
     def finish(self) -> None:
         """Complete the output at its unfinished place, `partial`, where it can be examined before it gets its name.
@@ -161,11 +168,15 @@ class TensorSink(ABC):
         self._finished = True
 
     def __enter__(self) -> "TensorSink":
-        if self.partial.exists():
-            shutil.rmtree(self.partial)  # what a killed process left also takes space
-        self._require_space()
         self._made = [folder for folder in self.partial.parents if not folder.exists()]
         try:
+            self._lock.enter_context(self._exclusive())
+        except OSError as error:
+            raise ConversionError(f"{self.target}: cannot be written: {error.strerror}") from error
+        try:
+            if self.partial.exists():
+                shutil.rmtree(self.partial)  # what a killed process left also takes space
+            self._require_space()
             self.partial.mkdir(parents=True)
             self._open()
         except OSError as error:
@@ -202,6 +213,7 @@ class TensorSink(ABC):
 
     def _clear_up(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock.close()
         for folder in self._made:
             with contextlib.suppress(OSError):  # it holds the output, or something of somebody else
                 folder.rmdir()
@@ -262,7 +274,11 @@ class MegatronSink(TensorSink):
         directory = Path(directory)
         if (newest := find_checkpoint(directory)) is not None and newest.name != checkpoint_name(0):
             raise ConversionError(f"{directory} holds a training run ({newest.name}); choose another place")
-        present = [p.name for p in directory.iterdir() if p.suffix != UNFINISHED] if directory.is_dir() else []
+        present = (
+            [p.name for p in directory.iterdir() if p.suffix != UNFINISHED and p.name != LOCK_FILE]
+            if directory.is_dir()
+            else []
+        )
         if present and not force:
             raise ConversionError(
                 f"{directory} is not empty; choose another place or pass --force to replace its step 0"
@@ -298,6 +314,9 @@ class MegatronSink(TensorSink):
     def _complete(self) -> None:
         write_metadata(self.partial, [record for writer in self._writers for record in writer.records])
         write_small_files(self.partial, self._state, self._run, self._tokenizer)
+
+    def _exclusive(self) -> contextlib.AbstractContextManager[object]:
+        return exclusive(self.target.parent, "writing a model")
 
     def _publish(self) -> None:
         publish(self.partial, self.target, self._state.iteration, sync=False)

@@ -14,11 +14,12 @@ class CheckpointConfig:
     """Where training state is saved and continued from."""
 
     directory: str
-    """Checkpoints are written here. A run that finds a complete one here continues it."""
+    """Checkpoints are written here, by one run at a time. A run that finds a complete one here continues it."""
     save_interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. Unset: only the last step is saved."""
     keep_last: int | None = Field(default=None, ge=1)
-    """Remove older checkpoints once this many newer ones are complete. Unset: keep all."""
+    """Remove older checkpoints once this many newer ones are complete. The newest and the one before it are always kept
+    (1 means 2), so that there is one to go back to where the newest is bad. Unset: keep all."""
     initialize_from: str | None = None
     """Megatron checkpoint whose weights (not optimizer or position) a new run starts from, in any layout."""
     load_optimizer: bool = True

@@ -21,6 +21,9 @@ class TrainConfig:
     """Sequences a forward pass on one data-parallel rank."""
     seed: int = Field(default=1234, ge=0, lt=2**31)
     """Seeds initial weights (by parameter name, so any layout starts alike), data order and dropout."""
+    skip_steps: list[list[int]] = Field(default_factory=list)
+    """Ranges [first, last] of steps that are passed over: nothing is computed, their samples count as consumed and the
+    schedule goes on. The way past bad batches after going back to a checkpoint before them: [[1200, 1250]]."""
     eval_interval: int | None = Field(default=None, ge=1)
     """Steps between validations. Unset: none. The last step is always validated when this is set."""
     eval_iters: int = Field(default=10, ge=1)

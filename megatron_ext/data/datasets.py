@@ -4,6 +4,7 @@ Which sample stands at position n is a pure function of the configuration and n.
 is planned, on the number of ranks or on where a run was interrupted, so resuming means going on at n.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -129,6 +130,12 @@ class _Seeded(torch.utils.data.Dataset[dict[str, Any]]):
         return {**self.dataset[position], "seed": sample_seed(self.seed, position)}
 
 
+def _leave_signals_to_training(worker: int) -> None:
+    """Signals to a whole job ask training to stop, which needs its workers until it has; they end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def read_batches(
     dataset: torch.utils.data.Dataset[dict[str, Any]],
     *,
@@ -160,6 +167,7 @@ def read_batches(
         collate_fn=partial(collate, resets=resets),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_training,
     )
     micro_batches = iter(loader)
     for _ in range(steps):

@@ -21,6 +21,7 @@ from megatron_ext.data.indexed import concatenate, token_dtype, write_index
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import UNFINISHED, output_place, publish_directory, read_json_object
+from megatron_ext.locks import exclusive_output
 
 MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
@@ -73,14 +74,15 @@ def preprocess(
     fractions = _checked_fractions(split)
     work = output.with_name(output.name + UNFINISHED)
     plan = _plan(files, tokenizer, text_key, fractions)
-    _continue_or_restart(work, plan)
     job = _Job(work, tokenizer.directory, text_key, fractions)
-    shards = split_into_shards(files, _SHARD_BYTES)
-    _run_shards(job, shards, workers, progress)
-    summary = _join(work, len(shards), token_dtype(tokenizer.vocab_size))
-    splits = {name: asdict(counts) for name, counts in summary.items()}
-    (work / MANIFEST_FILE).write_text(json.dumps({**plan, "splits": splits}, indent=2) + "\n")
-    publish_directory(work, output)
+    with exclusive_output(output, "preparing data"):
+        _continue_or_restart(work, plan)
+        shards = split_into_shards(files, _SHARD_BYTES)
+        _run_shards(job, shards, workers, progress)
+        summary = _join(work, len(shards), token_dtype(tokenizer.vocab_size))
+        splits = {name: asdict(counts) for name, counts in summary.items()}
+        (work / MANIFEST_FILE).write_text(json.dumps({**plan, "splits": splits}, indent=2) + "\n")
+        publish_directory(work, output, replace=force)
     return summary
 
 

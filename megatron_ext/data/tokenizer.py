@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from megatron_ext.data.corpus import corpus_files, read_documents
 from megatron_ext.errors import DataError
 from megatron_ext.files import UNFINISHED, output_place, publish_directory, read_json_object
+from megatron_ext.locks import exclusive_output
 
 MODEL_FILE, FAST_FILE = "tokenizer.model", "tokenizer.json"
 _CONTENTS = (FAST_FILE, MODEL_FILE, "tokenizer_config.json", "special_tokens_map.json")
@@ -264,8 +265,10 @@ def train_tokenizer(
     """Train a tokenizer on the documents of `inputs` and write it to `output`."""
     files = corpus_files(inputs)
     output_place(output, DataError, force=force, contents=_CONTENTS, inputs=files)
-    model = train_sentencepiece(read_documents(files, text_key), vocab_size, max_lines=max_lines, threads=threads)
-    return write_tokenizer(model, output, itertools.islice(read_documents(files, text_key), _PROOF_TEXTS), force=force)
+    with exclusive_output(output, "training a tokenizer"):
+        model = train_sentencepiece(read_documents(files, text_key), vocab_size, max_lines=max_lines, threads=threads)
+        texts = itertools.islice(read_documents(files, text_key), _PROOF_TEXTS)
+        return write_tokenizer(model, output, texts, force=force)
 
 
 def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, force: bool = False) -> Tokenizer:
@@ -276,11 +279,12 @@ def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, f
     """
     output = output_place(output, DataError, force=force, contents=_CONTENTS)
     beside = output.with_name(output.name + UNFINISHED)
-    shutil.rmtree(beside, ignore_errors=True)
-    export_tokenizer(model, beside)
-    texts = list(texts)
-    if different := disagreements(beside, texts):
-        shutil.rmtree(beside)
-        raise DataError(f"{different} of {len(texts)} texts are encoded differently by the exported fast tokenizer")
-    publish_directory(beside, output)
+    with exclusive_output(output, "exporting a tokenizer"):
+        shutil.rmtree(beside, ignore_errors=True)
+        export_tokenizer(model, beside)
+        texts = list(texts)
+        if different := disagreements(beside, texts):
+            shutil.rmtree(beside)
+            raise DataError(f"{different} of {len(texts)} texts are encoded differently by the exported fast tokenizer")
+        publish_directory(beside, output, replace=force)
     return Tokenizer(output)

@@ -1,30 +1,118 @@
 """The record of a run: a JSONL file of every report, also across interruptions."""
 
+import errno
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from megatron_ext.files import UNFINISHED
+
+log = logging.getLogger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class MetricsFile:
-    """Appends one JSON object a line. A run that continues from step n says so; what came after n is then void."""
+    """Appends one JSON object a line; never ends the run because the disk is full.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        iteration: the step from which the run goes on. Reports of later steps, which the run will make again, are moved
+            to `<name>.superseded.jsonl`; a line within which a process was killed is dropped.
+    """
+
+    def __init__(self, path: Path, iteration: int | None = None) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._failing = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        if torn:  # the last writer was killed within a line, which must not swallow the next one
-            self._file.write("\n")
+        try:
+            if iteration is not None and path.is_file():
+                _cut(path, iteration)
+            self._open()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self._warn(error)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append `record` and hand it to the operating system at once."""
-        self._file.write(json.dumps(_finite(record)) + "\n")
-        self._file.flush()
+        """Append `record` and hand it to the operating system at once; where that fails, warn once."""
+        line = (json.dumps(_finite(record)) + "\n").encode()
+        end = 0
+        try:
+            file = self._file or self._open()
+            end = file.tell()
+            while line:
+                line = line[file.write(line) :]
+            self._failing = False
+        except OSError as error:
+            self._warn(error)
+            if self._file is not None and self._file.tell() > end:
+                self._file.truncate(end)  # half a line
+                self._file.seek(end)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> BinaryIO:
+        # Unbuffered, so that a failure belongs to the line it concerns.
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        if _is_torn(self._path):  # the last writer was killed within a line, which must not swallow the next one
+            self._file.write(b"\n")
+        return self._file
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failing:
+            log.warning("%s: reports are lost until it can be written: %s", self._path, error.strerror)
+        self._failing = True
+
+
+def _is_torn(path: Path) -> bool:
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - 1, 0))
+        return size > 0 and file.read() != b"\n"
+
+
+def _cut(path: Path, iteration: int) -> None:
+    """Leave in the file at `path` what led to step `iteration`, each step once; the rest goes to a file beside it."""
+    kept: list[tuple[int, bytes]] = []
+    void: list[bytes] = []
+    is_torn = False
+    for line, record in _lines(path):
+        at = record.get("iteration") if isinstance(record, dict) else None
+        if not isinstance(at, int) or not line.endswith(b"\n"):
+            is_torn = True
+            continue
+        if record.get("event") == "start":
+            void += [old for step, old in kept if step > at]
+            kept = [(step, old) for step, old in kept if step <= at]
+        kept.append((at, line))
+    void += [line for at, line in kept if at > iteration]
+    if void:
+        with open(path.with_name(f"{path.stem}.superseded.jsonl"), "ab") as aside:
+            aside.writelines(void)
+    elif not is_torn:
+        return
+    beside = path.with_name(path.name + UNFINISHED)
+    with open(beside, "wb") as file:
+        file.writelines(line for at, line in kept if at <= iteration)
+    beside.replace(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, Any]]:
+    """Every line with the record in it; None where there is none."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                yield line, json.loads(line, object_pairs_hook=_numbers)
+            except (ValueError, RecursionError):
+                yield line, None
 
 
 def _finite(value: Any) -> Any:
@@ -40,7 +128,15 @@ def _finite(value: Any) -> Any:
 
 def _numbers(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The inverse of `_finite` for one object."""
-    return {key: float(value) if value in ("nan", "inf", "-inf") else value for key, value in pairs}
+    words = ("nan", "inf", "-inf")
+    return {key: float(value) if isinstance(value, str) and value in words else value for key, value in pairs}
+
+
+def _records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every record of a step with the step; lines that are none (a process was killed while writing) are left out."""
+    for _, record in _lines(Path(path)):
+        if isinstance(record, dict) and isinstance(at := record.get("iteration"), int):
+            yield at, record
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -49,13 +145,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Reports are told apart by what they hold: training steps have `loss`, validations `validation_loss`.
     """
     kept: list[dict[str, Any]] = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line, object_pairs_hook=_numbers)
-        except json.JSONDecodeError:
-            continue  # the last line of a process that was killed while writing
+    for at, record in _records(path):
         if record.get("event") == "start":
-            kept = [r for r in kept if r["iteration"] <= record["iteration"]]
-        else:
+            kept = [r for r in kept if r["iteration"] <= at]
+        elif "event" not in record:
             kept.append(record)
     return kept
+
+
+def read_starts(path: str | Path) -> list[dict[str, Any]]:
+    """What a run recorded each time it was started or continued, in order of time."""
+    return [record for _, record in _records(path) if record.get("event") == "start"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_ext.config import Layout, RunConfig, to_mapping
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
+from megatron_ext.monitoring.description import describe_start
 from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.monitoring.wandb_run import WandbRun
 from megatron_ext.planning.flops import training_flops_per_token
@@ -42,12 +43,11 @@ class Monitor:
     def __init__(self, run: RunConfig, layout: Layout, iteration: int, run_id: str) -> None:
         directory = Path(run.checkpoint.directory)
         self._run, self._layout = run, layout
-        self._file = MetricsFile(Path(run.logging.metrics_file or directory / "metrics.jsonl"))
+        self._file = MetricsFile(Path(run.logging.metrics_file or directory / "metrics.jsonl"), iteration)
         configuration = to_mapping(run)
         self._wandb = WandbRun(run.logging.wandb, run_id, directory, configuration)
-        self._file.write(
-            {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
-        )
+        started = {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
+        self._file.write(started | describe_start(run, layout))
         self._flops = training_flops_per_token(run.model, run.data.sequence_length)
         self._last_iteration, self._last_time = iteration, time.perf_counter()
 
@@ -82,6 +82,11 @@ class Monitor:
         log.info("step %d | validation loss %.4f", iteration, loss)
         self._file.write({"iteration": iteration, "validation_loss": loss, "time": time.time()})
         self._wandb.log({"validation/loss": loss}, iteration)
+
+    def skipped(self, iteration: int, first_sample: int, last_sample: int) -> None:
+        """Note a step whose samples were passed over."""
+        event = {"event": "skip", "iteration": iteration, "first_sample": first_sample, "last_sample": last_sample}
+        self._file.write({**event, "time": time.time()})
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:

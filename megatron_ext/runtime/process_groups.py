@@ -45,16 +45,6 @@ class Groups:
         return dist.get_global_rank(self.pp, self.pp.size() - 1)
 
 
-def launched_world_size() -> int:
-    """How many processes the launcher started: WORLD_SIZE, or 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_rank() -> int:
-    """This process's number among those the launcher started: RANK, or 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def start_process_group(runtime: RuntimeConfig, device: torch.device, *, alone: bool = False) -> None:
     """Join the processes that torchrun or Slurm started, or stand alone without a launcher (or if told to).
 

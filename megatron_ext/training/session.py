@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,37 @@ class Session:
     optimizer: Any
     state: TrainingState
     reported: int = 0
-    """Step of the last report."""
+    """Step of the last report, and steps passed over since: what is reported averages over the steps trained since."""
 
-    def step(self, batch: list[MicroBatch]) -> StepResult:
+    def step(self, batch: list[MicroBatch], asks_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
         """Train on one global batch and advance the position. TrainingError where the gradient is not finite."""
+        max_norm = self.run.optimizer.clip_grad
         try:
-            result = train_step(self.wrapped, self.optimizer, batch, self.groups, max_norm=self.run.optimizer.clip_grad)
+            result = train_step(
+                self.wrapped, self.optimizer, batch, self.groups, max_norm=max_norm, asks_to_stop=asks_to_stop
+            )
         except TrainingError as error:
             raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error
+        self._advance()
+        return result
+
+    def skips_next(self) -> bool:
+        """Whether the configuration says to pass over the next step."""
+        step = self.state.iteration + 1
+        return any(first <= step <= last for first, last in self.run.train.skip_steps)
+
+    def pass_over(self) -> None:
+        """Advance the position by one step without training on its samples."""
+        self._advance()
+        self.reported += 1
+
+    def _advance(self) -> None:
         self.state = dataclasses.replace(
             self.state,
             iteration=self.state.iteration + 1,
             consumed_samples=self.state.consumed_samples + self.run.train.global_batch_size,
             optimizer_steps=optimizer_steps(self.optimizer),
         )
-        return result
 
     def validate(self, batches: Iterator[list[MicroBatch]]) -> float:
         """Loss a token over `batches`."""

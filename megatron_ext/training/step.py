@@ -3,8 +3,9 @@
 #   M micro-batches of this rank, D data-parallel ranks, C context-parallel ranks,
 #   N tokens of the global batch whose label counts
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +28,8 @@ from megatron_ext.mcore.moe.noise import begin_micro_batch
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.runtime.process_groups import Groups
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -40,6 +43,8 @@ class StepResult:
     """Weighted output z-loss a token, which `loss` leaves out; 0 without one."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
+    asking_to_stop: int
+    """How many ranks ask to stop after this step; the same on every rank."""
 
 
 def prepare_for_training(config: TransformerConfig, wrapped: Sequence[Any], *, overlap_grad_reduce: bool) -> None:
@@ -51,9 +56,18 @@ def prepare_for_training(config: TransformerConfig, wrapped: Sequence[Any], *, o
 
 
 def train_step(
-    wrapped: Sequence[Any], optimizer: ChainedOptimizer, batch: Sequence[MicroBatch], groups: Groups, *, max_norm: float
+    wrapped: Sequence[Any],
+    optimizer: ChainedOptimizer,
+    batch: Sequence[MicroBatch],
+    groups: Groups,
+    *,
+    max_norm: float,
+    asks_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Forward, backward and update over this rank's micro-batches of one global batch.
+
+    Args:
+        asks_to_stop: asked late in the step; the answers of all ranks travel with the loss.
 
     Raises:
         TrainingError: the gradient is not finite; on every rank, with weights and optimizer as they were before.
@@ -64,16 +78,26 @@ def train_step(
     optimizer.zero_grad()
     gates = routers(wrapped)
     steps.begin_step(gates)
-    (loss, z_loss), tokens = _run(wrapped, batch, groups, forward_only=False)
+    (loss, z_loss, stops), tokens = _run(wrapped, batch, groups, forward_only=False, asks_to_stop=asks_to_stop)
     norm = gradient_norm(optimizer)
+    # Here, where the device has just been waited for, and before it is given more to do.
+    asking_to_stop = int(stops)
     if not math.isfinite(norm):
         forget_step(wrapped)
-        raise TrainingError(f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated")
+        if not float(tokens):
+            raise TrainingError(
+                "no label of the global batch counts, so there is no loss: every token is masked (with "
+                "data.eod_mask_loss, the batch holds nothing but ends of documents); pass over it with train.skip_steps"
+            )
+        raise TrainingError(
+            f"the loss is {float(loss):g} and the gradient norm {norm:g}; the weights were not updated. Start again to "
+            "go on from the newest checkpoint, past this step (train.skip_steps) or with a lower optimizer.lr"
+        )
     clip_and_step(optimizer, norm, max_norm)
     # After the update, so that a refused step moves neither biases nor coefficients nor scales.
     steps.end_step(gates, groups.stage)
     advance_histories(wrapped, groups.stage)
-    return StepResult(loss, tokens, z_loss, norm)
+    return StepResult(loss, tokens, z_loss, norm, asking_to_stop)
 
 
 @torch.no_grad()
@@ -83,15 +107,22 @@ def validation_loss(wrapped: Sequence[Any], batches: Iterator[Sequence[MicroBatc
         chunk.eval()
     total = tokens = torch.zeros(())
     for batch in batches:
-        (loss, _), counted = _run(wrapped, batch, groups, forward_only=True)
+        (loss, _, _), counted = _run(wrapped, batch, groups, forward_only=True)
         total, tokens = total.to(loss) + loss * counted, tokens.to(loss) + counted
+    if not float(tokens):
+        log.warning("no label of the validation samples counts: there is no validation loss")
     return total / tokens
 
 
 def _run(
-    wrapped: Sequence[Any], batch: Sequence[MicroBatch], groups: Groups, *, forward_only: bool
+    wrapped: Sequence[Any],
+    batch: Sequence[MicroBatch],
+    groups: Groups,
+    *,
+    forward_only: bool,
+    asks_to_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor]:
-    """Run the pipeline schedule; return the mean cross-entropy and output z-loss a token, [2], and N."""
+    """Run the pipeline schedule; return the mean cross-entropy and output z-loss a token with the stops, [3], and N."""
     rows, length = batch[0].tokens.shape
     batch = [micro.context_share(groups.cp.rank(), groups.cp.size()) for micro in batch]
     tokens = torch.stack([micro.loss_mask.sum() for micro in batch]).sum()
@@ -117,8 +148,9 @@ def _run(
     # context-parallel rank contributes the sum over its own tokens.
     contributes = groups.is_last_stage and groups.tp.rank() == 0
     totals = torch.stack(sums).sum(dim=0) if contributes else torch.zeros(2, device=tokens.device)
+    totals = F.pad(totals, (0, 1), value=float(asks_to_stop()))
     dist.all_reduce(totals, group=groups.world)
-    return totals / tokens, tokens
+    return torch.cat([totals[:2] / tokens.clamp(min=1), totals[2:]]), tokens
 
 
 def _forward(weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:

@@ -36,6 +36,14 @@ def _micro_divides_global(global_batch: int, micro: int) -> str | None:
     return "the global batch must be a multiple of the micro-batch" if global_batch % micro else None
 
 
+@rule("train.skip_steps", "train.train_iters")
+def _skips_are_ranges(skips: list[list[int]], iters: int) -> str | None:
+    for skip in skips:
+        if len(skip) != 2 or not 1 <= skip[0] <= skip[1] <= iters:
+            return f"{skip} is no range [first, last] of steps of this run"
+    return None
+
+
 @rule("train.eval_interval", given=("data.validation",))
 def _eval_needs_data(interval: int | None, validation: list[Any]) -> str | None:
     return "validation needs data.validation" if interval and not validation else None

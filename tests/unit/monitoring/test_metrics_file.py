@@ -2,7 +2,11 @@
 
 import json
 import math
+import resource
+import signal
 from pathlib import Path
+
+import pytest
 
 from megatron_ext.monitoring.metrics_file import MetricsFile, read_metrics
 
@@ -20,6 +24,47 @@ def test_repeated_steps_are_reported_once(tmp_path: Path) -> None:
     # Killed after step 4, continued from the checkpoint of step 2.
     write(path, {"event": "start", "iteration": 2}, *({"iteration": n, "loss": n} for n in (3, 4, 5)))
     assert [(r["iteration"], r["loss"]) for r in read_metrics(path)] == [(1, 0.1), (2, 0.2), (3, 3), (4, 4), (5, 5)]
+
+
+def test_what_came_after_the_checkpoint_goes_to_a_file_beside(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    start = {"event": "start", "iteration": 0}
+    # As an older version left it: steps 3 and 4 twice; and a line that a kill cut off.
+    write(path, start, *({"iteration": n, "loss": 0.5} for n in (1, 2, 3, 4)))
+    write(path, {"event": "start", "iteration": 2}, *({"iteration": n, "loss": float(n)} for n in (3, 4, 5, 6)))
+    with open(path, "a") as file:
+        file.write('{"iteration": 7, "lo')
+    file = MetricsFile(path, 4)
+    file.write({"event": "start", "iteration": 4})
+    file.write({"iteration": 5, "loss": 5.5})
+    file.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == [0.5, 0.5, 3.0, 4.0, 5.5]
+    assert [line["iteration"] for line in lines if "event" in line] == [0, 2, 4]
+    aside = (tmp_path / "metrics.superseded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in aside] == [0.5, 0.5, 5.0, 6.0]
+    MetricsFile(path, 5).close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_costs_reports_and_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.write({"iteration": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        file.write({"iteration": 2})
+        file.write({"iteration": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    file.write({"iteration": 4})
+    file.close()
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 4}\n'
+    assert [record.message.partition(": reports are lost")[0] for record in caplog.records] == [str(path)]
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:

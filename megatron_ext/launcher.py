@@ -1,0 +1,126 @@
+"""What started this process: its number among those that train together, and its end with the launcher's.
+
+torchrun's variables are understood as they are. Those of Slurm, Open MPI, MPICH and MVAPICH are translated into them,
+or refused where something is missing: processes that take themselves to be alone would each train the whole run.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+from megatron_ext.errors import EnvironmentFault
+from megatron_ext.locks import release_all
+
+GRACE = 30.0
+"""Seconds a rank has to save once its launcher is gone."""
+_PR_SET_PDEATHSIG = 1
+_LOOK = 0.5
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The variables of one launcher: number of processes, this one's number, and its number on this host."""
+
+    name: str
+    size: str
+    rank: str
+    local_rank: str
+    local_size: str | None = None
+
+
+# What runs inside another comes first: mpirun is itself started through srun within a Slurm job.
+_FAMILIES = (
+    _Family(
+        "Open MPI",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    _Family("MVAPICH", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    _Family("mpirun", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    _Family("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+)
+_TORCHRUN = ("RANK", "WORLD_SIZE")
+_WAY_OUT = "start with torchrun (launch/torchrun.sh), on several nodes with launch/slurm.sbatch"
+
+
+def launched_world_size() -> int:
+    """How many processes train together: 1 without a launcher. EnvironmentFault as in `adopt_launcher`."""
+    adopt_launcher()
+    return _number("WORLD_SIZE", 1)
+
+
+def launched_rank() -> int:
+    """This process's number among those that train together: 0 without a launcher."""
+    adopt_launcher()
+    return _number("RANK", 0)
+
+
+def adopt_launcher() -> None:
+    """Express in torchrun's variables what another launcher says of this process.
+
+    Raises:
+        EnvironmentFault: it started several processes, but not all is known that they need to find each other.
+    """
+    if any(name in os.environ for name in _TORCHRUN):
+        return
+    family = next((family for family in _FAMILIES if family.size in os.environ), None)
+    if family is None:
+        if "PMIX_RANK" in os.environ:
+            raise EnvironmentFault(f"PMIX_RANK is set, but not how many processes there are: {_WAY_OUT}")
+        return
+    size = _number(family.size, 1)
+    if size == 1:
+        return
+    if family.local_rank in os.environ:
+        os.environ.setdefault("LOCAL_RANK", str(_number(family.local_rank, 0)))
+    needed = (family.rank, family.local_rank, "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise EnvironmentFault(
+            f"{family.name} started {size} processes ({family.size} = {size}), but {', '.join(missing)} not set, "
+            f"without which they cannot train together: {_WAY_OUT}; or set what is missing (MASTER_ADDR: the host of "
+            f"process 0, MASTER_PORT: a free port there). To train in one process alone, unset {family.size}"
+        )
+    rank = _number(family.rank, 0)
+    if rank >= size:
+        raise EnvironmentFault(f"{family.rank} = {rank}, {family.size} = {size}: there is no such process")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    if family.local_size in os.environ:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ[family.local_size])
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise EnvironmentFault(f"{name} = {text!r}: expected a whole number")
+    return int(text)
+
+
+def end_with_launcher() -> None:
+    """Have this process end when torchrun does, however torchrun ends; does nothing without torchrun.
+
+    It gets SIGTERM, upon which training saves, and half a minute later it ends in any case.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    # A store that went with torchrun is no news that fills the screen; read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    launcher = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    threading.Thread(target=_follow, args=(launcher,), name="launcher", daemon=True).start()
+
+
+def _follow(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_LOOK)
+    os.kill(os.getpid(), signal.SIGTERM)  # where the kernel has not
+    time.sleep(GRACE)
+    release_all()
+    os._exit(128 + signal.SIGTERM)

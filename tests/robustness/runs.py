@@ -1,0 +1,71 @@
+"""Whole runs inside the processes of the pool, for tests that stop, kill and watch them."""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ext.config import load_run
+from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.process_groups import split_process_group
+from megatron_ext.training import loop
+from megatron_ext.training.run_lock import run_lock
+
+# What can be half done when a process dies: every one of these is a moment to be killed at.
+_MOMENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile")
+
+
+def train_here(path: Path, overrides: list[str]) -> int:
+    """Run, or continue, the run at `path`; the signal that stopped it, or 0."""
+    run = load_run(path, overrides)
+    groups = split_process_group(run.parallel, run.runtime)
+    with run_lock(run.checkpoint.directory):
+        return loop._open_and_train(run, run.resolve(dist.get_world_size()), groups, choose_device(run.runtime))
+
+
+def train_and_signal(path: Path, overrides: list[str], rank: int, number: int, metrics: Path, step: int) -> int:
+    """Train; once step `step` is reported, `rank` sends itself a signal."""
+
+    def send() -> None:
+        wait_until(lambda: metrics.is_file() and metrics.read_text().count('"loss"') >= step)
+        os.kill(os.getpid(), number)
+
+    if dist.get_rank() == rank:
+        threading.Thread(target=send, daemon=True).start()
+    return train_here(path, overrides)
+
+
+def train_and_die(path: Path, overrides: list[str], directory: Path, moment: int) -> int:
+    """Train; kill -9 before the operation number `moment` on a file of the run's directory."""
+    seen = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in _MOMENTS and str(arguments[0]).startswith(str(directory)):
+            seen += 1
+            if seen == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    train_here(path, overrides)
+    return seen
+
+
+def moments(seed: int, count: int, last: int) -> list[int]:
+    """`count` numbers from 1 to `last`, drawn with `seed`."""
+    return sorted(random.Random(seed).sample(range(1, last + 1), count))
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Wait for `condition`, which comes soon unless something is broken."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

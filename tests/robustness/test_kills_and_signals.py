@@ -1,0 +1,79 @@
+"""Runs that are killed or asked to stop at any moment lose nothing that was saved, and end as the undisturbed run."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.checkpoint.store import find_checkpoint, read_state, require_checkpoint
+from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.locks import LOCK_FILE
+from megatron_ext.testing.pool import GlooPool, WorkerFailure
+from tests.robustness.runs import moments, train_and_die, train_and_signal, train_here
+
+KILLS = 5
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    """Steps and losses as they stand in the file, also those that stand there twice."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(record["iteration"], record["loss"]) for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(work: Path, pool: GlooPool) -> tuple[Path, int]:
+    """A run to the end, and how many operations on files it took."""
+    directory = work / "undisturbed"
+    arguments = (work / "run.yaml", [f"checkpoint.directory={directory}"])
+    # In a process of its own, for the hook that counts stays; beyond every number it kills nobody.
+    with GlooPool(1) as alone:
+        [operations] = alone.run(1, train_and_die, *arguments, directory, 10**9)
+    return directory, operations
+
+
+def test_killed_again_and_again_it_ends_as_the_undisturbed_run(work: Path, undisturbed: tuple[Path, int]) -> None:
+    expected, operations = undisturbed
+    directory = work / "killed"
+    arguments = (work / "run.yaml", [f"checkpoint.directory={directory}"])
+    reached = []
+    with GlooPool(1) as alone:
+        for moment in moments(12, KILLS, operations // 2):
+            with pytest.raises(WorkerFailure, match="rank 0 died"):
+                alone.run(1, train_and_die, *arguments, directory, moment)
+            checkpoint = find_checkpoint(directory) if directory.is_dir() else None
+            reached.append((moment, read_state(checkpoint).iteration if checkpoint else 0))
+        alone.run(1, train_here, *arguments)
+    print(f"killed before file operation: step of the newest checkpoint then: {reached}, of {operations}")
+    assert losses(directory) == losses(expected)
+    weights, others = (MegatronSource(require_checkpoint(place)) for place in (directory, expected))
+    assert all((weights.read(name) == others.read(name)).all() for name in others.specs)
+    assert not [path.name for path in directory.iterdir() if path.name.endswith((".partial", LOCK_FILE))]
+
+
+@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGUSR1)])
+def test_all_ranks_stop_after_the_same_step_with_a_checkpoint(
+    rank: int, number: signal.Signals, work: Path, pool: GlooPool
+) -> None:
+    directory = work / number.name
+    # No step is saved by plan.
+    overrides = [f"checkpoint.directory={directory}", "checkpoint.save_interval=null", "train.train_iters=100000"]
+    arguments = (work / "run.yaml", overrides, rank, number, directory / "metrics.jsonl", 3)
+    before = signal.getsignal(number)
+    assert pool.run(2, train_and_signal, *arguments) == [number, number]
+    assert signal.getsignal(number) == before
+    steps = [step for step, _ in losses(directory)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert read_state(require_checkpoint(directory)).iteration == len(steps)
+
+
+def test_after_a_signal_it_goes_on_as_the_undisturbed_run(
+    work: Path, undisturbed: tuple[Path, int], pool: GlooPool
+) -> None:
+    directory = work / "stopped"
+    overrides = [f"checkpoint.directory={directory}", "checkpoint.save_interval=null"]
+    arguments = (work / "run.yaml", overrides, 0, signal.SIGTERM, directory / "metrics.jsonl", 2)
+    [stopped_by] = pool.run(1, train_and_signal, *arguments)
+    assert stopped_by in (0, signal.SIGTERM)  # 0: the signal came after the last of six quick steps
+    assert pool.run(1, train_here, work / "run.yaml", overrides) == [0]
+    assert losses(directory) == losses(undisturbed[0])

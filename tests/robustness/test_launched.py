@@ -1,0 +1,84 @@
+"""Runs under real launchers: two of them in one directory, one whose launcher is killed, one started by mpirun."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_ext.checkpoint.store import read_state, require_checkpoint
+from megatron_ext.locks import exclusive
+from megatron_ext.monitoring.metrics_file import read_metrics
+from tests.robustness.runs import wait_until
+from tests.workspace import TOOLS, command, reported_losses
+
+
+def test_a_second_run_is_refused_and_ranks_save_and_end_with_their_launcher(work: Path) -> None:
+    directory = work / "orphans"
+    options = [str(work / "run.yaml"), f"checkpoint.directory={directory}", "train.train_iters=100000"]
+    options += ["checkpoint.save_interval=null"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + [str(TOOLS / "train.py"), *options],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics = directory / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) > 2)
+    ranks = psutil.Process(launcher.pid).children()
+    second = command(TOOLS / "train.py", *options)
+    assert second.returncode == 2
+    assert f"error: {directory} is being written by training on {socket.gethostname()} (process " in second.stderr
+    assert any(f"(process {rank.pid}, since 20" in second.stderr for rank in ranks)
+    assert "Traceback" not in second.stderr
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    steps = read_metrics(metrics)[-1]["iteration"]
+    assert read_state(require_checkpoint(directory)).iteration == steps
+    with exclusive(directory, "testing"):
+        print(f"ranks of a killed launcher saved step {steps} and ended")
+
+
+@pytest.mark.parametrize("size", ["OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE"])
+def test_processes_that_would_each_train_alone_are_refused(size: str, work: Path) -> None:
+    process = command(TOOLS / "train.py", work / "run.yaml", f"checkpoint.directory={work / 'alone'}", **{size: "2"})
+    assert process.returncode == 2
+    assert f"started 2 processes ({size} = 2)" in process.stderr
+    assert "launch/slurm.sbatch" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (work / "alone").exists()
+
+
+def test_mpirun_with_an_address_trains_as_one_run(work: Path) -> None:
+    directory = work / "mpirun"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= {"OMPI_COMM_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TOOLS / "train.py"), str(work / "run.yaml"), f"checkpoint.directory={directory}"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    assert len(reported_losses(directory)) == 6
+    assert [record["world_size"] for record in events(directory)] == [2]
+
+
+def events(directory: Path) -> list[dict[str, int]]:
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record.get("event") == "start"]

@@ -1,0 +1,57 @@
+"""No tool writes what another process is writing: the second is refused, and the first one's work stays whole."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.checkpoint.safetensors import HuggingFaceSink
+from megatron_ext.checkpoint.tensors import MegatronSink, TensorSpec
+from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.tokenizer import train_tokenizer
+from megatron_ext.errors import MegatronExtError
+from megatron_ext.files import publish_directory
+from tests.unit.test_locks import holder
+
+SPECS = {"embedding.word_embeddings.weight": TensorSpec((4, 2), torch.float32)}
+
+
+def write(sink: MegatronSink | HuggingFaceSink) -> None:
+    with sink:
+        pass
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
+    "preprocess": (
+        "exclusive_output",
+        lambda work, target: preprocess([work / "corpus.jsonl"], work / "tokenizer", target),
+    ),
+    "tokenizer": ("exclusive_output", lambda work, target: train_tokenizer([work / "corpus.jsonl"], target, 330)),
+    "to Hugging Face": ("exclusive_output", lambda work, target: write(HuggingFaceSink(target, SPECS))),
+    "to Megatron": ("exclusive", lambda work, target: write(MegatronSink(target, SPECS, {}))),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_second_writer_is_refused_and_touches_nothing(name: str, work: Path, tmp_path: Path) -> None:
+    lock, write_to = WRITERS[name]
+    target = tmp_path / "output"
+    with holder(target, lock) as first:
+        # What the first has done so far stands where the second would write.
+        place = target / "iter_0000000.partial" if lock == "exclusive" else tmp_path / "output.partial"
+        place.mkdir()
+        (place / "part").write_text("the first one's")
+        with pytest.raises(MegatronExtError, match=rf"is being written by testing on .*\(process {first.pid}, "):
+            write_to(work, target)
+        assert (place / "part").read_text() == "the first one's"
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    for name in ("mine", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    with pytest.raises(FileExistsError, match="somebody else made it meanwhile"):
+        publish_directory(tmp_path / "mine", tmp_path / "theirs", replace=False)
+    assert os.listdir(tmp_path / "theirs") == ["theirs"]
