@@ -15,7 +15,7 @@ from megatron_ext.conversion import verify
 from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.sources import EMBEDDING, open_checkpoint
 from megatron_ext.conversion.verify import compare_weights
-from megatron_ext.errors import ConfigError, ConversionError
+from megatron_ext.errors import CheckpointError, ConfigError, ConversionError
 from megatron_ext.merging import average as average_module
 from megatron_ext.merging.average import AverageOptions, average, sources_of
 from megatron_ext.merging.merge import Dare, Ema, Linear, TaskArithmetic, Ties
@@ -70,8 +70,12 @@ def test_the_result_is_measured_beside_its_parts(models: list[Path], tmp_path: P
 def test_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
     for iteration in (10, 20, 30):
         (tmp_path / checkpoint_name(iteration)).mkdir()
-        (tmp_path / checkpoint_name(iteration) / METADATA_FILE).touch()
-    (tmp_path / checkpoint_name(40)).mkdir()  # not complete
+        for name in (METADATA_FILE, "__0_0.distcp"):
+            (tmp_path / checkpoint_name(iteration) / name).touch()
+    (tmp_path / checkpoint_name(40)).mkdir()
+    with pytest.raises(CheckpointError, match="iter_0000040 is not complete"):
+        sources_of(options([tmp_path], tmp_path / "out", last=2))
+    (tmp_path / checkpoint_name(40)).rmdir()
     found = sources_of(options([tmp_path], tmp_path / "out", last=2))
     assert [path.name for path in found] == ["iter_0000020", "iter_0000030"]
     with pytest.raises(ConfigError, match="--last 4: .* holds 3 checkpoints"):
