@@ -2,9 +2,12 @@
 
 import warnings
 
+from megatron_ext.quiet import quieten_loggers
+
 __version__ = "0.1.0"
 
 # megatron-core warns, at import, that Apex and Transformer Engine are missing: here that is a choice, not a fault. And
 # it calls collectives under names that newer torch deprecates: nothing a user of either could mend.
 warnings.filterwarnings("ignore", module=r"megatron\.core.*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+quieten_loggers()

@@ -1,6 +1,7 @@
 """What every command line shares: options made from a configuration, help that teaches, and exit codes."""
 
 import argparse
+import errno
 import itertools
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -32,19 +34,41 @@ class _Parser(argparse.ArgumentParser):
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main`; a fault of the user's ends with one message on stderr and exit code 2, Ctrl-C with 130."""
+    _say_whose_package_runs()
     try:
         main()
+        sys.stdout.flush()  # it may be a file on a full disk
     except MegatronExtError as error:
         _fail(str(error))
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _NO_ROOM:
             raise  # not about a file: a fault of ours, or of the network
-        _fail(f"{error.filename}: {error.strerror}")
+        _fail(_said(error))
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _said(error: OSError) -> str:
+    """What the system says of a file, for people."""
+    place = "an output" if error.filename is None else error.filename
+    way_out = "; make room there and start again" if error.errno in _NO_ROOM else ""
+    return f"{place}: {error.strerror}{way_out}"
+
+
+def _say_whose_package_runs() -> None:
+    """Say it where the tool is of one checkout and its package of another, as with another checkout's environment."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is None or os.environ.get("RANK", "0") != "0":
+        return
+    checkout, package = Path(script).resolve().parent.parent, Path(__file__).resolve().parent
+    if (checkout / package.name / "__init__.py").is_file() and checkout != package.parent:
+        print(f"note: {script} runs with the package {package}, not with that of {checkout}", file=sys.stderr)
 
 
 def prefer_huge_pages() -> None:

@@ -1,5 +1,7 @@
 """The errors a user can cause; a command line turns any of them into one message and exit code 2."""
 
+from pathlib import Path
+
 
 class MegatronExtError(Exception):
     """Base of every error whose message is written for the person running the command."""
@@ -27,3 +29,8 @@ class EnvironmentFault(MegatronExtError):
 
 class TrainingError(MegatronExtError):
     """Training cannot go on, for instance because the loss is not finite."""
+
+
+def named(path: str | Path) -> str:
+    """A path as a message names it: one that is relative, with what it is from here."""
+    return str(path) if Path(path).is_absolute() else f"{path} (= {Path(path).absolute()})"

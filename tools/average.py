@@ -9,15 +9,13 @@ Models are Megatron checkpoints or Hugging Face directories; so is the result (-
 """
 
 from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
-
-prefer_huge_pages()  # the options import torch
-
-from megatron_ext.merging.average import AverageOptions  # noqa: E402
+from megatron_ext.merging.options import AverageOptions
 
 
 def main() -> None:
     """Parse the command line and merge."""
     o = parse_command(AverageOptions, __doc__, positional=["sources", "target"])
+    prefer_huge_pages()
     from megatron_ext.merging.average import average
     from megatron_ext.progress import byte_progress
 

@@ -8,7 +8,7 @@ import json
 
 from pydantic import Field
 
-from megatron_ext.command import parse_command, run_command
+from megatron_ext.command import ending_on_sigterm, parse_command, run_command
 from megatron_ext.config.base import config
 
 
@@ -21,7 +21,7 @@ class GenerateOptions:
     prompts: list[str] = Field(min_length=1)
     """Texts to continue."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Longest continuation."""
+    """Longest continuation, in tokens. It ends earlier where the model has learned no more positions."""
     temperature: float = Field(default=0.8, ge=0)
     """Spread of the sampling; 0 takes the likeliest token each time."""
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -41,9 +41,10 @@ def main() -> None:
     from megatron_ext.generation.sample import generate
 
     sampling = {"temperature": o.temperature, "top_p": o.top_p, "seed": o.seed}
-    texts = generate(
-        o.checkpoint, o.prompts, max_new_tokens=o.max_new_tokens, trust_remote_code=o.trust_remote_code, **sampling
-    )
+    with ending_on_sigterm():  # which removes the temporary model
+        texts = generate(
+            o.checkpoint, o.prompts, max_new_tokens=o.max_new_tokens, trust_remote_code=o.trust_remote_code, **sampling
+        )
     for prompt, text in zip(o.prompts, texts, strict=True):
         print(f"{prompt}>>>{text}\n")
     if o.output:

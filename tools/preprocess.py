@@ -8,7 +8,7 @@ import os
 
 from pydantic import Field
 
-from megatron_ext.command import parse_command, run_command
+from megatron_ext.command import ending_on_sigterm, parse_command, run_command
 from megatron_ext.config.base import config
 
 
@@ -17,13 +17,14 @@ class PreprocessOptions:
     """Options of this command."""
 
     inputs: list[str] = Field(min_length=1)
-    """Text: .jsonl (a document a line), .txt (a document a file) or folders of them."""
+    """Text: .jsonl (a document a line), .json (an array of documents), .txt (a document a file), these as .gz, or
+    folders of them; links are followed, and what a folder has of other kinds is named."""
     tokenizer: str
     """Directory of the tokenizer."""
     output: str
-    """Directory to write: train, validation and test as .bin and .idx, and dataset.json."""
+    """Directory to write: train, validation and test as .bin and .idx, dataset.json, and manifest.json with sums."""
     text_key: str = "text"
-    """Where the text stands in a line of JSONL."""
+    """Where the text stands in the object of a document."""
     split: list[float] = Field(default_factory=lambda: [0.98, 0.01, 0.01])
     """Shares of train, validation and test, by a hash of each document."""
     workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
@@ -39,7 +40,7 @@ def main() -> None:
     from megatron_ext.progress import byte_progress
 
     settings = {"text_key": o.text_key, "split": o.split, "workers": o.workers, "force": o.force}
-    with byte_progress("tokenizing") as progress:
+    with ending_on_sigterm(), byte_progress("tokenizing") as progress:
         summary = preprocess(o.inputs, o.tokenizer, o.output, progress=progress, **settings)
     for name, counts in summary.items():
         print(f"{o.output}/{name}: {counts.documents:,} documents, {counts.tokens:,} tokens")

@@ -3,7 +3,7 @@
 
 torchrun --nproc-per-node 8 tools/train.py RUN.yaml [section.key=value ...]
 python tools/train.py RUN.yaml                  one process
-python tools/train.py RUN.yaml --check          show the resolved run, start nothing
+python tools/train.py RUN.yaml --check          look at the run and at all its files, start nothing
 
 SIGTERM, SIGUSR1, SIGHUP and Ctrl-C finish the step, save and end with 128 + the signal's number (143, 138, 129, 130);
 the same command then goes on. Ranks end with torchrun, saving first, and all end with code 2 when one is lost.
@@ -11,27 +11,34 @@ the same command then goes on. Ranks end with torchrun, saving first, and all en
 
 from megatron_ext.command import positive_integer, run_command, run_parser
 from megatron_ext.config import load_run
+from megatron_ext.errors import ConfigError
 
 
 def main() -> None:
     """Parse the command line and train."""
     parser = run_parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="print configuration, rank grid, parameters and memory")
+    parser.add_argument(
+        "--check", action="store_true", help="print what the run would be and do, and every fault; start nothing"
+    )
     parser.add_argument("--world-size", type=positive_integer, metavar="N", help="with --check: number of processes")
+    parser.add_argument("--config-only", action="store_true", help="with --check: leave out data, checkpoints and disk")
     arguments = parser.parse_args()
-    run = load_run(arguments.run, arguments.overrides)
     if arguments.check:
-        from megatron_ext.planning.check import describe_run
+        from megatron_ext.training.preflight import check_run
 
-        print(describe_run(run, arguments.world_size))
+        print(check_run(arguments.run, arguments.overrides, arguments.world_size, files=not arguments.config_only))
         return
+    for option, given in (("--world-size", arguments.world_size), ("--config-only", arguments.config_only)):
+        if given:
+            raise ConfigError(f"{option} needs --check: it says nothing of a run that starts")
+    run = load_run(arguments.run, arguments.overrides)
     from megatron_ext.launcher import adopt_launcher, end_with_launcher
 
     adopt_launcher()
     end_with_launcher()
     from megatron_ext.training.loop import train
 
-    train(run)
+    train(run, arguments.run)
 
 
 if __name__ == "__main__":

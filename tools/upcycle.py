@@ -11,15 +11,13 @@ nothing. Beside a Megatron target stands a training configuration, TARGET.yaml.
 """
 
 from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
-
-prefer_huge_pages()  # the options import torch
-
-from megatron_ext.upcycling.options import UpcycleOptions  # noqa: E402
+from megatron_ext.upcycling.options import UpcycleOptions
 
 
 def main() -> None:
     """Parse the command line, upcycle and check."""
     o = parse_command(UpcycleOptions, __doc__, positional=["sources", "target"])
+    prefer_huge_pages()
     from megatron_ext.progress import byte_progress
     from megatron_ext.upcycling.describe import describe_plan
     from megatron_ext.upcycling.plan import make_plan
@@ -37,7 +35,7 @@ def main() -> None:
     if made.function is not None:
         print(*made.function.lines(), sep="\n")
     if made.recipe is not None:
-        print(f"training configuration: {made.recipe}")
+        print(f"training configuration: {made.recipe}", *made.notes, sep="\n  ")
 
 
 if __name__ == "__main__":

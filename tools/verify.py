@@ -4,8 +4,10 @@
   python tools/verify.py A B [--text corpus.jsonl]
 
 Where one side stores its weights in a narrower dtype, both are compared in that one.
+The Hugging Face one (B, where both are) also generates some tokens, with a cache and from padded prompts, which must be
+the likeliest ones of the same model without both.
 Exit code 1 if the configurations say another function, the weights differ, or the logits are further apart than
-fp32 rounding explains.
+fp32 rounding explains, or other tokens are generated.
 """
 
 from pydantic import Field
@@ -24,9 +26,10 @@ class VerifyOptions:
     b: str
     """Second checkpoint."""
     logits: bool = True
-    """Compare logits too: each model is loaded in fp32, one after the other. --no-logits leaves that out."""
+    """Compare logits and generated tokens too: each model is loaded in fp32, one after the other. --no-logits leaves
+    that out."""
     text: str | None = None
-    """Text (.jsonl, .txt, a folder) or the prefix of a prepared dataset. Default: built-in sentences."""
+    """Text (.jsonl, .json, .txt, a folder) or the prefix of a prepared dataset. Default: built-in sentences."""
     tokenizer: str | None = None
     """Tokenizer for the text. Default: the checkpoint's own."""
     length: int = Field(default=128, ge=2)
@@ -54,8 +57,7 @@ def main() -> None:
     done = verify(o.a, o.b, how)
     print(*lines_of(done), sep="\n")
     if o.figures and done.passed:
-        write_figures(o.figures, weights=done.weights, logits=done.logits)
-    print("verdict: the same model" if done.passed else "verdict: NOT the same model")
+        write_figures(o.figures, weights=done.weights, logits=done.logits, generation=done.generation)
     raise SystemExit(0 if done.passed else 1)
 
 

@@ -6,6 +6,7 @@
 #   MEGATRON_EXT_SAMPLE_DATA=folder make quickstart
 #                                       on Japanese, English and Hindi together (folder/corpus/{ja,en,hi}_*.jsonl)
 #
+# It measures the machine, and on a slow one trains fewer steps to keep within 8 minutes; QUICKSTART_SHARE=100 trains all.
 # Results go to build/quickstart. Each step is an ordinary tool with a YAML beside this file and can be run alone.
 # Interrupted and started again, the job goes on with the first step whose result is missing.
 set -euo pipefail
@@ -45,6 +46,21 @@ if [ -e $out/source ] && [ "$(cat $out/source)" != "$source" ]; then
 fi
 echo "$source" > $out/source
 
+# --- how long ----------------------------------------------------------------------------------------------------------
+# Once, so that what is started again goes on with the same number of steps.
+if [ ! -e $out/share ]; then
+  share=${QUICKSTART_SHARE:-$("$python" "$here/measure.py")}
+  case $share in 100 | 75 | 50 | 25) ;; *) echo "error: QUICKSTART_SHARE=$share: must be 100, 75, 50 or 25 (percent)" >&2; exit 2 ;; esac
+  echo "$share" > $out/share
+fi
+share=$(cat $out/share)
+of_steps() { echo $(($1 * share / 100)); }
+iteration() { printf 'iter_%07d' "$1"; }
+dense_steps=$(of_steps 200) moe_steps=$(of_steps 80)
+dense_length=("train.train_iters=$dense_steps" "schedule.warmup_iters=$(of_steps 20)" "schedule.wsd_decay_iters=$(of_steps 40)")
+moe_length=("train.train_iters=$moe_steps" "schedule.warmup_iters=$(of_steps 8)")
+
+# --- text -> tokens ----------------------------------------------------------------------------------------------------
 overrides=()
 if [ "$source" = python ]; then
   step corpus $out/corpus.jsonl tool corpus --config "$here/corpus.yaml"
@@ -70,18 +86,22 @@ else
 fi
 
 # --- dense -> MoE ------------------------------------------------------------------------------------------------------
-step "dense pretraining" $out/dense/iter_0000200 train 2 "$here/dense.yaml" "${overrides[@]}"
+step "dense pretraining" $out/dense/"$(iteration $dense_steps)" \
+  train 2 "$here/dense.yaml" "${dense_length[@]}" "${overrides[@]}"
 step upcycling $out/upcycling.json tool upcycle --config "$here/upcycle.yaml" --text "$text" --force
 
 # The first half under TP2 x EP2 x PP2 on 8 processes if there is memory for them, else TP2 x EP2 on 4; the second half
 # in another layout, PP2 x EP2 x DP2 on 4.
 first_half=(8); [ "$(free_gib)" -ge 5 ] || first_half=(4 parallel.pipeline_model_parallel_size=1)
-if [ ! -e $out/moe/iter_0000080 ]; then
-  step "MoE pretraining, first half (${first_half[0]} processes)" $out/moe/iter_0000040 \
-    train "${first_half[0]}" "$here/moe.yaml" train.stop_at_iteration=40 "${first_half[@]:1}" "${overrides[@]}"
+half=$((moe_steps / 2)) all=$out/moe/$(iteration $moe_steps)
+if [ ! -e "$all" ]; then
+  step "MoE pretraining, first half (${first_half[0]} processes)" $out/moe/"$(iteration $half)" \
+    train "${first_half[0]}" "$here/moe.yaml" train.stop_at_iteration=$half "${first_half[@]:1}" \
+    "${moe_length[@]}" "${overrides[@]}"
 fi
-step "MoE pretraining, second half in another layout" $out/moe/iter_0000080 \
-  train 4 "$here/moe.yaml" parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false "${overrides[@]}"
+step "MoE pretraining, second half in another layout" "$all" \
+  train 4 "$here/moe.yaml" parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false \
+  "${moe_length[@]}" "${overrides[@]}"
 
 # --- MoE -> Hugging Face -----------------------------------------------------------------------------------------------
 step export $out/hf tool convert --config "$here/convert.yaml"

@@ -21,10 +21,14 @@ SPELLINGS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
 }
-"""Transformers' names of activations that Megatron has."""
+"""Transformers' names of activations that Megatron has: they differ in how they are computed, not in what."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Activation(ConfigRule):
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         stated = raw.get(self.hf) or self.default
-        if stated not in SPELLINGS:
-            raise ConversionError(f"{self.hf} = {stated!r}: Megatron has {', '.join(SPELLINGS)}")
+        if not isinstance(stated, str) or stated not in SPELLINGS:
+            raise ConversionError(
+                f"{self.hf} = {stated!r}: can be {', '.join(SPELLINGS)}; others are not computed here"
+            )
         return {"activation_func": SPELLINGS[stated]}
 
 
@@ -103,10 +109,16 @@ class HeadWidth(ConfigRule):
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         width = raw.get("head_dim") or self.default
         hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
-        if width is None and isinstance(hidden, int) and isinstance(heads, int) and heads and hidden % heads:
+        if not isinstance(hidden, int) or not isinstance(heads, int) or not heads:
+            return {} if width is None else {"kv_channels": width}  # what is wrong is said of those two
+        if width is None and hidden % heads:
             width = hidden // heads
-        if self.kind == "derived" and width is not None and width * (heads or 0) != hidden:
-            raise ConversionError(f"head_dim = {width!r}: this class has hidden_size / num_attention_heads")
+            if width < 1:
+                raise ConversionError(f"hidden_size = {hidden}, num_attention_heads = {heads}: heads without a width")
+        if self.kind == "derived" and width is not None and width * heads != hidden:
+            raise ConversionError(
+                f"head_dim = {width!r}, num_attention_heads = {heads}: this class has hidden_size / num_attention_heads"
+            )
         return {} if width is None else {"kv_channels": width}
 
     def lost(self, model: ModelConfig) -> list[str]:
@@ -157,8 +169,11 @@ class NoGroups(ConfigRule):
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         stated = None if self.hf is None else raw.get(self.hf, self.default)
-        if stated is not None and stated != raw.get("num_attention_heads"):
-            raise ConversionError(f"{self.hf} = {stated!r}: every head of this class has keys and values of its own")
+        if stated is not None and stated != (heads := raw.get("num_attention_heads")):
+            raise ConversionError(
+                f"{self.hf} = {stated!r}, num_attention_heads = {heads!r}: every head of this class has keys and "
+                "values of its own"
+            )
         return {}
 
     def lost(self, model: ModelConfig) -> list[str]:
@@ -207,49 +222,41 @@ class SlidingWindow(ConfigRule):
 
 @dataclass(frozen=True)
 class LatentAttention(ConfigRule):
-    """Multi-head latent attention; a null `q_lora_rank` projects queries directly."""
+    """Multi-head latent attention; a null `q_lora_rank` projects queries directly.
+
+    The norms of latent vectors have an epsilon of 1e-6 in these classes, whatever `rms_norm_eps` says of the others:
+    their code passes none (transformers' and DeepSeek's own; Moonlight has 1e-5 elsewhere).
+    """
+
+    epsilon: float = 1e-6
 
     def hf_names(self) -> tuple[str, ...]:
-        return tuple(LATENT)
+        return (*LATENT, "rms_norm_eps")
 
     def megatron_names(self) -> tuple[str, ...]:
-        return ("multi_latent_attention",)
+        return ("multi_latent_attention", "layernorm_epsilon")
 
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         assert model.multi_latent_attention is not None
-        return {hf: getattr(model.multi_latent_attention, megatron) for hf, megatron in LATENT.items()}
+        fields = {hf: getattr(model.multi_latent_attention, megatron) for hf, megatron in LATENT.items()}
+        return fields | {"rms_norm_eps": model.layernorm_epsilon}
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         if absent := [name for name in LATENT if name not in raw]:
             raise ConversionError(f"{', '.join(absent)}: not given")
-        return {"multi_latent_attention": {megatron: raw[hf] for hf, megatron in LATENT.items()}}
+        latent = {megatron: raw[hf] for hf, megatron in LATENT.items()}
+        epsilon = self.epsilon if raw.get("rms_norm_eps") is None else raw["rms_norm_eps"]
+        if epsilon != self.epsilon:
+            latent["latent_norm_epsilon"] = self.epsilon
+        return {"multi_latent_attention": latent, "layernorm_epsilon": epsilon}
 
     def lost(self, model: ModelConfig) -> list[str]:
-        return ["multi_latent_attention = None"] if model.multi_latent_attention is None else []
-
-
-@dataclass(frozen=True)
-class LatentEpsilon(ConfigRule):
-    """The epsilon of all norms, where the norms of latent vectors have 1e-6 whatever the field says."""
-
-    value: float = 1e-6
-
-    def hf_names(self) -> tuple[str, ...]:
-        return ("rms_norm_eps",)
-
-    def megatron_names(self) -> tuple[str, ...]:
-        return ("layernorm_epsilon",)
-
-    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
-        return {"rms_norm_eps": self.value}
-
-    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        if (stated := raw.get("rms_norm_eps", self.value)) != self.value:
-            raise ConversionError(
-                f"rms_norm_eps = {stated!r}: the norms of latent vectors have {self.value} in this class, and "
-                "Megatron's norms have one epsilon"
-            )
-        return {"layernorm_epsilon": self.value}
-
-    def lost(self, model: ModelConfig) -> list[str]:
-        return [f"layernorm_epsilon = {model.layernorm_epsilon}"] if model.layernorm_epsilon != self.value else []
+        if model.multi_latent_attention is None:
+            return ["multi_latent_attention = None"]
+        epsilon = model.latent_norm_epsilon
+        if epsilon == self.epsilon:
+            return []
+        name = (
+            "multi_latent_attention.latent_norm_epsilon" if epsilon != model.layernorm_epsilon else "layernorm_epsilon"
+        )
+        return [f"{name} = {epsilon}"]

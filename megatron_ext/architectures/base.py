@@ -1,9 +1,19 @@
 """What an architecture is: a Hugging Face class, a table of its config fields and a table of its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from megatron_ext.architectures.fields import ConfigRule, unsaid
+from megatron_ext.architectures.fields import (
+    QUANTIZED,
+    ConfigRule,
+    config_to_megatron,
+    said,
+    says_nothing,
+    unknown_fields,
+    unsaid,
+)
+from megatron_ext.architectures.foreign_code import Reads, base_fields, reads_of, transformers_version
 from megatron_ext.architectures.rules import Rule
 from megatron_ext.architectures.stored import Alias, Drop, Stacked
 from megatron_ext.config import ModelConfig
@@ -29,6 +39,10 @@ class Architecture:
     """Auto classes of the shipped code, or of code in a public repository."""
     remote: str | None = None
     """The public repository with the code of a class that nobody else has. It is exported to on request only."""
+    reads: Literal["transformers", "table"] | None = "transformers"
+    """Who reads fields of config.json beyond the table: transformers' code, nobody, or (None) nobody can say."""
+    reads_like: str | None = None
+    """The model type whose code in transformers reads what this class's does. Default: its own."""
     stacked: tuple[Stacked, ...] = ()
     """Tensors that hold the experts of a layer in one, in files of newer writers."""
     aliases: tuple[Alias, ...] = ()
@@ -53,3 +67,47 @@ class Architecture:
     def lost(self, model: ModelConfig) -> list[str]:
         """The values of `model`, each as `field = value`, that the table of config fields cannot say."""
         return unsaid(self.config, model)
+
+    def model_of(self, raw: Mapping[str, Any], *, source: str) -> ModelConfig:
+        """The ModelConfig that a config.json of this class means; what no code of the class reads plays no part.
+
+        Raises:
+            ConversionError: listing every field that may change the model and that the table does not know, and every
+                value that cannot be expressed.
+        """
+        return config_to_megatron(self.config, self._sorted(raw)[0], source=source)
+
+    def unread(self, raw: Mapping[str, Any]) -> list[str]:
+        """What a config.json says that no code of the class reads, as warnings; fields of every class not among it."""
+        statements = self._sorted(raw)[1] + [statement for rule in self.config for statement in rule.unread(raw)]
+        if not statements:
+            return []
+        listed = ", ".join(statements)
+        if self.reads == "table":
+            return [f"{listed}: read by nothing in the code of this class, so left out"]
+        notes = [f"transformers {transformers_version()}"]
+        if isinstance(written := raw.get("transformers_version"), str):
+            notes.append(f"config.json was written by {written}")
+        if "auto_map" in raw and not self.code:
+            notes.append("code that auto_map names was not looked at")
+        return [f"{listed}: read by nothing in {self.hf_class} ({', '.join(notes)}), so left out"]
+
+    def _sorted(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The fields that mean something, under the names of the table, and those that nothing reads."""
+        fields, unread = dict(raw), []
+        for name in unknown_fields(self.config, raw):
+            value = fields[name]
+            reads = None if name in base_fields() else self._reads()
+            canonical = None if reads is None else reads.aliases.get(name)
+            if name in base_fields() or says_nothing(name, value):
+                del fields[name]
+            elif canonical is not None and fields.get(canonical) in (None, value):
+                fields[canonical] = fields.pop(name)
+            elif reads is not None and name not in reads.fields and name not in QUANTIZED:
+                unread.append(said(name, fields.pop(name)))
+        return fields, unread
+
+    def _reads(self) -> Reads | None:
+        if self.reads == "transformers":
+            return reads_of(self.reads_like or self.model_type)
+        return Reads(frozenset(), {}) if self.reads == "table" else None

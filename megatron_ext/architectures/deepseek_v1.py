@@ -26,7 +26,7 @@ DEEPSEEK_V1 = Architecture(
         Field("rms_norm_eps", "layernorm_epsilon", default=1e-6),
         Activation("hidden_act"),
         Fixed("attention_bias", False),
-        Rope(scaling=False, partial=None),
+        Rope(scalings=("default", "linear", "dynamic"), type_only=True, partial=None),
         Field("n_routed_experts", "num_moe_experts", required=True),
         Field("num_experts_per_tok", "moe_router_topk", required=True),
         Field("moe_intermediate_size", "expert_ffn_hidden_size", settable="moe_ffn_hidden_size", required=True),
@@ -44,6 +44,7 @@ DEEPSEEK_V1 = Architecture(
         ("AutoModelForCausalLM", f"{REPOSITORY}--modeling_deepseek.DeepseekForCausalLM"),
     ),
     remote=REPOSITORY,
+    reads="table",
     stacked=stacked_experts(),
     drops=DROPS,
 )

@@ -1,11 +1,6 @@
 """DeepSeek-V2: latent attention, shared and fine-grained experts, groups by best expert: `DeepseekV2ForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import (
-    Activation,
-    LatentAttention,
-    LatentEpsilon,
-    NoGroups,
-)
+from megatron_ext.architectures.attention_fields import Activation, LatentAttention, NoGroups
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.experts import moe_only, routed_experts, shared_experts, stacked_experts
 from megatron_ext.architectures.fields import ConfigRule, Field, Fixed, Ignored
@@ -37,7 +32,6 @@ LATENT_CONFIG: tuple[ConfigRule, ...] = (
     *SIZES,
     Field("intermediate_size", "ffn_hidden_size"),
     LatentAttention(),
-    LatentEpsilon(),
     Activation("hidden_act"),
     Fixed("attention_bias", False),
     Rope(partial=None),

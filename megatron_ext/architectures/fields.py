@@ -1,9 +1,10 @@
 """Config rules: which fields of a Hugging Face config.json correspond to which of ModelConfig.
 
-A table of these is read in both directions. A Hugging Face field that no rule mentions and that is not known to leave
-the arithmetic alone is refused by name: a silent default would change the model.
+A table of these is read in both directions. A Hugging Face field that no rule mentions is refused by name where the
+code of the class may read it (base.py): a silent default would change the model.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -14,13 +15,15 @@ from megatron_ext.config.load import fields_of
 from megatron_ext.errors import ConfigError, ConversionError
 
 HARMLESS = frozenset(
-    "_name_or_path architectures auto_map bos_token_id dtype eos_token_id initializer_range "
-    "keys_to_ignore_at_inference model_type output_attentions output_hidden_states output_router_logits "
-    "pad_token_id pretraining_tp return_dict router_aux_loss_coef tokenizer_class torch_dtype transformers_version "
-    "use_cache is_encoder_decoder id2label label2id problem_type chunk_size_feed_forward router_jitter_noise "
-    "aux_loss_alpha seq_aux ep_size".split()
+    "architectures auto_map bos_token_id dtype eos_token_id initializer_range keys_to_ignore_at_inference model_type "
+    "output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp return_dict "
+    "router_aux_loss_coef tokenizer_class torch_dtype transformers_version use_cache is_encoder_decoder id2label "
+    "label2id problem_type chunk_size_feed_forward router_jitter_noise aux_loss_alpha seq_aux ep_size "
+    # Read for initialisation, for memory in training, for a warning, and for heads of other tasks.
+    "initializer_factor init_std gradient_checkpointing sep_token_id classifier_dropout "
+    "token_classification_bias".split()
 )
-"""Fields that do not change the logits of a forward pass."""
+"""Fields that classes read, or older ones did, and that do not change the logits of a forward pass."""
 
 TRAINING_OF_OTHERS = {
     "router_aux_loss_coef": "this is top-k times a balance loss of all layers together, Megatron's is of each layer; "
@@ -31,6 +34,26 @@ TRAINING_OF_OTHERS = {
     "model.moe_router_noise to train on with it",
 }
 """Harmless fields that training reads and Megatron has no exact counterpart of: why, and what to set instead."""
+
+QUANTIZED = ("quantization_config", "quantization", "compression_config")
+"""Fields that mark quantized weights, whoever reads them."""
+UNKNOWN = {
+    **dict.fromkeys(
+        QUANTIZED,
+        "the weights are quantized: take the original ones, or dequantize them (transformers' `from_pretrained(..., "
+        "quantization_config=...(dequantize=True))` and `save_pretrained`, or the authors' script)",
+    ),
+    "sliding_window": "Megatron has no sliding windows; take it out if sequences are no longer than it",
+    "layer_types": "Megatron's layers are alike; take it out if all of them are full_attention",
+}
+"""The way out of single fields that no table knows."""
+MOST = {"num_layers": 2_000, "num_moe_experts": 5_000}
+"""Numbers above which nothing is looked at further: each of them has tensors, whose names would fill the memory."""
+WAY_OUT = (
+    "  What does not change this model can be taken out of a copy of its config.json; what does needs a field in its "
+    "table (CONTRIBUTING.md, Add an architecture)."
+)
+"""The last line of each refusal."""
 
 NOT_IN_THE_LOGITS = frozenset(
     "attention_dropout hidden_dropout init_method_std make_vocab_size_divisible_by moe_adaptive_aux_loss "
@@ -62,6 +85,10 @@ class ConfigRule(ABC):
 
     def lost(self, model: ModelConfig) -> list[str]:
         """The values of `model`, each as `field = value`, that this rule's Hugging Face fields cannot say."""
+        return []
+
+    def unread(self, raw: Mapping[str, Any]) -> list[str]:
+        """What is inside this rule's Hugging Face fields, each as `field = value`, and read by no code of the class."""
         return []
 
 
@@ -234,18 +261,18 @@ class LayerPattern(ConfigRule):
 
 def unsaid(rules: tuple[ConfigRule, ...], model: ModelConfig) -> list[str]:
     """What a table would lose of `model`: values it cannot say, and fields it lacks that are not at their default."""
-    said = {name for rule in rules for name in rule.megatron_names()} | NOT_IN_THE_LOGITS
+    carried = {name for rule in rules for name in rule.megatron_names()} | NOT_IN_THE_LOGITS
     if not isinstance(model.moe_router_noise, LearnedNoise):
-        said |= {"moe_router_noise"}  # drawn in training only, and without weights that an export would lose
+        carried |= {"moe_router_noise"}  # drawn in training only, and without weights that an export would lose
     if model.position_embedding_type != "rope":
-        said |= {"rotary_base"}  # nothing is rotated
+        carried |= {"rotary_base"}  # nothing is rotated
     if model.moe_router_topk_scaling_factor == 1.0:
-        said |= {"moe_router_topk_scaling_factor"}
+        carried |= {"moe_router_topk_scaling_factor"}
     lost = [statement for rule in rules for statement in rule.lost(model)]
     return lost + [
         f"{name} = {getattr(model, name)!r}"
         for name, info in fields_of(ModelConfig).items()
-        if name not in said and getattr(model, name) != info.get_default(call_default_factory=True)
+        if name not in carried and getattr(model, name) != info.get_default(call_default_factory=True)
     ]
 
 
@@ -257,39 +284,92 @@ def config_to_hf(rules: tuple[ConfigRule, ...], model: ModelConfig) -> dict[str,
     return result
 
 
+def said(name: str, value: Any) -> str:
+    """A field and its value, cut where it is long."""
+    text = repr(value)
+    return f"{name} = {text if len(text) <= 200 else f'{text[:200]}...'}"
+
+
+def says_nothing(name: str, value: Any) -> bool:
+    """Whether a field that shared code of all classes reads has the value that is meant without it."""
+    return (name == "is_causal" and value is True) or (
+        name == "layer_types" and isinstance(value, list) and set(map(str, value)) == {"full_attention"}
+    )
+
+
+def unknown_fields(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any]) -> list[str]:
+    """The fields of a Hugging Face config that say something, that no rule knows and that not every class may have.
+
+    What is null says nothing, and what begins with `_` is a note of the program that wrote it.
+    """
+    known = {name for rule in rules for name in rule.hf_names()} | HARMLESS
+    return [name for name in raw if name not in known and raw[name] is not None and not name.startswith("_")]
+
+
 def config_to_megatron(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any], *, source: str) -> ModelConfig:
     """The ModelConfig that a Hugging Face config means.
 
     Raises:
         ConversionError: listing every field that no rule knows and every value that cannot be expressed.
     """
-    known = {name for rule in rules for name in rule.hf_names()} | HARMLESS
     faults = [
-        f"{name} = {raw[name]!r}: may change the model and is not understood" for name in raw if name not in known
+        f"{said(name, raw[name])}: may change the model and is not understood"
+        + (f"; {UNKNOWN[name]}" if name in UNKNOWN else "")
+        for name in unknown_fields(rules, raw)
     ]
+    faults += (beyond := [fault for rule in rules for fault in _beyond_reason(rule, raw)])
     fields: dict[str, Any] = {}
-    for rule in rules:
+    for rule in rules if not beyond else ():
         try:
             fields.update(rule.to_megatron(raw))
         except ConversionError as error:
             faults.append(str(error))
-    if faults:
-        raise ConversionError(f"{source}:\n" + "\n".join(f"  {fault}" for fault in faults))
-    try:
-        return load_config(ModelConfig, fields, source=source)
-    except ConfigError as error:
-        raise ConversionError(str(error)) from error
+        except (TypeError, ValueError, ArithmeticError) as error:  # of a rule that computes with what it is given
+            stated = {name: raw[name] for name in rule.hf_names() if name in raw}
+            faults.append(f"{_listed(stated)}: not what this field may be ({error})")
+    if not faults:
+        try:
+            return load_config(ModelConfig, fields, source=source)
+        except ConfigError as error:
+            faults = [_in_both_tongues(line.strip(), rules, raw) for line in str(error).splitlines()[1:]]
+    listed = "\n".join(f"  {fault if len(fault) <= 1000 else f'{fault[:500]} ... {fault[-400:]}'}" for fault in faults)
+    raise ConversionError(f"{source}:\n{listed}\n{WAY_OUT}")
+
+
+def _in_both_tongues(fault: str, rules: tuple[ConfigRule, ...], raw: Mapping[str, Any]) -> str:
+    """A fault of a Megatron model, with the Hugging Face fields that its values come from."""
+    named = set(re.findall(r"\bmodel\.(\w+)", fault))
+    if named & {"head_dim", "rotary_width"}:
+        named |= {"kv_channels", "hidden_size", "num_attention_heads"}  # which these two follow from
+    if named & {"moe_first_k_dense", "moe_layer_freq"}:
+        named.add("num_layers")
+    statements = []
+    for rule in rules:
+        if any(megatron in rule.megatron_names() for megatron in named):
+            given = [name for name in rule.hf_names() if raw.get(name) is not None]
+            absent = [name for name in rule.hf_names() if name not in given and ("None" in fault or not given)]
+            statements += [said(name, raw[name]) for name in given] + [f"{name} is not given" for name in absent]
+    return f"{fault} ({', '.join(statements)})" if statements else fault
+
+
+def _beyond_reason(rule: ConfigRule, raw: Mapping[str, Any]) -> list[str]:
+    most = max((MOST[name] for name in rule.megatron_names() if name in MOST), default=None)
+    return [
+        f"{said(name, raw[name])}: more than {most:,}, which no model has"
+        for name in rule.hf_names()
+        if most is not None and isinstance(raw.get(name), int | float) and raw[name] > most
+    ]
 
 
 def left_behind(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any]) -> list[str]:
     """What a Hugging Face config says about training, and a table of rules does not keep; zero says nothing."""
-    said = {name for rule in rules for name in rule.hf_names()}
+    kept = {name for rule in rules for name in rule.hf_names()}
     return [
-        f"{name} = {raw[name]!r} is not carried over: {why}"
+        f"{said(name, raw[name])} is not carried over: {why}"
         for name, why in TRAINING_OF_OTHERS.items()
-        if name not in said and raw.get(name)
+        if name not in kept and raw.get(name)
     ]
 
 
 def _listed(stated: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {value!r}" for name, value in stated.items())
+    return ", ".join(said(name, value) for name, value in stated.items())

@@ -14,6 +14,8 @@ from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 
 LAYER = "transformer.h.{layer}"
+WIDTH = 768
+"""What an absent `n_embd` means."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class InnerWidth(ConfigRule):
         return {"n_inner": None if model.ffn_hidden_size == 4 * model.hidden_size else model.ffn_hidden_size}
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        width, hidden = raw.get("n_inner"), raw.get("n_embd")
+        width, hidden = raw.get("n_inner"), raw.get("n_embd") or WIDTH
         if width is None and isinstance(hidden, int):
             width = 4 * hidden
         return {} if width is None else {"ffn_hidden_size": width}
@@ -85,7 +87,7 @@ class WholeHeads(ConfigRule):
 
 CONFIG: tuple[ConfigRule, ...] = (
     Field("vocab_size", "vocab_size", default=50257),
-    Field("n_embd", "hidden_size", default=768),
+    Field("n_embd", "hidden_size", default=WIDTH),
     Field("n_layer", "num_layers", default=12),
     Field("n_head", "num_attention_heads", default=12),
     Field("n_positions", "max_position_embeddings", default=1024),

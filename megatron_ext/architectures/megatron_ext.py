@@ -226,6 +226,8 @@ MEGATRON_EXT = Architecture(
     model_type="megatron_ext",
     config=CONFIG,
     weights=EMBEDDINGS + LAYERS,
+    # A field that this version does not know may be of a newer one, whose code reads it.
+    reads=None,
     code=(
         "configuration_megatron_ext.py",
         "modeling_megatron_ext.py",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.architectures.fields import ConfigRule
+from megatron_ext.architectures.fields import ConfigRule, said
 from megatron_ext.config import ModelConfig, to_mapping
 from megatron_ext.errors import ConversionError
 
@@ -106,9 +106,15 @@ class Heads(ConfigRule):
             raise ConversionError(f"head_dim = {head!r}: qk_nope_head_dim + qk_rope_head_dim is {sum(parts)}")
         if groups not in (None, raw.get("num_attention_heads")):
             raise ConversionError(
-                f"num_key_value_heads = {groups!r}: in latent attention every head has keys and values of its own"
+                f"num_key_value_heads = {groups!r}: in latent attention "
+                f"({', '.join(said(hf, raw[hf]) for hf, _ in _LATENT if raw.get(hf) is not None)}) every head has keys "
+                "and values of its own"
             )
         return {"multi_latent_attention": stated}
+
+    def lost(self, model: ModelConfig) -> list[str]:
+        epsilon = model.latent_norm_epsilon
+        return [f"latent_norm_epsilon = {epsilon}"] if epsilon != model.layernorm_epsilon else []
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.deepseek_v1 import DEEPSEEK_V1
 from megatron_ext.architectures.deepseek_v2 import DEEPSEEK_V2
 from megatron_ext.architectures.deepseek_v3 import DEEPSEEK_V3
+from megatron_ext.architectures.fields import said
 from megatron_ext.architectures.gpt2 import GPT2
 from megatron_ext.architectures.gpt_neox import GPT_NEOX
 from megatron_ext.architectures.llama import LLAMA
@@ -42,16 +43,34 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 """In order of preference: an export takes the first that reproduces the model exactly and needs no foreign code."""
 
 
+FORMER_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+"""Names of classes before transformers had them under the later one, still in files of that time."""
+
+
 def architecture_of(raw: Mapping[str, Any], *, source: str) -> Architecture:
-    """The architecture that a Hugging Face config.json names."""
-    named = (raw.get("architectures") or [None])[0]
+    """The architecture that a Hugging Face config.json names, by its class, or without one by its type.
+
+    Raises:
+        ConversionError: there is no table for it, or class and type are not of one model.
+    """
+    stated = raw.get("architectures")
+    if stated is None:
+        stated = [a.hf_class for a in ARCHITECTURES if a.model_type == raw.get("model_type")]
+    if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
+        raise ConversionError(f"{source}: {said('architectures', stated)}: expected a list with the name of a class")
+    named = FORMER_NAMES.get(stated[0], stated[0]) if stated else None
     architecture = next((a for a in ARCHITECTURES if a.hf_class == named), None)
     if architecture is None:
-        raise ConversionError(f"{source}: architectures = {raw.get('architectures')!r}; supported: {_known()}")
-    if (stated := raw.get("model_type", architecture.model_type)) != architecture.model_type:
+        named_so = ", ".join(said(name, raw.get(name)) for name in ("architectures", "model_type"))
         raise ConversionError(
-            f"{source}: model_type = {stated!r}, but {named} is of the type {architecture.model_type!r}; transformers "
-            "goes by the type, others by the class"
+            f"{source}: {named_so}; supported: {_known()}. Another class takes one file (CONTRIBUTING.md, Add an "
+            "architecture)"
+        )
+    if (kind := raw.get("model_type", architecture.model_type)) != architecture.model_type:
+        raise ConversionError(
+            f"{source}: {said('model_type', kind)}, but {named} is of the type {architecture.model_type!r}; "
+            "transformers goes by the type, others by the class. If its code is that of the class, write the type "
+            "into a copy of config.json"
         )
     return architecture
 

@@ -5,12 +5,17 @@ with unfused norms and one entry an expert. On disk dense norms have the names o
 and the experts of a layer are one stacked tensor. This file is the only place that knows both.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_ext.checkpoint.boxes import Shape
+if TYPE_CHECKING:
+    from megatron_ext.checkpoint.boxes import Shape
+
 
 FUSED_NORMS = {
     "input_layernorm": "self_attention.linear_qkv",

@@ -4,11 +4,14 @@ import math
 import mmap
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint.boxes import Shape
+from megatron_ext.files import writing
+from megatron_ext.manifest import FileSum, RunningSum
 
 # Linux transfers at most 2 GiB less a page in one call.
 _MOST = 1 << 30
@@ -35,11 +38,41 @@ def read_into(descriptor: int, start: int, target: Tensor) -> None:
         done += count
 
 
-def write_at(descriptor: int, start: int, data: memoryview | bytes) -> None:
-    """Write all of `data` at `start`."""
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + _MOST], start + done)
+class OutputFile:
+    """A new file that is written at positions, on any number of threads; its checksum is taken on the way.
+
+    What goes wrong is an OSError with the file's name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - finish() and abandon() close it
+        self._running = RunningSum()
+
+    def write(self, start: int, data: memoryview | bytes) -> None:
+        """Write all of `data` at `start`."""
+        view, done = memoryview(data), 0
+        self._running.add(start, view)
+        with writing(self.path):
+            while done < len(view):
+                done += os.pwrite(self._file.fileno(), view[done : done + _MOST], start + done)
+
+    def reserve(self, length: int) -> None:
+        """Give the file its `length` in bytes before all of them are written."""
+        with writing(self.path):
+            self._file.truncate(length)
+
+    def finish(self, *, sync: bool) -> FileSum:
+        """Close the file, with `sync` only once everything is on disk."""
+        with writing(self.path):
+            if sync:
+                os.fsync(self._file.fileno())
+            self._file.close()
+        return self._running.sum()
+
+    def abandon(self) -> None:
+        """Close the file after a failure."""
+        self._file.close()
 
 
 def memory_of(tensor: Tensor) -> memoryview:

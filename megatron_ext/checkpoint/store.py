@@ -1,24 +1,33 @@
 """Training checkpoints: saved so that an interrupted save never looks complete, found, checked and loaded.
 
 `<directory>/iter_0000100/` holds the tensors in `torch_dist` format, `run.yaml` (the resolved configuration),
-`state.json` (step, data position, W&B run), `rng.pt` (random states) and `tokenizer/`. It is written beside its final
-name and renamed when everything is on disk, so a directory with such a name is complete.
+`state.json` (step, data position, W&B run), `rng.pt` (random states), `tokenizer/` and `manifest.json` (size and
+checksum of each). It is written beside its final name, the manifest last, and renamed when everything is on disk, so a
+directory with such a name is complete.
+
+Stock megatron-core loads it with `StrictHandling.LOG_ALL` (Megatron-LM: `--dist-ckpt-strictness log_all`): its layers
+also ask for an `_extra_state`, Transformer Engine's fp8 bookkeeping, which is no part of the model and not stored here.
 """
 
+import io
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint.boxes import Box
+from megatron_ext.checkpoint.boxes import Box, Shape
+from megatron_ext.checkpoint.run_file import RUN_FILE as RUN_FILE
+from megatron_ext.checkpoint.run_file import read_run as read_run
+from megatron_ext.checkpoint.run_file import write_run
+from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_ext.checkpoint.torch_dist import (
     METADATA_FILE,
     ChunkRecord,
@@ -26,28 +35,23 @@ from megatron_ext.checkpoint.torch_dist import (
     TorchDistWriter,
     write_metadata,
 )
-from megatron_ext.config.yaml_text import dump_yaml, read_yaml
-from megatron_ext.errors import CheckpointError
-from megatron_ext.files import UNFINISHED
+from megatron_ext.errors import CheckpointError, named
+from megatron_ext.files import UNFINISHED, read_json_object, write_bytes, write_text
+from megatron_ext.foreign import reading
+from megatron_ext.manifest import (
+    MANIFEST_FILE,
+    FileSum,
+    check_manifest,
+    manifest_faults,
+    raise_faults,
+    read_manifest,
+    write_manifest,
+)
 
 log = logging.getLogger(__name__)
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
-RUN_FILE, STATE_FILE, RNG_FILE, TOKENIZER_FOLDER = "run.yaml", "state.json", "rng.pt", "tokenizer"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-"""Files of which a tokenizer has at least one."""
-GENERATION_FILE, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
-TOKENIZER_FILES = (
-    *TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    CHAT_TEMPLATE,
-    GENERATION_FILE,
-)
-"""What is kept of a tokenizer's folder; how to stop and sample goes with it."""
+STATE_FILE, RNG_FILE, TOKENIZER_FOLDER = "state.json", "rng.pt", "tokenizer"
 CHECKPOINT_CONTENTS = (
     METADATA_FILE,
     "*.distcp",
@@ -57,6 +61,7 @@ CHECKPOINT_CONTENTS = (
     STATE_FILE,
     RNG_FILE,
     TOKENIZER_FOLDER,
+    MANIFEST_FILE,
 )
 """What stands in a complete checkpoint."""
 _COMPLETE = re.compile(r"iter_(\d{7,})")
@@ -111,7 +116,9 @@ def require_checkpoint(path: str | Path) -> Path:
     """`find_checkpoint`, raising CheckpointError where there is none."""
     found = find_checkpoint(path)
     if found is None:
-        raise CheckpointError(f"{path}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here")
+        raise CheckpointError(
+            f"{named(path)}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here"
+        )
     return found
 
 
@@ -186,23 +193,56 @@ def _require_complete(checkpoint: Path, before: Path | None) -> None:
     raise CheckpointError(f"{checkpoint} is not complete: {'; '.join(faults)}. {way_out}")
 
 
+def require_whole(checkpoint: Path, *, checksums: bool = False) -> None:
+    """Raise CheckpointError where files of `checkpoint` are not what its manifest says: missing, cut or changed.
+
+    Sizes are those of all files; checksums, unless asked for, those of the small ones. Without a manifest it passes.
+    """
+    advice = _way_out(checkpoint)
+    check_manifest(checkpoint, CheckpointError, checksums=checksums, advice=advice)
+    if not checksums:
+        small = [path.name for path in checkpoint.iterdir() if path.suffix != ".distcp"]
+        small.append(f"{TOKENIZER_FOLDER}/*")
+        check_manifest(checkpoint, CheckpointError, checksums=True, only=small, advice=advice)
+
+
+def _require_whole_together(checkpoint: Path) -> None:
+    """`require_whole` with every checksum, on all ranks, each reading its share of the files."""
+    if not dist.is_initialized():
+        require_whole(checkpoint, checksums=True)
+        return
+    manifest = read_manifest(checkpoint, CheckpointError) or {}
+    names = sorted(manifest, key=lambda name: (manifest[name].bytes, name))[dist.get_rank() :: dist.get_world_size()]
+    faults = list(manifest_faults(checkpoint, {name: manifest[name] for name in names}, checksums=True))
+    raise_faults(
+        checkpoint, CheckpointError, [fault for part in _gather(faults) for fault in part], _way_out(checkpoint)
+    )
+
+
+def _way_out(checkpoint: Path) -> str:
+    """What to do where `checkpoint` is damaged."""
+    older = [entry for entry in complete_checkpoints(checkpoint.parent) if entry.name < checkpoint.name]
+    if not older:
+        return "take them from a copy"
+    return (
+        f"take them from a copy, or go on from {older[-1].name}, the checkpoint before: "
+        f"mv {checkpoint} {checkpoint}.damaged, and start again"
+    )
+
+
 def read_state(checkpoint: Path) -> TrainingState:
     """The training state saved in `checkpoint`."""
     path = checkpoint / STATE_FILE
-    try:
-        raw = json.loads(path.read_text())
-        return TrainingState(**{f.name: raw[f.name] for f in fields(TrainingState)} | {"data": tuple(raw["data"])})
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a training state of this framework ({error})") from error
-
-
-def read_run(checkpoint: Path) -> dict[str, Any]:
-    """The resolved configuration saved in `checkpoint`, as plain mappings."""
-    path = checkpoint / RUN_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{checkpoint}: has no {RUN_FILE}; it was not written by this framework")
-    content: dict[str, Any] = read_yaml(path)
-    return content
+    check_manifest(checkpoint, CheckpointError, only=(STATE_FILE,), checksums=True, advice=_way_out(checkpoint))
+    with reading(path, CheckpointError, advice="it is not a training state of this framework"):
+        raw = read_json_object(path, CheckpointError)
+        state = TrainingState(**{f.name: raw[f.name] for f in fields(TrainingState)} | {"data": tuple(raw["data"])})
+        for name in ("iteration", "consumed_samples", "optimizer_steps"):
+            if type(count := getattr(state, name)) is not int or count < 0:
+                raise ValueError(f"{name} is {count!r}")
+        if not all(isinstance(name, str) for name in (*state.data, state.wandb_run_id or "")):
+            raise ValueError("data and wandb_run_id are names")
+    return state
 
 
 def save_checkpoint(
@@ -232,7 +272,7 @@ def save_checkpoint(
         _together(lambda: _remove_old(directory, keep_last) if dist.get_rank() == 0 else None)
     except CheckpointError:
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
         raise
     return final
 
@@ -248,14 +288,15 @@ def _save(
 ) -> None:
     _together(lambda: _require_finite(boxes))
     _together(lambda: _prepare(partial) if dist.get_rank() == 0 else None)
-    records = _together(lambda: _write_boxes(partial, boxes))
+    written = _together(lambda: _write_boxes(partial, boxes))
     states = _gather(random_state)
 
     def finish() -> None:
         if dist.get_rank() == 0:
-            write_metadata(partial, [record for rank_records in records for record in rank_records])
+            write_metadata(partial, [record for records, _ in written for record in records])
             write_small_files(partial, state, run, tokenizer)
-            torch.save(states, partial / RNG_FILE)
+            _write_saved(partial / RNG_FILE, states)
+            write_manifest(partial, {name: file_sum for _, sums in written for name, file_sum in sums.items()})
             publish(partial, final, state.iteration)
 
     _together(finish)
@@ -266,29 +307,23 @@ def write_small_files(partial: Path, state: TrainingState, run: dict[str, Any], 
     if tokenizer is not None and tokenizer.is_dir():
         (partial / TOKENIZER_FOLDER).mkdir()
         copy_tokenizer(tokenizer, partial / TOKENIZER_FOLDER)
-    (partial / RUN_FILE).write_text(dump_yaml(run))
-    (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-    torch.save({"iteration": state.iteration, "checkpoint_version": 3.0}, partial / "common.pt")
+    write_run(partial, run)
+    write_text(partial / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
+    _write_saved(partial / "common.pt", {"iteration": state.iteration, "checkpoint_version": 3.0})
     backends = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    (partial / "metadata.json").write_text(json.dumps(backends) + "\n")
+    write_text(partial / "metadata.json", json.dumps(backends) + "\n")
 
 
-def has_tokenizer(directory: Path) -> bool:
-    """Whether `directory` holds a tokenizer that this framework reads."""
-    return any((directory / name).is_file() for name in TOKENIZERS)
-
-
-def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer's files of `source` into the folder `target`; whether they are one that is read here."""
-    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in present:
-        shutil.copyfile(source / name, target / name)
-    return has_tokenizer(target)
+def _write_saved(path: Path, content: Any) -> None:
+    """torch.save, which would say nothing useful of a full disk."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getbuffer())
 
 
 def publish(partial: Path, final: Path, iteration: int, *, sync: bool = True) -> None:
@@ -312,7 +347,28 @@ def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
     Raises:
         CheckpointError: naming every tensor that is missing or has another shape.
     """
+    _require_whole_together(checkpoint)
     reader = TorchDistReader(checkpoint)
+    fill_boxes(reader, checkpoint, boxes)
+    reader.close()
+
+
+class BoxReader(Protocol):
+    """Stored tensors of which boxes can be read."""
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """The keys."""
+
+    def shape(self, key: str) -> Shape:
+        """Global shape of a tensor."""
+
+    def read_into(self, key: str, offset: Shape, target: torch.Tensor) -> None:
+        """Fill `target` with the box of `key` at `offset`, converting the dtype where it differs."""
+
+
+def fill_boxes(reader: BoxReader, checkpoint: Path, boxes: Sequence[Box]) -> None:
+    """`load_boxes` from whatever reads the tensors of `checkpoint`."""
     afresh = {
         box.key
         for box in boxes
@@ -334,24 +390,29 @@ def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
     with torch.no_grad():
         for box in sorted(boxes, key=lambda box: (box.key, box.offset)):
             reader.read_into(box.key, box.offset, box.data)
-    reader.close()
 
 
 def read_random_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     """The random states that `rank` saved; None if there was none, or no training made the checkpoint."""
-    if not (checkpoint / RNG_FILE).is_file():
+    path = checkpoint / RNG_FILE
+    if not path.is_file():
         return None
-    states = torch.load(checkpoint / RNG_FILE, map_location="cpu", weights_only=True)
+    check_manifest(checkpoint, CheckpointError, only=(RNG_FILE,), checksums=True, advice=_way_out(checkpoint))
+    with reading(path, CheckpointError, advice="without it, removed, training goes on with fresh random numbers"):
+        states = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(states, list) or not all(isinstance(state, dict | None) for state in states):
+            raise ValueError("not the random states of a run")
     return states[rank] if rank < len(states) else None
 
 
-def _write_boxes(partial: Path, boxes: Sequence[Box]) -> list[ChunkRecord]:
+def _write_boxes(partial: Path, boxes: Sequence[Box]) -> tuple[list[ChunkRecord], dict[str, FileSum]]:
+    """Write this rank's file; return its chunks and its sum."""
     writer = TorchDistWriter(partial, f"__{dist.get_rank()}_0.distcp")
     try:
         for box in boxes:
             if box.saved_here:
                 writer.write(box.key, box.global_shape, box.offset, box.data)
-        return writer.finish()
+        return writer.finish(), {writer.name: writer.sum}
     except BaseException:
         writer.abandon()
         raise

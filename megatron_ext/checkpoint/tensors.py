@@ -26,12 +26,22 @@ from megatron_ext.checkpoint.store import (
     find_checkpoint,
     publish,
     require_checkpoint,
+    require_whole,
     write_small_files,
 )
 from megatron_ext.checkpoint.torch_dist import TensorArchive, TorchDistReader, TorchDistWriter, write_metadata
 from megatron_ext.errors import ConversionError
-from megatron_ext.files import UNFINISHED, output_place, publish_directory
+from megatron_ext.files import (
+    OURS,
+    UNFINISHED,
+    output_place,
+    publish_directory,
+    remove_unfinished,
+    start_directory,
+    unfinished_place,
+)
 from megatron_ext.locks import LOCK_FILE, exclusive, exclusive_output
+from megatron_ext.manifest import FileSum, write_manifest
 
 # A system lets one thread at a time write into a file.
 _FILES = 4
@@ -87,11 +97,11 @@ class TensorSink(ABC):
     ) -> None:
         target = output_place(target, ConversionError, force=force, contents=self.contents, inputs=inputs)
         self.target, self.specs = target, dict(specs)
-        self.partial = target.with_name(target.name + UNFINISHED)
+        self.partial = unfinished_place(target)
         self.total_bytes = sum(spec.bytes for spec in self.specs.values())
         self._waiting = set(self.specs)
         self._made: list[Path] = []
-        self._finished = False
+        self._started = self._finished = False
         self._replace = force
         self._lock = contextlib.ExitStack()
 
@@ -144,6 +154,10 @@ class TensorSink(ABC):
     def _close(self) -> None:
         """Close the files; also called after a failure."""
 
+    @abstractmethod
+    def _sums(self) -> dict[str, FileSum]:
+        """The sums of the closed files, by their names."""
+
     def _complete(self) -> None:  # noqa: B027 - not every output has more
         """Write what a finished output holds besides the tensors."""
 
@@ -171,13 +185,10 @@ class TensorSink(ABC):
         self._made = [folder for folder in self.partial.parents if not folder.exists()]
         try:
             self._lock.enter_context(self._exclusive())
-        except OSError as error:
-            raise ConversionError(f"{self.target}: cannot be written: {error.strerror}") from error
-        try:
-            if self.partial.exists():
-                shutil.rmtree(self.partial)  # what a killed process left also takes space
+            remove_unfinished(self.partial)  # it also takes space
             self._require_space()
-            self.partial.mkdir(parents=True)
+            start_directory(self.target)
+            self._started = True
             self._open()
         except OSError as error:
             self._clear_up()
@@ -203,6 +214,7 @@ class TensorSink(ABC):
             if kind is None:
                 if not self._finished:
                     self.finish()
+                write_manifest(self.partial, self._sums())
                 self._publish()
             else:
                 self._close()
@@ -212,7 +224,8 @@ class TensorSink(ABC):
             self._clear_up()
 
     def _clear_up(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if self._started:
+            shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
         for folder in self._made:
             with contextlib.suppress(OSError):  # it holds the output, or something of somebody else
@@ -230,6 +243,7 @@ class MegatronSource:
 
     def __init__(self, path: str | Path) -> None:
         self.directory = require_checkpoint(path)
+        require_whole(self.directory)
         self._reader = TorchDistReader(self.directory)
         self._places = stored_names({key: self._reader.shape(key) for key in self._reader.tensors})
         self.specs = {
@@ -311,6 +325,9 @@ class MegatronSink(TensorSink):
         for writer in self._writers:
             writer.finish(sync=False)
 
+    def _sums(self) -> dict[str, FileSum]:
+        return {writer.name: writer.sum for writer in self._writers}
+
     def _complete(self) -> None:
         write_metadata(self.partial, [record for writer in self._writers for record in writer.records])
         write_small_files(self.partial, self._state, self._run, self._tokenizer)
@@ -319,4 +336,7 @@ class MegatronSink(TensorSink):
         return exclusive(self.target.parent, "writing a model")
 
     def _publish(self) -> None:
+        if not self._replace and self.target.exists():
+            raise ConversionError(f"{self.target}: somebody else made it meanwhile; not replaced without --force")
+        (self.partial / OURS).unlink()
         publish(self.partial, self.target, self._state.iteration, sync=False)

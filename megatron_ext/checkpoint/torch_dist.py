@@ -5,17 +5,17 @@ every global tensor which chunk of it lies where. torch.distributed.checkpoint a
 here and write what is read here. Nothing is unpickled but a known set of classes.
 """
 
+import errno
 import io
-import math
 import os
 import pickle
 import threading
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -24,11 +24,14 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ext.checkpoint.boxes import Shape
-from megatron_ext.checkpoint.raw_io import TensorPlace, read_bytes, write_at
+from megatron_ext.checkpoint.metadata import METADATA_FILE as METADATA_FILE
+from megatron_ext.checkpoint.metadata import fault_of_chunks, read_metadata
+from megatron_ext.checkpoint.raw_io import OutputFile, TensorPlace, read_bytes
 from megatron_ext.checkpoint.torch_archive import find_tensor
 from megatron_ext.errors import CheckpointError
-
-METADATA_FILE = ".metadata"
+from megatron_ext.files import open_regular, write_bytes, writing
+from megatron_ext.foreign import reading
+from megatron_ext.manifest import FileSum, check_manifest
 
 # Bytes; torch.save writes headers of a few dozen and pads with less than a hundred.
 _SMALL = 4096
@@ -60,10 +63,12 @@ class TorchDistWriter:
 
     def __init__(self, directory: Path, name: str = "__0_0.distcp") -> None:
         self.records: list[ChunkRecord] = []
-        self._name = name
+        self.name = name
         self.length = 0
         """Bytes of the file when everything reserved is written."""
-        self._file: BinaryIO = open(directory / name, "wb", buffering=0)  # noqa: SIM115 - closed by finish()
+        self.sum = FileSum(0, 0)
+        """Size and checksum of the file once it is finished."""
+        self._file: OutputFile | None = OutputFile(directory / name)
 
     def write(self, key: str, global_shape: Shape, offset: Shape, data: Tensor) -> None:
         """Append `data`, the chunk of `key` at `offset`; its memory is not kept."""
@@ -77,25 +82,28 @@ class TorchDistWriter:
         self.length = start + archive.length
         size = tuple(archive.tensor.shape)
         dtype = archive.tensor.dtype
-        self.records.append(ChunkRecord(key, dtype, global_shape, offset, size, self._name, start, archive.length))
+        self.records.append(ChunkRecord(key, dtype, global_shape, offset, size, self.name, start, archive.length))
         return start
 
     def put(self, archive: "TensorArchive", start: int) -> None:
         """Write a chunk at its place."""
+        assert self._file is not None
         for piece in archive.pieces:
-            write_at(self._file.fileno(), start, piece)
+            self._file.write(start, piece)
             start += len(piece)
 
     def finish(self, *, sync: bool = True) -> list[ChunkRecord]:
         """Close the file, with `sync` only once everything is on disk, and return what was written."""
-        if sync:
-            os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file is not None:
+            self.sum = self._file.finish(sync=sync)
+            self._file = None
         return self.records
 
     def abandon(self) -> None:
         """Close the file after a failure."""
-        self._file.close()
+        if self._file is not None:
+            self._file.abandon()
+            self._file = None
 
 
 class TensorArchive:
@@ -147,18 +155,13 @@ def write_metadata(directory: Path, records: Iterable[ChunkRecord]) -> None:
         entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(record.offset), torch.Size(record.size)))
         storage[index] = _StorageInfo(record.file, record.start, record.length)
     for key, entry in tensors.items():
-        covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
-        if covered != math.prod(entry.size):
-            raise CheckpointError(
-                f"{directory}: the chunks of {key} hold {covered} of {math.prod(entry.size)} elements"
-            )
+        if fault := fault_of_chunks(entry):
+            raise CheckpointError(f"{directory}: the chunks of {key} {fault}")
     content = dcp.Metadata(state_dict_metadata={**tensors}, planner_data={}, storage_data=storage)
-    beside = directory / f"{METADATA_FILE}.partial"
-    with open(beside, "wb") as file:
-        pickle.dump(content, file)
-        file.flush()
+    path = directory / METADATA_FILE
+    write_bytes(path, pickle.dumps(content))
+    with writing(path), open(path, "rb") as file:
         os.fsync(file.fileno())
-    beside.rename(directory / METADATA_FILE)
 
 
 class TorchDistReader:
@@ -166,9 +169,11 @@ class TorchDistReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._metadata = _read_metadata(directory)
-        self._files: dict[str, BinaryIO] = {}
+        check_manifest(directory, CheckpointError, only=(METADATA_FILE,), checksums=True)
+        self._metadata = read_metadata(directory)
+        self._files: dict[str, FileIO] = {}
         self._places: dict[tuple[str, int], TensorPlace | None] = {}
+        self._checked: set[str] = set()
         self._opening = threading.Lock()
         self.tensors: dict[str, dcp.TensorStorageMetadata] = {
             key: entry
@@ -224,8 +229,17 @@ class TorchDistReader:
         return None
 
     def _chunks(self, key: str) -> Iterator[tuple[dcp.ChunkStorageMetadata, _StorageInfo]]:
-        for chunk in self.tensors[key].chunks:
-            yield chunk, self._metadata.storage_data[dcp.MetadataIndex(key, chunk.offsets)]
+        entry = self.tensors[key]
+        if key not in self._checked:
+            with reading(self.directory / METADATA_FILE, CheckpointError):
+                if fault := fault_of_chunks(entry):
+                    raise CheckpointError(f"{self.directory / METADATA_FILE}: the chunks of {key} {fault}")
+            self._checked.add(key)
+        for chunk in entry.chunks:
+            info = self._metadata.storage_data.get(dcp.MetadataIndex(key, chunk.offsets))
+            if info is None:
+                raise CheckpointError(f"{self.directory / METADATA_FILE}: does not say where {key} lies")
+            yield chunk, info
 
     def _fill(self, part: Tensor, key: str, info: _StorageInfo, box: tuple[slice, ...], size: Shape) -> None:
         """Read the elements at `box` of one chunk, which has `size`."""
@@ -245,22 +259,30 @@ class TorchDistReader:
             if where not in self._places:
                 self._places[where] = find_tensor(descriptor, info.offset, info.length)
             yield descriptor, self._places[where]
+        except CheckpointError:
+            raise
         except EOFError as error:
             raise CheckpointError(f"{self.directory}: {info.relative_path} ends inside {key}") from error
         except OSError as error:
             raise CheckpointError(f"{self.directory}: {info.relative_path}: {error.strerror}") from error
-        except (RuntimeError, KeyError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        except Exception as error:  # noqa: BLE001 - damaged archives fail in any way
             raise CheckpointError(f"{self.directory}: {info.relative_path}: {key} is damaged") from error
 
     def _open(self, name: str) -> int:
         """Descriptor of one of the files."""
         with self._opening:
             if name not in self._files:
-                try:
-                    self._files[name] = open(self.directory / name, "rb", buffering=0)  # noqa: SIM115 - close() does
-                except OSError as error:
-                    raise CheckpointError(f"{self.directory}: {name}: {error.strerror}") from error
+                self._files[name] = self._opened(name)
             return self._files[name].fileno()
+
+    def _opened(self, name: str) -> FileIO:
+        if Path(name).name != name:
+            raise CheckpointError(f"{self.directory / METADATA_FILE}: names {name!r}, which is no file beside it")
+        try:
+            return open_regular(self.directory / name, follow_links=False)
+        except OSError as error:
+            why = "is a link; copy the file here" if error.errno == errno.ELOOP else error.strerror
+            raise CheckpointError(f"{self.directory}: {name}: {why}") from error
 
     def close(self) -> None:
         """Close the files."""
@@ -281,60 +303,3 @@ def _overlap(
         in_box.append(slice(low - start, high - start))
         in_chunk.append(slice(low - chunk_start, high - chunk_start))
     return tuple(in_box), tuple(in_chunk)
-
-
-class _KnownClasses(pickle.Unpickler):
-    """Unpickles the few classes that checkpoint metadata is made of, by their exact names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _METADATA_CLASSES:
-            return super().find_class(module, name)
-        raise _Refused(f"{module}.{name}")
-
-
-class _Refused(Exception):
-    """A pickle asks for something that checkpoint metadata has no use for."""
-
-
-_DCP = "torch.distributed.checkpoint"
-_METADATA_CLASSES = {
-    (f"{_DCP}.metadata", "Metadata"),
-    (f"{_DCP}.metadata", "MetadataIndex"),
-    (f"{_DCP}.metadata", "TensorStorageMetadata"),
-    (f"{_DCP}.metadata", "BytesStorageMetadata"),
-    (f"{_DCP}.metadata", "ChunkStorageMetadata"),
-    (f"{_DCP}.metadata", "TensorProperties"),
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
-    (f"{_DCP}.metadata", "StorageMeta"),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    (f"{_DCP}.filesystem", "_StoragePrefix"),
-    # megatron-core keeps the plan of a save in its metadata.
-    (f"{_DCP}.planner", "SavePlan"),
-    (f"{_DCP}.planner", "WriteItem"),
-    (f"{_DCP}.planner", "WriteItemType"),
-    (f"{_DCP}.planner", "TensorWriteData"),
-    (f"{_DCP}.planner", "BytesIOWriteData"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-} | {("torch", str(dtype).removeprefix("torch.")) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-
-
-def _read_metadata(directory: Path) -> dcp.Metadata:
-    path = directory / METADATA_FILE
-    try:
-        with open(path, "rb") as file:
-            content = _KnownClasses(file).load()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} is no torch_dist checkpoint: it has no {METADATA_FILE}") from error
-    except _Refused as error:
-        raise CheckpointError(f"{path}: refused, it asks for {error}") from error
-    except Exception as error:  # noqa: BLE001 - damaged pickles fail in any way
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dcp.Metadata):
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, not checkpoint metadata")
-    return content

@@ -21,6 +21,8 @@ class MultiLatentAttention:
     """Width of a head's query and key that is rotated; the key's part is shared by all heads."""
     v_head_dim: int = Field(ge=1)
     """Width of a head's value."""
+    latent_norm_epsilon: float | None = Field(default=None, gt=0)
+    """Epsilon of the latent vectors' norms. Default: layernorm_epsilon. DeepSeek's code has 1e-6 whatever that is."""
 
 
 @config

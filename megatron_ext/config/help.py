@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.config.load import fields_of, section_types
+from megatron_ext.config.load import fields_of, item_types, section_types
 
 _WIDTH = 110
 
@@ -22,6 +22,11 @@ def _section(cls: type, prefix: str) -> Iterator[str]:
         default = "required" if info.is_required() else f"default {plain(info.get_default(call_default_factory=True))}"
         yield f"  {prefix}{name}  ({type_name(info.annotation)}, {default})"
         yield textwrap.fill(info.description or "", _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for item in item_types(info.annotation):
+            yield textwrap.indent(
+                f"Each entry: {summary_of(item)[0].lower()}{summary_of(item)[1:]}, with the keys", " " * 6
+            )
+            yield textwrap.indent(describe_keys(item, f"{prefix}{name}.N."), " " * 4)
     for name, info in fields_of(cls).items():
         for variant in section_types(info.annotation):
             kind = fields_of(variant).get("kind")
@@ -38,12 +43,16 @@ def summary_of(section: type) -> str:
 def type_name(annotation: Any) -> str:
     """A type as a reader of YAML would call it."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return type_name(arguments[0])
+    if hasattr(annotation, "__pydantic_fields__"):
+        return "mapping"
     if origin is typing.Literal:
         return " | ".join(plain(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):
         return " | ".join(type_name(a) for a in arguments)
     if origin is list:
-        return f"list of {type_name(arguments[0])}"
+        return f"list of {'mappings' if section_types(arguments[0]) else type_name(arguments[0])}"
     if origin is dict:
         return "mapping"
     if annotation is type(None):

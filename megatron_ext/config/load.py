@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,18 @@ _PLAIN = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class RunText:
+    """What a run's file says, as far as it is right: others can then look for faults of their own kind."""
+
+    source: str
+    run: RunConfig | None
+    """The run, if nothing is wrong with it."""
+    values: Mapping[str, Any]
+    """Every valid value and section by its name, such as `train.seed` and `train`."""
+    faults: Sequence[str]
+
+
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the run configuration at `path` with `section.key=value` overrides applied.
 
@@ -38,22 +50,53 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_config(RunConfig, read_yaml(path), overrides, source=str(path))
 
 
+def read_run_text(path: str | Path, overrides: Sequence[str] = ()) -> RunText:
+    """`load_run` that returns the faults beside all that is right.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no mapping.
+    """
+    reader, run = _read(RunConfig, read_yaml(path), overrides, source=str(path))
+    return RunText(str(path), None if reader.faults else run, reader.values, reader.faults)
+
+
+def values_of(run: RunConfig) -> Mapping[str, Any]:
+    """Every value and section of `run` by its name, as in `RunText`."""
+    reader = _Reader(RunConfig)
+    for section in fields_of(RunConfig):
+        reader.keep(section, getattr(run, section))
+    return reader.values
+
+
+def raise_faults(source: str, faults: Sequence[str]) -> None:
+    """Raise ConfigError with all `faults`, if there are any."""
+    if faults:
+        count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
+        raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
 def load_config(cls: type[T], raw: Any, overrides: Sequence[str] = (), *, source: str) -> T:
     """Validate the mapping `raw`, with overrides applied, as a `cls`. `source` names where it came from in errors.
 
     A model alone is held to the rules between its own keys, as within a run.
     """
+    reader, result = _read(cls, raw, overrides, source=source)
+    raise_faults(source, reader.faults)
+    return result
+
+
+def _read(cls: type[T], raw: Any, overrides: Sequence[str], *, source: str) -> "tuple[_Reader, T]":
+    """The reader of `raw`, with all faults in it, and what it made."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: expected a mapping of keys, found {type(raw).__name__}")
-    reader = _Reader()
+    prefix = "model." if cls is ModelConfig else ""
+    reader = _Reader(cls, prefix)
     for override in overrides:
         reader.override(raw, override)
-    result = reader.section(cls, raw, "model." if cls is ModelConfig else "")
-    faults = reader.faults + (violations(reader.values) if cls in (RunConfig, ModelConfig) else [])
-    if faults:
-        count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
-        raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
-    return result
+    result: T = reader.section(cls, raw, prefix)
+    if cls in (RunConfig, ModelConfig):
+        reader.faults += violations(reader.values)
+    return reader, result
 
 
 def check_model(model: ModelConfig, *, source: str) -> None:
@@ -75,6 +118,11 @@ def section_types(annotation: Any) -> list[type]:
     return [annotation] if hasattr(annotation, "__pydantic_fields__") else []
 
 
+def item_types(annotation: Any) -> list[type]:
+    """The configuration sections that the items of a list may be; none where it is no list of sections."""
+    return section_types(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is list else []
+
+
 def fields_of(cls: type) -> dict[str, Any]:
     """Pydantic's description of each field of a configuration section."""
     return cls.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
@@ -92,7 +140,8 @@ def _is_union(annotation: Any) -> bool:
 class _Reader:
     """Reads sections key by key, so that one fault hides no other, and keeps the values that are right."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: type, prefix: str = "") -> None:
+        self._root, self._prefix = root, prefix
         self.faults: list[str] = []
         self.values: dict[str, Any] = {}
 
@@ -133,7 +182,7 @@ class _Reader:
             elif info.is_required():
                 self.faults.append(f"{where}: is required")
             else:
-                self._keep(where, info.get_default(call_default_factory=True))
+                self.keep(where, info.get_default(call_default_factory=True))
         if len(self.faults) > before:
             return None
         result = cls(**arguments)
@@ -141,21 +190,20 @@ class _Reader:
         self.values.update({f"{path}{name}": getattr(result, name) for name in DERIVED.get(section, ())})
         return result
 
-    def _keep(self, where: str, value: Any) -> None:
+    def keep(self, where: str, value: Any) -> None:
         """Remember a valid value, and those below it, for the rules."""
         self.values[where] = value
         if hasattr(value, "__pydantic_fields__"):
             for key in fields_of(type(value)):
-                self._keep(f"{where}.{key}", getattr(value, key))
+                self.keep(f"{where}.{key}", getattr(value, key))
             self.values.update({f"{where}.{name}": getattr(value, name) for name in DERIVED.get(where, ())})
 
     def _value(self, info: Any, value: Any, where: str) -> Any:
         variants = section_types(info.annotation)
         if variants and not (value is None and type(None) in typing.get_args(info.annotation)):
             return self._variant(variants, value, where)
-        (item,) = typing.get_args(info.annotation) if typing.get_origin(info.annotation) is list else (None,)
-        if section_types(item) and isinstance(value, list):
-            items = [self._variant(section_types(item), entry, f"{where}.{i}") for i, entry in enumerate(value)]
+        if (item := item_types(info.annotation)) and isinstance(value, list):
+            items = [self._variant(item, entry, f"{where}.{i}") for i, entry in enumerate(value)]
             if None in items:
                 return None
             value = items
@@ -194,15 +242,41 @@ class _Reader:
             return None
 
     def _unknown(self, key: Any, value: Any, path: str, known: list[str]) -> None:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-        elsewhere = [n for n in _every_key(RunConfig) if n.rpartition(".")[2] == key and n != f"{path}{key}"]
-        if near:
-            hint = f"did you mean '{near[0]}'?"
-        elif elsewhere:
-            hint = f"did you mean '{elsewhere[0]}'?"
-        else:
-            hint = f"known here: {', '.join(known)}"
+        hint = self._suggestion(str(key), path, known) or f"known here: {', '.join(known)}"
         self.faults.append(f"{path}{key} = {value!r}: unknown key; {hint}")
+
+    def _suggestion(self, key: str, path: str, known: list[str]) -> str | None:
+        """The key that was meant: one of this section, or of another where that is nearer."""
+        section = path.rstrip(".")
+        word = section.rpartition(".")[2]
+        here = {name: max(_nearness(key, name), _nearness(f"{word}_{key}", name)) for name in known}
+        # Another kind of this section may have the key: it is no place to put it.
+        elsewhere = {
+            name: _nearness(key, name.rpartition(".")[2])
+            for name in _every_key(self._root, self._prefix)
+            if name.rpartition(".")[0] != section
+        }
+        nearest, near = max(elsewhere.values(), default=0.0), max(here.values(), default=0.0)
+        meant = [name for name, nearness in elsewhere.items() if nearness == nearest]
+        # A word that many sections have says nothing about where it belongs.
+        if nearest >= _SAME_WORD and nearest > near + 0.1 and len(set(meant)) <= 2:
+            return f"did you mean {' or '.join(repr(name) for name in dict.fromkeys(meant))}?"
+        return f"did you mean '{max(here, key=here.__getitem__)}'?" if near >= _ALIKE else None
+
+
+_ALIKE = 0.6
+"""How alike an unknown key and a known one of its section must be to be the same."""
+_SAME_WORD = 0.8
+"""The same of a key of another section."""
+_SAME_WORDS = 0.95
+"""How alike a key is to one that has all its words, and others between them."""
+
+
+def _nearness(key: str, other: str) -> float:
+    words = iter(other.split("_"))
+    if key != other and "_" in key and all(word in words for word in key.split("_")):
+        return _SAME_WORDS
+    return difflib.SequenceMatcher(None, key, other).ratio()
 
 
 def _complaint(error: Any) -> str:
@@ -219,3 +293,5 @@ def _every_key(cls: type, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         for section in section_types(info.annotation):
             yield from _every_key(section, f"{prefix}{name}.")
+        for section in item_types(info.annotation):
+            yield from _every_key(section, f"{prefix}{name}.0.")

@@ -1,5 +1,6 @@
 """What a model is, apart from how its configuration is spelled."""
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_ext.config.model import ModelConfig
@@ -13,7 +14,9 @@ def meaning(model: ModelConfig, name: str) -> Any:
     rotates, softmax = model.position_embedding_type == "rope", model.moe_router_score_function == "softmax"
     # A softmax over the selected experts is one over all of them, divided by its sum over the selected ones.
     sums_to_one = model.normalizes_topk or (softmax and not model.moe_router_pre_softmax)
+    latent = model.multi_latent_attention
     applied = {
+        "multi_latent_attention": latent and replace(latent, latent_norm_epsilon=model.latent_norm_epsilon),
         "rotary_base": model.rotary_base if rotates else None,
         "rotary_percent": model.rotary_percent if rotates else None,
         "rope_scaling": model.rope_scaling if rotates else None,

@@ -172,6 +172,12 @@ class ModelConfig:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
+    def latent_norm_epsilon(self) -> float:
+        """Epsilon of the norms of latent vectors."""
+        stated = None if self.multi_latent_attention is None else self.multi_latent_attention.latent_norm_epsilon
+        return self.layernorm_epsilon if stated is None else stated
+
+    @property
     def rotary_width(self) -> int:
         """Width of the part of a head's query and key that is rotated."""
         if self.multi_latent_attention is not None:

@@ -137,8 +137,12 @@ class WsdSchedule:
     """Steps from 0 to the peak."""
     wsd_decay_iters: int = Field(ge=1)
     """Length of the final decay, ending at train.train_iters."""
-    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
-    """Shape of the final decay."""
+    decay_style: Literal["linear", "cosine", "geometric", "exponential_megatron", "minus_sqrt", "exponential"] = (
+        "minus_sqrt"
+    )
+    """Shape of the final decay over its share x: geometric divides the rate by the same factor at each step, to reach
+    min_lr, lr * (min_lr / lr)**x; exponential_megatron is Megatron-LM's `exponential`, min_lr + (lr - min_lr) *
+    (2 * 0.5**x - 1). `exponential` alone is refused: it has meant both."""
     min_lr: float = Field(default=0.0, ge=0)
     """Final learning rate."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, named
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,6 +36,10 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+
+
+_MOST_UNFOLDED = 100_000
+"""Values that aliases may add to a file."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -75,7 +79,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
+        raise ConfigError(f"{named(path)}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from error
     return parse_yaml(text, source=str(path))
@@ -84,7 +88,7 @@ def read_yaml(path: str | Path) -> Any:
 def parse_yaml(text: str, *, source: str) -> Any:
     """Parse YAML `text`; `source` names it in errors."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return _load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -93,10 +97,36 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise ConfigError(f"{source}: not YAML that can be read here ({error})") from error
 
 
+def _load(text: str) -> Any:
+    """The value of YAML `text`; raises what yaml raises, and ValueError where aliases unfold without end."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        sizes: dict[int, int] = {}
+        unfolded = _unfolded(node, sizes)
+        if unfolded > _MOST_UNFOLDED + len(sizes):
+            raise ValueError(f"its aliases unfold to {unfolded:.3g} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _unfolded(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Values at and below `node`, each alias counted with what it stands for."""
+    if id(node) not in sizes:
+        sizes[id(node)] = _MOST_UNFOLDED * 1000  # what holds itself has no end
+        below = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
+        sizes[id(node)] = 1 + sum(_unfolded(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
 def parse_scalar(text: str) -> Any:
     """The value that `text` has in a YAML file; text that is not YAML stands for itself."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return _load(text)
     except (yaml.YAMLError, TypeError, ValueError, RecursionError):
         return text
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from megatron_ext.checkpoint.store import RUN_FILE, TOKENIZER_FOLDER, has_tokenizer, read_run, require_checkpoint
+from megatron_ext.checkpoint.store import RUN_FILE, TOKENIZER_FOLDER, read_run, require_checkpoint
+from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
 from megatron_ext.config import ModelConfig, load_config
 from megatron_ext.errors import CheckpointError
 

@@ -1,13 +1,18 @@
 """Converts a checkpoint: Megatron or Hugging Face to either, one process, tensor by tensor, complete or not at all."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
+from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.config import ModelConfig
 from megatron_ext.conversion.figures import lines_of
+from megatron_ext.conversion.finite import WatchedSource, describe
+from megatron_ext.conversion.recipe import Recipe, Target, recipe_path, require_recipe_place, training_recipe
 from megatron_ext.conversion.sources import Checkpoint, is_hugging_face, open_checkpoint, warn_of_what_stays
 from megatron_ext.conversion.verify import Comparison, comparison_input
 from megatron_ext.conversion.verify import verify as compare
@@ -20,8 +25,10 @@ from megatron_ext.conversion.write import (
     write_hugging_face,
     write_megatron,
 )
-from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import ConversionError
+from megatron_ext.errors import ConfigError, ConversionError
+from megatron_ext.files import write_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,10 @@ class Conversion:
     """Of the Hugging Face side; None between two Megatron checkpoints."""
     model: ModelConfig
     written: Written
+    recipe: Path | None = None
+    """The training configuration beside a Megatron checkpoint."""
+    notes: Sequence[str] = ()
+    """What it has otherwise than the source's run."""
 
 
 def convert(
@@ -72,25 +83,44 @@ def convert(
     opened = open_checkpoint(source)
     warn_of_what_stays(opened)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    content = replace(opened.content, tokenizer=own)
+    watched = WatchedSource(opened.content.stream)
+    content = replace(opened.content, tokenizer=own, stream=watched)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
     if verify is not None:
-        verify = replace(verify, tokenizer=verify.tokenizer or own)
+        check_checksums(opened.directory, ConversionError)
+        to_hf = goes_to_hugging_face(source, to, hf_class)
+        verify = replace(verify, tokenizer=verify.tokenizer or own, generation=verify.generation and to_hf)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
 
     def check(partial: Path) -> Examined | None:
+        if watched.not_finite:
+            log.warning("%s: %s: it computes nothing of use", source, describe(watched.not_finite, len(watched.specs)))
         return None if verify is None else _verified(opened, partial, Path(target), verify)
 
     if to == "megatron" and hf_class is not None:
         raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
     if goes_to_hugging_face(source, to, hf_class):
-        if tokenizer is not None and Tokenizer(tokenizer).vocab_size > opened.model.vocab_size:
-            raise ConversionError(f"{tokenizer} has more tokens than the model's vocab_size, {opened.model.vocab_size}")
         architecture, why = _class_of(opened, hf_class, verify)
         written = write_hugging_face(content, architecture, why, output, check)
         return Conversion("to Hugging Face", why, architecture, opened.model, written)
     why = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
-    return Conversion("to Megatron", why, opened.architecture, opened.model, write_megatron(content, output, check))
+    recipe, training = recipe_path(target), _recipe(opened, str(target), own)
+    require_recipe_place(recipe, force=force)
+    written = write_megatron(content, output, check)
+    if training is None:
+        return Conversion("to Megatron", why, opened.architecture, opened.model, written)
+    write_text(recipe, training.text)
+    return Conversion("to Megatron", why, opened.architecture, opened.model, written, recipe, training.notes)
+
+
+def _recipe(opened: Checkpoint, target: str, tokenizer: Path | None) -> Recipe | None:
+    """A run that trains the model; None, with a warning, where no run of ours can."""
+    made = f"converted from {opened.directory}"
+    try:
+        return training_recipe(Target(target, opened.model, made, opened.run, tokenizer))
+    except ConfigError as error:
+        log.warning("no training configuration for %s: %s", target, error)
+        return None
 
 
 def goes_to_hugging_face(source: str | Path, to: str | None, hf_class: str | None) -> bool:
@@ -116,5 +146,6 @@ def _verified(opened: Checkpoint, partial: Path, target: Path, how: Comparison) 
     lines = lines_of(result)
     if not result.passed:
         figures = "\n".join(f"  {line}" for line in lines)
-        raise ConversionError(f"{target}: not written, it would not be the same model:\n{figures}")
+        why = "it would not generate what it computes" if result.same else "it would not be the same model"
+        raise ConversionError(f"{target}: not written, {why}:\n{figures}")
     return Examined(lines, result)

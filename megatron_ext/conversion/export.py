@@ -11,38 +11,54 @@ from typing import Any
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.fields import config_to_hf
-from megatron_ext.checkpoint.store import GENERATION_FILE, TOKENIZERS, copy_tokenizer
 from megatron_ext.checkpoint.tensors import TensorSpec
-from megatron_ext.config import ModelConfig
-from megatron_ext.conversion.hugging_face_tokenizer import load_tokenizer
-from megatron_ext.errors import ConversionError, DataError
-from megatron_ext.files import read_json_object
+from megatron_ext.checkpoint.tokenizer_files import (
+    GENERATION_FILE,
+    TOKENIZERS,
+    VOCABULARIES,
+    copy_tokenizer,
+    has_tokenizer,
+    said_of_tokens,
+)
+from megatron_ext.conversion.content import Content
+from megatron_ext.conversion.token_ids import (
+    SPECIAL_TOKENS,
+    check_reading,
+    check_rows,
+    read_tokenizer,
+    special_tokens,
+    write_generation,
+)
+from megatron_ext.errors import ConversionError
 
 log = logging.getLogger(__name__)
 
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
 
 def write_export(
-    directory: Path,
-    architecture: Architecture,
-    model: ModelConfig,
-    specs: Mapping[str, TensorSpec],
-    *,
-    tokenizer: Path | None,
-    beside: Path | None,
-    hf_config: Mapping[str, Any],
+    directory: Path, architecture: Architecture, content: Content, specs: Mapping[str, TensorSpec]
 ) -> None:
     """Write config.json, generation_config.json, the tokenizer and the modelling code that the class needs.
 
+    config.json is made of the table of the class, so that it holds all that the class reads. What nothing reads
+    (`unsloth_fixed`, `use_mrope`, `_name_or_path`) is not carried over from a source's, nor are sampling parameters,
+    which transformers takes from generation_config.json alone.
+
     Args:
+        content: the model, with its tokenizer and what its configuration said of tokens before.
         specs: the tensors beside; most of their elements have the dtype that config.json names.
-        tokenizer: folder of the tokenizer, and of a generation_config.json to carry on.
-        beside: the model's own such folder, of which the latter is taken where `tokenizer` has none.
-        hf_config: config.json of the model this one was made of, for token ids that no tokenizer says.
+
+    Raises:
+        ConversionError: there is no tokenizer where one was given, or the model cannot embed its tokens.
     """
-    _copy_beside(tokenizer, beside, directory)
-    special = _special_tokens(directory, hf_config)
+    model, given, beside = content.model, content.tokenizer, content.beside
+    _copy_beside(given, beside, directory)
+    foreign = given is not None and beside is not None and given != beside
+    trained = bool(content.run.get("data"))
+    tokenizer = read_tokenizer(directory)
+    if tokenizer is not None:
+        check_rows(tokenizer, given or beside or directory, model.vocab_size, refuse=trained or foreign)
+    said = _said(given if foreign else None) or content.hf_config or _said(beside)
+    special = special_tokens(tokenizer, directory, said, vocab_size=model.vocab_size, decides=trained or foreign)
     name = str(_prevailing_dtype(specs)).removeprefix("torch.")
     config = {
         "architectures": [architecture.hf_class],
@@ -57,12 +73,18 @@ def write_export(
         "use_cache": True,
     }
     _write_json(directory / "config.json", config)
-    generation = directory / GENERATION_FILE
-    carried = read_json_object(generation, ConversionError) if generation.is_file() else {}
-    unsaid = {name: value for name, value in special.items() if carried.get(name) is None}
-    _write_json(generation, {**carried, **unsaid})
+    brought = given is not None and (given / GENERATION_FILE).is_file()
+    write_generation(directory / GENERATION_FILE, special, decides=trained or foreign, foreign=foreign and not brought)
+    if tokenizer is not None:
+        check_reading(tokenizer, directory)
     for file_name in architecture.code:
         (directory / file_name).write_text(shipped_code(file_name))
+
+
+def _said(directory: Path | None) -> dict[str, Any]:
+    """What config.json beside a tokenizer says of single tokens; empty where it says nothing of them."""
+    said = said_of_tokens(directory) if directory is not None else {}
+    return said if any(name in said for name in SPECIAL_TOKENS) else {}
 
 
 def shipped_code(file_name: str) -> str:
@@ -82,24 +104,6 @@ def _prevailing_dtype(specs: Mapping[str, TensorSpec]) -> Any:
     return sizes.most_common(1)[0][0]
 
 
-def _special_tokens(directory: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Token ids that generation stops at and pads with: the tokenizer's, else those of the model before."""
-    ids = {name: hf_config.get(name) for name in _SPECIAL_TOKENS}
-    if not (directory / "tokenizer.json").is_file():
-        return ids
-    try:
-        tokenizer = load_tokenizer(directory)
-    except DataError as error:
-        log.warning("%s; token ids in the export are those of the source's config.json: %s", error, ids)
-        return ids
-    for name, before in ids.items():
-        own = getattr(tokenizer, name)
-        # A chat model stops at several tokens, of which its tokenizer knows one.
-        if own is not None and not (isinstance(before, list) and own in before):
-            ids[name] = own
-    return ids
-
-
 def _copy_beside(tokenizer: Path | None, beside: Path | None, target: Path) -> None:
     """Copy a tokenizer, and how to stop, sample and chat, which a model has without one too."""
     if tokenizer is not None:
@@ -111,11 +115,15 @@ def _copy_beside(tokenizer: Path | None, beside: Path | None, target: Path) -> N
         return
     if beside is not None:
         copy_tokenizer(beside, target)
-    if (target / "vocab.json").is_file():
+    if has_tokenizer(target):
+        return
+    vocabularies = sorted(path.name for pattern in VOCABULARIES for path in target.glob(pattern))
+    if vocabularies:
         log.warning(
-            "%s: carried on as it is, but a tokenizer of vocab.json without %s is not read here; transformers' "
+            "%s: carried on as it is, but a tokenizer of %s without %s is not read here; transformers' "
             "save_pretrained makes a tokenizer.json, for --tokenizer DIR",
             beside,
+            "vocab.json" if "vocab.json" in vocabularies else vocabularies[0],
             " or ".join(TOKENIZERS),
         )
     else:

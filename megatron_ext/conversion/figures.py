@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.conversion.cached_generation import GenerationComparison
 from megatron_ext.conversion.verify import LogitComparison, Verification, WeightComparison
 from megatron_ext.files import write_text
 
@@ -32,14 +33,45 @@ def weight_lines(comparison: WeightComparison) -> list[str]:
     ]
 
 
-def lines_of(verification: Verification) -> list[str]:
+def generation_lines(comparison: GenerationComparison) -> list[str]:
     """Lines for the terminal."""
-    logits = [] if verification.logits is None else logit_lines(verification.logits)
-    fields = [f"configuration: {statement}" for statement in verification.fields]
-    return [*fields, *weight_lines(verification.weights), *logits]
+    c = comparison
+    short = f", the others up to {c.relative:.1e} of the largest logit below it" if c.same < c.tokens else ""
+    return [f"generation: {c.same} of {c.tokens} tokens with a cache and padding are the likeliest without{short}"]
 
 
-def write_figures(path: str | Path, **comparisons: LogitComparison | WeightComparison | None) -> None:
+def lines_of(verification: Verification) -> list[str]:
+    """Lines for the terminal; the last one says what follows from the others."""
+    v = verification
+    return [
+        *(f"configuration: {statement}" for statement in v.fields),
+        *weight_lines(v.weights),
+        *([] if v.logits is None else logit_lines(v.logits)),
+        *([] if v.generation is None else generation_lines(v.generation)),
+        *([f"generation: not compared, {v.why_not_generated}"] if v.why_not_generated else []),
+        f"verdict: {verdict(v)}",
+    ]
+
+
+def verdict(verification: Verification) -> str:
+    """What follows from a verification, in words."""
+    v = verification
+    if not v.same:
+        return "NOT the same model"
+    if v.generates:
+        return "the same model"
+    import transformers  # loaded already, where something was generated
+
+    return (
+        f"the same model, but with a cache it generates other tokens than it computes, under transformers "
+        f"{transformers.__version__}: NOT to be used"
+    )
+
+
+Figures = GenerationComparison | LogitComparison | WeightComparison
+
+
+def write_figures(path: str | Path, **comparisons: Figures | None) -> None:
     """Keep figures as JSON, one object a comparison."""
     made = {name: asdict(comparison) for name, comparison in comparisons.items() if comparison is not None}
     content: dict[str, Any] = {

@@ -15,6 +15,7 @@ from megatron_ext.conversion.network import megatron_network
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
+from megatron_ext.quiet import without_loading_bars
 
 
 def megatron_logits(
@@ -46,19 +47,12 @@ def stream_logits(
 
 
 @torch.no_grad()
-def hugging_face_logits(
-    directory: str | Path,
-    batches: Sequence[Tensor],
-    *,
-    trust_remote_code: bool = False,
-    weights_as: torch.dtype | None = None,
-) -> list[Tensor]:
-    """fp32 logits of a Hugging Face directory, as transformers' AutoModelForCausalLM computes them."""
-    network = load_hugging_face(directory, trust_remote_code=trust_remote_code)
-    _round_weights(network, weights_as)
-    return [network(tokens).logits.float() for tokens in batches]
+def network_logits(network: Any, batches: Sequence[Tensor]) -> list[Tensor]:
+    """fp32 logits [B, S, vocab] that transformers' `network` computes for each batch of token ids [B, S]."""
+    return [network(tokens, use_cache=False).logits.float() for tokens in batches]
 
 
+@torch.no_grad()
 def _round_weights(network: torch.nn.Module, dtype: torch.dtype | None) -> None:
     """Round weights to `dtype` and keep them in fp32. Buffers, such as an expert bias, keep their precision."""
     if dtype is not None:
@@ -66,22 +60,41 @@ def _round_weights(network: torch.nn.Module, dtype: torch.dtype | None) -> None:
             weight.copy_(weight.to(dtype))
 
 
-def load_hugging_face(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Transformers' model of `directory`, in fp32.
+def load_hugging_face(
+    directory: str | Path, *, trust_remote_code: bool = False, weights_as: torch.dtype | None = None
+) -> Any:
+    """Transformers' model of `directory`, in fp32, with its weights rounded to `weights_as` before.
 
     Modelling code inside the directory is run if the caller trusts it, or if it is byte for byte what this framework
     ships.
-    """
-    from transformers import AutoModelForCausalLM  # slow to import
 
+    Raises:
+        ConversionError: its code may not be run, or transformers does not accept its config.json or weights.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM  # slow to import
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    kind: Any = AutoModelForCausalLM
     trusted = may_run_code(directory, trust_remote_code=trust_remote_code)
-    network = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        trust_remote_code=trusted,
-        # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
-        experts_implementation="eager",
-    )
+    named = read_json_object(Path(directory) / "config.json", ConversionError).get("auto_map") or {}
+    if trusted and is_ours(directory) and "AutoModelForCausalLM" in named:
+        # In a process that has read such a model before, AutoModel takes that one's code, whatever `directory` holds.
+        kind = get_class_from_dynamic_module(named["AutoModelForCausalLM"], directory)
+    try:
+        with without_loading_bars():
+            network = kind.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                trust_remote_code=trusted,
+                # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
+                experts_implementation="eager",
+            )
+    # What its configuration classes and its loading raise of a config.json that they do not accept.
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConversionError(f"{directory}: transformers does not load it: {reason[:1000]}") from error
+    _round_weights(network, weights_as)
     return network.eval()
 
 
@@ -89,8 +102,21 @@ def may_run_code(directory: str | Path, *, trust_remote_code: bool = False) -> b
     """Whether modelling code inside `directory` may be run; ConversionError where it would have to be and may not."""
     trusted = trust_remote_code or carries_our_code(directory)
     if not trusted and "auto_map" in read_json_object(Path(directory) / "config.json", ConversionError):
-        raise ConversionError(f"{directory}: brings its own modelling code; pass --trust-remote-code to run it")
+        refresh = (
+            "; or, as it is an export of ours, with code of another version or folders of yours in it: "
+            f"tools/convert.py {directory} --refresh-code puts this version's code there"
+        )
+        raise ConversionError(
+            f"{directory}: brings its own modelling code; pass --trust-remote-code to run it"
+            f"{refresh if is_ours(directory) else ''}"
+        )
     return trusted
+
+
+def is_ours(directory: str | Path) -> bool:
+    """Whether config.json names a class whose code this framework ships, of whatever version."""
+    named = read_json_object(Path(directory) / "config.json", ConversionError).get("architectures")
+    return any(a.code and named == [a.hf_class] for a in ARCHITECTURES)
 
 
 def carries_our_code(directory: str | Path) -> bool:

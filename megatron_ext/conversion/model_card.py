@@ -1,11 +1,12 @@
 """The README.md of a Hugging Face export: what the model is, how it was trained, how it loads, what was verified."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.checkpoint.parameters import count_parameters
-from megatron_ext.checkpoint.store import has_tokenizer
+from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.yaml_text import dump_yaml
 from megatron_ext.conversion.content import Content
@@ -64,16 +65,15 @@ def _experts(model: ModelConfig) -> str:
 
 
 def _loading(name: str, architecture: Architecture, *, has_tokenizer: bool) -> str:
-    loads = architecture.remote is None or bool(architecture.auto_map)
-    classes = [*(["AutoModelForCausalLM"] if loads else []), *(["AutoTokenizer"] if has_tokenizer else [])]
+    classes = ["AutoModelForCausalLM", *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if architecture.auto_map else ""
     code = [
         f"from transformers import {', '.join(classes)}",
         "",
-        *([f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})'] if loads else []),
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})',
         *([f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})'] if has_tokenizer else []),
     ]
-    parts = ["## Loading", *(["```python\n" + "\n".join(code) + "\n```"] if classes else []), _code_note(architecture)]
+    parts = ["## Loading", "```python\n" + "\n".join(code) + "\n```", _code_note(architecture)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -84,19 +84,27 @@ def _code_note(architecture: Architecture) -> str:
     if architecture.remote is None:
         return ""
     where = f"[{architecture.remote}](https://huggingface.co/{architecture.remote})"
-    if architecture.auto_map:
-        return f"Its modelling code is in {where}; `trust_remote_code` fetches and runs it."
-    return (
-        f"Transformers has no `{architecture.hf_class}`, and this directory has no code of it, so that `AutoModel` "
-        f"classes do not load it: its code is to be had with {where}."
-    )
+    return f"Its modelling code is in {where}; `trust_remote_code` fetches and runs it."
 
 
-def _verified(figures: Sequence[str] | None) -> str:
+def _verified(figures: Sequence[str] | None, other: str = "the model it was made of, before it was published") -> str:
     if figures is None:
         return "## Verification\n\nNot compared with the model it was made of."
     lines = "\n".join(figures)
-    return f"## Verification\n\nCompared with the model it was made of, before it was published:\n\n```\n{lines}\n```"
+    return f"## Verification\n\nCompared with {other}:\n\n```\n{lines}\n```"
+
+
+def replace_verification(directory: Path, figures: Sequence[str]) -> None:
+    """Put newer figures into the card of `directory`, if it has one of ours; the file is replaced, not written into."""
+    card = directory / MODEL_CARD
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    after = re.sub(r"^## Verification\n.*?(?=^## |^Exported by |\Z)", "", before, flags=re.M | re.S)
+    start = re.search(r"^## Verification$", before, flags=re.M)
+    if start is not None:
+        card.unlink()
+        at = start.start()
+        section = _verified(figures, "megatron-core's model of the same weights, when its modelling code was renewed")
+        card.write_text(f"{after[:at]}{section}\n\n{after[at:]}", encoding="utf-8")
 
 
 def _training(content: Content) -> str:

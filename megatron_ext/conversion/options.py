@@ -23,8 +23,8 @@ class ConvertOptions:
 
     source: str
     """Megatron checkpoint (or a directory of them: the newest is taken), or Hugging Face directory."""
-    target: str
-    """Directory to write."""
+    target: str | None = None
+    """Directory to write; required but with --refresh-code."""
     to: Literal["megatron", "hf"] | None = None
     """Format to write. Default: the other one. The source's own format too, for another dtype or class."""
     hf_class: str | None = None
@@ -40,12 +40,15 @@ class ConvertOptions:
     """Threads. The result does not depend on them. Default: one for each core, up to 4."""
     force: bool = False
     """Replace an existing target."""
+    refresh_code: bool = False
+    """Put this version's modelling code into SOURCE, a Hugging Face directory of our own class that another version
+    wrote. The weights stay the same files, and no target is written."""
     verify: bool = False
     """Compare weights and logits with the source, and give the target its name only if they are the same model."""
     logits: bool = True
-    """Compare logits too: the model is loaded in fp32. --no-logits compares weights alone."""
+    """Compare logits and generated tokens too: the model is loaded in fp32. --no-logits compares weights alone."""
     text: str | None = None
-    """Text for the logits (.jsonl, .txt, a folder, the prefix of a prepared dataset). Default: built-in sentences."""
+    """Text for the logits (.jsonl, .json, .txt, a folder) or the prefix of a prepared dataset. Default: built-in."""
     tolerance: float | None = Field(default=None, gt=0)
     """Largest difference of logits that counts as equal, as a share of the largest logit. Default: 1e-5."""
     trust_remote_code: bool = False
@@ -59,6 +62,10 @@ class ConvertOptions:
 
 def refuse_unused(o: ConvertOptions, *, to_hugging_face: bool) -> None:
     """Raise ConfigError where an option was given that nothing would come of; it names what the option needs."""
+    if o.refresh_code:
+        _refuse_beside_refresh(o)
+    elif o.target is None:
+        raise ConfigError("target: a directory to write is required (SOURCE TARGET), but with --refresh-code")
     compares_logits = "--verify without --no-logits: it is for the comparison of logits"
     needs = [
         ("--no-logits", not o.logits, o.verify, "--verify: it is for the comparison with the source"),
@@ -78,3 +85,12 @@ def refuse_unused(o: ConvertOptions, *, to_hugging_face: bool) -> None:
     for option, given, useful, what in needs:
         if given and not useful:
             raise ConfigError(f"{option} needs {what}")
+
+
+def _refuse_beside_refresh(o: ConvertOptions) -> None:
+    """Raise ConfigError for what says how a target is to be written, beside --refresh-code, which writes none."""
+    defaults = ConvertOptions(source=o.source)
+    for name in ("target", "to", "hf_class", "dtype", "tokenizer", "shard_size", "workers", "force"):
+        if getattr(o, name) != getattr(defaults, name):
+            option = name if name == "target" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is not for --refresh-code, which replaces the code in SOURCE and nothing else")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS, config_to_megatron, left_behind
+from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS, left_behind
 from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.unstacked import UnstackedSource
 from megatron_ext.checkpoint.safetensors import HuggingFaceSource
@@ -19,17 +19,17 @@ from megatron_ext.checkpoint.store import (
     TOKENIZER_FOLDER,
     TrainingState,
     find_checkpoint,
-    has_tokenizer,
     read_run,
     read_state,
 )
 from megatron_ext.checkpoint.tensors import MegatronSource, TensorSource, TensorSpec
+from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.meaning import meaning
 from megatron_ext.conversion.checkpoint_model import read_model, tokenizer_directory
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import MEGATRON, check_source, copies, hf_shapes, target_specs, tasks_to_megatron
-from megatron_ext.errors import CheckpointError, ConversionError
+from megatron_ext.errors import CheckpointError, ConversionError, named
 from megatron_ext.files import read_json_object
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_hugging_face(path)
     if find_checkpoint(path) is None:
         raise ConversionError(
-            f"{path}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
+            f"{named(path)}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
         )
     model, stream = read_model(path), MegatronSource(path)
     check_source(stream, model_shapes(model), where=str(stream.directory))
@@ -107,7 +107,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _open_hugging_face(directory: Path) -> Checkpoint:
     architecture, model = read_hugging_face_model(directory)
-    stream = UnstackedSource(HuggingFaceSource(directory), architecture, model)
+    stream = UnstackedSource(HuggingFaceSource(directory, _repeated(architecture, model)), architecture, model)
     check_hugging_face(stream, architecture, model, where=str(directory))
     for what, names in stream.dropped.items():
         log.warning("%s: %d tensors are left out, %s and so on: %s", directory, len(names), names[0], what)
@@ -118,9 +118,10 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
 
 
 def warn_of_what_stays(opened: Checkpoint) -> None:
-    """Log what config.json says of training and no Megatron field means exactly, each with what to set instead."""
-    if opened.architecture is not None:
-        for statement in left_behind(opened.architecture.config, opened.hf_config):
+    """Log what config.json says and no Megatron field means: of training, with what to set instead, and to nobody."""
+    if (architecture := opened.architecture) is not None:
+        raw = opened.hf_config
+        for statement in left_behind(architecture.config, raw) + architecture.unread(raw):
             log.warning("%s: %s", opened.directory, statement)
 
 
@@ -133,11 +134,14 @@ def streams_of_one_shape(checkpoints: Sequence[Checkpoint]) -> list[TensorSource
     first = checkpoints[0]
     for other in checkpoints[1:]:
         _require_one_shape(first, other)
-    rows = first.model.padded_vocab_size
-    return [
-        one.tensors if one.model.padded_vocab_size == rows else _Repadded(one.tensors, one.model.vocab_size, rows)
-        for one in checkpoints
-    ]
+    return [with_padding(one, first.model.padded_vocab_size) for one in checkpoints]
+
+
+def with_padding(checkpoint: Checkpoint, rows: int) -> TensorSource:
+    """The tensors of a model with the vocabulary padded to `rows`."""
+    if checkpoint.model.padded_vocab_size == rows:
+        return checkpoint.tensors
+    return _Repadded(checkpoint.tensors, checkpoint.model.vocab_size, rows)
 
 
 class _Repadded:
@@ -185,7 +189,7 @@ def read_hugging_face_model(directory: str | Path) -> tuple[Architecture, ModelC
     path = Path(directory) / "config.json"
     raw = read_json_object(path, ConversionError)
     architecture = architecture_of(raw, source=str(path))
-    return architecture, config_to_megatron(architecture.config, raw, source=str(path))
+    return architecture, architecture.model_of(raw, source=str(path))
 
 
 def check_hugging_face(stream: TensorSource, architecture: Architecture, model: ModelConfig, *, where: str) -> None:
@@ -194,9 +198,7 @@ def check_hugging_face(stream: TensorSource, architecture: Architecture, model: 
     Raises:
         ConversionError: naming those that are missing, unexpected or misshapen.
     """
-    tied = not model.untie_embeddings_and_output_weights
-    embedding, output = _hf_name(architecture, EMBEDDING), _hf_name(architecture, OUTPUT)
-    repeated = frozenset({output} if tied and output is not None else ())
+    embedding, repeated = _hf_name(architecture, EMBEDDING), _repeated(architecture, model)
     check_source(stream, hf_shapes(architecture.weights, model), where=where, ignore=repeated)
     # transformers leaves a tied model's output layer alone where the file has another one.
     for name in repeated & stream.specs.keys():
@@ -206,6 +208,12 @@ def check_hugging_face(stream: TensorSource, architecture: Architecture, model: 
                 f"{where}: config.json ties {name} to {embedding}, but the weights are not equal; "
                 "set tie_word_embeddings: false there if both are meant"
             )
+
+
+def _repeated(architecture: Architecture, model: ModelConfig) -> frozenset[str]:
+    """The name under which a tied model's embedding may stand, or only be listed, as its output layer."""
+    output = None if model.untie_embeddings_and_output_weights else _hf_name(architecture, OUTPUT)
+    return frozenset() if output is None else frozenset({output})
 
 
 def _hf_name(architecture: Architecture, canonical: str) -> str | None:

@@ -1,6 +1,5 @@
 """Token batches for comparing two models: from text, from a prepared dataset, or from a few sentences of our own."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -8,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
 from megatron_ext.conversion.checkpoint_model import tokenizer_directory
 from megatron_ext.conversion.sources import is_hugging_face, read_any_model
 from megatron_ext.data.corpus import corpus_files, read_documents
 from megatron_ext.data.indexed import token_dtype
-from megatron_ext.data.preprocess import MANIFEST_FILE
-from megatron_ext.data.tokenizer import FAST_FILE, MODEL_FILE, Tokenizer
+from megatron_ext.data.preprocess import check_dataset
+from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 
 _SENTENCES = (
@@ -31,10 +31,10 @@ def token_batches(
     """Return up to `batches` batches of token ids [rows, length].
 
     Args:
-        source: a corpus (.txt, .jsonl, a folder), the prefix of a prepared dataset, or None for built-in sentences.
+        source: a corpus (a file or a folder), the prefix of a prepared dataset, or None for built-in sentences.
 
     Raises:
-        DataError: too little text for one batch.
+        DataError: too little text for one batch, or a dataset that is damaged or of another tokenizer.
     """
     needed = rows * length
     stream = _tokens(source, tokenizer, most=batches * needed)
@@ -59,8 +59,8 @@ def _tokens(source: str | Path | None, tokenizer: Tokenizer, *, most: int) -> It
         while True:
             yield tokenizer.encode(text)
     elif Path(f"{source}.bin").is_file():
-        manifest = json.loads((Path(source).parent / MANIFEST_FILE).read_text())
-        yield np.fromfile(f"{source}.bin", dtype=token_dtype(manifest["vocab_size"]), count=most).tolist()
+        check_dataset(source, tokenizer)
+        yield np.fromfile(f"{source}.bin", dtype=token_dtype(tokenizer.vocab_size), count=most).tolist()
     else:
         for document in read_documents(corpus_files([source])):
             yield [*tokenizer.encode(document), tokenizer.eod]
@@ -99,5 +99,4 @@ def comparison_batches(
 def _own_tokenizer(checkpoint: str | Path) -> Path | None:
     if not is_hugging_face(checkpoint):
         return tokenizer_directory(checkpoint)
-    has_one = any((Path(checkpoint) / name).is_file() for name in (MODEL_FILE, FAST_FILE))
-    return Path(checkpoint) if has_one else None
+    return Path(checkpoint) if has_tokenizer(Path(checkpoint)) else None

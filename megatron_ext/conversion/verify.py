@@ -4,15 +4,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config import ModelConfig
-from megatron_ext.conversion.logits import hugging_face_logits, may_run_code, megatron_logits
+from megatron_ext.conversion.cached_generation import GenerationComparison, compare_generation
+from megatron_ext.conversion.logits import (
+    carries_our_code,
+    load_hugging_face,
+    may_run_code,
+    megatron_logits,
+    network_logits,
+)
 from megatron_ext.conversion.sources import (
     EMBEDDING,
     OUTPUT,
@@ -47,7 +56,7 @@ class LogitComparison:
     scale: float
     """Largest absolute logit of the first model."""
     argmax_agreement: float
-    """Share of positions where both models predict the same token."""
+    """Share of positions where both models predict the same token, from logits that are finite."""
     mean_kl: float
     """Mean KL divergence from the first model's distribution, in nats."""
 
@@ -72,12 +81,26 @@ class Verification:
     """Largest difference of logits that counts as equal, relative to the largest logit."""
     fields: tuple[str, ...] = ()
     """Fields of the configurations that make them compute something else, each with both values."""
+    generation: GenerationComparison | None = None
+    """Of the second one, if it is a Hugging Face model, else of the first."""
+    why_not_generated: str = ""
+    """Why that was asked for and not done."""
 
     @property
-    def passed(self) -> bool:
+    def same(self) -> bool:
         """Whether they are."""
         same = not self.fields and not self.weights.different
         return same and (self.logits is None or self.logits.relative <= self.tolerance)
+
+    @property
+    def generates(self) -> bool:
+        """Whether generation with a cache gives what the model computes, as far as it was compared."""
+        return self.generation is None or self.generation.relative <= self.tolerance
+
+    @property
+    def passed(self) -> bool:
+        """Whether they are the same model, and it generates what it computes."""
+        return self.same and self.generates
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,10 @@ class Comparison:
     tolerance: float = 1e-5
     """fp32 rounding of sums taken in another order: measured 0 to 1e-6 of the logits' scale."""
     trust_remote_code: bool = False
+    generation: bool = True
+    """With logits, also generate some tokens with a cache, with the second model or, if it is Megatron's, the first."""
+    first_by_megatron: bool = False
+    """Compute the first one with megatron-core's model, even if it is a Hugging Face directory."""
 
 
 def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
@@ -105,17 +132,35 @@ def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
     Raises:
         ConversionError: they hold different tensors, or there is too little memory for their logits.
     """
+    for path in (a, b):
+        check_checksums(path, ConversionError)
     batches = comparison_input(a, how)
     weights = compare_weights(a, b)
-    logits = None
-    if batches:
-        narrow = getattr(torch, weights.rounded_to[0]) if len(weights.rounded_to) == 1 else None
-        computed = (
-            checkpoint_logits(path, batches, trust_remote_code=how.trust_remote_code, weights_as=narrow)
-            for path in (a, b)
-        )
-        logits = compare_logits(*computed)
-    return Verification(weights, logits, how.tolerance, compare_fields(a, b))
+    if not batches:
+        return Verification(weights, None, how.tolerance, compare_fields(a, b))
+    narrow = getattr(torch, weights.rounded_to[0]) if len(weights.rounded_to) == 1 else None
+    examined = 1 if is_hugging_face(b) else 0
+    computed, generation, why_not = [], None, ""
+    for number, path in enumerate((a, b)):
+        if not is_hugging_face(path) or (how.first_by_megatron and number == 0):
+            computed.append(megatron_logits(path, batches, weights_as=narrow))
+            continue
+        network = load_hugging_face(path, trust_remote_code=how.trust_remote_code, weights_as=narrow)
+        computed.append(network_logits(network, batches))
+        if how.generation and number == examined:
+            generation, why_not = _generated(path, network, batches[0])
+    logits = compare_logits(*computed)
+    return Verification(weights, logits, how.tolerance, compare_fields(a, b), generation, why_not)
+
+
+def _generated(path: str | Path, network: Any, rows: Tensor) -> tuple[GenerationComparison | None, str]:
+    """How `network`, of `path`, generates; None and why not, where that would tell nothing."""
+    # Code that others keep in a repository follows transformers when they please: its faults are not the weights'.
+    if type(network).__module__.startswith("transformers_modules") and not carries_our_code(path):
+        return None, f"the modelling code of {type(network).__name__} is not this framework's"
+    positions = read_any_model(path).max_position_embeddings
+    made = compare_generation(network, rows, positions)
+    return made, "" if made else f"the model has {positions} positions only"
 
 
 def compare_fields(a: str | Path, b: str | Path) -> tuple[str, ...]:
@@ -133,7 +178,7 @@ def comparison_input(path: str | Path, how: Comparison) -> list[Tensor]:
     if not how.logits:
         return []
     require_memory(read_any_model(path), path)
-    if is_hugging_face(path):
+    if is_hugging_face(path) and not how.first_by_megatron:
         may_run_code(path, trust_remote_code=how.trust_remote_code)
     return comparison_batches(path, how.text, how.tokenizer, batches=how.batches, length=how.length)
 
@@ -193,7 +238,8 @@ def checkpoint_logits(
 ) -> list[Tensor]:
     """fp32 logits of a checkpoint of either kind, its weights rounded to `weights_as` before."""
     if is_hugging_face(path):
-        return hugging_face_logits(path, batches, trust_remote_code=trust_remote_code, weights_as=weights_as)
+        network = load_hugging_face(path, trust_remote_code=trust_remote_code, weights_as=weights_as)
+        return network_logits(network, batches)
     return megatron_logits(path, batches, weights_as=weights_as)
 
 
@@ -207,7 +253,8 @@ def compare_logits(a: Sequence[Tensor], b: Sequence[Tensor]) -> LogitComparison:
         tokens += x.shape[:-1].numel()
         largest = max(largest, _largest_difference(x, y))
         scale = max(scale, float(x.abs().max()))
-        agree += float((x.argmax(-1) == y.argmax(-1)).sum())
+        numbers = x.isfinite().all(-1) & y.isfinite().all(-1)  # the largest of what is none would be the same one
+        agree += float(((x.argmax(-1) == y.argmax(-1)) & numbers).sum())
         log_p, log_q = F.log_softmax(x.double(), -1), F.log_softmax(y.double(), -1)
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
     return LogitComparison(tokens, largest, scale, agree / tokens, divergence / tokens)

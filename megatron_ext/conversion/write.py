@@ -8,8 +8,8 @@ import torch
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.checkpoint.safetensors import HuggingFaceSink
-from megatron_ext.checkpoint.store import TOKENIZER_FILES
 from megatron_ext.checkpoint.tensors import MegatronSink, TensorSink
+from megatron_ext.checkpoint.tokenizer_files import says_of_tokens
 from megatron_ext.config import to_mapping
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import Task, followed_by, stored_dtype, target_specs, tasks_to_hf
@@ -78,15 +78,7 @@ def write_hugging_face(content: Content, architecture: Architecture, why: str, o
         output.target, specs, shard_bytes=output.shard_bytes, force=output.force, inputs=content.inputs
     )
     with sink:
-        write_export(
-            sink.partial,
-            architecture,
-            content.model,
-            specs,
-            tokenizer=content.tokenizer,
-            beside=content.beside,
-            hf_config=content.hf_config,
-        )
+        write_export(sink.partial, architecture, content, specs)
         examined = _fill(sink, tasks, content, output, check)
         figures = examined.lines if examined else None
         write_model_card(sink.partial, output.name or sink.target.name, architecture, why, content, figures)
@@ -104,11 +96,7 @@ def write_megatron(content: Content, output: Output, check: Check) -> Written:
     }
     run = {**content.run, "model": to_mapping(content.model)}
     tokenizer = content.tokenizer
-    if (
-        tokenizer is None
-        and content.beside is not None
-        and any((content.beside / n).is_file() for n in TOKENIZER_FILES)
-    ):
+    if tokenizer is None and content.beside is not None and says_of_tokens(content.beside):
         tokenizer = content.beside  # for a later export; nothing here reads it
     sink = MegatronSink(output.target, specs, run, tokenizer=tokenizer, force=output.force, inputs=content.inputs)
     with sink:

@@ -4,6 +4,7 @@ Which sample stands at position n is a pure function of the configuration and n.
 is planned, on the number of ranks or on where a run was interrupted, so resuming means going on at n.
 """
 
+import copy
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,9 +21,10 @@ from megatron.core.datasets.utils import Split
 
 from megatron_ext.config import DataConfig, DataSource
 from megatron_ext.data.batches import DocumentResets, MicroBatch, collate, sample_indices, sample_seed
+from megatron_ext.data.index_cache import with_index
 from megatron_ext.data.preprocess import check_dataset
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import DataError
+from megatron_ext.errors import DataError, EnvironmentFault
 
 _UNLIMITED = 2**62
 
@@ -30,10 +32,9 @@ _UNLIMITED = 2**62
 class _Vocabulary:
     """What GPTDataset asks of a tokenizer. It has no padding token: samples are full."""
 
-    def __init__(self, tokenizer: Tokenizer, content: dict[str, Any]) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.vocab_size, self.eod = tokenizer.vocab_size, tokenizer.eod
-        # Part of the name of the index cache: an index never outlives the tokens it points into.
-        self.unique_identifiers = {"tokenizer": tokenizer.fingerprint, **content}
+        self.unique_identifiers = {"tokenizer": tokenizer.fingerprint}
 
 
 class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
@@ -45,8 +46,8 @@ class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
 
     index_split = Split.train
 
-    def __init__(self, dataset: GPTDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: GPTDataset, seed: int, identity: dict[str, Any]) -> None:
+        self.dataset, self.seed, self.identity = dataset, seed, identity
         self.samples_per_epoch = len(dataset)
         self.unique_identifiers = {"class": type(self).__name__, "source": dataset.unique_identifiers}
         self._epoch, self._order = 0, np.empty(0, dtype=np.int64)
@@ -62,7 +63,20 @@ class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
                 self._order = np.random.default_rng((self.seed, epoch)).permutation(self.samples_per_epoch)
             within = int(self._order[within])
         sample: dict[str, Any] = self.dataset[within]
+        self._require_known_tokens(sample)
         return sample
+
+    def _require_known_tokens(self, sample: dict[str, Any]) -> None:
+        """Raise DataError where a token id is out of the vocabulary: an embedding or a device would fail on it."""
+        size = self.dataset.config.tokenizer.vocab_size
+        for ids in (sample["tokens"], sample["labels"]):
+            lowest, highest = (int(x) for x in torch.aminmax(ids))
+            if lowest < 0 or highest >= size:
+                wrong = lowest if lowest < 0 else highest
+                raise DataError(
+                    f"{self.dataset.dataset_path}.bin: token id {wrong} is none of the tokenizer's {size}: the file "
+                    "was damaged after it was made; take it from a copy, or prepare it again"
+                )
 
 
 def build_blend(
@@ -75,10 +89,16 @@ def build_blend(
     Raises:
         DataError: a source is missing, damaged, too short or was made with another tokenizer.
     """
-    for source in sources:
-        counts = check_dataset(source.path, tokenizer)
+    section = "validation" if sources is data.validation else "train"
+    for number, source in enumerate(sources):
+        key = f"data.{section}[{number}].path"
+        try:
+            counts = check_dataset(source.path, tokenizer)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
         if counts.tokens <= data.sequence_length:
-            raise DataError(f"{source.path}: {counts.tokens} tokens are not one sample of {data.sequence_length}")
+            few = f"{counts.tokens} tokens are not one sample of data.sequence_length = {data.sequence_length}"
+            raise DataError(f"{key}: {source.path}: {few}")
     return _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
 
 
@@ -89,28 +109,46 @@ def _blend(
     if len(parts) == 1:
         return parts[0]
     weights = [float(source.weight) for source in sources]
-    return BlendedDataset(parts, weights, num_samples, parts[0].dataset.config)
+    identity = {"sources": [part.identity for part in parts], "weights": weights, "samples": num_samples}
+
+    def make(folder: str) -> BlendedDataset:
+        config = copy.copy(parts[0].dataset.config)
+        config.path_to_cache = folder
+        return BlendedDataset(parts, weights, num_samples, config)
+
+    return with_index(Path(data.cache_dir), identity, make)
 
 
 def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> EpochedSource:
     tokens = Path(f"{path}.bin").stat()
-    content = {"bytes": tokens.st_size, "modified": tokens.st_mtime_ns}
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=data.sequence_length,
-        blend=([path], None),
-        split="1,0,0",
-        path_to_cache=data.cache_dir,
-        tokenizer=_Vocabulary(tokenizer, content),
-        # Documents are found when samples are collated: GPTDataset would only tell them as a mask [S, S].
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=False,
-    )
+    identity = {
+        "path": path,
+        "bytes": tokens.st_size,
+        "modified": tokens.st_mtime_ns,
+        "tokenizer": tokenizer.fingerprint,
+        "sequence_length": data.sequence_length,
+        "seed": seed,
+    }
     indexed = IndexedDataset(path, multimodal=False, mmap=True)
     documents = np.arange(indexed.sequence_lengths.shape[0], dtype=np.int32)
-    return EpochedSource(GPTDataset(indexed, path, documents, None, Split.train, config), seed)
+
+    def make(folder: str) -> GPTDataset:
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=data.sequence_length,
+            blend=([path], None),
+            split="1,0,0",
+            path_to_cache=folder,
+            tokenizer=_Vocabulary(tokenizer),
+            # Documents are found when samples are collated: GPTDataset would only tell them as a mask [S, S].
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=data.eod_mask_loss,
+            create_attention_mask=False,
+        )
+        return GPTDataset(indexed, path, documents, None, Split.train, config)
+
+    return EpochedSource(with_index(Path(data.cache_dir), identity, make), seed, identity)
 
 
 def _first_on_rank_zero(build: Callable[[], Any]) -> Any:
@@ -171,4 +209,19 @@ def read_batches(
     )
     micro_batches = iter(loader)
     for _ in range(steps):
-        yield [next(micro_batches).to(device) for _ in range(num_microbatches)]
+        yield [_next(micro_batches).to(device) for _ in range(num_microbatches)]
+
+
+def _next(micro_batches: Iterator[MicroBatch]) -> MicroBatch:
+    """The next one; what goes wrong in a process that reads ahead is said as if it were this one."""
+    try:
+        return next(micro_batches)
+    except DataError as error:
+        # torch puts the traceback of the other process into the message; ours is its end.
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        why = str(error).strip().splitlines()[0]
+        way_out = "does memory, or shared memory (/dev/shm), run out? A lower data.num_workers needs less"
+        raise EnvironmentFault(f"a process that reads data ahead ended ({why}); {way_out}") from error

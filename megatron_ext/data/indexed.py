@@ -1,13 +1,18 @@
 """Megatron's indexed dataset on disk: token ids in `.bin`, document lengths in `.idx`; megatron-core reads it."""
 
+import os
 import struct
-from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
+from megatron_ext.errors import DataError
+from megatron_ext.files import UNFINISHED
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 
 
@@ -23,15 +28,39 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype[np.generic]) ->
     np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
     documents = np.arange(len(lengths) + 1, dtype=np.int64)
     with open(path, "wb") as file:
-        file.write(_MAGIC + struct.pack("<QBQQ", _VERSION, _DTYPE_CODES[dtype], len(lengths), len(documents)))
+        file.write(_HEADER.pack(_MAGIC, _VERSION, _DTYPE_CODES[dtype], len(lengths), len(documents)))
         for array in (lengths, pointers, documents):
             file.write(array.tobytes())
+        sync(file)
 
 
-def concatenate(parts: Sequence[Path], target: Path) -> None:
-    """Join files end to end."""
-    with open(target, "wb") as out:
-        for part in parts:
-            with open(part, "rb") as file:
-                while block := file.read(1 << 24):
-                    out.write(block)
+def check_index(path: Path, documents: int, dtype: np.dtype[np.generic]) -> None:
+    """Check that the `.idx` at `path` is whole and is that of `documents` documents of `dtype`.
+
+    Raises:
+        DataError: says what is wrong.
+    """
+    expected = (_MAGIC, _VERSION, _DTYPE_CODES[dtype], documents, documents + 1)
+    with open(path, "rb") as file:
+        header, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
+    whole = _HEADER.size + 4 * documents + 8 * documents + 8 * (documents + 1)
+    if len(header) < _HEADER.size or _HEADER.unpack(header) != expected or size != whole:
+        raise DataError(
+            f"{path}: not the index of {documents} documents of {dtype}, cut or changed; "
+            "take it from a copy, or prepare the data again with tools/preprocess.py"
+        )
+
+
+def sync(file: IO[Any]) -> None:
+    """Wait until what was written to `file` is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write the file at `path`: after any fault, a cut of power included, it has its old content or all of `data`."""
+    beside = path.with_name(path.name + UNFINISHED)
+    with open(beside, "wb") as file:
+        file.write(data)
+        sync(file)
+    beside.replace(path)

@@ -4,28 +4,50 @@ Every document gets an end-of-document token and is assigned to a split by a has
 not depend on order or number of processes, and copies of a document never stand in two splits.
 """
 
+import glob
 import hashlib
 import json
-import multiprocessing
+import logging
+import math
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_ext.data.corpus import Shard, corpus_files, read_shard, split_into_shards
-from megatron_ext.data.indexed import concatenate, token_dtype, write_index
+from megatron_ext.data.indexed import check_index, token_dtype, write_index, write_synced
+from megatron_ext.data.parts import Part, join_lengths, join_tokens
 from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer.record import check_record, record_of
+from megatron_ext.data.workers import run_in_processes
 from megatron_ext.errors import DataError
-from megatron_ext.files import UNFINISHED, output_place, publish_directory, read_json_object
+from megatron_ext.files import (
+    OURS,
+    output_place,
+    publish_directory,
+    read_json_object,
+    remove_unfinished,
+    start_directory,
+    unfinished_place,
+)
+from megatron_ext.foreign import reading
 from megatron_ext.locks import exclusive_output
+from megatron_ext.manifest import MANIFEST_FILE as SUMS_FILE
+from megatron_ext.manifest import FileSum, check_manifest, write_manifest
+
+log = logging.getLogger(__name__)
 
 MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
-_CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx")
+_CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE)
+_PLAN_FILE, _JOINED = "plan.json", "joined"
+_PREPARE = "prepare it with tools/preprocess.py, or take it from a copy"
 _SHARD_BYTES = 4 * 1024 * 1024
 
 
@@ -42,7 +64,6 @@ class _Job:
     """What every shard of one preparation has in common."""
 
     work: Path
-    tokenizer: Path
     text_key: str
     fractions: tuple[float, ...]
 
@@ -72,24 +93,35 @@ def preprocess(
     files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
     output = output_place(output, DataError, force=force, contents=_CONTENTS, inputs=[*files, tokenizer.directory])
     fractions = _checked_fractions(split)
-    work = output.with_name(output.name + UNFINISHED)
+    work = unfinished_place(output)
     plan = _plan(files, tokenizer, text_key, fractions)
-    job = _Job(work, tokenizer.directory, text_key, fractions)
+    job = _Job(work, text_key, fractions)
+    shards = split_into_shards(files, _SHARD_BYTES)
     with exclusive_output(output, "preparing data"):
-        _continue_or_restart(work, plan)
-        shards = split_into_shards(files, _SHARD_BYTES)
-        _run_shards(job, shards, workers, progress)
-        summary = _join(work, len(shards), token_dtype(tokenizer.vocab_size))
-        splits = {name: asdict(counts) for name, counts in summary.items()}
-        (work / MANIFEST_FILE).write_text(json.dumps({**plan, "splits": splits}, indent=2) + "\n")
-        publish_directory(work, output, replace=force)
+        _continue_or_restart(output, plan)
+        with _writing(work):
+            _run_shards(job, tokenizer, shards, workers, progress)
+            summary = _join(work, len(shards), plan, token_dtype(tokenizer.vocab_size))
+        publish_directory(work / _JOINED, output, replace=force)
+        remove_unfinished(work)
     return summary
 
 
 def _checked_fractions(split: Sequence[float]) -> tuple[float, ...]:
-    if len(split) != len(SPLITS) or any(share < 0 for share in split) or sum(split) <= 0:
-        raise DataError(f"split = {list(split)}: expected three shares for {', '.join(SPLITS)}")
+    # Shares that are not numbers make a total that is not either.
+    if len(split) != len(SPLITS) or any(share < 0 for share in split) or not 0 < sum(split) < math.inf:
+        raise DataError(f"split = {list(split)}: expected three shares, of 0 or more, for {', '.join(SPLITS)}")
     return tuple(share / sum(split) for share in split)
+
+
+@contextmanager
+def _writing(work: Path) -> Iterator[None]:
+    """Inside, a disk that is full or faulty ends with one message."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.filename or work}: cannot be written ({error.strerror or error})"
+        raise DataError(f"{why}; what is done is kept in {work}: start the same command again to go on") from error
 
 
 def _plan(files: Sequence[Path], tokenizer: Tokenizer, text_key: str, fractions: tuple[float, ...]) -> dict[str, Any]:
@@ -98,72 +130,102 @@ def _plan(files: Sequence[Path], tokenizer: Tokenizer, text_key: str, fractions:
         "sources": [
             {"path": str(p.resolve()), "bytes": p.stat().st_size, "modified": p.stat().st_mtime_ns} for p in files
         ],
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
+        **record_of(tokenizer),
         "text_key": text_key,
         "split": list(fractions),
     }
 
 
-def _continue_or_restart(work: Path, plan: dict[str, Any]) -> None:
+def _continue_or_restart(output: Path, plan: dict[str, Any]) -> None:
     """Keep finished shards of an interrupted preparation if nothing it depends on has changed."""
-    plan_file = work / "plan.json"
-    if work.exists() and (not plan_file.is_file() or json.loads(plan_file.read_text()) != plan):
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    plan_file.write_text(json.dumps(plan))
+    work = unfinished_place(output)
+    plan = {**plan, "shard_bytes": _SHARD_BYTES}
+    if (work / OURS).is_file() and not work.is_symlink():
+        if (begun := _plan_of(work)) == plan:
+            shutil.rmtree(work / _JOINED, ignore_errors=True)
+            return
+        if begun is not None:
+            print(f"{work}: begun with other text, tokenizer or options; starts anew", file=sys.stderr)
+    start_directory(output)
+    write_synced(work / _PLAN_FILE, json.dumps(plan).encode())
 
 
-def _run_shards(job: _Job, shards: list[Shard], workers: int, progress: Callable[[int, int], None]) -> None:
+def _plan_of(work: Path) -> dict[str, Any] | None:
+    if not (work / _PLAN_FILE).is_file():
+        return None
+    try:
+        return read_json_object(work / _PLAN_FILE, DataError)
+    except DataError:
+        return {}  # damaged: nothing there can be believed
+
+
+def _run_shards(
+    job: _Job, tokenizer: Tokenizer, shards: list[Shard], workers: int, progress: Callable[[int, int], None]
+) -> None:
     total = sum(shard.stop - shard.start for shard in shards)
-    missing = [(n, shard) for n, shard in enumerate(shards) if not _done_marker(job.work, n).exists()]
+    missing = [(n, shard) for n, shard in enumerate(shards) if not Part(job.work, n).is_done()]
     done = total - sum(shard.stop - shard.start for _, shard in missing)
     progress(done, total)
     if workers == 1 or len(missing) <= 1:
-        _open_tokenizer(job.tokenizer)
-        for number, shard in missing:
-            _tokenize_shard(job, number, shard)
-            done += shard.stop - shard.start
-            progress(done, total)
-        return
-    # forkserver: worker processes must not inherit threads or locks of the parent.
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, context, _open_tokenizer, (job.tokenizer,)) as pool:
-        running = {pool.submit(_tokenize_shard, job, number, shard): shard for number, shard in missing}
-        try:
-            for finished in as_completed(running):
-                finished.result()
-                done += running[finished].stop - running[finished].start
-                progress(done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        _open_tokenizer(tokenizer)
+        finished = (_tokenized(job, task) for task in missing)
+    else:
+        finished = run_in_processes(
+            partial(_tokenized, job),
+            missing,
+            workers,
+            start=partial(_open_tokenizer, tokenizer),
+            describe=_description,
+        )
+    for _, shard in finished:
+        done += shard.stop - shard.start
+        progress(done, total)
+
+
+def _description(task: tuple[int, Shard]) -> str:
+    shard = task[1]
+    return f"{shard.path}, bytes {shard.start} to {shard.stop}; start the same command again to go on"
 
 
 _tokenizer: Tokenizer | None = None
 
 
-def _open_tokenizer(directory: Path) -> None:
-    """Load the tokenizer once a process."""
+def _open_tokenizer(tokenizer: Tokenizer) -> None:
+    """Give this process the tokenizer that was loaded once: that takes seconds."""
     global _tokenizer
-    _tokenizer = Tokenizer(directory)
+    _tokenizer = tokenizer
+
+
+def _tokenized(job: _Job, task: tuple[int, Shard]) -> tuple[int, Shard]:
+    with _writing(job.work):
+        _tokenize_shard(job, *task)
+    return task
 
 
 def _tokenize_shard(job: _Job, number: int, shard: Shard) -> None:
     """Write the tokens and document lengths of one shard, split by split."""
     assert _tokenizer is not None
-    dtype = token_dtype(_tokenizer.vocab_size)
-    tokens: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    for text in read_shard(shard, job.text_key):
-        if text:
-            ids = np.array([*_tokenizer.encode(text), _tokenizer.eod], dtype=dtype)
-            tokens[_split_of(text, job.fractions)].append(ids)
-    for name, documents in tokens.items():
-        part = _part(job.work, number, name)
-        part.write_bytes(b"".join(ids.tobytes() for ids in documents))
-        np.save(part.with_suffix(".npy"), np.array([len(ids) for ids in documents], dtype=np.int64))
-    _done_marker(job.work, number).touch()
+    tokenizer, dtype = _tokenizer, token_dtype(_tokenizer.vocab_size)
+    documents = (
+        (_split_of(text, job.fractions), np.array([*tokenizer.encode(text), tokenizer.eod], dtype=dtype))
+        for text in _said_of(read_shard(shard, job.text_key), tokenizer, job.work)
+        if text
+    )
+    Part(job.work, number).write(documents, SPLITS)
+
+
+def _said_of(texts: Iterator[str], tokenizer: Tokenizer, work: Path) -> Iterator[str]:
+    """The texts; that one spells out a special token is said once, by whichever process meets it first."""
+    said = work / "spelt"
+    for text in texts:
+        if not said.exists() and (mark := tokenizer.spells(text)):
+            said.touch()
+            log.warning(
+                "a document spells out the special token %r: in documents that is text, not the token itself. A corpus "
+                "of conversations needs them as tokens; plain text does not",
+                mark,
+            )
+        yield text
 
 
 def _split_of(text: str, fractions: tuple[float, ...]) -> str:
@@ -176,56 +238,81 @@ def _split_of(text: str, fractions: tuple[float, ...]) -> str:
     return next(name for name, share in zip(reversed(SPLITS), reversed(fractions), strict=True) if share > 0)
 
 
-def _part(work: Path, number: int, split: str) -> Path:
-    return work / f"part-{number:06d}-{split}.bin"
-
-
-def _done_marker(work: Path, number: int) -> Path:
-    return work / f"part-{number:06d}.done"
-
-
-def _join(work: Path, num_shards: int, dtype: np.dtype[np.generic]) -> dict[str, SplitSummary]:
-    """Join the parts of every split and remove them."""
-    summary = {}
+def _join(work: Path, num_shards: int, plan: dict[str, Any], dtype: np.dtype[np.generic]) -> dict[str, SplitSummary]:
+    """Join the parts of every split to the finished directory, and describe it."""
+    parts = [Part(work, number) for number in range(num_shards)]
+    output = work / _JOINED
+    output.mkdir()
+    summary: dict[str, SplitSummary] = {}
+    sums: dict[str, FileSum] = {}
     for name in SPLITS:
-        parts = [_part(work, number, name) for number in range(num_shards)]
-        lengths = np.concatenate([np.load(part.with_suffix(".npy")) for part in parts])
+        lengths = join_lengths(parts, name)
         if len(lengths):
-            concatenate(parts, work / f"{name}.bin")
-            write_index(work / f"{name}.idx", lengths, dtype)
+            sums[f"{name}.bin"] = join_tokens(parts, name, output / f"{name}.bin")
+            write_index(output / f"{name}.idx", lengths, dtype)
             summary[name] = SplitSummary(len(lengths), int(lengths.sum()))
     if not summary:
-        raise DataError("the corpus has no text")
-    # Markers first: interrupted here, the next run must not believe in parts that are gone.
-    for pattern in ("part-*.done", "part-*", "plan.json"):
-        for leftover in work.glob(pattern):
-            leftover.unlink()
+        files = [source["path"] for source in plan["sources"]]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise DataError(f"{files[0]}{more}: no text there, all documents are empty")
+    splits = {name: asdict(counts) for name, counts in summary.items()}
+    write_synced(output / MANIFEST_FILE, (json.dumps({**plan, "splits": splits}, indent=2) + "\n").encode())
+    write_manifest(output, sums)
     return summary
 
 
 def dataset_fingerprint(prefix: str | Path) -> str:
-    """Changes when what stands at a position of the dataset at `prefix` could; moving the dataset leaves it alone."""
+    """Changes when what stands at a position of the dataset at `prefix` could; moving the dataset leaves it alone.
+
+    Raises:
+        DataError: the dataset cannot be read.
+    """
     prefix = Path(prefix)
-    return hashlib.sha256((prefix.parent / MANIFEST_FILE).read_bytes() + prefix.name.encode()).hexdigest()[:16]
+    with reading(prefix.parent / MANIFEST_FILE, DataError, advice=_PREPARE):
+        manifest = (prefix.parent / MANIFEST_FILE).read_bytes()
+    return hashlib.sha256(manifest + prefix.name.encode()).hexdigest()[:16]
 
 
 def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
     """Check that the dataset at `prefix` is whole and was made with `tokenizer`, and return its size.
+
+    Sizes are checked, not contents: `check_manifest` with `checksums` reads them.
 
     Raises:
         DataError: says what does not match.
     """
     prefix = Path(prefix)
     manifest_file = prefix.parent / MANIFEST_FILE
-    for path in (prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx"), manifest_file):
+    tokens, index = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
+    for path in (tokens, index, manifest_file):
         if not path.is_file():
-            raise DataError(f"{prefix}: {path.name} is missing; prepare it with tools/preprocess.py")
-    manifest = read_json_object(manifest_file, DataError)
-    if manifest["tokenizer"] != tokenizer.fingerprint:
-        raise DataError(f"{prefix} was made with another tokenizer than {tokenizer.directory}; prepare it again")
-    counts = SplitSummary(**manifest["splits"][prefix.name])
-    expected = counts.tokens * token_dtype(manifest["vocab_size"]).itemsize
-    actual = prefix.with_name(prefix.name + ".bin").stat().st_size
+            raise DataError(f"{prefix}: {path.name} is missing{_other_splits(prefix)}; {_PREPARE}")
+    vocab_size, counts = _described(manifest_file, prefix.name)
+    check_record(read_json_object(manifest_file, DataError), tokenizer, prefix)
+    names = (tokens.name, index.name, MANIFEST_FILE)
+    check_manifest(prefix.parent, DataError, only=[glob.escape(name) for name in names], advice=_PREPARE)
+    dtype = token_dtype(vocab_size)
+    expected, actual = counts.tokens * dtype.itemsize, tokens.stat().st_size
     if actual != expected:
-        raise DataError(f"{prefix}.bin has {actual} bytes, its manifest says {expected}: it changed after it was made")
+        raise DataError(f"{tokens} has {actual} bytes, its manifest says {expected}: it changed after it was made")
+    check_index(index, counts.documents, dtype)
     return counts
+
+
+def _described(manifest_file: Path, split: str) -> tuple[int, SplitSummary]:
+    """Size of the tokenizer's vocabulary, and size of `split`, as dataset.json says them."""
+    manifest = read_json_object(manifest_file, DataError)
+    with reading(manifest_file, DataError, kind="what tools/preprocess.py writes", advice=_PREPARE):
+        counts = {key: _count(manifest["splits"][split][key]) for key in ("documents", "tokens")}
+        return _count(manifest["vocab_size"]), SplitSummary(**counts)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is no number of documents or tokens")
+    return value
+
+
+def _other_splits(prefix: Path) -> str:
+    found = sorted(path.stem for path in prefix.parent.glob("*.bin"))
+    return f" (there is: {', '.join(found)})" if found else ""

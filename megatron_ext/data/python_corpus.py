@@ -1,11 +1,13 @@
 """A corpus that every machine has: the documentation and the sources of the Python that is running."""
 
+import io
 import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ext.errors import DataError
+from megatron_ext.files import write_text
 
 _LEAST_BYTES = 8 * 10**6
 # Copies of other people's packages, and tests: the latter are taken only where the rest is too little.
@@ -20,25 +22,21 @@ def write_python_corpus(output: str | Path) -> tuple[int, int]:
         DataError: this Python has less than 8 MB of documentation and sources.
     """
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".partial")
     seen: set[str] = set()
-    size = 0
-    with open(beside, "w", encoding="utf-8") as file:
-        for with_tests in (False, True):
-            for source, text in _documents(with_tests):
-                if text.strip() and text not in seen:
-                    seen.add(text)
-                    size += len(text.encode())
-                    file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
-            if size >= _LEAST_BYTES:
-                break
+    size, lines = 0, io.StringIO()
+    for with_tests in (False, True):
+        for source, text in _documents(with_tests):
+            if text.strip() and text not in seen:
+                seen.add(text)
+                size += len(text.encode())
+                lines.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
+        if size >= _LEAST_BYTES:
+            break
     if size < _LEAST_BYTES:
-        beside.unlink()
         raise DataError(
             f"this Python has only {size / 1e6:.1f} MB of documentation and sources; bring a corpus: CORPUS=path"
         )
-    beside.rename(output)
+    write_text(output, lines.getvalue())
     return len(seen), size
 
 

@@ -1,16 +1,44 @@
 """Continues prompts with a Hugging Face model or a Megatron checkpoint."""
 
+import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from megatron_ext.conversion.checkpoint_model import tokenizer_directory
 from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.hugging_face_tokenizer import load_tokenizer
+from megatron_ext.conversion.finite import describe, is_finite
 from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.sources import is_hugging_face
-from megatron_ext.errors import DataError
+from megatron_ext.data.tokenizer import load_tokenizer
+from megatron_ext.errors import CheckpointError, DataError
+
+log = logging.getLogger(__name__)
+
+# What transformers' models call the table of learned positions.
+_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float
+    """0 takes the likeliest token each time."""
+    top_p: float
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of transformers' `generate`, which would otherwise sample among the 50 likeliest tokens only."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 def generate(
@@ -26,29 +54,94 @@ def generate(
     """Return the continuation of each prompt; `temperature` 0 takes the likeliest token each time.
 
     A Megatron checkpoint is exported to a temporary directory first: the exported model's logits are the
-    checkpoint's (tools/verify.py), and transformers generates with a cache.
+    checkpoint's (tools/verify.py), and transformers generates with a cache. A continuation ends at the last learned
+    position of a model that has such, which is said.
+
+    Raises:
+        DataError: there is no tokenizer for the prompts, or one of them is empty or longer than learned positions.
+        CheckpointError: the weights or what they compute are no numbers.
     """
-    if not is_hugging_face(checkpoint):
-        with tempfile.TemporaryDirectory(prefix="megatron-ext-") as directory:
-            exported = Path(directory) / "export"
-            convert(checkpoint, exported)
-            return generate(
-                exported, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-            )
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    network = load_hugging_face(checkpoint, trust_remote_code=trust_remote_code)
-    torch.manual_seed(seed)
-    sampling = (
-        # transformers would otherwise sample among the 50 likeliest tokens only.
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature > 0
-        else {"do_sample": False}
-    )
+    sampling = Sampling(temperature, top_p, seed)
+    if is_hugging_face(checkpoint):
+        return _continue(checkpoint, checkpoint, prompts, max_new_tokens, sampling, trust_remote_code)
+    if tokenizer_directory(checkpoint) is None:
+        raise DataError(
+            f"{checkpoint}: carries no tokenizer to read prompts with; tools/convert.py {checkpoint} HF_DIRECTORY "
+            "--tokenizer DIR makes a model that has one"
+        )
+    with tempfile.TemporaryDirectory(prefix="megatron-ext-") as directory:
+        exported = Path(directory) / "export"
+        convert(checkpoint, exported)
+        return _continue(exported, checkpoint, prompts, max_new_tokens, sampling, trust_remote_code)
+
+
+def _continue(
+    directory: str | Path,
+    name: str | Path,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    trust_remote_code: bool,
+) -> list[str]:
+    """The continuations by the Hugging Face model in `directory`, which messages call `name`."""
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    network = load_hugging_face(directory, trust_remote_code=trust_remote_code)
+    weights = network.state_dict()
+    if broken := [key for key, weight in weights.items() if not is_finite(weight)]:
+        raise CheckpointError(
+            f"{name}: {describe(broken, len(weights))}, so that nothing can be generated; take a checkpoint from before"
+        )
+    torch.manual_seed(sampling.seed)
+    positions = learned_positions(network)
     continuations = []
     for prompt in prompts:
         tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        if tokens["input_ids"].shape[1] == 0:
+        length = tokens["input_ids"].shape[1]
+        if length == 0:
             raise DataError(f"the prompt {prompt!r} has no tokens to start from")
-        output = network.generate(**tokens, max_new_tokens=max_new_tokens, **sampling)
-        continuations.append(tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+        if positions is not None and length >= positions:
+            raise DataError(
+                f"the prompt {_shortened(prompt)} has {length:,} tokens, but {name} has learned {positions:,} "
+                f"positions only (max_position_embeddings); give at most {positions - 1:,} tokens"
+            )
+        room = max_new_tokens if positions is None else min(max_new_tokens, positions - length)
+        output = network.generate(
+            **tokens, max_new_tokens=room, logits_processor=[_numbers_only(name)], **sampling.settings
+        )
+        if room < max_new_tokens and output.shape[1] == positions:
+            log.warning(
+                "the continuation of %s ends after %d tokens: %s has learned %d positions (max_position_embeddings)",
+                _shortened(prompt),
+                room,
+                name,
+                positions,
+            )
+        continuations.append(tokenizer.decode(output[0, length:], skip_special_tokens=True))
     return continuations
+
+
+def learned_positions(network: nn.Module) -> int | None:
+    """How many positions `network` has learned; None where they are computed, and so have no end."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
+            return min(module.num_embeddings, network.config.max_position_embeddings)  # type: ignore[union-attr]
+    return None
+
+
+def _shortened(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 40 else f"{prompt[:37]}...")
+
+
+def _numbers_only(name: str | Path) -> Any:
+    """A step of transformers' `generate` that ends it where the logits are NaN or infinite."""
+
+    def check(input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Minus infinity is how a token is excluded.
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            raise CheckpointError(
+                f"{name}: the logits after {input_ids.shape[1]:,} tokens are NaN or infinite, though its weights are "
+                "numbers; they are too large to compute with"
+            )
+        return scores
+
+    return check

@@ -71,27 +71,23 @@ class LatentAttention(MLASelfAttention):
         self.recompute_up_proj = False
         self.cache_mla_latents = False
         self.rotary_pos_emb = LatentRotaryEmbedding(model, config, self.pg_collection.cp)
-        self._build_queries(submodules)
-        self._build_keys_and_values(submodules)
+        self._build_queries(submodules, model.latent_norm_epsilon)
+        self._build_keys_and_values(submodules, model.latent_norm_epsilon)
 
-    def _build_queries(self, submodules: MLASelfAttentionSubmodules) -> None:
+    def _build_queries(self, submodules: MLASelfAttentionSubmodules, epsilon: float) -> None:
         config = self.config
         queries = config.num_attention_heads * self.q_head_dim
         if config.q_lora_rank is None:
             self.linear_q_proj = self._column(submodules.linear_q_proj, config.hidden_size, queries, "q_proj")
             return
         self.linear_q_down_proj = DownProjection(config, config.q_lora_rank, 0, self.tp_group)
-        self.q_layernorm = submodules.q_layernorm(
-            hidden_size=config.q_lora_rank, config=config, eps=config.layernorm_epsilon
-        )
+        self.q_layernorm = submodules.q_layernorm(hidden_size=config.q_lora_rank, config=config, eps=epsilon)
         self.linear_q_up_proj = self._column(submodules.linear_q_up_proj, config.q_lora_rank, queries, "q_up_proj")
 
-    def _build_keys_and_values(self, submodules: MLASelfAttentionSubmodules) -> None:
+    def _build_keys_and_values(self, submodules: MLASelfAttentionSubmodules, epsilon: float) -> None:
         config, shared = self.config, self.config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = DownProjection(config, config.kv_lora_rank + shared, shared, self.tp_group)
-        self.kv_layernorm = submodules.kv_layernorm(
-            hidden_size=config.kv_lora_rank, config=config, eps=config.layernorm_epsilon
-        )
+        self.kv_layernorm = submodules.kv_layernorm(hidden_size=config.kv_lora_rank, config=config, eps=epsilon)
         outputs = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
         self.linear_kv_up_proj = self._column(submodules.linear_kv_up_proj, config.kv_lora_rank, outputs, "kv_up_proj")
 

@@ -4,17 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
-
-from pydantic import Field
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.checkpoint.store import TrainingState, newest_checkpoints
-from megatron_ext.config.base import config
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import copies
-from megatron_ext.conversion.options import default_workers
+from megatron_ext.conversion.one_tokenizer import require_one_tokenizer
 from megatron_ext.conversion.sources import (
     Checkpoint,
     is_hugging_face,
@@ -36,44 +32,8 @@ from megatron_ext.conversion.write import (
     write_megatron,
 )
 from megatron_ext.errors import ConfigError, ConversionError
-from megatron_ext.merging.merge import AnyMerge, Linear
+from megatron_ext.merging.options import AverageOptions
 from megatron_ext.merging.stream import Merged
-
-
-@config
-class AverageOptions:
-    """Options of this command."""
-
-    sources: list[str] = Field(min_length=1)
-    """Models of one shape: Megatron checkpoints or Hugging Face directories; with --last one folder of checkpoints."""
-    target: str
-    """Directory to write."""
-    to: Literal["megatron", "hf"] = "megatron"
-    """Format of the target."""
-    last: int | None = Field(default=None, ge=2)
-    """Average the last n checkpoints of the one directory that is given."""
-    method: AnyMerge = Field(default_factory=Linear)
-    """How the models are merged."""
-    base: str | None = None
-    """The model that task vectors are differences to; for task_arithmetic, ties and dare."""
-    hf_class: str | None = None
-    """Hugging Face class to write; refused where it would compute something else. Default: the first source's own."""
-    seed: int | None = Field(default=None, ge=0)
-    """Seed of what dare drops. Default: 1234."""
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Convert the weights. Default: what they are, or what the base's are."""
-    text: str | None = None
-    """Text or prepared dataset to measure the perplexity on. Default: built-in sentences."""
-    tokenizer: str | None = None
-    """Tokenizer for the text. Default: the first source's."""
-    logits: bool = True
-    """Measure the perplexity of every source and of the result; each is loaded in fp32. --no-logits leaves that out."""
-    trust_remote_code: bool = False
-    """Run modelling code inside Hugging Face directories to measure perplexities."""
-    workers: int = Field(default_factory=default_workers, ge=1)
-    """Threads. The result does not depend on them. Default: one for each core, up to 4."""
-    force: bool = False
-    """Replace an existing target."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +61,7 @@ def average(options: AverageOptions, progress: Progress = lambda done, total: No
     warn_of_what_stays(opened[0])
     models = [*opened, *([base] if base else [])]
     streams = streams_of_one_shape(models)
+    require_one_tokenizer(models)
     seed = 1234 if options.seed is None else options.seed
     merged = Merged(
         options.method,

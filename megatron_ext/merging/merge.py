@@ -4,21 +4,23 @@ With a base model, its difference to each of the others is called their task vec
 2212.04089).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
-from megatron_ext.merging.pieces import pieces
-from megatron_ext.merging.weighted_sum import WeightedSum, wider
 
-Versions = Sequence[Callable[[], Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Versions = Sequence[Callable[[], "Tensor"]]
 """Reads the same tensor of each model."""
 
 
@@ -101,6 +103,8 @@ class TaskArithmetic(Weighted):
 
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + sum of weight * (version - base)."""
+        from megatron_ext.merging.weighted_sum import WeightedSum
+
         assert base is not None
         weights, total = self.each(versions), WeightedSum()
         total.add(1 - sum(weights), base)
@@ -115,6 +119,8 @@ class Ties(Weighted):
 
     What is kept of a task vector is decided in each Megatron tensor (one holds queries, keys and values, one gate and
     up), so that models of any size are merged in little memory: the versions of a tensor, and three of its own at most.
+    Where votes of both signs sum to exactly 0, the sign that most entries of the tensor have is elected, as the
+    authors' code does over the whole model; plus if there are as many of each.
     """
 
     kind: Literal["ties"] = "ties"
@@ -128,14 +134,27 @@ class Ties(Weighted):
 
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + scale * the mean of those trimmed entries that have the elected sign."""
+        import torch
+
+        from megatron_ext.merging.pieces import pieces
+
         assert base is not None
         weights, base = self.each(versions), base.contiguous()
         others = [read().contiguous() for read in versions]
         trims = [_Trim(other, base, self.density) for other in others]
         merged = torch.empty(base.shape, dtype=base.dtype)
+        undecided, majority = [], 0.0
         for target, before, *parts in zip(*map(pieces, (merged, base, *others)), strict=True):
             vectors = [trim(_difference(part, before)) for trim, part in zip(trims, parts, strict=True)]
-            target.copy_(before + self.scale * _elected_mean(vectors, weights))
+            votes = torch.stack([weight * vector for weight, vector in zip(weights, vectors, strict=True)])
+            signs = votes.sum(dim=0).sign()
+            target.copy_(before + self.scale * _elected_mean(votes, weights, signs))
+            majority += float(signs.nansum())
+            tied = ((signs == 0) & (votes != 0).any(dim=0)).nonzero().flatten()
+            undecided.append((target, tied, before[tied], votes[:, tied]))
+        for target, tied, before, votes in undecided:
+            signs = votes.new_full((len(tied),), 1.0 if majority >= 0 else -1.0)
+            target[tied] = (before + self.scale * _elected_mean(votes, weights, signs)).to(target.dtype)
         return merged
 
 
@@ -143,6 +162,11 @@ class _Trim:
     """Keeps the largest entries of a task vector, whose pieces come in order, and puts zeros in the others' places."""
 
     def __init__(self, version: Tensor, base: Tensor, density: float) -> None:
+        import torch
+
+        from megatron_ext.merging.pieces import pieces
+        from megatron_ext.merging.weighted_sum import wider
+
         sizes = torch.empty(base.numel(), dtype=wider(base.dtype))
         for target, after, before in zip(*map(pieces, (sizes, version, base)), strict=True):
             target.copy_(_difference(after, before).abs_())
@@ -165,14 +189,15 @@ class _Trim:
 
 def _difference(version: Tensor, base: Tensor) -> Tensor:
     """The task vector, in the wider dtype."""
+    from megatron_ext.merging.weighted_sum import wider
+
     wide = wider(base.dtype)
     return version.to(wide) - base.to(wide)
 
 
-def _elected_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
-    """The weighted mean of those entries whose sign is that of the weighted sum."""
-    votes = torch.stack([weight * vector for weight, vector in zip(weights, vectors, strict=True)])
-    agrees = ~(votes * votes.sum(dim=0).sign() <= 0)  # not a number has its say, to be seen
+def _elected_mean(votes: Tensor, weights: list[float], signs: Tensor) -> Tensor:
+    """The weighted mean of those entries of the votes [model, entry] that have the elected sign of the entry."""
+    agrees = ~(votes * signs <= 0)  # not a number has its say, to be seen
     voices = agrees.to(votes.dtype) * votes.new_tensor(weights).abs()[:, None]
     return votes.where(agrees, 0.0).sum(dim=0) / voices.sum(dim=0).where(agrees.any(dim=0), 1.0)
 
@@ -190,6 +215,11 @@ class Dare(Weighted):
 
     def merge(self, name: str, versions: Versions, base: Tensor | None, seed: int) -> Tensor:
         """Base + sum of weight * the dropped and rescaled task vector."""
+        import torch
+
+        from megatron_ext.merging.pieces import pieces
+        from megatron_ext.merging.weighted_sum import wider
+
         assert base is not None
         base = base.contiguous()
         merged = base.to(wider(base.dtype), copy=True)
@@ -205,6 +235,8 @@ AnyMerge = Annotated[Linear | Ema | TaskArithmetic | Ties | Dare, Field(discrimi
 
 
 def _sum(weights: Sequence[float], versions: Versions) -> Tensor:
+    from megatron_ext.merging.weighted_sum import WeightedSum
+
     total = WeightedSum()
     for weight, read in zip(weights, versions, strict=True):
         total.add(weight, read())

@@ -14,6 +14,7 @@ from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.description import describe_start
 from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.monitoring.wandb_run import WandbRun
+from megatron_ext.planning.amounts import duration, flops
 from megatron_ext.planning.flops import training_flops_per_token
 
 log = logging.getLogger(__name__)
@@ -37,19 +38,26 @@ class StepReport:
     """Weighted output z-loss a token, which `loss` leaves out; None without one."""
 
 
+def metrics_path(run: RunConfig) -> Path:
+    """The file that all metrics of `run` go to."""
+    return Path(run.logging.metrics_file or Path(run.checkpoint.directory) / "metrics.jsonl")
+
+
 class Monitor:
     """Receives reports and hands them on, with the throughput since the last one."""
 
     def __init__(self, run: RunConfig, layout: Layout, iteration: int, run_id: str) -> None:
         directory = Path(run.checkpoint.directory)
         self._run, self._layout = run, layout
-        self._file = MetricsFile(Path(run.logging.metrics_file or directory / "metrics.jsonl"), iteration)
+        self._file = MetricsFile(metrics_path(run), iteration)
         configuration = to_mapping(run)
         self._wandb = WandbRun(run.logging.wandb, run_id, directory, configuration)
         started = {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
         self._file.write(started | describe_start(run, layout))
         self._flops = training_flops_per_token(run.model, run.data.sequence_length)
         self._last_iteration, self._last_time = iteration, time.perf_counter()
+        self._first: tuple[int, float] | None = None
+        """Step and time of the first report: what came before it was warming up."""
 
     def step(self, report: StepReport) -> None:
         """Report a training step."""
@@ -109,20 +117,33 @@ class Monitor:
         return seconds, rate, rate * self._flops / self._layout.world_size / 1e12
 
     def _line(self, report: StepReport, record: dict[str, Any]) -> str:
+        memory, rate = report.memory_bytes, record["tokens_per_second"]
         parts = [
             f"step {report.iteration}/{self._run.train.train_iters}",
             f"loss {report.loss:.4f}",
             f"lr {report.learning_rate:.2e}",
             f"norm {report.grad_norm:.3f}",
-            f"{record['tokens_per_second']:,.0f} tok/s",
-            f"{record['tflops_per_device']:.3g} TFLOP/s/device",
-            f"{report.memory_bytes / 2**20:,.0f} MiB",
+            f"{rate:,.0f} tok/s" if rate >= 10 else f"{rate:.3g} tok/s",
+            f"{flops(record['tflops_per_device'] * 1e12)}/s/device",
+            f"{memory / 2**30:,.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:,.0f} MiB",
         ]
         if report.experts:
             parts.append(f"MaxVio {max(health.max_violation for health in report.experts.values()):.2f}")
             if dead := sum(health.dead_experts for health in report.experts.values()):
                 parts.append(f"{dead} dead experts")
+        if (left := self._time_left(report.iteration, record["seconds_per_step"])) is not None:
+            parts.append(f"{duration(left)} left")
         return " | ".join(parts)
+
+    def _time_left(self, iteration: int, seconds_per_step: float) -> float | None:
+        """Seconds until the last step of this job, validating and saving as until now; None after it."""
+        last = min(self._run.train.train_iters, self._run.train.stop_at_iteration or self._run.train.train_iters)
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = iteration, now
+        elif (steps := iteration - self._first[0]) > 0:
+            seconds_per_step = (now - self._first[1]) / steps
+        return (last - iteration) * seconds_per_step if iteration < last else None
 
     def _expert_values(self, experts: ExpertStatistics | None) -> dict[str, Any]:
         values: dict[str, Any] = {}

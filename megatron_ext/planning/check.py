@@ -4,8 +4,10 @@ from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
 from megatron_ext.errors import ConversionError
+from megatron_ext.planning.amounts import flops
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.memory import state_memory
+from megatron_ext.runtime.cpu_speed import slow_precision
 
 _MOST_ROWS = 32
 
@@ -27,21 +29,22 @@ def describe_run(run: RunConfig, world_size: int | None) -> str:
     layout = run.resolve(processes)
     counts = count_parameters(run.model)
     memory = state_memory(run, layout)
-    flops = training_flops_per_token(run.model, run.data.sequence_length)
+    each = training_flops_per_token(run.model, run.data.sequence_length)
     tokens = run.planned_samples * run.data.sequence_length
     lines = [
         dump_yaml(to_mapping(run)),
         _grid(layout, assumed=world_size is None),
         "",
         f"parameters      {counts.total:,} in all, {counts.active:,} active for each token",
-        f"training        {tokens:,} tokens, {flops / 1e9:,.3f} GFLOP a token, "
-        f"{flops * tokens / 1e15:,.3f} PFLOP in all",
-        f"state memory    {memory.bytes / 2**30:,.2f} GiB on the fullest rank ({memory.parameters:,} parameters, "
+        f"training        {tokens:,} tokens, {flops(each)} a token, {flops(each * tokens)} in all",
+        f"state memory    {memory.bytes / 2**30:,.3g} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
         f"Hugging Face    {_export(run)}",
         f"micro-batches   {layout.num_microbatches} of {run.train.micro_batch_size} x {run.data.sequence_length} "
         "tokens a rank and step",
     ]
+    if slow := slow_precision(run.runtime, run.precision):
+        lines.append(f"slow            {slow}")
     return "\n".join(lines)
 
 

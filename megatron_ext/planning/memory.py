@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.config import Layout, ModelConfig, RunConfig
+from megatron_ext.config import Layout, ModelConfig, Precision, RunConfig
 
 # Layers split by output split their biases too; those split by input, and projections to a latent vector, do not.
 _SPLIT_OVER_TP = re.compile(
@@ -72,3 +72,9 @@ def _stages_of(name: str, model: ModelConfig, pp: int) -> tuple[int, ...]:
         tied = not model.untie_embeddings_and_output_weights
         return (0, pp - 1) if tied and pp > 1 else (0,)
     return (pp - 1,)
+
+
+def checkpoint_bytes(model: ModelConfig, precision: Precision) -> int:
+    """Bytes of a checkpoint's tensors: weights, and in fp32 the optimizer's own weights and Adam's two moments."""
+    parameters = sum(math.prod(shape) for shape in model_shapes(model).values())
+    return parameters * ((4 if precision.kind == "fp32" else 2) + 12)

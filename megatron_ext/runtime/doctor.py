@@ -24,6 +24,7 @@ from megatron_ext.runtime.accelerators import (
     precision_fault,
     this_machine,
 )
+from megatron_ext.runtime.cpu_speed import slow_bf16
 
 _RECIPES = ("tensorwise", "rowwise", "delayed", "blockwise", "mxfp8")
 _PRECISIONS: tuple[tuple[str, Precision], ...] = (
@@ -125,6 +126,8 @@ def _backend(backend: Backend, machine: Machine) -> Iterator[tuple[str, str]]:
         experts = precision_fault(backend, precision, machine, has_experts=True)
         on_cpu = backend == "torch" and not machine.gpus and name.startswith("fp8")
         runs = "runs, rounded as on a GPU, for its numerics and not for speed" if on_cpu else "runs"
+        if name == "bf16" and backend == "torch" and not machine.gpus and (slow := slow_bf16()):
+            runs = f"runs, slowly: {slow}"
         yield name, f"cannot run: {dense}" if dense else f"dense models only: {experts}" if experts else runs
 
 

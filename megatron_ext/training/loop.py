@@ -17,17 +17,22 @@ from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.logs import setup_logging
 from megatron_ext.runtime.process_groups import Groups, end_process_groups, split_process_group, start_process_group
+from megatron_ext.training.banner import banner
+from megatron_ext.training.preflight import Findings, examine_run
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.schedule import learning_rate
-from megatron_ext.training.session import RunData, Session, open_session
+from megatron_ext.training.session import RunData, Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals
 from megatron_ext.training.step import StepResult
 
 log = logging.getLogger(__name__)
 
 
-def train(run: RunConfig) -> None:
+def train(run: RunConfig, source: str = "the run") -> None:
     """Run, or continue, the training that `run` describes, as one of the processes the launcher started.
+
+    Args:
+        source: where the run is from, for messages.
 
     Raises:
         SystemExit: a signal asked it to stop, and it has saved; with the exit code of the signal (143 after SIGTERM).
@@ -35,24 +40,30 @@ def train(run: RunConfig) -> None:
     setup_logging(launched_rank())
     layout = run.resolve(launched_world_size())
     accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe)
+    found = examine_run(run, source) if launched_rank() == 0 else None
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
     groups = split_process_group(run.parallel, run.runtime)
     with run_lock(run.checkpoint.directory):
-        signal = _open_and_train(run, layout, groups, device)
+        signal = _open_and_train(run, layout, groups, device, found)
     end_process_groups()
     if signal:
         raise SystemExit(128 + signal)
 
 
-def _open_and_train(run: RunConfig, layout: Layout, groups: Groups, device: torch.device) -> int:
+def _open_and_train(
+    run: RunConfig, layout: Layout, groups: Groups, device: torch.device, found: Findings | None
+) -> int:
     """Train to the end; return 0, or the signal that stopped it before."""
+    # The data first: what is wrong with it is said before minutes go into building the model.
+    data = RunData(run, starting_state(run))
     session = open_session(run, layout, groups, device)
-    data = RunData(run, session.state)
     session.state = replace(session.state, data=data.fingerprints)
     assert session.state.wandb_run_id is not None
     is_reporter = dist.get_rank() == 0
     monitor = Monitor(run, layout, session.state.iteration, session.state.wandb_run_id) if is_reporter else None
+    for line in banner(run, layout, device, found) if found is not None else ():
+        log.info(line)
     try:
         signal = _train_watched(session, data, monitor)
     except BaseException:

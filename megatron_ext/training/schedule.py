@@ -28,11 +28,12 @@ def learning_rate(run: RunConfig, step: int) -> float:
 
 def _decayed(style: str, progress: float, peak: float, floor: float) -> float:
     """The value after a share `progress` of a decay from `peak` to `floor`."""
-    if style == "exponential":
+    if style == "geometric":
         return float(peak * (floor / peak) ** progress)
     remaining = {
         "linear": 1 - progress,
         "cosine": (1 + math.cos(math.pi * progress)) / 2,
         "minus_sqrt": 1 - math.sqrt(progress),
+        "exponential_megatron": 2 * 0.5**progress - 1,
     }[style]
     return floor + (peak - floor) * remaining

@@ -15,13 +15,15 @@ import torch.distributed as dist
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.boxes import Box
 from megatron_ext.checkpoint.store import TrainingState
-from megatron_ext.config import DataSource, Layout, ModelConfig, RunConfig, load_config, to_mapping
-from megatron_ext.config.meaning import meaning
+from megatron_ext.config import DataSource, Layout, RunConfig, to_mapping
+from megatron_ext.conversion.boxes import StreamedBoxes
+from megatron_ext.conversion.sources import is_hugging_face, open_checkpoint, with_padding
 from megatron_ext.data.batches import DocumentResets, MicroBatch
 from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, DataError, TrainingError
+from megatron_ext.foreign import reading
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, gather_parameters, release_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
@@ -32,6 +34,13 @@ from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.monitoring.wandb_run import new_run_id
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state, seed_everything
+from megatron_ext.training.same_run import (
+    check_models_agree,
+    check_same_data,
+    check_same_model,
+    check_same_sources,
+    with_vocabulary_padding,
+)
 from megatron_ext.training.step import StepResult, prepare_for_training, train_step, validation_loss
 
 log = logging.getLogger(__name__)
@@ -131,7 +140,7 @@ class Session:
         check_same_model(self.run.model, checkpoint)
         state = store.read_state(checkpoint)
         if state.consumed_samples:
-            check_same_data(self.run, checkpoint)
+            check_same_data(self.run.data, self.run.train, checkpoint)
         with_optimizer = self.run.checkpoint.load_optimizer
         store.load_boxes(checkpoint, self._boxes(with_optimizer))
         self.state = state
@@ -142,15 +151,25 @@ class Session:
         same_layout = store.read_run(checkpoint).get("parallel") == to_mapping(self.run.parallel)
         saved = store.read_random_state(checkpoint, dist.get_rank()) if same_layout else None
         if saved is not None:
-            restore_random_state(saved, self.device)
+            with reading(checkpoint / store.RNG_FILE, CheckpointError):
+                restore_random_state(saved, self.device)
         log.info(
             "continuing %s at step %d%s", checkpoint, self.state.iteration, "" if same_layout else ", in another layout"
         )
 
-    def initialize_from(self, checkpoint: Path) -> None:
-        """Take the weights of `checkpoint` and start at step 0."""
-        check_same_model(self.run.model, checkpoint)
-        store.load_boxes(checkpoint, self._boxes(with_optimizer=False))
+    def initialize_from(self, path: str | Path) -> None:
+        """Take the weights at `path`, a Megatron checkpoint or a Hugging Face directory, and start at step 0."""
+        boxes = self._boxes(with_optimizer=False)
+        if is_hugging_face(path):
+            opened = open_checkpoint(path)
+            checkpoint, model = opened.directory, with_vocabulary_padding(opened.model, self.run.model)
+            check_models_agree(self.run.model, model, checkpoint)
+            reader = StreamedBoxes(with_padding(opened, model.padded_vocab_size))
+            store.fill_boxes(reader, checkpoint, boxes)
+        else:
+            checkpoint = store.require_checkpoint(path)
+            check_same_model(self.run.model, checkpoint)
+            store.load_boxes(checkpoint, boxes)
         self._take_over_weights()
         log.info("weights from %s", checkpoint)
 
@@ -169,6 +188,12 @@ class Session:
         return model_boxes(self.chunks) + optimizer_boxes(self.chunks, self.optimizer) + followed
 
 
+def starting_state(run: RunConfig) -> TrainingState:
+    """Where a run will go on: the state of its newest checkpoint, or the beginning."""
+    newest = store.find_checkpoint(run.checkpoint.directory)
+    return store.read_state(newest) if newest is not None else TrainingState()
+
+
 def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.device) -> Session:
     """Build the model and optimizer with fresh weights, or those that the run continues or starts from."""
     seed_everything(run.train.seed)
@@ -182,67 +207,12 @@ def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.d
     if (checkpoint := store.find_checkpoint(run.checkpoint.directory)) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:
-        session.initialize_from(store.require_checkpoint(run.checkpoint.initialize_from))
+        session.initialize_from(run.checkpoint.initialize_from)
     require_directions(routers(chunks))
     session.reported = session.state.iteration
     if session.state.wandb_run_id is None:
         session.state = dataclasses.replace(session.state, wandb_run_id=new_run_id())
     return session
-
-
-def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
-    """Raise CheckpointError naming every field in which `checkpoint` holds another model than `model`."""
-    raw = store.read_run(checkpoint).get("model") or {}
-    saved = load_config(ModelConfig, raw, source=str(checkpoint / store.RUN_FILE))
-    # Fields that shape neither weights nor function may change between runs.
-    free = {
-        "init_method_std",
-        "attention_dropout",
-        "hidden_dropout",
-        "output_z_loss_coeff",
-        "moe_aux_loss_coeff",
-        "moe_router_load_balancing_type",
-        "moe_adaptive_aux_loss",
-        "moe_z_loss_coeff",
-        "moe_router_bias_update_rate",
-        "moe_expert_capacity_factor",
-        "moe_token_drop_policy",
-    }
-    different = [
-        f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
-        for name in ModelConfig.__dataclass_fields__
-        if name not in free and meaning(saved, name) != meaning(model, name)
-    ]
-    if different:
-        raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
-
-
-_OTHER_SAMPLES = (
-    "{}: its position in the data would mean other samples:\n{}\nSet it back, or start a new run from its weights: "
-    "another checkpoint.directory, and checkpoint.initialize_from"
-)
-
-
-def check_same_data(run: RunConfig, checkpoint: Path) -> None:
-    """Raise CheckpointError where the position in `checkpoint` counts other samples than those of `run`."""
-    saved, now = store.read_run(checkpoint), to_mapping(run)
-    different = [
-        f"  {section}.{key}: {saved[section][key]!r} in the checkpoint, {now[section][key]!r} in this run"
-        for section, key in (("data", "sequence_length"), ("train", "seed"))
-        if saved[section][key] != now[section][key]
-    ]
-    # The tokens would be the same, but not what is computed from them: as little as another model may this change
-    # unnoticed on the way. Checkpoints older than these keys had them off.
-    different += [
-        f"  data.{key}: {saved['data'].get(key, False)!r} in the checkpoint, {now['data'][key]!r} in this run"
-        for key in ("reset_attention_mask", "reset_position_ids")
-        if saved["data"].get(key, False) != now["data"][key]
-    ]
-    weights = [[source["weight"] for source in mapping["data"]["train"]] for mapping in (saved, now)]
-    if weights[0] != weights[1]:
-        different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
-    if different:
-        raise CheckpointError(_OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
 
 
 class RunData:
@@ -253,8 +223,8 @@ class RunData:
         self._tokenizer = Tokenizer(run.data.tokenizer)
         if self._tokenizer.vocab_size > run.model.vocab_size:
             raise DataError(
-                f"{run.data.tokenizer} has {self._tokenizer.vocab_size} tokens, more than "
-                f"model.vocab_size = {run.model.vocab_size}"
+                f"{run.data.tokenizer} makes token ids up to {self._tokenizer.vocab_size - 1}, more than "
+                f"model.vocab_size = {run.model.vocab_size}; set that to {self._tokenizer.vocab_size} or more"
             )
         data = run.data
         self._resets = None
@@ -264,9 +234,7 @@ class RunData:
         remaining = max(run.train.train_iters - state.iteration, 0) * run.train.global_batch_size
         self._train = self._blend(run.data.train, state.consumed_samples + remaining, run.train.seed)
         self.fingerprints = tuple(dataset_fingerprint(source.path) for source in run.data.train)
-        if state.consumed_samples and state.data not in ((), self.fingerprints):
-            other = "  data.train: what stands there is not the data of the checkpoint"
-            raise CheckpointError(_OTHER_SAMPLES.format(run.checkpoint.directory, other))
+        check_same_sources(self.fingerprints, state, run.checkpoint.directory)
         self._validation = None
         if run.train.eval_interval is not None:
             # Whatever a run's seed is, it is validated on the same samples: losses of different runs can be compared.

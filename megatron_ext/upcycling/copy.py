@@ -3,6 +3,8 @@
 Komatsuzaki et al. 2022 (arXiv 2212.05055), section 3; with gating-logit normalization, Skywork-MoE (arXiv 2406.06563).
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from megatron_ext.config import ModelConfig

@@ -3,19 +3,22 @@
 Nakamura et al. 2025 (arXiv 2502.19261), section 3.2, and the code released with it.
 """
 
-from abc import abstractmethod
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
-from torch import Tensor
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.feed_forward import FeedForward
 from megatron_ext.upcycling.method import Draw, Method
-from megatron_ext.upcycling.normal import mean_and_std, normal_like
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class PartlyNew(Method):
@@ -81,6 +84,8 @@ class Drop(PartlyNew):
 
     def replacement(self, weights: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
         """Normal with the mean and standard deviation of `weights`."""
+        from megatron_ext.upcycling.normal import mean_and_std, normal_like
+
         return normal_like(weights, *mean_and_std(weights), generator)
 
 

@@ -1,12 +1,14 @@
 """A feed-forward network as methods take it apart: by its neurons, the units between its two matrices."""
 
-#   F neurons, H hidden
+from __future__ import annotations
 
+#   F neurons, H hidden
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,28 @@ class FeedForward:
         """Matrices in fc1: 2 if gated."""
         return self.fc1.shape[0] // self.width
 
-    def neurons(self, chosen: Tensor) -> "FeedForward":
+    def neurons(self, chosen: Tensor) -> FeedForward:
         """The network of these neurons (indices [f], repeats allowed), with the whole output bias."""
+        import torch
 
         def rows(stacked: Tensor) -> Tensor:
+
             return torch.cat([half[chosen] for half in stacked.chunk(self.halves)])
 
         bias = None if self.fc1_bias is None else rows(self.fc1_bias)
         return FeedForward(rows(self.fc1), self.fc2[:, chosen], bias, self.fc2_bias)
 
-    def times(self, factor: float) -> "FeedForward":
+    def times(self, factor: float) -> FeedForward:
         """The network whose output is `factor` times this one's."""
         if factor == 1.0:
             return self
         return FeedForward(self.fc1, self.fc2 * factor, self.fc1_bias, _times(self.fc2_bias, factor))
 
-    def with_bias_times(self, factor: float) -> "FeedForward":
+    def with_bias_times(self, factor: float) -> FeedForward:
         """The same with `factor` times the output bias."""
         return FeedForward(self.fc1, self.fc2, self.fc1_bias, _times(self.fc2_bias, factor))
 
-    def changed(self, change: Callable[[str, Tensor, int], None]) -> "FeedForward":
+    def changed(self, change: Callable[[str, Tensor, int], None]) -> FeedForward:
         """A copy whose matrices and biases `change(name, matrix, dim)` changes in place, the output bias excepted.
 
         Neurons lie along `dim` of each, and each has a name of its own: `gate`, `up` (`fc1` if not gated), `down`, and

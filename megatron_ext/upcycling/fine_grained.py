@@ -3,10 +3,11 @@
 He et al. 2024 (NVIDIA, arXiv 2410.07524), sections 3.1 to 3.3.
 """
 
-from dataclasses import replace
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
 
 from megatron_ext.config import ModelConfig
@@ -14,6 +15,9 @@ from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.feed_forward import FeedForward
 from megatron_ext.upcycling.method import Draw, Method, require_groups, require_width
+
+if TYPE_CHECKING:
+    import torch
 
 
 @config
@@ -80,6 +84,8 @@ class FineGrained(Method):
 
     def expert(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """Part 0, part 1, ..., and the same again until all experts are filled."""
+        import torch
+
         whole = self._enlarged(ffn, moe) if self.scale == "paper" else ffn
         return shard(whole, torch.arange(ffn.width), number, self.granularity)
 
@@ -93,7 +99,7 @@ class FineGrained(Method):
         product = moe.num_moe_experts * self.granularity / moe.moe_router_topk
         factor = product ** (1 / (ffn.halves + 1))
         bias = None if ffn.fc1_bias is None else ffn.fc1_bias * factor
-        larger = FeedForward(ffn.fc1 * factor, ffn.fc2 * factor, bias, ffn.fc2_bias)
+        larger = replace(ffn, fc1=ffn.fc1 * factor, fc2=ffn.fc2 * factor, fc1_bias=bias)
         return larger.with_bias_times(product)
 
 

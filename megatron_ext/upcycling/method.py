@@ -1,15 +1,19 @@
 """What an upcycling method is: a function from the feed-forward layers of dense models to the parts of a MoE layer."""
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.feed_forward import FeedForward
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,14 @@ class Draw:
 
     def generator(self, name: str) -> torch.Generator:
         """A generator for what is called `name` in this layer."""
+        import torch
+
         return torch.Generator().manual_seed(seed_from_name(self.seed, f"{self.layer}.{name}"))
 
     def permutation(self, name: str, count: int) -> torch.Tensor:
         """The numbers below `count` in random order."""
+        import torch
+
         return torch.randperm(count, generator=self.generator(name))
 
 
@@ -64,6 +72,8 @@ class Method(ABC):
 
     def shared(self, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """Make the shared experts: here the dense layer's neurons, repeated or cut, that write nothing at first."""
+        import torch
+
         width = moe.moe_shared_expert_intermediate_size
         assert width is not None
         return ffn.neurons(torch.arange(width) % ffn.width).times(0.0)
@@ -80,12 +90,18 @@ class Method(ABC):
         """Why this method changes the function, whatever the router does; None if it does not."""
         return None
 
-    def inexact(self, moe: ModelConfig, dtype: torch.dtype = torch.float32) -> str | None:
-        """Why the MoE model will not compute what the dense one does; None if it will, up to the rounding of fp32."""
+    def inexact(self, moe: ModelConfig, dtype: torch.dtype | None = None) -> str | None:
+        """Why the MoE model will not compute what the dense one does; None if it will, up to the rounding of fp32.
+
+        Args:
+            dtype: of the MoE model's weights; fp32 by default.
+        """
+        import torch
+
         if (reason := self.changes(moe) or _weights_vary(moe)) is not None:
             return reason
         for factor in self.factors(moe):
-            if dtype != torch.float32 and not _is_power_of_two(factor):
+            if dtype not in (None, torch.float32) and not _is_power_of_two(factor):
                 return f"a factor {factor:.4g} goes into the experts' output weights, which rounds them in {dtype}"
         return None
 

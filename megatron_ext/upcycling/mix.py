@@ -4,6 +4,8 @@ Sukhbaatar et al. 2024 (arXiv 2403.07816), section 3.2: models branched from one
 models of one shape.
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from megatron_ext.config import ModelConfig

@@ -3,16 +3,19 @@
 The baseline of Drop-Upcycling (arXiv 2502.19261, section 4) that its released code has beside it.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
-from torch import Tensor
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.base import config
 from megatron_ext.upcycling.drop import PartlyNew, narrowed
-from megatron_ext.upcycling.normal import with_normal_noise
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @config
@@ -34,4 +37,6 @@ class Noise(PartlyNew):
 
     def replacement(self, weights: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
         """`weights` with noise."""
+        from megatron_ext.upcycling.normal import with_normal_noise
+
         return with_normal_noise(weights, self.std, generator)

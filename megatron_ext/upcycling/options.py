@@ -1,4 +1,7 @@
-"""What an upcycling is asked for, and the model that makes."""
+"""What an upcycling is asked for, and the model that makes.
+
+No torch here, nor in what this imports: `--help` answers at once.
+"""
 
 from dataclasses import replace
 from typing import Annotated, Any, Literal

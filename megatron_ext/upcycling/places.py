@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
+from megatron_ext.conversion.recipe import recipe_path, require_recipe_place
 from megatron_ext.conversion.write import Output, Progress, require_place
 from megatron_ext.errors import ConversionError
 from megatron_ext.upcycling.plan import Plan
-
-RECIPE_HEAD = "# Trains "
-"""How a training configuration of ours begins."""
 
 
 def output_of(plan: Plan, progress: Progress = lambda done, total: None) -> Output:
@@ -16,23 +14,17 @@ def output_of(plan: Plan, progress: Progress = lambda done, total: None) -> Outp
     return Output(Path(options.target), workers=options.workers, force=options.force, progress=progress)
 
 
-def recipe_path(plan: Plan) -> Path | None:
+def recipe_of(plan: Plan) -> Path | None:
     """The training configuration beside a Megatron checkpoint."""
-    target = Path(plan.options.target)
-    return target.with_name(target.name + ".yaml") if plan.options.to == "megatron" else None
+    return recipe_path(plan.options.target) if plan.options.to == "megatron" else None
 
 
 def require_places(plan: Plan) -> None:
     """Raise ConversionError where the target, or a file beside it, may not be written."""
     require_place(plan.options.to, output_of(plan), [opened.directory for opened in plan.opened])
-    recipe, figures = recipe_path(plan), plan.options.figures
-    if recipe is not None and recipe.exists():
-        if not plan.options.force:
-            raise ConversionError(f"{recipe} exists; choose another target or pass --force to replace it")
-        if not recipe.is_file() or not recipe.read_bytes().startswith(RECIPE_HEAD.encode()):
-            raise ConversionError(
-                f"{recipe} exists and is no training configuration that was made here: not replaced, even with --force"
-            )
+    recipe, figures = recipe_of(plan), plan.options.figures
+    if recipe is not None:
+        require_recipe_place(recipe, force=plan.options.force)
     if figures is not None and Path(figures).is_dir():
         raise ConversionError(f"figures = {figures}: is a directory; name a file in it")
 

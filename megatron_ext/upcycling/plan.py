@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_ext.config import ModelConfig, check_model
+from megatron_ext.conversion.one_tokenizer import require_one_tokenizer
 from megatron_ext.conversion.sources import Checkpoint, open_checkpoint, streams_of_one_shape
 from megatron_ext.conversion.write import DTYPES
 from megatron_ext.errors import ConfigError
@@ -80,6 +81,7 @@ def make_plan(options: UpcycleOptions) -> Plan:
     opened = [open_checkpoint(source) for source in options.sources]
     _check_sources(opened, options)
     streams_of_one_shape(opened)
+    require_one_tokenizer(opened)
     shallow = opened[0].model
     dense = deepened_model(shallow, parse_layers(options.layers, shallow.num_layers)) if options.layers else shallow
     moe = options.model_of(dense)

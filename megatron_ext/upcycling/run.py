@@ -1,6 +1,7 @@
 """A whole upcycling as its command line does it: routers, model, function check, training configuration, figures."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from megatron_ext.files import write_text
 from megatron_ext.upcycling.activations import clustered_routers
 from megatron_ext.upcycling.check import FunctionCheck, function_check
 from megatron_ext.upcycling.content import drawn_routers, write
-from megatron_ext.upcycling.places import output_of, recipe_path, require_places
+from megatron_ext.upcycling.places import output_of, recipe_of, require_places
 from megatron_ext.upcycling.plan import Plan
-from megatron_ext.upcycling.recipe import training_recipe
+from megatron_ext.upcycling.recipe import upcycling_recipe
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Upcycled:
     """None where logits were not to be compared."""
     recipe: Path | None
     """The training configuration beside a Megatron checkpoint."""
+    notes: Sequence[str] = ()
+    """What it has otherwise than the source's run."""
 
 
 def upcycle(plan: Plan, progress: Progress = lambda done, total: None) -> Upcycled:
@@ -34,13 +37,13 @@ def upcycle(plan: Plan, progress: Progress = lambda done, total: None) -> Upcycl
     Raises:
         ConfigError, DataError, ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
-    options, recipe = plan.options, recipe_path(plan)
+    options, recipe = plan.options, recipe_of(plan)
     require_places(plan)
     if options.to == "hf":
         architecture_for(plan.moe)
     if options.logits:
         require_memory(plan.moe, options.target)
-    text = training_recipe(plan) if recipe is not None else ""
+    training = upcycling_recipe(plan) if recipe is not None else None
     router_of = clustered_routers(plan) if options.router_init == "activations" else drawn_routers(plan)
     source = plan.opened[0].directory
     batches = comparison_batches(source, options.text, options.tokenizer) if options.logits else []
@@ -53,8 +56,8 @@ def upcycle(plan: Plan, progress: Progress = lambda done, total: None) -> Upcycl
         return Examined(function[0].lines())
 
     written = write(plan, router_of, check, output_of(plan, progress))
-    if recipe is not None:
-        write_text(recipe, text)
+    if recipe is not None and training is not None:
+        write_text(recipe, training.text)
     if options.figures and function:
         write_text(options.figures, json.dumps({"upcycling": function[0].figures()}, indent=2) + "\n")
-    return Upcycled(written, function[0] if function else None, recipe)
+    return Upcycled(written, function[0] if function else None, recipe, training.notes if training else ())

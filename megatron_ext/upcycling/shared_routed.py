@@ -4,10 +4,11 @@ The shape of DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066, section 3) made fro
 of He et al. 2024 (arXiv 2410.07524) so that the function is kept.
 """
 
-from dataclasses import replace
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
 
 from megatron_ext.config import ModelConfig
@@ -16,6 +17,9 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.upcycling.feed_forward import FeedForward
 from megatron_ext.upcycling.fine_grained import group_limit, shard
 from megatron_ext.upcycling.method import Draw, Method, require_groups, require_width
+
+if TYPE_CHECKING:
+    import torch
 
 
 @config
@@ -83,4 +87,6 @@ class SharedRouted(Method):
         return ffn.neurons(self._order(ffn, draw)[: moe.moe_shared_expert_intermediate_size])
 
     def _order(self, ffn: FeedForward, draw: Draw) -> torch.Tensor:
+        import torch
+
         return draw.permutation("neurons", ffn.width) if self.shuffle else torch.arange(ffn.width)

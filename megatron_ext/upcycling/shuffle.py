@@ -4,18 +4,21 @@ Qwen2-57B-A14B (Yang et al. 2024, arXiv 2407.10671, section 2.2.2). The report d
 neurons or single weights) nor from what; here it is whole neurons, from the distribution of initial weights.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
-from torch import Tensor
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.base import config
 from megatron_ext.upcycling.drop import PartlyNew
 from megatron_ext.upcycling.feed_forward import FeedForward
 from megatron_ext.upcycling.method import Draw
-from megatron_ext.upcycling.normal import normal_like
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @config
@@ -40,6 +43,8 @@ class Shuffle(PartlyNew):
 
     def kept(self, number: int, ffn: FeedForward, moe: ModelConfig, draw: Draw) -> FeedForward:
         """The next neurons of all shuffled copies, one after the other."""
+        import torch
+
         width = moe.expert_ffn_hidden_size
         start = number * width
         first, last = start // ffn.width, (start + width - 1) // ffn.width
@@ -48,6 +53,10 @@ class Shuffle(PartlyNew):
 
     def replacement(self, weights: Tensor, moe: ModelConfig, generator: torch.Generator) -> Tensor:
         """Normal with the standard deviation of initial weights; biases start at zero."""
+        import torch
+
+        from megatron_ext.upcycling.normal import normal_like
+
         if weights.dim() == 1:
             return torch.zeros_like(weights)
         return normal_like(weights, 0.0, moe.init_method_std, generator)

@@ -19,6 +19,7 @@ from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import AdaptiveAuxLoss, LearnedNoise, ModelConfig, ParallelConfig, to_mapping
 from megatron_ext.errors import CheckpointError, TrainingError
+from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.mcore.state import model_boxes
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
@@ -330,6 +331,9 @@ def test_a_damaged_file_is_named(pool: GlooPool, tmp_path: Path) -> None:
     data = tmp_path / "iter_0000001" / "__0_0.distcp"
     with open(data, "r+b") as file:
         file.truncate(data.stat().st_size // 2)
+    with pytest.raises(WorkerFailure, match=r"__0_0\.distcp: \d+ bytes instead of \d+"):
+        pool.run(1, train_and_save, part, 2)
+    (tmp_path / "iter_0000001" / MANIFEST_FILE).unlink()  # as in a checkpoint of an older version
     with pytest.raises(WorkerFailure, match=r"__0_0\.distcp ends inside"):
         pool.run(1, train_and_save, part, 2)
 

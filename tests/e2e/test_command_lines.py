@@ -25,11 +25,31 @@ def assert_clear_error(process: object, *parts: str) -> None:
         assert part in stderr
 
 
+_HELP_AND_IMPORTS = """
+import runpy, sys
+sys.argv = sys.argv[1:] + ["--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print([name for name in ("torch", "megatron.core", "transformers") if name in sys.modules], file=sys.stderr)
+"""
+
+
 @pytest.mark.parametrize("tool", TOOL_NAMES)
-def test_help_teaches(tool: str) -> None:
-    process = command(TOOLS / f"{tool}.py", "--help")
+def test_help_teaches_at_once(tool: str) -> None:
+    process = command("-c", _HELP_AND_IMPORTS, TOOLS / f"{tool}.py")
     assert process.returncode == 0
     assert f"python tools/{tool}.py" in process.stdout, "no example of use"
+    assert process.stderr == "[]\n", "help waits for what it does not need"
+    for internal in ("Annotated", "DataSource", "NoneType", "typing."):
+        assert internal not in process.stdout
+
+
+def test_help_has_the_keys_of_the_entries_of_a_list() -> None:
+    text = command(TOOLS / "train.py", "--help").stdout
+    assert "data.train  (list of mappings, required)" in text
+    assert "data.train.N.weight  (number, default 1.0)" in text
+    assert "model.moe_layer_freq  (integer | list of 0 | 1, default 1)" in text
 
 
 @pytest.mark.parametrize("tool", [name for name in TOOL_NAMES if name not in ("train", "prove", "tokenizer")])
@@ -53,14 +73,16 @@ def test_example_options_are_those_of_their_tool(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_example_runs_are_valid(path: Path, tmp_path: Path) -> None:
-    process = command(TOOLS / "train.py", path, "--check")
+    process = command(TOOLS / "train.py", path, "--check", "--config-only")
     assert process.returncode == 0, process.stderr
     assert "rank grid" in process.stdout
 
 
 def test_check_shows_the_run_and_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    process = command(TOOLS / "train.py", EXAMPLE / "moe.yaml", "train.seed=7", "--check", "--world-size", "8")
+    process = command(
+        TOOLS / "train.py", EXAMPLE / "moe.yaml", "train.seed=7", "--check", "--config-only", "--world-size", "8"
+    )
     assert process.returncode == 0, process.stderr
     assert not list(tmp_path.iterdir())
     resolved, _, rest = process.stdout.partition("\nrank grid")
@@ -77,7 +99,7 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
     mapping["model"]["num_layers"] = "four"
     mapping["trian"] = mapping.pop("train")
     mapping["parallel"] = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1}
-    process = command(TOOLS / "train.py", write_run(tmp_path / "run.yaml", mapping), "--check")
+    process = command(TOOLS / "train.py", write_run(tmp_path / "run.yaml", mapping), "--check", "--config-only")
     assert_clear_error(
         process,
         "4 problems",
@@ -91,22 +113,35 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["train.py", "nowhere.yaml"], ["nowhere.yaml: No such file"]),
+        (["train.py", "nowhere.yaml"], ["nowhere.yaml (= /", "/nowhere.yaml): No such file"]),
         (
-            ["train.py", str(EXAMPLE / "moe.yaml"), "--check", "model.transformer_overrides={window_size: [3, 0]}"],
+            [
+                "train.py",
+                str(EXAMPLE / "moe.yaml"),
+                "--check",
+                "--config-only",
+                "model.transformer_overrides={window_size: [3, 0]}",
+            ],
             ["model.transformer_overrides.window_size: attention is causal, over the whole sample"],
         ),
-        (["prove.py", "nowhere.yaml"], ["nowhere.yaml: No such file"]),
+        (["prove.py", "nowhere.yaml"], ["nowhere.yaml (= /", "/nowhere.yaml): No such file"]),
         (["corpus.py"], ["output: is required"]),
         (["preprocess.py", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], ["nowhere.jsonl"]),
         (["tokenizer.py", "train", "nowhere.jsonl", "--output", "o"], ["nowhere.jsonl"]),
-        (["upcycle.py", "nowhere", "target", "--num-experts", "4"], ["nowhere: neither a Hugging Face directory"]),
+        (["tokenizer.py", "trian", "c.jsonl"], ["tools/tokenizer.py trian: no such command; did you mean train?"]),
+        (
+            ["upcycle.py", "nowhere", "target", "--num-experts", "4"],
+            ["nowhere (= /", "/nowhere): neither a Hugging Face directory"],
+        ),
         (["upcycle.py", "nowhere", "target", "--num-experts", "four"], ["num_experts = 'four': must be an integer"]),
         (
             ["upcycle.py", "nowhere", "target", "--num-experts", "4", "--ratio", "0.5"],
             ["--ratio: is an option of --method"],
         ),
-        (["average.py", "nowhere", "elsewhere", "target"], ["nowhere: neither a Hugging Face directory"]),
+        (
+            ["average.py", "nowhere", "elsewhere", "target"],
+            ["nowhere (= /", "/nowhere): neither a Hugging Face directory"],
+        ),
         (["convert.py", "nowhere", "target"], ["nowhere"]),
         (["verify.py", "nowhere", "target"], ["nowhere"]),
         (["generate.py", "nowhere", "--prompts", "a"], ["nowhere"]),
@@ -128,6 +163,20 @@ def test_a_fault_that_meets_every_rank_is_said_once(tmp_path: Path) -> None:
     process = command(*launcher, TOOLS / "train.py", run, "train.global_batch_size=6", "train.micro_batch_size=1")
     assert process.returncode != 0
     assert process.stderr.count("no tokenizer here") == 1
+
+
+def test_a_tool_says_when_its_package_is_of_another_checkout(tmp_path: Path) -> None:
+    for name in ("tools/corpus.py", "megatron_ext/__init__.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    foreign = command(tmp_path / "tools" / "corpus.py", PYTHONPATH=str(ROOT)).stderr
+    note, *_ = foreign.splitlines()
+    assert note == (
+        f"note: {tmp_path}/tools/corpus.py runs with the package {ROOT}/megatron_ext, not with that of {tmp_path}"
+    )
+    own = command(TOOLS / "corpus.py", PYTHONPATH=str(ROOT)).stderr
+    other_rank = command(tmp_path / "tools" / "corpus.py", PYTHONPATH=str(ROOT), RANK="1").stderr
+    assert foreign.partition("\n")[2] == own == other_rank
 
 
 def test_options_of_a_file_and_of_the_command_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""launch/torchrun.sh, on one node and on two that are both this machine."""
+"""launch/torchrun.sh on one node and on two that are both this machine; how it ends; launch/slurm.sbatch alone."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     inherited = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK")}
     return subprocess.Popen(
         [ROOT / "launch" / "torchrun.sh", *arguments],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**inherited, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
@@ -54,6 +56,7 @@ def test_two_nodes_train_like_one(tmp_path: Path) -> None:
     [
         ({"NNODES": "2"}, "need MASTER_ADDR"),
         ({"MASTER_ADDR": "a"}, "set NNODES"),
+        ({"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE=two: must be a whole number"),
         ({"NPROC_PER_NODE": "3"}, "multiple of 2"),
     ],
 )
@@ -63,6 +66,95 @@ def test_what_is_missing_is_said_before_anything_starts(
     run = write_run(tmp_path / "run.yaml", run_mapping(tmp_path))
     process = start(run, "parallel.tensor_model_parallel_size=2", **environment)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 2
     assert message in errors
+    assert errors.count("error: ") == 1
     assert "torch.distributed" not in errors
+
+
+def test_check_goes_through_the_launcher_and_starts_nothing(tmp_path: Path) -> None:
+    process = start(write_run(tmp_path / "run.yaml", run_mapping(tmp_path)), "--check", NPROC_PER_NODE="2")
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert printed.count("rank grid of 2 processes") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def launch_ranks(directory: Path, script: str, processes: int = 2) -> subprocess.Popen[str]:
+    """Two ranks that run `script`, under the launcher that training has."""
+    (directory / "rank.py").write_text(f"import os, pathlib, signal, sys, time\nrank = os.environ['RANK']\n{script}")
+    launcher = [sys.executable, "-m", "megatron_ext.runtime.launch", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*launcher, "rank.py"], cwd=directory, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "message"),
+    [
+        (
+            "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
+            1,
+            "was killed by SIGKILL: often memory",
+        ),
+        (
+            "if rank == '1': sys.exit('error: no such key')\ntime.sleep(60)",
+            1,
+            "ended with exit code 1; why, stands above",
+        ),
+        ("if rank == '1': print('said', file=sys.stderr); sys.exit(2)\ntime.sleep(60)", 2, None),
+        ("if rank == '1': sys.exit(143)\ntime.sleep(60)", 143, None),
+    ],
+    ids=["killed", "failed", "bad input", "interrupted"],
+)
+def test_the_end_of_a_rank_is_one_message(script: str, code: int, message: str | None, tmp_path: Path) -> None:
+    process = launch_ranks(tmp_path, script)
+    _, errors = process.communicate(timeout=60)
+    print(errors)
+    assert process.returncode == code
+    last = errors.splitlines()[-1:]
+    if message is None:
+        assert last in ([], ["said"])
+    else:
+        assert last[0].startswith("error: rank 1 (process ")
+        assert message in last[0]
+    assert "Traceback" not in errors
+    assert "ChildFailed" not in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_and_they_end_in_their_own_time(number: signal.Signals, tmp_path: Path) -> None:
+    script = (
+        "def save(*_):\n    time.sleep(1)\n    pathlib.Path(f'saved {rank}').touch()\n    sys.exit(0)\n"
+        f"signal.signal({int(number)}, save)\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
+    process = launch_ranks(tmp_path, script)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (128 + number, "")
+    assert sorted(path.name for path in tmp_path.glob("saved *")) == ["saved 0", "saved 1"]
+
+
+def test_a_launcher_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
+    try:
+        process = launch_ranks(tmp_path, "print('ready', flush=True)\ntime.sleep(2)", processes=1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [([], "usage: sbatch"), (["run.yaml"], "is for sbatch")])
+def test_the_slurm_script_outside_a_job_says_how_it_is_used(arguments: list[str], message: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    script = ROOT / "launch" / "slurm.sbatch"
+    process = subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert "unbound" not in process.stderr

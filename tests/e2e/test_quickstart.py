@@ -13,6 +13,7 @@ from statistics import mean
 import psutil
 import pytest
 
+from examples.quickstart import measure
 from megatron_ext.monitoring.metrics_file import read_metrics
 from tests.workspace import ROOT, TOOLS, reported_losses
 
@@ -30,15 +31,15 @@ def proportional_memory(process: psutil.Process) -> int:
     return total
 
 
-def quickstart(directory: Path) -> tuple[str, int]:
-    """Run it in `directory`; return what it printed and the most memory it used."""
+def quickstart(directory: Path, share: int = 100) -> tuple[str, int]:
+    """Run it in `directory` with a share of its steps; return what it printed and the most memory it used."""
     process = subprocess.Popen(
         [ROOT / "examples" / "quickstart" / "run.sh"],
         cwd=directory,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": sys.executable, "QUICKSTART_SHARE": str(share)},
     )
     peak = 0
 
@@ -140,6 +141,18 @@ def test_started_again_it_does_only_what_is_missing(done: tuple[Path, str, int])
     assert repeated == ["export", "report"]
     assert (out / "hf" / "config.json").is_file()
     assert (out / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("slowness", "share"), [(0.5, 100), (1.7, 100), (1.8, 75), (2.4, 50), (3.0, 25), (50.0, 25)])
+def test_a_slow_machine_trains_fewer_steps(slowness: float, share: int) -> None:
+    assert measure.share_of_steps(slowness * measure.STEP_SECONDS) == share
+
+
+def test_the_machine_is_measured() -> None:
+    done = subprocess.run([sys.executable, measure.__file__], capture_output=True, text=True, check=True)
+    share = int(done.stdout)
+    assert share in measure.SHARES
+    assert ("% of its steps" in done.stderr) == (share < 100)
 
 
 def test_another_corpus_does_not_mix_with_finished_steps(done: tuple[Path, str, int], tmp_path: Path) -> None:

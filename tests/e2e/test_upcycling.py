@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megatron_ext.checkpoint.store import copy_tokenizer
+from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from tests.workspace import TOOLS, command, reported_losses, train, write_corpus

@@ -8,7 +8,8 @@ import pytest
 from megatron_ext.checkpoint.store import METADATA_FILE, TRACKER_FILE, find_checkpoint, require_checkpoint
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import CheckpointError
-from megatron_ext.merging.average import AverageOptions, sources_of
+from megatron_ext.merging.average import sources_of
+from megatron_ext.merging.options import AverageOptions
 
 
 @pytest.fixture

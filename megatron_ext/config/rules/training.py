@@ -70,8 +70,18 @@ def _floor_below_peak(floor: float, peak: float) -> str | None:
 
 
 @rule("schedule.decay_style", "schedule.min_lr")
-def _exponential_needs_floor(style: str, floor: float) -> str | None:
-    return "an exponential decay never reaches 0; set min_lr" if style == "exponential" and floor == 0 else None
+def _geometric_needs_floor(style: str, floor: float) -> str | None:
+    return "a geometric decay never reaches 0; set min_lr" if style == "geometric" and floor == 0 else None
+
+
+@rule("schedule.decay_style")
+def _exponential_has_two_meanings(style: str) -> str | None:
+    if style != "exponential":
+        return None
+    return (
+        "geometric is what this name meant here until now (the rate falls by the same factor at each step), "
+        "exponential_megatron what it means in Megatron-LM; set one of them"
+    )
 
 
 @rule("recompute.granularity", "recompute.num_layers", given=("model.num_layers", PP, VPP))

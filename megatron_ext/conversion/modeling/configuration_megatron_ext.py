@@ -81,7 +81,7 @@ class MegatronExtConfig(PretrainedConfig):
     """
 
     model_type = "megatron_ext"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,6 +27,29 @@ from .modeling_megatron_ext_moe import MegatronExtMLP, MegatronExtMoE, MegatronE
 
 # Transformers has changed what masks are made from: positions came with 4.54, cache positions left with 5.
 MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+# What `generate`, the mask and the outputs call the cache: `past_key_values` until transformers 5.23, then `cache`.
+CACHE_NAMES = ("cache", "past_key_values")
+# What the loss takes, which trainers give with and without labels; and token types, which tokenizers write for all.
+NOT_FOR_ATTENTION = ("num_items_in_batch", "ignore_index", "shift_labels", "token_type_ids")
+# Where the sequences packed into a row begin: flash kernels read it, the other ones go by `position_ids`.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# Transformers' own attention, which drops what it does not know. An engine's is handed everything.
+OWN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def _cache_name(names, where):
+    """What this version of transformers calls the cache among `names` of `where`."""
+    found = next((name for name in CACHE_NAMES if name in names), None)
+    if found is None:
+        raise ImportError(
+            f"{where} of this version of transformers has neither {' nor '.join(CACHE_NAMES)}; this modelling code is "
+            "for another one"
+        )
+    return found
+
+
+MASK_CACHE = _cache_name(MASK_ARGUMENTS, "create_causal_mask")
+OUTPUT_CACHE = _cache_name(BaseModelOutputWithPast.__dataclass_fields__, "BaseModelOutputWithPast")
 
 
 class MegatronExtDecoderLayer(GradientCheckpointingLayer):
@@ -67,7 +90,7 @@ class MegatronExtPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MegatronExtDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_attention_backend = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -127,6 +150,7 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
+        cache=None,
         **kwargs,
     ):
         """Token ids [B, S], or their embeddings [B, S, H] before `embedding_multiplier`, -> hidden states [B, S, H].
@@ -134,21 +158,30 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         Args:
             attention_mask: [B, cached + S], 0 where a token is padding. Positions that are not given count from the
                 first token that is none.
+            cache: keys and values of the tokens before; `past_key_values` is its older name.
+            kwargs: for the attention that is in use.
+
+        Raises:
+            TypeError: for a keyword that would change nothing although it says something.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        cache, cache_position = _one_cache(cache, past_key_values), kwargs.pop("cache_position", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in NOT_FOR_ATTENTION}
+        if cache is None or isinstance(cache, Cache):
+            self._refuse_dropped(kwargs, has_positions=position_ids is not None)
+        elif MASK_CACHE == "past_key_values":  # transformers' paged attention filled its cache itself then
+            kwargs["cache"], cache = cache, None
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None  # a layer that is computed again would enter its keys twice
+            use_cache, cache = False, None  # a layer that is computed again would enter its keys twice
         elif use_cache is None:
             use_cache = self.config.use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        cache_position, position_ids, mask = self._place(
-            hidden, attention_mask, position_ids, past_key_values, kwargs.pop("cache_position", None)
-        )
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        cache_position, position_ids, mask = self._place(hidden, attention_mask, position_ids, cache, cache_position)
         hidden, rotation = self._embed(hidden, position_ids)
         all_hidden, attentions = [hidden] if keep_all else [], [] if output_attentions else None
         for layer in self.layers:
@@ -157,7 +190,7 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
                 rotation=rotation,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 cache_position=cache_position,
                 attentions=attentions,
                 **kwargs,
@@ -167,22 +200,36 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         hidden = self.norm(hidden)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_hidden[:-1], hidden) if keep_all else None,
             attentions=tuple(attentions) if output_attentions else None,
+            **{OUTPUT_CACHE: cache if use_cache else None},
         )
         return output if _wants_names(self.config, return_dict) else output.to_tuple()
 
-    def _place(self, hidden, attention_mask, position_ids, past_key_values, cache_position):
+    def _refuse_dropped(self, kwargs, has_positions):
+        """Raise TypeError for what attention would drop although it says something: a rename must not go unnoticed."""
+        attention = self.config._attn_implementation or "eager"
+        packing = PACKING if has_positions or attention.startswith("flash") else ()
+        for name, value in kwargs.items():
+            if isinstance(value, Cache):
+                raise TypeError(f"{type(self).__name__} takes the cache as {' or '.join(CACHE_NAMES)}, not as {name}")
+            if name == "is_causal" and value is False:
+                raise TypeError(f"{type(self).__name__} is causal, so is_causal=False is not for it")
+            if attention not in OWN_ATTENTION or value is None or value is False or name in ("is_causal", *packing):
+                continue
+            why = "needs position_ids beside it" if name in PACKING else "is not known here"
+            raise TypeError(f"{type(self).__name__}: the keyword {name} {why}, and would be dropped silently")
+
+    def _place(self, hidden, attention_mask, position_ids, cache, cache_position):
         """Where the tokens are in the cache [S] and in their rows [B, S], and the mask for the attention in use."""
         if cache_position is None:  # generate gives it, before transformers 5
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
             cache_position = torch.arange(hidden.shape[1], device=hidden.device) + seen
         if position_ids is None:
             position_ids = _positions(attention_mask, cache_position)
         places = {"cache_position": cache_position, "position_ids": position_ids}
         known = {name: value for name, value in places.items() if name in MASK_ARGUMENTS}
-        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values=past_key_values, **known)
+        mask = create_causal_mask(self.config, hidden, attention_mask, **{MASK_CACHE: cache}, **known)
         return cache_position, position_ids, mask
 
     def _embed(self, embedded, position_ids):
@@ -196,12 +243,33 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         return F.dropout(embedded, p=self.config.hidden_dropout, training=self.training), rotation
 
 
+def _one_cache(cache, past_key_values):
+    """The cache, given by either name."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise TypeError("cache and past_key_values are two names of one thing; give one of them")
+    given = past_key_values if cache is None else cache
+    if given is not None and not hasattr(given, "update"):
+        raise TypeError(f"the cache is a {type(given).__name__}; it must be a Cache of transformers: DynamicCache, ...")
+    return given
+
+
 def _positions(attention_mask, cache_position):
     """Positions [B, S] of tokens after padding on the left; [1, S] where no mask tells of padding."""
     if attention_mask is None or attention_mask.dim() != 2:
         return cache_position.unsqueeze(0)
     counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return counted[:, -len(cache_position) :]
+
+
+def _kept(hidden, logits_to_keep):
+    """The hidden states [B, S, H] of the positions that logits are wanted of."""
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    if logits_to_keep.dim() == 1:
+        return hidden[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
+    return torch.take_along_dim(hidden, logits_to_keep.unsqueeze(-1), dim=1)
 
 
 def _wants_names(config, return_dict):
@@ -245,18 +313,25 @@ class MegatronExtForCausalLM(MegatronExtPreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         return_dict=None,
         logits_to_keep=0,
+        cache=None,
         **kwargs,
     ):
         """Token ids [B, S] -> logits [B, S, vocab], and the loss of `labels` [B, S] (-100: ignored) if given.
 
         Args:
-            logits_to_keep: logits of the last so many positions only (0: all), or of the positions of a tensor.
+            logits_to_keep: logits of the last so many positions only (0: all), or of the positions of a tensor: the
+                same ones of all rows, or [B, n] with each row's, or a mask [B, S] that leaves logits [n, vocab].
+            cache: keys and values of the tokens before; `past_key_values` is its older name.
+            kwargs: for the loss and for the attention that is in use.
+
+        Raises:
+            TypeError: for a keyword that would change nothing although it says something.
         """
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -264,18 +339,16 @@ class MegatronExtForCausalLM(MegatronExtPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        hidden = output.last_hidden_state
-        logits = self.lm_head(hidden[:, kept] if not isinstance(kept, int) else hidden)
+        logits = self.lm_head(_kept(output.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **{OUTPUT_CACHE: output.get(OUTPUT_CACHE)},
         )
         return result if _wants_names(self.config, return_dict) else result.to_tuple()
 

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_megatron_ext import MegatronExtConfig
@@ -126,8 +127,10 @@ def attend(module, query, key, value, attention_mask, past_key_values, cache_pos
     Returns:
         The context [B, S, heads * D] and the attention weights, or None where the kernel does not give them.
     """
-    if past_key_values is not None:
+    if isinstance(past_key_values, Cache):
         key, value = past_key_values.update(key, value, module.layer_idx, {"cache_position": cache_position})
+    elif past_key_values is not None:  # paged: it changes the keywords of the kernel, too
+        key, value = past_key_values.update(key, value, module.layer_idx, kwargs=kwargs)
     name = module.config._attn_implementation or "eager"
     implementation = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     width = value.shape[-1]

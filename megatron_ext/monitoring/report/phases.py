@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.errors import DataError
+from megatron_ext.foreign import reading
 from megatron_ext.monitoring.metrics_file import read_metrics, read_starts
+from megatron_ext.monitoring.report.records import drawable, drawable_starts
 from megatron_ext.monitoring.units import compute_rate
 
 
@@ -50,7 +52,9 @@ def read_phases(named_files: Sequence[str]) -> list[Phase]:
         name, equals, path = entry.partition("=")
         if not equals:
             raise DataError(f"metrics: {entry!r}: expected name=metrics.jsonl")
-        phases.append(Phase(name, read_metrics(path), read_starts(path)))
+        with reading(path, DataError, kind="a metrics file"):
+            records, starts = read_metrics(path), read_starts(path)
+        phases.append(Phase(name, drawable(records, path), drawable_starts(starts)))
         if not phases[-1].steps:
             raise DataError(f"{path}: holds no training step")
     return phases

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 
+from megatron_ext.architectures.attention_fields import SPELLINGS
 from megatron_ext.architectures.fields import config_to_hf, config_to_megatron, left_behind
 from megatron_ext.architectures.llama import LLAMA
 from megatron_ext.architectures.registry import architecture_for, architecture_of
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import ModelConfig, YarnRopeScaling
 from megatron_ext.errors import ConversionError
 from megatron_ext.mcore.moe import balance
 from megatron_ext.testing.tiny import tiny_model
@@ -28,7 +30,7 @@ def reference(hf_class: str) -> dict[str, Any]:
 
 def read(hf_class: str, raw: dict[str, Any]) -> ModelConfig:
     architecture = architecture_of({"architectures": [hf_class]}, source="config.json")
-    return config_to_megatron(architecture.config, raw, source="config.json")
+    return architecture.model_of(raw, source="config.json")
 
 
 def same_model(a: ModelConfig, b: ModelConfig) -> bool:
@@ -90,13 +92,20 @@ def test_old_and_new_rope_keys_are_written() -> None:
         ("GPTNeoXForCausalLM", {"use_parallel_residual": True}, "use_parallel_residual = True"),
         ("GPTNeoXForCausalLM", {"use_parallel_residual": None}, "use_parallel_residual = None"),
         ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
-        ("OlmoeForCausalLM", {"head_dim": 16}, "head_dim = 16: this class has hidden_size / num_attention_heads"),
+        (
+            "OlmoeForCausalLM",
+            {"head_dim": 16},
+            "head_dim = 16, num_attention_heads = 6: this class has hidden_size / num",
+        ),
         ("Qwen3MoeForCausalLM", {"num_experts": 5}, "num_experts = 5, num_local_experts = 6: names of one field"),
         ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob = True: transformers' class does not"),
         ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
         ("DeepseekV2ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
-        ("DeepseekV2ForCausalLM", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05: the norms of latent vectors have"),
-        ("DeepseekV2ForCausalLM", {"num_key_value_heads": 2}, "num_key_value_heads = 2: every head"),
+        (
+            "DeepseekV2ForCausalLM",
+            {"num_key_value_heads": 2},
+            "num_key_value_heads = 2, num_attention_heads = 6: every head",
+        ),
         ("DeepseekV2ForCausalLM", {"n_shared_experts": 0}, "n_shared_experts = 0"),
         ("DeepseekV3ForCausalLM", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
         ("DeepseekV3ForCausalLM", {"rope_interleave": False}, "rope_interleave = False"),
@@ -114,10 +123,10 @@ def test_what_cannot_be_said_is_refused_by_name(hf_class: str, change: dict[str,
     [
         ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}, "attention_factor = 1.5: may change"),
         ({"rope_type": "yarn", "factor": 4.0, "truncate": False}, "truncate = False: may change"),
-        ({"rope_type": "linear", "factor": 4.0, "type": "dynamic"}, "this scaling of rotary embeddings is not supp"),
+        ({"rope_type": "linear", "factor": 4.0, "type": "dynamic"}, "rope_parameters has another type than rope_type"),
         ({"full_attention": {"rope_type": "default"}}, "full_attention = "),
         ({"rope_type": "llama3"}, "model.rope_scaling.factor: is required"),
-        ({"rope_type": "default", "rope_theta": "x"}, "rope_theta = 'x': expected a number"),
+        ({"rope_type": "default", "rope_theta": "x"}, "rope_parameters.rope_theta = 'x': expected a number"),
     ],
 )
 def test_scalings_that_megatron_lacks_are_refused(stated: dict[str, Any], expected: str) -> None:
@@ -350,6 +359,114 @@ def test_an_absent_field_means_what_transformers_means(hf_class: str) -> None:
         assert config_to_hf(architecture.config, ours) == config_to_hf(architecture.config, theirs), name
         read_alike += 1
     assert read_alike > 5
+
+
+@pytest.mark.parametrize(
+    ("hf_class", "change"),
+    [
+        ("LlamaForCausalLM", {"use_mrope": False, "transformers.js_config": {"a": 1}, "neftune_noise_alpha": 5}),
+        ("LlamaForCausalLM", {"sliding_window": None, "quantization_config": None, "_flash_attn_2_enabled": True}),
+        ("LlamaForCausalLM", {"temperature": 0.6, "max_length": 4096, "num_labels": 1, "decoder_start_token_id": 0}),
+        (
+            "LlamaForCausalLM",
+            {"is_causal": True, "layer_types": ["full_attention"] * 3, "gradient_checkpointing": True},
+        ),
+        ("GPT2LMHeadModel", {"hidden_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}),
+        ("MixtralForCausalLM", {"num_experts": 6, "qkv_bias": True}),
+        ("DeepseekForCausalLM", {"sliding_window": 5, "attn_implementation": "eager"}),
+        ("TanukiForCausalLM", {"num_experts": 6, "unsloth_fixed": True}),
+        ("MegatronExtForCausalLM", {"temperature": 0.6, "_name_or_path": "x", "unknown": None}),
+    ],
+)
+def test_fields_that_no_code_of_the_class_reads_change_nothing(hf_class: str, change: dict[str, Any]) -> None:
+    architecture = architecture_of({"architectures": [hf_class]}, source="config.json")
+    own = config_to_hf(architecture.config, tiny_model())
+    raw = own if hf_class == "MegatronExtForCausalLM" else reference(hf_class)
+    assert architecture.model_of(raw | change, source="t") == architecture.model_of(raw, source="t")
+
+
+@pytest.mark.parametrize(
+    ("hf_class", "change", "expected"),
+    [
+        ("LlamaForCausalLM", {"is_causal": False}, "is_causal = False: may change"),
+        ("LlamaForCausalLM", {"layer_types": ["sliding_attention"] * 3}, "layer_types = "),
+        ("LlamaForCausalLM", {"per_layer_config": {"0": {}}}, "per_layer_config = "),
+        ("LlamaForCausalLM", {"original_max_position_embeddings": 5}, "original_max_position_embeddings = 5: may"),
+        ("GPT2LMHeadModel", {"hidden_size": 64}, "hidden_size = 64: may change"),
+        ("MixtralForCausalLM", {"num_experts": 5}, "num_experts = 5: may change"),
+        ("DeepseekForCausalLM", {"quantization_config": {"bits": 4}}, "the weights are quantized"),
+        ("TanukiForCausalLM", {"num_experts": 5}, "num_experts = 5: may change"),
+        ("MegatronExtForCausalLM", {"of_a_newer_version": 1}, "of_a_newer_version = 1: may change"),
+    ],
+)
+def test_fields_that_the_code_reads_and_no_table_knows_are_refused(
+    hf_class: str, change: dict[str, Any], expected: str
+) -> None:
+    architecture = architecture_of({"architectures": [hf_class]}, source="config.json")
+    raw = {} if hf_class == "MegatronExtForCausalLM" else reference(hf_class)
+    with pytest.raises(ConversionError, match="can be taken out of a copy of its config.json") as caught:
+        architecture.model_of(raw | change, source="t")
+    assert expected in str(caught.value)
+
+
+def test_a_field_under_its_other_name_alone_is_read() -> None:
+    raw = reference("GPT2LMHeadModel")
+    renamed = {name: value for name, value in raw.items() if name != "n_embd"} | {"hidden_size": raw["n_embd"]}
+    assert read("GPT2LMHeadModel", renamed) == read("GPT2LMHeadModel", raw)
+
+
+@pytest.mark.parametrize("hf_class", ["LlamaForCausalLM", "MegatronExtForCausalLM", "DeepseekV3ForCausalLM"])
+def test_places_that_name_another_theta_are_refused(hf_class: str) -> None:
+    table = architecture_of({"architectures": [hf_class]}, source="t").config
+    raw = {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    for places in (raw, {"rope_parameters": raw["rope_parameters"], "rope_scaling": {"rope_theta": 5e5}}):
+        with pytest.raises(ConversionError, match=r"rope_theta = .*rope_theta = .*: readers differ in which they take"):
+            config_to_megatron(table, places, source="t")
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_the_first_deepseek_writes_a_scaling_as_its_code_wants_it(kind: str) -> None:
+    """`_rope_scaling_validation` of DeepSeek's code takes two fields, `type` and a float `factor`, and no others."""
+    raw = {k: v for k, v in reference("DeepseekForCausalLM").items() if k != "rope_parameters"} | {"rope_theta": 1e4}
+    model = read("DeepseekForCausalLM", raw | {"rope_scaling": {"type": kind, "factor": 4.0}})
+    assert model.rope_scaling is not None
+    architecture, _ = architecture_for(model, "DeepseekForCausalLM")
+    written = config_to_hf(architecture.config, model)
+    assert written["rope_scaling"] == {"type": kind, "factor": 4.0}
+    assert read("DeepseekForCausalLM", written) == model
+    with pytest.raises(ConversionError, match="rope_type = 'yarn'.*there are default, linear, dynamic"):
+        read("DeepseekForCausalLM", raw | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
+    yarn = YarnRopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=8)
+    with pytest.raises(ConversionError, match="rope_scaling = "):
+        architecture_for(replace(model, rope_scaling=yarn), "DeepseekForCausalLM")
+
+
+def test_activations_of_another_name_are_the_same_function() -> None:
+    x = torch.linspace(-20, 20, 100_001, dtype=torch.float64)
+    ours = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    }
+    for name, meant in SPELLINGS.items():
+        # gelu_fast's constant has ten digits; fp32 rounds to 6e-8.
+        assert float((ACT2FN[name](x) - ours[meant](x)).abs().max()) < 1e-9, name
+    named = {"gelu_10", "quick_gelu", "relu2", "xielu"} & ACT2FN.keys()
+    for name in named:
+        with pytest.raises(ConversionError, match=f"hidden_act = '{name}': can be silu, swish, gelu, .*gelu_fast"):
+            read("LlamaForCausalLM", reference("LlamaForCausalLM") | {"hidden_act": name})
+
+
+def test_a_class_is_found_under_its_former_name_or_by_its_type() -> None:
+    for raw in (
+        {"architectures": ["LLaMAForCausalLM"]},
+        {"model_type": "llama"},
+        {"architectures": None, "model_type": "llama"},
+    ):
+        assert architecture_of(raw, source="t") is LLAMA
+    for raw in ({"architectures": "LlamaForCausalLM"}, {"architectures": [5]}, {"architectures": []}, {}):
+        with pytest.raises(ConversionError, match="t: architectures = "):
+            architecture_of(raw, source="t")
 
 
 def test_all_unknown_fields_come_in_one_message() -> None:

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.config import ModelConfig, RunConfig, dump_yaml, load_config, load_run, to_mapping
+from megatron_ext.config import (
+    DataSource,
+    ModelConfig,
+    RunConfig,
+    dump_yaml,
+    load_config,
+    load_run,
+    read_yaml,
+    to_mapping,
+)
 from megatron_ext.config.help import describe_keys
 from megatron_ext.config.yaml_text import parse_yaml
 from megatron_ext.errors import ConfigError
@@ -83,8 +92,41 @@ def test_required_keys_are_named() -> None:
     assert "data: is required" in message
 
 
-def test_a_key_of_another_section_is_recognised() -> None:
-    assert "did you mean 'optimizer.lr'?" in faults(mapping(checkpoint={"lr": 1e-4}))
+@pytest.mark.parametrize(
+    ("section", "key", "hint"),
+    [
+        ("checkpoint", "lr", "did you mean 'optimizer.lr'?"),
+        # The word itself in another section is nearer than a like one in this.
+        ("train", "log_interval", "did you mean 'logging.log_interval'?"),
+        ("train", "log_intervall", "did you mean 'logging.log_interval'?"),
+        ("checkpoint", "interval", "did you mean 'save_interval'?"),
+        ("train", "seeds", "did you mean 'seed'?"),
+        ("train", "iters", "did you mean 'train_iters'?"),
+        ("data", "wieght", "did you mean 'data.train.0.weight' or 'data.validation.0.weight'?"),
+        ("model", "moe_shared_expert_size", "did you mean 'moe_shared_expert_intermediate_size'?"),
+        # Many sections have it.
+        ("checkpoint", "kind", "known here: directory, save_interval"),
+        ("parallel", "tp", "known here: tensor_model_parallel_size"),
+    ],
+)
+def test_an_unknown_key_is_told_what_was_meant(section: str, key: str, hint: str) -> None:
+    assert f"{section}.{key} = 1: unknown key; {hint}" in faults(mapping(**{section: {key: 1}}))
+
+
+def test_options_of_a_tool_are_not_told_of_keys_of_a_run() -> None:
+    with pytest.raises(ConfigError, match="lr = 1: unknown key; known here: path, weight"):
+        load_config(DataSource, {"path": "a", "lr": 1}, source="options")
+
+
+def test_the_faults_in_the_readme_are_those_that_a_run_with_them_has() -> None:
+    root = Path(__file__).resolve().parents[3]
+    raw: Any = read_yaml(root / "examples" / "quickstart" / "moe.yaml")
+    raw["model"]["moe_shared_expert_size"] = raw["model"].pop("moe_shared_expert_intermediate_size")
+    raw["train"]["global_batch_size"] = "many"
+    raw["parallel"]["expert_model_parallel_size"] = 1
+    text = (root / "README.md").read_text()
+    shown = text.partition("error: run.yaml: 3 problems")[2].partition("```")[0].strip().splitlines()
+    assert faults(raw).splitlines() == ["run.yaml: 3 problems", *(f"  {line.strip()}" for line in shown)]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +212,7 @@ def test_broken_yaml_names_the_place(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_one_error() -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml \(= /.*/nowhere.yaml\): No such file"):
         load_run("nowhere.yaml")
 
 

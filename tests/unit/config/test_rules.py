@@ -206,7 +206,11 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"schedule": {"warmup_iters": 50, "decay_iters": 50}}, ["end after the warmup"]),
     ({"schedule": {"kind": "wsd", "warmup_iters": 60, "wsd_decay_iters": 60}}, ["longer than the run"]),
     ({"schedule": {"min_lr": 0.1}}, ["schedule.min_lr = 0.1", "optimizer.lr = 0.001"]),
-    ({"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "exponential"}}, ["set min_lr"]),
+    ({"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "geometric"}}, ["set min_lr"]),
+    (
+        {"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "exponential", "min_lr": 1e-5}},
+        ["schedule.decay_style = 'exponential': geometric is what this name meant here", "set one of them"],
+    ),
     ({"recompute": {"granularity": "full", "num_layers": 5}}, ["only 4 layers"]),
     (
         {"precision": {"kind": "fp8", "margin": 1}},

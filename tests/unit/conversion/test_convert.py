@@ -22,6 +22,8 @@ from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.verify import checkpoint_logits, compare_logits, compare_weights
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import ConversionError
+from megatron_ext.files import OURS
+from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.workspace import write_corpus
@@ -147,7 +149,10 @@ def test_dtype_is_converted_and_named_in_both_spellings(tmp_path: Path) -> None:
 def test_missing_and_misshapen_tensors_come_in_one_message(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "megatron", tiny_model(), drop="decoder.final_layernorm.weight")
     run = source / "iter_0000000" / "run.yaml"
-    run.write_text(run.read_text().replace("ffn_hidden_size: 96", "ffn_hidden_size: 95"))
+    (source / "iter_0000000" / MANIFEST_FILE).unlink()
+    first_line, _, keys = run.read_text().partition("\n")
+    assert first_line.startswith("#"), "its checksum"
+    run.write_text(keys.replace("ffn_hidden_size: 96", "ffn_hidden_size: 95"))
     with pytest.raises(ConversionError) as caught:
         convert(source, tmp_path / "hf")
     message = str(caught.value)
@@ -275,6 +280,8 @@ def test_stored_layout_is_megatrons(tmp_path: Path) -> None:
 
 
 def edit_config(directory: Path, **changes: object) -> None:
+    """Change config.json on purpose: the directory's manifest, where it has one, goes."""
+    (directory / MANIFEST_FILE).unlink(missing_ok=True)
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -307,6 +314,7 @@ def test_verification_accounts_for_every_tensor(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
     convert(source, tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / MANIFEST_FILE).unlink()
     save_file(weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, tmp_path / "hf/model.safetensors")
     with pytest.raises(ConversionError, match=r"unexpected: model\.layers\.0\.self_attn\.q_proj\.bias"):
         compare_weights(source, tmp_path / "hf")
@@ -364,7 +372,7 @@ def test_checkpoints_and_exports_carry_the_tokenizer(tmp_path: Path, monkeypatch
         Tokenizer(tmp_path / "hf again").fingerprint == Tokenizer(tmp_path / "back/iter_0000000/tokenizer").fingerprint
     )
     small = write_checkpoint(tmp_path / "small", tiny_model(vocab_size=300))
-    with pytest.raises(ConversionError, match="more tokens than the model's vocab_size, 300"):
+    with pytest.raises(ConversionError, match="20 tokens, such as 300 .* lie beyond the model's vocab_size, 300"):
         convert(small, tmp_path / "x", tokenizer=tmp_path / "hf again")
 
 
@@ -391,6 +399,8 @@ def test_leftovers_of_a_killed_conversion_do_not_count_as_used_space(
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
     leftovers = tmp_path / "hf.partial"
     leftovers.mkdir()
+    (leftovers / OURS).touch()
+    (leftovers / "model.safetensors").touch()
     monkeypatch.setattr(
         tensors.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0 if leftovers.exists() else 2**40)
     )

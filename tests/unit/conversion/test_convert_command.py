@@ -198,6 +198,7 @@ def test_another_configuration_is_another_model(tmp_path: Path, monkeypatch: Any
 
 def test_weights_that_are_code_are_not_read(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    (tmp_path / "hf" / "manifest.json").unlink()
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
     code, _, errors = in_this_process(convert_tool.main, monkeypatch, capsys, tmp_path / "hf", tmp_path / "back")
     assert code == 2

@@ -4,23 +4,29 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from megatron_ext.architectures.base import Architecture
+from megatron_ext.checkpoint.run_file import write_run
 from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.store import STATE_FILE, require_checkpoint
-from megatron_ext.checkpoint.tensors import MegatronSource
-from megatron_ext.config import ModelConfig, dump_yaml, read_yaml
+from megatron_ext.checkpoint.tensors import MegatronSource, TensorSpec
+from megatron_ext.config import ModelConfig, read_yaml
 from megatron_ext.conversion.checkpoint_model import read_model
+from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.convert import convert
+from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.model_card import MODEL_CARD
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.conversion.verify import Comparison, compare_weights
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConversionError
+from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.conversion.test_convert import MODELS, edit_config, write_checkpoint
 from tests.workspace import write_corpus
@@ -102,6 +108,7 @@ def test_numbers_that_fp16_cannot_hold_are_named(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     weights["model.norm.weight"][3] = 1e5
+    (tmp_path / "hf" / MANIFEST_FILE).unlink()
     from safetensors.torch import save_file
 
     save_file(weights, tmp_path / "hf" / "model.safetensors")
@@ -185,6 +192,7 @@ def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) ->
 
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / MANIFEST_FILE).unlink()
     save_file(
         weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "hf/model.safetensors"
     )
@@ -193,6 +201,25 @@ def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) ->
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, tmp_path / "hf/model.safetensors")
     with pytest.raises(ConversionError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
         convert(tmp_path / "hf", tmp_path / "other")
+
+
+def test_an_index_may_name_a_tied_output_layer_that_no_shard_holds(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf", shard_bytes=20_000)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert(tmp_path / "hf", tmp_path / "back")
+    edit_config(tmp_path / "hf", tie_word_embeddings=False)
+    with pytest.raises(ConversionError, match=r"names tensors that no shard holds: lm_head\.weight"):
+        convert(tmp_path / "hf", tmp_path / "other")
+
+
+@pytest.mark.parametrize("change", [{"initializer_range": 7.0}, {"use_cache": "yes"}, {"pad_token_id": "x"}])
+def test_what_transformers_does_not_accept_is_one_message(change: dict[str, Any], tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf")
+    edit_config(tmp_path / "hf", **change)
+    with pytest.raises(ConversionError, match=f"hf: transformers does not load it: .*{next(iter(change))}"):
+        load_hugging_face(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("stated", [[2, 7], [5, 7], 5])
@@ -258,9 +285,8 @@ def trained(directory: Path, model: ModelConfig) -> Path:
     """A checkpoint as a run of 20 steps of 8 sequences of 32 tokens leaves it."""
     checkpoint = require_checkpoint(write_checkpoint(directory, model))
     run = read_yaml(checkpoint / "run.yaml")
-    (checkpoint / "run.yaml").write_text(
-        dump_yaml({**run, "data": {"sequence_length": 32}, "optimizer": {"lr": 0.003}})
-    )
+    (checkpoint / MANIFEST_FILE).unlink()
+    write_run(checkpoint, {**run, "data": {"sequence_length": 32}, "optimizer": {"lr": 0.003}})
     state = json.loads((checkpoint / STATE_FILE).read_text())
     (checkpoint / STATE_FILE).write_text(json.dumps(state | {"iteration": 20, "consumed_samples": 160}))
     return directory
@@ -285,7 +311,8 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
 
 def test_weights_convert_without_a_training_state(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
-    (require_checkpoint(source) / STATE_FILE).write_text("{}")
+    (require_checkpoint(source) / STATE_FILE).unlink()
+    (require_checkpoint(source) / MANIFEST_FILE).unlink()
     convert(source, tmp_path / "hf")
     assert "steps" not in (tmp_path / "hf" / MODEL_CARD).read_text()
 
@@ -299,16 +326,20 @@ def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
     assert "steps" not in card
 
 
-def test_a_card_shows_no_loading_that_would_fail(tmp_path: Path) -> None:
+def test_an_export_whose_code_is_elsewhere_says_where(tmp_path: Path) -> None:
     every = {"moe_first_k_dense": 0, "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": None}
     source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True, **every))
     convert(source, tmp_path / "hf", hf_class="TanukiForCausalLM")
     card = (tmp_path / "hf" / MODEL_CARD).read_text()
-    assert "from_pretrained" not in card
-    assert "its code is to be had with [weblab-GENIAC/Tanuki-8x8B-dpo-v1.0]" in card
-    # As the card says: transformers knows neither the class nor where its code is.
-    with pytest.raises(ValueError, match="Tanuki"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    repository = "weblab-GENIAC/Tanuki-8x8B-dpo-v1.0"
+    assert f"Its modelling code is in [{repository}](https://huggingface.co/{repository})" in card
+    assert "trust_remote_code=True" in card
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": f"{repository}--configuration_tanuki.TanukiConfig",
+        "AutoModelForCausalLM": f"{repository}--modeling_tanuki.TanukiForCausalLM",
+    }
+    with pytest.raises(ConversionError, match="brings its own modelling code; pass --trust-remote-code to run it"):
+        load_hugging_face(tmp_path / "hf")
 
 
 # --- verified before it gets its name -----------------------------------------------------------------------
@@ -342,8 +373,8 @@ def test_a_config_that_says_another_function_is_found(
     source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
     write = module.write_export
 
-    def wrong(directory: Path, architecture: object, model: ModelConfig, *rest: object, **named: object) -> None:
-        write(directory, architecture, replace(model, rotary_base=99.0), *rest, **named)  # type: ignore[arg-type]
+    def wrong(directory: Path, architecture: Architecture, content: Content, specs: dict[str, TensorSpec]) -> None:
+        write(directory, architecture, replace(content, model=replace(content.model, rotary_base=99.0)), specs)
 
     monkeypatch.setattr(module, "write_export", wrong)
     with pytest.raises(ConversionError, match=r"configuration: rotary_base is 10000\.0 in .*, 99\.0 in ") as caught:

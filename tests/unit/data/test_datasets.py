@@ -1,8 +1,14 @@
 """Samples: a pure function of position, whatever the plan, the ranks or the interruption; blended by weight."""
 
+import dataclasses
 import itertools
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -11,6 +17,7 @@ from megatron_ext.data.batches import DocumentResets, sample_indices
 from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.errors import DataError, MegatronExtError
 from megatron_ext.testing.pool import GlooPool
 from tests.workspace import write_corpus
 
@@ -166,3 +173,151 @@ def test_sample_indices_cover_a_global_batch_once() -> None:
     for dp in (1, 2, 4):
         rows = [row for rank in range(dp) for micro in sample_indices(24, rank, dp, 2, 8 // (2 * dp)) for row in micro]
         assert sorted(rows) == list(range(24, 32))
+
+
+def samples_after(data: DataConfig, at: int, happens: Callable[[str], None]) -> list[list[int]] | str:
+    """Samples, or the error, where something `happens` to the file that is the `at`th to be saved in the cache."""
+    real, saved = numpy.save, itertools.count()
+
+    def save(path: str, array: numpy.ndarray, **options: bool) -> None:
+        real(path, array, **options)
+        if next(saved) == at:
+            happens(path)
+
+    numpy.save = save
+    try:
+        return samples(data, 50, 0, 50)
+    except DataError as error:
+        return str(error)
+    finally:
+        numpy.save = real
+
+
+def killed(path: str) -> None:
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full(path: str) -> None:
+    os.truncate(path, os.path.getsize(path) // 2)
+    raise OSError("3200 requested and 1600 written")  # what numpy says of a full disk
+
+
+def samples_after_a_kill(data: DataConfig, at: int) -> list[list[int]]:
+    if (child := os.fork()) == 0:
+        samples_after(data, at, killed)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    return samples(data, 50, 0, 50)
+
+
+SAVED = 8  # three files for each of two sources, and two for their blend
+
+
+def read_after_breaks(data: DataConfig) -> None:
+    expected = samples(data, 50, 0, 50)
+    for at in range(SAVED):
+        config = dataclasses.replace(data, cache_dir=f"{data.cache_dir}/killed{at}")
+        assert samples_after_a_kill(config, at) == expected
+        config = dataclasses.replace(data, cache_dir=f"{data.cache_dir}/full{at}")
+        message = samples_after(config, at, full)
+        assert isinstance(message, str)
+        assert message.startswith(f"data.cache_dir = {config.cache_dir}: no index can be written there")
+        assert not list(Path(config.cache_dir).glob("*.partial"))
+        assert samples(config, 50, 0, 50) == expected
+
+
+def test_a_cache_that_was_never_finished_is_built_anew(data: DataConfig, pool: GlooPool, tmp_path: Path) -> None:
+    pool.run(1, read_after_breaks, dataclasses.replace(data, cache_dir=str(tmp_path)))
+
+
+def read_after_damages(data: DataConfig) -> int:
+    expected = samples(data, 50, 0, 50)
+    files = sorted(path for path in Path(data.cache_dir).rglob("*") if path.is_file())
+    for path in files:
+        whole = path.read_bytes()
+        for damage in (whole[: len(whole) // 2], whole[:-9] + bytes(9), None):
+            path.write_bytes(damage or b"")
+            if damage is None:
+                path.unlink()
+            assert samples(data, 50, 0, 50) == expected
+            left = sorted(p for p in Path(data.cache_dir).rglob("*") if p.is_file())
+            assert left == files
+    return len(files)
+
+
+def test_a_damaged_cache_is_built_anew(data: DataConfig, pool: GlooPool, tmp_path: Path) -> None:
+    config = dataclasses.replace(data, cache_dir=str(tmp_path / "cache"))
+    assert pool.run(1, read_after_damages, config) == [SAVED + 2 * 3]
+
+
+def test_ranks_that_do_not_see_the_cache_say_so(data: DataConfig, pool: GlooPool, tmp_path: Path) -> None:
+    errors = pool.run(2, cache_of_each_rank, data, str(tmp_path))
+    assert errors[0] == ""
+    assert errors[1].startswith(f"data.cache_dir = {tmp_path}/1: rank 0 built index-")
+
+
+def cache_of_each_rank(data: DataConfig, place: str) -> str:
+    import torch.distributed as dist
+
+    config = dataclasses.replace(data, cache_dir=f"{place}/{dist.get_rank()}")
+    try:
+        samples(config, 50, 0, 1)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def message_of_reading(data: DataConfig) -> str:
+    try:
+        samples(data, 40, 0, 40)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_tokens_out_of_the_vocabulary_name_their_source(data: DataConfig, pool: GlooPool, tmp_path: Path) -> None:
+    shutil.copytree(Path(data.train[1].path).parent, tmp_path / "d")
+    tokens = tmp_path / "d" / "train.bin"
+    tokens.write_bytes(b"\xff\xfe" * (tokens.stat().st_size // 2))
+    config = dataclasses.replace(data, train=[data.train[0], DataSource(path=str(tmp_path / "d" / "train"))])
+    (message,) = pool.run(1, message_of_reading, config)
+    assert message.startswith(f"{tokens}: token id 65279 is none of the tokenizer's 330")
+
+
+class Faulty(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, fault: Callable[[], None]) -> None:
+        self.fault = fault
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        self.fault()
+        return {}
+
+
+def damaged() -> None:
+    raise DataError("train.bin: token id 9")
+
+
+def dies() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [(damaged, "^train.bin: token id 9$"), (dies, "^a process that reads data ahead ended .*lower data.num_workers")],
+)
+def test_faults_of_processes_that_read_ahead_are_one_message(fault: Callable[[], None], expected: str) -> None:
+    sizes = {"global_batch": 2, "micro_batch": 1, "dp_rank": 0, "dp_size": 1, "num_workers": 1}
+    batches = read_batches(Faulty(fault), seed=7, first_sample=0, steps=5, device=torch.device("cpu"), **sizes)
+    with pytest.raises(MegatronExtError, match=expected):
+        next(batches)
+
+
+def test_a_source_that_cannot_be_used_is_named_by_its_key(data: DataConfig, pool: GlooPool, tmp_path: Path) -> None:
+    config = dataclasses.replace(data, train=[data.train[0], DataSource(path=str(tmp_path / "train"))])
+    (message,) = pool.run(1, message_of_reading, config)
+    assert message.startswith(f"data.train[1].path: {tmp_path}/train: train.bin is missing")
+    config = dataclasses.replace(data, sequence_length=10**6)
+    (message,) = pool.run(1, message_of_reading, config)
+    assert message.startswith("data.train[0].path: ")
+    assert message.endswith("tokens are not one sample of data.sequence_length = 1000000")

@@ -1,6 +1,7 @@
 """Preparing data: megatron-core reads it, workers change nothing, interruptions are resumed, changes are noticed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 import megatron_ext.data.preprocess as module
-from megatron_ext.data.preprocess import check_dataset, preprocess
+from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint, preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
+from megatron_ext.files import OURS
+from megatron_ext.manifest import check_manifest
 from tests.workspace import write_corpus
 
 
@@ -119,9 +122,12 @@ def test_changes_are_noticed(prepared: Path, tmp_path: Path) -> None:
         check_dataset(tmp_path / "d" / "train", other)
     tokens = tmp_path / "d" / "train.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"train\.bin: \d+ bytes instead of"):
+        check_dataset(tmp_path / "d" / "train", Tokenizer(prepared / "t"))
+    (tmp_path / "d" / "manifest.json").unlink()  # as older versions wrote data
     with pytest.raises(DataError, match="it changed after it was made"):
         check_dataset(tmp_path / "d" / "train", Tokenizer(prepared / "t"))
-    with pytest.raises(DataError, match=r"nothing\.bin is missing"):
+    with pytest.raises(DataError, match=r"nothing\.bin is missing \(there is: test, train, validation\)"):
         check_dataset(tmp_path / "d" / "nothing", other)
 
 
@@ -130,23 +136,123 @@ def test_large_vocabularies_take_four_bytes() -> None:
     assert module.token_dtype(2**16 + 1) == np.int32
 
 
-def test_an_interruption_while_cleaning_up_loses_nothing(
+def test_an_interruption_before_the_last_step_loses_nothing(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SHARD_BYTES", 5000)
-    real, removed = Path.unlink, []
 
-    def breaks_off(path: Path, missing_ok: bool = False) -> None:
-        if path.suffix == ".bin" and removed:
-            raise KeyboardInterrupt
-        removed.extend([path] if path.suffix == ".bin" else [])
-        real(path, missing_ok)
+    def breaks_off(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
 
     arguments = ([prepared / "c.jsonl"], prepared / "t", tmp_path / "d")
-    monkeypatch.setattr(Path, "unlink", breaks_off)
-    with pytest.raises(KeyboardInterrupt):
-        preprocess(*arguments, split=(0.7, 0.2, 0.1))
-    monkeypatch.setattr(Path, "unlink", real)
-    assert removed
+    for place in ("publish_directory", "write_manifest", "join_tokens"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, place, breaks_off)
+            with pytest.raises(KeyboardInterrupt):
+                preprocess(*arguments, split=(0.7, 0.2, 0.1))
+        monkeypatch.setattr(module, "_tokenize_shard", breaks_off)
     preprocess(*arguments, split=(0.7, 0.2, 0.1))
     assert files(tmp_path / "d") == files(prepared / "d")
+    assert not (tmp_path / "d.partial").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "gone", "unmarked"])
+def test_a_damaged_part_is_made_anew(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """After a cut of power files may have lost their ends, or their contents."""
+    monkeypatch.setattr(module, "_SHARD_BYTES", 5000)
+    arguments = ([prepared / "c.jsonl"], prepared / "t", tmp_path / "d")
+    work = tmp_path / "d.partial"
+    real = module._join
+
+    def damaged_before_joining(*arguments: object) -> object:
+        for number, path in enumerate(sorted(path for path in work.glob("part-*") if path.stat().st_size)):
+            if number % 7 == 3:
+                content = path.read_bytes()
+                path.write_bytes(content[:-1] if damage == "cut" else bytes(len(content)))
+                if damage == "gone" or (damage == "unmarked" and path.suffix == ".done"):
+                    path.unlink()
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_join", damaged_before_joining)
+    with pytest.raises(DataError, match="changed after it was written|cannot be written"):
+        preprocess(*arguments, split=(0.7, 0.2, 0.1))
+    monkeypatch.setattr(module, "_join", real)
+    preprocess(*arguments, split=(0.7, 0.2, 0.1))
+    assert files(tmp_path / "d") == files(prepared / "d")
+
+
+def test_a_damaged_plan_is_not_believed(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ([prepared / "c.jsonl"], prepared / "t", tmp_path / "d")
+    (tmp_path / "d.partial").mkdir()
+    (tmp_path / "d.partial" / OURS).touch()
+    for plan in (b"", b"\0" * 300, b'{"sources": [', b"[]"):
+        (tmp_path / "d.partial" / "plan.json").write_bytes(plan)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_run_shards", lambda *arguments: check_dataset(tmp_path, None))
+            with pytest.raises(DataError):
+                preprocess(*arguments)
+        assert "starts anew" in capsys.readouterr().err
+    preprocess(*arguments, split=(0.7, 0.2, 0.1))
+    assert files(tmp_path / "d") == files(prepared / "d")
+
+
+def test_what_somebody_keeps_at_the_unfinished_place_stays(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.partial").mkdir()
+    (tmp_path / "d.partial" / "plan.json").write_text("mine")
+    with pytest.raises(OSError, match=r"d\.partial is in the way"):
+        preprocess([prepared / "c.jsonl"], prepared / "t", tmp_path / "d")
+    assert (tmp_path / "d.partial" / "plan.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("split", [(0, 0, 0), (1, -1, 1), (float("nan"), 1, 1), (float("inf"), 1, 1), (1, 1)])
+def test_shares_that_are_none_are_refused(prepared: Path, tmp_path: Path, split: tuple[float, ...]) -> None:
+    with pytest.raises(DataError, match="split = .*expected three shares"):
+        preprocess([prepared / "c.jsonl"], prepared / "t", tmp_path / "d", split=split)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{}", "what tools/preprocess.py writes"),
+        ('{"tokenizer": "x", "vocab_size": 330, "splits": []}', "what tools/preprocess.py writes"),
+        ('{"tokenizer": "x", "vocab_size": 330, "splits": {"train": {"documents": 1}}}', "tools/preprocess.py writes"),
+        ('{"tokenizer": "x", "vocab_size": "9", "splits": {"train": {"documents": 1, "tokens": 2}}}', "is no number"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"dataset": "another tool\'s"', "cannot be read"),
+    ],
+)
+def test_a_foreign_description_is_named(prepared: Path, tmp_path: Path, content: str, expected: str) -> None:
+    shutil.copytree(prepared / "d", tmp_path / "d")
+    (tmp_path / "d" / "dataset.json").write_text(content)
+    with pytest.raises(DataError, match=rf"dataset\.json: .*{expected}"):
+        check_dataset(tmp_path / "d" / "train", Tokenizer(prepared / "t"))
+
+
+def test_a_damaged_index_is_named_without_a_manifest_too(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared / "d", tmp_path / "d")
+    (tmp_path / "d" / "manifest.json").unlink()
+    index = tmp_path / "d" / "train.idx"
+    whole = index.read_bytes()
+    for content in (b"", whole[:20], whole[:-8], bytes(len(whole)), b"x" + whole[1:]):
+        index.write_bytes(content)
+        with pytest.raises(DataError, match=r"train\.idx: not the index of"):
+            check_dataset(tmp_path / "d" / "train", Tokenizer(prepared / "t"))
+
+
+def test_data_without_a_description_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dataset\.json: No such file or directory; prepare it with"):
+        dataset_fingerprint(tmp_path / "train")
+
+
+def test_checksums_find_what_sizes_do_not(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared / "d", tmp_path / "d")
+    assert check_manifest(tmp_path / "d", DataError, checksums=True)
+    tokens = tmp_path / "d" / "train.bin"
+    tokens.write_bytes(bytes(tokens.stat().st_size))
+    check_dataset(tmp_path / "d" / "train", Tokenizer(prepared / "t"))
+    with pytest.raises(DataError, match=r"train\.bin: the right size, but other content"):
+        check_manifest(tmp_path / "d", DataError, checksums=True)

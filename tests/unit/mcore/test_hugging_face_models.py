@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import config_to_megatron
 from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.unstacked import UnstackedSource
 from megatron_ext.checkpoint.naming import storage_plan
@@ -64,6 +63,11 @@ def _cases() -> dict[str, Case]:
             return references.llama(s, **parameters)
 
         cases[f"Llama, {name}"] = Case("LlamaForCausalLM", scaled, scaled)
+
+    def moonlight(s: Sizes) -> Any:
+        return references.deepseek_v3(s, rms_norm_eps=1e-2, n_group=1, topk_group=1)  # 1e-5 would not show in bf16
+
+    cases["Moonlight, whose norms have two epsilons"] = Case("DeepseekV3ForCausalLM", moonlight, moonlight)
     return cases
 
 
@@ -206,7 +210,7 @@ def measure(name: str, every: bool) -> dict[str, Distance]:
     network = (case.build_every if every else case.build)(sizes)
     randomize(network)
     architecture = architecture_of({"architectures": [case.hf_class]}, source=name)
-    model = config_to_megatron(architecture.config, raw_config(network, case.hf_class, sizes), source=name)
+    model = architecture.model_of(raw_config(network, case.hf_class, sizes), source=name)
     model = replace(model, make_vocab_size_divisible_by=1)
     weights = canonical({n: x.clone() for n, x in network.state_dict().items()}, architecture, model)
     tokens = torch.randint(0, sizes.vocabulary, (2, LENGTH + 1), generator=torch.Generator().manual_seed(1))

@@ -17,8 +17,9 @@ from megatron_ext.conversion.sources import EMBEDDING, open_checkpoint
 from megatron_ext.conversion.verify import compare_weights
 from megatron_ext.errors import CheckpointError, ConfigError, ConversionError
 from megatron_ext.merging import average as average_module
-from megatron_ext.merging.average import AverageOptions, average, sources_of
+from megatron_ext.merging.average import average, sources_of
 from megatron_ext.merging.merge import Dare, Ema, Linear, TaskArithmetic, Ties
+from megatron_ext.merging.options import AverageOptions
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.conversion.test_convert import write_checkpoint
 

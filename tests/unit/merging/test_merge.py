@@ -67,6 +67,15 @@ def test_ties_by_hand() -> None:
     assert torch.allclose(everything, torch.tensor([3.0, 4.0, 2.0, 0.15, 6.0, 5.0]))
 
 
+@pytest.mark.parametrize(
+    ("others", "elected"), [((1.0, 2.0, -1.0), 3.0), ((-1.0, -2.0, 1.0), -3.0), ((1.0, -2.0), 3.0)]
+)
+def test_votes_that_cancel_out_go_to_the_sign_of_most_entries(others: tuple[float, ...], elected: float) -> None:
+    """As `resolve_zero_signs` of the authors' code; where there are as many of each, plus, as mergekit."""
+    a, b = torch.tensor([3.0, *others]), torch.tensor([-3.0, *others])
+    assert torch.equal(merged(Ties(density=1.0), [a, b], torch.zeros(len(a))), torch.tensor([elected, *others]))
+
+
 def test_ties_keeps_its_share_of_equal_differences() -> None:
     """Weights in bf16 often move by the same step: a share of the moves is kept, not none of them."""
     base = torch.ones(10, 10, dtype=torch.bfloat16)
@@ -89,7 +98,9 @@ def test_ties_in_pieces_is_ties_of_the_whole() -> None:
         largest = flat.abs().argsort(descending=True, stable=True)[: round(0.3 * flat.numel())]
         trimmed.append(torch.zeros_like(flat).index_copy(0, largest, flat[largest]))
     votes = torch.stack([weight * vector for weight, vector in zip(weights, trimmed, strict=True)])
-    agrees = votes * votes.sum(dim=0).sign() > 0
+    signs = votes.sum(dim=0).sign()
+    assert int(((signs == 0) & (votes != 0).any(dim=0)).sum()) > 10  # exact ties
+    agrees = votes * torch.where(signs == 0, signs.sum().sign(), signs) > 0
     voices = (agrees * torch.tensor(weights, dtype=torch.float64).abs()[:, None]).sum(dim=0)
     expected = (votes * agrees).sum(dim=0) / voices.clamp_min(1e-9)
     result = merged(Ties(density=0.3, weights=weights), models, base).flatten().double()

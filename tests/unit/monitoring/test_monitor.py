@@ -69,4 +69,25 @@ def test_throughput_leaves_out_what_is_not_training(
     assert report["moe"]["2"]["max_violation"] == 0
     assert report["consumed_tokens"] == 4 * 8 * 64
     assert "step 4/100 | loss 2.5000 | lr 1.00e-03 | norm 0.700 | 51 tok/s" in caplog.text
-    assert "MaxVio 0.60 | 1 dead experts" in caplog.text
+    # 40 s for 4 steps, of which 96 are left; the unit of a rate is one that has digits.
+    assert f"| {tflops * 1e6:.1f} MFLOP/s/device | 3 MiB |" in caplog.text
+    assert "MaxVio 0.60 | 1 dead experts | 16 min left" in caplog.text
+
+
+def test_the_time_left_is_that_of_the_steps_after_the_first_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock(monkeypatch)
+    caplog.set_level(logging.INFO)
+    run = load(mapping(checkpoint={"directory": str(tmp_path)}, train={"stop_at_iteration": 50}))
+    monitor = Monitor(run, run.resolve(1), 0, "abcd1234")
+    clock.now += 500  # compiling, filling caches
+    monitor.step(step(1))
+    for done in (2, 3, 50):
+        clock.now += 10
+        with monitor.clock_stopped():
+            clock.now += 5  # saving is part of what is left
+        monitor.step(step(done))
+    monitor.close()
+    ends = [message.rpartition(" | ")[2] for message in caplog.messages]
+    assert ends == ["6 h 48 min left", "12 min left", "11 min left", "3 MiB"]

@@ -39,7 +39,7 @@ def test_a_blackwell_node_without_transformer_engine() -> None:
 def test_this_machine_without_a_gpu() -> None:
     report = examine()
     assert finding(report, "Machine", "GPU").startswith("none that torch can use")
-    assert finding(report, "Backend torch", "bf16") == "runs"
+    assert finding(report, "Backend torch", "bf16").startswith("runs")
     assert "no GPU" in finding(report, "Backend transformer_engine", "cannot run")
 
 

@@ -1,6 +1,7 @@
 """Learning-rate schedules against their formulas."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +44,8 @@ def test_cosine() -> None:
         ("linear", 0.55),
         ("cosine", 0.55),
         ("minus_sqrt", 0.1 + 0.9 * (1 - math.sqrt(0.5))),
-        ("exponential", math.sqrt(0.1)),
+        ("geometric", math.sqrt(0.1)),
+        ("exponential_megatron", 0.1 + 0.9 * (math.sqrt(2) - 1)),
     ],
 )
 def test_wsd(style: str, half_way: float) -> None:
@@ -59,3 +61,30 @@ def test_the_rate_depends_on_the_step_alone() -> None:
     raw = mapping(train={"train_iters": 50}, optimizer={"lr": 1.0})
     run = load(raw)
     assert learning_rate(run, 30) == [learning_rate(run, s) for s in range(50)][30]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "style", "wsd_style"),
+    [
+        ("linear", {}, "linear", None),
+        ("cosine", {}, "cosine", None),
+        ("wsd", {"wsd_decay_iters": 40, "decay_style": "linear"}, "WSD", "linear"),
+        ("wsd", {"wsd_decay_iters": 40, "decay_style": "cosine"}, "WSD", "cosine"),
+        ("wsd", {"wsd_decay_iters": 40, "decay_style": "minus_sqrt"}, "WSD", "minus_sqrt"),
+        ("wsd", {"wsd_decay_iters": 40, "decay_style": "exponential_megatron"}, "WSD", "exponential"),
+    ],
+)
+def test_schedules_are_those_of_megatron(kind: str, fields: dict[str, Any], style: str, wsd_style: str | None) -> None:
+    """Its scheduler stands at the steps that are done; ours is asked for the step that comes."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    optimizer = SimpleNamespace(param_groups=[{}])
+    scheduler = OptimizerParamScheduler(
+        optimizer, 0.0, 1.0, 0.1, 10, 100, style, 0.0, 0.0, 100, "constant",
+        wsd_decay_steps=fields.get("wsd_decay_iters"), lr_wsd_decay_style=wsd_style,
+    )  # fmt: skip
+    expected = []
+    for _ in range(100):
+        scheduler.step(1)
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert rates(kind, warmup_iters=10, min_lr=0.1, **fields) == pytest.approx(expected, rel=1e-12)

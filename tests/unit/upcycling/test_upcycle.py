@@ -1,5 +1,6 @@
 """Upcycling whole models: what is copied, what is drawn, and that the function is kept, measured on logits."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,15 +329,20 @@ def test_the_training_configuration_is_the_dense_models_run(
     settings: dict[str, Any], expected: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = write_checkpoint(tmp_path / "dense", DENSE, run={**RUN, **settings})
-    upcycle(make_plan(options(source, tmp_path / "moe", logits=False)))
+    made = upcycle(make_plan(options(source, tmp_path / "moe", logits=False)))
     text = (tmp_path / "moe.yaml").read_text()
     run = read_yaml(tmp_path / "moe.yaml")
     assert {name: run[name] for name in expected} == expected
-    assert run["train"] == RUN["train"]
+    # The data is what the dense model has seen: in its order it would be read again.
+    assert run["train"] == {**RUN["train"], "seed": 1005}
+    assert made.notes == [
+        "train.seed is 1005: with the source's, 5, the same samples would be read again from the first"
+    ]
+    assert "# train.seed is 1005" in text
     assert run["optimizer"]["lr"] == 4e-4
     assert run["schedule"] == {"kind": "cosine", "warmup_iters": 5, "min_lr": pytest.approx(4e-5)}
     changed = "parallel" in settings
-    assert ("# The dense model's run has {'tensor_model_parallel_size': 2}" in text) == changed
+    assert ("# The source's run has {'tensor_model_parallel_size': 2}" in text) == changed
     assert ("the training configuration changes parallel" in caplog.text) == changed
 
 
@@ -432,16 +438,17 @@ def test_routers_that_cannot_choose_are_refused(dtype: str, dense: dict[str, Pat
         upcycle(plan)
 
 
-def test_a_dense_model_that_diverged_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_dense_model_that_diverged_is_named(logits: bool, tmp_path: Path) -> None:
     with MegatronSink(
         tmp_path / "dense",
         {n: TensorSpec(s, torch.float32) for n, s in model_shapes(DENSE).items()},
         {"model": to_mapping(DENSE)},
     ) as sink:
         for name, shape in model_shapes(DENSE).items():
-            sink.write(name, torch.full(shape, float("nan")))
-    with pytest.raises(ConversionError, match="dense.*its logits are not numbers"):
-        upcycle(make_plan(options(tmp_path / "dense", tmp_path / "moe", router_std=None)))
+            sink.write(name, torch.full(shape, math.nan if name == "decoder.final_layernorm.weight" else 1.0))
+    with pytest.raises(ConversionError, match=r"dense: 1 of \d+ tensors hold NaN .*decoder\.final_layernorm\.weight"):
+        upcycle(make_plan(options(tmp_path / "dense", tmp_path / "moe", router_std=None, logits=logits)))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 

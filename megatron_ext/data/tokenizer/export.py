@@ -1,0 +1,171 @@
+"""Writes a SentencePiece model beside the Hugging Face fast tokenizer that is proven to encode alike."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from megatron_ext.checkpoint.tokenizer_files import FAST_FILE, MODEL_FILE, SETTINGS_FILE, SPECIAL_FILE
+from megatron_ext.data.tokenizer.load import load_tokenizer
+from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece, sentencepiece_of
+from megatron_ext.data.tokenizer.probe import HARD_TEXTS, texts_of
+from megatron_ext.data.tokenizer.reading import Tokenizer
+from megatron_ext.errors import DataError
+from megatron_ext.files import output_place, publish_directory, remove_unfinished, start_directory
+from megatron_ext.locks import exclusive_output
+
+CONTENTS = (FAST_FILE, MODEL_FILE, SETTINGS_FILE, SPECIAL_FILE)
+"""What stands in a tokenizer's directory."""
+_SPACE = "▁"
+_NEVER = -1000.0
+"""Log-probability of a piece that is not to be found in text."""
+
+
+def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, force: bool = False) -> Tokenizer:
+    """Write `model` and its Hugging Face counterpart to `output`, after proving that both encode alike.
+
+    They are compared on `texts`, on all pieces of the vocabulary, and on spaces, scripts and Unicode that is easy to
+    read differently.
+
+    Raises:
+        DataError: they do not, or `output` exists and `force` is not set; nothing is written.
+    """
+    output = output_place(output, DataError, force=force, contents=CONTENTS)
+    with exclusive_output(output, "exporting a tokenizer"):
+        beside = start_directory(output)
+        try:
+            pieces = export_tokenizer(model, beside)
+            texts = [*HARD_TEXTS, *texts_of(_spelt(pieces)), *texts]
+            if different := disagreements(Tokenizer(beside), texts):
+                raise DataError(
+                    f"{len(different)} of {len(texts)} texts, such as {different[0][:60]!r}, are encoded otherwise by "
+                    f"the fast tokenizer that Hugging Face would use: this model cannot be exported. {_KINDS}"
+                )
+        except BaseException:
+            remove_unfinished(beside)
+            raise
+        publish_directory(beside, output, replace=force)
+    return Tokenizer(output)
+
+
+_KINDS = (
+    "Unigram and BPE models that keep text as it is (normalization_rule_name=identity, remove_extra_whitespaces=false) "
+    "can; tools/tokenizer.py train makes such a one. Of a published model, take the tokenizer.json that came with it"
+)
+
+
+def export_tokenizer(model: bytes, directory: Path) -> sentencepiece.SentencePieceProcessor:
+    """Write `model` to the folder `directory` as SentencePiece and as a fast tokenizer; return it, loaded.
+
+    Raises:
+        DataError: it is no such model, has no token that ends documents, or no fast tokenizer can be made of it.
+    """
+    pieces = sentencepiece_of(model, "the model")
+    (directory / MODEL_FILE).write_bytes(model)
+    if pieces.eos_id() < 0:
+        raise DataError(
+            "the SentencePiece model has no end-of-sentence piece (eos_id is -1): documents could not be told apart; "
+            "train it with an eos_id"
+        )
+    spec = sentencepiece_model_pb2.ModelProto.FromString(model)
+    prefix = bool(spec.normalizer_spec.add_dummy_prefix)
+    is_unigram = spec.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.UNIGRAM
+    if is_unigram and not prefix:
+        _refuse_spaces(pieces)
+        fast = _fast_tokenizer(pieces)
+    else:
+        # What transformers makes of it; whether that encodes alike is seen on texts.
+        fast = load_tokenizer(directory).backend_tokenizer
+    fast.save(str(directory / FAST_FILE))
+    ids = {"unk": pieces.unk_id(), "bos": pieces.bos_id(), "eos": pieces.eos_id(), "pad": pieces.pad_id()}
+    special = {f"{name}_token": pieces.id_to_piece(number) for name, number in ids.items() if number >= 0}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": prefix,  # llama.cpp prepends a space where it is not said
+        "padding_side": "left",  # of prompts of different length, whose answers follow on the right
+        "model_max_length": 1 << 30,
+    }
+    (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / SPECIAL_FILE).write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    return pieces
+
+
+def _refuse_spaces(pieces: sentencepiece.SentencePieceProcessor) -> None:
+    """Raise DataError for user-defined symbols with spaces, which fast tokenizers look for before they mark spaces."""
+    for number in range(pieces.get_piece_size()):
+        if _is_user_defined(pieces, number) and _SPACE in pieces.id_to_piece(number):
+            raise DataError(
+                f"the user-defined symbol {pieces.id_to_piece(number)!r} has spaces, which a fast tokenizer would not "
+                "find in text; train the model without it (allow_whitespace_only_pieces makes pieces of spaces)"
+            )
+
+
+def _fast_tokenizer(pieces: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
+    """A fast tokenizer of a Unigram model that keeps text as it is."""
+    vocabulary = [(pieces.id_to_piece(i), _matching_score(pieces, i)) for i in range(pieces.get_piece_size())]
+    byte_fallback = any(pieces.is_byte(i) for i in range(pieces.get_piece_size()))
+    fast = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=byte_fallback))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
+    fast.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.add_special_tokens(
+        [
+            AddedToken(p, special=True, normalized=False)
+            for i, (p, _) in enumerate(vocabulary)
+            if pieces.is_control(i) or pieces.is_unknown(i)
+        ]
+    )
+    fast.add_tokens(
+        [AddedToken(p, normalized=False) for i, (p, _) in enumerate(vocabulary) if _is_user_defined(pieces, i)]
+    )
+    return fast
+
+
+def _matching_score(pieces: sentencepiece.SentencePieceProcessor, number: int) -> float:
+    """Log-probability of a piece.
+
+    SentencePiece never finds control and byte pieces in text ("<s>" spelt out is three characters); tokenizers would,
+    unless that is unlikely.
+    """
+    hidden = pieces.is_control(number) or pieces.is_unknown(number) or pieces.is_byte(number)
+    return _NEVER if hidden else float(pieces.get_score(number))
+
+
+def _is_user_defined(pieces: sentencepiece.SentencePieceProcessor, number: int) -> bool:
+    """User-defined pieces are cut out of the text before anything else; SentencePiece gives them score 0."""
+    plain = not (pieces.is_control(number) or pieces.is_unknown(number) or pieces.is_byte(number))
+    return plain and pieces.get_score(number) == 0.0
+
+
+def _spelt(pieces: sentencepiece.SentencePieceProcessor) -> list[str]:
+    """What every piece looks like in text."""
+    return [str(pieces.id_to_piece(i)).replace(_SPACE, " ") for i in range(pieces.get_piece_size())]
+
+
+def disagreements(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """Those of `texts` that the SentencePiece model in the directory of `tokenizer` reads otherwise than `tokenizer`.
+
+    Segmentations of equal probability count as the same: the two break such ties differently ("***" may be "*", "**"
+    or "**", "*"). Both read a special token that is spelt out in the text (`</s>`) as plain text here, as data
+    preparation does; by default transformers would take it for the token itself.
+    """
+    pieces = load_sentencepiece(tokenizer.directory / MODEL_FILE)
+    different = []
+    for text in texts:
+        ours, theirs = encode_lines(pieces, text), tokenizer.encode(text)
+        if ours != theirs:
+            scores = [math.fsum(pieces.get_score(i) for i in ids) for ids in (ours, theirs)]
+            # A tie in single precision: sums of a line are below 1e3, where fp32 resolves 6e-5, and lines add up.
+            is_tie = abs(scores[0] - scores[1]) < 1e-4 * (1 + text.count("\n"))
+            if not is_tie or pieces.decode(theirs) != pieces.decode(ours):
+                different.append(text)
+    return different

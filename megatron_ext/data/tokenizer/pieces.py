@@ -1,0 +1,54 @@
+"""SentencePiece models: loading, and encoding as they mean it."""
+
+import re
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_ext.errors import DataError
+
+LFS_POINTER = b"version https://git-lfs"
+"""Begins the file that stands in a repository for one that Git LFS keeps."""
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+"""Of a tiktoken list: a token in base64 and its rank."""
+
+
+def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model in the file at `path`; raises DataError where there is none."""
+    return sentencepiece_of(path.read_bytes(), str(path))
+
+
+def sentencepiece_of(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model of those bytes; raises DataError where they are none, calling them `name`."""
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{name}: not a SentencePiece model{_instead(model)}") from error
+    if pieces.get_piece_size() == 0:
+        raise DataError(f"{name}: not a SentencePiece model{_instead(model)}")
+    return pieces
+
+
+def _instead(model: bytes) -> str:
+    """What bytes are that are no SentencePiece model, as far as they show it."""
+    if model.startswith(LFS_POINTER):
+        return ", but a Git LFS pointer to one; fetch it by 'git lfs pull', or download it again"
+    if TIKTOKEN_LINE.match(model):
+        return ", but a tiktoken list; use the tokenizer.json of the same model"
+    return ", or cut or damaged; download it again" if model else ", but empty"
+
+
+def encode_lines(pieces: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    """Encode `text`, line by line where the newline is a token that always stands alone.
+
+    Over a long text SentencePiece's sums in single precision lose the difference between two segmentations.
+    """
+    newline = pieces.piece_to_id("\n")
+    alone = pieces.encode("a\nb") == [*pieces.encode("a"), newline, *pieces.encode("b")]
+    if not alone or pieces.is_unknown(newline):
+        return list(pieces.encode(text))
+    ids: list[int] = []
+    for line in pieces.encode(text.split("\n")):
+        ids.extend(line)
+        ids.append(newline)
+    return ids[:-1]

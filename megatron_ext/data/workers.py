@@ -1,0 +1,159 @@
+"""Processes and threads that work for a command: none outlives it, and the death of one ends it with a message."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any, Generic, TypeVar
+
+from megatron_ext.errors import EnvironmentFault, MegatronExtError
+
+T = TypeVar("T")
+_LAST_WORDS = 5.0
+"""Seconds that a process has for ending before it is killed."""
+
+
+def run_in_processes(
+    work: Callable[[T], None],
+    tasks: Sequence[T],
+    processes: int,
+    *,
+    start: Callable[[], None],
+    describe: Callable[[T], str],
+) -> Iterator[T]:
+    """Do `work` on every task, shared among `processes`, and yield each task when it is done.
+
+    However this ends, all processes have ended then; those of a parent that is killed end by themselves.
+
+    Args:
+        start: called once in each process, before the first task. It and `work` must be picklable.
+        describe: what a task is about, for messages.
+
+    Raises:
+        MegatronExtError: what `work` raised, or a process died.
+    """
+    queue = iter(tasks)
+    workers = [_Worker(work, start) for _ in range(min(processes, len(tasks)))]
+    try:
+        for worker in workers:
+            worker.give(next(queue, None))
+        while pipes := {worker.pipe: worker for worker in workers if worker.task is not None}:
+            for pipe in wait(list(pipes)):
+                worker = pipes[pipe]  # type: ignore[index]
+                yield worker.result(describe)
+                worker.give(next(queue, None))
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.end()
+
+
+def interruptible(work: Callable[[threading.Event], T]) -> T:
+    """Do `work`, deaf to signals while a library is at it, on a thread: Ctrl-C and SIGTERM end the wait at once.
+
+    Args:
+        work: given an event that is set then. It must not come back from the library into Python after that, where the
+            interpreter may be ending; the thread itself ends with the process.
+    """
+    interrupted, result = threading.Event(), Future[T]()
+
+    def run() -> None:
+        try:
+            result.set_result(work(interrupted))
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    try:
+        thread.start()
+        while thread.is_alive():  # a signal that the system gives to another thread wakes nobody
+            thread.join(0.1)
+        return result.result()
+    except BaseException:
+        interrupted.set()
+        if thread.ident is not None:
+            thread.join(0.5)
+        raise
+
+
+class _Worker(Generic[T]):
+    """One process and the task it is at."""
+
+    def __init__(self, work: Callable[[T], None], start: Callable[[], None]) -> None:
+        # forkserver: worker processes must not inherit threads or locks of the parent.
+        context = multiprocessing.get_context("forkserver")
+        self.pipe, theirs = context.Pipe()
+        self.process: ForkServerProcess = context.Process(target=_serve, args=(theirs, work, start), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.task: T | None = None
+
+    def give(self, task: T | None) -> None:
+        """Send the next task; None: there is none."""
+        self.task = task
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died: reading its result says so
+            self.pipe.send(task)
+
+    def result(self, describe: Callable[[T], str]) -> T:
+        """The task, now done; raises what went wrong."""
+        assert self.task is not None
+        try:
+            fault: tuple[type[MegatronExtError] | None, str] | None = self.pipe.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise EnvironmentFault(self._death(describe(self.task))) from error
+        if fault is None:
+            return self.task
+        kind, message = fault
+        if kind is None:
+            raise RuntimeError(f"worker process {self.process.pid} failed on {describe(self.task)}:\n{message}")
+        raise kind(message)
+
+    def _death(self, task: str) -> str:
+        self.process.join(_LAST_WORDS)
+        code = self.process.exitcode
+        how = f"ended with exit code {code}"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        memory = ", most likely because memory ran out (fewer workers need less)" if code == -signal.SIGKILL else ""
+        return f"worker process {self.process.pid} {how}{memory}; it was at {task}"
+
+    def end(self) -> None:
+        """End the process, whatever it is at."""
+        self.pipe.close()
+        self.process.join(_LAST_WORDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _serve(pipe: Connection, work: Callable[[Any], None], start: Callable[[], None]) -> None:
+    """What a process does: tasks, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        start()
+        while (task := pipe.recv()) is not None:
+            work(task)
+            pipe.send(None)
+    except EOFError:
+        pass
+    except MegatronExtError as error:
+        pipe.send((type(error), str(error)))
+    except MemoryError:
+        pipe.send((EnvironmentFault, "memory ran out; fewer workers need less"))
+    except Exception:
+        pipe.send((None, traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

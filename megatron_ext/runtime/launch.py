@@ -1,0 +1,86 @@
+"""torchrun for training: starts the ranks of a node, hands signals on to them, and says in one message how they ended.
+
+  python -m megatron_ext.runtime.launch [torchrun's options] tools/train.py RUN.yaml ...
+
+torchrun itself ends with two tracebacks and a table under the message of the rank that met the fault.
+"""
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.run import parse_args, run
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+"""Handed on to the ranks. Some Slurm scripts warn with SIGUSR1: torchrun would die of it and leave its ranks."""
+_SECONDS_TO_SAVE = 900
+"""From such a signal to SIGKILL: the ranks finish their step and write a checkpoint."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run torchrun with `arguments` and end with the exit code of the rank that ended first."""
+    logging.disable(logging.CRITICAL)  # torchrun's account of what it does; its faults are errors
+    options = parse_args(arguments)
+    handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    options.signals_to_handle = ",".join(number.name for number in handled)
+    options.shutdown_timeout = _SECONDS_TO_SAVE
+    try:
+        run(options)
+    except ChildFailedError as error:
+        rank, failure = first_to_fail(error.failures)
+        if message := describe(rank, failure):
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except (DistError, RendezvousError) as error:
+        place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+        first_line = str(error).strip().partition("\n")[0]
+        print(
+            f"error: the nodes did not meet at {place}: {first_line}; every node starts the same command with the same "
+            "MASTER_ADDR, MASTER_PORT and NNODES, a NODE_RANK of its own, and reaches that port",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    sys.exit(0)
+
+
+def first_to_fail(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that ended the others, of all that are found ended at once.
+
+    One that was killed comes before those that lost their connection to it, and last the ones that the launcher ended.
+    """
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
+        rank, failure = item
+        code = failure.exitcode
+        kinds = (0 > code != -signal.SIGTERM, code == 2, 0 < code < 128, code >= 128, True)
+        return kinds.index(True), failure.timestamp, rank
+
+    return min(failures.items(), key=order)
+
+
+def describe(rank: int, failure: ProcessFailure) -> str | None:
+    """How `rank` ended; None where it said so itself: bad input (2), or a signal that it was sent (128 and more)."""
+    if failure.exitcode == 2 or failure.exitcode >= 128:
+        return None
+    who = f"rank {rank} (process {failure.pid} on {socket.gethostname()})"
+    if failure.exitcode > 0:
+        return f"{who} ended with exit code {failure.exitcode}; why, stands above. The other ranks were ended"
+    name = signal.Signals(-failure.exitcode).name
+    cause = ": often memory ran out, see dmesg or the job's accounting" if name == "SIGKILL" else ""
+    return (
+        f"{who} was killed by {name}{cause}. The other ranks were ended; "
+        "started again, the run goes on from its newest checkpoint"
+    )
+
+
+if __name__ == "__main__":
+    main()

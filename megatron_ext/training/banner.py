@@ -1,0 +1,45 @@
+"""What a run says of itself on the console before its first step."""
+
+import torch
+
+from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.config import Layout, RunConfig
+from megatron_ext.monitoring.monitor import metrics_path
+from megatron_ext.planning.amounts import short_number
+from megatron_ext.training.preflight import Findings
+
+
+def banner(run: RunConfig, layout: Layout, device: torch.device, found: Findings) -> list[str]:
+    """Lines about the model, the length, the layout, the data, the start, and where everything goes."""
+    model, counts = run.model, count_parameters(run.model)
+    experts = f", {model.num_moe_experts} experts of which {model.moe_router_topk} work" if model.is_moe else ""
+    active = f", {short_number(counts.active)} active for each token" if model.is_moe else ""
+    train, length = run.train, run.data.sequence_length
+    tokens = run.planned_samples * length
+    degrees = {
+        "TP": layout.tp,
+        "CP": layout.cp,
+        "DP": layout.dp,
+        "PP": layout.pp,
+        "EP": layout.ep if model.is_moe else 1,
+        "ETP": layout.etp if model.is_moe else 1,
+    }
+    split = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "nothing is split"
+    processes = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
+    interval = run.checkpoint.save_interval
+    saved = f"every {interval} steps" if interval else "after the last step"
+    wandb = run.logging.wandb
+    said = [f"changed since that checkpoint: {change}" for change in found.changes]
+    said += [f"warning: {warning}" for warning in found.warnings]
+    return [
+        f"model        {short_number(counts.total)} parameters{active}: {model.num_layers} layers of "
+        f"{model.hidden_size}{experts}",
+        f"length       {train.train_iters:,} steps of {train.global_batch_size:,} x {length:,} tokens, "
+        f"{short_number(tokens)} tokens in all",
+        f"layout       {processes} on {device.type}, {run.precision.kind}: {split}",
+        *(f"data         {use.line()}" for use in found.sources),
+        f"start        {found.start}",
+        f"checkpoints  {run.checkpoint.directory}, {saved}" + (f"; {found.room}" if found.room else ""),
+        f"metrics      {metrics_path(run)}" + (f", and W&B {wandb.mode}" if wandb.mode != "off" else ""),
+        *said,
+    ]

@@ -1,0 +1,314 @@
+"""What a run finds on this machine, looked at before anything starts: files, what it goes on from, room on the disk."""
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.store import TrainingState
+from megatron_ext.config import (
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_ext.config.load import raise_faults, read_run_text, values_of
+from megatron_ext.conversion.sources import is_hugging_face, open_checkpoint
+from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError, named
+from megatron_ext.planning.amounts import size
+from megatron_ext.planning.check import describe_run
+from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses
+from megatron_ext.planning.memory import checkpoint_bytes
+from megatron_ext.training.same_run import (
+    changed_keys,
+    check_models_agree,
+    check_same_data,
+    check_same_model,
+    check_same_sources,
+    rereads,
+    with_vocabulary_padding,
+)
+
+
+@dataclass
+class Findings:
+    """What was found. Keys that are wrong themselves are left out: their fault is said already."""
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    """Keys that were changed since the checkpoint that the run goes on from, as `key: old -> new`."""
+    sources: list[SourceUse] = field(default_factory=list)
+    """How often each source of data.train is read."""
+    start: str = ""
+    """What the run starts from."""
+    room: str = ""
+    """What its checkpoints take of the disk."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            *(f"data            {use.line()}" for use in self.sources),
+            f"start           {self.start}",
+            *(f"changed         {change}" for change in self.changes),
+            *([f"checkpoints     {self.room}"] if self.room else []),
+            *(f"warning         {warning}" for warning in self.warnings),
+        ]
+
+
+def check_run(path: str, overrides: Sequence[str], world_size: int | None, *, files: bool) -> str:
+    """What `--check` prints of the run at `path`; nothing is started and nothing written.
+
+    Args:
+        world_size: processes; None takes the fewest the layout needs.
+        files: look at data, checkpoints and disk too, not only at the configuration.
+
+    Raises:
+        ConfigError: naming every fault of the configuration and of the files it names.
+    """
+    text = read_run_text(path, overrides)
+    faults, description = list(text.faults), ""
+    if text.run is not None:
+        try:
+            description = describe_run(text.run, world_size)
+        except ConfigError as error:
+            faults += str(error).splitlines()  # of the layout there may be several
+    found = examine(text.values, text.run) if files else None
+    raise_faults(path, faults + (found.faults if found else []))
+    return "\n".join([description, *(found.lines() if found else [])])
+
+
+def examine_run(run: RunConfig, source: str) -> Findings:
+    """`examine` a run that starts now.
+
+    Raises:
+        ConfigError: naming every fault. `source` is where the run is from.
+    """
+    found = examine(values_of(run), run)
+    raise_faults(source, found.faults)
+    return found
+
+
+def examine(values: Mapping[str, Any], run: RunConfig | None) -> Findings:
+    """Look at everything on the disk that the keys in `values` name.
+
+    Args:
+        values: every valid value and section of the run's configuration, by name.
+        run: the whole, where nothing is wrong with it.
+    """
+    examination = _Examination(values, run)
+    examination.look()
+    return examination.found
+
+
+class _Examination:
+    """Looks at one thing after the other, with whatever keys are there for it."""
+
+    def __init__(self, values: Mapping[str, Any], run: RunConfig | None) -> None:
+        self.found = Findings()
+        self._values, self._run = values, run
+        self._model: ModelConfig | None = values.get("model")
+        self._data: DataConfig | None = values.get("data")
+        self._train: TrainConfig | None = values.get("train")
+        self._checkpoint: CheckpointConfig | None = values.get("checkpoint")
+        self._tokenizer: Tokenizer | None = None
+        self._fingerprints: list[str] | None = None
+        self._state = TrainingState()
+
+    def look(self) -> None:
+        """Look at everything."""
+        self._look_at_tokenizer()
+        tokens = self._look_at_data()
+        if self._checkpoint is not None:
+            with _collecting(self.found.faults):
+                self._look_at_start(self._checkpoint)
+            self._look_at_folders()
+        if tokens is not None:
+            self._count_epochs(tokens)
+        if self._run is not None:
+            self._look_at_room(self._run)
+
+    def _look_at_tokenizer(self) -> None:
+        if (directory := self._values.get("data.tokenizer")) is None:
+            return
+        with _collecting(self.found.faults, f"data.tokenizer = {named(directory)}"):
+            self._tokenizer = Tokenizer(directory)
+            rows = self._values.get("model.vocab_size")
+            if rows is not None and self._tokenizer.vocab_size > rows:
+                raise DataError(
+                    f"it has {self._tokenizer.vocab_size} tokens, more than model.vocab_size = {rows}; raise that"
+                )
+
+    def _look_at_data(self) -> list[int] | None:
+        """Tokens of each source of data.train; None where one is not as it must be."""
+        before = len(self.found.faults)
+        train, validation = (self._values.get(f"data.{key}") or [] for key in ("train", "validation"))
+        tokens = [self._look_at_source(f"data.train.{number}", source) for number, source in enumerate(train)]
+        whole = len(self.found.faults) == before and self._tokenizer is not None
+        if whole:
+            with contextlib.suppress(OSError):
+                self._fingerprints = [dataset_fingerprint(source.path) for source in train]
+        if self._values.get("train.eval_interval") is not None:
+            for number, source in enumerate(validation):
+                self._look_at_source(f"data.validation.{number}", source)
+        return tokens if whole else None
+
+    def _look_at_source(self, key: str, source: DataSource) -> int:
+        """Tokens of a source, once its faults are noted."""
+        with _collecting(self.found.faults, f"{key}.path = {named(source.path)}"):
+            missing = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
+            if missing and Path(source.path).is_dir():
+                raise DataError("is a folder; name a split in it, such as train")
+            if missing:
+                what = "is not there" if len(missing) == 2 else f"has no {missing[0]}"
+                raise DataError(f"{what}; prepare it with tools/preprocess.py")
+            if self._tokenizer is None:
+                return 0
+            tokens, length = (
+                check_dataset(source.path, self._tokenizer).tokens,
+                self._values.get("data.sequence_length"),
+            )
+            if length is not None and tokens <= length:
+                raise DataError(f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}")
+            return tokens
+        return 0
+
+    def _look_at_start(self, checkpoint: CheckpointConfig) -> None:
+        """Find what the run would go on or start from."""
+        if (newest := store.find_checkpoint(checkpoint.directory)) is not None:
+            self._state = store.read_state(newest)
+            self._look_at_resume(newest)
+        elif checkpoint.initialize_from is not None:
+            with _collecting(self.found.faults, f"checkpoint.initialize_from = {named(checkpoint.initialize_from)}"):
+                self._look_at_weights(Path(checkpoint.initialize_from))
+        else:
+            self.found.start = "a new run, from fresh weights"
+
+    def _look_at_resume(self, newest: Path) -> None:
+        done, faults = self._state.iteration, self.found.faults
+        steps = f" of {self._train.train_iters}" if self._train is not None else ""
+        self.found.start = f"continues {newest} at step {done}{steps}"
+        if self._model is not None:
+            with _collecting(faults):
+                check_same_model(self._model, newest)
+        if self._data is not None and self._train is not None and self._state.consumed_samples:
+            with _collecting(faults):
+                check_same_data(self._data, self._train, newest)
+            with _collecting(faults):
+                check_same_sources(self._fingerprints or self._state.data, self._state, newest)
+        if self._run is not None:
+            self.found.changes = changed_keys(self._run, newest)
+        if self._train is not None and done >= self._train.train_iters:
+            self.found.warnings.append(
+                f"train.train_iters = {self._train.train_iters}: all of them are done, and this run would do nothing; "
+                "raise it to go on, or set another checkpoint.directory"
+            )
+
+    def _look_at_weights(self, path: Path) -> None:
+        if not path.exists():
+            raise CheckpointError("is not there")
+        opened = open_checkpoint(path)
+        self.found.start = f"a new run, from the weights of {opened.directory}"
+        if opened.tokenizer is not None:
+            self._compare_tokenizer(opened.tokenizer)
+        if self._model is not None:
+            saved = with_vocabulary_padding(opened.model, self._model) if is_hugging_face(path) else opened.model
+            check_models_agree(self._model, saved, opened.directory)
+        if self._data is not None and self._train is not None:
+            again = rereads(self._data, self._train, opened.directory, self._fingerprints or [])
+            self.found.warnings += [again] if again is not None else []
+
+    def _compare_tokenizer(self, other: Path) -> None:
+        """Warn where the weights know tokens under other numbers than the data."""
+        if self._tokenizer is None:
+            return
+        faults: list[str] = []
+        with _collecting(faults, "the tokenizer of checkpoint.initialize_from cannot be read"):
+            if Tokenizer(other).fingerprint != self._tokenizer.fingerprint:
+                faults.append(
+                    f"data.tokenizer = {named(self._tokenizer.directory)} is not {other}, with which the weights of "
+                    "checkpoint.initialize_from were trained; if the two number their tokens differently, those "
+                    "weights are of little use"
+                )
+        self.found.warnings += faults
+
+    def _look_at_folders(self) -> None:
+        """Note folders that could not be written."""
+        metrics = self._values.get("logging.metrics_file")
+        folders = {
+            "checkpoint.directory": self._values.get("checkpoint.directory"),
+            "data.cache_dir": self._values.get("data.cache_dir"),
+            "logging.metrics_file": str(Path(metrics).parent) if metrics else None,
+            "logging.wandb.directory": self._values.get("logging.wandb.directory"),
+        }
+        for key, folder in folders.items():
+            if folder is None:
+                continue
+            place = _existing(Path(folder))
+            if not place.is_dir():
+                self.found.faults.append(f"{key} = {named(self._values[key])}: {place} is a file, not a folder")
+            elif not os.access(place, os.W_OK | os.X_OK):
+                self.found.faults.append(f"{key} = {named(self._values[key])}: {place} may not be written by this user")
+
+    def _count_epochs(self, tokens: Sequence[int]) -> None:
+        if self._data is None or self._train is None:
+            return
+        remaining = max(self._train.train_iters - self._state.iteration, 0) * self._train.global_batch_size
+        samples = self._state.consumed_samples + remaining
+        self.found.sources = source_uses(self._data.train, tokens, self._data.sequence_length, samples)
+        self.found.warnings += [
+            f"{use.path} is read {use.epochs:,.3g} times; beyond about {MANY_EPOCHS} epochs repeated data is worth "
+            "ever less"
+            for use in self.found.sources
+            if use.epochs > MANY_EPOCHS
+        ]
+
+    def _look_at_room(self, run: RunConfig) -> None:
+        """Note whether the checkpoints to come have room on the disk."""
+        settings = run.checkpoint
+        last = min(run.train.train_iters, run.train.stop_at_iteration or run.train.train_iters)
+        steps = last - self._state.iteration
+        if steps <= 0:
+            return
+        saves = math.ceil(steps / settings.save_interval) if settings.save_interval else 1
+        kept = len(store.complete_checkpoints(Path(settings.directory)))
+        # An old one goes once a newer one is complete, so that one more than keep_last stand there for a moment.
+        coming = saves if settings.keep_last is None else max(min(settings.keep_last + 1 - kept, saves), 1)
+        free = shutil.disk_usage(_existing(Path(settings.directory))).free
+        each = checkpoint_bytes(run.model, run.precision)
+        keep = f"keep_last = {settings.keep_last}" if settings.keep_last else "all are kept"
+        self.found.room = f"about {size(each)} each, {saves:,} to come ({keep}); {size(free)} are free there"
+        where = f"checkpoint.directory = {named(settings.directory)}"
+        if each > free:
+            self.found.faults.append(
+                f"{where}: a checkpoint takes about {size(each)}, but only {size(free)} are free there"
+            )
+        elif each * coming > free:
+            self.found.warnings.append(
+                f"{where}: {coming:,} checkpoints of about {size(each)} will stand there ({keep}), but only "
+                f"{size(free)} are free; set a smaller checkpoint.keep_last, or make room"
+            )
+
+
+@contextlib.contextmanager
+def _collecting(faults: list[str], subject: str = "") -> Iterator[None]:
+    """Turn an error inside into a fault beside others, of `subject` if that is given."""
+    try:
+        yield
+    except MegatronExtError as error:
+        faults.append((f"{subject}: " if subject else "") + str(error).replace("\n", "\n  "))
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest of what stands above it that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())

@@ -1,0 +1,135 @@
+"""Whether a checkpoint belongs to a run: the same model, the same samples, and every key that was changed since."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.checkpoint import store
+from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
+from megatron_ext.config.meaning import meaning
+from megatron_ext.errors import CheckpointError, ConfigError
+
+_FREE = frozenset(
+    {
+        "init_method_std",
+        "attention_dropout",
+        "hidden_dropout",
+        "output_z_loss_coeff",
+        "moe_aux_loss_coeff",
+        "moe_router_load_balancing_type",
+        "moe_adaptive_aux_loss",
+        "moe_z_loss_coeff",
+        "moe_router_bias_update_rate",
+        "moe_expert_capacity_factor",
+        "moe_token_drop_policy",
+    }
+)
+"""Fields that shape neither weights nor function: they may change between runs."""
+
+OTHER_SAMPLES = (
+    "{}: its position in the data would mean other samples:\n{}\nSet it back, or start a new run from its weights: "
+    "another checkpoint.directory, and checkpoint.initialize_from"
+)
+_ABSENT = "nothing"
+
+
+def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError naming every field in which `checkpoint` holds another model than `model`."""
+    raw = store.read_run(checkpoint).get("model") or {}
+    check_models_agree(model, load_config(ModelConfig, raw, source=str(checkpoint / store.RUN_FILE)), checkpoint)
+
+
+def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError naming every field in which `saved`, the model of `checkpoint`, is another than `model`."""
+    different = [
+        f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
+        for name in ModelConfig.__dataclass_fields__
+        if name not in _FREE and meaning(saved, name) != meaning(model, name)
+    ]
+    if different:
+        raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
+
+
+def with_vocabulary_padding(saved: ModelConfig, model: ModelConfig) -> ModelConfig:
+    """`saved` with the padding of `model`: a Hugging Face directory has none of its own."""
+    return replace(saved, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
+
+
+def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError where the position in `checkpoint` counts other samples than those of this run."""
+    saved, now = store.read_run(checkpoint), {"data": to_mapping(data), "train": to_mapping(train)}
+    different = [
+        f"  {section}.{key}: {saved[section][key]!r} in the checkpoint, {now[section][key]!r} in this run"
+        for section, key in (("data", "sequence_length"), ("train", "seed"))
+        if saved[section][key] != now[section][key]
+    ]
+    # The tokens would be the same, but not what is computed from them: as little as another model may this change
+    # unnoticed on the way. Checkpoints older than these keys had them off.
+    different += [
+        f"  data.{key}: {saved['data'].get(key, False)!r} in the checkpoint, {now['data'][key]!r} in this run"
+        for key in ("reset_attention_mask", "reset_position_ids")
+        if saved["data"].get(key, False) != now["data"][key]
+    ]
+    weights = [[source["weight"] for source in mapping["data"]["train"]] for mapping in (saved, now)]
+    if weights[0] != weights[1]:
+        different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
+    if different:
+        raise CheckpointError(OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
+
+
+def check_same_sources(fingerprints: Sequence[str], state: store.TrainingState, where: str | Path) -> None:
+    """Raise CheckpointError where the training data is not that in which `state` counts its samples."""
+    if state.consumed_samples and state.data not in ((), tuple(fingerprints)):
+        other = "  data.train: what stands there is not the data of the checkpoint"
+        raise CheckpointError(OTHER_SAMPLES.format(where, other))
+
+
+def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
+    """Every key whose value in `run` is not the one `checkpoint` was saved with, as `key: old -> new`."""
+    saved = store.read_run(checkpoint)
+    with contextlib.suppress(ConfigError):  # keys that are newer than it get their defaults
+        saved = to_mapping(load_config(RunConfig, saved, source=str(checkpoint)))
+    old, new = dict(_leaves(saved)), dict(_leaves(to_mapping(run)))
+    return [
+        f"{key}: {old.get(key, _ABSENT)!r} -> {new.get(key, _ABSENT)!r}"
+        for key in dict.fromkeys([*new, *old])
+        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+    ]
+
+
+def rereads(data: DataConfig, train: TrainConfig, checkpoint: Path, fingerprints: Sequence[str]) -> str | None:
+    """Why a new run from the weights of `checkpoint` would read again, in the same order, what those have seen."""
+    try:
+        saved, state = store.read_run(checkpoint), store.read_state(checkpoint)
+    except CheckpointError:
+        return None  # weights that come with no record of their training
+    sources = (saved.get("data") or {}).get("train") or []
+    seed = (saved.get("train") or {}).get("seed")
+    if state.data:
+        same = bool(set(state.data) & set(fingerprints))
+    else:
+        same = bool({_place(source["path"]) for source in sources} & {_place(source.path) for source in data.train})
+    if not same or seed != train.seed:
+        return None
+    return (
+        f"train.seed = {seed}: the weights of {checkpoint} come from a run with this data and seed, so that this run "
+        "would read the same samples from the first on; set another train.seed"
+    )
+
+
+def _place(path: str) -> Path:
+    return Path(path).resolve()
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested mappings and lists of mappings, by its key."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        for number, part in enumerate(value):
+            yield from _leaves(part, f"{key}.{number}")
+    else:
+        yield key, value

@@ -1,0 +1,66 @@
+"""Work in threads and processes: results, faults and interruptions arrive."""
+
+import itertools
+import signal
+import threading
+import time
+
+import pytest
+
+from megatron_ext.data.workers import interruptible, run_in_processes
+from megatron_ext.errors import DataError, EnvironmentFault
+
+
+def test_a_thread_gives_its_result_or_its_fault() -> None:
+    assert interruptible(lambda interrupted: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda interrupted: 1 // 0)
+
+
+def test_a_signal_ends_the_wait_for_a_thread() -> None:
+    left = threading.Event()
+
+    def work(interrupted: threading.Event) -> None:
+        signal.raise_signal(signal.SIGINT)
+        interrupted.wait()
+        left.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work)
+    assert left.wait(10)
+
+
+def nothing() -> None:
+    pass
+
+
+def one_over(task: int) -> None:
+    if task == 5:
+        time.sleep(3600)
+    if task == 6:
+        raise DataError("six is bad")
+    if task == 7:
+        raise MemoryError
+    1 / task  # noqa: B018 - it is what fails
+
+
+@pytest.mark.parametrize(
+    ("tasks", "kind", "message"),
+    [
+        ([5, 6], DataError, "six is bad"),
+        ([5, 7], EnvironmentFault, "memory ran out"),
+        ([1, 0], RuntimeError, r"(?s)failed on task 0:.*ZeroDivisionError"),
+    ],
+)
+def test_a_fault_in_one_process_ends_all(tasks: list[int], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        list(run_in_processes(one_over, tasks, 2, start=nothing, describe="task {}".format))
+
+
+def test_every_task_is_done_once() -> None:
+    done = run_in_processes(one_over, range(20, 30), 3, start=nothing, describe=str)
+    assert sorted(done) == list(range(20, 30))
+    # Not asked for to the end, it ends its processes too.
+    assert (
+        len(list(itertools.islice(run_in_processes(one_over, range(20, 30), 2, start=nothing, describe=str), 2))) == 2
+    )

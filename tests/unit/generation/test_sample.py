@@ -1,0 +1,131 @@
+"""Continuations: right with a cache, of either kind of checkpoint, within the positions, and never of NaN."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.checkpoint.safetensors import HuggingFaceSink, HuggingFaceSource
+from megatron_ext.config import ModelConfig
+from megatron_ext.conversion.convert import convert
+from megatron_ext.conversion.logits import load_hugging_face
+from megatron_ext.conversion.verify import Comparison
+from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_ext.errors import CheckpointError, ConversionError, DataError
+from megatron_ext.generation.sample import generate
+from tests.unit.conversion.own_models import MODELS, write_checkpoint
+from tests.workspace import write_corpus
+
+GREEDY = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+MODEL = replace(MODELS["Tanuki with a shared expert"], vocab_size=320)
+LEARNED = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    vocab_size=320,
+    max_position_embeddings=20,
+    position_embedding_type="learned_absolute",
+    normalization="LayerNorm",
+    activation_func="gelu_tanh",
+    gated_linear_unit=False,
+    add_bias_linear=True,
+    untie_embeddings_and_output_weights=False,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    return train_tokenizer([write_corpus(directory / "corpus.jsonl")], directory / "tokenizer", 320).directory
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("own")
+    convert(write_checkpoint(directory / "megatron", MODEL), directory / "hf", tokenizer=tokenizer)
+    return directory / "hf"
+
+
+def damaged(source: Path, target: Path, value: float, name: str = "model.norm.weight") -> Path:
+    """A copy of an export with `value` in one tensor."""
+    tensors = HuggingFaceSource(source)
+    with HuggingFaceSink(target, tensors.specs) as sink:
+        for other in source.iterdir():
+            if other.suffix != ".safetensors":
+                (sink.partial / other.name).write_bytes(other.read_bytes())
+        for each in tensors.specs:
+            tensor = tensors.read(each).clone()
+            if each == name:
+                tensor.view(-1)[3] = value
+            sink.write(each, tensor)
+    return target
+
+
+@torch.no_grad()
+def test_greedy_continuations_are_the_likeliest_tokens(exported: Path) -> None:
+    prompts = ["the model learns ", "日本語"]
+    texts = generate(exported, prompts, **GREEDY)  # type: ignore[arg-type]
+    network, reader = load_hugging_face(exported), load_tokenizer(exported)
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = reader(prompt, return_tensors="pt")["input_ids"]
+        start = ids.shape[1]
+        for _ in range(12):
+            likeliest = network(ids, use_cache=False).logits[:, -1:].argmax(-1)
+            ids = torch.cat((ids, likeliest), dim=1)
+            if int(likeliest) == reader.eos_token_id:
+                break
+        assert text == reader.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_a_continuation_ends_at_the_last_learned_position(
+    tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", LEARNED), tmp_path / "gpt2", tokenizer=tokenizer)
+    long = {**GREEDY, "max_new_tokens": 200}
+    reader = load_tokenizer(tmp_path / "gpt2")
+    generate(tmp_path / "gpt2", ["the model"], **long)  # type: ignore[arg-type]
+    room = 20 - len(reader("the model")["input_ids"])
+    assert f"the continuation of 'the model' ends after {room} tokens" in caplog.text
+    assert "20 positions (max_position_embeddings)" in caplog.text
+    caplog.clear()
+    generate(tmp_path / "gpt2", ["the model"], **{**GREEDY, "max_new_tokens": 2})  # type: ignore[arg-type]
+    assert not caplog.text
+    for prompt in ("the model " * 20, "the model " * 200):
+        with pytest.raises(
+            DataError, match=r"has [\d,]+ tokens, but \S+gpt2 has learned 20 positions only .* at most 19"
+        ):
+            generate(tmp_path / "gpt2", [prompt], **GREEDY)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_said(
+    value: float, exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = damaged(exported, tmp_path / "broken", value)
+    said = r"1 of \d+ tensors hold NaN or infinite values \({}\)"
+    with pytest.raises(CheckpointError, match=f"broken: {said.format('model.norm.weight')}"):
+        generate(broken, ["the"], **GREEDY)  # type: ignore[arg-type]
+    convert(broken, tmp_path / "megatron")
+    assert re.search(said.format("decoder.final_layernorm.weight"), caplog.text)
+    caplog.clear()
+    with pytest.raises(ConversionError, match=r"(?s)not be the same model.*argmax agreement  0\.00%"):
+        convert(tmp_path / "megatron", tmp_path / "back", verify=Comparison(batches=1, length=16))
+    assert re.search(said.format("decoder.final_layernorm.weight"), caplog.text)
+
+
+def test_logits_that_are_no_numbers_are_said(exported: Path, tmp_path: Path) -> None:
+    broken = damaged(exported, tmp_path / "broken", 3e38, "model.norm.weight")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(CheckpointError, match="logits after .* tokens are NaN or infinite"):
+            generate(broken, ["the"], **{**GREEDY, "temperature": temperature})  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_without_a_tokenizer_and_a_prompt_without_tokens(exported: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", MODEL)
+    with pytest.raises(DataError, match=f"{source}: carries no tokenizer to read prompts with"):
+        generate(source, ["the"], **GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="the prompt '' has no tokens"):
+        generate(exported, [""], **GREEDY)  # type: ignore[arg-type]

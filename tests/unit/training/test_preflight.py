@@ -1,0 +1,195 @@
+"""What is found before a run starts: faults of the configuration and of files in one message, and what it would do."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.checkpoint.store import require_checkpoint
+from megatron_ext.checkpoint.torch_dist import TorchDistReader
+from megatron_ext.config import load_run, read_yaml
+from megatron_ext.config.load import values_of
+from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.tokenizer import train_tokenizer
+from megatron_ext.errors import ConfigError
+from megatron_ext.planning.memory import checkpoint_bytes
+from megatron_ext.training.preflight import Findings, check_run, examine
+from tests.workspace import TOOLS, command, prepare_data, run_mapping, train, write_run
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data, and a run of 2 steps."""
+    directory = tmp_path_factory.mktemp("work")
+    prepare_data(directory)
+    write_run(directory / "run.yaml", run_mapping(directory))
+    process = train(1, directory / "run.yaml", "train.train_iters=2")
+    assert process.returncode == 0, process.stderr
+    (directory / "said").write_text(process.stderr)
+    return directory
+
+
+def found(work: Path, *overrides: str) -> Findings:
+    run = load_run(work / "run.yaml", overrides)
+    return examine(values_of(run), run)
+
+
+def new(work: Path) -> str:
+    return f"checkpoint.directory={work / 'another'}"
+
+
+def test_faults_of_configuration_and_files_come_in_one_message(work: Path, tmp_path: Path) -> None:
+    mapping = run_mapping(work)
+    mapping["model"]["num_layers"] = "four"
+    mapping["data"] |= {"tokenizer": "nowhere", "train": [{"path": "missing/train"}, {"path": str(work / "data")}]}
+    mapping["checkpoint"] = {"directory": str(work / "another"), "initialize_from": "gone"}
+    mapping["logging"] = {"metrics_file": str(work / "run.yaml" / "metrics.jsonl")}
+    process = command(TOOLS / "train.py", write_run(tmp_path / "run.yaml", mapping), "--check")
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr.count("error: ") == 1
+    assert "run.yaml: 6 problems" in process.stderr
+    here = Path.cwd()
+    for part in (
+        "model.num_layers = 'four': must be an integer",
+        f"data.tokenizer = nowhere (= {here}/nowhere): ",
+        f"data.train.0.path = missing/train (= {here}/missing/train): is not there; prepare it with",
+        f"data.train.1.path = {work}/data: is a folder; name a split in it",
+        f"checkpoint.initialize_from = gone (= {here}/gone): is not there",
+        f"logging.metrics_file = {work}/run.yaml/metrics.jsonl: {work}/run.yaml is a file, not a folder",
+    ):
+        assert part in process.stderr
+    assert not list(tmp_path.glob("[!r]*")), "something was written"
+
+
+def test_several_faults_of_a_layout_are_counted_one_by_one(work: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml: 2 problems\n  13 processes .*\n  train\.global_batch_size = 8 is"
+    ):
+        check_run(str(work / "run.yaml"), ["parallel.pipeline_model_parallel_size=2"], 13, files=False)
+
+
+def test_the_real_run_makes_the_same_checks_before_it_builds_anything(work: Path) -> None:
+    process = train(1, work / "run.yaml", new(work), "model.vocab_size=300", "checkpoint.initialize_from=gone")
+    assert process.returncode == 2
+    assert "2 problems" in process.stderr
+    assert "tokens, more than model.vocab_size = 300; raise that" in process.stderr
+    assert "checkpoint.initialize_from = gone" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (work / "another").exists()
+
+
+@pytest.mark.parametrize("option", [["--world-size", "2"], ["--config-only"]])
+def test_options_of_the_check_are_refused_without_it(work: Path, option: list[str]) -> None:
+    process = command(TOOLS / "train.py", work / "run.yaml", *option)
+    assert process.returncode == 2
+    assert f"{option[0]} needs --check" in process.stderr
+
+
+def test_another_tokenizer_and_short_data_are_faults(work: Path, tmp_path: Path) -> None:
+    train_tokenizer([work / "corpus.jsonl"], tmp_path / "tokenizer", 320)
+    faults = found(work, new(work), f"data.tokenizer={tmp_path / 'tokenizer'}").faults
+    assert len(faults) == 1
+    assert "was made with another tokenizer" in faults[0]
+    length = "data.sequence_length=100000", "model.max_position_embeddings=100000"
+    assert "tokens are not one sample of data.sequence_length = 100000" in found(work, new(work), *length).faults[0]
+
+
+def test_epochs_of_each_source_are_those_that_training_reads(work: Path) -> None:
+    blend = f"data.train=[{{path: {work}/data/train, weight: 3}}, {{path: {work}/data/validation, weight: 1}}]"
+    here = found(work, new(work), blend, "train.train_iters=100")
+    manifest = json.loads((work / "data" / "dataset.json").read_text())["splits"]
+    for use, name, share in zip(here.sources, ("train", "validation"), (0.75, 0.25), strict=True):
+        samples = (manifest[name]["tokens"] - 1) // 64
+        assert (use.tokens, use.share) == (manifest[name]["tokens"], share)
+        assert use.epochs == pytest.approx(100 * 8 * share / samples)
+    (warning,) = here.warnings
+    assert f"{work}/data/validation is read" in warning
+    assert "epochs, 25% of the samples" in here.sources[1].line()
+
+
+def test_a_resume_says_where_it_goes_on_and_what_was_changed(work: Path) -> None:
+    here = found(work, "optimizer.lr=5e-4", "train.train_iters=9", "data.num_workers=1")
+    assert here.start == f"continues {work}/run/iter_0000002 at step 2 of 9"
+    assert here.changes == ["train.train_iters: 2 -> 9", "optimizer.lr: 0.001 -> 0.0005", "data.num_workers: 0 -> 1"]
+    assert not here.faults
+    done = found(work, "train.train_iters=2")
+    assert done.changes == []
+    assert "all of them are done" in done.warnings[0]
+    refused = found(work, "train.seed=1", "model.num_layers=2", "data.sequence_length=32").faults
+    assert len(refused) == 2
+    assert "model.num_layers: 4 in the checkpoint, 2 in this run" in refused[0]
+    assert "data.sequence_length: 64 in the checkpoint, 32 in this run" in refused[1]
+    assert "train.seed: 1234 in the checkpoint, 1 in this run" in refused[1]
+
+
+def test_other_data_in_the_same_place_is_found_before_a_resume(work: Path, tmp_path: Path) -> None:
+    preprocess([work / "corpus.jsonl"], work / "tokenizer", tmp_path / "data", split=(0.7, 0.2, 0.1))
+    (fault,) = found(work, f"data.train=[{{path: {tmp_path}/data/train}}]").faults
+    assert "what stands there is not the data of the checkpoint" in fault
+
+
+def test_a_second_stage_that_would_read_the_same_samples_again_is_told(work: Path, tmp_path: Path) -> None:
+    start = f"checkpoint.initialize_from={work / 'run'}"
+    (warning,) = found(work, new(work), start).warnings
+    assert "train.seed = 1234" in warning
+    assert "would read the same samples from the first on" in warning
+    assert found(work, new(work), start, "train.seed=7").warnings == []
+    preprocess([work / "corpus.jsonl"], work / "tokenizer", tmp_path / "data", split=(0.7, 0.2, 0.1))
+    assert found(work, new(work), start, f"data.train=[{{path: {tmp_path}/data/train}}]").warnings == []
+
+
+def test_weights_of_another_model_or_tokenizer_to_start_from(work: Path, tmp_path: Path) -> None:
+    start = f"checkpoint.initialize_from={work / 'run'}"
+    (fault,) = found(work, new(work), start, "model.ffn_hidden_size=96").faults
+    assert "model.ffn_hidden_size: 64 in the checkpoint, 96 in this run" in fault
+    train_tokenizer([work / "corpus.jsonl"], tmp_path / "tokenizer", 320)
+    preprocess([work / "corpus.jsonl"], tmp_path / "tokenizer", tmp_path / "data", split=(0.8, 0.1, 0.1))
+    data = f"data.tokenizer={tmp_path}/tokenizer", f"data.train=[{{path: {tmp_path}/data/train}}]"
+    (warning,) = found(work, new(work), start, *data, "data.validation=[]").warnings
+    assert "with which the weights of checkpoint.initialize_from were trained" in warning
+
+
+def test_room_for_checkpoints(work: Path) -> None:
+    checkpoint = require_checkpoint(work / "run")
+    run = load_run(work / "run.yaml")
+    reader = TorchDistReader(checkpoint)
+    real = sum(math.prod(reader.shape(key)) * reader.dtype(key).itemsize for key in reader.tensors)
+    estimated = checkpoint_bytes(run.model, run.precision)
+    print(f"tensors of a checkpoint: estimated {estimated:,} bytes, {real:,} in the file")
+    assert estimated == pytest.approx(real, rel=0.001)
+    free = shutil.disk_usage(work).free
+    many = free // estimated + 10
+    keep = found(work, new(work), f"checkpoint.keep_last={many}", f"train.train_iters={4 * many}").warnings
+    assert any(f"{many + 1:,} checkpoints of about" in warning for warning in keep)
+    keep = found(work, new(work), "checkpoint.keep_last=1", f"train.train_iters={4 * many}").warnings
+    assert not any("checkpoints of about" in warning for warning in keep)
+    huge = replace(run, model=replace(run.model, hidden_size=2**26, ffn_hidden_size=2**26))
+    huge = replace(huge, checkpoint=replace(run.checkpoint, directory=str(work / "another")))
+    (fault,) = examine(values_of(huge), huge).faults
+    assert "a checkpoint takes about" in fault
+    assert "free there" in fault
+
+
+def test_a_run_says_what_it_is_before_its_first_step(work: Path) -> None:
+    said = [line.split(" ", 1)[1] for line in (work / "said").read_text().splitlines() if " " in line]
+    begin = next(number for number, line in enumerate(said) if line.startswith("model "))
+    names = [line.split(" ")[0] for line in said[begin : begin + 7]]
+    assert names == ["model", "length", "layout", "data", "start", "checkpoints", "metrics"]
+    assert said[begin + 7].startswith("step 1/2 | ")
+    assert said[begin + 3].endswith("/data/train: 23,490 tokens, 0.0436 epochs")
+    assert "left" not in next(line for line in said if line.startswith("step 2/2"))
+
+
+def test_the_whole_of_a_check(work: Path) -> None:
+    text = check_run(str(work / "run.yaml"), [], None, files=True)
+    assert "start           continues" in text
+    assert "changed         train.train_iters: 2 -> 6" in text
+    config: Any = read_yaml(work / "run.yaml")
+    assert config["train"]["train_iters"] == 6
+    alone = check_run(str(work / "run.yaml"), ["data.tokenizer=gone"], None, files=False)
+    assert "start  " not in alone
