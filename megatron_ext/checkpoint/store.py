@@ -4,6 +4,9 @@
 `state.json` (step, data position, W&B run), `rng.pt` (random states), `tokenizer/` and `manifest.json` (size and
 checksum of each). It is written beside its final name, the manifest last, and renamed when everything is on disk, so a
 directory with such a name is complete.
+
+Stock megatron-core loads it with `StrictHandling.LOG_ALL` (Megatron-LM: `--dist-ckpt-strictness log_all`): its layers
+also ask for an `_extra_state`, Transformer Engine's fp8 bookkeeping, which is no part of the model and not stored here.
 """
 
 import io
