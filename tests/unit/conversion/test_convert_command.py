@@ -133,7 +133,9 @@ def test_workers_shards_and_verification_are_options(tmp_path: Path, monkeypatch
         verify_tool.main, monkeypatch, capsys, source, target, "--no-logits", "--figures", figures
     )
     assert (code, "logits" in output) == (0, False)
-    assert json.loads(figures.read_text())["weights"]["rounded_to"] == ["bfloat16"]
+    written = json.loads(figures.read_text())
+    assert written["weights"]["rounded_to"] == ["bfloat16"]
+    assert written["verification"] == {"verdict": "the same model"}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +247,9 @@ def test_a_verified_export_is_uploaded_whole(tmp_path: Path, push: Push) -> None
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     card = hub.files["README.md"].decode()
     assert "argmax agreement  100.00%" in card
+    assert "generation: 16 of 16 tokens" in card
+    assert "verdict: the same model" in card
+    assert "verdict: the same model" in output
     assert 'AutoModelForCausalLM.from_pretrained("me/x"' in card
 
 
