@@ -4,6 +4,9 @@
 `state.json` (step, data position, W&B run), `rng.pt` (random states), `tokenizer/` and `manifest.json` (size and
 checksum of each). It is written beside its final name, the manifest last, and renamed when everything is on disk, so a
 directory with such a name is complete.
+
+Stock megatron-core loads it with `StrictHandling.LOG_ALL` (Megatron-LM: `--dist-ckpt-strictness log_all`): its layers
+also ask for an `_extra_state`, Transformer Engine's fp8 bookkeeping, which is no part of the model and not stored here.
 """
 
 import io
@@ -139,6 +142,20 @@ def faults_of(checkpoint: Path) -> list[str]:
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in a directory, oldest first."""
     return [checkpoint for checkpoint in _checkpoints(directory) if not faults_of(checkpoint)]
+
+
+def newest_checkpoints(directory: Path, count: int) -> list[Path]:
+    """The newest `count` checkpoints in a directory, or as many as there are, oldest first.
+
+    Raises:
+        CheckpointError: one of them is damaged. None is passed over for an older one.
+    """
+    found = _checkpoints(directory)[-count:]
+    for checkpoint in found:
+        if faults := faults_of(checkpoint):
+            way_out = "bring it back whole, or move it away to do without it"
+            raise CheckpointError(f"{checkpoint} is not complete: {'; '.join(faults)}. To go on, {way_out}")
+    return found
 
 
 def _checkpoints(directory: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -10,9 +11,10 @@ from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import stored_dtype
+from megatron_ext.conversion.finite import WatchedSource, describe
 from megatron_ext.conversion.sources import streams_of_one_shape
-from megatron_ext.conversion.write import DTYPES, Check, Output, Written, write_hugging_face, write_megatron
-from megatron_ext.errors import DataError
+from megatron_ext.conversion.write import DTYPES, Check, Examined, Output, Written, write_hugging_face, write_megatron
+from megatron_ext.errors import ConversionError, DataError
 from megatron_ext.merging.merge import Linear
 from megatron_ext.merging.stream import Merged
 from megatron_ext.upcycling.depth import RepeatedLayers, parse_layers
@@ -106,8 +108,20 @@ def write(plan: Plan, router_of: RouterOf, check: Check, output: Output) -> Writ
         ConversionError, CheckpointError, DataError: nothing that looks complete is left behind.
     """
     content = content_of(plan, router_of)
+    watched = WatchedSource(content.stream)
+    content = replace(content, stream=watched)
+
+    def check_numbers(partial: Path) -> Examined | None:
+        if watched.not_finite:
+            names = {name.partition("/")[2] for name in watched.not_finite}
+            found = describe(names, len(plan.opened[0].tensors.specs))
+            raise ConversionError(
+                f"{', '.join(plan.options.sources)}: {found}; take a checkpoint from before it diverged"
+            )
+        return check(partial)
+
     if plan.options.to == "hf":
         architecture, why = architecture_for(plan.moe)
         # The run is the dense model's: a card would pass it off as this one's.
-        return write_hugging_face(replace(content, run={}), architecture, why, output, check)
-    return write_megatron(content, output, check)
+        return write_hugging_face(replace(content, run={}), architecture, why, output, check_numbers)
+    return write_megatron(content, output, check_numbers)

@@ -1,5 +1,6 @@
 """Upcycling whole models: what is copied, what is drawn, and that the function is kept, measured on logits."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -437,16 +438,17 @@ def test_routers_that_cannot_choose_are_refused(dtype: str, dense: dict[str, Pat
         upcycle(plan)
 
 
-def test_a_dense_model_that_diverged_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_dense_model_that_diverged_is_named(logits: bool, tmp_path: Path) -> None:
     with MegatronSink(
         tmp_path / "dense",
         {n: TensorSpec(s, torch.float32) for n, s in model_shapes(DENSE).items()},
         {"model": to_mapping(DENSE)},
     ) as sink:
         for name, shape in model_shapes(DENSE).items():
-            sink.write(name, torch.full(shape, float("nan")))
-    with pytest.raises(ConversionError, match="dense.*its logits are not numbers"):
-        upcycle(make_plan(options(tmp_path / "dense", tmp_path / "moe", router_std=None)))
+            sink.write(name, torch.full(shape, math.nan if name == "decoder.final_layernorm.weight" else 1.0))
+    with pytest.raises(ConversionError, match=r"dense: 1 of \d+ tensors hold NaN .*decoder\.final_layernorm\.weight"):
+        upcycle(make_plan(options(tmp_path / "dense", tmp_path / "moe", router_std=None, logits=logits)))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
