@@ -20,7 +20,7 @@ class PreprocessOptions:
     """Text: .jsonl (a document a line), .json (an array of documents), .txt (a document a file), these as .gz, or
     folders of them; links are followed, and what a folder has of other kinds is named."""
     tokenizer: str
-    """Directory of the tokenizer."""
+    """Directory of the tokenizer: any that transformers' AutoTokenizer loads. Its eos_token ends every document."""
     output: str
     """Directory to write: train, validation and test as .bin and .idx, dataset.json, and manifest.json with sums."""
     text_key: str = "text"

@@ -27,6 +27,7 @@ def config_of(directory: Path, name: str = "config.json") -> dict[str, Any]:
 def llama(tmp_path: Path) -> Path:
     convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=350)), tmp_path / "hf")
     (tmp_path / "hf" / "generation_config.json").unlink()
+    (tmp_path / "hf" / "manifest.json").unlink(missing_ok=True)  # a directory as others publish it
     return tmp_path / "hf"
 
 
