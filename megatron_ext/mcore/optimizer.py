@@ -1,9 +1,11 @@
 """megatron-core's optimizers with our Adam inside, and the step taken apart so that a bad one can be refused."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_ext.config import AdamConfig, ParallelConfig, Precision
@@ -45,7 +47,8 @@ class FusedAdam:
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(self.steps), device=params[0].device)] * len(params),
+                # Filled on the device; a copy from the host would wait for it.
+                [torch.full((), float(self.steps), device=params[0].device)] * len(params),
                 lr=group["lr"],
                 beta1=self.betas[0],
                 beta2=self.betas[1],
@@ -105,9 +108,38 @@ def set_optimizer_steps(optimizer: ChainedOptimizer, steps: int) -> None:
 
 
 def gradient_norm(optimizer: ChainedOptimizer) -> float:
-    """Bring the reduced gradients to the optimizer and return their global L2 norm. Every rank must call this."""
+    """Bring the reduced gradients to the optimizer and return their global L2 norm. Every rank must call this.
+
+    The host waits for the device once: megatron-core's own norm waits once a parameter where neither Transformer Engine
+    nor Apex is installed.
+    """
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    # Of dense parameters and of experts; they may be reduced over different groups. Also those without parameters here
+    # take part in the reduction.
+    grads_of_group: dict[Any, list[torch.Tensor]] = {}
+    for part in optimizer.chained_optimizers:
+        # megatron-core 0.19 has another name for it.
+        grads_of = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+        grads_of_group.setdefault(part.get_grad_stats_parallel_group(), []).extend(grads_of())
+    squares = [_sum_of_squares(grads, group) for group, grads in grads_of_group.items()]
+    return math.sqrt(float(torch.stack(squares).sum()))
+
+
+def _sum_of_squares(grads: list[torch.Tensor], group: dist.ProcessGroup) -> torch.Tensor:
+    """Squared L2 norm of all `grads` of the ranks of `group`: a scalar on the device, in fp32."""
+    if grads:
+        square = torch.stack(torch._foreach_norm(grads)).norm().square()
+    else:
+        square = torch.zeros((), device=_device_of(group))
+    dist.all_reduce(square, group=group)
+    return square
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where the tensors live that `group` reduces."""
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    )
 
 
 @torch.no_grad()

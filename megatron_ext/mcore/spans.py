@@ -9,6 +9,7 @@ into pieces is several. So one description covers intra-document attention, cont
 #   S sequence of the rank, B micro-batch, N query heads, G key/value heads, D head width
 #   Q packed queries of the rank (S * B), K packed keys
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_ext.runtime.zigzag import zigzag_chunks
@@ -25,8 +27,14 @@ from megatron_ext.runtime.zigzag import zigzag_chunks
 # Rows of queries that meet a mask at a time, where a span has more keys than queries and no kernel knows that mask.
 _MASKED_QUERIES = 128
 
-# Older versions lack grouped-query attention or a free scale; there spans are computed one by one.
-_VARLEN_IS_COMPLETE = {"enable_gqa", "scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters)
+# torch 2.10 lacks a free scale; there spans are computed one by one. Up to 2.11 FlashAttention takes fewer key heads
+# than query heads as they are; from 2.12 on it has to be told.
+_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
+_VARLEN_IS_COMPLETE = {"scale", "window_size"} <= _VARLEN_PARAMETERS
+
+# cuDNN, scaled_dot_product_attention's first choice on Hopper, builds a graph for each new length, and with a mask
+# gives NaN in the queries' gradient at some lengths (pytorch#196678).
+_KERNELS_OF_ONE_SPAN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ def _has_kernel(query_QND: Tensor, value_KGD: Tensor) -> bool:
 
 
 def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Spans, scale: float) -> Tensor:
+    grouped = {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in _VARLEN_PARAMETERS else {}
     context_QND: Tensor = varlen_attn(
         query_QND,
         key_KGD,
@@ -139,7 +148,7 @@ def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Span
         scale=scale,
         # Causal; FlashAttention aligns the last query with the last key.
         window_size=(-1, 0),
-        enable_gqa=query_QND.shape[1] != key_KGD.shape[1],
+        **grouped,
     )
     return context_QND
 
@@ -154,7 +163,8 @@ def _one_by_one(
         value_KGD.split(spans.key_lengths),
         strict=True,
     )
-    return torch.cat([_attend_span(*part, scale, dropout) for part in parts])
+    with sdpa_kernel(_KERNELS_OF_ONE_SPAN) if query_QND.is_cuda else contextlib.nullcontext():
+        return torch.cat([_attend_span(*part, scale, dropout) for part in parts])
 
 
 def _attend_span(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: float, dropout: float) -> Tensor:

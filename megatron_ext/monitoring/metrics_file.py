@@ -59,3 +59,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         else:
             kept.append(record)
     return kept
+
+
+def read_starts(path: str | Path) -> list[dict[str, Any]]:
+    """What a run recorded each time it was started or continued, in order of time."""
+    starts = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line, object_pairs_hook=_numbers)
+        except json.JSONDecodeError:
+            continue
+        if record.get("event") == "start":
+            starts.append(record)
+    return starts

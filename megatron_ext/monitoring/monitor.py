@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_ext.config import Layout, RunConfig, to_mapping
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
+from megatron_ext.monitoring.description import describe_start
 from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.monitoring.wandb_run import WandbRun
 from megatron_ext.planning.amounts import duration, flops
@@ -51,9 +52,8 @@ class Monitor:
         self._file = MetricsFile(metrics_path(run))
         configuration = to_mapping(run)
         self._wandb = WandbRun(run.logging.wandb, run_id, directory, configuration)
-        self._file.write(
-            {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
-        )
+        started = {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
+        self._file.write(started | describe_start(run, layout))
         self._flops = training_flops_per_token(run.model, run.data.sequence_length)
         self._last_iteration, self._last_time = iteration, time.perf_counter()
         self._first: tuple[int, float] | None = None

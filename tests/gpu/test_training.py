@@ -1,5 +1,6 @@
 """A run on one GPU with NCCL trains like the torch backend's on CPU, with either backend."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config import ModelConfig, MultiLatentAttention, RunConfig, dump_yaml, load_config, to_mapping
+from megatron_ext.config import (
+    Fp8Precision,
+    ModelConfig,
+    MultiLatentAttention,
+    RunConfig,
+    dump_yaml,
+    load_config,
+    to_mapping,
+)
 from megatron_ext.config.output import Backend
 from megatron_ext.runtime.accelerators import precision_fault, this_machine
 from megatron_ext.testing.tiny import tiny_model
@@ -43,64 +52,104 @@ def run_config(
 
 
 SCRIPT = """
-import json, sys
+import json, sys, traceback
 from pathlib import Path
 from megatron_ext.config import load_run
 from megatron_ext.mcore.optimizer import set_learning_rate
 from megatron_ext.runtime.device import choose_device
-from megatron_ext.runtime.process_groups import split_process_group, start_process_group
+from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
 from megatron_ext.testing.tiny import random_batch
 from megatron_ext.training.session import open_session
 
-run = load_run(sys.argv[1])
-device = choose_device(run.runtime)
-start_process_group(run.runtime, device, alone=True)
-groups = split_process_group(run.parallel, run.runtime)
-session = open_session(run, run.resolve(1), groups, device)
-set_learning_rate(session.optimizer, run.optimizer.lr)
-steps = []
-for step in range(3):
-    batch = random_batch(step, samples=4, micro_batch=2, dp_rank=0, dp_size=1)
-    result = session.step([micro.to(device) for micro in batch])
-    steps.append((float(result.loss), result.grad_norm))
-session.save()
-print(json.dumps(steps))
-"""
-
-
-def trajectory(
-    model: ModelConfig, precision: dict[str, Any], device: str, directory: Path, backend: Backend = "torch"
-) -> list[list[float]]:
-    """Loss and gradient norm of three steps in a process of their own: CPU runs prepare megatron-core for good."""
-    import json
-
-    directory.mkdir()
-    path = directory / "run.yaml"
-    path.write_text(dump_yaml(to_mapping(run_config(model, precision, device, directory / "checkpoint", backend))))
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    steps: list[list[float]] = json.loads(done.stdout.strip().splitlines()[-1])
+def train(run):
+    device = choose_device(run.runtime)
+    start_process_group(run.runtime, device, alone=True)
+    groups = split_process_group(run.parallel, run.runtime)
+    session = open_session(run, run.resolve(1), groups, device)
+    set_learning_rate(session.optimizer, run.optimizer.lr)
+    steps = []
+    for step in range(3):
+        batch = random_batch(step, samples=4, micro_batch=2, dp_rank=0, dp_size=1)
+        result = session.step([micro.to(device) for micro in batch])
+        steps.append((float(result.loss), result.grad_norm))
+    session.save()
+    session.close()
+    end_process_groups()
     return steps
 
+for path in sorted(Path(sys.argv[1]).glob("*.yaml")):
+    try:
+        answer = train(load_run(str(path)))
+    except Exception:
+        answer = traceback.format_exc()
+        end_process_groups()
+    path.with_suffix(".json").write_text(json.dumps(answer))
+"""
+NAMES = {"fp32": {"kind": "fp32"}, "bf16": {"kind": "bf16"}} | {
+    recipe: {"kind": "fp8", "recipe": recipe} for recipe in ("tensorwise", "rowwise", "delayed")
+}
 
+
+def why_not(backend: Backend, precision: str, kind: str) -> str | None:
+    """Why this machine cannot train that; None where it can."""
+    if backend == "transformer_engine" and (missing := why_not_importable()):
+        return missing
+    if backend == "transformer_engine" and precision == "rowwise":
+        return "Transformer Engine has no such recipe"
+    if "recipe" not in NAMES[precision]:
+        return None
+    fp8 = Fp8Precision(kind="fp8", recipe=precision)  # type: ignore[arg-type]
+    return precision_fault(backend, fp8, this_machine(), has_experts=MODELS[kind].is_moe)
+
+
+class Trajectories:
+    """Loss and gradient norm of three steps of every model, asked for by device and backend.
+
+    A process trains all that one pair can train: importing megatron-core takes longer than all of it. It is one of its
+    own because CPU runs prepare megatron-core for good.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def of(self, kind: str, precision: str, device: str, backend: Backend = "torch") -> list[list[float]]:
+        if (device, backend) not in self._known:
+            self._known[device, backend] = self._train(device, backend)
+        answer = self._known[device, backend][f"{kind}-{precision}"]
+        assert isinstance(answer, list), answer
+        return answer
+
+    def _train(self, device: str, backend: Backend) -> dict[str, Any]:
+        directory = self._directory / f"{device}-{backend}"
+        directory.mkdir()
+        cases = [
+            (kind, name) for kind in MODELS for name in NAMES if not (device == "cuda" and why_not(backend, name, kind))
+        ]
+        for kind, name in cases:
+            model = replace(MODELS[kind], num_layers=2)
+            run = run_config(model, NAMES[name], device, directory / f"{kind}-{name}", backend)
+            (directory / f"{kind}-{name}.yaml").write_text(dump_yaml(to_mapping(run)))
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(directory)], capture_output=True, text=True, timeout=300
+        )
+        answers = {path.stem: json.loads(path.read_text()) for path in directory.glob("*.json")}
+        return {f"{kind}-{name}": answers.get(f"{kind}-{name}", done.stderr[-4000:]) for kind, name in cases}
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
+    return Trajectories(tmp_path_factory.mktemp("trajectories"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "transformer_engine"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize("backend", ["torch", "transformer_engine"])
-def test_a_gpu_trains_like_a_cpu(kind: str, precision: str, backend: Backend, tmp_path: Path) -> None:
-    if backend == "transformer_engine" and (missing := why_not_importable()):
+def test_a_gpu_trains_like_a_cpu(kind: str, precision: str, backend: Backend, trajectories: Trajectories) -> None:
+    if missing := why_not(backend, precision, kind):
         pytest.skip(missing)
-    if backend == "transformer_engine" and precision == "rowwise":
-        pytest.skip("Transformer Engine has no such recipe")
-    model = replace(MODELS[kind], num_layers=2)
-    settings: dict[str, Any] = {"kind": precision}
-    if precision not in ("fp32", "bf16"):
-        settings = {"kind": "fp8", "recipe": precision}
-        fp8 = run_config(model, settings, "cpu", tmp_path).precision
-        missing = precision_fault(backend, fp8, this_machine(), has_experts=model.is_moe)
-        if missing:
-            pytest.skip(missing)
-    on_cpu = trajectory(model, settings, "cpu", tmp_path / "cpu")
-    on_gpu = trajectory(model, settings, "cuda", tmp_path / "cuda", backend)
+    on_cpu = trajectories.of(kind, precision, "cpu")
+    on_gpu = trajectories.of(kind, precision, "cuda", backend)
     differences = [
         abs(a - b) / abs(a) for cpu, gpu in zip(on_cpu, on_gpu, strict=True) for a, b in zip(cpu, gpu, strict=True)
     ]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from megatron_ext.mcore.fp8.products import grouped_product, product
+from megatron_ext.mcore.fp8.products import grouped_product, product, scale_of_rows
 from megatron_ext.mcore.fp8.quantize import E4M3, WHOLE, quantize, scale_for
 from megatron_ext.mcore.fp8.scaling import Role, Scaling
 from megatron_ext.mcore.moe.experts import GroupedExperts
@@ -88,14 +88,15 @@ def padded_columns(scaling: Scaling, role: Role, x_TN: Tensor, ends_E: Tensor) -
     """Quantise and transpose tokens for a product that contracts each expert's own tokens, without a host sync.
 
     Returns:
-        fp8 values [N, P], zero between the experts' shares; scales [E, N]; where each expert's columns end [E], int32.
+        fp8 values [N, P], zero between the experts' shares; scales [E, N], contiguous; where each expert's columns
+        end [E], int32.
     """
     tokens, experts = len(x_TN), len(ends_E)
     numbers_T = torch.arange(tokens, device=x_TN.device, dtype=ends_E.dtype)
     expert_T = torch.searchsorted(ends_E, numbers_T, right=True)
     if scaling.tile(role) == WHOLE:
         quantized = scaling.quantize(role, x_TN)
-        scale_EN = quantized.scale.expand(experts, x_TN.shape[1])
+        scale_EN = scale_of_rows(quantized.scale, experts, x_TN.shape[1])
     else:
         maxima_EN = x_TN.new_zeros(experts, x_TN.shape[1]).index_reduce_(0, expert_T, x_TN.abs(), "amax").float()
         quantized = quantize(x_TN, scaling.dtype(role), (1, 1), maxima_EN[expert_T])

@@ -40,11 +40,16 @@ def grouped_product(a_TK: Quantized, b_ENK: Quantized, ends_E: Tensor, dtype: to
     return F.scaled_grouped_mm(
         a_TK.values,
         b_ENK.values.transpose(1, 2),
-        a_TK.scale.expand(tokens, 1).reshape(-1),
+        scale_of_rows(a_TK.scale, tokens),
         ScalingType.RowWise,
-        b_ENK.scale.expand(experts, width, 1).reshape(experts, width),
+        scale_of_rows(b_ENK.scale, experts, width),
         ScalingType.RowWise,
         offs=ends_E,
         output_dtype=dtype,
         use_fast_accum=fast,
     )
+
+
+def scale_of_rows(scale: Tensor, *rows: int) -> Tensor:
+    """Return the scale of each row, of shape `rows`; contiguous, as the kernel asks, also where all have one."""
+    return scale.expand(*rows, 1).reshape(rows).contiguous()

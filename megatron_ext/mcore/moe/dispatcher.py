@@ -1,6 +1,6 @@
 """Sorting tokens by expert and back where every expert is on this rank, whole: no communication, two copies."""
 
-#   T tokens of this rank, E experts, H hidden, R rows: one for each token and expert it is sent to
+#   T tokens of this rank, E experts, H hidden, R rows: one for each token and expert it is sent to, K experts a token
 
 import math
 from typing import Any
@@ -31,6 +31,8 @@ class LocalTokenDispatcher(MoETokenDispatcher):
 
     rows_token_R: Tensor
     """Token of each row."""
+    places_TK: Tensor | None
+    """Rows of each token, R for one that was dropped; on CUDA."""
     tokens_per_expert_E: Tensor
     """Rows of each expert."""
     hidden_shape: torch.Size
@@ -42,8 +44,9 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         tokens = routing_map_TE.shape[0]
         chosen_R = self._chosen(routing_map_TE.t().reshape(-1), tokens)
         self.rows_token_R = chosen_R % tokens
+        self.places_TK = self._places(routing_map_TE, chosen_R) if self._sums_by_gathering(hidden) else None
         self.tokens_per_expert_E = routing_map_TE.sum(dim=0)
-        rows_RH = hidden.view(tokens, -1).index_select(0, self.rows_token_R)
+        rows_RH: Tensor = _CopyToRows.apply(hidden.view(tokens, -1), self.rows_token_R, self.places_TK)
         return rows_RH, weights_TE.t().reshape(-1).index_select(0, chosen_R)
 
     def _chosen(self, flat_map: Tensor, tokens: int) -> Tensor:
@@ -52,6 +55,22 @@ class LocalTokenDispatcher(MoETokenDispatcher):
             return flat_map.nonzero().squeeze(-1)
         # Dropless: the number of rows is known, and the host need not wait for the device to count them.
         return torch.nonzero_static(flat_map, size=tokens * self.config.moe_router_topk).squeeze(-1)
+
+    @staticmethod
+    def _sums_by_gathering(hidden: Tensor) -> bool:
+        """Whether a token's rows are gathered and summed, or each row added to its token's sum.
+
+        On CUDA rows are added by atomic operations, in another order each time, with a rounding after each.
+        """
+        return hidden.is_cuda
+
+    def _places(self, routing_map_TE: Tensor, chosen_R: Tensor) -> Tensor:
+        """The rows [T, K] of each token, by expert."""
+        (tokens, _), rows, topk = routing_map_TE.shape, chosen_R.shape[0], self.config.moe_router_topk
+        nth_R = routing_map_TE.cumsum(dim=1).t().reshape(-1).index_select(0, chosen_R) - 1
+        places = chosen_R.new_full((tokens * topk,), rows)
+        places.scatter_(0, self.rows_token_R * topk + nth_R, torch.arange(rows, device=chosen_R.device))
+        return places.view(tokens, topk)
 
     def token_dispatch(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing to send."""
@@ -72,22 +91,49 @@ class LocalTokenDispatcher(MoETokenDispatcher):
     def combine_postprocess(self, rows_RH: Tensor) -> Tensor:
         """Return the sum of each token's rows, in the shape of the layer's input."""
         tokens = math.prod(self.hidden_shape[:-1])
-        combined_TH: Tensor = _SumRows.apply(rows_RH, self.rows_token_R, tokens)
+        combined_TH: Tensor = _SumRows.apply(rows_RH, self.rows_token_R, self.places_TK, tokens)
         return combined_TH.view(self.hidden_shape)
+
+
+def _sum_rows(rows_RH: Tensor, rows_token_R: Tensor, places_TK: Tensor | None, tokens: int) -> Tensor:
+    """Return the sum of each token's rows, [T, H]; by gathering them where their places are known."""
+    if places_TK is None or len(rows_RH) == 0:
+        return rows_RH.new_zeros(tokens, rows_RH.shape[1]).index_add_(0, rows_token_R, rows_RH)
+    topk = places_TK.shape[1]
+    is_dropless = len(rows_RH) == tokens * topk
+    places = places_TK if is_dropless else places_TK.clamp(max=len(rows_RH) - 1)
+    rows_TKH = rows_RH.index_select(0, places.view(-1)).view(tokens, topk, -1)
+    if not is_dropless:
+        rows_TKH.masked_fill_((places_TK == len(rows_RH)).unsqueeze(-1), 0.0)
+    return rows_TKH.sum(dim=1)
+
+
+class _CopyToRows(torch.autograd.Function):
+    """A copy of its token for each row; autograd of index_select would add the rows' gradients one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TH: Tensor, rows_token_R: Tensor, places_TK: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows_token_R, places_TK)
+        ctx.tokens = len(tokens_TH)
+        return tokens_TH.index_select(0, rows_token_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_rows(grads[0], *ctx.saved_tensors, ctx.tokens), None, None
 
 
 class _SumRows(torch.autograd.Function):
     """The sum of each token's rows; autograd of index_add would keep the rows, only to know their shape."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, rows_token_R: Tensor, tokens: int) -> Tensor:
+    def forward(ctx: Any, rows_RH: Tensor, rows_token_R: Tensor, places_TK: Tensor | None, tokens: int) -> Tensor:
         ctx.save_for_backward(rows_token_R)
-        return rows_RH.new_zeros(tokens, rows_RH.shape[1]).index_add_(0, rows_token_R, rows_RH)
+        return _sum_rows(rows_RH, rows_token_R, places_TK, tokens)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (rows_token_R,) = ctx.saved_tensors
-        return grads[0].index_select(0, rows_token_R), None, None
+        return grads[0].index_select(0, rows_token_R), None, None, None
 
 
 class MoELayer(CoreMoELayer):

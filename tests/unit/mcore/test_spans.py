@@ -84,7 +84,8 @@ def reference_kernel(
     **options: Any,
 ) -> Tensor:
     """What torch documents of varlen_attn with a causal window, span by span in float64."""
-    assert options == {"scale": SCALE, "window_size": (-1, 0), "enable_gqa": query_QND.shape[1] != key_KGD.shape[1]}
+    grouped = {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in spans._VARLEN_PARAMETERS else {}
+    assert options == {"scale": SCALE, "window_size": (-1, 0), **grouped}
     assert (query_ends.dtype, key_ends.dtype) == (torch.int32, torch.int32)
     assert (most_queries, most_keys) == (int(query_ends.diff().max()), int(key_ends.diff().max()))
     share = query_QND.shape[1] // key_KGD.shape[1]
@@ -98,9 +99,14 @@ def reference_kernel(
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("knows_groups", [True, False], ids=["enable_gqa", "torch 2.11"])
 @pytest.mark.parametrize("size", [1, 2, 4], ids=lambda size: f"CP{size}")
-def test_the_cuda_kernel_is_given_the_same_spans(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cuda_kernel_is_given_the_same_spans(
+    size: int, knows_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FlashAttention runs on CUDA only; here its documented meaning, in plain torch, takes its place."""
+    parameters = {"scale", "window_size"} | ({"enable_gqa"} if knows_groups else set())
+    monkeypatch.setattr(spans, "_VARLEN_PARAMETERS", parameters)
     monkeypatch.setattr(spans, "varlen_attn", reference_kernel)
     monkeypatch.setattr(spans, "_has_kernel", lambda query, value: True)
     assert max(largest_errors(torch.float32, size)) < 2e-6

@@ -1,18 +1,20 @@
-"""The report: one file that needs nothing else, with everything on it."""
+"""The report: one file that needs nothing else, with everything on it, which a browser draws without a complaint."""
 
-import base64
-import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
-import matplotlib.image
 import pytest
 
 from megatron_ext.errors import DataError
 from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.monitoring.report import figure_lines, read_phases, summary_rows, write_report
+from megatron_ext.monitoring.report.plots import MOST_POINTS, plot_data, thin
+from megatron_ext.monitoring.units import compute_rate
 
 LOADS = {"1": [0.5, 0.25, 0.25], "2": [0.4, 0.3, 0.3]}
 HEALTH = {"max_violation": 0.5, "dead_experts": 0, "entropy": 0.9, "top1": 0.4, "max1_max2": 1.5, "drop_rate": 0.0}
@@ -20,7 +22,8 @@ HEALTH = {"max_violation": 0.5, "dead_experts": 0, "entropy": 0.9, "top1": 0.4, 
 
 def write_metrics(path: Path, steps: int, *, loss: float, experts: bool = False) -> str:
     file = MetricsFile(path)
-    file.write({"event": "start", "iteration": 0})
+    described = {"layout": {"processes": 4, "TP": 2}, "versions": {"torch": "2.13"}, "run": {"train": {"seed": 7}}}
+    file.write({"event": "start", "iteration": 0, "time": 100.0, **described})
     for step in range(1, steps + 1):
         record: dict[str, object] = {
             "iteration": step,
@@ -29,6 +32,9 @@ def write_metrics(path: Path, steps: int, *, loss: float, experts: bool = False)
             "consumed_tokens": step * 1000,
             "tokens_per_second": 500.0 + step,
             "tflops_per_device": 0.25,
+            "grad_norm": 1.0 / step,
+            "memory_bytes": 2**31,
+            "time": 100.0 + 36 * step,
         }
         if experts:
             record["moe"] = {layer: {**HEALTH, "load": load} for layer, load in LOADS.items()}
@@ -39,17 +45,24 @@ def write_metrics(path: Path, steps: int, *, loss: float, experts: bool = False)
 
 
 class Page(HTMLParser):
-    """Collects what a page refers to."""
+    """Collects what a page refers to, and the numbers in it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.references: list[str] = []
+        self.data: dict[str, Any] = {}
+        self._in_data = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.references += [value or "" for name, value in attributes if name in ("src", "href")]
+        self._in_data = ("id", "data") in attributes
+
+    def handle_data(self, data: str) -> None:
+        if self._in_data and data.strip():
+            self.data = json.loads(data)
 
 
 @pytest.fixture
@@ -61,13 +74,14 @@ def named(tmp_path: Path) -> list[str]:
 
 def test_summary(named: list[str]) -> None:
     rows = summary_rows(read_phases(named))
-    assert rows[0] == ("dense", "10", "10,000", "8.900", "8.000", "9.000", "506", "0.25")
+    assert rows[0] == ("dense", "10", "10,000", "8.900", "8.000", "9.000", "506", "250 GFLOP/s")
     assert rows[1][:4] == ("MoE", "5", "5,000", "3.900")
 
 
 def test_page_is_self_contained_and_complete(named: list[str], tmp_path: Path) -> None:
     (tmp_path / "figures.json").write_text(json.dumps({"logits": {"max_abs_difference": 5.7e-6, "tokens": 1024}}))
     generated = [{"prompt": "a < b", "continuation": " & so <script>on</script>"}]
+    named = [entry.replace("dense=", "</script>dense=") for entry in named]
     (tmp_path / "generated.json").write_text(json.dumps(generated))
     phases = read_phases(named)
     write_report(
@@ -75,13 +89,20 @@ def test_page_is_self_contained_and_complete(named: list[str], tmp_path: Path) -
     )
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page(text)
-    assert page.tags.count("img") == 3, "curves, and load and health of experts for the MoE phase only"
-    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
-    for reference in page.references:
-        picture = matplotlib.image.imread(io.BytesIO(base64.b64decode(reference.partition(",")[2])))
-        assert picture.shape[0] > 200
-        assert picture.std() > 0, "an empty picture"
-    assert "script" not in page.tags
+    assert page.references == [], "everything is inside"
+    dense, moe = page.data["phases"]
+    assert dense["curves"]["loss"] == pytest.approx([9.0 - step / 10 for step in range(1, 11)])
+    assert dense["curves"]["grad_norm"][3] == 0.25
+    assert dense["curves"]["memory_bytes"] == [2.0] * 10
+    assert dense["hours"][9] == pytest.approx(0.09)
+    assert dense["validation"] == {"step": [10], "loss": [9.0]}
+    assert "mfu" not in dense["curves"], "what was not recorded is not drawn"
+    assert "experts" not in dense
+    assert moe["experts"]["load"]["1"][0] == [1.5, 0.75, 0.75]
+    assert set(moe["experts"]["health"]) == {"max_violation", "entropy", "top1", "max1_max2"}
+    assert "Zero in every layer at every step: experts without a token; share of dropped tokens." in text
+    assert "processes 4, TP 2" in text
+    assert "seed: 7" in text
     assert "A &amp; B" in text
     assert "a &lt; b" in text
     assert "5.7e-06" in text
@@ -132,3 +153,49 @@ def test_a_validation_that_is_no_number_is_shown(tmp_path: Path) -> None:
     phases = read_phases([f"a={tmp_path / 'm.jsonl'}"])
     assert summary_rows(phases)[0][5] == "nan"
     write_report(tmp_path / "r.html", "x", phases, [], None)
+
+
+def test_a_continued_run_is_one_curve_with_a_mark(tmp_path: Path) -> None:
+    path = write_metrics(tmp_path / "m.jsonl", 6, loss=5.0)
+    file = MetricsFile(Path(path))
+    file.write({"event": "start", "iteration": 4, "world_size": 2})
+    for step in (5, 6, 7):
+        values = {"learning_rate": 1e-3, "consumed_tokens": step * 1000, "tokens_per_second": 5.0}
+        file.write({"iteration": step, "loss": 3.0, "tflops_per_device": 0.1, **values})
+    file.close()
+    (phase,) = read_phases([f"a={path}"])
+    data = plot_data([phase])["phases"][0]
+    assert data["step"] == [1, 2, 3, 4, 5, 6, 7]
+    assert data["restarts"] == [4]
+    assert data["curves"]["loss"][3:] == pytest.approx([4.6, 3.0, 3.0, 3.0])
+
+
+def test_a_long_run_keeps_its_spikes_in_few_points() -> None:
+    records = [{"iteration": step, "loss": 3.0} for step in range(100_000)]
+    records[54_321]["loss"], records[77_777]["loss"] = 9.0, float("nan")
+    kept = thin(records, MOST_POINTS, lambda record: record["loss"])
+    assert len(kept) <= MOST_POINTS
+    assert {0, 54_321, 77_777, 99_999} <= {record["iteration"] for record in kept}
+    assert [record["iteration"] for record in kept] == sorted(record["iteration"] for record in kept)
+
+
+@pytest.mark.parametrize(("tflops", "shown"), [(495.4, "495 TFLOP/s"), (1.0, "1 TFLOP/s"), (0.000998, "0.998 GFLOP/s")])
+def test_rates_of_computation_have_digits(tflops: float, shown: str) -> None:
+    assert compute_rate(tflops) == shown
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+def test_a_browser_draws_it(width: int, named: list[str], tmp_path: Path) -> None:
+    write_report(tmp_path / "r.html", "x", read_phases(named), [], None)
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=2000"]
+    command += ["--enable-logging=stderr", "--dump-dom", (tmp_path / "r.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # Six curves for both runs; two heat maps and four curves for the experts of one.
+    assert re.search(r'data-drawn="12"', done.stdout), done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
