@@ -64,7 +64,7 @@ def moments(seed: int, count: int, last: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(1, last + 1), count))
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
     """Wait for `condition`, which comes soon unless something is broken."""
     deadline = time.monotonic() + seconds
     while not condition():
