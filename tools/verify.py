@@ -57,7 +57,7 @@ def main() -> None:
     done = verify(o.a, o.b, how)
     print(*lines_of(done), sep="\n")
     if o.figures and done.passed:
-        write_figures(o.figures, weights=done.weights, logits=done.logits, generation=done.generation)
+        write_figures(o.figures, done)
     raise SystemExit(0 if done.passed else 1)
 
 

@@ -4,7 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_ext.architectures.fields import ConfigRule, config_to_megatron, said, says_nothing, unknown_fields, unsaid
+from megatron_ext.architectures.fields import (
+    QUANTIZED,
+    ConfigRule,
+    config_to_megatron,
+    said,
+    says_nothing,
+    unknown_fields,
+    unsaid,
+)
 from megatron_ext.architectures.foreign_code import Reads, base_fields, reads_of, transformers_version
 from megatron_ext.architectures.rules import Rule
 from megatron_ext.architectures.stored import Alias, Drop, Stacked
@@ -74,10 +82,15 @@ class Architecture:
         statements = self._sorted(raw)[1] + [statement for rule in self.config for statement in rule.unread(raw)]
         if not statements:
             return []
-        code = "the code of this class" if self.reads == "table" else f"transformers {transformers_version()}"
-        written = raw.get("transformers_version")
-        by = f" (config.json was written by {written})" if self.reads != "table" and isinstance(written, str) else ""
-        return [f"{', '.join(statements)}: read by nothing in {code}{by}, so left out"]
+        listed = ", ".join(statements)
+        if self.reads == "table":
+            return [f"{listed}: read by nothing in the code of this class, so left out"]
+        notes = [f"transformers {transformers_version()}"]
+        if isinstance(written := raw.get("transformers_version"), str):
+            notes.append(f"config.json was written by {written}")
+        if "auto_map" in raw and not self.code:
+            notes.append("code that auto_map names was not looked at")
+        return [f"{listed}: read by nothing in {self.hf_class} ({', '.join(notes)}), so left out"]
 
     def _sorted(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The fields that mean something, under the names of the table, and those that nothing reads."""
@@ -90,7 +103,7 @@ class Architecture:
                 del fields[name]
             elif canonical is not None and fields.get(canonical) in (None, value):
                 fields[canonical] = fields.pop(name)
-            elif reads is not None and name not in reads.fields and name != "quantization_config":
+            elif reads is not None and name not in reads.fields and name not in QUANTIZED:
                 unread.append(said(name, fields.pop(name)))
         return fields, unread
 

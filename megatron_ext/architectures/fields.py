@@ -35,9 +35,14 @@ TRAINING_OF_OTHERS = {
 }
 """Harmless fields that training reads and Megatron has no exact counterpart of: why, and what to set instead."""
 
+QUANTIZED = ("quantization_config", "quantization", "compression_config")
+"""Fields that mark quantized weights, whoever reads them."""
 UNKNOWN = {
-    "quantization_config": "the weights are quantized: take the original ones, or dequantize them (transformers' "
-    "`from_pretrained(..., quantization_config=...(dequantize=True))` and `save_pretrained`, or the authors' script)",
+    **dict.fromkeys(
+        QUANTIZED,
+        "the weights are quantized: take the original ones, or dequantize them (transformers' `from_pretrained(..., "
+        "quantization_config=...(dequantize=True))` and `save_pretrained`, or the authors' script)",
+    ),
     "sliding_window": "Megatron has no sliding windows; take it out if sequences are no longer than it",
     "layer_types": "Megatron's layers are alike; take it out if all of them are full_attention",
 }

@@ -48,22 +48,20 @@ def reads_of(model_type: str) -> Reads | None:
 @lru_cache
 def base_fields() -> frozenset[str]:
     """Fields that a configuration of any model may have, and those of text generation: they leave the logits alone."""
-    base = _class_of("configuration_utils.py", "PreTrainedConfig")
-    generation = _class_of("generation/configuration_utils.py", "GenerationConfig")
-    properties = {
-        node.name
-        for node in base.body
-        if isinstance(node, ast.FunctionDef) and any("setter" in ast.unparse(d) for d in node.decorator_list)
-    }
-    assigned = {node.attr for node in ast.walk(generation) if _is_of(node, "self") and isinstance(node.ctx, ast.Store)}
-    return frozenset({*_declared(base), *properties, *assigned} - {"rope_scaling"})
+    names: set[str] = set()
+    for base in _named_class("configuration_utils.py", "PreTrainedConfig"):
+        names.update(_declared(base), (node.name for node in base.body if _is_settable(node)))
+    for generation in _named_class("generation/configuration_utils.py", "GenerationConfig"):
+        stored = (node for node in ast.walk(generation) if _is_of(node, "self") and isinstance(node.ctx, ast.Store))
+        names.update(node.attr for node in stored)
+    return frozenset(names - {"rope_scaling"})
 
 
 @lru_cache
 def rope_fields() -> frozenset[str]:
     """Every name that transformers' rotary embeddings may look up in `rope_parameters` or `rope_scaling`."""
-    tree = _parse(_root() / "modeling_rope_utils.py")
-    return frozenset(n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    nodes = ast.walk(_parse(_root() / "modeling_rope_utils.py"))
+    return frozenset(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def _root() -> Path:
@@ -82,8 +80,14 @@ def _classes(module: Path) -> list[ast.ClassDef]:
     return [node for node in _parse(module).body if isinstance(node, ast.ClassDef)]
 
 
-def _class_of(module: str, name: str) -> ast.ClassDef:
-    return next(node for node in _classes(_root() / module) if node.name.lower() == name.lower())
+def _named_class(module: str, name: str) -> list[ast.ClassDef]:
+    """The class of a module; none in a version that has it elsewhere, and then its fields count as read."""
+    path = _root() / module
+    return [node for node in _classes(path) if node.name.lower() == name.lower()] if path.is_file() else []
+
+
+def _is_settable(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
+    return isinstance(node, ast.FunctionDef) and any("setter" in ast.unparse(d) for d in node.decorator_list)
 
 
 def _with_imports(modules: list[Path]) -> set[Path]:
@@ -145,8 +149,9 @@ def _declared(a_class: ast.ClassDef) -> Iterator[str]:
 
 def _attribute_map(a_class: ast.ClassDef) -> Iterator[tuple[str, str]]:
     for node in a_class.body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        if any(isinstance(target, ast.Name) and target.id == "attribute_map" for target in targets):
-            yield from ast.literal_eval(node.value).items()
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == "attribute_map" for target in targets):
+                for alias, name in zip(node.value.keys, node.value.values, strict=True):
+                    if isinstance(alias, ast.Constant) and isinstance(name, ast.Constant):
+                        yield str(alias.value), str(name.value)

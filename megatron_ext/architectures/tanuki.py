@@ -7,15 +7,18 @@ less their mean, over their sample standard deviation plus 1e-5, then Mixtral's.
 from megatron_ext.architectures import mixtral
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.experts import moe_only
-from megatron_ext.architectures.fields import Always
+from megatron_ext.architectures.fields import Always, Field
 from megatron_ext.config import GatingNormalization
+
+REPOSITORY = "weblab-GENIAC/Tanuki-8x8B-dpo-v1.0"
 
 TANUKI = Architecture(
     name="tanuki",
     hf_class="TanukiForCausalLM",
     model_type="Tanuki",
     config=(
-        *mixtral.CONFIG,
+        *(rule for rule in mixtral.CONFIG if "num_experts_per_tok" not in rule.hf_names()),
+        Field("num_experts_per_tok", "moe_router_topk", also=("num_experts_per_topk",), default=2),
         Always("moe_gating_normalization", GatingNormalization(scale=1.0, eps=1e-5, correction=1)),
     ),
     weights=mixtral.MIXTRAL.weights,
@@ -23,5 +26,9 @@ TANUKI = Architecture(
     stacked=mixtral.MIXTRAL.stacked,
     aliases=mixtral.MIXTRAL.aliases,
     reads_like="mixtral",
-    remote="weblab-GENIAC/Tanuki-8x8B-dpo-v1.0",
+    remote=REPOSITORY,
+    auto_map=(
+        ("AutoConfig", f"{REPOSITORY}--configuration_tanuki.TanukiConfig"),
+        ("AutoModelForCausalLM", f"{REPOSITORY}--modeling_tanuki.TanukiForCausalLM"),
+    ),
 )

@@ -144,6 +144,20 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return [checkpoint for checkpoint in _checkpoints(directory) if not faults_of(checkpoint)]
 
 
+def newest_checkpoints(directory: Path, count: int) -> list[Path]:
+    """The newest `count` checkpoints in a directory, or as many as there are, oldest first.
+
+    Raises:
+        CheckpointError: one of them is damaged. None is passed over for an older one.
+    """
+    found = _checkpoints(directory)[-count:]
+    for checkpoint in found:
+        if faults := faults_of(checkpoint):
+            way_out = "bring it back whole, or move it away to do without it"
+            raise CheckpointError(f"{checkpoint} is not complete: {'; '.join(faults)}. To go on, {way_out}")
+    return found
+
+
 def _checkpoints(directory: Path) -> list[Path]:
     """Every directory with the name of a complete checkpoint, oldest first."""
     if not directory.is_dir():

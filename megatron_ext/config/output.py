@@ -21,7 +21,8 @@ class CheckpointConfig:
     """Remove older checkpoints once this many newer ones are complete. The newest and the one before it are always kept
     (1 means 2), so that there is one to go back to where the newest is bad. Unset: keep all."""
     initialize_from: str | None = None
-    """Megatron checkpoint whose weights (not optimizer or position) a new run starts from, in any layout."""
+    """Megatron checkpoint or Hugging Face directory whose weights (not optimizer or position) a new run starts from, in
+    any layout."""
     load_optimizer: bool = True
     """When continuing: False starts the optimizer afresh and keeps weights, step and data position."""
 

@@ -105,7 +105,8 @@ def convert(
         return Conversion("to Hugging Face", why, architecture, opened.model, written)
     why = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
     recipe, training = recipe_path(target), _recipe(opened, str(target), own)
-    require_recipe_place(recipe, force=force)
+    if training is not None:
+        require_recipe_place(recipe, force=force)
     written = write_megatron(content, output, check)
     if training is None:
         return Conversion("to Megatron", why, opened.architecture, opened.model, written)

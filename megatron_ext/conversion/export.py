@@ -39,6 +39,10 @@ def write_export(
 ) -> None:
     """Write config.json, generation_config.json, the tokenizer and the modelling code that the class needs.
 
+    config.json is made of the table of the class, so that it holds all that the class reads. What nothing reads
+    (`unsloth_fixed`, `use_mrope`, `_name_or_path`) is not carried over from a source's, nor are sampling parameters,
+    which transformers takes from generation_config.json alone.
+
     Args:
         content: the model, with its tokenizer and what its configuration said of tokens before.
         specs: the tensors beside; most of their elements have the dtype that config.json names.

@@ -68,14 +68,14 @@ def verdict(verification: Verification) -> str:
     )
 
 
-Figures = GenerationComparison | LogitComparison | WeightComparison
-
-
-def write_figures(path: str | Path, **comparisons: Figures | None) -> None:
-    """Keep figures as JSON, one object a comparison."""
+def write_figures(path: str | Path, verification: Verification) -> None:
+    """Keep figures as JSON: one object a comparison, and `verification` with what follows from them."""
+    v = verification
+    comparisons = {"weights": v.weights, "logits": v.logits, "generation": v.generation}
     made = {name: asdict(comparison) for name, comparison in comparisons.items() if comparison is not None}
     content: dict[str, Any] = {
         name: {key: value for key, value in figures.items() if key != "rounded_to" or value}
         for name, figures in made.items()
     }
+    content["verification"] = {"verdict": verdict(v)}
     write_text(path, json.dumps(content, indent=2) + "\n")

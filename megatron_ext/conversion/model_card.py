@@ -65,16 +65,15 @@ def _experts(model: ModelConfig) -> str:
 
 
 def _loading(name: str, architecture: Architecture, *, has_tokenizer: bool) -> str:
-    loads = architecture.remote is None or bool(architecture.auto_map)
-    classes = [*(["AutoModelForCausalLM"] if loads else []), *(["AutoTokenizer"] if has_tokenizer else [])]
+    classes = ["AutoModelForCausalLM", *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if architecture.auto_map else ""
     code = [
         f"from transformers import {', '.join(classes)}",
         "",
-        *([f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})'] if loads else []),
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})',
         *([f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})'] if has_tokenizer else []),
     ]
-    parts = ["## Loading", *(["```python\n" + "\n".join(code) + "\n```"] if classes else []), _code_note(architecture)]
+    parts = ["## Loading", "```python\n" + "\n".join(code) + "\n```", _code_note(architecture)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -85,12 +84,7 @@ def _code_note(architecture: Architecture) -> str:
     if architecture.remote is None:
         return ""
     where = f"[{architecture.remote}](https://huggingface.co/{architecture.remote})"
-    if architecture.auto_map:
-        return f"Its modelling code is in {where}; `trust_remote_code` fetches and runs it."
-    return (
-        f"Transformers has no `{architecture.hf_class}`, and this directory has no code of it, so that `AutoModel` "
-        f"classes do not load it: its code is to be had with {where}."
-    )
+    return f"Its modelling code is in {where}; `trust_remote_code` fetches and runs it."
 
 
 def _verified(figures: Sequence[str] | None, other: str = "the model it was made of, before it was published") -> str:

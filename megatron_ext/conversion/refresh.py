@@ -45,6 +45,7 @@ def refresh_code(directory: str | Path, how: Comparison | None = None) -> tuple[
         changed = _write_code(partial, architecture)
         verification = None
         if how is not None:
+            _renew_manifest(partial, changed)
             verification = _verified(directory, partial, how)
             replace_verification(partial, lines_of(verification))
         if changed or verification is not None:
@@ -111,7 +112,7 @@ def _write_code(partial: Path, architecture: Architecture) -> list[str]:
 
 
 def _verified(directory: str | Path, partial: Path, how: Comparison) -> Verification:
-    result = verify(directory, partial, replace(how, first_by_megatron=True))
+    result = verify(partial, partial, replace(how, first_by_megatron=True))
     if not result.passed:
         figures = "\n".join(f"  {line}" for line in lines_of(result))
         raise ConversionError(f"{directory}: left as it is; with this version's code:\n{figures}")

@@ -139,15 +139,15 @@ def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
     if not batches:
         return Verification(weights, None, how.tolerance, compare_fields(a, b))
     narrow = getattr(torch, weights.rounded_to[0]) if len(weights.rounded_to) == 1 else None
-    examined = b if is_hugging_face(b) else a
+    examined = 1 if is_hugging_face(b) else 0
     computed, generation, why_not = [], None, ""
-    for path in (a, b):
-        if not is_hugging_face(path) or (how.first_by_megatron and path == a):
+    for number, path in enumerate((a, b)):
+        if not is_hugging_face(path) or (how.first_by_megatron and number == 0):
             computed.append(megatron_logits(path, batches, weights_as=narrow))
             continue
         network = load_hugging_face(path, trust_remote_code=how.trust_remote_code, weights_as=narrow)
         computed.append(network_logits(network, batches))
-        if how.generation and path == examined:
+        if how.generation and number == examined:
             generation, why_not = _generated(path, network, batches[0])
     logits = compare_logits(*computed)
     return Verification(weights, logits, how.tolerance, compare_fields(a, b), generation, why_not)

@@ -12,13 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_ext.checkpoint.tokenizer_files import FAST_FILE, MODEL_FILE, SETTINGS_FILE
 from megatron_ext.data.json_stream import NotJson, json_values, too_long, why_not_json
 from megatron_ext.errors import DataError
+from megatron_ext.files import UNFINISHED
 
 _ENDINGS = (".jsonl", ".json", ".txt")
 READABLE = ".jsonl (an object a line), .json (an array of objects, or objects) and .txt (a document), also as .gz"
 LONGEST_DOCUMENT = 1 << 28
 """Bytes of the longest document: tokenizing takes 25 to 200 times its size in memory."""
+_TOKENIZER = {FAST_FILE, MODEL_FILE, SETTINGS_FILE}
+_DESCRIPTIONS = {"dataset.json", "manifest.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 _BLOCK = 1 << 20
 _BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
@@ -66,8 +70,12 @@ def _files_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         folders.sort(key=lambda name: (os.path.islink(os.path.join(directory, name)), name))
+        for name in [name for name in folders if name.endswith(UNFINISHED)]:
+            folders.remove(name)
+            left_out.setdefault("unfinished output", []).append(Path(directory, name))
+        is_tokenizer = not _TOKENIZER.isdisjoint(names)
         for path in (Path(directory, name) for name in sorted(names)):
-            if (why := _why_not_read(path, seen)) is None:
+            if (why := _why_not_read(path, is_tokenizer, seen)) is None:
                 found.append(path)
             else:
                 left_out.setdefault(why, []).append(path)
@@ -76,17 +84,24 @@ def _files_below(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: nothing to read below ({', '.join(counts) or 'no files'}); expected {READABLE}")
     if counts:
         total = sum(map(len, left_out.values()))
-        print(f"{folder}: {len(found)} files are read, {total} left out: {', '.join(counts)}", file=sys.stderr)
+        read = "1 file is read" if len(found) == 1 else f"{len(found)} files are read"
+        print(f"{folder}: {read}, {total} left out: {', '.join(counts)}", file=sys.stderr)
     return sorted(found)
 
 
-def _why_not_read(path: Path, seen: set[str]) -> str | None:
+def _why_not_read(path: Path, is_tokenizer: bool, seen: set[str]) -> str | None:
+    """Why the file `path` of a folder is no text of a corpus, or None."""
     if not path.exists():
         return "broken link"
     if not path.is_file():
         return "no regular file"
     if _ending(path) is None:
         return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]) or "without ending"
+    # Data, tokenizers and corpora often stand in one folder.
+    if path.name in _DESCRIPTIONS:
+        return "description of data"
+    if is_tokenizer and _ending(path) != ".jsonl":
+        return "of a tokenizer"
     return "already read by another name" if _again(path, seen) else None
 
 

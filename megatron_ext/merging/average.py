@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
-from megatron_ext.checkpoint.store import TrainingState, complete_checkpoints
+from megatron_ext.checkpoint.store import TrainingState, newest_checkpoints
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.engine import copies
 from megatron_ext.conversion.one_tokenizer import require_one_tokenizer
@@ -152,7 +152,7 @@ def sources_of(options: AverageOptions) -> list[Path]:
         return paths
     if len(paths) != 1 or is_hugging_face(paths[0]):
         raise ConfigError("--last takes one directory of Megatron checkpoints")
-    found = complete_checkpoints(paths[0])
+    found = newest_checkpoints(paths[0], options.last)
     if len(found) < options.last:
         raise ConfigError(f"--last {options.last}: {paths[0]} holds {len(found)} checkpoints")
-    return found[-options.last :]
+    return found

@@ -20,6 +20,7 @@ from torch.distributed.run import parse_args, run
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """Handed on to the ranks. Some Slurm scripts warn with SIGUSR1: torchrun would die of it and leave its ranks."""
+_WHAT_NOW = ". The other ranks were ended; started again, the run goes on from its newest checkpoint"
 _SECONDS_TO_SAVE = 900
 """From such a signal to SIGKILL: the ranks finish their step and write a checkpoint."""
 
@@ -35,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         run(options)
     except ChildFailedError as error:
         rank, failure = first_to_fail(error.failures)
+        is_said = any(other.exitcode == 2 for other in error.failures.values())
         if message := describe(rank, failure):
-            print(f"error: {message}", file=sys.stderr)
+            print(message if is_said else f"error: {message}{_WHAT_NOW}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     except SignalException as error:
         sys.exit(128 + error.sigval)
@@ -73,13 +75,10 @@ def describe(rank: int, failure: ProcessFailure) -> str | None:
         return None
     who = f"rank {rank} (process {failure.pid} on {socket.gethostname()})"
     if failure.exitcode > 0:
-        return f"{who} ended with exit code {failure.exitcode}; why, stands above. The other ranks were ended"
+        return f"{who} ended with exit code {failure.exitcode}; why, stands above"
     name = signal.Signals(-failure.exitcode).name
     cause = ": often memory ran out, see dmesg or the job's accounting" if name == "SIGKILL" else ""
-    return (
-        f"{who} was killed by {name}{cause}. The other ranks were ended; "
-        "started again, the run goes on from its newest checkpoint"
-    )
+    return f"{who} was killed by {name}{cause}"
 
 
 if __name__ == "__main__":

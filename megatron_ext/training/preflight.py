@@ -20,6 +20,7 @@ from megatron_ext.config import (
     TrainConfig,
 )
 from megatron_ext.config.load import raise_faults, read_run_text, values_of
+from megatron_ext.conversion.checkpoint_model import tokenizer_directory
 from megatron_ext.conversion.sources import is_hugging_face, open_checkpoint
 from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.training.same_run import (
     changed_keys,
+    check_holds_weights,
     check_models_agree,
     check_same_data,
     check_same_model,
@@ -216,15 +218,21 @@ class _Examination:
     def _look_at_weights(self, path: Path) -> None:
         if not path.exists():
             raise CheckpointError("is not there")
-        opened = open_checkpoint(path)
-        self.found.start = f"a new run, from the weights of {opened.directory}"
-        if opened.tokenizer is not None:
-            self._compare_tokenizer(opened.tokenizer)
-        if self._model is not None:
-            saved = with_vocabulary_padding(opened.model, self._model) if is_hugging_face(path) else opened.model
-            check_models_agree(self._model, saved, opened.directory)
+        if is_hugging_face(path):
+            opened = open_checkpoint(path)
+            checkpoint, tokenizer = opened.directory, opened.tokenizer
+            if self._model is not None:
+                check_models_agree(self._model, with_vocabulary_padding(opened.model, self._model), checkpoint)
+        else:
+            checkpoint, tokenizer = store.require_checkpoint(path), tokenizer_directory(path)
+            if self._model is not None:
+                check_same_model(self._model, checkpoint)
+                check_holds_weights(self._model, checkpoint)
+        self.found.start = f"a new run, from the weights of {checkpoint}"
+        if tokenizer is not None:
+            self._compare_tokenizer(tokenizer)
         if self._data is not None and self._train is not None:
-            again = rereads(self._data, self._train, opened.directory, self._fingerprints or [])
+            again = rereads(self._data, self._train, checkpoint, self._fingerprints or [])
             self.found.warnings += [again] if again is not None else []
 
     def _compare_tokenizer(self, other: Path) -> None:

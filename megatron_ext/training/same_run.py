@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.checkpoint.tensors import MegatronSource
 from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
 from megatron_ext.config.meaning import meaning
 from megatron_ext.errors import CheckpointError, ConfigError
@@ -32,7 +34,6 @@ OTHER_SAMPLES = (
     "{}: its position in the data would mean other samples:\n{}\nSet it back, or start a new run from its weights: "
     "another checkpoint.directory, and checkpoint.initialize_from"
 )
-_ABSENT = "nothing"
 
 
 def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
@@ -43,12 +44,18 @@ def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
 
 def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path) -> None:
     """Raise CheckpointError naming every field in which `saved`, the model of `checkpoint`, is another than `model`."""
-    different = [
-        f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
+    names = [
+        name
         for name in ModelConfig.__dataclass_fields__
         if name not in _FREE and meaning(saved, name) != meaning(model, name)
     ]
-    if different:
+    # What means something else only because another key does is not worth a line of its own.
+    names = [name for name in names if getattr(saved, name) != getattr(model, name)] or names
+    if names:
+        different = [
+            f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
+            for name in names
+        ]
         raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
 
 
@@ -57,22 +64,29 @@ def with_vocabulary_padding(saved: ModelConfig, model: ModelConfig) -> ModelConf
     return replace(saved, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
 
 
+def check_holds_weights(model: ModelConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError naming the weights of `model` that `checkpoint` lacks, or has in another shape."""
+    stored = MegatronSource(checkpoint).specs
+    wrong = [name for name, shape in model_shapes(model).items() if name not in stored or stored[name].shape != shape]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"{checkpoint} lacks weights of its own model: {', '.join(wrong[:5])}{more}")
+
+
 def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> None:
     """Raise CheckpointError where the position in `checkpoint` counts other samples than those of this run."""
-    saved, now = store.read_run(checkpoint), {"data": to_mapping(data), "train": to_mapping(train)}
-    different = [
-        f"  {section}.{key}: {saved[section][key]!r} in the checkpoint, {now[section][key]!r} in this run"
-        for section, key in (("data", "sequence_length"), ("train", "seed"))
-        if saved[section][key] != now[section][key]
+    saved = store.read_run(checkpoint)
+    then, now = saved.get("data") or {}, to_mapping(data)
+    old_seed = (saved.get("train") or {}).get("seed")
+    compared = [
+        ("data.sequence_length", then.get("sequence_length"), now["sequence_length"]),
+        ("train.seed", old_seed, train.seed),
+        # The tokens would be the same, but not what is computed from them: as little as another model may this change
+        # unnoticed on the way. Checkpoints older than these keys had them off.
+        *((f"data.{key}", then.get(key, False), now[key]) for key in ("reset_attention_mask", "reset_position_ids")),
     ]
-    # The tokens would be the same, but not what is computed from them: as little as another model may this change
-    # unnoticed on the way. Checkpoints older than these keys had them off.
-    different += [
-        f"  data.{key}: {saved['data'].get(key, False)!r} in the checkpoint, {now['data'][key]!r} in this run"
-        for key in ("reset_attention_mask", "reset_position_ids")
-        if saved["data"].get(key, False) != now["data"][key]
-    ]
-    weights = [[source["weight"] for source in mapping["data"]["train"]] for mapping in (saved, now)]
+    different = [f"  {key}: {old!r} in the checkpoint, {new!r} in this run" for key, old, new in compared if old != new]
+    weights = [[source.get("weight") for source in mapping.get("train") or []] for mapping in (then, now)]
     if weights[0] != weights[1]:
         different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
     if different:
@@ -88,15 +102,14 @@ def check_same_sources(fingerprints: Sequence[str], state: store.TrainingState, 
 
 def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
     """Every key whose value in `run` is not the one `checkpoint` was saved with, as `key: old -> new`."""
-    saved = store.read_run(checkpoint)
-    with contextlib.suppress(ConfigError):  # keys that are newer than it get their defaults
+    now = to_mapping(run)
+    saved = {**now, **store.read_run(checkpoint)}  # weights that were converted come with the section model alone
+    with contextlib.suppress(ConfigError):  # keys that are newer than the checkpoint get their defaults
         saved = to_mapping(load_config(RunConfig, saved, source=str(checkpoint)))
-    old, new = dict(_leaves(saved)), dict(_leaves(to_mapping(run)))
-    return [
-        f"{key}: {old.get(key, _ABSENT)!r} -> {new.get(key, _ABSENT)!r}"
-        for key in dict.fromkeys([*new, *old])
-        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
-    ]
+    old, new = ({key: repr(value) for key, value in _leaves(one)} for one in (saved, now))
+    keys = dict.fromkeys([*new, *old])
+    pairs = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
+    return [f"{key}: {before} -> {after}" for key, before, after in pairs if before != after]
 
 
 def rereads(data: DataConfig, train: TrainConfig, checkpoint: Path, fingerprints: Sequence[str]) -> str | None:

@@ -102,10 +102,16 @@ def launch_ranks(directory: Path, script: str, processes: int = 2) -> subprocess
             1,
             "ended with exit code 1; why, stands above",
         ),
+        (
+            "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+            "signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))\ntime.sleep(60)",
+            1,
+            "rank 1 (process ",
+        ),
         ("if rank == '1': print('said', file=sys.stderr); sys.exit(2)\ntime.sleep(60)", 2, None),
         ("if rank == '1': sys.exit(143)\ntime.sleep(60)", 143, None),
     ],
-    ids=["killed", "failed", "bad input", "interrupted"],
+    ids=["killed", "failed", "killed, and another said so", "bad input", "interrupted"],
 )
 def test_the_end_of_a_rank_is_one_message(script: str, code: int, message: str | None, tmp_path: Path) -> None:
     process = launch_ranks(tmp_path, script)
@@ -116,8 +122,9 @@ def test_the_end_of_a_rank_is_one_message(script: str, code: int, message: str |
     if message is None:
         assert last in ([], ["said"])
     else:
-        assert last[0].startswith("error: rank 1 (process ")
+        assert last[0].startswith(("error: rank 1 (process ", message))
         assert message in last[0]
+        assert len(errors.splitlines()) == (2 if "sys.exit('" in script else 1)
     assert "Traceback" not in errors
     assert "ChildFailed" not in errors
 

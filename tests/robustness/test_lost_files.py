@@ -8,6 +8,8 @@ import pytest
 from megatron_ext.checkpoint.store import METADATA_FILE, TRACKER_FILE, find_checkpoint, require_checkpoint
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import CheckpointError
+from megatron_ext.merging.average import sources_of
+from megatron_ext.merging.options import AverageOptions
 
 
 @pytest.fixture
@@ -53,6 +55,13 @@ def test_the_one_before_is_taken_once_the_damaged_one_is_moved_and_it_is_said(
     shutil.rmtree(newest(run))
     assert find_checkpoint(run) == run / "iter_0000002"
     assert "says 4, but the newest checkpoint is iter_0000002" in caplog.text
+
+
+def test_an_average_of_the_last_ones_passes_over_none(run: Path) -> None:
+    assert sources_of(AverageOptions(sources=[str(run)], target="target", last=2)) == sorted(run.glob("iter_*"))
+    (run / "iter_0000002" / METADATA_FILE).unlink()
+    with pytest.raises(CheckpointError, match="iter_0000002 is not complete.*move it away to do without it"):
+        sources_of(AverageOptions(sources=[str(run)], target="target", last=2))
 
 
 def test_no_complete_one_at_all_is_no_new_run(run: Path) -> None:

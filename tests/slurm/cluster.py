@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scontrol")
@@ -102,6 +103,13 @@ class Cluster:
                 return
             time.sleep(0.5)
         raise AssertionError("nodes did not come up:\n" + (self.directory / "slurmctld.log").read_text())
+
+    def wait_until(self, is_so: Callable[[], bool], seconds: float) -> None:
+        """Wait until something is so."""
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
+            time.sleep(0.5)
 
     def wait_for_job(self, job: str, seconds: float) -> str:
         """Wait until `job` has ended and return its state."""

@@ -21,7 +21,6 @@ VALUES: tuple[Any, ...] = (
 
 def one_of_each_class() -> dict[str, dict[str, Any]]:
     configs = {architecture_of(raw, source=name).name: raw for name, raw in REAL.items() if name not in REFUSED}
-    configs["tanuki"] = configs["mixtral"] | {"architectures": ["TanukiForCausalLM"], "model_type": "Tanuki"}
     own = json.loads(json.dumps(config_to_hf(MEGATRON_EXT.config, tiny_model(moe=True))))
     return configs | {"megatron_ext": own | {"architectures": ["MegatronExtForCausalLM"]}}
 

@@ -41,6 +41,8 @@ UNREAD = {
     "vicuna-7b": "max_sequence_length = 2048",
     "AutoDecompiler-30B-pscode": "qkv_bias = False, shared_expert_intermediate_size = 0, use_qk_norm = True",
     "ai-sage/GigaChat-20B-A3B-instruct": "mlp_bias = False, moe_implementation = 'eager'",
+    "Debug-MoE-Reverse-Text-SFT": "use_grouped_mm = True: read by nothing in Qwen3MoeForCausalLM (transformers ",
+    "weblab-GENIAC/Tanuki-8x8B-dpo-v1.0": "code that auto_map names was not looked at), so left out",
     "Llama-3-ELYZA-hermes-2x8B": "attention_bias = False, mlp_bias = False",
 }
 SILENT = (
@@ -84,4 +86,4 @@ def test_fields_that_nothing_reads_are_named() -> None:
 
 def test_there_are_many_of_every_class() -> None:
     assert len(REAL) - len(REFUSED) >= 60
-    assert len({architecture_of(REAL[name], source=name).name for name in REAL.keys() - REFUSED.keys()}) == 13
+    assert len({architecture_of(REAL[name], source=name).name for name in REAL.keys() - REFUSED.keys()}) == 14

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS
 from megatron_ext.architectures.llama import LLAMA
@@ -97,6 +98,16 @@ def test_a_stock_class_is_preferred_and_the_reason_given() -> None:
 def test_unknown_classes_are_refused_with_the_known() -> None:
     with pytest.raises(ConversionError, match="FalconForCausalLM is not known; choose one of LlamaForCausalLM, "):
         architecture_for(tiny_model(), "FalconForCausalLM")
+
+
+def test_every_class_that_transformers_lacks_says_where_its_code_is() -> None:
+    lacking = [a for a in ARCHITECTURES if a.model_type not in CONFIG_MAPPING]
+    assert [a.name for a in lacking] == ["deepseek_v1", "tanuki", "megatron_ext"]
+    for architecture in lacking:
+        assert {"AutoConfig", "AutoModelForCausalLM"} <= dict(architecture.auto_map).keys()
+        assert (
+            all(place.startswith(f"{architecture.remote}--") for _, place in architecture.auto_map) or architecture.code
+        )
 
 
 def test_foreign_code_is_chosen_on_request_only() -> None:

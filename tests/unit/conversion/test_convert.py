@@ -280,6 +280,8 @@ def test_stored_layout_is_megatrons(tmp_path: Path) -> None:
 
 
 def edit_config(directory: Path, **changes: object) -> None:
+    """Change config.json on purpose: the directory's manifest, where it has one, goes."""
+    (directory / MANIFEST_FILE).unlink(missing_ok=True)
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -21,7 +21,7 @@ from megatron_ext.command import run_command
 from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.verify import LogitComparison
 from megatron_ext.errors import ConversionError
-from megatron_ext.manifest import MANIFEST_FILE
+from megatron_ext.locks import LOCK_FILE
 from tests.unit.conversion.hub_server import hub_server
 from tests.unit.conversion.test_convert import MODELS, edit_config, write_checkpoint
 from tests.workspace import ROOT
@@ -69,7 +69,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     if number == signal.SIGKILL:
-        assert [path.name for path in target.glob("[!.]*")] == ["iter_0000000.partial"]
+        assert {path.name for path in target.iterdir()} == {"iter_0000000.partial", LOCK_FILE}
         convert(tmp_path / "hf", target, force=True)
         assert [path.name for path in target.glob("iter_*")] == ["iter_0000000"]
     else:
@@ -133,7 +133,9 @@ def test_workers_shards_and_verification_are_options(tmp_path: Path, monkeypatch
         verify_tool.main, monkeypatch, capsys, source, target, "--no-logits", "--figures", figures
     )
     assert (code, "logits" in output) == (0, False)
-    assert json.loads(figures.read_text())["weights"]["rounded_to"] == ["bfloat16"]
+    written = json.loads(figures.read_text())
+    assert written["weights"]["rounded_to"] == ["bfloat16"]
+    assert written["verification"] == {"verdict": "the same model"}
 
 
 @pytest.mark.parametrize(
@@ -198,8 +200,8 @@ def test_another_configuration_is_another_model(tmp_path: Path, monkeypatch: Any
 
 def test_weights_that_are_code_are_not_read(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    (tmp_path / "hf" / "manifest.json").unlink()
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
-    (tmp_path / "hf" / MANIFEST_FILE).unlink()
     code, _, errors = in_this_process(convert_tool.main, monkeypatch, capsys, tmp_path / "hf", tmp_path / "back")
     assert code == 2
     assert "pytorch_model.bin is not read" in errors
@@ -245,6 +247,9 @@ def test_a_verified_export_is_uploaded_whole(tmp_path: Path, push: Push) -> None
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     card = hub.files["README.md"].decode()
     assert "argmax agreement  100.00%" in card
+    assert "generation: 16 of 16 tokens" in card
+    assert "verdict: the same model" in card
+    assert "verdict: the same model" in output
     assert 'AutoModelForCausalLM.from_pretrained("me/x"' in card
 
 

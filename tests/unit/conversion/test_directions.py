@@ -16,7 +16,7 @@ from megatron_ext.checkpoint.run_file import write_run
 from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.store import STATE_FILE, require_checkpoint
 from megatron_ext.checkpoint.tensors import MegatronSource, TensorSpec
-from megatron_ext.config import ModelConfig, read_yaml
+from megatron_ext.config import ModelConfig, load_run, read_yaml
 from megatron_ext.conversion.checkpoint_model import read_model
 from megatron_ext.conversion.content import Content
 from megatron_ext.conversion.convert import convert
@@ -28,6 +28,7 @@ from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConversionError
 from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.training.same_run import check_same_model
 from tests.unit.conversion.test_convert import MODELS, edit_config, write_checkpoint
 from tests.workspace import write_corpus
 
@@ -327,16 +328,20 @@ def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
     assert "steps" not in card
 
 
-def test_a_card_shows_no_loading_that_would_fail(tmp_path: Path) -> None:
+def test_an_export_whose_code_is_elsewhere_says_where(tmp_path: Path) -> None:
     every = {"moe_first_k_dense": 0, "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": None}
     source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True, **every))
     convert(source, tmp_path / "hf", hf_class="TanukiForCausalLM")
     card = (tmp_path / "hf" / MODEL_CARD).read_text()
-    assert "from_pretrained" not in card
-    assert "its code is to be had with [weblab-GENIAC/Tanuki-8x8B-dpo-v1.0]" in card
-    # As the card says: transformers knows neither the class nor where its code is.
-    with pytest.raises(ValueError, match="Tanuki"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    repository = "weblab-GENIAC/Tanuki-8x8B-dpo-v1.0"
+    assert f"Its modelling code is in [{repository}](https://huggingface.co/{repository})" in card
+    assert "trust_remote_code=True" in card
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": f"{repository}--configuration_tanuki.TanukiConfig",
+        "AutoModelForCausalLM": f"{repository}--modeling_tanuki.TanukiForCausalLM",
+    }
+    with pytest.raises(ConversionError, match="brings its own modelling code; pass --trust-remote-code to run it"):
+        load_hugging_face(tmp_path / "hf")
 
 
 # --- verified before it gets its name -----------------------------------------------------------------------
@@ -406,3 +411,41 @@ def test_a_model_larger_than_the_memory_is_said_before_the_work(
     assert not written
     assert not (tmp_path / "hf").exists()
     convert(source, tmp_path / "hf", verify=Comparison(logits=False))
+
+
+def test_a_training_configuration_stands_beside_a_megatron_target(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["MoE"]), tmp_path / "hf")
+    done = convert(tmp_path / "hf", tmp_path / "runs" / "imported")
+    assert done.recipe == tmp_path / "runs" / "imported.yaml"
+    run = load_run(done.recipe)
+    assert run.checkpoint.initialize_from == str(tmp_path / "runs" / "imported")
+    assert run.checkpoint.directory == str(tmp_path / "runs" / "imported-trained")
+    check_same_model(run.model, require_checkpoint(tmp_path / "runs" / "imported"))
+    text = done.recipe.read_text()
+    assert text.startswith(f"# Trains {tmp_path}/runs/imported, converted from {tmp_path}/hf. Made from usual values;")
+    (tmp_path / "runs" / "imported").rename(tmp_path / "aside")
+    with pytest.raises(ConversionError, match=r"imported\.yaml exists; choose another target or pass --force"):
+        convert(tmp_path / "hf", tmp_path / "runs" / "imported")
+    done.recipe.write_text("mine: true\n")
+    with pytest.raises(ConversionError, match="no training configuration that was made here: not replaced"):
+        convert(tmp_path / "hf", tmp_path / "runs" / "imported", force=True)
+    assert not (tmp_path / "runs" / "imported").exists()
+
+
+def test_a_run_in_another_dtype_goes_on_from_its_own_configuration_with_another_seed(tmp_path: Path) -> None:
+    run = {
+        "precision": {"kind": "fp32"},
+        "train": {"train_iters": 500, "global_batch_size": 8, "seed": 5},
+        "optimizer": {"kind": "adam", "lr": 4e-4},
+        "data": {"sequence_length": 32, "tokenizer": "T", "cache_dir": "C", "train": [{"path": "D"}]},
+        "checkpoint": {"directory": "R"},
+    }
+    source = write_checkpoint(tmp_path / "run", MODELS["dense"], run=run)
+    done = convert(source, tmp_path / "bf16", to="megatron", dtype="bf16")
+    assert done.recipe is not None
+    again = load_run(done.recipe)
+    assert (again.train.seed, again.optimizer.lr, again.data.train[0].path) == (1005, 4e-4, "D")
+    assert done.notes == [
+        "train.seed is 1005: with the source's, 5, the same samples would be read again from the first"
+    ]
+    assert f"# {done.notes[0]}." in done.recipe.read_text()

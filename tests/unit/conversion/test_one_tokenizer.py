@@ -11,6 +11,12 @@ from tokenizers import Tokenizer as Fast
 
 from megatron_ext.conversion.one_tokenizer import require_one_tokenizer
 from megatron_ext.errors import ConversionError
+from megatron_ext.merging.average import AverageOptions, average
+from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.upcycling.mix import Mix
+from megatron_ext.upcycling.options import UpcycleOptions
+from megatron_ext.upcycling.plan import make_plan
+from tests.unit.conversion.test_convert import write_checkpoint
 from tests.unit.data.tokenizers import byte_level, unigram, write, write_settings
 
 
@@ -57,3 +63,15 @@ def test_another_kind_is_refused_and_a_chat_model_is_not(tmp_path: Path, caplog:
     write_settings(tmp_path / "chat", {})
     require_one_tokenizer(checkpoints(base, tmp_path / "chat"))
     assert "are not compared" in caplog.text
+
+
+def test_merging_and_mixing_ask(tmp_path: Path) -> None:
+    models = [write_checkpoint(tmp_path / str(seed), tiny_model(vocab_size=350), seed=seed) for seed in range(2)]
+    for model, fast in zip(models, (byte_level(), unigram()), strict=True):
+        write(fast, model / "iter_0000000" / "tokenizer")
+    sources, target = [str(model) for model in models], str(tmp_path / "out")
+    with pytest.raises(ConversionError, match="have different tokenizers"):
+        average(AverageOptions(sources=sources, target=target, logits=False))
+    with pytest.raises(ConversionError, match="have different tokenizers"):
+        make_plan(UpcycleOptions(sources=sources, target=target, num_experts=4, method=Mix(), logits=False))
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from megatron_ext.conversion.logits import load_hugging_face
 from megatron_ext.conversion.refresh import refresh_code
 from megatron_ext.conversion.verify import Comparison
 from megatron_ext.errors import ConversionError
-from megatron_ext.manifest import check_manifest
+from megatron_ext.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from tests.unit.conversion.own_models import MODELS, export, tokens, write_checkpoint
 from tests.unit.conversion.test_convert_command import in_this_process
 from tools import convert as convert_tool
@@ -25,6 +25,7 @@ CODE = "modeling_megatron_ext.py"
 def older(tmp_path: Path) -> Path:
     """An export as another version may have left it: other code, more of it, named elsewhere, a file of the user's."""
     directory = export(tmp_path, NAME)[1]
+    (directory / MANIFEST_FILE).unlink()
     (directory / CODE).write_text("raise SystemExit('this is old code')\n")
     (directory / "modeling_megatron_ext_router.py").write_text("# of an earlier version\n")
     (directory / "my notes").mkdir()
@@ -37,6 +38,7 @@ def older(tmp_path: Path) -> Path:
 
 def test_the_code_is_this_versions_and_the_weights_the_same_file(older: Path) -> None:
     weights = older / "model.safetensors"
+    write_manifest(older)
     before, config = weights.stat(), json.loads((older / "config.json").read_text())
     others = {path.name for path in older.iterdir()}
     with pytest.raises(ConversionError, match="--refresh-code"):
@@ -45,7 +47,7 @@ def test_the_code_is_this_versions_and_the_weights_the_same_file(older: Path) ->
     assert changed == [CODE, "modeling_megatron_ext_router.py", "config.json"]
     assert verification is None
     assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert {path.name for path in older.iterdir()} == others - {"modeling_megatron_ext_router.py"}
+    assert {path.name for path in older.iterdir()} - {MANIFEST_FILE} == others - {"modeling_megatron_ext_router.py"}
     assert (older / "my notes" / "a.txt").read_text() == "mine"
     assert (older / CODE).read_text() == shipped_code(CODE)
     again = json.loads((older / "config.json").read_text())

@@ -141,6 +141,20 @@ def test_what_a_folder_leaves_out_is_said(tmp_path: Path, capsys: pytest.Capture
     )
 
 
+def test_data_and_tokenizers_among_the_text_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("d/dataset.json", "d/manifest.json", "d.partial/plan.json", "t/tokenizer.json", "t/merges.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "d" / "train.bin").touch()
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    assert corpus_files([tmp_path]) == [tmp_path / "a.jsonl"]
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: 1 file is read, 6 left out: 1 .bin (d/train.bin), "
+        "2 description of data (such as d/dataset.json), 2 of a tokenizer (such as t/merges.txt), "
+        "1 unfinished output (d.partial)\n"
+    )
+
+
 @settings(max_examples=60)
 @given(
     values=st.lists(

@@ -9,7 +9,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 import megatron_ext.data.preprocess as module
-from megatron_ext.data.preprocess import check_dataset, preprocess
+from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint, preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import OURS
@@ -241,6 +241,11 @@ def test_a_damaged_index_is_named_without_a_manifest_too(prepared: Path, tmp_pat
         index.write_bytes(content)
         with pytest.raises(DataError, match=r"train\.idx: not the index of"):
             check_dataset(tmp_path / "d" / "train", Tokenizer(prepared / "t"))
+
+
+def test_data_without_a_description_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dataset\.json: No such file or directory; prepare it with"):
+        dataset_fingerprint(tmp_path / "train")
 
 
 def test_checksums_find_what_sizes_do_not(prepared: Path, tmp_path: Path) -> None:

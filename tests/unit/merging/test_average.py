@@ -15,7 +15,7 @@ from megatron_ext.conversion import verify
 from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.sources import EMBEDDING, open_checkpoint
 from megatron_ext.conversion.verify import compare_weights
-from megatron_ext.errors import ConfigError, ConversionError
+from megatron_ext.errors import CheckpointError, ConfigError, ConversionError
 from megatron_ext.merging import average as average_module
 from megatron_ext.merging.average import average, sources_of
 from megatron_ext.merging.merge import Dare, Ema, Linear, TaskArithmetic, Ties
@@ -73,7 +73,10 @@ def test_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
         (tmp_path / checkpoint_name(iteration)).mkdir()
         for name in (METADATA_FILE, "__0_0.distcp"):
             (tmp_path / checkpoint_name(iteration) / name).touch()
-    (tmp_path / checkpoint_name(40)).mkdir()  # not complete
+    (tmp_path / checkpoint_name(40)).mkdir()
+    with pytest.raises(CheckpointError, match="iter_0000040 is not complete"):
+        sources_of(options([tmp_path], tmp_path / "out", last=2))
+    (tmp_path / checkpoint_name(40)).rmdir()
     found = sources_of(options([tmp_path], tmp_path / "out", last=2))
     assert [path.name for path in found] == ["iter_0000020", "iter_0000030"]
     with pytest.raises(ConfigError, match="--last 4: .* holds 3 checkpoints"):

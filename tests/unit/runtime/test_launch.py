@@ -1,0 +1,35 @@
+"""Which of several ranks that ended is named: the one that ended the others."""
+
+import signal
+
+import pytest
+from torch.distributed.elastic.multiprocessing import ProcessFailure
+
+from megatron_ext.runtime.launch import describe, first_to_fail
+
+
+@pytest.mark.parametrize(
+    ("codes", "first"),
+    [
+        ({0: 1, 1: -signal.SIGKILL}, 1),  # rank 0 lost its connection to it
+        ({0: 2, 1: -signal.SIGSEGV}, 1),
+        ({0: -signal.SIGTERM, 1: 1}, 1),  # ended by the launcher
+        ({0: 143, 1: 1}, 1),  # ended by the launcher, in its own time
+        ({0: 1, 1: 2}, 1),  # bad input, which it said
+        ({0: -signal.SIGTERM, 1: 143}, 1),
+        ({0: 1, 1: 1}, 0),
+    ],
+)
+def test_the_rank_that_ended_the_others_comes_first(codes: dict[int, int], first: int) -> None:
+    failures = {rank: ProcessFailure(rank, 100 + rank, code, "") for rank, code in codes.items()}
+    for failure in failures.values():
+        failure.timestamp = 0
+    rank, failure = first_to_fail(failures)
+    assert (rank, failure.exitcode) == (first, codes[first])
+
+
+def test_a_rank_that_spoke_for_itself_is_not_described() -> None:
+    codes = (2, 130, 143, 1, -signal.SIGKILL)
+    said = [describe(0, ProcessFailure(0, 7, code, "")) for code in codes]
+    assert said[:3] == [None] * 3
+    assert all(line is not None and "rank 0 (process 7 on " in line for line in said[3:])

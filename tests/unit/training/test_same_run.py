@@ -1,0 +1,37 @@
+"""What of a run was changed since its checkpoint, key by key."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config import dump_yaml, to_mapping
+from megatron_ext.training.same_run import changed_keys
+from tests.unit.config.test_load import load, mapping
+
+
+def changes(tmp_path: Path, saved: dict[str, Any], *overrides: str) -> list[str]:
+    (tmp_path / "run.yaml").write_text(dump_yaml(saved))
+    return changed_keys(load(mapping(), *overrides), tmp_path)
+
+
+def test_every_changed_key_is_told_with_both_values(tmp_path: Path) -> None:
+    saved = to_mapping(load(mapping(schedule={"kind": "wsd", "wsd_decay_iters": 5})))
+    assert changes(tmp_path, saved, "optimizer.lr=2e-3", "data.train=[{path: a, weight: 2.0}, {path: b}]") == [
+        "optimizer.lr: 0.001 -> 0.002",
+        "schedule.kind: 'wsd' -> 'cosine'",
+        "schedule.decay_iters: nothing -> None",
+        "data.train.0.weight: 1.0 -> 2.0",
+        "data.train.1.path: nothing -> 'b'",
+        "data.train.1.weight: nothing -> 1.0",
+        "schedule.wsd_decay_iters: 5 -> nothing",
+        "schedule.decay_style: 'minus_sqrt' -> nothing",
+    ]
+
+
+def test_keys_that_are_newer_than_the_checkpoint_have_their_defaults(tmp_path: Path) -> None:
+    saved = to_mapping(load(mapping()))
+    del saved["data"]["reset_position_ids"], saved["checkpoint"]["load_optimizer"]
+    assert changes(tmp_path, saved, "train.seed=5") == ["train.seed: 1234 -> 5"]
+
+
+def test_a_checkpoint_of_weights_alone_says_nothing_of_training(tmp_path: Path) -> None:
+    assert changes(tmp_path, {"model": mapping()["model"]}) == []
