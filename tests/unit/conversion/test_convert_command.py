@@ -201,8 +201,8 @@ def test_another_configuration_is_another_model(tmp_path: Path, monkeypatch: Any
 
 def test_weights_that_are_code_are_not_read(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
-    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
     (tmp_path / "hf" / MANIFEST_FILE).unlink()
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
     code, _, errors = in_this_process(convert_tool.main, monkeypatch, capsys, tmp_path / "hf", tmp_path / "back")
     assert code == 2
     assert "pytorch_model.bin is not read" in errors
