@@ -38,4 +38,4 @@ for argument in "$@"; do
   [ "$argument" != --check ] || exec "${check[@]}"
 done
 "${check[@]}" > /dev/null
-exec "$python" -m megatron_ext.runtime.launch "${rendezvous[@]}" --nproc-per-node "$per_node" "$root/tools/train.py" "$@"
+exec "$python" -P -m megatron_ext.runtime.launch "${rendezvous[@]}" --nproc-per-node "$per_node" "$root/tools/train.py" "$@"

@@ -7,6 +7,8 @@ from megatron_ext.checkpoint.store import find_checkpoint, require_whole
 from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.manifest import MANIFEST_FILE, check_manifest, read_manifest, write_manifest
 
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
 
 @dataclass(frozen=True)
 class Examination:
@@ -30,12 +32,17 @@ def examine(path: str | Path) -> Examination:
             f"{directory}: has no {MANIFEST_FILE}, so there is nothing to compare its files with: an older version or "
             "somebody else wrote it; pass --write to have its files listed as they are now"
         )
-    check_checksums(directory, CheckpointError)
+    if find_checkpoint(directory) == directory:
+        require_whole(directory, checksums=True)
+    else:
+        check_manifest(directory, CheckpointError, checksums=True)
     return Examination(directory, len(manifest), sum(entry.bytes for entry in manifest.values()))
 
 
-def check_checksums(path: str | Path, error: type[MegatronExtError]) -> bool:
-    """Compare the files of a checkpoint of either kind with its manifest; return whether it has one.
+def check_checksums(path: str | Path, error: type[MegatronExtError]) -> None:
+    """Compare the files of a checkpoint, or the weights of an export, with its manifest, if it has one.
+
+    What people may edit in an export (its configurations, card and tokenizer) is left to `examine`.
 
     Raises:
         CheckpointError, error: files are missing or changed.
@@ -43,8 +50,8 @@ def check_checksums(path: str | Path, error: type[MegatronExtError]) -> bool:
     directory = finished_directory(path)
     if find_checkpoint(directory) == directory:
         require_whole(directory, checksums=True)
-        return read_manifest(directory, error) is not None
-    return check_manifest(directory, error, checksums=True)
+    else:
+        check_manifest(directory, error, checksums=True, only=_WEIGHTS)
 
 
 def write_anew(path: str | Path) -> Examination:

@@ -31,7 +31,7 @@ TRAINING_ONLY = frozenset(
 class ModelConfig:
     """A decoder-only transformer, dense or Mixture-of-Experts. The defaults are Llama's shape."""
 
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=100_000)
     """Transformer layers."""
     hidden_size: int = Field(ge=1)
     """Width of the residual stream."""

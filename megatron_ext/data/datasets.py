@@ -91,7 +91,7 @@ def build_blend(
     """
     section = "validation" if sources is data.validation else "train"
     for number, source in enumerate(sources):
-        key = f"data.{section}[{number}].path"
+        key = f"data.{section}.{number}.path"
         try:
             counts = check_dataset(source.path, tokenizer)
         except DataError as error:

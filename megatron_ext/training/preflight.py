@@ -153,16 +153,24 @@ class _Examination:
     def _look_at_data(self) -> list[int] | None:
         """Tokens of each source of data.train; None where one is not as it must be."""
         before = len(self.found.faults)
-        train, validation = (self._values.get(f"data.{key}") or [] for key in ("train", "validation"))
-        tokens = [self._look_at_source(f"data.train.{number}", source) for number, source in enumerate(train)]
+        train = self._sources("train")
+        tokens = [self._look_at_source(f"data.train.{number}", source) for number, source in train.items()]
         whole = len(self.found.faults) == before and self._tokenizer is not None
         if whole:
             with contextlib.suppress(OSError):
-                self._fingerprints = [dataset_fingerprint(source.path) for source in train]
+                self._fingerprints = [dataset_fingerprint(source.path) for source in train.values()]
         if self._values.get("train.eval_interval") is not None:
-            for number, source in enumerate(validation):
+            for number, source in self._sources("validation").items():
                 self._look_at_source(f"data.validation.{number}", source)
         return tokens if whole else None
+
+    def _sources(self, blend: str) -> dict[int, DataSource]:
+        """The sources of a blend by their number; of one with faults, those that have none."""
+        key = f"data.{blend}"
+        if (whole := self._values.get(key)) is not None:
+            return dict(enumerate(whole))
+        numbered = ((name.removeprefix(f"{key}."), value) for name, value in self._values.items())
+        return {int(number): value for number, value in numbered if number.isdecimal()}
 
     def _look_at_source(self, key: str, source: DataSource) -> int:
         """Tokens of a source, once its faults are noted."""

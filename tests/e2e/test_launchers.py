@@ -73,6 +73,7 @@ def test_what_is_missing_is_said_before_anything_starts(
 
 
 def test_check_goes_through_the_launcher_and_starts_nothing(tmp_path: Path) -> None:
+    prepare_data(tmp_path)
     process = start(write_run(tmp_path / "run.yaml", run_mapping(tmp_path)), "--check", NPROC_PER_NODE="2")
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors

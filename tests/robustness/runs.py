@@ -26,8 +26,9 @@ def train_here(path: Path, overrides: list[str]) -> int:
     """Run, or continue, the run at `path`; the signal that stopped it, or 0."""
     run = load_run(path, overrides)
     groups = split_process_group(run.parallel, run.runtime)
+    layout, device = run.resolve(dist.get_world_size()), choose_device(run.runtime)
     with run_lock(run.checkpoint.directory):
-        return loop._open_and_train(run, run.resolve(dist.get_world_size()), groups, choose_device(run.runtime))
+        return loop._open_and_train(run, layout, groups, device, None)
 
 
 def train_and_signal(path: Path, overrides: list[str], rank: int, number: int, metrics: Path, step: int) -> int:

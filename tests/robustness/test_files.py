@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron_ext.monitoring.report import read_phases, write_report
 from megatron_ext.testing.tiny import tiny_model
 from tests.robustness.damage import damage
 from tests.unit.conversion.own_models import write_checkpoint
+from tools import verify_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,25 @@ def test_states_of_another_kind(state: str, checkpoint: Path) -> None:
     (checkpoint / "state.json").write_bytes(state.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"state\.json"):
         store.read_state(checkpoint)
+
+
+def test_the_tool_says_what_is_whole_and_what_is_not(
+    either: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["verify_checkpoint.py", str(either), *arguments])
+        verify_checkpoint.main()
+        return capsys.readouterr().out
+
+    assert "MB, as they were written" in told()
+    weights = next(iter([*either.glob("*.distcp"), *either.glob("*.safetensors")]))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=f"{weights.name}: the right size, but other content"):
+        told()
+    assert "listed as they are" in told("--write")
+    (either / MANIFEST_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json.*pass --write"):
+        told()
 
 
 # --- hostile files --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 from megatron_ext.data.preprocess import check_dataset, preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError, MegatronExtError
-from tests.workspace import TOOLS, command, write_corpus
+from tests.workspace import TOOLS, write_corpus
 
 SEED, INPUTS = 12, 120
 
@@ -134,12 +134,11 @@ def assert_all_end(processes: list[psutil.Process]) -> None:
 
 def test_two_at_once_and_sigterm(place: Path, tmp_path: Path) -> None:
     with preparing(place, tmp_path / "d") as (process, others):
-        process.send_signal(signal.SIGSTOP)  # or it might be done before the second one has started
-        second = command(*arguments(place, tmp_path / "d")[1:])
+        process.send_signal(signal.SIGSTOP)  # or it might be done meanwhile
+        refusal = fault_of_preparing(place / "large.jsonl", place / "t", tmp_path / "d")
         process.send_signal(signal.SIGCONT)
-        assert second.returncode == 2
-        assert "is being written by preparing data on" in second.stderr
-        assert f"process {process.pid}" in second.stderr
+        assert refusal.startswith(f"{tmp_path}/d is being written by preparing data on")
+        assert f"process {process.pid}" in refusal
         assert process.poll() is None, "the first one has suffered"
         process.terminate()
         assert "terminated\n" in process.communicate()[1]

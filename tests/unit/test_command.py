@@ -1,12 +1,13 @@
 """Options of a command: tagged unions chosen by kind, several sources and one target, files and what wins over them."""
 
+import errno
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field
 
-from megatron_ext.command import parse_command
+from megatron_ext.command import parse_command, run_command
 from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
 
@@ -117,3 +118,26 @@ def test_help_tells_kinds_and_whose_an_option_is(capsys: pytest.CaptureFixture[s
     # Said once for all kinds that agree, and with each one's own default where they do not.
     assert "[coarse] Size of a grain. (integer, default 3) [fine] Size of a grain. (integer, default 1)" in text
     assert "[fine] Width of the mesh." in text
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            "error: runs/x: No space left on device; make room",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: an output: No space left on device; make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "error: runs/x: Permission denied\n"),
+    ],
+)
+def test_what_the_system_says_of_files_is_one_message(
+    fault: OSError, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise fault
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(fail)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(said)

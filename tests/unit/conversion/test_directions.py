@@ -210,6 +210,7 @@ def test_an_index_may_name_a_tied_output_layer_that_no_shard_holds(tmp_path: Pat
     (tmp_path / "hf" / MANIFEST_FILE).unlink()
     index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.embed_tokens.weight"]
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "hf" / MANIFEST_FILE).unlink()
     convert(tmp_path / "hf", tmp_path / "back")
     edit_config(tmp_path / "hf", tie_word_embeddings=False)
     with pytest.raises(ConversionError, match=r"names tensors that no shard holds: lm_head\.weight"):

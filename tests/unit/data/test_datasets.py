@@ -316,8 +316,8 @@ def test_faults_of_processes_that_read_ahead_are_one_message(fault: Callable[[],
 def test_a_source_that_cannot_be_used_is_named_by_its_key(data: DataConfig, pool: GlooPool, tmp_path: Path) -> None:
     config = dataclasses.replace(data, train=[data.train[0], DataSource(path=str(tmp_path / "train"))])
     (message,) = pool.run(1, message_of_reading, config)
-    assert message.startswith(f"data.train[1].path: {tmp_path}/train: train.bin is missing")
+    assert message.startswith(f"data.train.1.path: {tmp_path}/train: train.bin is missing")
     config = dataclasses.replace(data, sequence_length=10**6)
     (message,) = pool.run(1, message_of_reading, config)
-    assert message.startswith("data.train[0].path: ")
+    assert message.startswith("data.train.0.path: ")
     assert message.endswith("tokens are not one sample of data.sequence_length = 1000000")

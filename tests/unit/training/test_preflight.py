@@ -46,16 +46,18 @@ def test_faults_of_configuration_and_files_come_in_one_message(work: Path, tmp_p
     mapping = run_mapping(work)
     mapping["model"]["num_layers"] = "four"
     mapping["data"] |= {"tokenizer": "nowhere", "train": [{"path": "missing/train"}, {"path": str(work / "data")}]}
+    mapping["data"]["train"].append({"path": "x", "wieght": 2})
     mapping["checkpoint"] = {"directory": str(work / "another"), "initialize_from": "gone"}
     mapping["logging"] = {"metrics_file": str(work / "run.yaml" / "metrics.jsonl")}
     process = command(TOOLS / "train.py", write_run(tmp_path / "run.yaml", mapping), "--check")
     assert process.returncode == 2
     assert process.stdout == ""
     assert process.stderr.count("error: ") == 1
-    assert "run.yaml: 6 problems" in process.stderr
+    assert "run.yaml: 7 problems" in process.stderr
     here = Path.cwd()
     for part in (
         "model.num_layers = 'four': must be an integer",
+        "data.train.2.wieght = 2: unknown key; did you mean 'weight'?",
         f"data.tokenizer = nowhere (= {here}/nowhere): ",
         f"data.train.0.path = missing/train (= {here}/missing/train): is not there; prepare it with",
         f"data.train.1.path = {work}/data: is a folder; name a split in it",
