@@ -92,13 +92,19 @@ def _continue(
             f"{name}: {describe(broken, len(weights))}, so that nothing can be generated; take a checkpoint from before"
         )
     torch.manual_seed(sampling.seed)
-    positions = learned_positions(network)
+    positions, rows = learned_positions(network), network.get_input_embeddings().weight.shape[0]
     continuations = []
     for prompt in prompts:
         tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         length = tokens["input_ids"].shape[1]
         if length == 0:
             raise DataError(f"the prompt {prompt!r} has no tokens to start from")
+        if (largest := int(tokens["input_ids"].max())) >= rows:
+            raise DataError(
+                f"the prompt {_shortened(prompt)} has token {largest} "
+                f"({tokenizer.convert_ids_to_tokens(largest)!r}), but {name} embeds {rows} tokens only: its tokenizer "
+                "is larger than the model"
+            )
         if positions is not None and length >= positions:
             raise DataError(
                 f"the prompt {_shortened(prompt)} has {length:,} tokens, but {name} has learned {positions:,} "

@@ -13,6 +13,7 @@ from megatron_ext.conversion.token_ids import check_reading, check_rows, special
 from megatron_ext.conversion.verify import Comparison
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import ConversionError, DataError
+from megatron_ext.generation.sample import generate
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.conversion.test_convert import edit_config, write_checkpoint
 from tests.unit.data.tokenizers import byte_level, write, write_settings
@@ -144,3 +145,13 @@ def test_a_class_that_reads_otherwise_is_said(llama: Path, caplog: pytest.LogCap
     check_reading(before, llama)
     assert "tokenizer" in caplog.text
     assert replace(open_checkpoint(llama).content, tokenizer=None).beside == llama
+
+
+def test_a_prompt_with_a_token_that_has_no_row_is_refused(llama: Path) -> None:
+    fast = byte_level()
+    fast.add_tokens(["<tool>"])
+    write(fast, llama)
+    how: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    assert len(generate(llama, ["the model"], **how)) == 1
+    with pytest.raises(DataError, match=r"has token 350 \('<tool>'\), but .* embeds 350 tokens only"):
+        generate(llama, ["the <tool>"], **how)
