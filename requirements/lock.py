@@ -63,7 +63,7 @@ def main() -> None:
     python = "{}.{}".format(*sys.version_info)
     versions = needed(resolve())
     lock = HERE / f"lock-{python}.txt"
-    lines = [f"# Tested together on Python {python}; `make setup` installs them. Written by `make lock`."]
+    lines = [f"# Resolved together for Python {python}; `make setup` installs them. Written by `make lock`."]
     lines += [f"{name}=={version}" for name, version in versions.items()]
     lock.write_text("\n".join(lines) + "\n")
     print(f"{lock.relative_to(HERE.parent)}: {len(versions)} packages, among them", end=" ")
