@@ -7,7 +7,6 @@ from megatron_ext.errors import ConversionError
 from megatron_ext.planning.amounts import flops
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.memory import state_memory
-from megatron_ext.runtime.cpu_speed import slow_precision
 
 _MOST_ROWS = 32
 
@@ -43,8 +42,6 @@ def describe_run(run: RunConfig, world_size: int | None) -> str:
         f"micro-batches   {layout.num_microbatches} of {run.train.micro_batch_size} x {run.data.sequence_length} "
         "tokens a rank and step",
     ]
-    if slow := slow_precision(run.runtime, run.precision):
-        lines.append(f"slow            {slow}")
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ from megatron_ext.planning.amounts import size
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses
 from megatron_ext.planning.memory import checkpoint_bytes
+from megatron_ext.runtime.cpu_speed import slow_precision
 from megatron_ext.training.same_run import (
     changed_keys,
     check_holds_weights,
@@ -138,6 +139,8 @@ class _Examination:
             self._count_epochs(tokens)
         if self._run is not None:
             self._look_at_room(self._run)
+            if slow := slow_precision(self._run.runtime, self._run.precision):
+                self.found.warnings.append(slow)
 
     def _look_at_tokenizer(self) -> None:
         if (directory := self._values.get("data.tokenizer")) is None:

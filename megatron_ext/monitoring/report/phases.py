@@ -8,7 +8,7 @@ from megatron_ext.errors import DataError
 from megatron_ext.foreign import reading
 from megatron_ext.monitoring.metrics_file import read_metrics, read_starts
 from megatron_ext.monitoring.report.records import drawable, drawable_starts
-from megatron_ext.monitoring.units import compute_rate
+from megatron_ext.planning.amounts import flops
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def summary_rows(phases: Sequence[Phase]) -> list[tuple[str, ...]]:
                 f"{phase.steps[-1]['loss']:.3f}",
                 validation,
                 f"{rates[len(rates) // 2]:,.0f}",
-                compute_rate(tflops[len(tflops) // 2]),
+                f"{flops(tflops[len(tflops) // 2] * 1e12)}/s",
             )
         )
     return rows
