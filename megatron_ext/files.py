@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
@@ -68,6 +69,23 @@ def writing(path: str | Path) -> Iterator[None]:
         # numpy knows how many bytes it could not write, but not why.
         why = fault.strerror or f"cannot be written ({fault})"
         raise OSError(fault.errno or errno.ENOSPC, why, str(path)) from fault
+
+
+def require_writable(path: str | Path) -> None:
+    """Find out before the work whether the file at `path` could be written; what is there stays. Makes its folder.
+
+    Raises:
+        OSError: naming `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from megatron_ext.errors import MegatronExtError
 
+LFS_POINTER = b"version https://git-lfs"
+"""Begins the file that stands in a repository for one that Git LFS keeps."""
 _MOST_CHARACTERS = 300
 
 
@@ -32,12 +34,29 @@ def reading(path: str | Path, error: type[MegatronExtError], *, kind: str = "", 
         yield
     except MegatronExtError:
         raise
-    except Exception as fault:
-        raise error(f"{path}: {fault_of(fault, kind)}{advice and '; '}{advice}") from fault
     except BaseException as fault:
-        if type(fault).__name__ != "PanicException":  # how Rust's panics arrive: not even an Exception
+        # Rust's panics arrive as PanicException, which is not even an Exception.
+        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":
             raise
+        if is_lfs_pointer(path):
+            raise error(f"{path}: {IS_LFS_POINTER}") from fault
         raise error(f"{path}: {fault_of(fault, kind)}{advice and '; '}{advice}") from fault
+
+
+IS_LFS_POINTER = (
+    "is a Git LFS pointer, not the file itself; fetch it by 'git lfs pull' in the repository, or download it again"
+)
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether the file at `path` is what a clone without Git LFS has in place of a large file."""
+    try:
+        if not Path(path).is_file():  # opening a pipe would wait
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
 
 
 def fault_of(fault: BaseException, kind: str = "") -> str:

@@ -37,9 +37,11 @@ class GenerateOptions:
 def main() -> None:
     """Parse the command line and generate."""
     o = parse_command(GenerateOptions, __doc__, positional=["checkpoint"])
-    from megatron_ext.files import write_text
+    from megatron_ext.files import require_writable, write_text
     from megatron_ext.generation.sample import generate
 
+    if o.output:
+        require_writable(o.output)
     sampling = {"temperature": o.temperature, "top_p": o.top_p, "seed": o.seed}
     with ending_on_sigterm():  # which removes the temporary model
         texts = generate(

@@ -138,6 +138,12 @@ class Rope(ConfigRule):
             raise ConversionError(f"{name}: {listed}: may change the model and is not understood with {kind!r}")
         if kind == "default":
             return _Stated(None, theta, partial)
+        # transformers refuses these too: a guess would be another model.
+        needed = SCALINGS[kind] if kind == "llama3" else ("factor",)
+        if lacking := [key for key in needed if key not in given]:
+            raise ConversionError(
+                f"{name}: rope_type = {kind!r} without {', '.join(lacking)}; add what the model was trained with"
+            )
         scaling = {key: given[key] for key in SCALINGS[kind] if key in given}
         if "original_max_position_embeddings" in SCALINGS[kind] and "max_position_embeddings" in raw:
             scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])

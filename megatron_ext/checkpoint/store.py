@@ -9,6 +9,7 @@ Stock megatron-core loads it with `StrictHandling.LOG_ALL` (Megatron-LM: `--dist
 also ask for an `_extra_state`, Transformer Engine's fp8 bookkeeping, which is no part of the model and not stored here.
 """
 
+import fnmatch
 import io
 import json
 import logging
@@ -453,10 +454,30 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _prepare(partial: Path) -> None:
-    for leftover in partial.parent.glob(f"iter_*{UNFINISHED}") if partial.parent.is_dir() else ():
-        log.warning("removing %s, left by a save that did not finish", leftover)
-        shutil.rmtree(leftover)
+    for leftover in _unfinished(partial.parent):
+        if _is_leftover(leftover):
+            log.warning("removing %s, left by a save that did not finish", leftover)
+            shutil.rmtree(leftover)
     partial.mkdir(parents=True)
+
+
+def _unfinished(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"iter_*{UNFINISHED}")) if directory.is_dir() else []
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether all that is at `path` is what a save writes."""
+    known = (*CHECKPOINT_CONTENTS, f"*{UNFINISHED}")
+    return (
+        path.is_dir()
+        and not path.is_symlink()
+        and all(any(fnmatch.fnmatch(entry.name, pattern) for pattern in known) for entry in path.iterdir())
+    )
+
+
+def in_the_way(directory: Path) -> list[Path]:
+    """What stands in a run's directory where a save may have to write, but was not left by one."""
+    return [path for path in _unfinished(directory) if not _is_leftover(path)]
 
 
 def _remove_old(directory: Path, keep_last: int | None) -> None:

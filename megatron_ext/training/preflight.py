@@ -278,6 +278,13 @@ class _Examination:
             elif not os.access(place, os.W_OK | os.X_OK):
                 self.found.faults.append(f"{key} = {named(self._values[key])}: {place} may not be written by this user")
 
+        if self._checkpoint is not None:
+            self.found.faults += [
+                f"checkpoint.directory = {named(self._checkpoint.directory)}: {path.name} is where a save is written, "
+                "and was not left by one (a link, or files of yours); move it away"
+                for path in store.in_the_way(Path(self._checkpoint.directory))
+            ]
+
     def _count_epochs(self, tokens: Sequence[int]) -> None:
         if self._data is None or self._train is None:
             return

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpoint.store import METADATA_FILE, TRACKER_FILE, find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.store import METADATA_FILE, TRACKER_FILE, find_checkpoint, in_the_way, require_checkpoint
 from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import CheckpointError
 from megatron_ext.merging.average import sources_of
@@ -73,3 +73,11 @@ def test_no_complete_one_at_all_is_no_new_run(run: Path) -> None:
         shutil.rmtree(checkpoint)
     with pytest.raises(CheckpointError, match=f"{TRACKER_FILE} says 4, but no checkpoint is here"):
         find_checkpoint(run)
+
+
+def test_what_is_in_the_way_of_a_save_is_found_before_the_run(run: Path, tmp_path: Path) -> None:
+    (run / "iter_0000009.partial").symlink_to(tmp_path)
+    (run / "iter_0000010.partial").mkdir()
+    (run / "iter_0000010.partial" / "notes.txt").touch()
+    shutil.copytree(newest(run), run / "iter_0000011.partial")
+    assert [path.name for path in in_the_way(run)] == ["iter_0000009.partial", "iter_0000010.partial"]

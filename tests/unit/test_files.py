@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.errors import DataError
-from megatron_ext.files import output_place, publish_directory, read_json_object, write_text
+from megatron_ext.files import output_place, publish_directory, read_json_object, require_writable, write_text
+from megatron_ext.foreign import reading
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,25 @@ def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
         (tmp_path / name / name).touch()
     publish_directory(tmp_path / "new", tmp_path / "old")
     assert [p.name for p in tmp_path.rglob("*")] == ["old", "new"]
+
+
+def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    require_writable(tmp_path / "a")
+    require_writable(tmp_path / "new" / "b")
+    assert (tmp_path / "a").read_text() == "old"
+    assert list((tmp_path / "new").iterdir()) == []
+    for place in (tmp_path / "a" / "b", tmp_path / "new", Path("/proc/b")):
+        with pytest.raises(OSError, match=r".") as refusal:
+            require_writable(place)
+        assert refusal.value.filename
+
+
+@pytest.mark.parametrize("kind", ["JSON", "safetensors"])
+def test_a_git_lfs_pointer_is_named(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    expected = pytest.raises(
+        DataError, match="f: is a Git LFS pointer, not the file itself; fetch it by 'git lfs pull'"
+    )
+    with expected, reading(tmp_path / "f", DataError, kind=kind):
+        raise ValueError("what a parser says")

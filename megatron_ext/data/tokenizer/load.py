@@ -14,10 +14,10 @@ from megatron_ext.checkpoint.tokenizer_files import (
     VOCABULARIES,
     tokenizer_files,
 )
-from megatron_ext.data.tokenizer.pieces import LFS_POINTER, TIKTOKEN_LINE
+from megatron_ext.data.tokenizer.pieces import TIKTOKEN_LINE
 from megatron_ext.errors import DataError
 from megatron_ext.files import read_json_object
-from megatron_ext.foreign import reading
+from megatron_ext.foreign import IS_LFS_POINTER, is_lfs_pointer, reading
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +73,9 @@ def _check_files(directory: Path) -> None:
     if not vocabularies and Path(SETTINGS_FILE) not in files:
         raise DataError(f"{directory}: no tokenizer here ({wanted})")
     for name in files:
-        with open(directory / name, "rb") as file:
-            start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise DataError(
-                f"{directory / name}: is a Git LFS pointer, not the file itself; fetch it by 'git lfs pull' in the "
-                "repository, or download it again"
-            )
-        if not start and name in vocabularies:
+        if is_lfs_pointer(directory / name):
+            raise DataError(f"{directory / name}: {IS_LFS_POINTER}")
+        if name in vocabularies and not (directory / name).stat().st_size:
             raise DataError(f"{directory / name}: is empty; download it again")
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_ext.errors import DataError
+from megatron_ext.foreign import LFS_POINTER
 
-LFS_POINTER = b"version https://git-lfs"
-"""Begins the file that stands in a repository for one that Git LFS keeps."""
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 """Of a tiktoken list: a token in base64 and its rank."""
 

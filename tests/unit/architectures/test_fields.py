@@ -125,7 +125,11 @@ def test_what_cannot_be_said_is_refused_by_name(hf_class: str, change: dict[str,
         ({"rope_type": "yarn", "factor": 4.0, "truncate": False}, "truncate = False: may change"),
         ({"rope_type": "linear", "factor": 4.0, "type": "dynamic"}, "rope_parameters has another type than rope_type"),
         ({"full_attention": {"rope_type": "default"}}, "full_attention = "),
-        ({"rope_type": "llama3"}, "model.rope_scaling.factor: is required"),
+        (
+            {"rope_type": "llama3", "factor": 8.0},
+            "without low_freq_factor, high_freq_factor, original_max",
+        ),
+        ({"rope_type": "yarn"}, "rope_type = 'yarn' without factor; add what the model was trained with"),
         ({"rope_type": "default", "rope_theta": "x"}, "rope_parameters.rope_theta = 'x': expected a number"),
     ],
 )

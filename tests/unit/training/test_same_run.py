@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config import dump_yaml, to_mapping
+from megatron_ext.checkpoint.run_file import write_run
+from megatron_ext.config import to_mapping
 from megatron_ext.training.same_run import changed_keys
 from tests.unit.config.test_load import load, mapping
 
 
 def changes(tmp_path: Path, saved: dict[str, Any], *overrides: str) -> list[str]:
-    (tmp_path / "run.yaml").write_text(dump_yaml(saved))
+    write_run(tmp_path, saved)
     return changed_keys(load(mapping(), *overrides), tmp_path)
 
 
