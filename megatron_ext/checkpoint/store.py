@@ -207,8 +207,11 @@ def require_whole(checkpoint: Path, *, checksums: bool = False) -> None:
         check_manifest(checkpoint, CheckpointError, checksums=True, only=small, advice=advice)
 
 
-def _require_whole_together(checkpoint: Path) -> None:
-    """`require_whole` with every checksum, on all ranks, each reading its share of the files."""
+def require_whole_together(checkpoint: Path) -> None:
+    """Raise CheckpointError where files of a checkpoint of either kind are not what its manifest says, by checksum.
+
+    In a run every rank must call this; each reads its share of the files.
+    """
     if not dist.is_initialized():
         require_whole(checkpoint, checksums=True)
         return
@@ -348,7 +351,7 @@ def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
     Raises:
         CheckpointError: naming every tensor that is missing or has another shape.
     """
-    _require_whole_together(checkpoint)
+    require_whole_together(checkpoint)
     reader = TorchDistReader(checkpoint)
     fill_boxes(reader, checkpoint, boxes)
     reader.close()

@@ -86,8 +86,8 @@ def convert(
     watched = WatchedSource(opened.content.stream)
     content = replace(opened.content, tokenizer=own, stream=watched)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
+    check_checksums(opened.directory, ConversionError)  # the result gets sums of its own: damage would look whole
     if verify is not None:
-        check_checksums(opened.directory, ConversionError)
         to_hf = goes_to_hugging_face(source, to, hf_class)
         verify = replace(verify, tokenizer=verify.tokenizer or own, generation=verify.generation and to_hf)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work

@@ -83,8 +83,9 @@ def load_hugging_face(
         kind = get_class_from_dynamic_module(named["AutoModelForCausalLM"], directory)
     try:
         with without_loading_bars():
-            network = kind.from_pretrained(
+            network, found = kind.from_pretrained(
                 directory,
+                output_loading_info=True,
                 dtype=torch.float32,
                 trust_remote_code=trusted,
                 # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
@@ -94,6 +95,20 @@ def load_hugging_face(
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConversionError(f"{directory}: transformers does not load it: {reason[:1000]}") from error
+    # transformers fills in what is missing with random numbers, and says it in a table.
+    faults = [
+        f"{what} {', '.join(sorted(map(str, names))[:5])}"
+        for what, key in (
+            ("lacks", "missing_keys"),
+            ("has unknown", "unexpected_keys"),
+            ("has misshapen", "mismatched_keys"),
+        )
+        if (names := found.get(key))
+    ]
+    if faults:
+        raise ConversionError(
+            f"{directory}: does not hold the model that its config.json describes: it {'; '.join(faults)}"
+        )
     _round_weights(network, weights_as)
     return network.eval()
 

@@ -143,7 +143,7 @@ def _defaults(target: Target) -> dict[str, Any]:
 def _rewarmed(raw: dict[str, Any]) -> dict[str, Any]:
     """A cosine from the peak to a tenth of it, after a warmup of a hundredth of the run."""
     steps, peak = raw["train"]["train_iters"], raw["optimizer"]["lr"]
-    return {"kind": "cosine", "warmup_iters": max(steps // 100, 1), "min_lr": peak / 10}
+    return {"kind": "cosine", "warmup_iters": max(steps // 100, 1), "min_lr": float(f"{peak / 10:.6g}")}
 
 
 def _without_defaults(section: Any) -> dict[str, Any]:

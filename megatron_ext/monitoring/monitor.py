@@ -130,7 +130,7 @@ class Monitor:
         if report.experts:
             parts.append(f"MaxVio {max(health.max_violation for health in report.experts.values()):.2f}")
             if dead := sum(health.dead_experts for health in report.experts.values()):
-                parts.append(f"{dead} dead experts")
+                parts.append(f"{dead} dead expert{'s' if dead > 1 else ''}")
         if (left := self._time_left(report.iteration, record["seconds_per_step"])) is not None:
             parts.append(f"{duration(left)} left")
         return " | ".join(parts)

@@ -164,6 +164,7 @@ class Session:
             opened = open_checkpoint(path)
             checkpoint, model = opened.directory, with_vocabulary_padding(opened.model, self.run.model)
             check_models_agree(self.run.model, model, checkpoint)
+            store.require_whole_together(checkpoint)
             reader = StreamedBoxes(with_padding(opened, model.padded_vocab_size))
             store.fill_boxes(reader, checkpoint, boxes)
         else:

@@ -1,5 +1,6 @@
 """A run starts from a Hugging Face directory as from the checkpoint that convert.py makes of it, bit for bit."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.conversion.convert import convert
 from megatron_ext.conversion.sources import read_any_model
+from megatron_ext.errors import ConversionError
+from megatron_ext.manifest import write_manifest
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from tests.distributed.runs import Part, open_part, started_otherwise
 
@@ -76,3 +79,18 @@ def test_another_model_is_refused(work: Path, tmp_path: Path, pool: GlooPool) ->
     part = Part(model, tmp_path / "run", checkpoint=(("initialize_from", str(work / "hf")),))
     with pytest.raises(WorkerFailure, match=r"hf holds another model:\n  model\.num_layers: 4 in the checkpoint, 2 in"):
         pool.run(1, weights, part)
+
+
+def test_a_damaged_export_is_no_start(work: Path, tmp_path: Path, pool: GlooPool) -> None:
+    shutil.copytree(work / "hf", tmp_path / "hf")
+    write_manifest(tmp_path / "hf")
+    weights_file = tmp_path / "hf" / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 0x40
+    weights_file.write_bytes(content)
+    model = read_any_model(work / "hf")
+    part = Part(model, tmp_path / "run", LAYOUT, checkpoint=(("initialize_from", str(tmp_path / "hf")),))
+    with pytest.raises(WorkerFailure, match=r"hf is damaged"):
+        pool.run(8, weights, part)
+    with pytest.raises(ConversionError, match=r"hf is damaged"):
+        convert(tmp_path / "hf", tmp_path / "imported")

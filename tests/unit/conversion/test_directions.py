@@ -109,7 +109,7 @@ def test_numbers_that_fp16_cannot_hold_are_named(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     weights["model.norm.weight"][3] = 1e5
-    (tmp_path / "hf" / MANIFEST_FILE).unlink()
+    (tmp_path / "hf" / MANIFEST_FILE).unlink(missing_ok=True)
     from safetensors.torch import save_file
 
     save_file(weights, tmp_path / "hf" / "model.safetensors")
@@ -193,7 +193,7 @@ def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) ->
 
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
-    (tmp_path / "hf" / MANIFEST_FILE).unlink()
+    (tmp_path / "hf" / MANIFEST_FILE).unlink(missing_ok=True)
     save_file(
         weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "hf/model.safetensors"
     )
@@ -207,10 +207,10 @@ def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) ->
 def test_an_index_may_name_a_tied_output_layer_that_no_shard_holds(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf", shard_bytes=20_000)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
-    (tmp_path / "hf" / MANIFEST_FILE).unlink()
+    (tmp_path / "hf" / MANIFEST_FILE).unlink(missing_ok=True)
     index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.embed_tokens.weight"]
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "hf" / MANIFEST_FILE).unlink()
+    (tmp_path / "hf" / MANIFEST_FILE).unlink(missing_ok=True)
     convert(tmp_path / "hf", tmp_path / "back")
     edit_config(tmp_path / "hf", tie_word_embeddings=False)
     with pytest.raises(ConversionError, match=r"names tensors that no shard holds: lm_head\.weight"):

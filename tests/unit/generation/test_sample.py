@@ -1,6 +1,8 @@
 """Continuations: right with a cache, of either kind of checkpoint, within the positions, and never of NaN."""
 
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,3 +131,18 @@ def test_a_checkpoint_without_a_tokenizer_and_a_prompt_without_tokens(exported: 
         generate(source, ["the"], **GREEDY)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the prompt '' has no tokens"):
         generate(exported, [""], **GREEDY)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("layers", "complaint"), [(1, "has unknown model.layers"), (3, "lacks model.layers")])
+def test_weights_that_are_not_those_of_the_configuration_are_refused(
+    layers: int, complaint: str, exported: Path, tmp_path: Path
+) -> None:
+    """transformers fills in the missing ones with random numbers, and leaves out the others."""
+    shutil.copytree(exported, tmp_path / "edited")
+    config = json.loads((exported / "config.json").read_text())
+    changes = {"num_hidden_layers": layers, "moe_layer_pattern": [1] * layers}
+    (tmp_path / "edited" / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(
+        ConversionError, match=f"does not hold the model that its config.json describes: it {complaint}"
+    ):
+        generate(tmp_path / "edited", ["a"], **GREEDY)
