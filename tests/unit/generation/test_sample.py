@@ -140,7 +140,7 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(
     """transformers fills in the missing ones with random numbers, and leaves out the others."""
     shutil.copytree(exported, tmp_path / "edited")
     config = json.loads((exported / "config.json").read_text())
-    changes = {"num_hidden_layers": layers, "moe_layer_pattern": [1] * layers}
+    changes = {"num_hidden_layers": layers, "moe_layer_pattern": (config["moe_layer_pattern"] + [1])[:layers]}
     (tmp_path / "edited" / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(
         ConversionError, match=f"does not hold the model that its config.json describes: it {complaint}"
