@@ -71,7 +71,7 @@ def test_throughput_leaves_out_what_is_not_training(
     assert "step 4/100 | loss 2.5000 | lr 1.00e-03 | norm 0.700 | 51 tok/s" in caplog.text
     # 40 s for 4 steps, of which 96 are left; the unit of a rate is one that has digits.
     assert f"| {tflops * 1e6:.1f} MFLOP/s/device | 3 MiB |" in caplog.text
-    assert "MaxVio 0.60 | 1 dead experts | 16 min left" in caplog.text
+    assert "MaxVio 0.60 | 1 dead expert | 16 min left" in caplog.text
 
 
 def test_the_time_left_is_that_of_the_steps_after_the_first_report(
