@@ -29,7 +29,7 @@ def part(_: str) -> dict:
         return torch.randn(*shape, device=where, dtype=torch.float32).to(dtype).requires_grad_(grad)
 
     def note(name: str, run, *, flops: float = 0, moved: float = 0, predicted: float | None = None, repeats: int = 10):
-        """`predicted` in milliseconds on an H100, from gpu-plan.md."""
+        """`predicted` in milliseconds on an H100, from the bytes moved and operations done."""
         try:
             ms = answers.timed(run, repeats)
         except Exception as error:  # the other operations are still worth knowing
