@@ -47,8 +47,8 @@ class VerifyOptions:
 def main() -> None:
     """Parse the command line and compare."""
     o = parse_command(VerifyOptions, __doc__, positional=["a", "b"])
-    from megatron_ext.conversion.figures import lines_of, write_figures
-    from megatron_ext.conversion.verify import Comparison, verify
+    from megatron_ext.model_io.compare import Comparison, verify
+    from megatron_ext.model_io.figures import lines_of, write_figures
 
     for name in ("text", "tokenizer", "trust_remote_code"):
         if getattr(o, name) and not o.logits:

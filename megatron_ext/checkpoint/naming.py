@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_ext.checkpoint.boxes import Shape
+    from megatron_ext.checkpoint.shards import Shape
 
 
 FUSED_NORMS = {
@@ -35,19 +35,19 @@ _NOT_WEIGHTS = ("optimizer.", "router.coefficient.", "chained_", "rng_state", "r
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A canonical tensor's place: the box of `key` at `stacked` (indices of leading dimensions)."""
+class StorageLocation:
+    """A canonical tensor's place: the part of `key` at `index` (indices of leading dimensions)."""
 
     key: str
-    stacked: Shape = ()
+    index: Shape = ()
 
 
-def stored_names(tensors: Mapping[str, Shape]) -> dict[str, Stored]:
+def stored_names(tensors: Mapping[str, Shape]) -> dict[str, StorageLocation]:
     """Map every canonical name to its place, for the keys and global shapes of a checkpoint.
 
     Also understands checkpoints that stack the layers of homogeneous models ([layers, ...] under one key).
     """
-    names: dict[str, Stored] = {}
+    names: dict[str, StorageLocation] = {}
     for key, shape in tensors.items():
         if key.startswith(_NOT_WEIGHTS) or "_extra_state" in key:
             continue
@@ -60,9 +60,9 @@ def stored_names(tensors: Mapping[str, Shape]) -> dict[str, Stored]:
             if experts:
                 for expert in range(shape[len(index)]):
                     name = f"{experts[1]}.mlp.experts.{expert}.{experts[2]}"
-                    names[name] = Stored(key, (*index, expert))
+                    names[name] = StorageLocation(key, (*index, expert))
             else:
-                names[_unfused(one)] = Stored(key, index)
+                names[_unfused(one)] = StorageLocation(key, index)
     return names
 
 
@@ -74,19 +74,19 @@ def _unfused(key: str) -> str:
     return f"{fused[1]}.{norm}.{fused[3]}"
 
 
-def storage_plan(shapes: Mapping[str, Shape]) -> dict[str, tuple[Stored, Shape]]:
+def storage_plan(shapes: Mapping[str, Shape]) -> dict[str, tuple[StorageLocation, Shape]]:
     """Map every canonical name of a model to its place in a new checkpoint and the global shape of its key."""
     experts = _expert_counts(shapes)
-    plan: dict[str, tuple[Stored, Shape]] = {}
+    plan: dict[str, tuple[StorageLocation, Shape]] = {}
     for name, shape in shapes.items():
         expert, norm = _EXPERT.fullmatch(name), _NORM.fullmatch(name)
         if expert:
-            stored = Stored(f"{expert[1]}.mlp.experts.experts.{expert[3]}", (int(expert[2]),))
+            stored = StorageLocation(f"{expert[1]}.mlp.experts.experts.{expert[3]}", (int(expert[2]),))
             plan[name] = stored, (experts[expert[1]], *shape)
         elif norm and f"{norm[1]}.{FUSED_NORMS[norm[2]]}.weight" in shapes:
-            plan[name] = Stored(f"{norm[1]}.{FUSED_NORMS[norm[2]]}.layer_norm_{norm[3]}"), shape
+            plan[name] = StorageLocation(f"{norm[1]}.{FUSED_NORMS[norm[2]]}.layer_norm_{norm[3]}"), shape
         else:
-            plan[name] = Stored(name), shape
+            plan[name] = StorageLocation(name), shape
     return plan
 
 

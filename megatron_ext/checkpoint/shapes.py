@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megatron_ext.checkpoint.boxes import Shape
+from megatron_ext.checkpoint.shards import Shape
 from megatron_ext.config import LearnedNoise, ModelConfig
 
 Shapes = Iterator[tuple[str, Shape]]

@@ -24,10 +24,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint.boxes import Box, Shape
 from megatron_ext.checkpoint.run_file import RUN_FILE as RUN_FILE
 from megatron_ext.checkpoint.run_file import read_run as read_run
 from megatron_ext.checkpoint.run_file import write_run
+from megatron_ext.checkpoint.shards import Shape, TensorShard
 from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_ext.checkpoint.torch_dist import (
     METADATA_FILE,
@@ -251,7 +251,7 @@ def read_state(checkpoint: Path) -> TrainingState:
 
 def save_checkpoint(
     directory: str | Path,
-    boxes: Sequence[Box],
+    shards: Sequence[TensorShard],
     state: TrainingState,
     run: dict[str, Any],
     random_state: dict[str, Any] | None,
@@ -272,7 +272,7 @@ def save_checkpoint(
     final = directory / checkpoint_name(state.iteration)
     partial = final.with_name(final.name + UNFINISHED)
     try:
-        _save(partial, final, boxes, state, run, random_state, tokenizer)
+        _save(partial, final, shards, state, run, random_state, tokenizer)
         _together(lambda: _remove_old(directory, keep_last) if dist.get_rank() == 0 else None)
     except CheckpointError:
         if dist.get_rank() == 0:
@@ -284,15 +284,15 @@ def save_checkpoint(
 def _save(
     partial: Path,
     final: Path,
-    boxes: Sequence[Box],
+    shards: Sequence[TensorShard],
     state: TrainingState,
     run: dict[str, Any],
     random_state: dict[str, Any] | None,
     tokenizer: Path | None,
 ) -> None:
-    _together(lambda: _require_finite(boxes))
+    _together(lambda: _require_finite(shards))
     _together(lambda: _prepare(partial) if dist.get_rank() == 0 else None)
-    written = _together(lambda: _write_boxes(partial, boxes))
+    written = _together(lambda: _write_shards(partial, shards))
     states = _gather(random_state)
 
     def finish() -> None:
@@ -345,20 +345,20 @@ def publish(partial: Path, final: Path, iteration: int, *, sync: bool = True) ->
     _sync(final.parent)
 
 
-def load_boxes(checkpoint: Path, boxes: Sequence[Box]) -> None:
-    """Fill the memory of `boxes` from `checkpoint`, whatever layout it was saved in.
+def load_shards(checkpoint: Path, shards: Sequence[TensorShard]) -> None:
+    """Fill the memory of `shards` from `checkpoint`, whatever layout it was saved in.
 
     Raises:
         CheckpointError: naming every tensor that is missing or has another shape.
     """
     require_whole_together(checkpoint)
     reader = TorchDistReader(checkpoint)
-    fill_boxes(reader, checkpoint, boxes)
+    fill_shards(reader, checkpoint, shards)
     reader.close()
 
 
-class BoxReader(Protocol):
-    """Stored tensors of which boxes can be read."""
+class ShardReader(Protocol):
+    """StorageLocation tensors of which shards can be read."""
 
     @property
     def tensors(self) -> Collection[str]:
@@ -368,21 +368,21 @@ class BoxReader(Protocol):
         """Global shape of a tensor."""
 
     def read_into(self, key: str, offset: Shape, target: torch.Tensor) -> None:
-        """Fill `target` with the box of `key` at `offset`, converting the dtype where it differs."""
+        """Fill `target` with the shard of `key` at `offset`, converting the dtype where it differs."""
 
 
-def fill_boxes(reader: BoxReader, checkpoint: Path, boxes: Sequence[Box]) -> None:
-    """`load_boxes` from whatever reads the tensors of `checkpoint`."""
+def fill_shards(reader: ShardReader, checkpoint: Path, shards: Sequence[TensorShard]) -> None:
+    """`load_shards` from whatever reads the tensors of `checkpoint`."""
     afresh = {
-        box.key
-        for box in boxes
-        if box.optional and (box.key not in reader.tensors or reader.shape(box.key) != box.global_shape)
+        shard.key
+        for shard in shards
+        if shard.optional and (shard.key not in reader.tensors or reader.shape(shard.key) != shard.global_shape)
     }
     if afresh:
         log.info("%s lacks %d tensors that start afresh, such as %s", checkpoint, len(afresh), min(afresh))
-    boxes = [box for box in boxes if box.key not in afresh]
+    shards = [shard for shard in shards if shard.key not in afresh]
     faults = []
-    for key, shape in {box.key: box.global_shape for box in boxes}.items():
+    for key, shape in {shard.key: shard.global_shape for shard in shards}.items():
         if key not in reader.tensors:
             faults.append(f"missing: {key} {list(shape)}")
         elif reader.shape(key) != shape:
@@ -392,8 +392,8 @@ def fill_boxes(reader: BoxReader, checkpoint: Path, boxes: Sequence[Box]) -> Non
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise CheckpointError(f"{checkpoint} does not fit this run:\n{shown}{more}")
     with torch.no_grad():
-        for box in sorted(boxes, key=lambda box: (box.key, box.offset)):
-            reader.read_into(box.key, box.offset, box.data)
+        for shard in sorted(shards, key=lambda shard: (shard.key, shard.offset)):
+            reader.read_into(shard.key, shard.offset, shard.data)
 
 
 def read_random_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
@@ -409,25 +409,25 @@ def read_random_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     return states[rank] if rank < len(states) else None
 
 
-def _write_boxes(partial: Path, boxes: Sequence[Box]) -> tuple[list[ChunkRecord], dict[str, FileSum]]:
+def _write_shards(partial: Path, shards: Sequence[TensorShard]) -> tuple[list[ChunkRecord], dict[str, FileSum]]:
     """Write this rank's file; return its chunks and its sum."""
     writer = TorchDistWriter(partial, f"__{dist.get_rank()}_0.distcp")
     try:
-        for box in boxes:
-            if box.saved_here:
-                writer.write(box.key, box.global_shape, box.offset, box.data)
+        for shard in shards:
+            if shard.is_writer:
+                writer.write(shard.key, shard.global_shape, shard.offset, shard.data)
         return writer.finish(), {writer.name: writer.sum}
     except BaseException:
         writer.abandon()
         raise
 
 
-def _require_finite(boxes: Sequence[Box]) -> None:
+def _require_finite(shards: Sequence[TensorShard]) -> None:
     """Raise CheckpointError where a number of this rank is not: a run that diverged must not replace a good state."""
     bad = {
-        box.key
-        for box in boxes
-        if box.saved_here and box.data.is_floating_point() and not bool(torch.isfinite(box.data).all())
+        shard.key
+        for shard in shards
+        if shard.is_writer and shard.data.is_floating_point() and not bool(torch.isfinite(shard.data).all())
     }
     if bad:
         raise CheckpointError(

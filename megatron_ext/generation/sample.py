@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ext.conversion.checkpoint_model import tokenizer_directory
-from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.finite import describe, is_finite
-from megatron_ext.conversion.logits import load_hugging_face
-from megatron_ext.conversion.sources import is_hugging_face
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import CheckpointError, DataError
+from megatron_ext.model_io.checkpoint_model import tokenizer_directory
+from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.finite import describe, is_finite
+from megatron_ext.model_io.logits import load_hugging_face
+from megatron_ext.model_io.open import is_hugging_face
 
 log = logging.getLogger(__name__)
 

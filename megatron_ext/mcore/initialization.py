@@ -6,7 +6,7 @@ import torch
 
 from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.config import ModelConfig
-from megatron_ext.mcore.state import Piece, pieces_of
+from megatron_ext.mcore.state import ParameterShard, shards_of
 
 _WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -21,12 +21,12 @@ def initialize_weights(model: ModelConfig, chunks: list[torch.nn.Module], seed: 
     slice.
     """
     for chunk in chunks:
-        for weight, pieces in pieces_of(chunk).items():
+        for weight, pieces in shards_of(chunk).items():
             for piece in pieces if isinstance(weight, torch.nn.Parameter) else ():
                 piece.data.copy_(_draw(model, piece, seed))
 
 
-def _draw(model: ModelConfig, piece: Piece, seed: int) -> torch.Tensor:
+def _draw(model: ModelConfig, piece: ParameterShard, seed: int) -> torch.Tensor:
     if piece.key.endswith(("bias", "router.noise_weight")):
         return torch.zeros_like(piece.data)
     if "norm" in piece.key.rsplit(".", 2)[-1] or "layernorm" in piece.key:

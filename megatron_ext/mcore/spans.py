@@ -38,7 +38,7 @@ _KERNELS_OF_ONE_SPAN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTI
 
 
 @dataclass(frozen=True)
-class Spans:
+class AttentionSegments:
     """All spans of a micro-batch on one rank, in the order of its packed queries: by row, then by position."""
 
     key_ranges: tuple[tuple[int, int, int], ...]
@@ -47,9 +47,9 @@ class Spans:
     """Queries of each span. Together they are the packed queries."""
     key_lengths: tuple[int, ...]
     """Keys of each span. Together they are the packed keys."""
-    query_ends: Tensor
+    cu_seqlens_q: Tensor
     """[spans + 1] int32: where each span begins and ends in the packed queries, for the kernel."""
-    key_ends: Tensor
+    cu_seqlens_k: Tensor
     """The same for the packed keys."""
 
 
@@ -57,7 +57,7 @@ class Spans:
 @functools.lru_cache(maxsize=64)
 def find_spans(
     lengths: tuple[tuple[int, ...], ...], context_rank: int, context_size: int, device: torch.device
-) -> Spans:
+) -> AttentionSegments:
     """The spans of a micro-batch on one context-parallel rank.
 
     Args:
@@ -76,7 +76,7 @@ def find_spans(
             ranges[-1] = (row, ranges[-1][1], end)
         else:
             ranges.append((row, begin, end))
-    return Spans(tuple(ranges), queries, keys, _ends(queries, device), _ends(keys, device))
+    return AttentionSegments(tuple(ranges), queries, keys, _ends(queries, device), _ends(keys, device))
 
 
 def _row_spans(documents: Sequence[int], context_rank: int, context_size: int) -> Iterator[tuple[int, int, int]]:
@@ -98,7 +98,12 @@ def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def attend_spans(
-    query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, spans: Spans, scale: float, dropout: float = 0.0
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGD: Tensor,
+    spans: AttentionSegments,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Return the context [S, B, N * Dv] of this rank's queries.
 
@@ -135,14 +140,14 @@ def _has_kernel(query_QND: Tensor, value_KGD: Tensor) -> bool:
     )
 
 
-def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Spans, scale: float) -> Tensor:
+def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: AttentionSegments, scale: float) -> Tensor:
     grouped = {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in _VARLEN_PARAMETERS else {}
     context_QND: Tensor = varlen_attn(
         query_QND,
         key_KGD,
         value_KGD,
-        spans.query_ends,
-        spans.key_ends,
+        spans.cu_seqlens_q,
+        spans.cu_seqlens_k,
         max(spans.query_lengths),
         max(spans.key_lengths),
         scale=scale,
@@ -154,7 +159,7 @@ def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Span
 
 
 def _one_by_one(
-    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Spans, scale: float, dropout: float
+    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: AttentionSegments, scale: float, dropout: float
 ) -> Tensor:
     # Split, not sliced: a split's gradient is one concatenation, that of each slice a tensor as large as the whole.
     parts = zip(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_ext.config import Fp8Precision, ModelConfig, ParallelConfig, Precision, RecomputeConfig, YarnRopeScaling
-from megatron_ext.config.output import Backend
+from megatron_ext.config.machine import Backend
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.overrides import check_overrides
 from megatron_ext.mcore.rotary import softmax_factor

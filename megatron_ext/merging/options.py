@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_ext.config.base import config
-from megatron_ext.conversion.options import default_workers
 from megatron_ext.merging.merge import AnyMerge, Linear
+from megatron_ext.model_io.options import default_workers
 
 
 @config

@@ -200,7 +200,7 @@ FAULTS: tuple[Fault, ...] = (
         "upcycling_swaps_models_of_several_chunks",
         "upcycling_utils swaps the dense and the MoE model with virtual pipeline stages",
         "avoided",
-        "upcycling reads and writes whole tensors, without any layout (upcycling/, checkpoint/tensors.py)",
+        "upcycling reads and writes whole tensors, without any layout (upcycling/, checkpoint/streams.py)",
     ),
     Fault(
         "upcycling_option_cannot_run",
@@ -212,7 +212,7 @@ FAULTS: tuple[Fault, ...] = (
         "converters_drop_experts",
         "tools/checkpoint writes stacked keys that the model does not read, and so loses all experts",
         "avoided",
-        "conversion is our own, and accounts for every tensor (conversion/)",
+        "conversion is our own, and accounts for every tensor (model_io/)",
         needs="the scripts of megatron-core's repository, which are not in its wheel",
     ),
     Fault(

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from megatron_ext.config import Bf16Precision, Fp8Precision, Fp32Precision, Precision
-from megatron_ext.config.output import Backend
+from megatron_ext.config.machine import Backend
 from megatron_ext.errors import EnvironmentFault
 from megatron_ext.runtime import core_guard
 from megatron_ext.runtime.accelerators import (

@@ -20,11 +20,11 @@ from megatron_ext.config import (
     TrainConfig,
 )
 from megatron_ext.config.load import raise_faults, read_run_text, values_of
-from megatron_ext.conversion.checkpoint_model import tokenizer_directory
-from megatron_ext.conversion.sources import is_hugging_face, open_checkpoint
 from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError, named
+from megatron_ext.model_io.checkpoint_model import tokenizer_directory
+from megatron_ext.model_io.open import is_hugging_face, open_checkpoint
 from megatron_ext.planning.amounts import size
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses

@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
-from megatron_ext.config.meaning import meaning
+from megatron_ext.config.effective_value import effective_value
 from megatron_ext.errors import CheckpointError, ConfigError
 
 _FREE = frozenset(
@@ -47,7 +47,7 @@ def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path)
     names = [
         name
         for name in ModelConfig.__dataclass_fields__
-        if name not in _FREE and meaning(saved, name) != meaning(model, name)
+        if name not in _FREE and effective_value(saved, name) != effective_value(model, name)
     ]
     # What means something else only because another key does is not worth a line of its own.
     names = [name for name in names if getattr(saved, name) != getattr(model, name)] or names

@@ -13,11 +13,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.boxes import Box
+from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.store import TrainingState
 from megatron_ext.config import DataSource, Layout, RunConfig, to_mapping
-from megatron_ext.conversion.boxes import StreamedBoxes
-from megatron_ext.conversion.sources import is_hugging_face, open_checkpoint, with_padding
 from megatron_ext.data.batches import DocumentResets, MicroBatch
 from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import dataset_fingerprint
@@ -29,8 +27,10 @@ from megatron_ext.mcore.model import build_chunks, gather_parameters, release_ch
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import build_optimizer, optimizer_steps, set_optimizer_steps
-from megatron_ext.mcore.state import amax_boxes, coefficient_boxes, model_boxes, optimizer_boxes
+from megatron_ext.mcore.state import amax_shards, coefficient_shards, model_shards, optimizer_shards
 from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.model_io.open import is_hugging_face, open_checkpoint, with_padding
+from megatron_ext.model_io.streamed_shards import StreamedShards
 from megatron_ext.monitoring.wandb_run import new_run_id
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state, seed_everything
@@ -127,7 +127,7 @@ class Session:
         gather_parameters(self.wrapped, self.run.parallel)
         return store.save_checkpoint(
             self.run.checkpoint.directory,
-            self._boxes(with_optimizer=True),
+            self._shards(with_optimizer=True),
             self.state,
             to_mapping(self.run),
             random_state(self.device),
@@ -142,7 +142,7 @@ class Session:
         if state.consumed_samples:
             check_same_data(self.run.data, self.run.train, checkpoint)
         with_optimizer = self.run.checkpoint.load_optimizer
-        store.load_boxes(checkpoint, self._boxes(with_optimizer))
+        store.load_shards(checkpoint, self._shards(with_optimizer))
         self.state = state
         if with_optimizer:
             set_optimizer_steps(self.optimizer, self.state.optimizer_steps)
@@ -159,18 +159,18 @@ class Session:
 
     def initialize_from(self, path: str | Path) -> None:
         """Take the weights at `path`, a Megatron checkpoint or a Hugging Face directory, and start at step 0."""
-        boxes = self._boxes(with_optimizer=False)
+        shards = self._shards(with_optimizer=False)
         if is_hugging_face(path):
             opened = open_checkpoint(path)
             checkpoint, model = opened.directory, with_vocabulary_padding(opened.model, self.run.model)
             check_models_agree(self.run.model, model, checkpoint)
             store.require_whole_together(checkpoint)
-            reader = StreamedBoxes(with_padding(opened, model.padded_vocab_size))
-            store.fill_boxes(reader, checkpoint, boxes)
+            reader = StreamedShards(with_padding(opened, model.padded_vocab_size))
+            store.fill_shards(reader, checkpoint, shards)
         else:
             checkpoint = store.require_checkpoint(path)
             check_same_model(self.run.model, checkpoint)
-            store.load_boxes(checkpoint, boxes)
+            store.load_shards(checkpoint, shards)
         self._take_over_weights()
         log.info("weights from %s", checkpoint)
 
@@ -182,11 +182,11 @@ class Session:
         """Give the optimizer's fp32 weights the value of the model's."""
         self.optimizer.reload_model_params()
 
-    def _boxes(self, with_optimizer: bool) -> list[Box]:
+    def _shards(self, with_optimizer: bool) -> list[TensorShard]:
         if not with_optimizer:
-            return model_boxes(self.chunks)
-        followed = coefficient_boxes(routers(self.chunks)) + amax_boxes(self.chunks)
-        return model_boxes(self.chunks) + optimizer_boxes(self.chunks, self.optimizer) + followed
+            return model_shards(self.chunks)
+        followed = coefficient_shards(routers(self.chunks)) + amax_shards(self.chunks)
+        return model_shards(self.chunks) + optimizer_shards(self.chunks, self.optimizer) + followed
 
 
 def starting_state(run: RunConfig) -> TrainingState:

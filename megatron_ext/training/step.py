@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.errors import TrainingError
-from megatron_ext.mcore.fp8.scaling import advance_histories, forget_step
+from megatron_ext.mcore.fp8.scaling import advance_histories, discard_step
 from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe import steps
 from megatron_ext.mcore.moe.noise import begin_micro_batch
@@ -83,7 +83,7 @@ def train_step(
     # Here, where the device has just been waited for, and before it is given more to do.
     asking_to_stop = int(stops)
     if not math.isfinite(norm):
-        forget_step(wrapped)
+        discard_step(wrapped)
         if not float(tokens):
             raise TrainingError(
                 "no label of the global batch counts, so there is no loss: every token is masked (with "

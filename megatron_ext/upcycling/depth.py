@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
+from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConfigError
 

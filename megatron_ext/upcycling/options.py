@@ -10,14 +10,14 @@ from pydantic import Field
 
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.config.base import config
-from megatron_ext.conversion.options import default_workers
-from megatron_ext.upcycling.copy import Copy
-from megatron_ext.upcycling.drop import Drop
-from megatron_ext.upcycling.fine_grained import FineGrained
-from megatron_ext.upcycling.mix import Mix
-from megatron_ext.upcycling.noise import Noise
-from megatron_ext.upcycling.shared_routed import SharedRouted
-from megatron_ext.upcycling.shuffle import Shuffle
+from megatron_ext.model_io.options import default_workers
+from megatron_ext.upcycling.methods.copy import Copy
+from megatron_ext.upcycling.methods.drop import Drop
+from megatron_ext.upcycling.methods.fine_grained import FineGrained
+from megatron_ext.upcycling.methods.mix import Mix
+from megatron_ext.upcycling.methods.noise import Noise
+from megatron_ext.upcycling.methods.qwen import Shuffle
+from megatron_ext.upcycling.methods.shared_routed import SharedRouted
 
 AnyMethod = Annotated[Copy | FineGrained | SharedRouted | Drop | Noise | Shuffle | Mix, Field(discriminator="kind")]
 

@@ -30,11 +30,11 @@ from megatron_ext.mcore import layer_specs, transformer_config
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, wrap_chunks
 from megatron_ext.mcore.optimizer import build_optimizer
-from megatron_ext.mcore.state import model_boxes
+from megatron_ext.mcore.state import model_shards
+from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.runtime import cpu_compat
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import random_batch, tiny_model
 from megatron_ext.training.step import prepare_for_training, train_step
@@ -272,7 +272,7 @@ def torch_adam_fails_to_load() -> bool:
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True)
     with cpu_compat.cuda_type_names():
         optimizer = get_megatron_optimizer(settings, wrapped, use_gloo_process_groups=False)
-    assert model_boxes(list(chunks))
+    assert model_shards(list(chunks))
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     try:
         optimizer.sharded_state_dict(chunks[0].sharded_state_dict(), is_loading=True, metadata=metadata)

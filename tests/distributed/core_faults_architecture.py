@@ -23,9 +23,9 @@ from megatron_ext.config import (
 from megatron_ext.mcore import layer_specs, mla
 from megatron_ext.mcore.backends.torch import TorchSpecProvider
 from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
 

@@ -15,12 +15,12 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource
+from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import AdaptiveAuxLoss, LearnedNoise, ModelConfig, ParallelConfig, to_mapping
 from megatron_ext.errors import CheckpointError, TrainingError
 from megatron_ext.manifest import MANIFEST_FILE
-from megatron_ext.mcore.state import model_boxes
+from megatron_ext.mcore.state import model_shards
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.session import Session
@@ -249,14 +249,14 @@ def break_a_gradient(part: Part) -> tuple[str, bool, int]:
     """Poison one gradient; return the error, whether the weights are as they were, and where the run stands."""
     with open_part(part) as session:
         train_steps(session, 1)
-        before = [box.data.clone() for box in session._boxes(with_optimizer=True)]
+        before = [shard.data.clone() for shard in session._shards(with_optimizer=True)]
         weight = next(session.wrapped[0].parameters())
         if dist.get_rank() == 1:
             session.wrapped[0].zero_grad_buffer = lambda: weight.main_grad.fill_(math.inf)
         try:
             train_steps(session, 2)
         except TrainingError as error:
-            after = [box.data for box in session._boxes(with_optimizer=True)]
+            after = [shard.data for shard in session._shards(with_optimizer=True)]
             same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             return str(error), same, session.state.iteration
     return "trained on", False, 2
@@ -354,9 +354,11 @@ def load_with_megatron_core(part: Part, checkpoint: Path) -> bool:
         loaded = dist_checkpointing.load(plain_model_state(session), str(checkpoint), strict=StrictHandling.LOG_ALL)
         for number, chunk in enumerate(session.chunks):
             chunk.load_state_dict(loaded[f"model{number}"], strict=False)
-        measured = {box.key + str(box.offset): box.data.clone() for box in model_boxes(session.chunks)}
+        measured = {shard.key + str(shard.offset): shard.data.clone() for shard in model_shards(session.chunks)}
         session.resume(checkpoint)
-        return all(torch.equal(measured[box.key + str(box.offset)], box.data) for box in model_boxes(session.chunks))
+        return all(
+            torch.equal(measured[shard.key + str(shard.offset)], shard.data) for shard in model_shards(session.chunks)
+        )
 
 
 def save_with_megatron_core(part: Part, directory: Path) -> None:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 
 from megatron_ext.config import ParallelConfig
+from megatron_ext.proving.parity import Cell, run_cell
 from megatron_ext.runtime import cpu_compat
 from megatron_ext.runtime.process_groups import end_process_groups
-from megatron_ext.testing.parity import Cell, run_cell
 from megatron_ext.testing.tiny import tiny_model
 
 PROCESSES = 4

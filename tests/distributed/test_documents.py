@@ -22,9 +22,9 @@ from megatron_ext.data.batches import DocumentResets, complete_columns
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
 from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.proving.parity import Cell, compare, run_cell, run_layout
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.testing.parity import Cell, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import EOD, VOCABULARY, tiny_model
 from tests.distributed.test_architectures import MODELS as ARCHITECTURES

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import Bf16Precision, Fp8Precision, ParallelConfig, RecomputeConfig
 from megatron_ext.errors import TrainingError
@@ -20,8 +20,8 @@ from megatron_ext.mcore import transformer_config
 from megatron_ext.mcore.fp8.experts import Fp8GroupedExperts
 from megatron_ext.mcore.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_ext.mcore.fp8.scaling import Role, delayed_scalings
-from megatron_ext.mcore.state import amax_boxes
-from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell, run_layout
+from megatron_ext.mcore.state import amax_shards
+from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.runs import Part, load_and_save_to, open_part, started_otherwise, train_and_save, train_steps
@@ -197,14 +197,14 @@ def break_a_weight(part: Part) -> tuple[str, bool]:
     """Make one number infinite on the last rank; return the error, and whether the histories are as before."""
     with open_part(part) as session:
         train_steps(session, 1)
-        before = [box.data.clone() for box in amax_boxes(session.chunks)]
+        before = [shard.data.clone() for shard in amax_shards(session.chunks)]
         proj = session.chunks[0].decoder.layers[1].self_attention.linear_proj
         if dist.get_rank() == dist.get_world_size() - 1:
             proj.weight.data[0, 0] = math.inf
         try:
             train_steps(session, 2)
         except TrainingError as error:
-            after = [box.data for box in amax_boxes(session.chunks)]
+            after = [shard.data for shard in amax_shards(session.chunks)]
             same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             assert not any(s.latest.any() for s in delayed_scalings(session.chunks))
             assert before[0][Role.INPUT, 0] > 0

@@ -17,7 +17,7 @@ from megatron_ext.config import (
     ParallelConfig,
     RecomputeConfig,
 )
-from megatron_ext.testing.parity import Cell, Difference, Trajectory, compare, run_layout
+from megatron_ext.proving.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import random_batch, tiny_model
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Layout:
+class GridCase:
     name: str
     processes: int
     parallel: ParallelConfig
@@ -41,7 +41,7 @@ class Layout:
         )
 
 
-def layout(name: str, processes: int, **degrees: object) -> Layout:
+def layout(name: str, processes: int, **degrees: object) -> GridCase:
     short = {
         "tp": "tensor_model_parallel_size",
         "sp": "sequence_parallel",
@@ -52,7 +52,7 @@ def layout(name: str, processes: int, **degrees: object) -> Layout:
         "etp": "expert_tensor_parallel_size",
         "dispatch": "moe_token_dispatcher_type",
     }
-    return Layout(name, processes, ParallelConfig(**{short[key]: value for key, value in degrees.items()}))
+    return GridCase(name, processes, ParallelConfig(**{short[key]: value for key, value in degrees.items()}))
 
 
 DENSE = [
@@ -139,7 +139,7 @@ def table(repository: Path) -> Iterator[dict[tuple[str, str], dict[str, Differen
 )
 def test_layout_equals_one_process(
     kind: str,
-    entry: Layout,
+    entry: GridCase,
     option: tuple[bool, str],
     pool: GlooPool,
     references: dict[str, Trajectory],
@@ -251,7 +251,7 @@ BF16_TOLERANCE = Difference(loss=5e-4, norm=1e-2)
     ids=lambda entry: entry.name.replace(" ", "-"),
 )
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
-def test_context_parallelism_in_bf16(documents: bool, entry: Layout, recompute: str, pool: GlooPool) -> None:
+def test_context_parallelism_in_bf16(documents: bool, entry: GridCase, recompute: str, pool: GlooPool) -> None:
     cell = Cell(
         MODELS["MoE"],
         entry.parallel,

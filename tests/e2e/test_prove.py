@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config import load_run
-from megatron_ext.testing.parity import Trajectory
-from megatron_ext.testing.prove import TOLERANCE, Proof, plan_proof, prove
+from megatron_ext.proving.parity import Trajectory
+from megatron_ext.proving.prove import TOLERANCE, Proof, plan_proof, prove
 from tests.workspace import ROOT, TOOLS, command, run_mapping, write_run
 
 EXAMPLE = ROOT / "examples" / "quickstart" / "moe.yaml"

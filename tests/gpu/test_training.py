@@ -18,7 +18,7 @@ from megatron_ext.config import (
     load_config,
     to_mapping,
 )
-from megatron_ext.config.output import Backend
+from megatron_ext.config.machine import Backend
 from megatron_ext.runtime.accelerators import precision_fault, this_machine
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.transformer_engine import why_not_importable

@@ -19,20 +19,20 @@ from safetensors.torch import save_file
 
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.examine import examine
+from megatron_ext.checkpoint.hf_directory import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.run_file import read_run
-from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSource
-from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.checkpoint.torch_dist import METADATA_FILE, TorchDistReader
 from megatron_ext.config import dump_yaml, read_yaml
-from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import CheckpointError, ConversionError, DataError, MegatronExtError
 from megatron_ext.files import OURS, output_place, publish_directory, start_directory, write_text
 from megatron_ext.manifest import MANIFEST_FILE
+from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.monitoring.report import read_phases, write_report
 from megatron_ext.testing.tiny import tiny_model
 from tests.robustness.damage import damage
-from tests.unit.conversion.own_models import write_checkpoint
+from tests.unit.model_io.own_models import write_checkpoint
 from tools import verify_checkpoint
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.checkpoint.store import METADATA_FILE, TRACKER_FILE, find_checkpoint, in_the_way, require_checkpoint
-from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import CheckpointError
 from megatron_ext.merging.average import sources_of
 from megatron_ext.merging.options import AverageOptions
+from megatron_ext.model_io.open import open_checkpoint
 
 
 @pytest.fixture

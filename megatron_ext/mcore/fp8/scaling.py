@@ -125,7 +125,7 @@ def advance_histories(chunks: Iterable[torch.nn.Module], group: dist.ProcessGrou
 
 
 @torch.no_grad()
-def forget_step(chunks: Iterable[torch.nn.Module]) -> None:
+def discard_step(chunks: Iterable[torch.nn.Module]) -> None:
     """Close a step that was refused: its maxima enter no history."""
     for scaling in delayed_scalings(chunks):
         scaling.latest.zero_()

@@ -228,7 +228,7 @@ class Router(MegatronModule):
         self.global_counts_E = torch.zeros(self.num_experts, device=device)
 
     @torch.no_grad()
-    def follow(self, counts_E: Tensor, dropped: Tensor) -> None:
+    def update_from_load(self, counts_E: Tensor, dropped: Tensor) -> None:
         """Move the expert bias and the adaptive coefficient by the loads of a whole step."""
         if self.expert_bias is not None:
             self.expert_bias.copy_(

@@ -27,4 +27,4 @@ def end_step(routers: Sequence[Router], group: dist.ProcessGroup) -> None:
     counts = torch.stack([router.step_counts for router in moving])
     dist.all_reduce(counts, group=group)
     for router, row in zip(moving, counts, strict=True):
-        router.follow(counts_E=row[:-1], dropped=row[-1])
+        router.update_from_load(counts_E=row[:-1], dropped=row[-1])

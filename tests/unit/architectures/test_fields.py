@@ -11,16 +11,16 @@ import torch
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
-from megatron_ext.architectures.attention_fields import SPELLINGS
-from megatron_ext.architectures.fields import config_to_hf, config_to_megatron, left_behind
 from megatron_ext.architectures.llama import LLAMA
 from megatron_ext.architectures.registry import architecture_for, architecture_of
+from megatron_ext.architectures.tables.attention_fields import SPELLINGS
+from megatron_ext.architectures.tables.fields import config_to_hf, config_to_megatron, left_behind
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.config import ModelConfig, YarnRopeScaling
 from megatron_ext.errors import ConversionError
 from megatron_ext.mcore.moe import balance
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.conversion.references import LLAMA3, REFERENCES, Sizes, raw_config
+from tests.unit.model_io.references import LLAMA3, REFERENCES, Sizes, raw_config
 
 
 def reference(hf_class: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.checkpoint.naming import Stored, seed_from_name, storage_plan, stored_names
+from megatron_ext.checkpoint.naming import StorageLocation, seed_from_name, storage_plan, stored_names
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.config import ModelConfig, MultiLatentAttention
 from megatron_ext.testing.tiny import tiny_model
@@ -58,7 +58,7 @@ def test_optimizer_state_and_extra_state_are_no_weights() -> None:
         "decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1": (1,),
         "a.weight": (2,),
     }
-    assert stored_names(keys) == {"a.weight": Stored("a.weight")}
+    assert stored_names(keys) == {"a.weight": StorageLocation("a.weight")}
 
 
 def test_layers_stacked_under_one_key_are_taken_apart() -> None:
@@ -68,8 +68,8 @@ def test_layers_stacked_under_one_key_are_taken_apart() -> None:
             "decoder.layers.mlp.experts.experts.linear_fc2.weight": (2, 3, 4, 4),
         }
     )
-    assert names["decoder.layers.1.self_attention.linear_proj.weight"].stacked == (1,)
-    assert names["decoder.layers.1.mlp.experts.2.linear_fc2.weight"].stacked == (1, 2)
+    assert names["decoder.layers.1.self_attention.linear_proj.weight"].index == (1,)
+    assert names["decoder.layers.1.mlp.experts.2.linear_fc2.weight"].index == (1, 2)
     assert len(names) == 2 + 6
 
 

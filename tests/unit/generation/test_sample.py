@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.checkpoint.safetensors import HuggingFaceSink, HuggingFaceSource
+from megatron_ext.checkpoint.hf_directory import HuggingFaceSink, HuggingFaceSource
 from megatron_ext.config import ModelConfig
-from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.logits import load_hugging_face
-from megatron_ext.conversion.verify import Comparison
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.errors import CheckpointError, ConversionError, DataError
 from megatron_ext.generation.sample import generate
-from tests.unit.conversion.own_models import MODELS, write_checkpoint
+from megatron_ext.model_io.compare import Comparison
+from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.logits import load_hugging_face
+from tests.unit.model_io.own_models import MODELS, write_checkpoint
 from tests.workspace import write_corpus
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0}

@@ -10,7 +10,7 @@ from megatron_ext.config import Fp32Precision, ModelConfig, ParallelConfig, Reco
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks
-from megatron_ext.mcore.state import model_boxes
+from megatron_ext.mcore.state import model_shards
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
@@ -88,8 +88,8 @@ def test_the_embedding_scale_is_on_tokens_and_not_on_positions(pool: GlooPool) -
 
 
 def saved_pieces(model: ModelConfig, parallel: ParallelConfig) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
-    boxes = model_boxes(build(model, parallel))
-    return {(box.key, box.offset): box.data.clone() for box in boxes if box.saved_here}
+    shards = model_shards(build(model, parallel))
+    return {(shard.key, shard.offset): shard.data.clone() for shard in shards if shard.is_writer}
 
 
 def assemble(ranks: list[dict], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -101,7 +101,7 @@ def assemble(ranks: list[dict], shapes: dict[str, tuple[int, ...]]) -> dict[str,
 
 
 def global_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {box.key: box.global_shape for box in model_boxes(build(model, ParallelConfig()))}
+    return {shard.key: shard.global_shape for shard in model_shards(build(model, ParallelConfig()))}
 
 
 def test_initial_weights_do_not_depend_on_the_layout(pool: GlooPool) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_ext.config import Fp8Precision
-from megatron_ext.mcore.fp8.scaling import Role, Scaling, advance_histories, delayed_scalings, forget_step
+from megatron_ext.mcore.fp8.scaling import Role, Scaling, advance_histories, delayed_scalings, discard_step
 
 
 def delayed(**fields: Any) -> Scaling:
@@ -68,7 +68,7 @@ def test_what_is_not_finite_stays_visible_and_out_of_the_history(value: float) -
     advance_histories([scaling], group=None)
     before = scaling.amax_history.clone()
     assert scaling.quantize(Role.INPUT, torch.tensor([[value, 1.0]])).dequantize().isnan().all()
-    forget_step([scaling])
+    discard_step([scaling])
     assert torch.equal(scaling.amax_history, before)
     # Also where the step was made all the same: the entry counts as unknown.
     scaling.quantize(Role.INPUT, torch.tensor([[value]]))

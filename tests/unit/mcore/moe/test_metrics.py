@@ -16,7 +16,7 @@ from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.counts import RouterCounts
 from megatron_ext.mcore.moe.metrics import collect_statistics
 from megatron_ext.mcore.moe.selection import normalize_gating_logits
-from megatron_ext.testing.parity import Cell, run_cell
+from megatron_ext.proving.parity import Cell, run_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.mcore.moe.gates import ALONE
@@ -24,7 +24,7 @@ from tests.unit.mcore.moe.gates import ALONE
 
 def health(parallel: ParallelConfig, recompute: str | None, changes: dict[str, Any]) -> dict[int, Any]:
     """Train one step and collect what the routers counted."""
-    from megatron_ext.testing import parity
+    from megatron_ext.proving import parity
 
     kept: list[Any] = []
     real = parity.release_chunks
