@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_ext.errors import ConversionError
-from megatron_ext.model_io import export as export_module
 from megatron_ext.model_io import logits as logits_module
 from megatron_ext.model_io.compare import Comparison, verify
 from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.huggingface import companion_files as export_module
 from megatron_ext.model_io.huggingface.cached_generation import compare_generation
 from megatron_ext.model_io.huggingface.companion_files import shipped_code
 from tests.unit.model_io.own_models import MODELS, export, tokens, write_checkpoint
