@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from megatron_ext.testing.pool import GlooPool  # noqa: E402 - the environment comes first
+from tests.support import forkserver  # noqa: E402
 
 # The same examples on every machine, and none that fails because the machine is busy.
 hypothesis.settings.register_profile("here", derandomize=True, deadline=None)
@@ -26,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[GlooPool]:
+    forkserver.context()
     with GlooPool(8) as processes:
         yield processes
 

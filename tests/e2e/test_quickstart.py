@@ -15,7 +15,8 @@ import pytest
 
 from examples.quickstart import measure
 from megatron_ext.monitoring.metrics_file import read_metrics
-from tests.workspace import ROOT, TOOLS, reported_losses
+from tests.support.commands import TOOLS
+from tests.support.workspace import ROOT, reported_losses
 
 MOST_BYTES = 6 * 2**30
 
