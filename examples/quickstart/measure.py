@@ -2,7 +2,7 @@
 """How much of the quickstart's training this machine does in its time: prints the share of the steps, in percent.
 
   python examples/quickstart/measure.py                 before it begins
-  python examples/quickstart/measure.py SHARE SECONDS   once SHARE percent of the dense model's steps ended after SECONDS
+  python examples/quickstart/measure.py SHARE SECONDS   once SHARE percent of the dense steps ended after SECONDS
 
 Two processes at once compute the dense model's step on 2,048 tokens, as its training will. The whole quickstart takes 4
 minutes where such a step takes 0.55 s, and what is not training grows alike; the share is what ends within 7 minutes.
