@@ -26,7 +26,7 @@ from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.logits import load_hugging_face
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
 
 # fp32 rounding of sums taken in another order; measured 0 (dense) to 5e-7 (MoE) of the logits' scale.
 TOLERANCE = 1e-5
