@@ -13,8 +13,8 @@ from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.fields import NOT_IN_THE_LOGITS, left_behind
 from megatron_ext.architectures.tables.normalized import NormalizedHfSource
+from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT, model_shapes
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
-from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.store import (
     TOKENIZER_FOLDER,
     TrainingState,
@@ -33,8 +33,6 @@ from megatron_ext.model_io.engine import MEGATRON, check_source, copies, hf_shap
 from megatron_ext.model_io.model_to_write import ModelToWrite
 
 log = logging.getLogger(__name__)
-
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)

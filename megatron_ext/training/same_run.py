@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
 from megatron_ext.config.effective_value import effective_value
