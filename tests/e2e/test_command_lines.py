@@ -32,7 +32,8 @@ sys.argv = sys.argv[1:] + ["--help"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    print([name for name in ("torch", "megatron.core", "transformers") if name in sys.modules], file=sys.stderr)
+    heavy = "torch megatron transformers tokenizers sentencepiece safetensors numpy wandb rich".split()
+    print([name for name in heavy if name in sys.modules], file=sys.stderr)
 """
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint import streams as tensors
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
-from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource, TensorSpec
 from megatron_ext.config import GatingNormalization, ModelConfig, to_mapping
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
@@ -235,7 +235,7 @@ class MegatronGradients:
     """Gradients of a one-process model by canonical name."""
 
     def __init__(self, pieces: dict) -> None:
-        from megatron_ext.checkpoint.naming import stored_names
+        from megatron_ext.canonical.naming import stored_names
 
         flat = [
             (piece, param.grad.flatten()[piece.start : piece.start + piece.data.numel()])

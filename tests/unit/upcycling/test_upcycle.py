@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource, TensorSpec
 from megatron_ext.config import load_run, to_mapping
 from megatron_ext.config.load import read_yaml
