@@ -36,7 +36,7 @@ from megatron_ext.config import (
     RecomputeConfig,
     RuntimeConfig,
 )
-from megatron_ext.data.batches import MicroBatch, complete_columns
+from megatron_ext.data.stream.batches import MicroBatch, complete_columns
 from megatron_ext.data.python_corpus import write_python_corpus
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks

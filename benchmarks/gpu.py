@@ -141,7 +141,7 @@ def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
     from core_local_spec import build_core_chunks
 
     from megatron_ext.config import AdamConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
-    from megatron_ext.data.batches import complete_columns
+    from megatron_ext.data.stream.batches import complete_columns
     from megatron_ext.mcore.initialization import initialize_weights
     from megatron_ext.mcore.model import build_chunks, wrap_chunks
     from megatron_ext.mcore.optimizer import build_optimizer, set_learning_rate

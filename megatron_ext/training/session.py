@@ -2,9 +2,7 @@
 
 import dataclasses
 import logging
-import resource
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,33 +13,26 @@ import torch.distributed as dist
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.store import TrainingState
-from megatron_ext.config import DataSource, Layout, RunConfig, to_mapping
-from megatron_ext.data.batches import DocumentResets, MicroBatch
-from megatron_ext.data.datasets import build_blend, read_batches
-from megatron_ext.data.preprocess import dataset_fingerprint
-from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import CheckpointError, DataError, TrainingError
+from megatron_ext.config import Layout, RunConfig, to_mapping
+from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.stream import Batch, DataStream
+from megatron_ext.errors import CheckpointError, TrainingError
 from megatron_ext.foreign import reading
-from megatron_ext.mcore.initialization import initialize_weights
-from megatron_ext.mcore.model import build_chunks, gather_parameters, release_chunks, routers, wrap_chunks
-from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
+from megatron_ext.mcore.build import Trainable, build_trainable
+from megatron_ext.mcore.model import gather_parameters, routers
 from megatron_ext.mcore.moe.router import require_directions
-from megatron_ext.mcore.optimizer import build_optimizer, optimizer_steps, set_optimizer_steps
-from megatron_ext.mcore.state import amax_shards, coefficient_shards, model_shards, optimizer_shards
-from megatron_ext.mcore.transformer_config import transformer_config
-from megatron_ext.model_io.open import is_hugging_face, open_checkpoint, with_padding
-from megatron_ext.model_io.streamed_shards import StreamedShards
-from megatron_ext.monitoring.wandb_run import new_run_id
+from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
+from megatron_ext.mcore.state import model_shards, optimizer_shards
 from megatron_ext.runtime.process_groups import Groups
-from megatron_ext.runtime.seeds import random_state, restore_random_state, seed_everything
-from megatron_ext.training.same_run import (
-    check_models_agree,
-    check_same_data,
-    check_same_model,
-    check_same_sources,
-    with_vocabulary_padding,
-)
-from megatron_ext.training.step import StepResult, prepare_for_training, train_step, validation_loss
+from megatron_ext.runtime.seeds import random_state, restore_random_state
+from megatron_ext.training.hooks.base import Hook
+from megatron_ext.training.same_run import check_same_data, check_same_model
+from megatron_ext.training.schedule import learning_rate
+from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_weights
+from megatron_ext.training.step import StepResult, never, train_step, validation_loss
+from megatron_ext.training.tasks.base import TrainTask
+from megatron_ext.training.tasks.pretrain import Pretrain
+from megatron_ext.training.verdict import Judge, Rollback, take_finite
 
 log = logging.getLogger(__name__)
 
@@ -54,25 +45,52 @@ class Session:
     layout: Layout
     groups: Groups
     device: torch.device
-    chunks: list[Any]
-    """Model chunks as built; their weights are what is saved."""
-    wrapped: list[Any]
-    """The same chunks wrapped for training."""
-    optimizer: Any
+    trainable: Trainable
+    task: TrainTask
+    stream: DataStream
+    """What it trains on; its position is the run's."""
     state: TrainingState
-    reported: int = 0
-    """Step of the last report, and steps passed over since: what is reported averages over the steps trained since."""
+    hooks: Sequence[Hook] = ()
+    """What of them a checkpoint keeps is saved with the rest."""
+    judge: Judge = take_finite
+    """Whether a step is taken."""
 
-    def step(self, batch: list[MicroBatch], asks_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
-        """Train on one global batch and advance the position. TrainingError where the gradient is not finite."""
-        max_norm = self.run.optimizer.clip_grad
+    @property
+    def chunks(self) -> list[Any]:
+        """Model chunks as built; their weights are what is saved."""
+        return list(self.trainable.chunks)
+
+    @property
+    def wrapped(self) -> list[Any]:
+        """The same chunks wrapped for training."""
+        return self.trainable.wrapped
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer of this rank's parameters."""
+        return self.trainable.optimizer
+
+    def step(self, batch: Batch, asks_to_stop: Callable[[], bool] = never) -> StepResult:
+        """Train on a global batch that `stream` gave out; unless it is rolled back, that step is behind the run.
+
+        Raises:
+            TrainingError: the run cannot go on, such as with a gradient that is not finite.
+        """
+        set_learning_rate(self.optimizer, learning_rate(self.run, self.state.iteration))
         try:
             result = train_step(
-                self.wrapped, self.optimizer, batch, self.groups, max_norm=max_norm, asks_to_stop=asks_to_stop
+                self.trainable,
+                self.task,
+                batch,
+                self.groups,
+                max_norm=self.run.optimizer.clip_grad,
+                judge=self.judge,
+                asks_to_stop=asks_to_stop,
             )
         except TrainingError as error:
             raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error
-        self._advance()
+        if not isinstance(result.verdict, Rollback):
+            self._advance()
         return result
 
     def skips_next(self) -> bool:
@@ -81,46 +99,25 @@ class Session:
         return any(first <= step <= last for first, last in self.run.train.skip_steps)
 
     def pass_over(self) -> None:
-        """Advance the position by one step without training on its samples."""
+        """Advance by one step without reading its samples."""
+        self.stream.seek(self.stream.position().after(self.run.train.global_batch_size))
         self._advance()
-        self.reported += 1
+
+    def roll_back(self) -> None:
+        """Go back to the newest checkpoint of the run."""
+        self.resume(store.require_checkpoint(self.run.checkpoint.directory))
 
     def _advance(self) -> None:
         self.state = dataclasses.replace(
             self.state,
             iteration=self.state.iteration + 1,
-            consumed_samples=self.state.consumed_samples + self.run.train.global_batch_size,
+            consumed_samples=self.stream.position().samples,
             optimizer_steps=optimizer_steps(self.optimizer),
         )
 
-    def validate(self, batches: Iterator[list[MicroBatch]]) -> float:
-        """Loss a token over `batches`."""
-        return float(validation_loss(self.wrapped, batches, self.groups))
-
-    def expert_statistics(self, steps: int) -> ExpertStatistics | None:
-        """Routing over the last `steps` steps; None in a dense model."""
-        if not self.run.model.is_moe:
-            return None
-        assert self.run.model.num_moe_experts is not None
-        return collect_statistics(
-            routers(self.chunks),
-            num_layers=self.run.model.num_layers,
-            num_experts=self.run.model.num_moe_experts,
-            num_microbatches=steps * self.layout.num_microbatches * self.layout.dp,
-            group=self.groups.world,
-            device=self.device,
-        )
-
-    def peak_memory(self) -> int:
-        """Bytes used at most by the rank that used most: device memory on CUDA, resident memory on CPU."""
-        if self.device.type == "cuda":
-            used = torch.cuda.max_memory_allocated()
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        most = torch.tensor(float(used), device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.world)
-        return int(most)
+    def validate(self, batches: Iterable[Batch]) -> float:
+        """The task's loss over `batches`."""
+        return float(validation_loss(self.trainable, self.task, batches, self.groups))
 
     def save(self) -> Path:
         """Save a checkpoint."""
@@ -128,7 +125,7 @@ class Session:
         return store.save_checkpoint(
             self.run.checkpoint.directory,
             self._shards(with_optimizer=True),
-            self.state,
+            dataclasses.replace(self.state, **{key: value for hook in self.hooks for key, value in hook.state().items()}),
             to_mapping(self.run),
             random_state(self.device),
             tokenizer=Path(self.run.data.tokenizer),
@@ -144,6 +141,9 @@ class Session:
         with_optimizer = self.run.checkpoint.load_optimizer
         store.load_shards(checkpoint, self._shards(with_optimizer))
         self.state = state
+        for hook in self.hooks:
+            hook.restore({"wandb_run_id": state.wandb_run_id})
+        self.stream.seek(Position(state.consumed_samples))
         if with_optimizer:
             set_optimizer_steps(self.optimizer, self.state.optimizer_steps)
         else:
@@ -157,26 +157,14 @@ class Session:
             "continuing %s at step %d%s", checkpoint, self.state.iteration, "" if same_layout else ", in another layout"
         )
 
-    def initialize_from(self, path: str | Path) -> None:
-        """Take the weights at `path`, a Megatron checkpoint or a Hugging Face directory, and start at step 0."""
-        shards = self._shards(with_optimizer=False)
-        if is_hugging_face(path):
-            opened = open_checkpoint(path)
-            checkpoint, model = opened.directory, with_vocabulary_padding(opened.model, self.run.model)
-            check_models_agree(self.run.model, model, checkpoint)
-            store.require_whole_together(checkpoint)
-            reader = StreamedShards(with_padding(opened, model.padded_vocab_size))
-            store.fill_shards(reader, checkpoint, shards)
-        else:
-            checkpoint = store.require_checkpoint(path)
-            check_same_model(self.run.model, checkpoint)
-            store.load_shards(checkpoint, shards)
+    def initialize_from(self, path: str | Path, open_foreign: OpenForeign) -> None:
+        """Take the weights at `path`, and start at step 0."""
+        load_weights(Path(path), self.run.model, self._shards(with_optimizer=False), open_foreign)
         self._take_over_weights()
-        log.info("weights from %s", checkpoint)
 
     def close(self) -> None:
         """Let go of model and groups, in a process that goes on; the session is of no use afterwards."""
-        release_chunks(self.wrapped)
+        self.trainable.release()
 
     def _take_over_weights(self) -> None:
         """Give the optimizer's fp32 weights the value of the model's."""
@@ -185,7 +173,7 @@ class Session:
     def _shards(self, with_optimizer: bool) -> list[TensorShard]:
         if not with_optimizer:
             return model_shards(self.chunks)
-        followed = coefficient_shards(routers(self.chunks)) + amax_shards(self.chunks)
+        followed = [shard for participant in self.trainable.participants for shard in participant.state()]
         return model_shards(self.chunks) + optimizer_shards(self.chunks, self.optimizer) + followed
 
 
@@ -195,77 +183,28 @@ def starting_state(run: RunConfig) -> TrainingState:
     return store.read_state(newest) if newest is not None else TrainingState()
 
 
-def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.device) -> Session:
-    """Build the model and optimizer with fresh weights, or those that the run continues or starts from."""
-    seed_everything(run.train.seed)
-    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, run.runtime.backend)
-    chunks = build_chunks(run.model, run.parallel, config, device)
-    initialize_weights(run.model, list(chunks), run.train.seed)
-    wrapped = wrap_chunks(chunks, config, run.parallel)
-    optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, wrapped)
-    prepare_for_training(config, wrapped, overlap_grad_reduce=run.parallel.overlap_grad_reduce)
-    session = Session(run, layout, groups, device, list(chunks), wrapped, optimizer, TrainingState())
+def open_session(
+    run: RunConfig,
+    layout: Layout,
+    groups: Groups,
+    device: torch.device,
+    stream: DataStream,
+    *,
+    open_foreign: OpenForeign = no_foreign_weights,
+    hooks: Sequence[Hook] = (),
+) -> Session:
+    """Build the model and optimizer with fresh weights, or those that the run continues or starts from.
+
+    Args:
+        stream: what it trains on; it is put to where the run goes on.
+        open_foreign: opens weights to start from that are no Megatron checkpoint.
+        hooks: their state is saved and restored with the rest.
+    """
+    trainable = build_trainable(run, groups, device)
+    session = Session(run, layout, groups, device, trainable, Pretrain.of(run.model), stream, TrainingState(), hooks)
     if (checkpoint := store.find_checkpoint(run.checkpoint.directory)) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:
-        session.initialize_from(run.checkpoint.initialize_from)
-    require_directions(routers(chunks))
-    session.reported = session.state.iteration
-    if session.state.wandb_run_id is None:
-        session.state = dataclasses.replace(session.state, wandb_run_id=new_run_id())
+        session.initialize_from(run.checkpoint.initialize_from, open_foreign)
+    require_directions(routers(session.chunks))
     return session
-
-
-class RunData:
-    """The training and validation samples of a run."""
-
-    def __init__(self, run: RunConfig, state: TrainingState) -> None:
-        self._run = run
-        self._tokenizer = Tokenizer(run.data.tokenizer)
-        if self._tokenizer.vocab_size > run.model.vocab_size:
-            raise DataError(
-                f"{run.data.tokenizer} makes token ids up to {self._tokenizer.vocab_size - 1}, more than "
-                f"model.vocab_size = {run.model.vocab_size}; set that to {self._tokenizer.vocab_size} or more"
-            )
-        data = run.data
-        self._resets = None
-        if data.reset_attention_mask or data.reset_position_ids:
-            self._resets = DocumentResets(self._tokenizer.eod, data.reset_attention_mask, data.reset_position_ids)
-        # The batch size may have changed on the way: what is left counts in today's, what is done is what it was.
-        remaining = max(run.train.train_iters - state.iteration, 0) * run.train.global_batch_size
-        self._train = self._blend(run.data.train, state.consumed_samples + remaining, run.train.seed)
-        self.fingerprints = tuple(dataset_fingerprint(source.path) for source in run.data.train)
-        check_same_sources(self.fingerprints, state, run.checkpoint.directory)
-        self._validation = None
-        if run.train.eval_interval is not None:
-            # Whatever a run's seed is, it is validated on the same samples: losses of different runs can be compared.
-            self._validation = self._blend(
-                run.data.validation, run.train.eval_iters * run.train.global_batch_size, seed=0
-            )
-
-    def _blend(self, sources: list[DataSource], num_samples: int, seed: int) -> Any:
-        return build_blend(sources, self._run.data, self._tokenizer, num_samples=num_samples, seed=seed)
-
-    def train(self, session: Session) -> Iterator[list[MicroBatch]]:
-        """The rest of the run, from the session's position on."""
-        steps = self._run.train.train_iters - session.state.iteration
-        return self._read(self._train, session, session.state.consumed_samples, steps)
-
-    def validation(self, session: Session) -> Iterator[list[MicroBatch]]:
-        """The validation batches: the same ones every time."""
-        return self._read(self._validation, session, 0, self._run.train.eval_iters)
-
-    def _read(self, dataset: Any, session: Session, first_sample: int, steps: int) -> Iterator[list[MicroBatch]]:
-        return read_batches(
-            dataset,
-            seed=self._run.train.seed,
-            first_sample=first_sample,
-            steps=steps,
-            global_batch=self._run.train.global_batch_size,
-            micro_batch=self._run.train.micro_batch_size,
-            dp_rank=session.groups.dp.rank(),
-            dp_size=session.groups.dp.size(),
-            num_workers=self._run.data.num_workers,
-            device=session.device,
-            resets=self._resets,
-        )

@@ -18,7 +18,7 @@ from megatron_ext.config import (
     RecomputeConfig,
     RuntimeConfig,
 )
-from megatron_ext.data.batches import DocumentResets, complete_columns
+from megatron_ext.data.stream.batches import DocumentResets, complete_columns
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
 from megatron_ext.mcore.transformer_config import transformer_config
