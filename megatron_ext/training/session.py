@@ -22,18 +22,17 @@ from megatron_ext.data.preprocess import dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, DataError, TrainingError
 from megatron_ext.foreign import reading
-from megatron_ext.mcore.initialization import initialize_weights
-from megatron_ext.mcore.model import build_chunks, gather_parameters, release_chunks, routers, wrap_chunks
+from megatron_ext.mcore.build import Trainable, build_trainable
+from megatron_ext.mcore.model import gather_parameters, routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.mcore.moe.router import require_directions
-from megatron_ext.mcore.optimizer import build_optimizer, optimizer_steps, set_optimizer_steps
-from megatron_ext.mcore.state import amax_shards, coefficient_shards, model_shards, optimizer_shards
-from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.mcore.optimizer import optimizer_steps, set_optimizer_steps
+from megatron_ext.mcore.state import model_shards, optimizer_shards
 from megatron_ext.model_io.open import is_hugging_face, open_checkpoint, with_padding
 from megatron_ext.model_io.streamed_shards import StreamedShards
 from megatron_ext.monitoring.wandb_run import new_run_id
 from megatron_ext.runtime.process_groups import Groups
-from megatron_ext.runtime.seeds import random_state, restore_random_state, seed_everything
+from megatron_ext.runtime.seeds import random_state, restore_random_state
 from megatron_ext.training.same_run import (
     check_models_agree,
     check_same_data,
@@ -41,7 +40,7 @@ from megatron_ext.training.same_run import (
     check_same_sources,
     with_vocabulary_padding,
 )
-from megatron_ext.training.step import StepResult, prepare_for_training, train_step, validation_loss
+from megatron_ext.training.step import StepResult, train_step, validation_loss
 
 log = logging.getLogger(__name__)
 
@@ -54,21 +53,38 @@ class Session:
     layout: Layout
     groups: Groups
     device: torch.device
-    chunks: list[Any]
-    """Model chunks as built; their weights are what is saved."""
-    wrapped: list[Any]
-    """The same chunks wrapped for training."""
-    optimizer: Any
+    trainable: Trainable
     state: TrainingState
     reported: int = 0
     """Step of the last report, and steps passed over since: what is reported averages over the steps trained since."""
+
+    @property
+    def chunks(self) -> list[Any]:
+        """Model chunks as built; their weights are what is saved."""
+        return list(self.trainable.chunks)
+
+    @property
+    def wrapped(self) -> list[Any]:
+        """The same chunks wrapped for training."""
+        return self.trainable.wrapped
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer of this rank's parameters."""
+        return self.trainable.optimizer
 
     def step(self, batch: list[MicroBatch], asks_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
         """Train on one global batch and advance the position. TrainingError where the gradient is not finite."""
         max_norm = self.run.optimizer.clip_grad
         try:
             result = train_step(
-                self.wrapped, self.optimizer, batch, self.groups, max_norm=max_norm, asks_to_stop=asks_to_stop
+                self.wrapped,
+                self.optimizer,
+                batch,
+                self.groups,
+                participants=self.trainable.participants,
+                max_norm=max_norm,
+                asks_to_stop=asks_to_stop,
             )
         except TrainingError as error:
             raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error
@@ -176,7 +192,7 @@ class Session:
 
     def close(self) -> None:
         """Let go of model and groups, in a process that goes on; the session is of no use afterwards."""
-        release_chunks(self.wrapped)
+        self.trainable.release()
 
     def _take_over_weights(self) -> None:
         """Give the optimizer's fp32 weights the value of the model's."""
@@ -185,7 +201,7 @@ class Session:
     def _shards(self, with_optimizer: bool) -> list[TensorShard]:
         if not with_optimizer:
             return model_shards(self.chunks)
-        followed = coefficient_shards(routers(self.chunks)) + amax_shards(self.chunks)
+        followed = [shard for participant in self.trainable.participants for shard in participant.state()]
         return model_shards(self.chunks) + optimizer_shards(self.chunks, self.optimizer) + followed
 
 
@@ -197,19 +213,12 @@ def starting_state(run: RunConfig) -> TrainingState:
 
 def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.device) -> Session:
     """Build the model and optimizer with fresh weights, or those that the run continues or starts from."""
-    seed_everything(run.train.seed)
-    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, run.runtime.backend)
-    chunks = build_chunks(run.model, run.parallel, config, device)
-    initialize_weights(run.model, list(chunks), run.train.seed)
-    wrapped = wrap_chunks(chunks, config, run.parallel)
-    optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, wrapped)
-    prepare_for_training(config, wrapped, overlap_grad_reduce=run.parallel.overlap_grad_reduce)
-    session = Session(run, layout, groups, device, list(chunks), wrapped, optimizer, TrainingState())
+    session = Session(run, layout, groups, device, build_trainable(run, groups, device), TrainingState())
     if (checkpoint := store.find_checkpoint(run.checkpoint.directory)) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:
         session.initialize_from(run.checkpoint.initialize_from)
-    require_directions(routers(chunks))
+    require_directions(routers(session.chunks))
     session.reported = session.state.iteration
     if session.state.wandb_run_id is None:
         session.state = dataclasses.replace(session.state, wandb_run_id=new_run_id())

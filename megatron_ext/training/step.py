@@ -13,19 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.errors import TrainingError
-from megatron_ext.mcore.fp8.scaling import advance_histories, discard_step
-from megatron_ext.mcore.model import routers
-from megatron_ext.mcore.moe import steps
 from megatron_ext.mcore.moe.noise import begin_micro_batch
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
+from megatron_ext.mcore.step_state import StepParticipant
 from megatron_ext.runtime.process_groups import Groups
 
 log = logging.getLogger(__name__)
@@ -47,26 +43,20 @@ class StepResult:
     """How many ranks ask to stop after this step; the same on every rank."""
 
 
-def prepare_for_training(config: TransformerConfig, wrapped: Sequence[Any], *, overlap_grad_reduce: bool) -> None:
-    """Tell megatron-core's schedules how gradients are reduced."""
-    config.finalize_model_grads_func = finalize_model_grads
-    if overlap_grad_reduce:
-        no_sync = [chunk.no_sync for chunk in wrapped]
-        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-
-
 def train_step(
     wrapped: Sequence[Any],
     optimizer: ChainedOptimizer,
     batch: Sequence[MicroBatch],
     groups: Groups,
     *,
+    participants: Sequence[StepParticipant],
     max_norm: float,
     asks_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Forward, backward and update over this rank's micro-batches of one global batch.
 
     Args:
+        participants: what moves with the steps beside weights and optimizer.
         asks_to_stop: asked late in the step; the answers of all ranks travel with the loss.
 
     Raises:
@@ -76,14 +66,15 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    gates = routers(wrapped)
-    steps.begin_step(gates)
+    for participant in participants:
+        participant.begin()
     (loss, z_loss, stops), tokens = _run(wrapped, batch, groups, forward_only=False, asks_to_stop=asks_to_stop)
     norm = gradient_norm(optimizer)
     # Here, where the device has just been waited for, and before it is given more to do.
     asking_to_stop = int(stops)
     if not math.isfinite(norm):
-        discard_step(wrapped)
+        for participant in participants:
+            participant.discard()
         if not float(tokens):
             raise TrainingError(
                 "no label of the global batch counts, so there is no loss: every token is masked (with "
@@ -95,8 +86,8 @@ def train_step(
         )
     clip_and_step(optimizer, norm, max_norm)
     # After the update, so that a refused step moves neither biases nor coefficients nor scales.
-    steps.end_step(gates, groups.stage)
-    advance_histories(wrapped, groups.stage)
+    for participant in participants:
+        participant.commit(groups.stage)
     return StepResult(loss, tokens, z_loss, norm, asking_to_stop)
 
 
