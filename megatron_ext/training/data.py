@@ -53,9 +53,7 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     def opened(sources: Sequence[DataSource], num_samples: int, seed: int) -> DataStream:
         blend = build_blend(sources, data, tokenizer, num_samples=num_samples, seed=seed)
         # What is drawn for a sample is the run's own in validation too.
-        return BlendStream(
-            blend, shape, seed=train.seed, device=device, num_workers=data.num_workers, resets=resets
-        )
+        return BlendStream(blend, shape, seed=train.seed, device=device, num_workers=data.num_workers, resets=resets)
 
     # The batch size may have changed on the way: what is left counts in today's, what is done is what it was.
     remaining = max(train.train_iters - state.iteration, 0) * train.global_batch_size

@@ -125,7 +125,9 @@ class Session:
         return store.save_checkpoint(
             self.run.checkpoint.directory,
             self._shards(with_optimizer=True),
-            dataclasses.replace(self.state, **{key: value for hook in self.hooks for key, value in hook.state().items()}),
+            dataclasses.replace(
+                self.state, **{key: value for hook in self.hooks for key, value in hook.state().items()}
+            ),
             to_mapping(self.run),
             random_state(self.device),
             tokenizer=Path(self.run.data.tokenizer),

@@ -47,9 +47,7 @@ def foreign_model(weights: ForeignWeights, model: ModelConfig) -> ModelConfig:
     return replace(weights.model, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
 
 
-def load_weights(
-    path: Path, model: ModelConfig, shards: Sequence[TensorShard], open_foreign: OpenForeign
-) -> None:
+def load_weights(path: Path, model: ModelConfig, shards: Sequence[TensorShard], open_foreign: OpenForeign) -> None:
     """Fill the model weights `shards` from what is at `path`. Every rank must call this.
 
     Raises:

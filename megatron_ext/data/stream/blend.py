@@ -15,7 +15,9 @@ class Blend(torch.utils.data.Dataset[dict[str, Any]]):
         order: the number of the source that each position is read from; None where there is only one.
     """
 
-    def __init__(self, dataset: Any, size: int, order: np.ndarray[Any, Any] | None = None, num_sources: int = 1) -> None:
+    def __init__(
+        self, dataset: Any, size: int, order: np.ndarray[Any, Any] | None = None, num_sources: int = 1
+    ) -> None:
         self.dataset, self.size, self.num_sources = dataset, size, num_sources
         self._order = order
 

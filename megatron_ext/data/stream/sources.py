@@ -100,9 +100,7 @@ def build_blend(
     return _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
 
 
-def _blend(
-    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int
-) -> Blend:
+def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int) -> Blend:
     parts = [_source(source.path, data, tokenizer, seed + number) for number, source in enumerate(sources)]
     if len(parts) == 1:
         return Blend(parts[0], num_samples)

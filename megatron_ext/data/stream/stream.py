@@ -111,7 +111,9 @@ class BlendStream:
     def seek(self, position: Position) -> None:
         """See `DataStream.seek`."""
         if position.samples > self._blend.size:
-            raise DataError(f"sample {position.samples} is beyond the {self._blend.size} that the stream was opened for")
+            raise DataError(
+                f"sample {position.samples} is beyond the {self._blend.size} that the stream was opened for"
+            )
         counts = tuple(self._blend.counts(0, position.samples))
         if position.stage or position.sources not in ((), counts):
             raise DataError(

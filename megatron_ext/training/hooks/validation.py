@@ -18,7 +18,9 @@ class Validation(Hook):
         tell: told the step and the loss, on every rank.
     """
 
-    def __init__(self, train: TrainConfig, stream: DataStream, clock: Clock, tell: Callable[[int, float], None]) -> None:
+    def __init__(
+        self, train: TrainConfig, stream: DataStream, clock: Clock, tell: Callable[[int, float], None]
+    ) -> None:
         self._train, self._stream, self._clock, self._tell = train, stream, clock, tell
 
     def after_step(self, session: Session, done: StepDone) -> None:

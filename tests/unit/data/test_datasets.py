@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from megatron_ext.config import DataConfig, DataSource
+from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.stream.batches import DocumentResets, sample_indices
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.sources import build_blend
 from megatron_ext.data.stream.stream import BatchShape, BlendStream
-from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.testing.pool import GlooPool

@@ -39,6 +39,10 @@ def found(work: Path, *overrides: str) -> Findings:
     return examine(values_of(run), run, open_hugging_face)
 
 
+def check(work: Path, *overrides: str, world_size: int | None = None, files: bool = True) -> str:
+    return check_run(str(work / "run.yaml"), overrides, world_size, files=files, open_foreign=open_hugging_face)
+
+
 def new(work: Path) -> str:
     return f"checkpoint.directory={work / 'another'}"
 
@@ -70,10 +74,9 @@ def test_faults_of_configuration_and_files_come_in_one_message(work: Path, tmp_p
 
 
 def test_several_faults_of_a_layout_are_counted_one_by_one(work: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"run\.yaml: 2 problems\n  13 processes .*\n  train\.global_batch_size = 8 is"
-    ):
-        check_run(str(work / "run.yaml"), ["parallel.pipeline_model_parallel_size=2"], 13, files=False, open_foreign=open_hugging_face)
+    fault = r"run\.yaml: 2 problems\n  13 processes .*\n  train\.global_batch_size = 8 is"
+    with pytest.raises(ConfigError, match=fault):
+        check(work, "parallel.pipeline_model_parallel_size=2", world_size=13, files=False)
 
 
 def test_the_real_run_makes_the_same_checks_before_it_builds_anything(work: Path) -> None:
@@ -189,10 +192,10 @@ def test_a_run_says_what_it_is_before_its_first_step(work: Path) -> None:
 
 
 def test_the_whole_of_a_check(work: Path) -> None:
-    text = check_run(str(work / "run.yaml"), [], None, files=True, open_foreign=open_hugging_face)
+    text = check(work)
     assert "start           continues" in text
     assert "changed         train.train_iters: 2 -> 6" in text
     config: Any = read_yaml(work / "run.yaml")
     assert config["train"]["train_iters"] == 6
-    alone = check_run(str(work / "run.yaml"), ["data.tokenizer=gone"], None, files=False, open_foreign=open_hugging_face)
+    alone = check(work, "data.tokenizer=gone", files=False)
     assert "start  " not in alone
