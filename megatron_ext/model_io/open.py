@@ -13,17 +13,13 @@ from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.fields import NOT_IN_THE_LOGITS, left_behind
 from megatron_ext.architectures.tables.normalized import NormalizedHfSource
+from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
+from megatron_ext.checkpoint.run_file import read_run
 from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.store import (
-    TOKENIZER_FOLDER,
-    TrainingState,
-    find_checkpoint,
-    read_run,
-    read_state,
-)
+from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSource, TensorSpec
-from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
+from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.errors import CheckpointError, ConversionError, named

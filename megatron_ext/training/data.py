@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint.store import TrainingState
+from megatron_ext.checkpoint.state_file import TrainingState
 from megatron_ext.config import DataSource, RunConfig
 from megatron_ext.data.preprocess import dataset_fingerprint
 from megatron_ext.data.stream.batches import DocumentResets

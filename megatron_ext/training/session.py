@@ -2,22 +2,20 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.shards import TensorShard
-from megatron_ext.checkpoint.store import TrainingState
+from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.manager import CheckpointManager, RankState
+from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.config import Layout, RunConfig, to_mapping
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.stream import Batch, DataStream
-from megatron_ext.errors import CheckpointError, TrainingError
-from megatron_ext.foreign import reading
+from megatron_ext.errors import TrainingError
 from megatron_ext.mcore.build import Trainable, build_trainable
 from megatron_ext.mcore.model import gather_parameters, routers
 from megatron_ext.mcore.moe.router import require_directions
@@ -36,6 +34,9 @@ from megatron_ext.training.verdict import Judge, Rollback, take_finite
 
 log = logging.getLogger(__name__)
 
+_OWN_STATE = ("model", "optimizer", "participants", "progress")
+"""What of a checkpoint is the session's own."""
+
 
 @dataclass
 class Session:
@@ -49,11 +50,15 @@ class Session:
     task: TrainTask
     stream: DataStream
     """What it trains on; its position is the run's."""
-    state: TrainingState
+    checkpoints: CheckpointManager
     hooks: Sequence[Hook] = ()
-    """What of them a checkpoint keeps is saved with the rest."""
+    """Their state is saved with the rest."""
+    state: TrainingState = TrainingState()
     judge: Judge = take_finite
     """Whether a step is taken."""
+
+    def __post_init__(self) -> None:
+        self._register_states()
 
     @property
     def chunks(self) -> list[Any]:
@@ -103,16 +108,11 @@ class Session:
         self.stream.seek(self.stream.position().after(self.run.train.global_batch_size))
         self._advance()
 
-    def roll_back(self) -> None:
-        """Go back to the newest checkpoint of the run."""
-        self.resume(store.require_checkpoint(self.run.checkpoint.directory))
-
     def _advance(self) -> None:
         self.state = dataclasses.replace(
             self.state,
             iteration=self.state.iteration + 1,
             consumed_samples=self.stream.position().samples,
-            optimizer_steps=optimizer_steps(self.optimizer),
         )
 
     def validate(self, batches: Iterable[Batch]) -> float:
@@ -122,46 +122,31 @@ class Session:
     def save(self) -> Path:
         """Save a checkpoint."""
         gather_parameters(self.wrapped, self.run.parallel)
-        return store.save_checkpoint(
-            self.run.checkpoint.directory,
-            self._shards(with_optimizer=True),
-            dataclasses.replace(
-                self.state, **{key: value for hook in self.hooks for key, value in hook.state().items()}
-            ),
-            to_mapping(self.run),
-            random_state(self.device),
-            tokenizer=Path(self.run.data.tokenizer),
-            keep_last=self.run.checkpoint.keep_last,
-        )
+        return self.checkpoints.save(self.state.iteration)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`, saved in any layout."""
         check_same_model(self.run.model, checkpoint)
-        state = store.read_state(checkpoint)
-        if state.consumed_samples:
+        if read_state(checkpoint).consumed_samples:
             check_same_data(self.run.data, self.run.train, checkpoint)
-        with_optimizer = self.run.checkpoint.load_optimizer
-        store.load_shards(checkpoint, self._shards(with_optimizer))
-        self.state = state
-        for hook in self.hooks:
-            hook.restore({"wandb_run_id": state.wandb_run_id})
-        self.stream.seek(Position(state.consumed_samples))
-        if with_optimizer:
-            set_optimizer_steps(self.optimizer, self.state.optimizer_steps)
+        if self.run.checkpoint.load_optimizer:
+            self.checkpoints.restore(checkpoint)
         else:
+            hooks = [hook.name for hook in self.hooks if hook.name]
+            self.checkpoints.restore(checkpoint, only=["model", "progress", *hooks])
             self._take_over_weights()
-        same_layout = store.read_run(checkpoint).get("parallel") == to_mapping(self.run.parallel)
-        saved = store.read_random_state(checkpoint, dist.get_rank()) if same_layout else None
-        if saved is not None:
-            with reading(checkpoint / store.RNG_FILE, CheckpointError):
-                restore_random_state(saved, self.device)
-        log.info(
-            "continuing %s at step %d%s", checkpoint, self.state.iteration, "" if same_layout else ", in another layout"
-        )
+        layout = "" if self.checkpoints.has_layout_of(checkpoint) else ", in another layout"
+        log.info("continuing %s at step %d%s", checkpoint, self.state.iteration, layout)
+
+    def roll_back(self) -> None:
+        """Go back to the newest checkpoint of the run. Hooks, which may count that, stay as they are."""
+        checkpoint = require_checkpoint(self.checkpoints.directory)
+        self.checkpoints.restore(checkpoint, only=_OWN_STATE)
+        log.info("back to %s", checkpoint)
 
     def initialize_from(self, path: str | Path, open_foreign: OpenForeign) -> None:
         """Take the weights at `path`, and start at step 0."""
-        load_weights(Path(path), self.run.model, self._shards(with_optimizer=False), open_foreign)
+        load_weights(Path(path), self.run.model, self.checkpoints.tensors(only=["model"]), open_foreign)
         self._take_over_weights()
 
     def close(self) -> None:
@@ -172,17 +157,43 @@ class Session:
         """Give the optimizer's fp32 weights the value of the model's."""
         self.optimizer.reload_model_params()
 
-    def _shards(self, with_optimizer: bool) -> list[TensorShard]:
-        if not with_optimizer:
-            return model_shards(self.chunks)
-        followed = [shard for participant in self.trainable.participants for shard in participant.state()]
-        return model_shards(self.chunks) + optimizer_shards(self.chunks, self.optimizer) + followed
+    def _register_states(self) -> None:
+        """Say what a checkpoint of this run holds."""
+        register = self.checkpoints.register
+        register("model", tensors=lambda: model_shards(self.chunks))
+        register(
+            "optimizer",
+            tensors=lambda: optimizer_shards(self.chunks, self.optimizer),
+            scalars=lambda: {"optimizer_steps": optimizer_steps(self.optimizer)},
+            restore=lambda saved: set_optimizer_steps(self.optimizer, saved["optimizer_steps"]),
+        )
+        participants = self.trainable.participants
+        register("participants", tensors=lambda: [shard for one in participants for shard in one.state()])
+        register("progress", scalars=self._progress, restore=self._restore_progress)
+        for hook in self.hooks:
+            if hook.name:
+                register(hook.name, scalars=hook.state, restore=hook.restore)
+
+    def _progress(self) -> dict[str, Any]:
+        at = self.stream.position()
+        return {
+            "iteration": self.state.iteration,
+            "consumed_samples": at.samples,
+            "position": {"stage": at.stage, "source_samples": list(at.sources)},
+            "data": self.state.data,
+        }
+
+    def _restore_progress(self, saved: Mapping[str, Any]) -> None:
+        self.state = TrainingState(saved["iteration"], saved["consumed_samples"], data=tuple(saved["data"]))
+        # Older checkpoints have the number of samples alone, from which the rest follows.
+        place = saved.get("position", {"stage": 0, "source_samples": []})
+        self.stream.seek(Position(saved["consumed_samples"], place["stage"], tuple(place["source_samples"])))
 
 
 def starting_state(run: RunConfig) -> TrainingState:
     """Where a run will go on: the state of its newest checkpoint, or the beginning."""
-    newest = store.find_checkpoint(run.checkpoint.directory)
-    return store.read_state(newest) if newest is not None else TrainingState()
+    newest = find_checkpoint(run.checkpoint.directory)
+    return read_state(newest) if newest is not None else TrainingState()
 
 
 def open_session(
@@ -202,9 +213,16 @@ def open_session(
         open_foreign: opens weights to start from that are no Megatron checkpoint.
         hooks: their state is saved and restored with the rest.
     """
-    trainable = build_trainable(run, groups, device)
-    session = Session(run, layout, groups, device, trainable, Pretrain.of(run.model), stream, TrainingState(), hooks)
-    if (checkpoint := store.find_checkpoint(run.checkpoint.directory)) is not None:
+    trainable, task = build_trainable(run, groups, device), Pretrain.of(run.model)
+    checkpoints = CheckpointManager(
+        run.checkpoint.directory,
+        to_mapping(run),
+        tokenizer=Path(run.data.tokenizer),
+        keep_last=run.checkpoint.keep_last,
+        rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
+    )
+    session = Session(run, layout, groups, device, trainable, task, stream, checkpoints, hooks)
+    if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:
         session.initialize_from(run.checkpoint.initialize_from, open_foreign)

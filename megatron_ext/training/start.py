@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.integrity import require_whole_together
+from megatron_ext.checkpoint.load import ShardReader, fill_shards, load_shards
 from megatron_ext.checkpoint.shards import TensorShard
-from megatron_ext.checkpoint.store import ShardReader
 from megatron_ext.config import ModelConfig
 from megatron_ext.training.same_run import check_models_agree, check_same_model
 
@@ -55,12 +56,12 @@ def load_weights(path: Path, model: ModelConfig, shards: Sequence[TensorShard], 
     """
     foreign = open_foreign(path)
     if foreign is None:
-        checkpoint = store.require_checkpoint(path)
+        checkpoint = require_checkpoint(path)
         check_same_model(model, checkpoint)
-        store.load_shards(checkpoint, shards)
+        load_shards(checkpoint, shards)
     else:
         checkpoint, theirs = foreign.directory, foreign_model(foreign, model)
         check_models_agree(model, theirs, checkpoint)
-        store.require_whole_together(checkpoint)
-        store.fill_shards(foreign.shards(theirs.padded_vocab_size), checkpoint, shards)
+        require_whole_together(checkpoint)
+        fill_shards(foreign.shards(theirs.padded_vocab_size), checkpoint, shards)
     log.info("weights from %s", checkpoint)

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSource
@@ -150,6 +150,6 @@ def test_checkpoints_hold_the_models_tensors_and_survive_another_layout(
     pool.run(
         after.processes, load_and_save_to, replace(started_otherwise(part), parallel=after.parallel), tmp_path / "b"
     )
-    first, second = (store.require_checkpoint(tmp_path / folder) for folder in "ab")
+    first, second = (require_checkpoint(tmp_path / folder) for folder in "ab")
     assert_same_tensors(first, second)
     assert {n: spec.shape for n, spec in MegatronSource(first).specs.items()} == model_shapes(MODELS[name])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import Bf16Precision, Fp8Precision, ParallelConfig, RecomputeConfig
@@ -170,7 +170,7 @@ def test_histories_survive_another_layout(name: str, pool: GlooPool, tmp_path: P
     pool.run(2, train_and_save, part, 2)
     moved = replace(started_otherwise(part), parallel=parallel)
     pool.run(processes, load_and_save_to, moved, tmp_path / "b")
-    before, after = (histories(store.require_checkpoint(tmp_path / name)) for name in "ab")
+    before, after = (histories(require_checkpoint(tmp_path / name)) for name in "ab")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     continued = pool.run(processes, train_and_save, moved, 3, False)[0]
@@ -186,7 +186,7 @@ def test_weights_of_a_checkpoint_are_named_as_ever_and_start_other_runs(pool: Gl
     assert MegatronSource(tmp_path / "fp8").specs == MegatronSource(tmp_path / "bf16").specs
     # A run may change its precision, both ways; delayed scaling then begins without a history.
     pool.run(1, train_and_save, Part(MOE, tmp_path / "bf16", ALONE, DELAYED), 2)
-    assert all((h[:, 1:] == 0).all() for h in histories(store.require_checkpoint(tmp_path / "bf16")).values())
+    assert all((h[:, 1:] == 0).all() for h in histories(require_checkpoint(tmp_path / "bf16")).values())
     pool.run(1, train_and_save, Part(MOE, tmp_path / "fp8", ALONE, "bf16"), 2)
 
 

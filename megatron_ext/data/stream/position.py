@@ -14,6 +14,11 @@ class Position:
     sources: tuple[int, ...] = ()
     """Samples consumed of each source of that stage; empty where only `samples` is known, as in old checkpoints."""
 
+    def __post_init__(self) -> None:
+        counts = (self.samples, self.stage, *self.sources)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"{self} is no position: counts are no less than 0")
+
     def after(self, samples: int) -> "Position":
         """The position `samples` later; a stream that goes there counts its sources anew."""
         return Position(self.samples + samples, self.stage)

@@ -43,7 +43,7 @@ class Hook:
     """
 
     name = ""
-    """Of its state among that of a checkpoint; empty where it has none."""
+    """Of its state in checkpoints, which no other has; empty where it has none."""
 
     def on_start(self, session: "Session") -> None:
         """The run is about to begin, or to go on: model, data and position are there."""
@@ -65,4 +65,8 @@ class Hook:
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned, before `on_start`. What an older checkpoint lacks is not there."""
+        """Go on from what `state` returned, before `on_start`. What an older checkpoint lacks is not there.
+
+        Raises:
+            ValueError: it is no such state.
+        """

@@ -70,7 +70,9 @@ class Reports(Hook):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with the W&B run of the checkpoint, if it has one."""
-        self._run_id = state.get("wandb_run_id") or self._run_id
+        if not isinstance(run_id := state.get("wandb_run_id"), str | None):
+            raise ValueError(f"wandb_run_id is {run_id!r}")
+        self._run_id = run_id or self._run_id
 
     def _report(self, session: Session, done: StepDone) -> None:
         """Bring together what all ranks know and hand it to the monitor; every rank must call this."""

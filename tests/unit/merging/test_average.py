@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.checkpoint.store import METADATA_FILE, checkpoint_name
+from megatron_ext.checkpoint.find import checkpoint_name
+from megatron_ext.checkpoint.metadata import METADATA_FILE
 from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource
 from megatron_ext.config import to_mapping
 from megatron_ext.errors import CheckpointError, ConfigError, ConversionError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.store import require_checkpoint
+from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import load_run, read_yaml
 from megatron_ext.config.load import values_of
