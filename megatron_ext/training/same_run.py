@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,6 @@ def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path)
             for name in names
         ]
         raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
-
-
-def with_vocabulary_padding(saved: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """`saved` with the padding of `model`: a Hugging Face directory has none of its own."""
-    return replace(saved, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
 
 
 def check_holds_weights(model: ModelConfig, checkpoint: Path) -> None:

@@ -18,9 +18,9 @@ from megatron_ext.config import Bf16Precision, Fp8Precision, ParallelConfig, Rec
 from megatron_ext.errors import TrainingError
 from megatron_ext.mcore import transformer_config
 from megatron_ext.mcore.fp8.experts import Fp8GroupedExperts
+from megatron_ext.mcore.fp8.histories import AmaxHistories, delayed_scalings
 from megatron_ext.mcore.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
-from megatron_ext.mcore.fp8.scaling import Role, delayed_scalings
-from megatron_ext.mcore.state import amax_shards
+from megatron_ext.mcore.fp8.scaling import Role
 from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
@@ -199,16 +199,17 @@ def break_a_weight(part: Part) -> tuple[str, bool]:
     """Make one number infinite on the last rank; return the error, and whether the histories are as before."""
     with open_part(part) as session:
         train_steps(session, 1)
-        before = [shard.data.clone() for shard in amax_shards(session.chunks)]
+        (histories,) = (p for p in session.trainable.participants if isinstance(p, AmaxHistories))
+        before = [shard.data.clone() for shard in histories.state()]
         proj = session.chunks[0].decoder.layers[1].self_attention.linear_proj
         if dist.get_rank() == dist.get_world_size() - 1:
             proj.weight.data[0, 0] = math.inf
         try:
             train_steps(session, 2)
         except TrainingError as error:
-            after = [shard.data for shard in amax_shards(session.chunks)]
+            after = [shard.data for shard in histories.state()]
             same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-            assert not any(s.latest.any() for s in delayed_scalings(session.chunks))
+            assert not any(s.latest.any() for s in delayed_scalings(session.chunks).values())
             assert before[0][Role.INPUT, 0] > 0
             return str(error), same
     return "trained", False
