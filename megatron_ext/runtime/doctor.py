@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -26,7 +27,13 @@ from megatron_ext.runtime.accelerators import (
 )
 from megatron_ext.runtime.cpu_speed import slow_bf16
 
-_RECIPES = ("tensorwise", "rowwise", "delayed", "blockwise", "mxfp8")
+_RECIPES: tuple[Literal["tensorwise", "rowwise", "delayed", "blockwise", "mxfp8"], ...] = (
+    "tensorwise",
+    "rowwise",
+    "delayed",
+    "blockwise",
+    "mxfp8",
+)
 _PRECISIONS: tuple[tuple[str, Precision], ...] = (
     ("fp32", Fp32Precision(kind="fp32")),
     ("bf16", Bf16Precision(kind="bf16")),
