@@ -85,7 +85,7 @@ def _hardware(machine: Machine) -> Iterator[tuple[str, str]]:
 
 
 def _software(machine: Machine) -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
+    yield "python", core_guard.versions()
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield "torch", f"{torch.__version__}, {built}"
     nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None  # type: ignore[no-untyped-call]
