@@ -4,6 +4,7 @@
 # make test-core                                 what touches megatron-core, on Python 3.12 with megatron-core 0.19
 # make test-newest [TE=1]                        every test there; TE=1 builds
 #                                                Transformer Engine there (needs nvcc, no GPU) for the tests of it
+# make docs                                      the guides as pages in build/docs
 # make lock                                      renews the tested versions of every Python that is here
 PYTHON ?=
 unexport PYTHON
@@ -20,7 +21,7 @@ CORE_TESTS := tests/unit/mcore tests/unit/runtime tests/distributed/test_core_gu
   tests/distributed/test_parity.py tests/distributed/test_gradient_norm.py tests/distributed/test_checkpoint.py \
   tests/distributed/test_fp8.py
 
-.PHONY: setup quickstart test test-foreign test-core test-newest lint lock clean
+.PHONY: setup quickstart test test-foreign test-core test-newest lint docs lock clean
 
 setup: $(READY)
 
@@ -64,7 +65,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mkdocs build --quiet --strict
 	for run in $$(grep -l "^model:" examples/*/*.yaml); do $(VENV)/bin/python tools/train.py $$run --check --config-only > /dev/null || exit 1; done
+
+docs: $(READY)
+	$(VENV)/bin/mkdocs build --strict
 
 lock:
 	@for lock in $(LOCKS); do \
