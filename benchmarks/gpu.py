@@ -26,7 +26,7 @@ from typing import Any
 
 from report import hardware, markdown_table, record, versions
 
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Bf16Precision, Fp8Precision, ModelConfig, Precision
 from megatron_ext.planning.flops import training_flops_per_token
 

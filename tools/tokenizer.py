@@ -19,8 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.config.base import config
-from megatron_ext.config.load import fields_of
+from megatron_ext.config.base import config, fields_of
 from megatron_ext.errors import ConfigError
 
 

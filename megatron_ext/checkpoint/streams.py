@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.naming import storage_plan, stored_names
+from megatron_ext.canonical.naming import storage_plan, stored_names
 from megatron_ext.checkpoint.shards import Shape
 from megatron_ext.checkpoint.store import (
     CHECKPOINT_CONTENTS,

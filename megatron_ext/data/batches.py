@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.runtime.zigzag import zigzag_slice
 
 

@@ -1,7 +1,7 @@
 """What a run would be: the text that `--check` prints before anything is started."""
 
 from megatron_ext.architectures.registry import architecture_for
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
 from megatron_ext.errors import ConversionError
 from megatron_ext.planning.amounts import flops

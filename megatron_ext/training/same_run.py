@@ -6,29 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
 from megatron_ext.config.effective_value import effective_value
+from megatron_ext.config.model_fields import TRAINING_FIELDS
 from megatron_ext.errors import CheckpointError, ConfigError
-
-_FREE = frozenset(
-    {
-        "init_method_std",
-        "attention_dropout",
-        "hidden_dropout",
-        "output_z_loss_coeff",
-        "moe_aux_loss_coeff",
-        "moe_router_load_balancing_type",
-        "moe_adaptive_aux_loss",
-        "moe_z_loss_coeff",
-        "moe_router_bias_update_rate",
-        "moe_expert_capacity_factor",
-        "moe_token_drop_policy",
-    }
-)
-"""Fields that shape neither weights nor function: they may change between runs."""
 
 OTHER_SAMPLES = (
     "{}: its position in the data would mean other samples:\n{}\nSet it back, or start a new run from its weights: "
@@ -47,7 +31,7 @@ def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path)
     names = [
         name
         for name in ModelConfig.__dataclass_fields__
-        if name not in _FREE and effective_value(saved, name) != effective_value(model, name)
+        if name not in TRAINING_FIELDS and effective_value(saved, name) != effective_value(model, name)
     ]
     # What means something else only because another key does is not worth a line of its own.
     names = [name for name in names if getattr(saved, name) != getattr(model, name)] or names

@@ -25,6 +25,7 @@ from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.runs import Part, load_and_save_to, open_part, started_otherwise, train_and_save, train_steps
+from tests.support.product import alternating
 
 MOE = tiny_model(moe=True)
 ALONE = ParallelConfig()
@@ -63,8 +64,7 @@ def references(pool: GlooPool) -> dict[str, Trajectory]:
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "delayed"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "recipe"), alternating(list(LAYOUTS), ["tensorwise", "rowwise", "delayed"]))
 def test_every_layout_scales_like_one_process(
     name: str, recipe: str, pool: GlooPool, references: dict[str, Trajectory]
 ) -> None:
@@ -103,14 +103,16 @@ def test_layouts_in_bf16_differ_by_less_than_fp8_costs(pool: GlooPool) -> None:
     assert difference.norm < 1e-2
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "blockwise"])
 @pytest.mark.parametrize(
-    "recompute",
-    [
-        RecomputeConfig(granularity="full"),
-        RecomputeConfig(granularity="selective", modules=["core_attn", "moe", "mlp", "shared_experts"]),
-    ],
-    ids=["full", "selective"],
+    ("recipe", "recompute"),
+    alternating(
+        ["delayed", "blockwise"],
+        [
+            RecomputeConfig(granularity="full"),
+            RecomputeConfig(granularity="selective", modules=["core_attn", "moe", "mlp", "shared_experts"]),
+        ],
+    ),
+    ids=lambda value: getattr(value, "granularity", value),
 )
 def test_recompute_changes_not_one_bit(recipe: str, recompute: RecomputeConfig, pool: GlooPool) -> None:
     cell = Cell(MOE, ALONE, precision(recipe), steps=3)

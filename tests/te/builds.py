@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.store import TrainingState, load_shards, save_checkpoint
 from megatron_ext.config import Fp8Precision, RuntimeConfig

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import (
     AdamConfig,
     Bf16Precision,

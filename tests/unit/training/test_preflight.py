@@ -18,7 +18,8 @@ from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.training.preflight import Findings, check_run, examine
-from tests.workspace import TOOLS, command, prepare_data, run_mapping, train, write_run
+from tests.support.commands import TOOLS, command, train
+from tests.support.workspace import prepare_data, run_mapping, write_run
 
 
 @pytest.fixture(scope="module")
