@@ -168,7 +168,7 @@ def _run_shards(
     progress(done, total)
     if workers == 1 or len(missing) <= 1:
         _open_tokenizer(tokenizer)
-        finished = (_tokenized(job, task) for task in missing)
+        finished: Iterator[tuple[int, Shard]] = (_tokenized(job, task) for task in missing)
     else:
         finished = run_in_processes(
             partial(_tokenized, job),

@@ -182,7 +182,7 @@ class Always(ConfigRule):
         return {}
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        return {self.megatron: asdict(self.value) if is_dataclass(self.value) else self.value}
+        return {self.megatron: _plain(self.value)}
 
     def unsupported_fields(self, model: ModelConfig) -> list[str]:
         value = getattr(model, self.megatron)
@@ -282,6 +282,10 @@ def config_to_hf(rules: tuple[ConfigRule, ...], model: ModelConfig) -> dict[str,
     for rule in rules:
         result.update(rule.to_hf(model))
     return result
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def said(name: str, value: Any) -> str:

@@ -97,7 +97,10 @@ def build_blend(
         if counts.tokens <= data.sequence_length:
             few = f"{counts.tokens} tokens are not one sample of data.sequence_length = {data.sequence_length}"
             raise DataError(f"{key}: {source.path}: {few}")
-    return _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
+    blended: torch.utils.data.Dataset[dict[str, Any]] = _first_on_rank_zero(
+        lambda: _blend(sources, data, tokenizer, num_samples, seed)
+    )
+    return blended
 
 
 def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int) -> Blend:

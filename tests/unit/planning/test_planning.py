@@ -19,6 +19,7 @@ from megatron_ext.config.layout import resolve_layout
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.memory import state_memory
+from megatron_ext.runtime.core_guard import versions
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.config.test_load import load, mapping
@@ -119,6 +120,7 @@ def test_check_prints_grid_and_counts_and_reloads() -> None:
     assert "rank grid of 4 processes: TP 2 x CP 1 x DP 2 x PP 1" in text
     assert f"{count_parameters(run.model).total:,} in all" in text
     assert "(the fewest this layout needs" in describe_run(run, None)
+    assert f"installed       {versions()}" in text
     resolved = text.split("rank grid")[0]
     assert load_config(RunConfig, parse_yaml(resolved, source="t"), source="t") == run
 
