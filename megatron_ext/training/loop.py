@@ -80,13 +80,13 @@ def _train_watched(session: Session, data: RunData, monitor: Monitor | None) -> 
     """`_train`, with an eye on the other ranks: one that is missing is named, where the backend only knows a socket."""
     with Liveness() as others, StopSignals(speaks=monitor is not None) as stop:
         try:
-            return _train(session, data, monitor, stop)
+            return _train(session, data, monitor, stop, others)
         except RuntimeError:
             others.end_if_missing()
             raise
 
 
-def _train(session: Session, data: RunData, monitor: Monitor | None, stop: StopSignals) -> int:
+def _train(session: Session, data: RunData, monitor: Monitor | None, stop: StopSignals, others: Liveness) -> int:
     """Train until the last step or a signal, which is returned."""
     run = session.run
     last = min(run.train.train_iters, run.train.stop_at_iteration or run.train.train_iters)
@@ -100,7 +100,8 @@ def _train(session: Session, data: RunData, monitor: Monitor | None, stop: StopS
         else:
             lr = learning_rate(run, session.state.iteration)
             set_learning_rate(session.optimizer, lr)
-            result = session.step(batch, lambda: stop.number != 0)
+            with others.step():
+                result = session.step(batch, lambda: stop.number != 0)
             signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
             if session.state.iteration == last:
                 signal = 0  # it ends as planned
