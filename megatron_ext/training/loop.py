@@ -80,7 +80,7 @@ def open_and_train(
         # With an eye on the other ranks: one that is missing is named, where the backend only knows a socket.
         with Liveness() as others, StopSignals(speaks=groups.world.rank() == 0) as stop:
             try:
-                return train_steps(session, hooks, stop)
+                return train_steps(session, hooks, stop, others)
             except RuntimeError:
                 others.end_if_missing()
                 raise
@@ -111,14 +111,14 @@ def _telling_hooks(session: Session, hooks: Sequence[Hook]) -> Iterator[None]:
         hook.close()
 
 
-def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals) -> int:
+def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, others: Liveness) -> int:
     """Train until the last step or a signal, which is returned."""
     plan = session.run.train
     last = min(plan.train_iters, plan.stop_at_iteration or plan.train_iters)
     if session.state.iteration >= last:
         log.info("nothing to do: %d of %d steps are done", session.state.iteration, plan.train_iters)
     while session.state.iteration < last:
-        done = _next_step(session, last, stop)
+        done = _next_step(session, last, stop, others)
         for hook in hooks:
             hook.after_step(session, done)
         if done.signal:
@@ -128,14 +128,15 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals) -> i
     return 0
 
 
-def _next_step(session: Session, last: int, stop: StopSignals) -> StepDone:
+def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness) -> StepDone:
     """Do the next step, or pass over it."""
     first = session.stream.position().samples
     if session.skips_next():
         session.pass_over()
         return StepDone(session.state.iteration, last, Skip("train.skip_steps"), first)
     batch = session.stream.next()
-    result = session.step(batch, stop.is_noted)
+    with others.step():
+        result = session.step(batch, stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
     if isinstance(result.verdict, Rollback):
         session.roll_back()
