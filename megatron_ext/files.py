@@ -194,10 +194,7 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
         OSError: renaming failed; what was there is there still.
     """
     if replace and target.exists():
-        aside = target.with_name(f"{target.name}.old{UNFINISHED}")
-        remove_unfinished(aside)
-        (target / OURS).touch()
-        target.rename(aside)
+        aside = _set_aside(target)
         try:
             partial.rename(target)
         except OSError:
@@ -214,3 +211,16 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
             why = "somebody else made it meanwhile; not replaced without --force"
             raise FileExistsError(errno.EEXIST, why, str(target)) from fault
     (target / OURS).unlink(missing_ok=True)
+
+
+def remove_published(directory: Path) -> None:
+    """Remove a finished directory of ours; interrupted, what is left of it looks finished to nobody."""
+    _remove_ours(_set_aside(directory))
+
+
+def _set_aside(directory: Path) -> Path:
+    """Rename a directory so that it stops looking finished before its first file is deleted."""
+    aside = directory.with_name(f"{directory.name}.old{UNFINISHED}")
+    remove_unfinished(aside)
+    (directory / OURS).touch()
+    return directory.rename(aside)

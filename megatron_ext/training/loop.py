@@ -59,9 +59,8 @@ def _open_and_train(
     data = RunData(run, starting_state(run))
     session = open_session(run, layout, groups, device)
     session.state = replace(session.state, data=data.fingerprints)
-    assert session.state.wandb_run_id is not None
     is_reporter = dist.get_rank() == 0
-    monitor = Monitor(run, layout, session.state.iteration, session.state.wandb_run_id) if is_reporter else None
+    monitor = Monitor(run, layout, session.state.iteration, session.wandb_run_id) if is_reporter else None
     for line in banner(run, layout, device, found) if found is not None else ():
         log.info(line)
     try:

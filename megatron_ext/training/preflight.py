@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.store import TrainingState
+from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.publish import in_the_way
+from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.config import (
     CheckpointConfig,
     DataConfig,
@@ -197,8 +198,8 @@ class _Examination:
 
     def _look_at_start(self, checkpoint: CheckpointConfig) -> None:
         """Find what the run would go on or start from."""
-        if (newest := store.find_checkpoint(checkpoint.directory)) is not None:
-            self._state = store.read_state(newest)
+        if (newest := find_checkpoint(checkpoint.directory)) is not None:
+            self._state = read_state(newest)
             self._look_at_resume(newest)
         elif checkpoint.initialize_from is not None:
             with _collecting(self.found.faults, f"checkpoint.initialize_from = {named(checkpoint.initialize_from)}"):
@@ -235,7 +236,7 @@ class _Examination:
             if self._model is not None:
                 check_models_agree(self._model, with_vocabulary_padding(opened.model, self._model), checkpoint)
         else:
-            checkpoint, tokenizer = store.require_checkpoint(path), tokenizer_directory(path)
+            checkpoint, tokenizer = require_checkpoint(path), tokenizer_directory(path)
             if self._model is not None:
                 check_same_model(self._model, checkpoint)
                 check_holds_weights(self._model, checkpoint)
@@ -282,7 +283,7 @@ class _Examination:
             self.found.faults += [
                 f"checkpoint.directory = {named(self._checkpoint.directory)}: {path.name} is where a save is written, "
                 "and was not left by one (a link, or files of yours); move it away"
-                for path in store.in_the_way(Path(self._checkpoint.directory))
+                for path in in_the_way(Path(self._checkpoint.directory))
             ]
 
     def _count_epochs(self, tokens: Sequence[int]) -> None:
@@ -306,7 +307,7 @@ class _Examination:
         if steps <= 0:
             return
         saves = math.ceil(steps / settings.save_interval) if settings.save_interval else 1
-        kept = len(store.complete_checkpoints(Path(settings.directory)))
+        kept = len(complete_checkpoints(Path(settings.directory)))
         # An old one goes once a newer one is complete, so that one more than keep_last stand there for a moment.
         coming = saves if settings.keep_last is None else max(min(settings.keep_last + 1 - kept, saves), 1)
         free = shutil.disk_usage(_existing(Path(settings.directory))).free

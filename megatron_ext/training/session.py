@@ -4,24 +4,25 @@ import dataclasses
 import logging
 import resource
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.shards import TensorShard
-from megatron_ext.checkpoint.store import TrainingState
+from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.integrity import require_whole_together
+from megatron_ext.checkpoint.load import fill_shards, load_shards
+from megatron_ext.checkpoint.manager import CheckpointManager, RankState
+from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.config import DataSource, Layout, RunConfig, to_mapping
 from megatron_ext.data.batches import DocumentResets, MicroBatch
 from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import CheckpointError, DataError, TrainingError
-from megatron_ext.foreign import reading
+from megatron_ext.errors import DataError, TrainingError
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, gather_parameters, release_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
@@ -60,8 +61,14 @@ class Session:
     """The same chunks wrapped for training."""
     optimizer: Any
     state: TrainingState
+    checkpoints: CheckpointManager
     reported: int = 0
     """Step of the last report, and steps passed over since: what is reported averages over the steps trained since."""
+    wandb_run_id: str = field(default_factory=new_run_id)
+    """The W&B run to continue."""
+
+    def __post_init__(self) -> None:
+        self._register_states()
 
     def step(self, batch: list[MicroBatch], asks_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
         """Train on one global batch and advance the position. TrainingError where the gradient is not finite."""
@@ -90,7 +97,6 @@ class Session:
             self.state,
             iteration=self.state.iteration + 1,
             consumed_samples=self.state.consumed_samples + self.run.train.global_batch_size,
-            optimizer_steps=optimizer_steps(self.optimizer),
         )
 
     def validate(self, batches: Iterator[list[MicroBatch]]) -> float:
@@ -125,52 +131,35 @@ class Session:
     def save(self) -> Path:
         """Save a checkpoint."""
         gather_parameters(self.wrapped, self.run.parallel)
-        return store.save_checkpoint(
-            self.run.checkpoint.directory,
-            self._shards(with_optimizer=True),
-            self.state,
-            to_mapping(self.run),
-            random_state(self.device),
-            tokenizer=Path(self.run.data.tokenizer),
-            keep_last=self.run.checkpoint.keep_last,
-        )
+        return self.checkpoints.save(self.state.iteration)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`, saved in any layout."""
         check_same_model(self.run.model, checkpoint)
-        state = store.read_state(checkpoint)
-        if state.consumed_samples:
+        if read_state(checkpoint).consumed_samples:
             check_same_data(self.run.data, self.run.train, checkpoint)
-        with_optimizer = self.run.checkpoint.load_optimizer
-        store.load_shards(checkpoint, self._shards(with_optimizer))
-        self.state = state
-        if with_optimizer:
-            set_optimizer_steps(self.optimizer, self.state.optimizer_steps)
+        if self.run.checkpoint.load_optimizer:
+            self.checkpoints.restore(checkpoint)
         else:
+            self.checkpoints.restore(checkpoint, only=("model", "progress", "wandb"))
             self._take_over_weights()
-        same_layout = store.read_run(checkpoint).get("parallel") == to_mapping(self.run.parallel)
-        saved = store.read_random_state(checkpoint, dist.get_rank()) if same_layout else None
-        if saved is not None:
-            with reading(checkpoint / store.RNG_FILE, CheckpointError):
-                restore_random_state(saved, self.device)
-        log.info(
-            "continuing %s at step %d%s", checkpoint, self.state.iteration, "" if same_layout else ", in another layout"
-        )
+        layout = "" if self.checkpoints.has_layout_of(checkpoint) else ", in another layout"
+        log.info("continuing %s at step %d%s", checkpoint, self.state.iteration, layout)
 
     def initialize_from(self, path: str | Path) -> None:
         """Take the weights at `path`, a Megatron checkpoint or a Hugging Face directory, and start at step 0."""
-        shards = self._shards(with_optimizer=False)
+        shards = self.checkpoints.tensors(only=["model"])
         if is_hugging_face(path):
             opened = open_checkpoint(path)
             checkpoint, model = opened.directory, with_vocabulary_padding(opened.model, self.run.model)
             check_models_agree(self.run.model, model, checkpoint)
-            store.require_whole_together(checkpoint)
+            require_whole_together(checkpoint)
             reader = StreamedShards(with_padding(opened, model.padded_vocab_size))
-            store.fill_shards(reader, checkpoint, shards)
+            fill_shards(reader, checkpoint, shards)
         else:
-            checkpoint = store.require_checkpoint(path)
+            checkpoint = require_checkpoint(path)
             check_same_model(self.run.model, checkpoint)
-            store.load_shards(checkpoint, shards)
+            load_shards(checkpoint, shards)
         self._take_over_weights()
         log.info("weights from %s", checkpoint)
 
@@ -182,17 +171,38 @@ class Session:
         """Give the optimizer's fp32 weights the value of the model's."""
         self.optimizer.reload_model_params()
 
-    def _shards(self, with_optimizer: bool) -> list[TensorShard]:
-        if not with_optimizer:
-            return model_shards(self.chunks)
-        followed = coefficient_shards(routers(self.chunks)) + amax_shards(self.chunks)
-        return model_shards(self.chunks) + optimizer_shards(self.chunks, self.optimizer) + followed
+    def _register_states(self) -> None:
+        """Say what a checkpoint of this run holds."""
+        register = self.checkpoints.register
+        register("model", tensors=lambda: model_shards(self.chunks))
+        register(
+            "optimizer",
+            tensors=lambda: optimizer_shards(self.chunks, self.optimizer),
+            scalars=lambda: {"optimizer_steps": optimizer_steps(self.optimizer)},
+            restore=lambda saved: set_optimizer_steps(self.optimizer, saved["optimizer_steps"]),
+        )
+        register("router_coefficients", tensors=lambda: coefficient_shards(routers(self.chunks)))
+        register("fp8_histories", tensors=lambda: amax_shards(self.chunks))
+        register("progress", scalars=self._progress, restore=self._restore_progress)
+        register("wandb", scalars=lambda: {"wandb_run_id": self.wandb_run_id}, restore=self._restore_wandb)
+
+    def _progress(self) -> dict[str, Any]:
+        state = self.state
+        return {"iteration": state.iteration, "consumed_samples": state.consumed_samples, "data": state.data}
+
+    def _restore_progress(self, saved: Mapping[str, Any]) -> None:
+        self.state = TrainingState(saved["iteration"], saved["consumed_samples"], data=tuple(saved["data"]))
+
+    def _restore_wandb(self, saved: Mapping[str, Any]) -> None:
+        if not isinstance(run_id := saved.get("wandb_run_id"), str | None):
+            raise ValueError(f"wandb_run_id is {run_id!r}")
+        self.wandb_run_id = run_id or new_run_id()
 
 
 def starting_state(run: RunConfig) -> TrainingState:
     """Where a run will go on: the state of its newest checkpoint, or the beginning."""
-    newest = store.find_checkpoint(run.checkpoint.directory)
-    return store.read_state(newest) if newest is not None else TrainingState()
+    newest = find_checkpoint(run.checkpoint.directory)
+    return read_state(newest) if newest is not None else TrainingState()
 
 
 def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.device) -> Session:
@@ -204,16 +214,26 @@ def open_session(run: RunConfig, layout: Layout, groups: Groups, device: torch.d
     wrapped = wrap_chunks(chunks, config, run.parallel)
     optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, wrapped)
     prepare_for_training(config, wrapped, overlap_grad_reduce=run.parallel.overlap_grad_reduce)
-    session = Session(run, layout, groups, device, list(chunks), wrapped, optimizer, TrainingState())
-    if (checkpoint := store.find_checkpoint(run.checkpoint.directory)) is not None:
+    checkpoints = checkpoint_manager(run, device)
+    session = Session(run, layout, groups, device, list(chunks), wrapped, optimizer, TrainingState(), checkpoints)
+    if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:
         session.initialize_from(run.checkpoint.initialize_from)
     require_directions(routers(chunks))
     session.reported = session.state.iteration
-    if session.state.wandb_run_id is None:
-        session.state = dataclasses.replace(session.state, wandb_run_id=new_run_id())
     return session
+
+
+def checkpoint_manager(run: RunConfig, device: torch.device) -> CheckpointManager:
+    """What saves and restores the checkpoints of `run`; nothing is registered yet."""
+    return CheckpointManager(
+        run.checkpoint.directory,
+        to_mapping(run),
+        tokenizer=Path(run.data.tokenizer),
+        keep_last=run.checkpoint.keep_last,
+        rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
+    )
 
 
 class RunData:

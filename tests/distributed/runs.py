@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.state_file import read_random_state
 from megatron_ext.config import ModelConfig, ParallelConfig, RunConfig, load_config, to_mapping
 from megatron_ext.mcore.optimizer import set_learning_rate
 from megatron_ext.runtime.device import choose_device
@@ -95,16 +96,14 @@ def train_and_save(part: Part, until: int, save: bool = True) -> list[tuple[floa
 def load_and_save_to(part: Part, target: Path) -> None:
     """Load the newest checkpoint of `part` and save it, as it is, below `target`."""
     with open_part(part) as session:
-        checkpoint = {**to_mapping(session.run.checkpoint), "directory": str(target)}
-        raw = {**to_mapping(session.run), "checkpoint": checkpoint}
-        session.run = load_config(RunConfig, raw, source="part")
+        session.checkpoints.directory = target
         session.save()
 
 
 def resumed_random_states(part: Part) -> tuple[bool, Any]:
     """Resume; return whether this rank's generator stands where the checkpoint says."""
     with open_part(part):
-        checkpoint = store.require_checkpoint(part.directory)
-        saved = store.read_random_state(checkpoint, dist.get_rank())
+        checkpoint = require_checkpoint(part.directory)
+        saved = read_random_state(checkpoint, dist.get_rank())
         assert saved is not None
         return torch.equal(saved["torch"], torch.get_rng_state()), saved["torch"].sum().item()

@@ -28,6 +28,7 @@ from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import EOD, VOCABULARY, tiny_model
 from tests.distributed.test_architectures import MODELS as ARCHITECTURES
+from tests.support.product import alternating
 
 CPU = torch.device("cpu")
 ROWS = ((7, 1, 16, 8), (20, 12))
@@ -106,8 +107,7 @@ def test_a_leak_would_be_seen(pool: GlooPool) -> None:
     assert gradient > 100 * TOLERANCES["fp32"][1]
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize(("kind", "documents"), alternating(list(ARCHITECTURES), [False, True]))
 def test_every_architecture_under_context_parallelism(kind: str, documents: bool, pool: GlooPool) -> None:
     cell = Cell(ARCHITECTURES[kind], ParallelConfig(), steps=3, samples=4, documents=documents)
     alone = run_layout(pool, cell, 1)

@@ -1,6 +1,5 @@
 """A rank that dies or stops is named by one message, and all others end."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ext.runtime import liveness
-from megatron_ext.testing.pool import GlooPool
+from tests.support import forkserver
 
 RANKS = 3
 
@@ -40,10 +39,9 @@ def lose_a_rank(rank: int, lost: int, number: int, port: int, errors: Path) -> N
     ],
     ids=["killed", "stopped", "rank 0 stopped"],
 )
-def test_the_lost_rank_is_named(lost: int, number: int, what: str, pool: GlooPool, tmp_path: Path) -> None:
-    pool.run(1, os.getpid)  # its server has all that is needed
+def test_the_lost_rank_is_named(lost: int, number: int, what: str, tmp_path: Path) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("forkserver")
+    context = forkserver.context()
     ranks = [
         context.Process(target=lose_a_rank, args=(rank, lost, number, store.port, tmp_path)) for rank in range(RANKS)
     ]

@@ -19,7 +19,7 @@ from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError, MegatronExtError
 from megatron_ext.testing.pool import GlooPool
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import OURS
 from megatron_ext.manifest import check_manifest
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
 
 
 @pytest.fixture(scope="module")

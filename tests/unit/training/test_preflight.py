@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.store import require_checkpoint
+from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import load_run, read_yaml
 from megatron_ext.config.load import values_of
@@ -18,7 +18,8 @@ from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.training.preflight import Findings, check_run, examine
-from tests.workspace import TOOLS, command, prepare_data, run_mapping, train, write_run
+from tests.support.commands import TOOLS, command, train
+from tests.support.workspace import prepare_data, run_mapping, write_run
 
 
 @pytest.fixture(scope="module")

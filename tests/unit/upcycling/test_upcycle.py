@@ -34,8 +34,8 @@ from megatron_ext.upcycling.methods.shared_routed import SharedRouted
 from megatron_ext.upcycling.options import UpcycleOptions
 from megatron_ext.upcycling.plan import make_plan
 from megatron_ext.upcycling.run import upcycle
+from tests.support.workspace import write_corpus
 from tests.unit.model_io.test_convert import write_checkpoint
-from tests.workspace import write_corpus
 
 # The default of --tolerance.
 TOLERANCE = 1e-5
