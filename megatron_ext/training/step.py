@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.errors import TrainingError
-from megatron_ext.mcore.moe.noise import begin_micro_batch
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.mcore.step_state import StepParticipant
 from megatron_ext.runtime.process_groups import Groups
@@ -146,8 +145,9 @@ def _run(
 
 def _forward(weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
     micro = next(batches)
-    begin_micro_batch(micro.seeds)
-    output = model(micro.tokens, micro.position_ids, micro.document_lengths, labels=micro.labels)
+    output = model(
+        micro.tokens, micro.position_ids, micro.document_lengths, labels=micro.labels, sample_seeds_B=micro.seeds
+    )
 
     def loss(losses: Tensor) -> tuple[Tensor, Tensor]:
         # [B, S], or with an output z-loss [2, B, S]
