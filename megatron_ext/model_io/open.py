@@ -22,7 +22,7 @@ from megatron_ext.checkpoint.streams import MegatronSource, TensorSource, Tensor
 from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.effective_value import effective_value
-from megatron_ext.errors import CheckpointError, ConversionError, named
+from megatron_ext.errors import CheckpointError, ConversionError
 from megatron_ext.files import read_json_object
 from megatron_ext.model_io.checkpoint_model import read_model, tokenizer_directory
 from megatron_ext.model_io.engine import MEGATRON, check_source, copies, hf_shapes, target_specs, tasks_to_megatron
@@ -89,7 +89,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_hugging_face(path)
     if find_checkpoint(path) is None:
         raise ConversionError(
-            f"{named(path)}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
+            f"{path}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
         )
     model, stream = read_model(path), MegatronSource(path)
     check_source(stream, model_shapes(model), where=str(stream.directory))
