@@ -61,7 +61,7 @@ def _as_path(name: str) -> re.Pattern[str]:
         rf"(?<=: ){text}(?=:)",
         rf"(?<== ){text}(?![\w.-]| \(=)",
         rf"(?<=['\"(]){text}(?=['\")])",
-        rf"{begins}{text}(?=/)",
+        rf"{begins}{text}(?=(?:\.\w+)*/|\.(?:yaml|partial|bin|idx)\b)",
     )
     return re.compile("|".join(places), re.MULTILINE)
 

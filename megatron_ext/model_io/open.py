@@ -19,7 +19,7 @@ from megatron_ext.checkpoint.run_file import read_run
 from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSource, TensorSpec
-from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
+from megatron_ext.checkpoint.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.errors import CheckpointError, ConversionError
@@ -98,10 +98,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except CheckpointError:
         state = TrainingState()  # weights convert without it
     run, companion_files = read_run(stream.directory), stream.directory / TOKENIZER_FOLDER
+    _check_companion_files(companion_files)
     return Checkpoint(stream.directory, model, stream, tokenizer_directory(path), None, {}, run, state, companion_files)
 
 
+def _check_companion_files(directory: Path) -> None:
+    """Raise ConversionError where a file that every conversion reads later is none of its kind."""
+    if (path := directory / GENERATION_FILE).is_file():
+        read_json_object(path, ConversionError)
+
+
 def _open_hugging_face(directory: Path) -> Checkpoint:
+    _check_companion_files(directory)
     architecture, model = read_hugging_face_model(directory)
     stream = NormalizedHfSource(HuggingFaceSource(directory, _repeated(architecture, model)), architecture, model)
     check_hugging_face(stream, architecture, model, where=str(directory))

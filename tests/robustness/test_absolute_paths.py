@@ -72,6 +72,7 @@ def test_words_that_are_no_paths_stay() -> None:
         "target (data) or 'data'": f"target ({here}/data) or '{here}/data'",
         "mv runs/a runs/a.damaged": f"mv {here}/runs/a {here}/runs/a.damaged",
         "/abs/runs/a, my-runs/a, runs/ab": "/abs/runs/a, my-runs/a, runs/ab",
+        "data.partial/a, data.yaml": f"{here}/data.partial/a, {here}/data.yaml",
         "x.yaml:2:1": f"{here}/x.yaml:2:1",
         "checkpoint.directory = runs/a (= /abs/runs/a): no": "checkpoint.directory = runs/a (= /abs/runs/a): no",
     }.items():
