@@ -26,7 +26,7 @@ OURS = f".megatron_ext{UNFINISHED}"
 def read_json_object(path: str | Path, error: type[MegatronExtError], *, unique: bool = False) -> dict[str, Any]:
     """The JSON object in the file at `path`; raises `error` where there is none, or, if `unique`, a key comes twice."""
     with reading(path, error, kind="JSON"):
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         content = json.loads(text, object_pairs_hook=json_pairs if unique else None)
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}")

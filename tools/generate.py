@@ -9,14 +9,14 @@ import json
 from pydantic import Field
 
 from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 
 
 @config
 class GenerateOptions:
     """Options of this command."""
 
-    checkpoint: str
+    checkpoint: PathName
     """Hugging Face directory or Megatron checkpoint."""
     prompts: list[str] = Field(min_length=1)
     """Texts to continue."""
@@ -30,7 +30,7 @@ class GenerateOptions:
     """Seed of the sampling."""
     trust_remote_code: bool = False
     """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
-    output: str | None = None
+    output: PathName | None = None
     """JSON file for prompts and continuations."""
 
 

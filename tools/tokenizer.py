@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.config.base import config, fields_of
+from megatron_ext.config.base import PathName, config, fields_of
 from megatron_ext.errors import ConfigError
 
 
@@ -27,9 +27,9 @@ from megatron_ext.errors import ConfigError
 class TrainOptions:
     """Options of `train`."""
 
-    inputs: list[str] = Field(min_length=1)
+    inputs: list[PathName] = Field(min_length=1)
     """Text to train on: .jsonl, .json, .txt, these as .gz, or folders of them."""
-    output: str
+    output: PathName
     """Directory to write: the SentencePiece model, and a Hugging Face fast tokenizer that encodes alike."""
     vocab_size: int = Field(default=32000, ge=300)
     """Tokens, including 256 bytes and 5 special ones."""
@@ -45,11 +45,11 @@ class TrainOptions:
 class ExportOptions:
     """Options of `export`."""
 
-    model: str
+    model: PathName
     """SentencePiece model file."""
-    output: str
+    output: PathName
     """Directory to write."""
-    text: list[str] = Field(default_factory=list)
+    text: list[PathName] = Field(default_factory=list)
     """More text to prove it on (as for train): the first 500 documents."""
     force: bool = False
     """Replace an existing output."""
@@ -93,7 +93,7 @@ def main() -> None:
 
         texts = itertools.islice(read_documents(corpus_files(e.text)), _PROOF_TEXTS) if e.text else []
         with ending_on_sigterm():
-            tokenizer = write_tokenizer(Path(e.model).read_bytes(), e.output, texts, force=e.force)
+            tokenizer = write_tokenizer(Path(e.model).read_bytes(), e.output, texts, force=e.force, source=e.model)
     print(f"{tokenizer.directory}: {tokenizer.vocab_size} tokens, end of document is {tokenizer.eod}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_ext.checkpoint.metadata import METADATA_FILE
-from megatron_ext.errors import CheckpointError, named
+from megatron_ext.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,7 @@ def require_checkpoint(path: str | Path) -> Path:
     """`find_checkpoint`, raising CheckpointError where there is none."""
     found = find_checkpoint(path)
     if found is None:
-        raise CheckpointError(
-            f"{named(path)}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here"
-        )
+        raise CheckpointError(f"{path}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here")
     return found
 
 

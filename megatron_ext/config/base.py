@@ -1,7 +1,8 @@
 """What every configuration section is: a frozen, strict pydantic dataclass whose docstrings are the help."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -9,6 +10,15 @@ from pydantic.dataclasses import dataclass
 from megatron_ext.config.effect import shapes_function, shapes_weights, training_only
 
 T = TypeVar("T")
+
+
+@plain_dataclass(frozen=True)
+class IsPath:
+    """Marks a text that is the path of a file or directory: messages then give it absolute."""
+
+
+PathName = Annotated[str, IsPath()]
+"""A path as people write it, kept so in what is written."""
 
 _SETTINGS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 

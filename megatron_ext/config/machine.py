@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 
 Backend = Literal["torch", "transformer_engine"]
 
@@ -13,14 +13,14 @@ Backend = Literal["torch", "transformer_engine"]
 class CheckpointConfig:
     """Where training state is saved and continued from."""
 
-    directory: str
+    directory: PathName
     """Checkpoints are written here, by one run at a time. A run that finds a complete one here continues it."""
     save_interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. Unset: only the last step is saved."""
     keep_last: int | None = Field(default=None, ge=1)
     """Remove older checkpoints once this many newer ones are complete. The newest and the one before it are always kept
     (1 means 2), so that there is one to go back to where the newest is bad. Unset: keep all."""
-    initialize_from: str | None = None
+    initialize_from: PathName | None = None
     """Megatron checkpoint or Hugging Face directory whose weights (not optimizer or position) a new run starts from, in
     any layout."""
     load_optimizer: bool = True
@@ -39,7 +39,7 @@ class WandbConfig:
     """W&B user or team."""
     name: str | None = None
     """Display name. Default: the checkpoint directory's name."""
-    directory: str | None = None
+    directory: PathName | None = None
     """Where W&B keeps its files. Default: the checkpoint directory."""
 
 
@@ -49,7 +49,7 @@ class LoggingConfig:
 
     log_interval: int = Field(default=1, ge=1)
     """Steps between reports. Loss and expert load are read from the device only then."""
-    metrics_file: str | None = None
+    metrics_file: PathName | None = None
     """JSONL file of all metrics. Default: metrics.jsonl in the checkpoint directory."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Dense peak of one device in TFLOP/s; when set, model FLOPs utilisation (MFU) is reported."""

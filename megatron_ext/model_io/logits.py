@@ -1,5 +1,6 @@
 """Logits of a checkpoint on given tokens: megatron-core's own forward pass, and transformers', each in one process."""
 
+import codecs
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ def load_hugging_face(
     # What its configuration classes and its loading raise of a config.json that they do not accept.
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConversionError(f"{directory}: transformers does not load it: {reason[:1000]}") from error
+        raise ConversionError(
+            f"{directory}: transformers does not load it: {reason[:1000]}{_of_byte_order_mark(Path(directory))}"
+        ) from error
     # transformers fills in what is missing with random numbers, and says it in a table.
     faults = [
         f"{what} {', '.join(sorted(map(str, names))[:5])}"
@@ -111,6 +114,14 @@ def load_hugging_face(
         )
     _round_weights(network, weights_as)
     return network.eval()
+
+
+def _of_byte_order_mark(directory: Path) -> str:
+    """What to do where config.json begins with a byte order mark, which is read here but not by transformers."""
+    config = directory / "config.json"
+    if not (config.is_file() and config.read_bytes().startswith(codecs.BOM_UTF8)):
+        return ""
+    return f" (it begins with a byte order mark; take that away: sed -i '1s/^\\xef\\xbb\\xbf//' {config})"
 
 
 def may_run_code(directory: str | Path, *, trust_remote_code: bool = False) -> bool:

@@ -19,11 +19,11 @@ from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
 from megatron_ext.checkpoint.run_file import read_run
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSource, TensorSpec
-from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
+from megatron_ext.checkpoint.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.config.model_fields import OUTSIDE_LOGITS
-from megatron_ext.errors import CheckpointError, ConversionError, named
+from megatron_ext.errors import CheckpointError, ConversionError
 from megatron_ext.files import read_json_object
 from megatron_ext.model_io.checkpoint_model import read_model, tokenizer_directory
 from megatron_ext.model_io.engine import MEGATRON, check_source, copies, hf_shapes, target_specs, tasks_to_megatron
@@ -88,7 +88,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_hugging_face(path)
     if find_checkpoint(path) is None:
         raise ConversionError(
-            f"{named(path)}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
+            f"{path}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
         )
     model, stream = read_model(path), MegatronSource(path)
     check_source(stream, model_shapes(model), where=str(stream.directory))
@@ -97,10 +97,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except CheckpointError:
         state = TrainingState()  # weights convert without it
     run, companion_files = read_run(stream.directory), stream.directory / TOKENIZER_FOLDER
+    _check_companion_files(companion_files)
     return Checkpoint(stream.directory, model, stream, tokenizer_directory(path), None, {}, run, state, companion_files)
 
 
+def _check_companion_files(directory: Path) -> None:
+    """Raise ConversionError where a file that every conversion reads later is none of its kind."""
+    if (path := directory / GENERATION_FILE).is_file():
+        read_json_object(path, ConversionError)
+
+
 def _open_hugging_face(directory: Path) -> Checkpoint:
+    _check_companion_files(directory)
     architecture, model = read_hugging_face_model(directory)
     stream = NormalizedHfSource(HuggingFaceSource(directory, _repeated(architecture, model)), architecture, model)
     check_hugging_face(stream, architecture, model, where=str(directory))

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 from megatron_ext.errors import ConfigError
 
 _MOST_WORKERS = 4
@@ -21,9 +21,9 @@ def default_workers() -> int:
 class ConvertOptions:
     """What to convert, to what, and what to do with it then."""
 
-    source: str
+    source: PathName
     """Megatron checkpoint (or a directory of them: the newest is taken), or Hugging Face directory."""
-    target: str | None = None
+    target: PathName | None = None
     """Directory to write; required but with --refresh-code."""
     to: Literal["megatron", "hf"] | None = None
     """Format to write. Default: the other one. The source's own format too, for another dtype or class."""
@@ -32,7 +32,7 @@ class ConvertOptions:
     Default: the source's own, or else the first class that computes exactly this model."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Convert the weights. Default: keep them as they are."""
-    tokenizer: str | None = None
+    tokenizer: PathName | None = None
     """Tokenizer to put into a Hugging Face export. Default: the one of the training run."""
     shard_size: float | None = Field(default=None, gt=0)
     """Largest safetensors file of a Hugging Face export, in GB. Default: 5."""
@@ -47,7 +47,7 @@ class ConvertOptions:
     """Compare weights and logits with the source, and give the target its name only if they are the same model."""
     logits: bool = True
     """Compare logits and generated tokens too: the model is loaded in fp32. --no-logits compares weights alone."""
-    text: str | None = None
+    text: PathName | None = None
     """Text for the logits (.jsonl, .json, .txt, a folder) or the prefix of a prepared dataset. Default: built-in."""
     tolerance: float | None = Field(default=None, gt=0)
     """Largest difference of logits that counts as equal, as a share of the largest logit. Default: 1e-5."""

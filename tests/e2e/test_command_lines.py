@@ -115,7 +115,7 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["train.py", "nowhere.yaml"], ["nowhere.yaml (= /", "/nowhere.yaml): No such file"]),
+        (["train.py", "nowhere.yaml"], ["HERE/nowhere.yaml: No such file"]),
         (
             [
                 "train.py",
@@ -126,14 +126,14 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
             ],
             ["model.transformer_overrides.window_size: attention is causal, over the whole sample"],
         ),
-        (["prove.py", "nowhere.yaml"], ["nowhere.yaml (= /", "/nowhere.yaml): No such file"]),
+        (["prove.py", "nowhere.yaml"], ["HERE/nowhere.yaml: No such file"]),
         (["corpus.py"], ["output: is required"]),
-        (["preprocess.py", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], ["nowhere.jsonl"]),
-        (["tokenizer.py", "train", "nowhere.jsonl", "--output", "o"], ["nowhere.jsonl"]),
+        (["preprocess.py", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], ["HERE/nowhere.jsonl: "]),
+        (["tokenizer.py", "train", "nowhere.jsonl", "--output", "o"], ["HERE/nowhere.jsonl: "]),
         (["tokenizer.py", "trian", "c.jsonl"], ["tools/tokenizer.py trian: no such command; did you mean train?"]),
         (
             ["upcycle.py", "nowhere", "target", "--num-experts", "4"],
-            ["nowhere (= /", "/nowhere): neither a Hugging Face directory"],
+            ["HERE/nowhere: neither a Hugging Face directory"],
         ),
         (["upcycle.py", "nowhere", "target", "--num-experts", "four"], ["num_experts = 'four': must be an integer"]),
         (
@@ -142,12 +142,12 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
         ),
         (
             ["average.py", "nowhere", "elsewhere", "target"],
-            ["nowhere (= /", "/nowhere): neither a Hugging Face directory"],
+            ["HERE/nowhere: neither a Hugging Face directory"],
         ),
-        (["convert.py", "nowhere", "target"], ["nowhere"]),
-        (["verify.py", "nowhere", "target"], ["nowhere"]),
-        (["generate.py", "nowhere", "--prompts", "a"], ["nowhere"]),
-        (["report.py", "--metrics", "a=nowhere.jsonl", "--output", "r.html"], ["nowhere.jsonl"]),
+        (["convert.py", "nowhere", "target"], ["HERE/nowhere: "]),
+        (["verify.py", "nowhere", "target"], ["HERE/nowhere: "]),
+        (["generate.py", "nowhere", "--prompts", "a"], ["HERE/nowhere: "]),
+        (["report.py", "--metrics", "a=nowhere.jsonl", "--output", "r.html"], ["HERE/nowhere.jsonl: "]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -155,7 +155,8 @@ def test_bad_input_is_one_error(
     arguments: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_clear_error(command(TOOLS / arguments[0], *arguments[1:]), *parts)
+    expected = [part.replace("HERE", str(tmp_path)) for part in parts]
+    assert_clear_error(command(TOOLS / arguments[0], *arguments[1:]), *expected)
     assert not list(tmp_path.iterdir()), "something was left behind"
 
 

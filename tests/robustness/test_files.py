@@ -1,5 +1,6 @@
 """Damaged and hostile files: found by the manifest, and one clear error where there is none; never a traceback."""
 
+import codecs
 import json
 import os
 import pickle
@@ -28,6 +29,7 @@ from megatron_ext.errors import CheckpointError, ConversionError, DataError, Meg
 from megatron_ext.files import OURS, output_place, publish_directory, start_directory, write_text
 from megatron_ext.manifest import MANIFEST_FILE, write_manifest
 from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.logits import load_hugging_face
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.monitoring.report import read_phases, write_report
 from megatron_ext.testing.tiny import tiny_model
@@ -422,3 +424,23 @@ def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
 def test_a_foreign_model_needs_no_manifest(tmp_path: Path) -> None:
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     assert torch.equal(HuggingFaceSource(tmp_path).read("x"), torch.ones(3))
+
+
+def test_a_byte_order_mark_before_config_json(export: Path, tmp_path: Path) -> None:
+    (export / MANIFEST_FILE).unlink()
+    config = export / "config.json"
+    config.write_bytes(codecs.BOM_UTF8 + config.read_bytes())
+    assert convert(export, tmp_path / "back").written.tensors
+    # transformers does not read it: who has the model loaded by it is told the way out.
+    with pytest.raises(ConversionError, match="does not load it.* byte order mark; take that away: sed -i"):
+        load_hugging_face(export)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "null", "{"])
+def test_a_generation_config_of_another_kind_is_found_first(content: str, export: Path, tmp_path: Path) -> None:
+    (export / MANIFEST_FILE).unlink()
+    (export / "generation_config.json").write_text(content)
+    for target in ("hf", "megatron"):
+        with pytest.raises(ConversionError, match=rf"{export}/generation_config\.json: "):
+            convert(export, tmp_path / target, to=target)  # type: ignore[arg-type]
+    assert not (tmp_path / "megatron").exists()

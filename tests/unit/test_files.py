@@ -20,6 +20,11 @@ def test_json_that_is_no_object_is_named(content: str | None, complaint: str, tm
         read_json_object(tmp_path / "x.json", DataError)
 
 
+def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json_object(tmp_path / "x.json", DataError) == {"a": 1}
+
+
 def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_text(tmp_path / "deeper" / "x.txt", "old")
     write_text(tmp_path / "deeper" / "x.txt", "new")

@@ -79,6 +79,7 @@ class Rope(ConfigRule):
             raise ConversionError("rope_scaling and rope_parameters say different things; remove one of them")
         given = {self.theta_name: raw.get(self.theta_name)}
         theta = _one(given | {f"{name}.rope_theta": nested.theta for name, nested in found.items()})
+        self._refuse_null_theta(raw, theta)
         theta = self.theta if theta is None else theta
         given = {self.partial_name: raw.get(self.partial_name)}
         partial = _one(given | {f"{name}.partial_rotary_factor": nested.partial for name, nested in found.items()})
@@ -105,6 +106,20 @@ class Rope(ConfigRule):
             k for of in SCALINGS.values() for k in of
         }
         return key not in known and (self.type_only or key not in rope_fields())
+
+    def _refuse_null_theta(self, raw: Mapping[str, Any], theta: Any) -> None:
+        """Raise ConversionError where transformers' class takes a theta that is null: it then fails to compute."""
+        nested = [
+            name for name in _NESTED if isinstance(raw.get(name), dict) and raw[name].get("rope_theta", 0) is None
+        ]
+        null = [f"{name}.rope_theta" for name in nested]
+        if theta is None and raw.get(self.theta_name, 0) is None:
+            null.append(self.theta_name)
+        if null:
+            raise ConversionError(
+                f"{null[0]} is null: no class of transformers computes anything with that; write the number that the "
+                f"model was trained with, or remove the field where that is {self.theta:g}"
+            )
 
     def _rotated_share(self, partial: Any) -> dict[str, Any]:
         if self.partial is None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.errors import DataError
+from megatron_ext.errors import DataError, note_path
 from megatron_ext.foreign import reading
 from megatron_ext.monitoring.metrics_file import read_metrics, read_starts
 from megatron_ext.monitoring.report.records import drawable, drawable_starts
@@ -52,6 +52,7 @@ def read_phases(named_files: Sequence[str]) -> list[Phase]:
         name, equals, path = entry.partition("=")
         if not equals:
             raise DataError(f"metrics: {entry!r}: expected name=metrics.jsonl")
+        note_path(path)
         with reading(path, DataError, kind="a metrics file"):
             records, starts = read_metrics(path), read_starts(path)
         phases.append(Phase(name, drawable(records, path), drawable_starts(starts)))

@@ -212,7 +212,7 @@ def test_broken_yaml_names_the_place(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_one_error() -> None:
-    with pytest.raises(ConfigError, match=r"nowhere.yaml \(= /.*/nowhere.yaml\): No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: No such file"):
         load_run("nowhere.yaml")
 
 
