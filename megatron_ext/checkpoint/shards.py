@@ -1,4 +1,4 @@
-"""Boxes of global tensors: what a process holds of a tensor that is spread over many."""
+"""Shards of global tensors: what a process holds of a tensor that is spread over many."""
 
 import math
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class TensorShard:
 def shards_of_range(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
     """Split the elements [start, stop) of a row-major tensor of `shape` into axis-aligned shards (offset, size).
 
-    Boxes come in row-major order and each is contiguous, so consecutive slices of the flat data fill them. At most
+    Shards come in row-major order and each is contiguous, so consecutive slices of the flat data fill them. At most
     2 * len(shape) - 1 are needed.
     """
     if start >= stop:

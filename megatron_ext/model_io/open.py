@@ -14,16 +14,12 @@ from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.fields import left_behind
 from megatron_ext.architectures.tables.normalized import NormalizedHfSource
 from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT, model_shapes
+from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
-from megatron_ext.checkpoint.store import (
-    TOKENIZER_FOLDER,
-    TrainingState,
-    find_checkpoint,
-    read_run,
-    read_state,
-)
+from megatron_ext.checkpoint.run_file import read_run
+from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSource, TensorSpec
-from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
+from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.config.model_fields import OUTSIDE_LOGITS

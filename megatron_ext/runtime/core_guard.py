@@ -240,7 +240,7 @@ FAULTS: tuple[Fault, ...] = (
         "lasting_saver_needs_a_gpu",
         "asynchronous saving by a process that stays divides by the number of GPUs: on CPU it dies and the run hangs",
         "avoided",
-        "checkpoints are written by our own code (checkpoint/store.py)",
+        "checkpoints are written by our own code (checkpoint/save.py)",
     ),
     Fault(
         "sample_order_depends_on_length",

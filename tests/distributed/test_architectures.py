@@ -10,7 +10,7 @@ import torch
 
 from megatron_ext.canonical.catalogue import CanonicalTensor, Normal, model_shapes
 from megatron_ext.canonical.seeds import seed_from_name
-from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import (
     GatingNormalization,
@@ -151,6 +151,6 @@ def test_checkpoints_hold_the_models_tensors_and_survive_another_layout(
     pool.run(
         after.processes, load_and_save_to, replace(started_otherwise(part), parallel=after.parallel), tmp_path / "b"
     )
-    first, second = (store.require_checkpoint(tmp_path / folder) for folder in "ab")
+    first, second = (require_checkpoint(tmp_path / folder) for folder in "ab")
     assert_same_tensors(first, second)
     assert {n: spec.shape for n, spec in MegatronSource(first).specs.items()} == model_shapes(MODELS[name])

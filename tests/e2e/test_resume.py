@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_ext.checkpoint.store import find_checkpoint, read_state
+from megatron_ext.checkpoint.find import find_checkpoint
+from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.monitoring.metrics_file import read_metrics
 from tests.support.commands import TOOLS, train

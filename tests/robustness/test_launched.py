@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_ext.checkpoint.store import read_state, require_checkpoint
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.locks import exclusive
 from megatron_ext.monitoring.metrics_file import read_metrics
 from tests.robustness.runs import wait_until

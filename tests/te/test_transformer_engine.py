@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.store import find_checkpoint
+from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.config import (
     Bf16Precision,
     Fp8Precision,

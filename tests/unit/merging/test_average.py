@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_ext.canonical.catalogue import EMBEDDING
-from megatron_ext.checkpoint.store import METADATA_FILE, checkpoint_name
+from megatron_ext.checkpoint.find import checkpoint_name
+from megatron_ext.checkpoint.metadata import METADATA_FILE
 from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource
 from megatron_ext.config import to_mapping
 from megatron_ext.errors import CheckpointError, ConfigError, ConversionError

@@ -195,7 +195,8 @@ def test_sources_that_are_nothing_are_named(tmp_path: Path) -> None:
 def gradients(checkpoint: str, exported: str) -> dict[str, float]:
     """Largest relative difference of each weight's gradient from transformers', on the same weights and tokens."""
     from megatron_ext.architectures.registry import architecture_for
-    from megatron_ext.checkpoint.store import load_shards, require_checkpoint
+    from megatron_ext.checkpoint.find import require_checkpoint
+    from megatron_ext.checkpoint.load import load_shards
     from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
     from megatron_ext.mcore.model import build_chunks
     from megatron_ext.mcore.state import model_shards, shards_of

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.hf_directory import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.run_file import write_run
-from megatron_ext.checkpoint.store import STATE_FILE, require_checkpoint
+from megatron_ext.checkpoint.state_file import STATE_FILE
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSpec
 from megatron_ext.config import ModelConfig, load_run, read_yaml
 from megatron_ext.data.tokenizer import train_tokenizer
