@@ -1,8 +1,10 @@
 """Shared by all tests: one pool of Gloo processes, and the tables that a run writes into tests/README.md."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -36,6 +38,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what the folders and the dearest files cost, in seconds of all workers together."""
+    folders: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                file = report.nodeid.partition("::")[0]
+                files[file] += report.duration
+                folders["/".join(file.split("/")[:2])] += report.duration
+    terminalreporter.section("seconds")
+    for name, seconds in [*folders.most_common(), *files.most_common(15)]:
+        terminalreporter.write_line(f"{seconds:7.0f}  {name}")
 
 
 @pytest.fixture(scope="session")
