@@ -118,10 +118,13 @@ class _Layer:
             yield CanonicalTensor(f"{name}.bias", (rows,), ZEROS, 0, self._layer, is_expert)
 
     def _row(self, name: str, rows: int, columns: int, *, bias: bool = False, is_expert: bool = False) -> Tensors:
-        """A linear layer whose inputs are split; it writes to the residual stream, and its bias is added once."""
+        """A linear layer whose inputs are split; it writes to the residual stream, and its bias is added once.
+
+        Of an expert each rank adds its part of the bias, so that the sum over ranks has it once.
+        """
         yield CanonicalTensor(f"{name}.weight", (rows, columns), self._residual, 1, self._layer, is_expert)
         if bias:
-            yield CanonicalTensor(f"{name}.bias", (rows,), ZEROS, None, self._layer, is_expert)
+            yield CanonicalTensor(f"{name}.bias", (rows,), ZEROS, 0 if is_expert else None, self._layer, is_expert)
 
     def _attention(self, prefix: str) -> Tensors:
         model, hidden, head = self._model, self._model.hidden_size, self._model.head_dim

@@ -1,6 +1,7 @@
 """The catalogue of tensors against the networks that are really built, in every dimension that splits them."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,20 +43,24 @@ MODELS = [
         ),
     ),
 ]
-PARALLEL = ParallelConfig(
+STAGES = ParallelConfig(
     tensor_model_parallel_size=2,
     sequence_parallel=True,
     pipeline_model_parallel_size=2,
     virtual_pipeline_model_parallel_size=2,
-    expert_model_parallel_size=2,
-    expert_tensor_parallel_size=1,
 )
 
 
-def held(model: ModelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
+LAYOUTS = [
+    replace(STAGES, expert_tensor_parallel_size=2),
+    replace(STAGES, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+]
+
+
+def held(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Of each tensor that this rank has some of: how many elements, and the shape of one piece."""
     known, mine = tensors_by_location(model), {}
-    for chunk in build(model, PARALLEL):
+    for chunk in build(model, parallel):
         for piece in (piece for pieces in shards_of(chunk).values() for piece in pieces):
             stacked = len(piece.global_shape) - piece.data.dim()
             name = known[StorageLocation(piece.key, piece.offset[:stacked])].name
@@ -63,10 +68,14 @@ def held(model: ModelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
     return mine
 
 
-@pytest.mark.parametrize("model", MODELS, ids=["grouped-query", "latent"])
-def test_each_rank_holds_what_the_catalogue_places_there(model: ModelConfig, pool: GlooPool) -> None:
-    layout = resolve_layout(PARALLEL, TrainConfig(train_iters=1, global_batch_size=4), 4)
-    for rank, mine in enumerate(pool.run(4, held, model)):
+@pytest.mark.parametrize(
+    ("model", "parallel"), zip(MODELS, LAYOUTS, strict=True), ids=["grouped-query ETP2", "latent EP2 ETP1"]
+)
+def test_each_rank_holds_what_the_catalogue_places_there(
+    model: ModelConfig, parallel: ParallelConfig, pool: GlooPool
+) -> None:
+    layout = resolve_layout(parallel, TrainConfig(train_iters=1, global_batch_size=4), 4)
+    for rank, mine in enumerate(pool.run(4, held, model, parallel)):
         here, seen = layout.position(rank), set()
         for name, tensor in model_tensors(model).items():
             if tensor.is_expert:
@@ -79,7 +88,7 @@ def test_each_rank_holds_what_the_catalogue_places_there(model: ModelConfig, poo
             count, shape = mine[name]
             assert count == elements_held(tensor, layout) * (layout.ep if tensor.is_expert else 1), name
             if tensor.tp_dimension == 1:
-                assert shape == (tensor.shape[0], tensor.shape[1] // (1 if tensor.is_expert else layout.tp)), name
+                assert shape == (tensor.shape[0], tensor.shape[1] // (layout.etp if tensor.is_expert else layout.tp))
             else:
                 assert shape[1:] == tensor.shape[1:], name
         assert set(mine) == seen

@@ -110,6 +110,22 @@ def test_state_memory_is_what_training_allocates(precision: Precision, degrees: 
     assert estimated == pytest.approx(measured, rel=0.02)
 
 
+def test_state_memory_knows_which_layers_virtual_stages_put_together() -> None:
+    run, model = load(mapping()), tiny_model(moe=True, moe_first_k_dense=0, moe_layer_freq=2)
+
+    def parameters(chunks: int | None) -> int:
+        parallel = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=chunks)
+        layout = resolve_layout(parallel, TrainConfig(train_iters=1, global_batch_size=8), 2)
+        return state_memory(replace(run, model=model, parallel=parallel), layout).parameters
+
+    one_expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
+    # Layers 0 and 2 have experts, beside a router and a shared expert. In two chunks a stage the first one has both.
+    moe_layer = 4 * one_expert + 4 * model.hidden_size + 3 * model.hidden_size * 64
+    dense_layer = 3 * model.hidden_size * model.ffn_hidden_size
+    # Without chunks each stage has one of them, and the last one the final norm beside the output layer.
+    assert parameters(2) - parameters(None) == moe_layer - dense_layer - model.hidden_size
+
+
 def test_check_prints_grid_and_counts_and_reloads() -> None:
     from megatron_ext.config.load import load_config
     from megatron_ext.config.root import RunConfig
