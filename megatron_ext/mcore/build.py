@@ -20,7 +20,7 @@ from megatron_ext.config import (
 )
 from megatron_ext.mcore.fp8.histories import AmaxHistories, delayed_scalings
 from megatron_ext.mcore.initialization import initialize_weights
-from megatron_ext.mcore.model import GPTModel, build_chunks, routers, wrap_chunks
+from megatron_ext.mcore.model import LanguageModel, build_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.steps import RouterSteps
 from megatron_ext.mcore.optimizer import build_optimizer
 from megatron_ext.mcore.step_state import StepParticipant
@@ -65,7 +65,7 @@ class Buildable(Protocol):
 class Trainable:
     """One rank's part of a model, ready for `training.step.train_step`."""
 
-    chunks: list[GPTModel]
+    chunks: list[LanguageModel]
     """Model chunks as built (one without virtual pipeline stages); their weights are what is saved."""
     wrapped: list[Any]
     """The same chunks wrapped for mixed precision and data parallelism."""
@@ -101,7 +101,7 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
     return make_trainable(run, groups, config, chunks)
 
 
-def make_trainable(run: Buildable, groups: Groups, config: TransformerConfig, chunks: list[GPTModel]) -> Trainable:
+def make_trainable(run: Buildable, groups: Groups, config: TransformerConfig, chunks: list[LanguageModel]) -> Trainable:
     """Make `chunks`, whose weights are drawn, trainable: the second half of `build_trainable`, for other models."""
     wrapped = wrap_chunks(chunks, config, run.parallel)
     optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, wrapped)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_ext.data.stream.batches import MicroBatch
 from megatron_ext.mcore.build import Trainable
-from megatron_ext.mcore.moe.noise import begin_micro_batch
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.mcore.schedules import run_schedule
 from megatron_ext.runtime.process_groups import Groups
@@ -159,7 +158,6 @@ def _run(
 
 def _forward(task: TrainTask, weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
     micro = next(batches)
-    begin_micro_batch(micro.seeds)
     output = task.forward(model, micro)
 
     def loss(output: Tensor) -> tuple[Tensor, Tensor]:

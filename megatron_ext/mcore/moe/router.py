@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ext.config import GumbelNoise, InputJitter, LearnedNoise, ModelConfig
 from megatron_ext.errors import CheckpointError
-from megatron_ext.mcore.moe import balance, noise
+from megatron_ext.mcore.moe import balance, noise, sample_seeds
 from megatron_ext.mcore.moe.counts import RouterCounts
 from megatron_ext.mcore.moe.selection import (
     Capacity,
@@ -146,7 +146,8 @@ class Router(MegatronModule):
         if self.model.moe_router_noise is None or not self.training:
             return None
         assert self.layer_number is not None
-        return noise.token_keys(self.grid.positions(length, device), self.layer_number)
+        positions = self.grid.positions(length, device)
+        return noise.token_keys(sample_seeds.of_this_micro_batch(), positions, self.layer_number)
 
     def _gating(self, tokens_TH: Tensor, keys_T: Tensor | None) -> Tensor:
         """Raw logits [T, E] in fp32, of jittered tokens if so configured (the experts get them as they are)."""

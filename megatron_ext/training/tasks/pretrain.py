@@ -32,7 +32,9 @@ class Pretrain:
 
     def forward(self, model: Any, micro: MicroBatch) -> Tensor:
         """The losses of each token: [B, S], or in training with an output z-loss [2, B, S]."""
-        output: Tensor = model(micro.tokens, micro.position_ids, micro.document_lengths, labels=micro.labels)
+        output: Tensor = model(
+            micro.tokens, micro.position_ids, micro.document_lengths, labels=micro.labels, sample_seeds_B=micro.seeds
+        )
         return output
 
     def loss(self, output: Tensor, micro: MicroBatch) -> Mapping[str, Tensor]:
