@@ -15,6 +15,7 @@ import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,8 +142,10 @@ def _has_kernel(query_QND: Tensor, value_KGD: Tensor) -> bool:
 
 
 def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: AttentionSegments, scale: float) -> Tensor:
-    grouped = {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in _VARLEN_PARAMETERS else {}
-    context_QND: Tensor = varlen_attn(
+    grouped: dict[str, Any] = (
+        {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in _VARLEN_PARAMETERS else {}
+    )
+    context_QND = varlen_attn(
         query_QND,
         key_KGD,
         value_KGD,
@@ -155,6 +158,7 @@ def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Atte
         window_size=(-1, 0),
         **grouped,
     )
+    assert isinstance(context_QND, Tensor)  # and not with the log-sum-exp, which was not asked for
     return context_QND
 
 
@@ -181,7 +185,11 @@ def _attend_span(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: f
     that sum is known only to functions private to each device's kernel, and has no gradient there.)
     """
     queries, keys = query_QND.shape[0], key_KGD.shape[0]
-    options = {"scale": scale, "dropout_p": dropout, "enable_gqa": query_QND.shape[1] != key_KGD.shape[1]}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "dropout_p": dropout,
+        "enable_gqa": query_QND.shape[1] != key_KGD.shape[1],
+    }
     query, key, value = (x.transpose(0, 1)[None] for x in (query_QND, key_KGD, value_KGD))
     if queries == keys:
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)

@@ -52,7 +52,7 @@ class ScalingState:
     tensors: dict[str, Tensor]
 
 
-def _entries(module: torch.nn.Module) -> Iterator[Any]:
+def _entries(module: Any) -> Iterator[Any]:
     metadata = {
         "singleton_local_shards": False,
         "non_homogeneous_layers": True,

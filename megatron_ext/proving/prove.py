@@ -6,6 +6,7 @@ are smaller. Layers and degrees of parallelism are kept where this machine can h
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 
@@ -201,11 +202,11 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
     if layers != model.num_layers:
         changes.append(f"model.num_layers: {model.num_layers} -> {layers}")
         overrides = {k: v for k, v in overrides.items() if k not in _SPLITS_LAYERS}
-    pattern = {}
+    pattern: dict[str, Any] = {}
     if model.is_moe and layers != model.num_layers:
         pattern = {"moe_layer_freq": _thin_out(model.moe_layer_pattern, layers), "moe_first_k_dense": 0}
         changes.append(f"model.moe_layer_freq: {''.join(map(str, pattern['moe_layer_freq']))} (1 is MoE, 0 is dense)")
-    dropped = {name: 0.0 for name in ("attention_dropout", "hidden_dropout") if getattr(model, name)}
+    dropped: dict[str, Any] = {name: 0.0 for name in ("attention_dropout", "hidden_dropout") if getattr(model, name)}
     # Other ranks draw other random numbers, so layouts with dropout agree only in distribution.
     changes += [f"model.{name}: {getattr(model, name)} -> 0.0" for name in dropped]
     small = replace(
@@ -250,7 +251,7 @@ def _comparable_losses(model: ModelConfig) -> tuple[ModelConfig, list[str]]:
     losses = model.balance_losses
     if "global_aux_loss" not in losses or ("aux_loss" not in losses and model.moe_expert_capacity_factor is None):
         return model, []
-    kept = {kind: weight for kind, weight in losses.items() if kind != "global_aux_loss"}
+    kept: dict[Any, float] = {kind: weight for kind, weight in losses.items() if kind != "global_aux_loss"}
     changed = replace(
         model,
         moe_router_load_balancing_type=list(kept) or "none",

@@ -318,9 +318,10 @@ def versions(python: str | None = None, core: Version | None = None) -> str:
     """
     python = python or platform.python_version()
     try:
-        here = f"Python {python} with megatron-core {core or (core := installed_version())}"
+        core = core or installed_version()
     except EnvironmentFault as fault:
         return f"Python {python}; {fault}"
+    here = f"Python {python} with megatron-core {core}"
     if core >= BEST:
         return here
     if Version(python) >= BEST_PYTHON:

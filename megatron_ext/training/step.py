@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ext.data.stream.batches import MicroBatch
 from megatron_ext.mcore.build import Trainable
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
+from megatron_ext.mcore.schedules import run_schedule
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.training.tasks.base import TrainTask
 from megatron_ext.training.verdict import Judge, Take, Verdict, take_finite
@@ -143,17 +143,8 @@ def _run(
     # the mean over micro-batches, as on one process. (megatron-core's own per-token mode divides them by N too, and
     # its correction is wrong under TP and CP in 0.16.)
     weight = len(batch) * groups.dp.size() / units
-    iterators = [iter(batch) for _ in wrapped]
-    sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward, task, weight),
-        data_iterator=iterators if len(wrapped) > 1 else iterators[0],
-        model=list(wrapped) if len(wrapped) > 1 else wrapped[0],
-        num_microbatches=len(batch),
-        # Of the whole sequence: the schedule itself takes a context-parallel rank's share.
-        seq_length=length,
-        micro_batch_size=rows,
-        forward_only=forward_only,
-    )
+    forward = partial(_forward, task, weight)
+    sums = run_schedule(wrapped, forward, batch, rows=rows, length=length, forward_only=forward_only)
     # Every TP rank of the last stage has the same sums; one of them contributes, and everyone learns the result. Each
     # context-parallel rank contributes the sum over its own tokens.
     contributes = groups.is_last_stage and groups.tp.rank() == 0

@@ -97,9 +97,7 @@ def build_blend(
         if counts.tokens <= data.sequence_length:
             few = f"{counts.tokens} tokens are not one sample of data.sequence_length = {data.sequence_length}"
             raise DataError(f"{key}: {source.path}: {few}")
-    blended: torch.utils.data.Dataset[dict[str, Any]] = _first_on_rank_zero(
-        lambda: _blend(sources, data, tokenizer, num_samples, seed)
-    )
+    blended: Blend = _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
     return blended
 
 

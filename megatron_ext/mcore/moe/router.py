@@ -58,6 +58,10 @@ class Router(MegatronModule):
         counts: what has been routed since the last report, training passes only.
     """
 
+    expert_bias: Tensor | None
+    step_counts: Tensor
+    global_counts_E: Tensor
+
     def __init__(
         self, *, config: TransformerConfig, pg_collection: ProcessGroupCollection, model: ModelConfig, **unused: Any
     ) -> None:
@@ -102,7 +106,7 @@ class Router(MegatronModule):
         bias = self.expert_bias
         super()._apply(fn, recurse)
         if bias is not None:
-            self.expert_bias = bias.to(self.expert_bias.device)
+            self.expert_bias = bias.to(self.weight.device)
         return self
 
     def set_layer_number(self, layer_number: int) -> None:
