@@ -34,14 +34,15 @@ from megatron_ext.config import (
     Precision,
     RuntimeConfig,
 )
-from megatron_ext.data.batches import MicroBatch, complete_columns
 from megatron_ext.data.python_corpus import write_python_corpus
+from megatron_ext.data.stream.batches import MicroBatch, complete_columns
 from megatron_ext.mcore.build import build_trainable
 from megatron_ext.mcore.optimizer import set_learning_rate
 from megatron_ext.proving.parity import Cell
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
 from megatron_ext.training.step import train_step
+from megatron_ext.training.tasks.pretrain import Pretrain
 
 SEED, SAMPLES, LENGTH, PEAK = 1234, 8, 128, 1e-3
 THETAS = (1e4, 5e5)
@@ -127,14 +128,7 @@ def train(text: torch.Tensor, theta: float, precision: Precision, steps: int, *,
     losses = []
     for step in range(steps):
         set_learning_rate(trainable.optimizer, learning_rate(step, steps))
-        result = train_step(
-            trainable.wrapped,
-            trainable.optimizer,
-            batch(text, step),
-            groups,
-            participants=trainable.participants,
-            max_norm=1.0,
-        )
+        result = train_step(trainable, Pretrain(), batch(text, step), groups, max_norm=1.0)
         losses.append(float(result.loss))
     trainable.release()
     end_process_groups()

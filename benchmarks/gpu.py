@@ -27,7 +27,7 @@ from typing import Any
 
 from report import hardware, markdown_table, record, versions
 
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Bf16Precision, Fp8Precision, ModelConfig, Precision
 from megatron_ext.planning.flops import training_flops_per_token
 
@@ -143,13 +143,14 @@ def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
 
     from megatron_ext.config import ParallelConfig, RuntimeConfig
     from megatron_ext.config.machine import Backend
-    from megatron_ext.data.batches import complete_columns
+    from megatron_ext.data.stream.batches import complete_columns
     from megatron_ext.mcore.build import build_trainable
     from megatron_ext.mcore.optimizer import set_learning_rate
     from megatron_ext.proving.parity import Cell
     from megatron_ext.runtime.device import choose_device
     from megatron_ext.runtime.process_groups import split_process_group, start_process_group
     from megatron_ext.training.step import train_step
+    from megatron_ext.training.tasks.pretrain import Pretrain
 
     runtime, parallel = RuntimeConfig(), ParallelConfig()
     device = choose_device(runtime)
@@ -164,8 +165,7 @@ def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
     samples = torch.randint(model.vocab_size, (MICRO_BATCHES, MICRO_BATCH, length + 1), generator=generator)
     counts, seeds = torch.ones(MICRO_BATCH, length), torch.arange(MICRO_BATCH)
     batch = [complete_columns(rows[:, :-1], rows[:, 1:], counts, seeds).to(device) for rows in samples]
-    wrapped, optimizer, participants = trainable.wrapped, trainable.optimizer, trainable.participants
-    return lambda: float(train_step(wrapped, optimizer, batch, groups, participants=participants, max_norm=1.0).loss)
+    return lambda: float(train_step(trainable, Pretrain(), batch, groups, max_norm=1.0).loss)
 
 
 # --- in this process -----------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, *, c
     from megatron_ext.runtime.process_groups import split_process_group, start_process_group
     from megatron_ext.testing.tiny import random_batch
     from megatron_ext.training.step import train_step
+    from megatron_ext.training.tasks.pretrain import Pretrain
 
     runtime, parallel = RuntimeConfig(device="cpu", threads=threads), ParallelConfig()
     device = choose_device(runtime)
@@ -96,8 +97,7 @@ def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, *, c
     )
     batch[0].loss_mask.fill_(1.0)
     assert torch.get_num_threads() == threads
-    wrapped, optimizer, participants = trainable.wrapped, trainable.optimizer, trainable.participants
-    return lambda: float(train_step(wrapped, optimizer, batch, groups, participants=participants, max_norm=1.0).loss)
+    return lambda: float(train_step(trainable, Pretrain(), batch, groups, max_norm=1.0).loss)
 
 
 def _model_config(size: Size) -> Any:

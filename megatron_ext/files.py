@@ -193,18 +193,15 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
         FileExistsError: something has come there meanwhile, or what would be set aside may not be ours.
         OSError: renaming failed; what was there is there still.
     """
+    aside = target.with_name(f"{target.name}.old{UNFINISHED}")
     if replace and target.exists():
-        aside = target.with_name(f"{target.name}.old{UNFINISHED}")
-        remove_unfinished(aside)
-        (target / OURS).touch()
-        target.rename(aside)
+        aside = _set_aside(target)
         try:
             partial.rename(target)
         except OSError:
             aside.rename(target)
             (target / OURS).unlink()
             raise
-        _remove_ours(aside)
     else:
         try:
             partial.rename(target)  # never over anything but an empty folder
@@ -213,4 +210,19 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
                 raise
             why = "somebody else made it meanwhile; not replaced without --force"
             raise FileExistsError(errno.EEXIST, why, str(target)) from fault
+    if (aside / OURS).is_file() and not aside.is_symlink():
+        _remove_ours(aside)  # also what a process left that was killed between the two renamings
     (target / OURS).unlink(missing_ok=True)
+
+
+def remove_published(directory: Path) -> None:
+    """Remove a finished directory of ours; interrupted, what is left of it looks finished to nobody."""
+    _remove_ours(_set_aside(directory))
+
+
+def _set_aside(directory: Path) -> Path:
+    """Rename a directory so that it stops looking finished before its first file is deleted."""
+    aside = directory.with_name(f"{directory.name}.old{UNFINISHED}")
+    remove_unfinished(aside)
+    (directory / OURS).touch()
+    return directory.rename(aside)

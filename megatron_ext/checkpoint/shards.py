@@ -1,4 +1,4 @@
-"""Boxes of global tensors: what a process holds of a tensor that is spread over many."""
+"""Shards of global tensors: what a process holds of a tensor that is spread over many."""
 
 import math
 from collections.abc import Iterator
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from megatron_ext.canonical.catalogue import Shape
+
+__all__ = ["Shape", "TensorShard", "shards_of_range"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class TensorShard:
 def shards_of_range(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
     """Split the elements [start, stop) of a row-major tensor of `shape` into axis-aligned shards (offset, size).
 
-    Boxes come in row-major order and each is contiguous, so consecutive slices of the flat data fill them. At most
+    Shards come in row-major order and each is contiguous, so consecutive slices of the flat data fill them. At most
     2 * len(shape) - 1 are needed.
     """
     if start >= stop:

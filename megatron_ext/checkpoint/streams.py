@@ -17,22 +17,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.naming import storage_plan, stored_names
+from megatron_ext.canonical.naming import storage_plan, stored_names
+from megatron_ext.checkpoint.find import checkpoint_name, find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.integrity import require_whole
+from megatron_ext.checkpoint.publish import CHECKPOINT_CONTENTS, publish, write_small_files
 from megatron_ext.checkpoint.shards import Shape
-from megatron_ext.checkpoint.store import (
-    CHECKPOINT_CONTENTS,
-    TrainingState,
-    checkpoint_name,
-    find_checkpoint,
-    publish,
-    require_checkpoint,
-    require_whole,
-    write_small_files,
-)
+from megatron_ext.checkpoint.state_file import UNTRAINED
 from megatron_ext.checkpoint.torch_dist import TensorArchive, TorchDistReader, TorchDistWriter, write_metadata
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import (
-    OURS,
     UNFINISHED,
     output_place,
     publish_directory,
@@ -298,7 +291,7 @@ class MegatronSink(TensorSink):
                 f"{directory} is not empty; choose another place or pass --force to replace its step 0"
             )
         super().__init__(directory / checkpoint_name(0), specs, force=force, inputs=inputs)
-        self._run, self._tokenizer, self._state = run, tokenizer, TrainingState()
+        self._run, self._tokenizer = run, tokenizer
         self._plan = storage_plan({name: spec.shape for name, spec in specs.items()})
         self._writers: list[TorchDistWriter] = []
         self._starts: dict[str, tuple[TorchDistWriter, int]] = {}
@@ -330,13 +323,10 @@ class MegatronSink(TensorSink):
 
     def _complete(self) -> None:
         write_metadata(self.partial, [record for writer in self._writers for record in writer.records])
-        write_small_files(self.partial, self._state, self._run, self._tokenizer)
+        write_small_files(self.partial, 0, UNTRAINED, self._run, self._tokenizer)
 
     def _exclusive(self) -> contextlib.AbstractContextManager[object]:
         return exclusive(self.target.parent, "writing a model")
 
     def _publish(self) -> None:
-        if not self._replace and self.target.exists():
-            raise ConversionError(f"{self.target}: somebody else made it meanwhile; not replaced without --force")
-        (self.partial / OURS).unlink()
-        publish(self.partial, self.target, self._state.iteration, sync=False)
+        publish(self.partial, self.target, 0, sync=False, replace=self._replace)

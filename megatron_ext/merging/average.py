@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.architectures.tables.base import Architecture
-from megatron_ext.checkpoint.store import TrainingState, newest_checkpoints
+from megatron_ext.checkpoint.find import newest_checkpoints
+from megatron_ext.checkpoint.state_file import TrainingState
 from megatron_ext.errors import ConfigError, ConversionError
 from megatron_ext.merging.options import AverageOptions
 from megatron_ext.merging.stream import Merged

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from megatron_ext.checkpoint.store import RUN_FILE, TOKENIZER_FOLDER, read_run, require_checkpoint
-from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.run_file import RUN_FILE, read_run
+from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import ModelConfig, load_config
 from megatron_ext.errors import CheckpointError
 

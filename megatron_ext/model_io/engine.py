@@ -1,6 +1,5 @@
 """Applies weight rules in either direction, accounting for every tensor. transfer.py then moves the bytes."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.architectures.tables.rules import Rule
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import IN_FP32, model_shapes
+from megatron_ext.checkpoint.shape_faults import shape_faults, shown, unexpected_tensors
 from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
@@ -41,9 +41,6 @@ class HasSpecs(Protocol):
 
 
 MEGATRON = "megatron"
-
-IN_FP32 = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.expert_bias")
-"""Tensors that are in fp32 in every checkpoint: an expert's bias moves in steps of 1e-3, which bf16 would lose."""
 
 
 def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[TensorTask]:
@@ -114,22 +111,10 @@ def check_source(
     Args:
         ignore: tensors that may be there and are not used.
     """
-    present = source.specs
-    faults = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in present]
-    faults += [
-        f"unexpected: {name} {list(spec.shape)}"
-        for name, spec in present.items()
-        if name not in expected and name not in ignore
-    ]
-    faults += [
-        f"misshapen: {name} is {list(present[name].shape)}, the configuration says {list(shape)}"
-        for name, shape in expected.items()
-        if name in present and present[name].shape != shape
-    ]
+    present = {name: spec.shape for name, spec in source.specs.items() if name in expected or name not in ignore}
+    faults = shape_faults(present, expected, "the configuration says") + unexpected_tensors(present, expected)
     if faults:
-        shown = "\n".join(f"  {fault}" for fault in faults[:30])
-        more = f"\n  and {len(faults) - 30} more" if len(faults) > 30 else ""
-        raise ConversionError(f"{where} does not hold the model its configuration describes:\n{shown}{more}")
+        raise ConversionError(f"{where} does not hold the model its configuration describes:\n{shown(faults)}")
 
 
 def target_specs(tasks: Iterator[TensorTask], source: HasSpecs, dtype: torch.dtype | None) -> dict[str, TensorSpec]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.store import TrainingState
+from megatron_ext.checkpoint.state_file import TrainingState
 from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig
 from megatron_ext.model_io.engine import TensorTask

@@ -22,6 +22,7 @@ from megatron_ext.runtime.process_groups import Groups, split_process_group
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SEQUENCE_LENGTH, random_batch
 from megatron_ext.training.step import train_step
+from megatron_ext.training.tasks.pretrain import Pretrain
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def build_cell(cell: Cell) -> tuple[Trainable, Groups]:
 def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
     """Train the steps of `cell` on random batches, the same in every layout."""
     set_learning_rate(trainable.optimizer, cell.lr)
-    losses, norms = [], []
+    task, losses, norms = Pretrain.of(cell.model), [], []
     for step in range(cell.steps):
         batch = random_batch(
             step,
@@ -104,14 +105,7 @@ def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
             length=cell.length,
             documents=cell.documents,
         )
-        result = train_step(
-            trainable.wrapped,
-            trainable.optimizer,
-            batch,
-            groups,
-            participants=trainable.participants,
-            max_norm=cell.optimizer.clip_grad,
-        )
+        result = train_step(trainable, task, batch, groups, max_norm=cell.optimizer.clip_grad)
         losses.append(float(result.loss))
         norms.append(result.grad_norm)
     return Trajectory(tuple(losses), tuple(norms))

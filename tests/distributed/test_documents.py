@@ -17,12 +17,13 @@ from megatron_ext.config import (
     Precision,
     RecomputeConfig,
 )
-from megatron_ext.data.batches import DocumentResets, complete_columns
+from megatron_ext.data.stream.batches import DocumentResets, complete_columns
 from megatron_ext.mcore.build import Trainable
 from megatron_ext.proving.parity import Cell, build_cell, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import EOD, VOCABULARY, tiny_model
 from tests.distributed.test_architectures import MODELS as ARCHITECTURES
+from tests.support.product import alternating
 
 CPU = torch.device("cpu")
 ROWS = ((7, 1, 16, 8), (20, 12))
@@ -97,8 +98,7 @@ def test_a_leak_would_be_seen(pool: GlooPool) -> None:
     assert gradient > 100 * TOLERANCES["fp32"][1]
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize(("kind", "documents"), alternating(list(ARCHITECTURES), [False, True]))
 def test_every_architecture_under_context_parallelism(kind: str, documents: bool, pool: GlooPool) -> None:
     cell = Cell(ARCHITECTURES[kind], ParallelConfig(), steps=3, samples=4, documents=documents)
     alone = run_layout(pool, cell, 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import Bf16Precision, Fp8Precision, ParallelConfig, RecomputeConfig
@@ -25,6 +25,7 @@ from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.runs import Part, load_and_save_to, open_part, started_otherwise, train_and_save, train_steps
+from tests.support.product import alternating
 
 MOE = tiny_model(moe=True)
 ALONE = ParallelConfig()
@@ -63,8 +64,7 @@ def references(pool: GlooPool) -> dict[str, Trajectory]:
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "delayed"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "recipe"), alternating(list(LAYOUTS), ["tensorwise", "rowwise", "delayed"]))
 def test_every_layout_scales_like_one_process(
     name: str, recipe: str, pool: GlooPool, references: dict[str, Trajectory]
 ) -> None:
@@ -103,14 +103,16 @@ def test_layouts_in_bf16_differ_by_less_than_fp8_costs(pool: GlooPool) -> None:
     assert difference.norm < 1e-2
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "blockwise"])
 @pytest.mark.parametrize(
-    "recompute",
-    [
-        RecomputeConfig(granularity="full"),
-        RecomputeConfig(granularity="selective", modules=["core_attn", "moe", "mlp", "shared_experts"]),
-    ],
-    ids=["full", "selective"],
+    ("recipe", "recompute"),
+    alternating(
+        ["delayed", "blockwise"],
+        [
+            RecomputeConfig(granularity="full"),
+            RecomputeConfig(granularity="selective", modules=["core_attn", "moe", "mlp", "shared_experts"]),
+        ],
+    ),
+    ids=lambda value: getattr(value, "granularity", value),
 )
 def test_recompute_changes_not_one_bit(recipe: str, recompute: RecomputeConfig, pool: GlooPool) -> None:
     cell = Cell(MOE, ALONE, precision(recipe), steps=3)
@@ -170,7 +172,7 @@ def test_histories_survive_another_layout(name: str, pool: GlooPool, tmp_path: P
     pool.run(2, train_and_save, part, 2)
     moved = replace(started_otherwise(part), parallel=parallel)
     pool.run(processes, load_and_save_to, moved, tmp_path / "b")
-    before, after = (histories(store.require_checkpoint(tmp_path / name)) for name in "ab")
+    before, after = (histories(require_checkpoint(tmp_path / name)) for name in "ab")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     continued = pool.run(processes, train_and_save, moved, 3, False)[0]
@@ -186,7 +188,7 @@ def test_weights_of_a_checkpoint_are_named_as_ever_and_start_other_runs(pool: Gl
     assert MegatronSource(tmp_path / "fp8").specs == MegatronSource(tmp_path / "bf16").specs
     # A run may change its precision, both ways; delayed scaling then begins without a history.
     pool.run(1, train_and_save, Part(MOE, tmp_path / "bf16", ALONE, DELAYED), 2)
-    assert all((h[:, 1:] == 0).all() for h in histories(store.require_checkpoint(tmp_path / "bf16")).values())
+    assert all((h[:, 1:] == 0).all() for h in histories(require_checkpoint(tmp_path / "bf16")).values())
     pool.run(1, train_and_save, Part(MOE, tmp_path / "fp8", ALONE, "bf16"), 2)
 
 

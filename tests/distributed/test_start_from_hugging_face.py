@@ -52,7 +52,7 @@ def weights(part: Part) -> dict[str, torch.Tensor]:
     with open_part(part) as session:
         return {
             f"{shard.key} {shard.offset}": shard.data.detach().clone()
-            for shard in session._shards(with_optimizer=False)
+            for shard in session.checkpoints.tensors(only=["model"])
         }
 
 

@@ -17,16 +17,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.examine import examine
 from megatron_ext.checkpoint.hf_directory import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.run_file import read_run
+from megatron_ext.checkpoint.state_file import RNG_FILE, read_random_state, read_state
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.checkpoint.torch_dist import METADATA_FILE, TorchDistReader
 from megatron_ext.config import dump_yaml, read_yaml
 from megatron_ext.errors import CheckpointError, ConversionError, DataError, MegatronExtError
 from megatron_ext.files import OURS, output_place, publish_directory, start_directory, write_text
-from megatron_ext.manifest import MANIFEST_FILE
+from megatron_ext.manifest import MANIFEST_FILE, write_manifest
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.monitoring.report import read_phases, write_report
@@ -136,19 +136,19 @@ def test_a_damaged_newest_checkpoint_says_how_to_go_on(checkpoint: Path) -> None
 @pytest.mark.parametrize("with_manifest", [True, False])
 def test_damaged_random_states(with_manifest: bool, checkpoint: Path) -> None:
     (checkpoint / MANIFEST_FILE).unlink()
-    file = checkpoint / store.RNG_FILE
+    file = checkpoint / RNG_FILE
     torch.save([{"torch": torch.get_rng_state(), "python": list(range(625))}], file)
     if with_manifest:
-        store.write_manifest(checkpoint)
+        write_manifest(checkpoint)
     content, generator = file.read_bytes(), random.Random(3)
     for _ in range(30):
         damage(file, generator, within=1500)
         with pytest.raises(CheckpointError, match=r"rng\.pt") if with_manifest else suppress(CheckpointError):
-            store.read_random_state(checkpoint, 0)
+            read_random_state(checkpoint, 0)
         file.write_bytes(content)
     file.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointError, match=r"rng\.pt"):
-        store.read_random_state(checkpoint, 0)
+        read_random_state(checkpoint, 0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_states_of_another_kind(state: str, checkpoint: Path) -> None:
     (checkpoint / MANIFEST_FILE).unlink()
     (checkpoint / "state.json").write_bytes(state.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"state\.json"):
-        store.read_state(checkpoint)
+        read_state(checkpoint)
 
 
 def test_the_tool_says_what_is_whole_and_what_is_not(

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.canonical.seeds import seed_from_name
+from megatron_ext.checkpoint.load import load_shards
+from megatron_ext.checkpoint.manager import CheckpointManager
 from megatron_ext.checkpoint.shards import TensorShard
-from megatron_ext.checkpoint.store import TrainingState, load_shards, save_checkpoint
 from megatron_ext.config import Fp8Precision, RuntimeConfig
 from megatron_ext.config.machine import Backend
 from megatron_ext.mcore.initialization import initialize_weights
@@ -54,10 +55,17 @@ def places(cell: Cell, backend: Backend) -> list[tuple[Place, torch.dtype]]:
     return [(place(shard), shard.data.dtype) for shard in shards_of_chunks(build(cell, backend, seed=1))]
 
 
+def save(directory: Path, shards: list[TensorShard]) -> Path:
+    """Save `shards` as step 1."""
+    manager = CheckpointManager(directory, {})
+    manager.register("model", tensors=lambda: shards)
+    return manager.save(1)
+
+
 def save_then_load(cell: Cell, source: Backend, target: Backend, directory: Path) -> tuple[int, list[str]]:
     """Save a model of `source`, load it into one of `target`; how many shards, and which differ in any bit."""
     saved = shards_of_chunks(build(cell, source, seed=1))
-    checkpoint = save_checkpoint(directory, saved, TrainingState(iteration=1), {}, None)
+    checkpoint = save(directory, saved)
     loaded = shards_of_chunks(build(cell, target, seed=2))
     load_shards(checkpoint, loaded)
     pairs = [(a, b) for a, b in zip(saved, loaded, strict=True) if "_extra_state" not in a.key]
@@ -114,7 +122,7 @@ def save_scaling(cell: Cell, directory: Path) -> list[str]:
     chunks = build(cell, "transformer_engine", seed=1)
     for shard in scaling_shards(chunks):
         shard.data.copy_(expected_scaling(shard))
-    save_checkpoint(directory, shards_of_chunks(chunks), TrainingState(iteration=1), {}, None)
+    save(directory, shards_of_chunks(chunks))
     return sorted({shard.key for shard in scaling_shards(chunks)})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.store import find_checkpoint
+from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.config import (
     Bf16Precision,
     Fp8Precision,
@@ -24,8 +24,8 @@ from megatron_ext.runtime import core_guard
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.transformer_engine import why_not_importable
+from tests.support.workspace import ROOT
 from tests.te import builds, te_faults
-from tests.workspace import ROOT
 
 pytestmark = pytest.mark.te
 

@@ -6,7 +6,16 @@ import pytest
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.effective_value import effective_value
+from megatron_ext.model_io.open import differing_fields
 from megatron_ext.testing.tiny import tiny_model
+
+
+def test_overrides_that_change_the_function_make_another_model() -> None:
+    a, b = tiny_model(), tiny_model(transformer_overrides={"fp32_residual_connection": True})
+    assert [name for name, _, _ in differing_fields(a, b)] == ["transformer_overrides"]
+    assert not list(
+        differing_fields(a, tiny_model(transformer_overrides={"deterministic_mode": True}, hidden_dropout=0.1))
+    )
 
 
 def differ(a: ModelConfig, b: ModelConfig) -> list[str]:

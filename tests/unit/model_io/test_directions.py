@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.hf_directory import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.run_file import write_run
-from megatron_ext.checkpoint.store import STATE_FILE, require_checkpoint
+from megatron_ext.checkpoint.state_file import STATE_FILE
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSpec
 from megatron_ext.config import ModelConfig, load_run, read_yaml
 from megatron_ext.data.tokenizer import train_tokenizer
@@ -29,8 +30,8 @@ from megatron_ext.model_io.model_to_write import ModelToWrite
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.same_run import check_same_model
+from tests.support.workspace import write_corpus
 from tests.unit.model_io.test_convert import MODELS, edit_config, write_checkpoint
-from tests.workspace import write_corpus
 
 SIGMOID = tiny_model(moe=True, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
 
