@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config import (
     AdamConfig,
@@ -24,7 +23,7 @@ from megatron_ext.mcore.model import LanguageModel, build_chunks, routers, wrap_
 from megatron_ext.mcore.moe.steps import RouterSteps
 from megatron_ext.mcore.optimizer import build_optimizer
 from megatron_ext.mcore.step_state import StepParticipant
-from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.mcore.transformer_config import LayerConfig, transformer_config
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import seed_everything
 
@@ -70,7 +69,7 @@ class Trainable:
     wrapped: list[Any]
     """The same chunks wrapped for mixed precision and data parallelism."""
     optimizer: ChainedOptimizer
-    config: TransformerConfig
+    config: LayerConfig
     """megatron-core's configuration, which its schedules read."""
     participants: tuple[StepParticipant, ...]
     """What moves with the steps beside weights and optimizer; the same kinds in the same order on every rank of a
@@ -101,7 +100,7 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
     return make_trainable(run, groups, config, chunks)
 
 
-def make_trainable(run: Buildable, groups: Groups, config: TransformerConfig, chunks: list[LanguageModel]) -> Trainable:
+def make_trainable(run: Buildable, groups: Groups, config: LayerConfig, chunks: list[LanguageModel]) -> Trainable:
     """Make `chunks`, whose weights are drawn, trainable: the second half of `build_trainable`, for other models."""
     wrapped = wrap_chunks(chunks, config, run.parallel)
     optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, wrapped)
@@ -109,7 +108,7 @@ def make_trainable(run: Buildable, groups: Groups, config: TransformerConfig, ch
     return Trainable(chunks, wrapped, optimizer, config, _participants(chunks, is_writer=groups.stage.rank() == 0))
 
 
-def _tell_schedules(config: TransformerConfig, wrapped: Sequence[Any], *, overlap_grad_reduce: bool) -> None:
+def _tell_schedules(config: LayerConfig, wrapped: Sequence[Any], *, overlap_grad_reduce: bool) -> None:
     """Write into `config` how megatron-core's pipeline schedules reduce gradients."""
     config.finalize_model_grads_func = finalize_model_grads
     if overlap_grad_reduce:

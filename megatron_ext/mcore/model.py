@@ -15,15 +15,16 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.mcore.adapters import NO_ADAPTERS, AdapterPlan, with_adapters
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.moe import sample_seeds
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.rotary import RotaryEmbedding
+from megatron_ext.mcore.transformer_config import LayerConfig
 
 
 class LanguageModel(LanguageModule):
@@ -39,7 +40,9 @@ class LanguageModel(LanguageModule):
         output_layer: on the last stage; without a weight of its own where the embedding is tied and here too.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> None:
+    def __init__(
+        self, model: ModelConfig, config: LayerConfig, vp_stage: int | None, adapters: AdapterPlan = NO_ADAPTERS
+    ) -> None:
         super().__init__(config=config)
         self.model, self.vp_stage = model, vp_stage
         self.model_type = ModelType.encoder_or_decoder
@@ -53,7 +56,7 @@ class LanguageModel(LanguageModule):
             self.rotary_pos_emb = RotaryEmbedding(model, config, self.pg_collection.cp)
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(model, config, vp_stage),
+            spec=with_adapters(block_spec(model, config, vp_stage), adapters),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=self.pg_collection,
@@ -170,13 +173,21 @@ class LanguageModel(LanguageModule):
 
 
 def build_chunks(
-    model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, device: torch.device
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: LayerConfig,
+    device: torch.device,
+    adapters: AdapterPlan = NO_ADAPTERS,
 ) -> list[LanguageModel]:
-    """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights."""
+    """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights.
+
+    Args:
+        adapters: which parts of its layers are built from other classes (mcore/adapters.py).
+    """
     stages = parallel.virtual_pipeline_model_parallel_size
     vp_stages = range(stages) if stages else [None]
     with torch.device(device):
-        return [LanguageModel(model, config, vp_stage) for vp_stage in vp_stages]
+        return [LanguageModel(model, config, vp_stage, adapters) for vp_stage in vp_stages]
 
 
 def splits_optimizer(parallel: ParallelConfig) -> bool:
@@ -189,7 +200,7 @@ def splits_optimizer(parallel: ParallelConfig) -> bool:
     return parallel.use_distributed_optimizer and (overlaps or dist.get_world_size() > 1)
 
 
-def wrap_chunks(chunks: list[LanguageModel], config: TransformerConfig, parallel: ParallelConfig) -> list[Any]:
+def wrap_chunks(chunks: list[LanguageModel], config: LayerConfig, parallel: ParallelConfig) -> list[Any]:
     """Return `chunks` wrapped for mixed precision and data parallelism, gradients kept and reduced in fp32."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

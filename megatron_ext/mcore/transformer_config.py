@@ -42,13 +42,16 @@ class ExtendedMLAConfig(_MoreFields, MLATransformerConfig):
     """The same with multi-head latent attention."""
 
 
+LayerConfig = ExtendedConfig | ExtendedMLAConfig
+
+
 def transformer_config(
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: Precision,
     recompute: RecomputeConfig,
     backend: Backend = "torch",
-) -> ExtendedConfig | ExtendedMLAConfig:
+) -> LayerConfig:
     """Return megatron-core's configuration of the transformer, which also says what its layers are built from.
 
     Raises:
@@ -70,7 +73,7 @@ def transformer_config(
         **model.transformer_overrides,
     }
     try:
-        config: ExtendedConfig | ExtendedMLAConfig
+        config: LayerConfig
         if model.multi_latent_attention is None:
             config = ExtendedConfig(**fields)
         else:
