@@ -96,3 +96,6 @@ class RandomStream:
         """What was given out."""
         samples = self._step * self._shape.global_batch
         return Position(samples, sources=(samples,))
+
+    def close(self) -> None:
+        """Nothing reads ahead."""

@@ -27,6 +27,12 @@ class RunData:
     fingerprints: tuple[str, ...]
     """Of each training source: positions in `train` count samples of these."""
 
+    def close(self) -> None:
+        """End what reads ahead, also where the run failed: its processes would keep this one from ending."""
+        for stream in (self.train, self.validation):
+            if stream is not None:
+                stream.close()
+
 
 def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, device: torch.device) -> RunData:
     """Open the streams of `run`, which goes on from `state`. Every rank must call this.

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from signal import Signals
 
@@ -74,7 +74,7 @@ def open_and_train(
     hooks = build_hooks(run, layout, data)
     session = open_session(run, layout, groups, device, data.train, open_foreign=open_foreign, hooks=hooks)
     session.state = replace(session.state, data=data.fingerprints)
-    with _telling_hooks(session, hooks):
+    with closing(data), telling_hooks(session, hooks):
         for line in banner(run, layout, device, found) if found is not None else ():
             log.info(line)
         # With an eye on the other ranks: one that is missing is named, where the backend only knows a socket.
@@ -97,7 +97,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> list[Hook]:
 
 
 @contextmanager
-def _telling_hooks(session: Session, hooks: Sequence[Hook]) -> Iterator[None]:
+def telling_hooks(session: Session, hooks: Sequence[Hook]) -> Iterator[None]:
     """Tell the hooks that the run begins, and how it ends."""
     for hook in hooks:
         hook.on_start(session)

@@ -42,6 +42,9 @@ class DataStream(Protocol):
     def position(self) -> Position:
         """What has been consumed: the batches that `next` gave out, not those that were read ahead."""
 
+    def close(self) -> None:
+        """End what reads ahead; `next` would begin anew from the same position."""
+
 
 @dataclass(frozen=True)
 class BatchShape:
@@ -101,10 +104,14 @@ class BlendStream:
             raise DataError(f"the stream was opened for {self._blend.size} samples, and sample {after - 1} is wanted")
         if self._read_ahead is None:
             # A generator of its own: it would draw the seed of its processes from the one that dropout goes on with.
-            plan = self._plan(self._at)
+            plan = _plan(self._shape, self._at, self._blend.size)
             self._read_ahead = iter(self._loader(batch_sampler=plan, generator=torch.Generator()))
-        with _faults_as_here():
-            micro_batches = [next(self._read_ahead) for _ in range(self._shape.num_microbatches)]
+        try:
+            with _faults_as_here():
+                micro_batches = [next(self._read_ahead) for _ in range(self._shape.num_microbatches)]
+        except BaseException:
+            self.close()
+            raise
         self._count(after)
         return [micro.to(self._device) for micro in micro_batches]
 
@@ -120,21 +127,30 @@ class BlendStream:
                 f"the position in the data is none of these sources: of {position.samples} samples, {position.sources} "
                 f"were consumed of each source of stage {position.stage}; here it would be {counts} of stage 0"
             )
-        self._read_ahead = None
+        self.close()
         self._at, self._counts = position.samples, list(counts)
 
     def position(self) -> Position:
         """See `DataStream.position`."""
         return Position(self._at, sources=tuple(self._counts))
 
-    def _plan(self, first: int) -> Iterator[list[int]]:
-        size, shape = self._blend.size, self._shape
-        for start in range(first, size - shape.global_batch + 1, shape.global_batch):
-            yield from shape.rows(start)
+    def close(self) -> None:
+        """See `DataStream.close`."""
+        # Forgetting the iterator is not enough: the traceback of an error may know it too. Its processes ignore the
+        # signal that would end them with this one, which then waits for them for ever.
+        read_ahead, self._read_ahead = self._read_ahead, None
+        if (end_processes := getattr(read_ahead, "_shutdown_workers", None)) is not None:
+            end_processes()
 
     def _count(self, after: int) -> None:
         self._counts = [a + b for a, b in zip(self._counts, self._blend.counts(self._at, after), strict=True)]
         self._at = after
+
+
+def _plan(shape: BatchShape, first: int, size: int) -> Iterator[list[int]]:
+    """The rows of each micro-batch of this rank, from sample `first` on, for as long as there are whole batches."""
+    for start in range(first, size - shape.global_batch + 1, shape.global_batch):
+        yield from shape.rows(start)
 
 
 class _Seeded(torch.utils.data.Dataset[dict[str, Any]]):

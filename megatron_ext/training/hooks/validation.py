@@ -29,5 +29,5 @@ class Validation(Hook):
             return
         with self._clock.stopped():
             loss = session.validate(self._stream.next() for _ in range(self._train.eval_iters))
-            self._stream.seek(Position())
+            self._stream.seek(Position())  # this also ends what reads ahead
             self._tell(done.iteration, loss)

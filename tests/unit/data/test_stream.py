@@ -1,5 +1,6 @@
 """The stream of batches: what comes next depends on the position alone, and a position knows what it consumed."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -48,6 +49,7 @@ def test_batches_come_in_order_and_the_position_is_what_was_given_out(num_worker
     data.seek(Position(4))
     assert data.position() == Position(4, sources=(3, 1))
     assert first_tokens(data.next()) == [4, 5, 6, 7]
+    data.close()
 
 
 def test_a_position_that_was_saved_leads_to_the_same_batches() -> None:
@@ -96,6 +98,16 @@ def test_reading_draws_nothing_from_the_numbers_of_dropout() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_nothing_reads_ahead_once_it_is_closed() -> None:
+    data = stream(num_workers=1)
+    data.next()
+    assert len(multiprocessing.active_children()) == 1
+    data.close()
+    assert not multiprocessing.active_children()
+    assert first_tokens(data.next()) == [4, 5, 6, 7]
+    data.close()
+
+
 def test_beyond_the_end_is_an_error() -> None:
     data = stream()
     data.seek(Position(20))
@@ -134,3 +146,4 @@ def test_faults_of_processes_that_read_ahead_are_one_message(happens: Callable[[
     data.seek(Position(4))
     with pytest.raises(MegatronExtError, match=expected):
         data.next()
+    assert not multiprocessing.active_children()  # whatever still knows the error
