@@ -165,9 +165,10 @@ def test_killed_after_its_output_was_published_it_is_done(
     def is_killed(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(module, "remove_unfinished", is_killed)
-        prepare()
+        with pytest.raises(KeyboardInterrupt):
+            prepare()
     assert (tmp_path / "d.partial").is_dir()
     with pytest.raises(DataError, match="exists; choose another place"):
         prepare(share=0.6)  # something else
