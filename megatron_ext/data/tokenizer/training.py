@@ -121,7 +121,12 @@ def train_tokenizer(
     files = corpus_files(inputs)
     output_place(output, DataError, force=force, contents=CONTENTS, inputs=files)
     with exclusive_output(output, "training a tokenizer"):
-        how = {"max_lines": max_lines, "character_coverage": character_coverage, "threads": threads}
-        model = train_sentencepiece(read_documents(files, text_key), vocab_size, **how)
+        model = train_sentencepiece(
+            read_documents(files, text_key),
+            vocab_size,
+            max_lines=max_lines,
+            character_coverage=character_coverage,
+            threads=threads,
+        )
         texts = itertools.islice(read_documents(files, text_key), _PROOF_TEXTS)
         return write_tokenizer(model, output, texts, force=force)

@@ -55,7 +55,7 @@ def read_phases(named_files: Sequence[str]) -> list[Phase]:
             raise DataError(f"metrics: two runs are called {name!r}; name them, as in first={path}")
         with reading(path, DataError, kind="a metrics file"):
             records, starts = read_metrics(path), read_starts(path)
-        phases.append(Phase(name, drawable(records, path), drawable_starts(starts)))
+        phases.append(Phase(name, drawable(records, str(path)), drawable_starts(starts)))
         if not phases[-1].steps:
             raise DataError(f"{path}: holds no training step")
     return phases

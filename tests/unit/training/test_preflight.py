@@ -177,7 +177,7 @@ def test_a_flipped_byte_of_the_data_is_found(work: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(preflight, "_READ_AT_ONCE", 1000)
     said = found(work, new(work), data)
     assert said.faults == []
-    assert f"tools/verify_checkpoint.py {tmp_path}/data compares checksums of each folder" in said.sums
+    assert f"tools/verify_checkpoint.py {tmp_path}/data compares checksums" in said.sums
 
 
 def test_room_for_checkpoints(work: Path) -> None:
