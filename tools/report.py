@@ -15,7 +15,7 @@ class ReportOptions:
     """Options of this command."""
 
     metrics: list[str] = Field(min_length=1)
-    """Training runs in order, each as name=metrics.jsonl; they share one axis of tokens."""
+    """Training runs in order, by folder, by metrics.jsonl, or as name=either; they share one axis of tokens."""
     output: PathName
     """HTML file to write."""
     title: str = "Training report"

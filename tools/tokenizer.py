@@ -37,6 +37,9 @@ class TrainOptions:
     """Where the text stands in a line of JSONL."""
     max_lines: int = Field(default=1_000_000, ge=1000)
     """Lines to train on; of more an even sample is taken."""
+    character_coverage: float = Field(default=0.9995, ge=0.98, le=1)
+    """Share of the text's characters that get a token each; the rarer ones are written in bytes. For languages of many
+    characters a lower one leaves more of a small vocabulary to words."""
     force: bool = False
     """Replace an existing output."""
 
@@ -76,16 +79,9 @@ def main() -> None:
         o = parse_command(TrainOptions, __doc__, positional=["inputs"], argv=arguments)
         from megatron_ext.data.tokenizer import train_tokenizer
 
+        limits = {"max_lines": o.max_lines, "character_coverage": o.character_coverage, "threads": os.cpu_count() or 1}
         with ending_on_sigterm():
-            tokenizer = train_tokenizer(
-                o.inputs,
-                o.output,
-                o.vocab_size,
-                text_key=o.text_key,
-                max_lines=o.max_lines,
-                threads=os.cpu_count() or 1,
-                force=o.force,
-            )
+            tokenizer = train_tokenizer(o.inputs, o.output, o.vocab_size, text_key=o.text_key, force=o.force, **limits)
     else:
         e = parse_command(ExportOptions, __doc__, positional=["model"], argv=arguments)
         from megatron_ext.data.corpus import corpus_files, read_documents

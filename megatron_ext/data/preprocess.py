@@ -296,7 +296,7 @@ def dataset_fingerprint(prefix: str | Path) -> str:
 def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
     """Check that the dataset at `prefix` is whole and was made with `tokenizer`, and return its size.
 
-    Sizes are checked, not contents: `check_manifest` with `checksums` reads them.
+    Sizes are checked, not contents: `check_dataset_sums` reads them.
 
     Raises:
         DataError: says what does not match.
@@ -317,6 +317,18 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
         raise DataError(f"{tokens} has {actual} bytes, its manifest says {expected}: it changed after it was made")
     check_index(index, counts.documents, dtype)
     return counts
+
+
+def check_dataset_sums(prefix: str | Path) -> None:
+    """Compare the files of the dataset at `prefix` with their checksums, where it has a manifest; reads them.
+
+    Raises:
+        DataError: they are missing or changed.
+    """
+    prefix = Path(prefix)
+    names = (f"{prefix.name}.bin", f"{prefix.name}.idx", MANIFEST_FILE)
+    only = [glob.escape(name) for name in names]
+    check_manifest(prefix.parent, DataError, checksums=True, only=only, advice=_PREPARE)
 
 
 def _described(manifest_file: Path, split: str) -> tuple[int, SplitSummary]:

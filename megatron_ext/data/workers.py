@@ -142,14 +142,20 @@ def _serve(pipe: Connection, work: Callable[[Any], None], start: Callable[[], No
         while (task := pipe.recv()) is not None:
             work(task)
             pipe.send(None)
-    except EOFError:
-        pass
+    except (EOFError, ConnectionError):
+        pass  # the parent is gone; reset is the pipe of one that has not read all
     except MegatronExtError as error:
-        pipe.send((type(error), str(error)))
+        _tell(pipe, type(error), str(error))
     except MemoryError:
-        pipe.send((EnvironmentFault, "memory ran out; fewer workers need less"))
+        _tell(pipe, EnvironmentFault, "memory ran out; fewer workers need less")
     except Exception:
-        pipe.send((None, traceback.format_exc()))
+        _tell(pipe, None, traceback.format_exc())
+
+
+def _tell(pipe: Connection, kind: type[MegatronExtError] | None, message: str) -> None:
+    """Send what went wrong to the parent, if it is there still."""
+    with suppress(ConnectionError):
+        pipe.send((kind, message))
 
 
 def _end_with_parent() -> None:

@@ -16,6 +16,7 @@ from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
+from megatron_ext.model_io.finite import is_finite
 from megatron_ext.model_io.huggingface.cached_generation import GenerationComparison, compare_generation
 from megatron_ext.model_io.logits import (
     carries_our_code,
@@ -44,6 +45,8 @@ class WeightComparison:
     largest_difference: float
     rounded_to: tuple[str, ...] = ()
     """Dtypes of tensors that one side stores in a wider one; these were compared after rounding."""
+    not_finite: tuple[str, ...] = ()
+    """Names of tensors that hold NaN or infinite values: no model, whether they are equal or not."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Verification:
     @property
     def same(self) -> bool:
         """Whether they are."""
-        same = not self.fields and not self.weights.different
+        same = not self.fields and not self.weights.different and not self.weights.not_finite
         return same and (self.logits is None or self.logits.relative <= self.tolerance)
 
     @property
@@ -202,7 +205,7 @@ def compare_weights(a: str | Path, b: str | Path) -> WeightComparison:
     if left.tensors.specs.keys() != right.tensors.specs.keys():
         only = sorted(left.tensors.specs.keys() ^ right.tensors.specs.keys())
         raise ConversionError(f"{a} and {b} hold different tensors: {', '.join(only[:10])}")
-    different, rounded, largest = [], set(), 0.0
+    different, not_finite, rounded, largest = [], [], set(), 0.0
     for name in sorted(left.tensors.specs):
         x, y = _unpadded(left, name), _unpadded(right, name)
         if x.shape != y.shape:
@@ -211,10 +214,17 @@ def compare_weights(a: str | Path, b: str | Path) -> WeightComparison:
             narrow = min((x.dtype, y.dtype), key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).eps))
             x, y = x.to(narrow), y.to(narrow)
             rounded.add(str(narrow).removeprefix("torch."))
+        are_numbers = is_finite(x) and is_finite(y)
+        if not are_numbers:
+            not_finite.append(name)
         if x.dtype != y.dtype or not torch.equal(x, y):
-            different.append(name)
-            largest = max(largest, _largest_difference(x.double(), y.double()))
-    return WeightComparison(len(left.tensors.specs), tuple(different), largest, tuple(sorted(rounded)))
+            # NaN differs from itself: what is said of such tensors is that they hold it.
+            if are_numbers or not torch.equal(x.isnan(), y.isnan()) or not torch.equal(x.nan_to_num(), y.nan_to_num()):
+                different.append(name)
+            if are_numbers:
+                largest = max(largest, _largest_difference(x.double(), y.double()))
+    total = len(left.tensors.specs)
+    return WeightComparison(total, tuple(different), largest, tuple(sorted(rounded)), tuple(not_finite))
 
 
 def _unpadded(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -148,5 +148,7 @@ def _verified(opened: Checkpoint, partial: Path, target: Path, how: Comparison) 
     if not result.passed:
         figures = "\n".join(f"  {line}" for line in lines)
         why = "it would not generate what it computes" if result.same else "it would not be the same model"
+        if result.weights.not_finite:
+            why = "its weights are no numbers"
         raise ConversionError(f"{target}: not written, {why}:\n{figures}")
     return Examined(lines, result)

@@ -1,18 +1,22 @@
 """Figures of a comparison as people read them and as files keep them."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.files import write_text
 from megatron_ext.model_io.compare import LogitComparison, Verification, WeightComparison
+from megatron_ext.model_io.finite import describe
 from megatron_ext.model_io.huggingface.cached_generation import GenerationComparison
 
 
 def logit_lines(comparison: LogitComparison) -> list[str]:
     """Lines for the terminal."""
     c = comparison
+    if math.isinf(c.max_abs_difference):
+        return [f"logits over {c.tokens:,} tokens: NaN or infinite"]
     return [
         f"logits over {c.tokens:,} tokens:",
         f"  max |d|           {c.max_abs_difference:.3g}  ({c.relative:.1e} of the largest logit, {c.scale:.3g})",
@@ -24,13 +28,17 @@ def logit_lines(comparison: LogitComparison) -> list[str]:
 def weight_lines(comparison: WeightComparison) -> list[str]:
     """Lines for the terminal."""
     rounded = f" after rounding to {', '.join(comparison.rounded_to)}" if comparison.rounded_to else ""
+    lines = []
+    if comparison.not_finite:
+        lines.append(f"weights: {describe(comparison.not_finite, comparison.tensors)}; take a checkpoint from before")
     if not comparison.different:
-        return [f"weights: all {comparison.tensors:,} tensors equal bit for bit{rounded}"]
+        return [*lines, f"weights: all {comparison.tensors:,} tensors equal bit for bit{rounded}"]
     names = ", ".join(comparison.different[:5])
-    return [
-        f"weights: {len(comparison.different):,} of {comparison.tensors:,} tensors differ{rounded}, by up to "
-        f"{comparison.largest_difference:.3g}: {names}"
-    ]
+    apart = f", by up to {comparison.largest_difference:.3g}" if comparison.largest_difference else ""
+    lines.append(
+        f"weights: {len(comparison.different):,} of {comparison.tensors:,} tensors differ{rounded}{apart}: {names}"
+    )
+    return lines
 
 
 def generation_lines(comparison: GenerationComparison) -> list[str]:
@@ -56,6 +64,8 @@ def lines_of(verification: Verification) -> list[str]:
 def verdict(verification: Verification) -> str:
     """What follows from a verification, in words."""
     v = verification
+    if v.weights.not_finite and not v.weights.different:
+        return "no model: its weights are no numbers"
     if not v.same:
         return "NOT the same model"
     if v.generates:
@@ -74,7 +84,7 @@ def write_figures(path: str | Path, verification: Verification) -> None:
     comparisons = {"weights": v.weights, "logits": v.logits, "generation": v.generation}
     made = {name: asdict(comparison) for name, comparison in comparisons.items() if comparison is not None}
     content: dict[str, Any] = {
-        name: {key: value for key, value in figures.items() if key != "rounded_to" or value}
+        name: {key: value for key, value in figures.items() if key not in ("rounded_to", "not_finite") or value}
         for name, figures in made.items()
     }
     content["verification"] = {"verdict": verdict(v)}

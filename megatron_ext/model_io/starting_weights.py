@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.config import ModelConfig
+from megatron_ext.model_io.huggingface.model_card import run_of_card
 from megatron_ext.model_io.open import Checkpoint, is_hugging_face, open_checkpoint, with_padding
 from megatron_ext.model_io.streamed_shards import StreamedShards
 
@@ -23,6 +25,11 @@ class HuggingFaceWeights:
     def model(self) -> ModelConfig:
         """Its model."""
         return self.opened.model
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The configuration that trained it, from its model card."""
+        return run_of_card(self.directory)
 
     @property
     def tokenizer(self) -> Path | None:

@@ -12,7 +12,7 @@ from megatron_ext.config import Layout, RunConfig, to_mapping
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.description import describe_start
-from megatron_ext.monitoring.metrics_file import MetricsFile
+from megatron_ext.monitoring.metrics_file import METRICS_FILE, MetricsFile
 from megatron_ext.monitoring.wandb_run import WandbRun
 from megatron_ext.planning.amounts import duration, flops
 from megatron_ext.planning.flops import training_flops_per_token
@@ -38,7 +38,7 @@ class StepReport:
 
 def metrics_path(run: RunConfig) -> Path:
     """The file that all metrics of `run` go to."""
-    return Path(run.logging.metrics_file or Path(run.checkpoint.directory) / "metrics.jsonl")
+    return Path(run.logging.metrics_file or Path(run.checkpoint.directory) / METRICS_FILE)
 
 
 class Monitor:

@@ -22,7 +22,7 @@ from megatron_ext.config import (
     TrainConfig,
 )
 from megatron_ext.config.load import raise_faults, read_run_text, values_of
-from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint
+from megatron_ext.data.preprocess import check_dataset, check_dataset_sums, dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError, named
 from megatron_ext.planning.amounts import size
@@ -41,6 +41,9 @@ from megatron_ext.training.same_run import (
 )
 from megatron_ext.training.start import OpenForeign, foreign_model
 
+_READ_AT_ONCE = 2 * 10**9
+"""Bytes of data that are read before each start to compare their checksums: a second or two."""
+
 
 @dataclass
 class Findings:
@@ -54,6 +57,8 @@ class Findings:
     """How often each source of data.train is read."""
     start: str = ""
     """What the run starts from."""
+    sums: str = ""
+    """How the files of the data were compared with what was written."""
     room: str = ""
     """What its checkpoints take of the disk."""
 
@@ -61,6 +66,7 @@ class Findings:
         """For people."""
         return [
             *(f"data            {use.line()}" for use in self.sources),
+            *([f"data            {self.sums}"] if self.sums else []),
             f"start           {self.start}",
             *(f"changed         {change}" for change in self.changes),
             *([f"checkpoints     {self.room}"] if self.room else []),
@@ -130,6 +136,8 @@ class _Examination:
         self._tokenizer: Tokenizer | None = None
         self._fingerprints: list[str] | None = None
         self._state = TrainingState()
+        self._whole: dict[str, str] = {}
+        """Sources whose files have their sizes, and the key of each."""
 
     def look(self) -> None:
         """Look at everything."""
@@ -149,7 +157,7 @@ class _Examination:
     def _look_at_tokenizer(self) -> None:
         if (directory := self._values.get("data.tokenizer")) is None:
             return
-        with _collecting(self.found.faults, f"data.tokenizer = {named(directory)}"):
+        with _collecting(self.found.faults, "data.tokenizer", directory):
             self._tokenizer = Tokenizer(directory)
             rows = self._values.get("model.vocab_size")
             if rows is not None and self._tokenizer.vocab_size > rows:
@@ -169,7 +177,24 @@ class _Examination:
         if self._values.get("train.eval_interval") is not None:
             for number, source in self._sources("validation").items():
                 self._look_at_source(f"data.validation.{number}", source)
+        self._sum_data()
         return tokens if whole else None
+
+    def _sum_data(self) -> None:
+        """Read the files of the data and compare their checksums, where that takes seconds."""
+        total = sum(_data_bytes(path) for path in self._whole)
+        if total > _READ_AT_ONCE:
+            folders = sorted({str(Path(path).parent) for path in self._whole})
+            self.found.sums = (
+                f"files have their sizes; {size(total)} are too much to read at each start: "
+                f"tools/verify_checkpoint.py {folders[0]} compares checksums{' of each folder' * (len(folders) > 1)}"
+            )
+            return
+        for path, key in self._whole.items():
+            with _collecting(self.found.faults, f"{key}.path", path):
+                check_dataset_sums(path)
+        if self._whole:
+            self.found.sums = "files have their sizes and checksums"
 
     def _sources(self, blend: str) -> dict[int, DataSource]:
         """The sources of a blend by their number; of one with faults, those that have none."""
@@ -181,7 +206,7 @@ class _Examination:
 
     def _look_at_source(self, key: str, source: DataSource) -> int:
         """Tokens of a source, once its faults are noted."""
-        with _collecting(self.found.faults, f"{key}.path = {named(source.path)}"):
+        with _collecting(self.found.faults, f"{key}.path", source.path):
             missing = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
             if missing and Path(source.path).is_dir():
                 raise DataError("is a folder; name a split in it, such as train")
@@ -194,6 +219,7 @@ class _Examination:
                 check_dataset(source.path, self._tokenizer).tokens,
                 self._values.get("data.sequence_length"),
             )
+            self._whole[source.path] = key
             if length is not None and tokens <= length:
                 raise DataError(f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}")
             return tokens
@@ -205,7 +231,7 @@ class _Examination:
             self._state = read_state(newest)
             self._look_at_resume(newest)
         elif checkpoint.initialize_from is not None:
-            with _collecting(self.found.faults, f"checkpoint.initialize_from = {named(checkpoint.initialize_from)}"):
+            with _collecting(self.found.faults, "checkpoint.initialize_from", checkpoint.initialize_from):
                 self._look_at_weights(Path(checkpoint.initialize_from))
         else:
             self.found.start = "a new run, from fresh weights"
@@ -233,8 +259,9 @@ class _Examination:
     def _look_at_weights(self, path: Path) -> None:
         if not path.exists():
             raise CheckpointError("is not there")
-        foreign = self._open_foreign(path)
+        foreign, trained_with = self._open_foreign(path), None
         if foreign is not None:
+            trained_with = foreign.run
             checkpoint, tokenizer = foreign.directory, foreign.tokenizer
             if self._model is not None:
                 check_models_agree(self._model, foreign_model(foreign, self._model), checkpoint)
@@ -249,7 +276,7 @@ class _Examination:
         if tokenizer is not None:
             self._compare_tokenizer(tokenizer)
         if self._data is not None and self._train is not None:
-            again = rereads(self._data, self._train, checkpoint, self._fingerprints or [])
+            again = rereads(self._data, self._train, checkpoint, self._fingerprints or [], trained_with)
             self.found.warnings += [again] if again is not None else []
 
     def _compare_tokenizer(self, other: Path) -> None:
@@ -331,13 +358,21 @@ class _Examination:
             )
 
 
+def _data_bytes(path: str) -> int:
+    return Path(f"{path}.bin").stat().st_size + Path(f"{path}.idx").stat().st_size
+
+
 @contextlib.contextmanager
-def _collecting(faults: list[str], subject: str = "") -> Iterator[None]:
-    """Turn an error inside into a fault beside others, of `subject` if that is given."""
+def _collecting(faults: list[str], subject: str = "", path: str = "") -> Iterator[None]:
+    """Turn an error inside into a fault beside others, of `subject`, whose value is `path`, if those are given."""
     try:
         yield
     except MegatronExtError as error:
-        faults.append((f"{subject}: " if subject else "") + str(error).replace("\n", "\n  "))
+        text = str(error).replace("\n", "\n  ")
+        if path:
+            subject = f"{subject} = {named(path)}"
+            text = text.removeprefix(f"{Path(path)}: ")  # it is said already
+        faults.append(f"{subject}: {text}" if subject else text)
 
 
 def _existing(path: Path) -> Path:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint.run_file import RUN_FILE, read_run
 from megatron_ext.checkpoint.shape_faults import shape_faults, shown
@@ -64,8 +66,8 @@ def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> N
         *((f"data.{key}", then.get(key, False), now[key]) for key in ("reset_attention_mask", "reset_position_ids")),
     ]
     different = [f"  {key}: {old!r} in the checkpoint, {new!r} in this run" for key, old, new in compared if old != new]
-    weights = [[source.get("weight") for source in mapping.get("train") or []] for mapping in (then, now)]
-    if weights[0] != weights[1]:
+    weights = [[source.get("weight", 1.0) for source in mapping.get("train") or []] for mapping in (then, now)]
+    if _shares(weights[0]) != _shares(weights[1]):
         different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
     if different:
         raise CheckpointError(OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
@@ -90,12 +92,25 @@ def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
     return [f"{key}: {before} -> {after}" for key, before, after in pairs if before != after]
 
 
-def rereads(data: DataConfig, train: TrainConfig, checkpoint: Path, fingerprints: Sequence[str]) -> str | None:
-    """Why a new run from the weights of `checkpoint` would read again, in the same order, what those have seen."""
-    try:
-        saved, state = read_run(checkpoint), read_state(checkpoint)
-    except CheckpointError:
-        return None  # weights that come with no record of their training
+def rereads(
+    data: DataConfig,
+    train: TrainConfig,
+    checkpoint: Path,
+    fingerprints: Sequence[str],
+    trained_with: dict[str, Any] | None = None,
+) -> str | None:
+    """Why a new run from the weights of `checkpoint` would read again, in the same order, what those have seen.
+
+    Args:
+        fingerprints: of the data of the new run.
+        trained_with: the configuration of their run, where `checkpoint` is an export that has it elsewhere.
+    """
+    saved, state = trained_with or {}, TrainingState()
+    if trained_with is None:
+        try:
+            saved, state = read_run(checkpoint), read_state(checkpoint)
+        except CheckpointError:
+            return None  # weights that come with no record of their training
     sources = (saved.get("data") or {}).get("train") or []
     seed = (saved.get("train") or {}).get("seed")
     if state.data:
@@ -108,6 +123,12 @@ def rereads(data: DataConfig, train: TrainConfig, checkpoint: Path, fingerprints
         f"train.seed = {seed}: the weights of {checkpoint} come from a run with this data and seed, so that this run "
         "would read the same samples from the first on; set another train.seed"
     )
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    """Weights of a blend made shares as megatron-core does: where these are equal, exactly, the samples are."""
+    values = np.array(weights, dtype=np.float64)
+    return list((values / values.sum()).tolist())
 
 
 def _place(path: str) -> Path:

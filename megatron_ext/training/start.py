@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.integrity import require_whole_together
@@ -26,6 +26,10 @@ class ForeignWeights(Protocol):
     @property
     def model(self) -> ModelConfig:
         """Whose they are; its vocabulary padding means nothing."""
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The configuration of their training; empty where nothing says it."""
 
     @property
     def tokenizer(self) -> Path | None:

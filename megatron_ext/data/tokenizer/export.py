@@ -61,7 +61,8 @@ def write_tokenizer(
 
 _KINDS = (
     "Unigram and BPE models that keep text as it is (normalization_rule_name=identity, remove_extra_whitespaces=false) "
-    "can; tools/tokenizer.py train makes such a one. Of a published model, take the tokenizer.json that came with it"
+    "can; tools/tokenizer.py train makes such a one. A published model needs no export: give its directory, with the "
+    "tokenizer.json or tokenizer_config.json that came with it, to tools/preprocess.py as it is"
 )
 
 

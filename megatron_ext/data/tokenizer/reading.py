@@ -156,7 +156,8 @@ class Tokenizer:
         if not (self.directory / SETTINGS_FILE).is_file():
             raise DataError(
                 f"{what}, such as {different[0][:40]!r}; put the tokenizer.json or tokenizer_config.json of its model "
-                f"beside it, or make them by tools/tokenizer.py export {path} --output DIR"
+                "beside it. A model that keeps text as it is can be exported: tools/tokenizer.py export "
+                f"{path} --output DIR"
             )
         log.warning(
             "%s, %d of %d texts such as %r: ids are those of transformers, as in generation. Is %s the right "

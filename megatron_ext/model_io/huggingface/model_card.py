@@ -1,17 +1,21 @@
 """The README.md of a Hugging Face export: what the model is, how it was trained, how it loads, what was verified."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
 from megatron_ext.config import ModelConfig
-from megatron_ext.config.yaml_text import dump_yaml
+from megatron_ext.config.yaml_text import dump_yaml, parse_yaml
+from megatron_ext.errors import ConfigError
 from megatron_ext.model_io.model_to_write import ModelToWrite
 
 MODEL_CARD = "README.md"
+_TRAINED_WITH = "<summary>The resolved configuration</summary>"
 
 
 def write_model_card(
@@ -107,8 +111,16 @@ def replace_verification(directory: Path, figures: Sequence[str]) -> None:
         card.write_text(f"{after[:at]}{section}\n\n{after[at:]}", encoding="utf-8")
 
 
+def run_of_card(directory: Path) -> dict[str, Any]:
+    """The configuration of training that a card of ours in `directory` has; empty where there is none."""
+    card = directory / MODEL_CARD
+    with contextlib.suppress(OSError, UnicodeDecodeError, ConfigError):
+        text = card.read_text(encoding="utf-8")
+        if found := re.search(rf"^{re.escape(_TRAINED_WITH)}\n+```yaml\n(.*?)^```$", text, flags=re.M | re.S):
+            run = parse_yaml(found[1], source=str(card))
+            return run if isinstance(run, dict) else {}
+    return {}
+
+
 def _training(content: ModelToWrite) -> str:
-    return (
-        "## Training\n\n<details>\n<summary>The resolved configuration</summary>\n\n"
-        f"```yaml\n{dump_yaml(content.run).strip()}\n```\n\n</details>"
-    )
+    return f"## Training\n\n<details>\n{_TRAINED_WITH}\n\n```yaml\n{dump_yaml(content.run).strip()}\n```\n\n</details>"

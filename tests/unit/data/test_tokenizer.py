@@ -69,6 +69,13 @@ def test_too_large_a_vocabulary_says_what_fits(tmp_path: Path) -> None:
     assert not (tmp_path / "t").exists()
 
 
+def test_a_vocabulary_for_too_many_characters_names_our_options(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("".join(map(chr, range(0x4E00, 0x5200))))
+    with pytest.raises(DataError, match=r"Increase --vocab-size or decrease --character-coverage") as refusal:
+        train_tokenizer([tmp_path / "c.txt"], tmp_path / "t", 400)
+    assert "character_coverage" not in str(refusal.value)
+
+
 def test_no_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokenizer here"):
         Tokenizer(tmp_path)

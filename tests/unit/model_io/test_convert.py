@@ -21,7 +21,7 @@ from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import OURS
 from megatron_ext.manifest import MANIFEST_FILE
-from megatron_ext.model_io.compare import checkpoint_logits, compare_logits, compare_weights
+from megatron_ext.model_io.compare import Comparison, checkpoint_logits, compare_logits, compare_weights
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.logits import load_hugging_face
 from megatron_ext.testing.pool import GlooPool
@@ -333,6 +333,21 @@ def test_logits_that_are_no_numbers_are_never_equal(value: float) -> None:
     assert compare_logits([x], [x]).relative == 0
     for a, b in ((x, y), (y, x), (y, y), (torch.zeros_like(x), x)):
         assert compare_logits([a], [b]).relative == float("inf")
+
+
+def test_weights_that_are_no_numbers_are_named_by_verification(tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][3] = float("nan")
+    path.unlink()
+    save_file(weights, path)
+    (tmp_path / "hf" / MANIFEST_FILE).unlink()
+    with pytest.raises(ConversionError, match=r"again: not written, its weights are no numbers:") as refusal:
+        convert(tmp_path / "hf", tmp_path / "again", to="hf", verify=Comparison(logits=False))
+    assert "weights: 1 of 27 tensors hold NaN or infinite values (decoder.final_layernorm.weight)" in str(refusal.value)
+    assert "verdict: no model: its weights are no numbers" in str(refusal.value)
+    assert "inf:" not in str(refusal.value)
 
 
 def test_a_failed_conversion_leaves_no_folder(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from megatron_ext.config.load import values_of
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError
+from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.planning.memory import checkpoint_bytes
+from megatron_ext.training import preflight
 from megatron_ext.training.preflight import Findings, check_run, examine
 from tests.support.commands import TOOLS, command, train
 from tests.support.workspace import prepare_data, run_mapping, write_run
@@ -64,7 +66,7 @@ def test_faults_of_configuration_and_files_come_in_one_message(work: Path, tmp_p
     for part in (
         "model.num_layers = 'four': must be an integer",
         "data.train.2.wieght = 2: unknown key; did you mean 'weight'?",
-        f"data.tokenizer = nowhere (= {here}/nowhere): ",
+        f"data.tokenizer = nowhere (= {here}/nowhere): no tokenizer here (no such folder)",
         f"data.train.0.path = missing/train (= {here}/missing/train): is not there; prepare it with",
         f"data.train.1.path = {work}/data: is a folder; name a split in it",
         f"checkpoint.initialize_from = gone (= {here}/gone): is not there",
@@ -146,6 +148,12 @@ def test_a_second_stage_that_would_read_the_same_samples_again_is_told(work: Pat
     assert "train.seed = 1234" in warning
     assert "would read the same samples from the first on" in warning
     assert found(work, new(work), start, "train.seed=7").warnings == []
+    convert(work / "run", tmp_path / "hf")
+    start = f"checkpoint.initialize_from={tmp_path / 'hf'}"
+    assert found(work, new(work), start, "train.seed=7").warnings == []
+    (warning,) = found(work, new(work), start).warnings
+    assert f"train.seed = 1234: the weights of {tmp_path}/hf come from a run with this data and seed" in warning
+    start = f"checkpoint.initialize_from={work / 'run'}"
     preprocess([work / "corpus.jsonl"], work / "tokenizer", tmp_path / "data", split=(0.7, 0.2, 0.1))
     assert found(work, new(work), start, f"data.train=[{{path: {tmp_path}/data/train}}]").warnings == []
 
@@ -159,6 +167,22 @@ def test_weights_of_another_model_or_tokenizer_to_start_from(work: Path, tmp_pat
     data = f"data.tokenizer={tmp_path}/tokenizer", f"data.train=[{{path: {tmp_path}/data/train}}]"
     (warning,) = found(work, new(work), start, *data, "data.validation=[]").warnings
     assert "with which the weights of checkpoint.initialize_from were trained" in warning
+
+
+def test_a_flipped_byte_of_the_data_is_found(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(work / "data", tmp_path / "data")
+    data = f"data.train=[{{path: {tmp_path}/data/train}}]"
+    assert "data            files have their sizes and checksums" in found(work, new(work), data).lines()
+    content = bytearray((tmp_path / "data" / "train.bin").read_bytes())
+    content[100] ^= 1
+    (tmp_path / "data" / "train.bin").write_bytes(content)
+    (fault,) = found(work, new(work), data).faults
+    assert fault.startswith(f"data.train.0.path = {tmp_path}/data/train: {tmp_path}/data is damaged")
+    assert "train.bin: the right size, but other content" in fault
+    monkeypatch.setattr(preflight, "_READ_AT_ONCE", 1000)
+    said = found(work, new(work), data)
+    assert said.faults == []
+    assert f"tools/verify_checkpoint.py {tmp_path}/data compares checksums" in said.sums
 
 
 def test_room_for_checkpoints(work: Path) -> None:
