@@ -79,9 +79,17 @@ def main() -> None:
         o = parse_command(TrainOptions, __doc__, positional=["inputs"], argv=arguments)
         from megatron_ext.data.tokenizer import train_tokenizer
 
-        limits = {"max_lines": o.max_lines, "character_coverage": o.character_coverage, "threads": os.cpu_count() or 1}
         with ending_on_sigterm():
-            tokenizer = train_tokenizer(o.inputs, o.output, o.vocab_size, text_key=o.text_key, force=o.force, **limits)
+            tokenizer = train_tokenizer(
+                o.inputs,
+                o.output,
+                o.vocab_size,
+                text_key=o.text_key,
+                max_lines=o.max_lines,
+                character_coverage=o.character_coverage,
+                threads=os.cpu_count() or 1,
+                force=o.force,
+            )
     else:
         e = parse_command(ExportOptions, __doc__, positional=["model"], argv=arguments)
         from megatron_ext.data.corpus import corpus_files, read_documents
