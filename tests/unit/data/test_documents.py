@@ -27,7 +27,7 @@ def test_documents_are_those_of_gpt_dataset(rows: list[list[int]]) -> None:
 
 def sample(*tokens: int) -> dict[str, torch.Tensor]:
     row = torch.tensor(tokens)
-    return {"tokens": row, "labels": row + 1, "loss_mask": torch.ones(len(tokens)), "seed": torch.tensor(7)}
+    return {"tokens": row, "labels": row + 1, "loss_mask": torch.ones(len(tokens)), "seed": torch.tensor(7), "source": 0}
 
 
 def test_each_reset_is_made_alone() -> None:
