@@ -55,7 +55,7 @@ def write_model(directory: Path, model: Any) -> int:
     """Write a Megatron checkpoint with random weights; return the bytes of its largest tensor."""
     import torch
 
-    from megatron_ext.checkpoint.shapes import model_shapes
+    from megatron_ext.canonical.catalogue import model_shapes
     from megatron_ext.checkpoint.streams import MegatronSink, TensorSpec
     from megatron_ext.config import to_mapping
 

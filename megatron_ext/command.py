@@ -13,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+from megatron_ext.config.base import fields_of
 from megatron_ext.config.help import describe_keys, plain, summary_of, type_name
-from megatron_ext.config.load import fields_of, kind_of, load_config, section_types
+from megatron_ext.config.load import kind_of, load_config, section_types
 from megatron_ext.config.root import RunConfig
 from megatron_ext.config.yaml_text import parse_scalar, read_yaml
 from megatron_ext.errors import ConfigError, MegatronExtError, note_path, with_absolute_paths

@@ -193,6 +193,7 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
         FileExistsError: something has come there meanwhile, or what would be set aside may not be ours.
         OSError: renaming failed; what was there is there still.
     """
+    aside = target.with_name(f"{target.name}.old{UNFINISHED}")
     if replace and target.exists():
         aside = _set_aside(target)
         try:
@@ -201,7 +202,6 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
             aside.rename(target)
             (target / OURS).unlink()
             raise
-        _remove_ours(aside)
     else:
         try:
             partial.rename(target)  # never over anything but an empty folder
@@ -210,6 +210,8 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
                 raise
             why = "somebody else made it meanwhile; not replaced without --force"
             raise FileExistsError(errno.EEXIST, why, str(target)) from fault
+    if (aside / OURS).is_file() and not aside.is_symlink():
+        _remove_ours(aside)  # also what a process left that was killed between the two renamings
     (target / OURS).unlink(missing_ok=True)
 
 

@@ -42,10 +42,15 @@ def main() -> None:
 
     if o.output:
         require_writable(o.output)
-    sampling = {"temperature": o.temperature, "top_p": o.top_p, "seed": o.seed}
     with ending_on_sigterm():  # which removes the temporary model
         texts = generate(
-            o.checkpoint, o.prompts, max_new_tokens=o.max_new_tokens, trust_remote_code=o.trust_remote_code, **sampling
+            o.checkpoint,
+            o.prompts,
+            max_new_tokens=o.max_new_tokens,
+            temperature=o.temperature,
+            top_p=o.top_p,
+            seed=o.seed,
+            trust_remote_code=o.trust_remote_code,
         )
     for prompt, text in zip(o.prompts, texts, strict=True):
         print(f"{prompt}>>>{text}\n")

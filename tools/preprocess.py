@@ -39,9 +39,17 @@ def main() -> None:
     from megatron_ext.data.preprocess import preprocess
     from megatron_ext.progress import byte_progress
 
-    settings = {"text_key": o.text_key, "split": o.split, "workers": o.workers, "force": o.force}
     with ending_on_sigterm(), byte_progress("tokenizing") as progress:
-        summary = preprocess(o.inputs, o.tokenizer, o.output, progress=progress, **settings)
+        summary = preprocess(
+            o.inputs,
+            o.tokenizer,
+            o.output,
+            text_key=o.text_key,
+            split=o.split,
+            workers=o.workers,
+            force=o.force,
+            progress=progress,
+        )
     for name, counts in summary.items():
         print(f"{o.output}/{name}: {counts.documents:,} documents, {counts.tokens:,} tokens")
 

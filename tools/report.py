@@ -36,7 +36,7 @@ def main() -> None:
 
     phases = read_phases(o.metrics)
     write_report(o.output, o.title, phases, o.figures, o.generated)
-    table = Table(*SUMMARY_HEADER, shard=None)
+    table = Table(*SUMMARY_HEADER, box=None)
     for row in summary_rows(phases):
         table.add_row(*row)
     Console(width=110).print(table)

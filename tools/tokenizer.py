@@ -19,8 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.config.base import PathName, config
-from megatron_ext.config.load import fields_of
+from megatron_ext.config.base import PathName, config, fields_of
 from megatron_ext.errors import ConfigError
 
 
@@ -77,9 +76,16 @@ def main() -> None:
         o = parse_command(TrainOptions, __doc__, positional=["inputs"], argv=arguments)
         from megatron_ext.data.tokenizer import train_tokenizer
 
-        limits = {"text_key": o.text_key, "max_lines": o.max_lines, "threads": os.cpu_count() or 1}
         with ending_on_sigterm():
-            tokenizer = train_tokenizer(o.inputs, o.output, o.vocab_size, force=o.force, **limits)
+            tokenizer = train_tokenizer(
+                o.inputs,
+                o.output,
+                o.vocab_size,
+                text_key=o.text_key,
+                max_lines=o.max_lines,
+                threads=os.cpu_count() or 1,
+                force=o.force,
+            )
     else:
         e = parse_command(ExportOptions, __doc__, positional=["model"], argv=arguments)
         from megatron_ext.data.corpus import corpus_files, read_documents

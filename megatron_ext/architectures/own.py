@@ -3,7 +3,14 @@
 import torch
 
 from megatron_ext.architectures.tables.base import Architecture
-from megatron_ext.architectures.tables.fields import ConfigRule, Field, Inverted, LayerPattern, Normalization
+from megatron_ext.architectures.tables.fields import (
+    ConfigRule,
+    Field,
+    Inverted,
+    LayerPattern,
+    Normalization,
+    fields_outside,
+)
 from megatron_ext.architectures.tables.own_fields import Experts, Heads, Noise, SelectedSum, Spelled, Training
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.rules import (
@@ -23,7 +30,7 @@ from megatron_ext.architectures.tables.rules import (
 )
 from megatron_ext.config import LearnedNoise, ModelConfig
 
-CONFIG: tuple[ConfigRule, ...] = (
+_FIELDS: tuple[ConfigRule, ...] = (
     Field("vocab_size", "vocab_size"),
     Field("hidden_size", "hidden_size"),
     Field("intermediate_size", "ffn_hidden_size"),
@@ -61,21 +68,9 @@ CONFIG: tuple[ConfigRule, ...] = (
     Field("expert_bias", "moe_router_enable_expert_bias", default=False),
     Normalization("gating_normalization"),
     Noise(),
-    Training(
-        "megatron_training",
-        (
-            "make_vocab_size_divisible_by",
-            "output_z_loss_coeff",
-            "moe_router_load_balancing_type",
-            "moe_aux_loss_coeff",
-            "moe_adaptive_aux_loss",
-            "moe_z_loss_coeff",
-            "moe_expert_capacity_factor",
-            "moe_token_drop_policy",
-            "moe_router_bias_update_rate",
-        ),
-    ),
 )
+# Nothing of training is lost: what has no field of its own in Hugging Face travels in one mapping.
+CONFIG: tuple[ConfigRule, ...] = (*_FIELDS, Training("megatron_training", fields_outside(_FIELDS)))
 
 
 def both(*conditions: Where) -> Where:

@@ -88,7 +88,7 @@ def architecture_for(model: ModelConfig, hf_class: str | None = None) -> tuple[A
         raise ConversionError(
             f"model.transformer_overrides sets {', '.join(unknown)}: no table says what that is in Hugging Face, and "
             "an export could compute something else. If it leaves the logits alone, add it to TRAINING_ONLY in "
-            "config/model.py"
+            "config/transformer_overrides.py"
         )
     if hf_class is not None:
         return _named(model, hf_class)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from megatron_ext.canonical.catalogue import Shape
+
+__all__ = ["Shape", "TensorShard", "shards_of_range"]
 
 
 @dataclass(frozen=True)

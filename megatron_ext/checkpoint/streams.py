@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_ext.canonical.naming import storage_plan, stored_names
 from megatron_ext.checkpoint.find import checkpoint_name, find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.integrity import require_whole
-from megatron_ext.checkpoint.naming import storage_plan, stored_names
 from megatron_ext.checkpoint.publish import CHECKPOINT_CONTENTS, publish, write_small_files
 from megatron_ext.checkpoint.shards import Shape
 from megatron_ext.checkpoint.state_file import UNTRAINED

@@ -7,6 +7,8 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from megatron_ext.config.effect import shapes_function, shapes_weights, training_only
+
 T = TypeVar("T")
 
 
@@ -21,7 +23,9 @@ PathName = Annotated[str, IsPath()]
 _SETTINGS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(Field, shapes_weights, shapes_function, training_only)
+)
 def config(cls: type[T]) -> type[T]:
     """Make `cls` a configuration section.
 
@@ -30,4 +34,14 @@ def config(cls: type[T]) -> type[T]:
     """
     make: Callable[[type[T]], Any] = dataclass(frozen=True, kw_only=True, config=_SETTINGS)
     made: type[T] = make(cls)
+    # pydantic reads the docstrings of a class's own fields; those it inherits have theirs in the base.
+    for base in made.__mro__[1:]:
+        for name, info in getattr(base, "__pydantic_fields__", {}).items():
+            field = fields_of(made)[name]
+            field.description = field.description or info.description
     return made
+
+
+def fields_of(cls: type) -> dict[str, Any]:
+    """Pydantic's description of each field of a configuration section."""
+    return cls.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]

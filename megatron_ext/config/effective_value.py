@@ -4,12 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.routing import LearnedNoise
+from megatron_ext.config.model_fields import EXPERT_FIELDS, TRAINING_FIELDS, is_training_only
 
 
 def effective_value(model: ModelConfig, name: str) -> Any:
     """The value of a field with its default applied, so that two spellings of one model are equal."""
-    if not model.is_moe and (name.startswith("moe_") or name == "num_moe_experts"):
+    if not model.is_moe and name in EXPERT_FIELDS:
         return None
     rotates, softmax = model.position_embedding_type == "rope", model.moe_router_score_function == "softmax"
     # A softmax over the selected experts is one over all of them, divided by its sum over the selected ones.
@@ -32,8 +32,8 @@ def effective_value(model: ModelConfig, name: str) -> Any:
         "moe_router_norm_topk_prob": sums_to_one,
         "moe_router_pre_softmax": None,
         "moe_router_topk_scaling_factor": model.moe_router_topk_scaling_factor or 1.0,
-        # Only learned noise has weights; the others may come and go.
-        "moe_router_noise": model.moe_router_noise if isinstance(model.moe_router_noise, LearnedNoise) else None,
         "transformer_overrides": model.function_overrides,
     }
-    return applied.get(name, getattr(model, name))
+    value = applied.get(name, getattr(model, name))
+    # Noise without weights may come and go. A field of training itself keeps its value, for those who ask for it.
+    return None if name not in TRAINING_FIELDS and is_training_only(value) else value

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megatron_ext.config.base import IsPath
+from megatron_ext.config.base import IsPath, fields_of
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.root import DERIVED, RunConfig
 from megatron_ext.config.rules import violations
@@ -122,11 +122,6 @@ def section_types(annotation: Any) -> list[type]:
 def item_types(annotation: Any) -> list[type]:
     """The configuration sections that the items of a list may be; none where it is no list of sections."""
     return section_types(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is list else []
-
-
-def fields_of(cls: type) -> dict[str, Any]:
-    """Pydantic's description of each field of a configuration section."""
-    return cls.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
 
 
 def kind_of(cls: type) -> str:

@@ -20,7 +20,7 @@ _LAST_WORDS = 5.0
 
 
 def run_in_processes(
-    work: Callable[[T], None],
+    work: Callable[[T], object],
     tasks: Sequence[T],
     processes: int,
     *,
@@ -86,7 +86,7 @@ def interruptible(work: Callable[[threading.Event], T]) -> T:
 class _Worker(Generic[T]):
     """One process and the task it is at."""
 
-    def __init__(self, work: Callable[[T], None], start: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[T], object], start: Callable[[], None]) -> None:
         # forkserver: worker processes must not inherit threads or locks of the parent.
         context = multiprocessing.get_context("forkserver")
         self.pipe, theirs = context.Pipe()

@@ -130,7 +130,8 @@ def learned_positions(network: nn.Module) -> int | None:
     """How many positions `network` has learned; None where they are computed, and so have no end."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
-            return min(module.num_embeddings, network.config.max_position_embeddings)  # type: ignore[union-attr]
+            configuration: Any = network.config
+            return min(module.num_embeddings, int(configuration.max_position_embeddings))
     return None
 
 

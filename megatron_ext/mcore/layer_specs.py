@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_ext.checkpoint.naming import FUSED_NORMS
+from megatron_ext.canonical.naming import FUSED_NORMS
 from megatron_ext.config import Fp8Precision, ModelConfig
 from megatron_ext.mcore.backends import spec_provider
 from megatron_ext.mcore.mla import LatentAttention

@@ -102,16 +102,6 @@ def wrap_chunks(chunks: list[GPTModel], config: TransformerConfig, parallel: Par
     return wrapped
 
 
-def release_chunks(wrapped: list[Any]) -> None:
-    """Empty the wrappers of `wrap_chunks`, in a process that goes on without them.
-
-    Gradient hooks know the wrapper, and kept activations know the hooks, by references inside torch that Python's
-    garbage collector cannot follow: model and process groups would stay for as long as the process.
-    """
-    for chunk in wrapped:
-        vars(chunk).clear()
-
-
 def gather_parameters(wrapped: list[Any], parallel: ParallelConfig) -> None:
     """Make sure every rank holds the updated weights before they are read outside a forward pass."""
     if parallel.overlap_param_gather:

@@ -6,7 +6,7 @@ names and shapes are the same in every parallel layout.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ext.checkpoint.shards import TensorShard, shards_of_range
-from megatron_ext.mcore.fp8.scaling import Scaling
-from megatron_ext.mcore.moe.router import Router
 
 
 @dataclass(frozen=True)
@@ -120,29 +117,6 @@ def _scaling_shards(chunk: torch.nn.Module) -> Iterator[TensorShard]:
             yield TensorShard(f"{entry.key}.{name}", shape, offset, data, is_writer=is_writer, optional=True)
 
 
-def amax_shards(chunks: list[torch.nn.Module]) -> list[TensorShard]:
-    """The histories that delayed fp8 scaling goes by; every rank that shares a layer has the same.
-
-    They are training state like the optimizer's, `optimizer.state.amax_history.<layer and module>`, and begin anew
-    with another recipe.
-    """
-    is_writer = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank() == 0
-    layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, TransformerLayer)]
-    return [
-        TensorShard(
-            f"optimizer.state.amax_history.decoder.layers.{layer.layer_number - 1}.{name}",
-            tuple(module.amax_history.shape),
-            (0, 0),
-            module.amax_history,
-            is_writer,
-            optional=True,
-        )
-        for layer in layers
-        for name, module in layer.named_modules()
-        if isinstance(module, Scaling) and module.is_delayed
-    ]
-
-
 def optimizer_shards(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) -> list[TensorShard]:
     """The optimizer state of this rank: fp32 weights and Adam's moments, `optimizer.state.<what>.<model key>`.
 
@@ -163,20 +137,6 @@ def optimizer_shards(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer)
                         _shards_of_flat(piece, prefix, state.detach().view(-1), start, is_writer=not any(copy))
                     )
     return shards
-
-
-def coefficient_shards(routers: Sequence[Router]) -> list[TensorShard]:
-    """The adaptive balance-loss coefficients of this rank's layers, `router.coefficient.<loss>.<layer>`.
-
-    Where a checkpoint has none, they begin at `moe_aux_loss_coeff`.
-    """
-    is_writer = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank() == 0
-    return [
-        TensorShard(f"router.coefficient.{kind}.{layer}", (1,), (0,), value.view(1), is_writer, optional=True)
-        for layer, router in ((router.layer_number - 1, router) for router in routers)
-        if router.model.moe_adaptive_aux_loss is not None
-        for kind, value in router.aux_loss_coeff.items()
-    ]
 
 
 def _shards_of_flat(

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.checkpoint.examine import check_checksums
-from megatron_ext.checkpoint.parameters import count_parameters
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 from megatron_ext.model_io.huggingface.cached_generation import GenerationComparison, compare_generation
@@ -24,8 +25,6 @@ from megatron_ext.model_io.logits import (
     network_logits,
 )
 from megatron_ext.model_io.open import (
-    EMBEDDING,
-    OUTPUT,
     Checkpoint,
     differing_fields,
     is_hugging_face,

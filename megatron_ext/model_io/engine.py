@@ -1,6 +1,5 @@
 """Applies weight rules in either direction, accounting for every tensor. transfer.py then moves the bytes."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.architectures.tables.rules import Rule
+from megatron_ext.canonical.catalogue import IN_FP32, model_shapes
 from megatron_ext.checkpoint.shape_faults import shape_faults, shown, unexpected_tensors
-from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
@@ -42,9 +41,6 @@ class HasSpecs(Protocol):
 
 
 MEGATRON = "megatron"
-
-IN_FP32 = re.compile(r"decoder\.layers\.\d+\.mlp\.router\.expert_bias")
-"""Tensors that are in fp32 in every checkpoint: an expert's bias moves in steps of 1e-3, which bf16 would lose."""
 
 
 def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[TensorTask]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint.naming import storage_plan
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.naming import StorageLocation, tensors_by_location
 from megatron_ext.checkpoint.streams import TensorSource
 from megatron_ext.config import Fp32Precision, ModelConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.mcore.model import build_chunks
@@ -46,11 +45,11 @@ def megatron_network(model: ModelConfig, tensors: TensorSource) -> Iterator[Any]
 @torch.no_grad()
 def load_tensors(network: Any, model: ModelConfig, tensors: TensorSource) -> None:
     """Fill the one-process `network` of `model` with canonical `tensors`, each read once."""
-    names = {(place.key, place.index): name for name, (place, _) in storage_plan(model_shapes(model)).items()}
+    known = tensors_by_location(model)
     for pieces in shards_of(network).values():
         for piece in pieces:
             within = len(piece.global_shape) - piece.data.dim()
             shard = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shard_shape, strict=True))
             stacked = tuple(piece.offset[:within])
-            whole = tensors.read(names[piece.key, stacked])
+            whole = tensors.read(known[StorageLocation(piece.key, stacked)].name)
             piece.data.copy_(whole[shard[within:]].view(piece.data.shape))

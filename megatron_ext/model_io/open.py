@@ -11,17 +11,18 @@ from torch import Tensor
 
 from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.tables.base import Architecture
-from megatron_ext.architectures.tables.fields import NOT_IN_THE_LOGITS, left_behind
+from megatron_ext.architectures.tables.fields import left_behind
 from megatron_ext.architectures.tables.normalized import NormalizedHfSource
+from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT, model_shapes
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
 from megatron_ext.checkpoint.run_file import read_run
-from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSource, TensorSpec
 from megatron_ext.checkpoint.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import ModelConfig
 from megatron_ext.config.effective_value import effective_value
+from megatron_ext.config.model_fields import OUTSIDE_LOGITS
 from megatron_ext.errors import CheckpointError, ConversionError
 from megatron_ext.files import read_json_object
 from megatron_ext.model_io.checkpoint_model import read_model, tokenizer_directory
@@ -29,8 +30,6 @@ from megatron_ext.model_io.engine import MEGATRON, check_source, copies, hf_shap
 from megatron_ext.model_io.model_to_write import ModelToWrite
 
 log = logging.getLogger(__name__)
-
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def differing_fields(a: ModelConfig, b: ModelConfig) -> Iterator[tuple[str, Any,
     """The fields that make two models compute something else, with the value of each."""
     for name in ModelConfig.__dataclass_fields__:
         x, y = effective_value(a, name), effective_value(b, name)
-        if name not in NOT_IN_THE_LOGITS and x != y:
+        if name not in OUTSIDE_LOGITS and x != y:
             yield name, x, y
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import ModelConfig, RunConfig, dump_yaml, load_config, to_mapping
-from megatron_ext.config.load import fields_of
+from megatron_ext.config.base import fields_of
 from megatron_ext.errors import ConfigError, ConversionError
 
 log = logging.getLogger(__name__)

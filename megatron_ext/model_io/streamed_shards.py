@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from megatron_ext.checkpoint.naming import StorageLocation, storage_plan
-from megatron_ext.checkpoint.shards import Shape
+from megatron_ext.canonical.catalogue import Shape
+from megatron_ext.canonical.naming import StorageLocation, storage_plan
 from megatron_ext.checkpoint.streams import TensorSource
 
 

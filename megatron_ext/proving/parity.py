@@ -12,17 +12,17 @@ from megatron_ext.config import (
     Precision,
     RecomputeConfig,
     RuntimeConfig,
+    TrainConfig,
 )
-from megatron_ext.mcore.initialization import initialize_weights
-from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
-from megatron_ext.mcore.optimizer import build_optimizer, set_learning_rate
-from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.config.machine import Backend
+from megatron_ext.mcore.build import Trainable, build_trainable
+from megatron_ext.mcore.optimizer import set_learning_rate
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import Groups, split_process_group
-from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SEQUENCE_LENGTH, random_batch
-from megatron_ext.training.step import prepare_for_training, train_step
+from megatron_ext.training.step import train_step
+from megatron_ext.training.tasks.pretrain import Pretrain
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,24 @@ class Cell:
     lr: float = 1e-3
     documents: bool = False
     """Samples hold several documents, and attention stays within them."""
+    backend: Backend = "torch"
+
+    @property
+    def optimizer(self) -> AdamConfig:
+        """As a run's section `optimizer`."""
+        return AdamConfig(kind="adam", lr=self.lr)
+
+    @property
+    def train(self) -> TrainConfig:
+        """As a run's section `train`."""
+        return TrainConfig(
+            train_iters=self.steps, global_batch_size=self.samples, micro_batch_size=self.micro_batch, seed=self.seed
+        )
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        """As a run's section `runtime`."""
+        return RuntimeConfig(device="cpu", threads=1, backend=self.backend)
 
 
 @dataclass(frozen=True)
@@ -65,21 +83,17 @@ class Difference:
         return max(self.loss, self.norm)
 
 
-def run_cell(cell: Cell) -> Trajectory:
-    """Train `cell` as one rank of the process group that is running."""
-    runtime = RuntimeConfig(device="cpu", threads=1)
-    device = choose_device(runtime)
-    groups: Groups = split_process_group(cell.parallel, runtime)
-    seed_everything(cell.seed)
-    config = transformer_config(cell.model, cell.parallel, cell.precision, cell.recompute)
-    chunks = build_chunks(cell.model, cell.parallel, config, device)
-    initialize_weights(cell.model, list(chunks), cell.seed)
-    wrapped = wrap_chunks(chunks, config, cell.parallel)
-    adam = AdamConfig(kind="adam", lr=cell.lr)
-    optimizer = build_optimizer(adam, cell.parallel, cell.precision, wrapped)
-    prepare_for_training(config, wrapped, overlap_grad_reduce=cell.parallel.overlap_grad_reduce)
-    set_learning_rate(optimizer, adam.lr)
-    losses, norms = [], []
+def build_cell(cell: Cell) -> tuple[Trainable, Groups]:
+    """What `cell` trains, as one rank of the process group that is running."""
+    device = choose_device(cell.runtime)
+    groups = split_process_group(cell.parallel, cell.runtime)
+    return build_trainable(cell, groups, device), groups
+
+
+def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
+    """Train the steps of `cell` on random batches, the same in every layout."""
+    set_learning_rate(trainable.optimizer, cell.lr)
+    task, losses, norms = Pretrain.of(cell.model), [], []
     for step in range(cell.steps):
         batch = random_batch(
             step,
@@ -91,11 +105,18 @@ def run_cell(cell: Cell) -> Trajectory:
             length=cell.length,
             documents=cell.documents,
         )
-        result = train_step(wrapped, optimizer, batch, groups, max_norm=adam.clip_grad)
+        result = train_step(trainable, task, batch, groups, max_norm=cell.optimizer.clip_grad)
         losses.append(float(result.loss))
         norms.append(result.grad_norm)
-    release_chunks(wrapped)
     return Trajectory(tuple(losses), tuple(norms))
+
+
+def run_cell(cell: Cell) -> Trajectory:
+    """Build `cell`, train it and let go of it."""
+    trainable, groups = build_cell(cell)
+    trajectory = train_cell(cell, trainable, groups)
+    trainable.release()
+    return trajectory
 
 
 def run_layout(pool: GlooPool, cell: Cell, world_size: int) -> Trajectory:

@@ -6,6 +6,7 @@ versions listed here, and fails when an installed version no longer has it; or s
 """
 
 import importlib.metadata
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from packaging.version import Version
 from megatron_ext.errors import EnvironmentFault
 
 OLDEST, TOO_NEW = Version("0.16.1"), Version("0.20")
+BEST, BEST_PYTHON = Version("0.19"), Version("3.12")
+"""What to use: the newest megatron-core of the range, and the first Python that gets it."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +307,25 @@ def installed_version() -> Version:
             f"megatron-core {version} is installed; this framework is tested with >= {OLDEST}, < {TOO_NEW}"
         )
     return version
+
+
+def versions(python: str | None = None, core: Version | None = None) -> str:
+    """Python and megatron-core in one line, and which ones to use instead, if others.
+
+    Args:
+        python: version of Python; None takes this one.
+        core: version of megatron-core; None takes the installed one.
+    """
+    python = python or platform.python_version()
+    try:
+        here = f"Python {python} with megatron-core {core or (core := installed_version())}"
+    except EnvironmentFault as fault:
+        return f"Python {python}; {fault}"
+    if core >= BEST:
+        return here
+    if Version(python) >= BEST_PYTHON:
+        return f"{here}; {BEST} is the one to use: pip install 'megatron-core>={BEST},<{TOO_NEW}'"
+    return f"{here}: supported, with more faults; Python {BEST_PYTHON} with megatron-core {BEST} is the one to use"
 
 
 def complaints_about(overrides: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.publish import in_the_way
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
+from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import (
     CheckpointConfig,
     DataConfig,
@@ -24,8 +25,6 @@ from megatron_ext.config.load import raise_faults, read_run_text, values_of
 from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError, named
-from megatron_ext.model_io.checkpoint_model import tokenizer_directory
-from megatron_ext.model_io.open import is_hugging_face, open_checkpoint
 from megatron_ext.planning.amounts import size
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses
@@ -39,8 +38,8 @@ from megatron_ext.training.same_run import (
     check_same_model,
     check_same_sources,
     rereads,
-    with_vocabulary_padding,
 )
+from megatron_ext.training.start import OpenForeign, foreign_model
 
 
 @dataclass
@@ -69,12 +68,15 @@ class Findings:
         ]
 
 
-def check_run(path: str, overrides: Sequence[str], world_size: int | None, *, files: bool) -> str:
+def check_run(
+    path: str, overrides: Sequence[str], world_size: int | None, *, files: bool, open_foreign: OpenForeign
+) -> str:
     """What `--check` prints of the run at `path`; nothing is started and nothing written.
 
     Args:
         world_size: processes; None takes the fewest the layout needs.
         files: look at data, checkpoints and disk too, not only at the configuration.
+        open_foreign: opens weights to start from that are no Megatron checkpoint.
 
     Raises:
         ConfigError: naming every fault of the configuration and of the files it names.
@@ -86,30 +88,31 @@ def check_run(path: str, overrides: Sequence[str], world_size: int | None, *, fi
             description = describe_run(text.run, world_size)
         except ConfigError as error:
             faults += str(error).splitlines()  # of the layout there may be several
-    found = examine(text.values, text.run) if files else None
+    found = examine(text.values, text.run, open_foreign) if files else None
     raise_faults(path, faults + (found.faults if found else []))
     return "\n".join([description, *(found.lines() if found else [])])
 
 
-def examine_run(run: RunConfig, source: str) -> Findings:
+def examine_run(run: RunConfig, source: str, open_foreign: OpenForeign) -> Findings:
     """`examine` a run that starts now.
 
     Raises:
         ConfigError: naming every fault. `source` is where the run is from.
     """
-    found = examine(values_of(run), run)
+    found = examine(values_of(run), run, open_foreign)
     raise_faults(source, found.faults)
     return found
 
 
-def examine(values: Mapping[str, Any], run: RunConfig | None) -> Findings:
+def examine(values: Mapping[str, Any], run: RunConfig | None, open_foreign: OpenForeign) -> Findings:
     """Look at everything on the disk that the keys in `values` name.
 
     Args:
         values: every valid value and section of the run's configuration, by name.
         run: the whole, where nothing is wrong with it.
+        open_foreign: opens weights to start from that are no Megatron checkpoint.
     """
-    examination = _Examination(values, run)
+    examination = _Examination(values, run, open_foreign)
     examination.look()
     return examination.found
 
@@ -117,9 +120,9 @@ def examine(values: Mapping[str, Any], run: RunConfig | None) -> Findings:
 class _Examination:
     """Looks at one thing after the other, with whatever keys are there for it."""
 
-    def __init__(self, values: Mapping[str, Any], run: RunConfig | None) -> None:
+    def __init__(self, values: Mapping[str, Any], run: RunConfig | None, open_foreign: OpenForeign) -> None:
         self.found = Findings()
-        self._values, self._run = values, run
+        self._values, self._run, self._open_foreign = values, run, open_foreign
         self._model: ModelConfig | None = values.get("model")
         self._data: DataConfig | None = values.get("data")
         self._train: TrainConfig | None = values.get("train")
@@ -230,13 +233,15 @@ class _Examination:
     def _look_at_weights(self, path: Path) -> None:
         if not path.exists():
             raise CheckpointError("is not there")
-        if is_hugging_face(path):
-            opened = open_checkpoint(path)
-            checkpoint, tokenizer = opened.directory, opened.tokenizer
+        foreign = self._open_foreign(path)
+        if foreign is not None:
+            checkpoint, tokenizer = foreign.directory, foreign.tokenizer
             if self._model is not None:
-                check_models_agree(self._model, with_vocabulary_padding(opened.model, self._model), checkpoint)
+                check_models_agree(self._model, foreign_model(foreign, self._model), checkpoint)
         else:
-            checkpoint, tokenizer = require_checkpoint(path), tokenizer_directory(path)
+            checkpoint = require_checkpoint(path)
+            folder = checkpoint / TOKENIZER_FOLDER
+            tokenizer = folder if has_tokenizer(folder) else None
             if self._model is not None:
                 check_same_model(self._model, checkpoint)
                 check_holds_weights(self._model, checkpoint)

@@ -2,35 +2,18 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint.run_file import RUN_FILE, read_run
 from megatron_ext.checkpoint.shape_faults import shape_faults, shown
-from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
 from megatron_ext.config.effective_value import effective_value
+from megatron_ext.config.model_fields import TRAINING_FIELDS
 from megatron_ext.errors import CheckpointError, ConfigError
-
-_FREE = frozenset(
-    {
-        "init_method_std",
-        "attention_dropout",
-        "hidden_dropout",
-        "output_z_loss_coeff",
-        "moe_aux_loss_coeff",
-        "moe_router_load_balancing_type",
-        "moe_adaptive_aux_loss",
-        "moe_z_loss_coeff",
-        "moe_router_bias_update_rate",
-        "moe_expert_capacity_factor",
-        "moe_token_drop_policy",
-    }
-)
-"""Fields that shape neither weights nor function: they may change between runs."""
 
 OTHER_SAMPLES = (
     "{}: its position in the data would mean other samples:\n{}\nSet it back, or start a new run from its weights: "
@@ -49,7 +32,7 @@ def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path)
     names = [
         name
         for name in ModelConfig.__dataclass_fields__
-        if name not in _FREE and effective_value(saved, name) != effective_value(model, name)
+        if name not in TRAINING_FIELDS and effective_value(saved, name) != effective_value(model, name)
     ]
     # What means something else only because another key does is not worth a line of its own.
     names = [name for name in names if getattr(saved, name) != getattr(model, name)] or names
@@ -59,11 +42,6 @@ def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path)
             for name in names
         ]
         raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
-
-
-def with_vocabulary_padding(saved: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """`saved` with the padding of `model`: a Hugging Face directory has none of its own."""
-    return replace(saved, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
 
 
 def check_holds_weights(model: ModelConfig, checkpoint: Path) -> None:

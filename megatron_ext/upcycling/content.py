@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ext.architectures.registry import architecture_for
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.errors import ConversionError, DataError
 from megatron_ext.merging.merge import Linear

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config.help import summary_of
 from megatron_ext.model_io.engine import TensorTask
 from megatron_ext.upcycling.content import content_of, drawn_routers

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.config import LearnedNoise, ModelConfig
 from megatron_ext.model_io.engine import TensorTask
 from megatron_ext.upcycling.feed_forward import FeedForward

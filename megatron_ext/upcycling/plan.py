@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_ext.config import ModelConfig, check_model
+from megatron_ext.config.model_fields import EXPERT_FIELDS, TRAINING_FIELDS
 from megatron_ext.errors import ConfigError
 from megatron_ext.model_io.one_tokenizer import require_one_tokenizer
 from megatron_ext.model_io.open import Checkpoint, open_checkpoint, streams_of_one_shape
@@ -15,13 +16,8 @@ from megatron_ext.upcycling.depth import deepened_model, parse_layers
 from megatron_ext.upcycling.methods.base import Method
 from megatron_ext.upcycling.options import UpcycleOptions
 
-# Everything but the feed-forward layers must stay what it is.
-_MAY_CHANGE = {
-    name
-    for name in ModelConfig.__dataclass_fields__
-    if name.startswith("moe_") or name in ("num_moe_experts", "init_method_std", "transformer_overrides")
-}
-
+# Everything but the feed-forward layers, and what only training reads, must stay what it is.
+_MAY_CHANGE = EXPERT_FIELDS | TRAINING_FIELDS | {"transformer_overrides"}
 
 TOLERANCE = 1e-5
 """Of logits, where the function is kept: sums in another order measure 1e-7 to 1e-6 of their scale in fp32."""

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_ext.canonical.catalogue import CanonicalTensor, Normal, model_shapes
+from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.checkpoint.find import require_checkpoint
-from megatron_ext.checkpoint.naming import seed_from_name
-from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import (
     GatingNormalization,
@@ -99,11 +99,12 @@ def run_drawn(cell: Cell) -> Trajectory:
     """Train from weights in which no bias is 0 and no norm is 1, so that a misplaced one shows from the first step."""
     real = initialization._draw
 
-    def drawn(model: ModelConfig, piece: ParameterShard, seed: int) -> torch.Tensor:
-        value = real(model, piece, seed)
-        if not (piece.key.endswith("bias") or "norm" in piece.key):
+    def drawn(tensor: CanonicalTensor, piece: ParameterShard, seed: int) -> torch.Tensor:
+        value = real(tensor, piece, seed)
+        if tensor.initial.std:
             return value
-        return value + 10 * real(model, replace(piece, key=f"drawn {seed_from_name(0, piece.key)}"), seed)
+        normal = replace(tensor, initial=Normal(0.0, cell.model.init_method_std))
+        return value + 10 * real(normal, replace(piece, key=f"drawn {seed_from_name(0, piece.key)}"), seed)
 
     with mock.patch.object(initialization, "_draw", drawn):
         return run_cell(cell)

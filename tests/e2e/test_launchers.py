@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
+from tests.support.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
 
 
 def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.checkpoint.load import load_shards
 from megatron_ext.checkpoint.manager import CheckpointManager
-from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.config import Fp8Precision, RuntimeConfig
 from megatron_ext.config.machine import Backend

@@ -24,8 +24,8 @@ from megatron_ext.runtime import core_guard
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.transformer_engine import why_not_importable
+from tests.support.workspace import ROOT
 from tests.te import builds, te_faults
-from tests.workspace import ROOT
 
 pytestmark = pytest.mark.te
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
-from megatron_ext.config import LearnedNoise, ModelConfig, load_config
-from megatron_ext.config.load import fields_of
+from megatron_ext.config import ModelConfig, load_config
+from megatron_ext.config.base import fields_of
+from megatron_ext.config.model_fields import OUTSIDE_LOGITS, is_training_only
 from megatron_ext.errors import ConfigError, ConversionError
 
 HARMLESS = frozenset(
@@ -54,13 +55,6 @@ WAY_OUT = (
     "table (CONTRIBUTING.md, Add an architecture)."
 )
 """The last line of each refusal."""
-
-NOT_IN_THE_LOGITS = frozenset(
-    "attention_dropout hidden_dropout init_method_std make_vocab_size_divisible_by moe_adaptive_aux_loss "
-    "moe_aux_loss_coeff moe_expert_capacity_factor moe_router_bias_update_rate moe_router_load_balancing_type "
-    "moe_token_drop_policy moe_z_loss_coeff output_z_loss_coeff transformer_overrides".split()
-)
-"""ModelConfig fields that do not change the logits of a trained model, or (overrides) are judged elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +182,7 @@ class Always(ConfigRule):
         return {}
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        return {self.megatron: asdict(self.value) if is_dataclass(self.value) else self.value}
+        return {self.megatron: _plain(self.value)}
 
     def unsupported_fields(self, model: ModelConfig) -> list[str]:
         value = getattr(model, self.megatron)
@@ -261,9 +255,9 @@ class LayerPattern(ConfigRule):
 
 def unsaid(rules: tuple[ConfigRule, ...], model: ModelConfig) -> list[str]:
     """What a table would lose of `model`: values it cannot say, and fields it lacks that are not at their default."""
-    carried = {name for rule in rules for name in rule.megatron_names()} | NOT_IN_THE_LOGITS
-    if not isinstance(model.moe_router_noise, LearnedNoise):
-        carried |= {"moe_router_noise"}  # drawn in training only, and without weights that an export would lose
+    # Overrides are judged by registry.py, whatever the class.
+    carried = {name for rule in rules for name in rule.megatron_names()} | OUTSIDE_LOGITS | {"transformer_overrides"}
+    carried |= {name for name in fields_of(ModelConfig) if is_training_only(getattr(model, name))}
     if model.position_embedding_type != "rope":
         carried |= {"rotary_base"}  # nothing is rotated
     if model.moe_router_topk_scaling_factor == 1.0:
@@ -276,12 +270,22 @@ def unsaid(rules: tuple[ConfigRule, ...], model: ModelConfig) -> list[str]:
     ]
 
 
+def fields_outside(rules: tuple[ConfigRule, ...]) -> tuple[str, ...]:
+    """The ModelConfig fields without a part in the logits that no rule of a table carries."""
+    carried = {name for rule in rules for name in rule.megatron_names()}
+    return tuple(name for name in fields_of(ModelConfig) if name in OUTSIDE_LOGITS - carried)
+
+
 def config_to_hf(rules: tuple[ConfigRule, ...], model: ModelConfig) -> dict[str, Any]:
     """The Hugging Face fields of `model` under a table of rules."""
     result: dict[str, Any] = {}
     for rule in rules:
         result.update(rule.to_hf(model))
     return result
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def said(name: str, value: Any) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.storage_variants import Drop, Stacked
-from megatron_ext.checkpoint.shards import Shape
+from megatron_ext.canonical.catalogue import Shape
 from megatron_ext.checkpoint.streams import TensorSpec
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError

@@ -101,9 +101,9 @@ class Heads(ConfigRule):
         head, groups = raw.get("head_dim"), raw.get("num_key_value_heads")
         if not stated:
             return {"kv_channels": head, "num_query_groups": groups}
-        parts = [raw.get("qk_nope_head_dim"), raw.get("qk_rope_head_dim")]
-        if head is not None and all(isinstance(part, int) for part in parts) and head != sum(parts):
-            raise ConversionError(f"head_dim = {head!r}: qk_nope_head_dim + qk_rope_head_dim is {sum(parts)}")
+        nope, rope = raw.get("qk_nope_head_dim"), raw.get("qk_rope_head_dim")
+        if head is not None and isinstance(nope, int) and isinstance(rope, int) and head != nope + rope:
+            raise ConversionError(f"head_dim = {head!r}: qk_nope_head_dim + qk_rope_head_dim is {nope + rope}")
         if groups not in (None, raw.get("num_attention_heads")):
             raise ConversionError(
                 f"num_key_value_heads = {groups!r}: in latent attention "

@@ -7,6 +7,7 @@ have the holes `{layer}` and `{expert}`, filled from the model's configuration, 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,7 +181,7 @@ class BlockQkv(Rule):
         return {"tensor": self.hf}
 
     def to_megatron(self, parts: Parts, model: ModelConfig) -> Tensor:
-        blocks = parts["tensor"].t().unflatten(0, (3, model.num_attention_heads, -1))
+        blocks: Tensor = parts["tensor"].t().unflatten(0, (3, model.num_attention_heads, -1))
         return blocks.transpose(0, 1).flatten(0, 2).contiguous()
 
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> Parts:
@@ -190,7 +191,7 @@ class BlockQkv(Rule):
 
 def bias_of(rule: Rule, where: Where) -> Rule:
     """The rule of the biases that belong to the weights of `rule`: the same, under the same names, where they exist."""
-    names = {
+    names: dict[str, Any] = {
         field.name: value.removesuffix(".weight") + ".bias"
         for field in fields(rule)
         if isinstance(value := getattr(rule, field.name), str)

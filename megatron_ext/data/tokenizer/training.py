@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -22,7 +23,7 @@ _LONGEST_LINE = 4000
 _PROOF_TEXTS = 500
 
 
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "model_type": "unigram",
     "byte_fallback": True,
     "character_coverage": 0.9995,
@@ -77,7 +78,8 @@ def train_sentencepiece(
 
 def _sample_lines(documents: Iterable[str], limit: int, seed: int) -> list[str]:
     """At most `limit` of the non-empty lines, each equally likely (reservoir sampling), in a fixed order."""
-    generator, kept, seen = random.Random(seed), [], 0
+    generator, seen = random.Random(seed), 0
+    kept: list[str] = []
     for document in documents:
         for line in _short_lines(document):
             seen += 1

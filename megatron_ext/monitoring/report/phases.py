@@ -66,7 +66,7 @@ SUMMARY_HEADER = ("phase", "steps", "tokens", "first loss", "last loss", "valida
 
 def summary_rows(phases: Sequence[Phase]) -> list[tuple[str, ...]]:
     """One row a phase: name, steps, tokens, first and last loss, last validation loss, median tokens/s and FLOP/s."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for phase in phases:
         if not phase.steps:
             continue

@@ -6,7 +6,7 @@ He et al. 2024 (NVIDIA, arXiv 2410.07524), sections 3.1 to 3.3.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ class FineGrained(Method):
 
     def adjust(self, moe: ModelConfig, dense: ModelConfig) -> ModelConfig:
         """Experts as wide as a part, and the scaling factor or the softmax that the mode needs."""
-        changes: dict[str, object] = {}
+        changes: dict[str, Any] = {}
         if moe.moe_ffn_hidden_size is None and dense.ffn_hidden_size % self.granularity == 0:
             changes["moe_ffn_hidden_size"] = dense.ffn_hidden_size // self.granularity
         if self.scale == "paper":

@@ -7,7 +7,7 @@ of He et al. 2024 (arXiv 2410.07524) so that the function is kept.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ class SharedRouted(Method):
 
     def adjust(self, moe: ModelConfig, dense: ModelConfig) -> ModelConfig:
         """Experts as wide as a part, and weights that sum to the number of parts."""
-        changes: dict[str, object] = {}
+        changes: dict[str, Any] = {}
         routed = dense.ffn_hidden_size - (moe.moe_shared_expert_intermediate_size or 0)
         if moe.moe_ffn_hidden_size is None and routed > 0 and routed % self.granularity == 0:
             changes["moe_ffn_hidden_size"] = routed // self.granularity

@@ -15,7 +15,7 @@ from megatron_ext.architectures.llama import LLAMA
 from megatron_ext.architectures.registry import architecture_for, architecture_of
 from megatron_ext.architectures.tables.attention_fields import SPELLINGS
 from megatron_ext.architectures.tables.fields import config_to_hf, config_to_megatron, left_behind
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.config import ModelConfig, YarnRopeScaling
 from megatron_ext.errors import ConversionError
 from megatron_ext.mcore.moe import balance

@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING
 from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.tables.fields import config_to_hf
 from megatron_ext.config import ModelConfig
+from megatron_ext.config.base import fields_of
 from megatron_ext.config.effective_value import effective_value
-from megatron_ext.config.load import fields_of
 from megatron_ext.errors import ConversionError
 
 REAL: dict[str, dict[str, Any]] = {

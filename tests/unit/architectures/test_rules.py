@@ -11,7 +11,7 @@ from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.fields import config_to_megatron
 from megatron_ext.architectures.tables.rules import BlockQkv, GateUp, Qkv, Rename, Rule, Transpose, bias_of, with_biases
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.config import ModelConfig
 from megatron_ext.model_io.engine import hf_shapes, tasks_to_hf, tasks_to_megatron
 from megatron_ext.testing.tiny import tiny_model

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-from megatron_ext.data.batches import DocumentResets, collate, complete_columns
+from megatron_ext.data.stream.batches import DocumentResets, collate, complete_columns
 
 EOD = 3
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from megatron_ext.data.tokenizer import Tokenizer, disagreements, train_tokenizer
 from megatron_ext.errors import DataError
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
 
 TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.sampled_from(
     ["", " ", "\n", "a\n\n  b", "</s><s>", "<0x0A>", "日本語 123", "\t x", "***", "▁"]

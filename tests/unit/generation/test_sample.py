@@ -17,8 +17,8 @@ from megatron_ext.generation.sample import generate
 from megatron_ext.model_io.compare import Comparison
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.logits import load_hugging_face
+from tests.support.workspace import write_corpus
 from tests.unit.model_io.own_models import MODELS, write_checkpoint
-from tests.workspace import write_corpus
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0}
 MODEL = replace(MODELS["Tanuki with a shared expert"], vocab_size=320)

@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_ext.architectures.registry import architecture_of
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.normalized import NormalizedHfSource
-from megatron_ext.checkpoint.naming import storage_plan
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
+from megatron_ext.canonical.naming import storage_plan
 from megatron_ext.checkpoint.streams import TensorSpec
 from megatron_ext.config import (
     Bf16Precision,

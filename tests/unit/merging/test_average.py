@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ext.canonical.catalogue import EMBEDDING
 from megatron_ext.checkpoint.find import checkpoint_name
 from megatron_ext.checkpoint.metadata import METADATA_FILE
 from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource
@@ -20,7 +21,7 @@ from megatron_ext.merging.options import AverageOptions
 from megatron_ext.model_io import compare as verify
 from megatron_ext.model_io.compare import compare_weights
 from megatron_ext.model_io.convert import convert
-from megatron_ext.model_io.open import EMBEDDING, open_checkpoint
+from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.model_io.test_convert import write_checkpoint
 

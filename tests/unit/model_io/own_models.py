@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSink, TensorSpec
 from megatron_ext.config import (
     AdaptiveAuxLoss,

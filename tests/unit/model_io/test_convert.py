@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint import streams as tensors
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
-from megatron_ext.checkpoint.shapes import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource, TensorSpec
 from megatron_ext.config import GatingNormalization, ModelConfig, to_mapping
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
@@ -26,7 +26,7 @@ from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.logits import load_hugging_face
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
 
 # fp32 rounding of sums taken in another order; measured 0 (dense) to 5e-7 (MoE) of the logits' scale.
 TOLERANCE = 1e-5
@@ -236,7 +236,7 @@ class MegatronGradients:
     """Gradients of a one-process model by canonical name."""
 
     def __init__(self, pieces: dict) -> None:
-        from megatron_ext.checkpoint.naming import stored_names
+        from megatron_ext.canonical.naming import stored_names
 
         flat = [
             (piece, param.grad.flatten()[piece.start : piece.start + piece.data.numel()])

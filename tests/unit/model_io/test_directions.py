@@ -30,8 +30,8 @@ from megatron_ext.model_io.model_to_write import ModelToWrite
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.same_run import check_same_model
+from tests.support.workspace import write_corpus
 from tests.unit.model_io.test_convert import MODELS, edit_config, write_checkpoint
-from tests.workspace import write_corpus
 
 SIGMOID = tiny_model(moe=True, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
 

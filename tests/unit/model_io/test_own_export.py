@@ -11,7 +11,7 @@ import torch
 from megatron_ext.architectures.own import MEGATRON_EXT
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
 from megatron_ext.config import LearnedNoise, ModelConfig, check_model
-from megatron_ext.config.load import fields_of
+from megatron_ext.config.base import fields_of
 from megatron_ext.model_io.checkpoint_model import read_model
 from megatron_ext.model_io.compare import checkpoint_logits, compare_logits, compare_weights
 from megatron_ext.model_io.convert import convert

@@ -11,7 +11,7 @@ from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.model_io.text import token_batches
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
 
 
 def test_of_a_prepared_dataset_only_what_is_needed_is_read(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSink
-from megatron_ext.checkpoint.naming import seed_from_name
 from megatron_ext.checkpoint.streams import MegatronSink, TensorSink, TensorSpec
 from megatron_ext.errors import ConversionError
 from megatron_ext.model_io import transfer as module

@@ -16,9 +16,11 @@ from megatron_ext.config.load import values_of
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError
+from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.training.preflight import Findings, check_run, examine
-from tests.workspace import TOOLS, command, prepare_data, run_mapping, train, write_run
+from tests.support.commands import TOOLS, command, train
+from tests.support.workspace import prepare_data, run_mapping, write_run
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def found(work: Path, *overrides: str) -> Findings:
     run = load_run(work / "run.yaml", overrides)
-    return examine(values_of(run), run)
+    return examine(values_of(run), run, open_hugging_face)
+
+
+def check(work: Path, *overrides: str, world_size: int | None = None, files: bool = True) -> str:
+    return check_run(str(work / "run.yaml"), overrides, world_size, files=files, open_foreign=open_hugging_face)
 
 
 def new(work: Path) -> str:
@@ -69,10 +75,9 @@ def test_faults_of_configuration_and_files_come_in_one_message(work: Path, tmp_p
 
 
 def test_several_faults_of_a_layout_are_counted_one_by_one(work: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"run\.yaml: 2 problems\n  13 processes .*\n  train\.global_batch_size = 8 is"
-    ):
-        check_run(str(work / "run.yaml"), ["parallel.pipeline_model_parallel_size=2"], 13, files=False)
+    fault = r"run\.yaml: 2 problems\n  13 processes .*\n  train\.global_batch_size = 8 is"
+    with pytest.raises(ConfigError, match=fault):
+        check(work, "parallel.pipeline_model_parallel_size=2", world_size=13, files=False)
 
 
 def test_the_real_run_makes_the_same_checks_before_it_builds_anything(work: Path) -> None:
@@ -172,7 +177,7 @@ def test_room_for_checkpoints(work: Path) -> None:
     assert not any("checkpoints of about" in warning for warning in keep)
     huge = replace(run, model=replace(run.model, hidden_size=2**26, ffn_hidden_size=2**26))
     huge = replace(huge, checkpoint=replace(run.checkpoint, directory=str(work / "another")))
-    (fault,) = examine(values_of(huge), huge).faults
+    (fault,) = examine(values_of(huge), huge, open_hugging_face).faults
     assert "a checkpoint takes about" in fault
     assert "free there" in fault
 
@@ -188,10 +193,10 @@ def test_a_run_says_what_it_is_before_its_first_step(work: Path) -> None:
 
 
 def test_the_whole_of_a_check(work: Path) -> None:
-    text = check_run(str(work / "run.yaml"), [], None, files=True)
+    text = check(work)
     assert "start           continues" in text
     assert "changed         train.train_iters: 2 -> 6" in text
     config: Any = read_yaml(work / "run.yaml")
     assert config["train"]["train_iters"] == 6
-    alone = check_run(str(work / "run.yaml"), ["data.tokenizer=gone"], None, files=False)
+    alone = check(work, "data.tokenizer=gone", files=False)
     assert "start  " not in alone

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource, TensorSpec
 from megatron_ext.config import load_run, to_mapping
 from megatron_ext.config.load import read_yaml
@@ -34,8 +34,8 @@ from megatron_ext.upcycling.methods.shared_routed import SharedRouted
 from megatron_ext.upcycling.options import UpcycleOptions
 from megatron_ext.upcycling.plan import make_plan
 from megatron_ext.upcycling.run import upcycle
+from tests.support.workspace import write_corpus
 from tests.unit.model_io.test_convert import write_checkpoint
-from tests.workspace import write_corpus
 
 # The default of --tolerance.
 TOLERANCE = 1e-5

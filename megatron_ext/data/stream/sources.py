@@ -5,9 +5,7 @@ is planned, on the number of ranks or on where a run was interrupted, so resumin
 """
 
 import copy
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_ext.config import DataConfig, DataSource
-from megatron_ext.data.batches import DocumentResets, MicroBatch, collate, sample_indices, sample_seed
-from megatron_ext.data.index_cache import with_index
 from megatron_ext.data.preprocess import check_dataset
+from megatron_ext.data.stream.blend import Blend
+from megatron_ext.data.stream.index_cache import with_index
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import DataError, EnvironmentFault
+from megatron_ext.errors import DataError
 
 _UNLIMITED = 2**62
 
@@ -81,8 +79,8 @@ class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
 
 def build_blend(
     sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int
-) -> torch.utils.data.Dataset[dict[str, Any]]:
-    """Return a dataset of at least `num_samples` samples drawn from `sources` by weight.
+) -> Blend:
+    """Return `num_samples` samples drawn from `sources` by weight.
 
     Indices are built by rank 0 and read by the others from `data.cache_dir`; every rank must call this.
 
@@ -99,15 +97,16 @@ def build_blend(
         if counts.tokens <= data.sequence_length:
             few = f"{counts.tokens} tokens are not one sample of data.sequence_length = {data.sequence_length}"
             raise DataError(f"{key}: {source.path}: {few}")
-    return _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
+    blended: torch.utils.data.Dataset[dict[str, Any]] = _first_on_rank_zero(
+        lambda: _blend(sources, data, tokenizer, num_samples, seed)
+    )
+    return blended
 
 
-def _blend(
-    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int
-) -> torch.utils.data.Dataset[dict[str, Any]]:
+def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int) -> Blend:
     parts = [_source(source.path, data, tokenizer, seed + number) for number, source in enumerate(sources)]
     if len(parts) == 1:
-        return parts[0]
+        return Blend(parts[0], num_samples)
     weights = [float(source.weight) for source in sources]
     identity = {"sources": [part.identity for part in parts], "weights": weights, "samples": num_samples}
 
@@ -116,7 +115,8 @@ def _blend(
         config.path_to_cache = folder
         return BlendedDataset(parts, weights, num_samples, config)
 
-    return with_index(Path(data.cache_dir), identity, make)
+    blended = with_index(Path(data.cache_dir), identity, make)
+    return Blend(blended, num_samples, blended.dataset_index, len(parts))
 
 
 def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> EpochedSource:
@@ -151,77 +151,8 @@ def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> Epo
     return EpochedSource(with_index(Path(data.cache_dir), identity, make), seed, identity)
 
 
-def _first_on_rank_zero(build: Callable[[], Any]) -> Any:
+def _first_on_rank_zero(build: Callable[[], Blend]) -> Blend:
     """Run `build` on rank 0 and then on the others, which find what it left in the cache."""
     result = build() if dist.get_rank() == 0 else None
     dist.barrier()
-    return result if dist.get_rank() == 0 else build()
-
-
-class _Seeded(torch.utils.data.Dataset[dict[str, Any]]):
-    """A dataset whose samples carry the seed of their position."""
-
-    def __init__(self, dataset: torch.utils.data.Dataset[dict[str, Any]], seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return {**self.dataset[position], "seed": sample_seed(self.seed, position)}
-
-
-def _leave_signals_to_training(worker: int) -> None:
-    """Signals to a whole job ask training to stop, which needs its workers until it has; they end with it."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def read_batches(
-    dataset: torch.utils.data.Dataset[dict[str, Any]],
-    *,
-    seed: int,
-    first_sample: int,
-    steps: int,
-    global_batch: int,
-    micro_batch: int,
-    dp_rank: int,
-    dp_size: int,
-    num_workers: int,
-    device: torch.device,
-    resets: DocumentResets | None = None,
-) -> Iterator[list[MicroBatch]]:
-    """Yield this rank's micro-batches of each of `steps` global batches, from position `first_sample` on.
-
-    Args:
-        seed: of what is drawn for a sample.
-    """
-    num_microbatches = global_batch // (micro_batch * dp_size)
-    plan = (
-        rows
-        for step in range(steps)
-        for rows in sample_indices(first_sample + step * global_batch, dp_rank, dp_size, micro_batch, num_microbatches)
-    )
-    loader = torch.utils.data.DataLoader(
-        _Seeded(dataset, seed),
-        batch_sampler=plan,
-        collate_fn=partial(collate, resets=resets),
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_training,
-    )
-    micro_batches = iter(loader)
-    for _ in range(steps):
-        yield [_next(micro_batches).to(device) for _ in range(num_microbatches)]
-
-
-def _next(micro_batches: Iterator[MicroBatch]) -> MicroBatch:
-    """The next one; what goes wrong in a process that reads ahead is said as if it were this one."""
-    try:
-        return next(micro_batches)
-    except DataError as error:
-        # torch puts the traceback of the other process into the message; ours is its end.
-        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        why = str(error).strip().splitlines()[0]
-        way_out = "does memory, or shared memory (/dev/shm), run out? A lower data.num_workers needs less"
-        raise EnvironmentFault(f"a process that reads data ahead ended ({why}); {way_out}") from error
+    return build() if result is None else result

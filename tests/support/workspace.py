@@ -1,10 +1,7 @@
 """Files that tests start real runs from: a corpus, a tokenizer, prepared data and a run configuration."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.monitoring.metrics_file import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"
 WORDS = (
     "the model learns slowly when its data is small and every expert sees only a part of it , which is why we test"
@@ -80,25 +77,6 @@ def write_run(path: Path, mapping: dict[str, Any]) -> Path:
     """Write a run configuration."""
     path.write_text(dump_yaml(mapping))
     return path
-
-
-def command(*arguments: str | Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python command line from the repository's tools and return it, whatever its exit code."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def train(processes: int, *arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Train as a user would, on several processes with torchrun."""
-    launcher = (
-        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)) if processes > 1 else ()
-    )
-    return command(*launcher, TOOLS / "train.py", *arguments, timeout=timeout)
 
 
 def reported_losses(directory: Path) -> list[float]:

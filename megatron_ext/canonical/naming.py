@@ -5,17 +5,12 @@ with unfused norms and one entry an expert. On disk dense norms have the names o
 and the experts of a layer are one stacked tensor. This file is the only place that knows both.
 """
 
-from __future__ import annotations
-
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from megatron_ext.checkpoint.shards import Shape
-
+from megatron_ext.canonical.catalogue import CanonicalTensor, Shape, model_shapes, model_tensors
+from megatron_ext.config import ModelConfig
 
 FUSED_NORMS = {
     "input_layernorm": "self_attention.linear_qkv",
@@ -36,7 +31,7 @@ _NOT_WEIGHTS = ("optimizer.", "router.coefficient.", "chained_", "rng_state", "r
 
 @dataclass(frozen=True)
 class StorageLocation:
-    """A canonical tensor's place: the part of `key` at `index` (indices of leading dimensions)."""
+    """A canonical tensor's storage location: the part of `key` at `index` (indices of leading dimensions)."""
 
     key: str
     index: Shape = ()
@@ -98,7 +93,7 @@ def _expert_counts(names: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def seed_from_name(seed: int, name: str) -> int:
-    """A seed for the random numbers of one tensor: the same in every layout, process and order of work."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def tensors_by_location(model: ModelConfig) -> dict[StorageLocation, CanonicalTensor]:
+    """Every weight of `model` by where a checkpoint of ours stores it."""
+    tensors = model_tensors(model)
+    return {place: tensors[name] for name, (place, _) in storage_plan(model_shapes(model)).items()}

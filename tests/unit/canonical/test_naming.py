@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megatron_ext.checkpoint.naming import StorageLocation, seed_from_name, storage_plan, stored_names
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
+from megatron_ext.canonical.naming import StorageLocation, storage_plan, stored_names
+from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.config import ModelConfig, MultiLatentAttention
 from megatron_ext.testing.tiny import tiny_model
 

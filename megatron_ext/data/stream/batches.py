@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.runtime.zigzag import zigzag_slice
 
 
@@ -20,6 +20,8 @@ class MicroBatch:
     position_ids: Tensor
     seeds: Tensor
     """[B] int64, seeds what is drawn for a sample (router noise): of the run's seed and the sample's position."""
+    sources: Tensor
+    """[B] int64, the number of the source that a sample is from, in the order of the configuration."""
     document_lengths: Tensor | None = None
     """[B, most documents] of each row its documents' lengths over the whole sequence, filled up with zeros; None where
     tokens attend to the whole row. It stays in host memory, where attention reads it without waiting for the device."""
@@ -37,10 +39,11 @@ class MicroBatch:
         return self._map(lambda x: zigzag_slice(x, rank, size, dim=1) if x.dim() > 1 else x)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        columns = {
-            name: change(getattr(self, name)) for name in ("tokens", "labels", "loss_mask", "position_ids", "seeds")
-        }
-        return replace(self, **columns)
+        return replace(self, **{name: change(getattr(self, name)) for name in _COLUMNS})
+
+
+_COLUMNS = ("tokens", "labels", "loss_mask", "position_ids", "seeds", "sources")
+"""What goes to the device."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +76,39 @@ def sample_seed(seed: int, position: int) -> int:
 
 
 def collate(samples: Sequence[dict[str, Tensor]], resets: DocumentResets | None = None) -> MicroBatch:
-    """Stack samples: those of a megatron GPTDataset with their `seed`."""
-    tokens, labels, loss_mask, seeds = (
+    """Stack samples: those of a megatron GPTDataset with their `seed` and `source`."""
+    tokens, labels, loss_mask, seeds, sources = (
         torch.stack([torch.as_tensor(sample[key]) for sample in samples])
-        for key in ("tokens", "labels", "loss_mask", "seed")
+        for key in ("tokens", "labels", "loss_mask", "seed", "source")
     )
-    return complete_columns(tokens, labels, loss_mask, seeds, resets)
+    return complete_columns(tokens, labels, loss_mask, seeds, resets, sources)
 
 
 def complete_columns(
-    tokens: Tensor, labels: Tensor, loss_mask: Tensor, seeds: Tensor, resets: DocumentResets | None = None
+    tokens: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    seeds: Tensor,
+    resets: DocumentResets | None = None,
+    sources: Tensor | None = None,
 ) -> MicroBatch:
     """Complete [B, S] columns and [B] seeds to a micro-batch; without `resets` each row is one document.
 
+    Without `sources` all rows are from the first.
+
     A document ends with its end-of-document token, the last one of a row where the row ends.
     """
+    sources = torch.zeros(len(tokens), dtype=torch.int64) if sources is None else sources
     positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
     if resets is None:
-        return MicroBatch(tokens, labels, loss_mask, positions, seeds)
+        return MicroBatch(tokens, labels, loss_mask, positions, seeds, sources)
     starts_BS = torch.zeros(tokens.shape, dtype=torch.bool)
     starts_BS[:, 1:] = tokens[:, :-1] == resets.eod
     if resets.positions:
         positions = positions - torch.where(starts_BS, positions, 0).cummax(dim=1).values
     if not resets.attention:
-        return MicroBatch(tokens, labels, loss_mask, positions, seeds)
+        return MicroBatch(tokens, labels, loss_mask, positions, seeds, sources)
     document_BS = starts_BS.cumsum(dim=1)
     lengths = torch.zeros(len(tokens), int(document_BS.max()) + 1, dtype=torch.int64)
     lengths.scatter_add_(1, document_BS, torch.ones_like(document_BS))
-    return MicroBatch(tokens, labels, loss_mask, positions, seeds, lengths)
+    return MicroBatch(tokens, labels, loss_mask, positions, seeds, sources, lengths)

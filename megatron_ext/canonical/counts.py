@@ -1,9 +1,8 @@
 """Parameter counts of a model: in total, and those that work on each token."""
 
-import math
 from dataclasses import dataclass
 
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT, model_tensors
 from megatron_ext.config import ModelConfig
 
 
@@ -18,10 +17,10 @@ class ParameterCounts:
 
 def count_parameters(model: ModelConfig) -> ParameterCounts:
     """Count the parameters of `model`."""
-    shapes = model_shapes(model)
+    tensors = model_tensors(model)
     padding = (model.padded_vocab_size - model.vocab_size) * model.hidden_size
-    tables = sum(name in shapes for name in ("embedding.word_embeddings.weight", "output_layer.weight"))
-    total = sum(math.prod(shape) for shape in shapes.values()) - tables * padding
-    routed = sum(math.prod(shape) for name, shape in shapes.items() if ".mlp.experts." in name)
+    tables = sum(name in tensors for name in (EMBEDDING, OUTPUT))
+    total = sum(tensor.size for tensor in tensors.values()) - tables * padding
+    routed = sum(tensor.size for tensor in tensors.values() if tensor.is_expert)
     idle_share = 1 - model.moe_router_topk / model.num_moe_experts if model.num_moe_experts else 0
     return ParameterCounts(total, total - round(routed * idle_share))
