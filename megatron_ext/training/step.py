@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.data.stream.batches import MicroBatch
@@ -148,9 +149,12 @@ def _run(
     # Every TP rank of the last stage has the same sums; one of them contributes, and everyone learns the result. Each
     # context-parallel rank contributes the sum over its own tokens.
     contributes = groups.is_last_stage and groups.tp.rank() == 0
-    zero = torch.zeros((), device=units.device)
-    totals = torch.stack(sums).sum(dim=0) if contributes else zero.expand(len(task.sums))
-    totals = torch.cat([totals, (zero + float(asks_to_stop())).view(1)])
+    if contributes:
+        # A column more, since torch adds up one alone in another order: a sum does not depend on how many there are.
+        totals = F.pad(torch.stack(sums), (0, 1)).sum(dim=0)
+    else:
+        totals = torch.zeros(len(task.sums) + 1, device=units.device)
+    totals[-1] += float(asks_to_stop())
     dist.all_reduce(totals, group=groups.world)
     means = totals[:-1] / units.clamp(min=1)
     return _Sums(dict(zip(task.sums, means, strict=True)), units, totals[-1])
