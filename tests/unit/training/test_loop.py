@@ -1,6 +1,8 @@
 """The loop: batches from the stream, one verdict a step, and hooks that see all of them in order."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,23 @@ class Stop:
         return signal.SIGTERM if asked else 0
 
 
+class Others:
+    """Nobody else; notes how many steps are said to begin."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        self.steps += 1
+        yield
+
+
 def run(session: Any, stop: Stop | None = None) -> tuple[int, list[StepDone]]:
-    recorder = Recorder()
-    return train_steps(session, [recorder], stop or Stop()), recorder.told  # type: ignore[arg-type]
+    recorder, others = Recorder(), Others()
+    signal = train_steps(session, [recorder], stop or Stop(), others)  # type: ignore[arg-type]
+    assert others.steps == sum(not isinstance(done.verdict, Skip) or done.result is not None for done in recorder.told)
+    return signal, recorder.told
 
 
 def steps_of(told: list[StepDone]) -> list[int]:
