@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(PRODUCT, action="store_true", help="also run the cells of products that other cells stand for")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the rest of each product, and keep the tests of a file in one process: they share what they made."""
     if not config.getoption(PRODUCT):
