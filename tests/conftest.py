@@ -29,16 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(PRODUCT, action="store_true", help="also run the cells of products that other cells stand for")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the rest of each product, and keep the tests of a file in one process: they share what they made."""
+    """Leave out what other cells of a product stand for."""
     if not config.getoption(PRODUCT):
         left_out = [item for item in items if item.get_closest_marker("product")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("product")]
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
