@@ -67,5 +67,5 @@ class RuntimeConfig:
     """What layers are built from: plain PyTorch (CPU and CUDA), or NVIDIA Transformer Engine (CUDA)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""
-    distributed_timeout_minutes: int = Field(default=10, ge=1)
+    distributed_timeout_minutes: int = Field(default=10, ge=1, le=10**6)
     """A collective that takes longer ends the run."""

@@ -311,6 +311,8 @@ class _Examination:
             elif not os.access(place, os.W_OK | os.X_OK):
                 self.found.faults.append(f"{key} = {named(self._values[key])}: {place} may not be written by this user")
 
+        if metrics and Path(metrics).is_dir():
+            self.found.faults.append(f"logging.metrics_file = {named(metrics)}: is a folder, where a file is written")
         if self._checkpoint is not None:
             self.found.faults += [
                 f"checkpoint.directory = {named(self._checkpoint.directory)}: {path.name} is where a save is written, "

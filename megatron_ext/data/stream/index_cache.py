@@ -75,6 +75,11 @@ def _build(folder: Path, make: Callable[[str], Any]) -> None:
     except OSError as error:
         why = f"{error.strerror or error}"
         raise DataError(f"data.cache_dir = {folder.parent}: no index can be written there ({why})") from error
+    except MemoryError as error:
+        raise DataError(
+            f"the order of so many samples does not fit into memory ({error}); lower train.train_iters or "
+            "train.global_batch_size"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

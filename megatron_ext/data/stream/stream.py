@@ -124,8 +124,9 @@ class BlendStream:
         counts = tuple(self._blend.counts(0, position.samples))
         if position.stage or position.sources not in ((), counts):
             raise DataError(
-                f"the position in the data is none of these sources: of {position.samples} samples, {position.sources} "
-                f"were consumed of each source of stage {position.stage}; here it would be {counts} of stage 0"
+                f"the checkpoint says that of {position.samples} samples {list(position.sources)} were read from the "
+                f"sources of data.train, stage {position.stage}; the sources of this run would have given "
+                f"{list(counts)}, stage 0: state.json or data.train was changed; tools/verify_checkpoint.py tells"
             )
         self.close()
         self._at, self._counts = position.samples, list(counts)

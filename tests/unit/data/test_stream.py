@@ -63,9 +63,9 @@ def test_a_position_that_was_saved_leads_to_the_same_batches() -> None:
 
 
 def test_a_position_among_other_sources_is_refused() -> None:
-    with pytest.raises(DataError, match=r"\(2, 2\) were consumed of each source of stage 0; here it would be \(3, 1\)"):
+    with pytest.raises(DataError, match=r"\[2, 2\] were read .*, stage 0; .* would have given \[3, 1\], stage 0"):
         stream().seek(Position(4, sources=(2, 2)))
-    with pytest.raises(DataError, match="of stage 1"):
+    with pytest.raises(DataError, match=", stage 1;"):
         stream().seek(Position(4, stage=1))
     with pytest.raises(DataError, match="sample 25 is beyond the 24"):
         stream().seek(Position(25))
@@ -99,11 +99,12 @@ def test_reading_draws_nothing_from_the_numbers_of_dropout() -> None:
 
 
 def test_nothing_reads_ahead_once_it_is_closed() -> None:
+    before = set(multiprocessing.active_children())
     data = stream(num_workers=1)
     data.next()
-    assert len(multiprocessing.active_children()) == 1
+    assert len(set(multiprocessing.active_children()) - before) == 1
     data.close()
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
     assert first_tokens(data.next()) == [4, 5, 6, 7]
     data.close()
 
@@ -142,8 +143,9 @@ def dies(position: int) -> None:
     ],
 )
 def test_faults_of_processes_that_read_ahead_are_one_message(happens: Callable[[int], None], expected: str) -> None:
+    before = set(multiprocessing.active_children())
     data = stream(Counting(happens), num_workers=1)
     data.seek(Position(4))
     with pytest.raises(MegatronExtError, match=expected):
         data.next()
-    assert not multiprocessing.active_children()  # whatever still knows the error
+    assert set(multiprocessing.active_children()) <= before  # whatever still knows the error

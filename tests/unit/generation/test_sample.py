@@ -113,7 +113,7 @@ def test_weights_that_are_no_numbers_are_said(
     convert(broken, tmp_path / "megatron")
     assert re.search(said.format("decoder.final_layernorm.weight"), caplog.text)
     caplog.clear()
-    with pytest.raises(ConversionError, match=r"(?s)not be the same model.*argmax agreement  0\.00%"):
+    with pytest.raises(ConversionError, match=r"its weights are no numbers:(?s:.)*decoder.final_layernorm.weight"):
         convert(tmp_path / "megatron", tmp_path / "back", verify=Comparison(batches=1, length=16))
     assert re.search(said.format("decoder.final_layernorm.weight"), caplog.text)
 

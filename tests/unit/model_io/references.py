@@ -253,7 +253,10 @@ def save(network: Any, directory: Path, hf_class: str, s: Sizes) -> None:
     """Save as transformers does, and models whose class it does not have under the names that those have."""
     network.save_pretrained(directory)
     if hf_class == "DeepseekForCausalLM":
-        save_file(per_expert(network.state_dict()), directory / "model.safetensors", metadata={"format": "pt"})
+        tensors = per_expert(network.state_dict())
+        if s.tied:  # written once, as transformers does
+            del tensors["lm_head.weight"]
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     if hf_class in ("DeepseekForCausalLM", "TanukiForCausalLM"):
         config = raw_config(network, hf_class, s) | {"dtype": "float32"}
         (directory / "config.json").write_text(json.dumps(config))

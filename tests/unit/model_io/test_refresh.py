@@ -91,7 +91,7 @@ def test_code_that_computes_something_else_leaves_the_directory_as_it_is(
     def edit(name: str) -> str:
         return shipped_code(name).replace("cache=_one_cache(", "cache=None and _one_cache(")
 
-    for module in ("refresh", "logits"):
+    for module in ("huggingface.refresh", "logits"):
         monkeypatch.setattr(f"megatron_ext.model_io.{module}.shipped_code", edit)
     with pytest.raises(ConversionError, match="(?s)left as it is; .*NOT to be used") as raised:
         refresh_code(directory, Comparison(batches=1, length=24))
