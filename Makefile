@@ -1,9 +1,14 @@
-# make setup | quickstart | test | lint          (needs only Python 3.11+ and a network for pip)
+# make setup | quickstart | test | lint          (needs only Python 3.11+ and a network for pip; PYTHON=... says which
+#                                                one, otherwise the newest of 3.13, 3.12 and 3.11 that runs)
+# make test-all                                  also the cells of products that other cells stand for: about twice as long
 # make test-foreign                              what touches transformers and tokenizers, under their newest versions
-# make test-newest [TE=1]                        the same tests on Python 3.12 with megatron-core 0.19; TE=1 builds
+# make test-core                                 what touches megatron-core, on Python 3.12 with megatron-core 0.19
+# make test-newest [TE=1]                        every test there; TE=1 builds
 #                                                Transformer Engine there (needs nvcc, no GPU) for the tests of it
+# make docs                                      the guides as pages in build/docs
 # make lock                                      renews the tested versions of every Python that is here
-PYTHON ?= python3
+PYTHON ?=
+unexport PYTHON
 PYTHON_NEWEST ?= python3.12
 VENV := .venv
 READY := $(VENV)/.ready
@@ -11,15 +16,20 @@ NEWEST := .venv-newest
 FOREIGN := .venv-foreign
 OLDEST_TRANSFORMERS := .transformers-oldest
 LOCKS := $(wildcard requirements/lock-*.txt)
-VERSIONS := pyproject.toml setup.py requirements/cpu.txt requirements/install.sh $(LOCKS)
+VERSIONS := pyproject.toml setup.py requirements/cpu.txt requirements/environment.sh requirements/install.sh $(LOCKS)
+# Two processes, a file of tests in one of them; the dear ones (tests/distributed) come first.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# What meets megatron-core: its faults and ours, models and experts, layouts, checkpoints.
+CORE_TESTS := tests/unit/mcore tests/unit/runtime tests/distributed/test_core_guard.py tests/distributed/test_cpu_compat.py \
+  tests/distributed/test_parity.py tests/distributed/test_gradient_norm.py tests/distributed/test_checkpoint.py \
+  tests/distributed/test_fp8.py
 
-.PHONY: setup quickstart test test-foreign test-newest lint lock clean
+.PHONY: setup quickstart test test-all test-foreign test-core test-newest lint docs lock clean
 
 setup: $(READY)
 
 $(READY): $(VERSIONS)
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@requirements/environment.sh $(VENV) $(PYTHON)
 	requirements/install.sh $(VENV)/bin/python
 	touch $@
 
@@ -27,7 +37,10 @@ quickstart: $(READY)
 	PYTHON=$(CURDIR)/$(VENV)/bin/python examples/quickstart/run.sh
 
 test: $(READY) $(OLDEST_TRANSFORMERS)/.ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(PYTEST)
+
+test-all: $(READY) $(OLDEST_TRANSFORMERS)/.ready
+	$(VENV)/bin/python $(PYTEST) --product
 
 $(OLDEST_TRANSFORMERS)/.ready: requirements/oldest_transformers.txt | $(READY)
 	rm -rf $(OLDEST_TRANSFORMERS)
@@ -37,13 +50,15 @@ $(OLDEST_TRANSFORMERS)/.ready: requirements/oldest_transformers.txt | $(READY)
 test-foreign: $(READY)
 	requirements/foreign.sh $(VENV)/bin/python $(FOREIGN)
 
+test-core: $(NEWEST)/.ready
+	$(NEWEST)/bin/python $(PYTEST) $(CORE_TESTS)
+
 test-newest: $(NEWEST)/.ready $(if $(TE),$(NEWEST)/.transformer-engine)
-	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/python $(PYTEST)
 
 $(NEWEST)/.ready: $(VERSIONS)
-	@command -v $(PYTHON_NEWEST) > /dev/null || { echo "$(PYTHON_NEWEST) is not here; megatron-core 0.19 needs Python 3.12: make test-newest PYTHON_NEWEST=/path/to/python3.12" >&2; exit 1; }
-	@$(PYTHON_NEWEST) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "megatron-core 0.19 needs Python 3.12 or newer: make test-newest PYTHON_NEWEST=...")'
-	test -x $(NEWEST)/bin/python || $(PYTHON_NEWEST) -m venv $(NEWEST)
+	@$(PYTHON_NEWEST) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2> /dev/null || { echo "$(PYTHON_NEWEST) does not run here or is older than 3.12, which megatron-core 0.19 needs: make $(MAKECMDGOALS) PYTHON_NEWEST=/path/to/python3.12" >&2; exit 1; }
+	@requirements/environment.sh $(NEWEST) $(PYTHON_NEWEST)
 	requirements/install.sh $(NEWEST)/bin/python
 	touch $@
 
@@ -56,7 +71,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mkdocs build --quiet --strict
 	for run in $$(grep -l "^model:" examples/*/*.yaml); do $(VENV)/bin/python tools/train.py $$run --check --config-only > /dev/null || exit 1; done
+
+docs: $(READY)
+	$(VENV)/bin/mkdocs build --strict
 
 lock:
 	@for lock in $(LOCKS); do \

@@ -55,8 +55,8 @@ def write_model(directory: Path, model: Any) -> int:
     """Write a Megatron checkpoint with random weights; return the bytes of its largest tensor."""
     import torch
 
-    from megatron_ext.checkpoint.shapes import model_shapes
-    from megatron_ext.checkpoint.tensors import MegatronSink, TensorSpec
+    from megatron_ext.canonical.catalogue import model_shapes
+    from megatron_ext.checkpoint.streams import MegatronSink, TensorSpec
     from megatron_ext.config import to_mapping
 
     specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in model_shapes(model).items()}
@@ -75,7 +75,7 @@ def measured_here(job: str, source: str, target: str, workers: int) -> None:
         prefer_huge_pages()  # as tools/convert.py does
     from safetensors.torch import load_file, save_file
 
-    from megatron_ext.conversion.convert import convert
+    from megatron_ext.model_io.convert import convert
 
     with reported():
         if job == "copy":
@@ -92,7 +92,7 @@ def _threads(count: int) -> str:
 
 def compare(directory: Path, name: str, model: Any, rounds: int, workers: int) -> tuple[list[list[str]], float]:
     """The rows of one model, and the bytes a second of the slowest conversion on all workers."""
-    from megatron_ext.conversion.convert import convert
+    from megatron_ext.model_io.convert import convert
 
     largest = write_model(directory / "megatron", model)
     total = convert(directory / "megatron", directory / "hf", workers=workers).written.bytes

@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 
-from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.mcore.build import Trainable, make_trainable
+from megatron_ext.mcore.initialization import initialize_weights
+from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.proving.parity import Cell
+from megatron_ext.runtime.process_groups import Groups
+from megatron_ext.runtime.seeds import seed_everything
 
 
-def build_core_chunks(
-    model: ModelConfig, parallel: ParallelConfig, config: Any, device: torch.device, length: int
-) -> list[Any]:
-    """Return what `mcore.model.build_chunks` would, of megatron-core's local spec. For good in this process.
+def build_core_trainable(cell: Cell, groups: Groups, device: torch.device, length: int) -> Trainable:
+    """Return what `mcore.build.build_trainable` would, of megatron-core's local spec. For good in this process.
 
     Args:
         length: of the sequences; its local attention needs a mask [length, length] of its own.
@@ -25,6 +28,9 @@ def build_core_chunks(
     our_model.block_spec = lambda model, config, vp_stage: specs.get_gpt_decoder_block_spec(
         config, use_transformer_engine=False
     )
+    model, parallel = cell.model, cell.parallel
+    seed_everything(cell.seed)
+    config: Any = transformer_config(model, parallel, cell.precision, cell.recompute)
     # Ours read none of these: the router and the experts are other modules there.
     config.moe_grouped_gemm = False
     config.moe_router_pre_softmax = model.moe_router_pre_softmax
@@ -34,4 +40,5 @@ def build_core_chunks(
     chunks = our_model.build_chunks(model, parallel, config, device)
     future = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
     chunks[0].register_forward_pre_hook(lambda module, inputs: (*inputs[:2], future, *inputs[3:]))
-    return chunks
+    initialize_weights(model, list(chunks), cell.seed)
+    return make_trainable(cell, groups, config, chunks)

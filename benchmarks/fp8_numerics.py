@@ -25,7 +25,6 @@ import torch
 from report import RESULTS, hardware, markdown_table, record, versions
 
 from megatron_ext.config import (
-    AdamConfig,
     Bf16Precision,
     Fp8Precision,
     Fp32Precision,
@@ -33,19 +32,17 @@ from megatron_ext.config import (
     ModelConfig,
     ParallelConfig,
     Precision,
-    RecomputeConfig,
     RuntimeConfig,
 )
-from megatron_ext.data.batches import MicroBatch, complete_columns
 from megatron_ext.data.python_corpus import write_python_corpus
-from megatron_ext.mcore.initialization import initialize_weights
-from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
-from megatron_ext.mcore.optimizer import build_optimizer, set_learning_rate
-from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.data.stream.batches import MicroBatch, complete_columns
+from megatron_ext.mcore.build import build_trainable
+from megatron_ext.mcore.optimizer import set_learning_rate
+from megatron_ext.proving.parity import Cell
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
-from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.training.step import prepare_for_training, train_step
+from megatron_ext.training.step import train_step
+from megatron_ext.training.tasks.pretrain import Pretrain
 
 SEED, SAMPLES, LENGTH, PEAK = 1234, 8, 128, 1e-3
 THETAS = (1e4, 5e5)
@@ -124,21 +121,16 @@ def train(text: torch.Tensor, theta: float, precision: Precision, steps: int, *,
     device = choose_device(runtime)
     start_process_group(runtime, device, alone=True)
     groups = split_process_group(parallel, runtime)
-    seed_everything(SEED)
-    config = transformer_config(model(theta), parallel, precision, RecomputeConfig())
-    chunks = build_chunks(model(theta), parallel, config, device)
-    initialize_weights(model(theta), list(chunks), SEED)
+    trainable = build_trainable(Cell(model(theta), parallel, precision, seed=SEED, lr=PEAK), groups, device)
     if nudged:
-        nudge(chunks)
-    wrapped = wrap_chunks(chunks, config, parallel)
-    adam = AdamConfig(kind="adam", lr=PEAK)
-    optimizer = build_optimizer(adam, parallel, precision, wrapped)
-    prepare_for_training(config, wrapped, overlap_grad_reduce=False)
+        nudge(trainable.chunks)
+        trainable.optimizer.reload_model_params()
     losses = []
     for step in range(steps):
-        set_learning_rate(optimizer, learning_rate(step, steps))
-        losses.append(float(train_step(wrapped, optimizer, batch(text, step), groups, max_norm=adam.clip_grad).loss))
-    release_chunks(wrapped)
+        set_learning_rate(trainable.optimizer, learning_rate(step, steps))
+        result = train_step(trainable, Pretrain(), batch(text, step), groups, max_norm=1.0)
+        losses.append(float(result.loss))
+    trainable.release()
     end_process_groups()
     return losses
 

@@ -21,12 +21,13 @@ import statistics
 import time
 import traceback
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 from report import hardware, markdown_table, record, versions
 
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Bf16Precision, Fp8Precision, ModelConfig, Precision
 from megatron_ext.planning.flops import training_flops_per_token
 
@@ -138,41 +139,33 @@ def _measure(peer: Peer, model: ModelConfig, length: int, steps: int, warmup: in
 def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
     """The step of a model with fresh weights, as the training loop makes it."""
     import torch
-    from core_local_spec import build_core_chunks
+    from core_local_spec import build_core_trainable
 
-    from megatron_ext.config import AdamConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
-    from megatron_ext.data.batches import complete_columns
-    from megatron_ext.mcore.initialization import initialize_weights
-    from megatron_ext.mcore.model import build_chunks, wrap_chunks
-    from megatron_ext.mcore.optimizer import build_optimizer, set_learning_rate
-    from megatron_ext.mcore.transformer_config import transformer_config
+    from megatron_ext.config import ParallelConfig, RuntimeConfig
+    from megatron_ext.config.machine import Backend
+    from megatron_ext.data.stream.batches import complete_columns
+    from megatron_ext.mcore.build import build_trainable
+    from megatron_ext.mcore.optimizer import set_learning_rate
+    from megatron_ext.proving.parity import Cell
     from megatron_ext.runtime.device import choose_device
     from megatron_ext.runtime.process_groups import split_process_group, start_process_group
-    from megatron_ext.runtime.seeds import seed_everything
-    from megatron_ext.training.step import prepare_for_training, train_step
+    from megatron_ext.training.step import train_step
+    from megatron_ext.training.tasks.pretrain import Pretrain
 
     runtime, parallel = RuntimeConfig(), ParallelConfig()
     device = choose_device(runtime)
     start_process_group(runtime, device, alone=True)
     groups = split_process_group(parallel, runtime)
-    seed_everything(0)
-    backend = ("transformer_engine",) if peer.backend == "transformer_engine" else ()
-    config = transformer_config(model, parallel, peer.precision, RecomputeConfig(), *backend)
-    if peer.backend == "core":
-        chunks = build_core_chunks(model, parallel, config, device, length)
-    else:
-        chunks = build_chunks(model, parallel, config, device)
-    initialize_weights(model, list(chunks), seed=0)
-    wrapped = wrap_chunks(chunks, config, parallel)
-    adam = AdamConfig(kind="adam", lr=1e-4)
-    optimizer = build_optimizer(adam, parallel, peer.precision, wrapped)
-    prepare_for_training(config, wrapped, overlap_grad_reduce=False)
-    set_learning_rate(optimizer, adam.lr)
+    backend: Backend = "transformer_engine" if peer.backend == "transformer_engine" else "torch"
+    cell = Cell(model, parallel, peer.precision, seed=0, lr=1e-4, backend=backend)
+    build = partial(build_core_trainable, length=length) if peer.backend == "core" else build_trainable
+    trainable = build(cell, groups, device)
+    set_learning_rate(trainable.optimizer, cell.lr)
     generator = torch.Generator().manual_seed(0)
     samples = torch.randint(model.vocab_size, (MICRO_BATCHES, MICRO_BATCH, length + 1), generator=generator)
     counts, seeds = torch.ones(MICRO_BATCH, length), torch.arange(MICRO_BATCH)
     batch = [complete_columns(rows[:, :-1], rows[:, 1:], counts, seeds).to(device) for rows in samples]
-    return lambda: float(train_step(wrapped, optimizer, batch, groups, max_norm=1.0).loss)
+    return lambda: float(train_step(trainable, Pretrain(), batch, groups, max_norm=1.0).loss)
 
 
 # --- in this process -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The models that benchmarks/train_step.py compares: ours, megatron-core's own layers, and Transformers' Qwen2-MoE."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from interleaving import Step
@@ -62,39 +63,29 @@ def megatron_core(size: Size, precision: Literal["fp32", "bf16"], threads: int) 
 
 def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, *, core: bool) -> Step:
     import torch
-    from core_local_spec import build_core_chunks
+    from core_local_spec import build_core_trainable
 
-    from megatron_ext.config import AdamConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
+    from megatron_ext.config import ParallelConfig, RuntimeConfig
     from megatron_ext.config.training import Bf16Precision, Fp32Precision
-    from megatron_ext.mcore.initialization import initialize_weights
-    from megatron_ext.mcore.model import build_chunks, wrap_chunks
-    from megatron_ext.mcore.optimizer import build_optimizer, set_learning_rate
-    from megatron_ext.mcore.transformer_config import transformer_config
+    from megatron_ext.mcore.build import build_trainable
+    from megatron_ext.mcore.optimizer import set_learning_rate
+    from megatron_ext.proving.parity import Cell
     from megatron_ext.runtime.device import choose_device
     from megatron_ext.runtime.process_groups import split_process_group, start_process_group
-    from megatron_ext.runtime.seeds import seed_everything
     from megatron_ext.testing.tiny import random_batch
-    from megatron_ext.training.step import prepare_for_training, train_step
+    from megatron_ext.training.step import train_step
+    from megatron_ext.training.tasks.pretrain import Pretrain
 
     runtime, parallel = RuntimeConfig(device="cpu", threads=threads), ParallelConfig()
     device = choose_device(runtime)
     start_process_group(runtime, device, alone=True)
     groups = split_process_group(parallel, runtime)
-    seed_everything(0)
-    model = _model_config(size)
     kind = Fp32Precision(kind="fp32") if precision == "fp32" else Bf16Precision(kind="bf16")
-    config = transformer_config(model, parallel, kind, RecomputeConfig())
-    if core:
-        chunks = build_core_chunks(model, parallel, config, device, size.length)
-    else:
-        chunks = build_chunks(model, parallel, config, device)
-    initialize_weights(model, list(chunks), seed=0)
-    _check_size(size, sum(p.numel() for p in chunks[0].parameters()))
-    wrapped = wrap_chunks(chunks, config, parallel)
-    adam = AdamConfig(kind="adam", lr=1e-4)
-    optimizer = build_optimizer(adam, parallel, kind, wrapped)
-    prepare_for_training(config, wrapped, overlap_grad_reduce=False)
-    set_learning_rate(optimizer, adam.lr)
+    cell = Cell(_model_config(size), parallel, kind, seed=0, lr=1e-4)
+    build = partial(build_core_trainable, length=size.length) if core else build_trainable
+    trainable = build(cell, groups, device)
+    _check_size(size, sum(p.numel() for p in trainable.chunks[0].parameters()))
+    set_learning_rate(trainable.optimizer, cell.lr)
     batch = random_batch(
         0,
         samples=size.batch,
@@ -106,7 +97,7 @@ def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, *, c
     )
     batch[0].loss_mask.fill_(1.0)
     assert torch.get_num_threads() == threads
-    return lambda: float(train_step(wrapped, optimizer, batch, groups, max_norm=1.0).loss)
+    return lambda: float(train_step(trainable, Pretrain(), batch, groups, max_norm=1.0).loss)
 
 
 def _model_config(size: Size) -> Any:

@@ -24,8 +24,8 @@ from report import RESULTS, hardware, markdown_table, record, versions
 from upcycling_figures import COLUMNS, Figures, figures_of, plot, rows
 
 from megatron_ext.config import dump_yaml
-from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.data.python_corpus import write_python_corpus
+from megatron_ext.model_io.open import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, LENGTH, BATCH = 4096, 128, 16

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.parameters import ParameterCounts, count_parameters
-from megatron_ext.conversion.network import megatron_network
-from megatron_ext.conversion.sources import Checkpoint, open_checkpoint
-from megatron_ext.conversion.text import comparison_batches
+from megatron_ext.canonical.counts import ParameterCounts, count_parameters
+from megatron_ext.model_io.network import megatron_network
+from megatron_ext.model_io.open import Checkpoint, open_checkpoint
+from megatron_ext.model_io.text import comparison_batches
 from megatron_ext.monitoring.metrics_file import read_metrics
 
 COLUMNS = (

@@ -61,7 +61,7 @@ def options(method: str, source: str, target: str, workers: int) -> Any:
 
 def dense_width(source: str) -> int:
     """Width of the dense feed-forward layers of a checkpoint."""
-    from megatron_ext.conversion.sources import read_any_model
+    from megatron_ext.model_io.open import read_any_model
 
     return read_any_model(source).ffn_hidden_size
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+from megatron_ext.config.base import fields_of
 from megatron_ext.config.help import describe_keys, plain, summary_of, type_name
-from megatron_ext.config.load import fields_of, kind_of, load_config, section_types
+from megatron_ext.config.load import kind_of, load_config, section_types
 from megatron_ext.config.root import RunConfig
 from megatron_ext.config.yaml_text import parse_scalar, read_yaml
-from megatron_ext.errors import ConfigError, MegatronExtError
+from megatron_ext.errors import ConfigError, MegatronExtError, note_path, with_absolute_paths
 
 T = TypeVar("T")
 
@@ -56,7 +57,9 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def _said(error: OSError) -> str:
     """What the system says of a file, for people."""
-    place = "an output" if error.filename is None else error.filename
+    # Of a file that was to be renamed people know the new name.
+    known = error.filename2 or error.filename
+    place = "an output" if known is None else os.path.abspath(os.fsdecode(known))
     way_out = "; make room there and start again" if error.errno in _NO_ROOM else ""
     return f"{place}: {error.strerror}{way_out}"
 
@@ -95,7 +98,7 @@ def _fail(message: str) -> NoReturn:
     # Most faults meet every rank. A launcher ends the others once one has exited: before they repeat what it said.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {with_absolute_paths(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -106,10 +109,16 @@ def positive_integer(text: str) -> int:
     return int(text)
 
 
+def path_name(text: str) -> str:
+    """Argument type: a path, which messages give absolute."""
+    note_path(text)
+    return text
+
+
 def run_parser(description: str) -> argparse.ArgumentParser:
     """A parser for commands about a training run: RUN.yaml and `section.key=value` overrides."""
     parser = _Parser(description=description, epilog="Keys of RUN.yaml:\n\n" + describe_keys(RunConfig))
-    parser.add_argument("run", metavar="RUN.yaml", help="the run's configuration")
+    parser.add_argument("run", metavar="RUN.yaml", type=path_name, help="the run's configuration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single keys")
     return parser
 
@@ -127,7 +136,9 @@ def parse_command(
             next one is not a list, the last value is its: SOURCE... TARGET.
     """
     parser = _Parser(description=description)
-    parser.add_argument("--config", metavar="FILE.yaml", help="read options from a file; those given here win")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", type=path_name, help="read options from a file; those given here win"
+    )
     unions = {name: info for name, info in fields_of(cls).items() if section_types(info.annotation)}
     for name, info in fields_of(cls).items():
         if name in unions:

@@ -1,6 +1,10 @@
 """The errors a user can cause; a command line turns any of them into one message and exit code 2."""
 
+import re
 from pathlib import Path
+
+_given: set[str] = set()
+"""Relative paths that this command was given."""
 
 
 class MegatronExtError(Exception):
@@ -29,6 +33,37 @@ class EnvironmentFault(MegatronExtError):
 
 class TrainingError(MegatronExtError):
     """Training cannot go on, for instance because the loss is not finite."""
+
+
+def note_path(text: str) -> None:
+    """Remember a path as a command was given it, on its command line or in its YAML file."""
+    _given.update(name for name in (text, str(Path(text))) if name.strip("./ ") and not Path(name).is_absolute())
+
+
+def with_absolute_paths(message: str) -> str:
+    """`message` with the paths that were given, and all below and beside them, made absolute.
+
+    What is written for both stays, as in `data.tokenizer = tok (= /home/me/tok)`.
+    """
+    here = f"{Path.cwd()}/"
+    for name in sorted(_given, key=len, reverse=True):
+        message = _as_path(name).sub(lambda match: here + match[0], message)
+    return message
+
+
+def _as_path(name: str) -> re.Pattern[str]:
+    """Where `name` stands in a text as a path. One that might be any word is one where only a path would stand."""
+    text, begins, ends = re.escape(name), r"(?<![\w./~-])", r"(?![\w-]| \(=)"
+    if "/" in name or "." in name:
+        return re.compile(begins + text + ends)
+    places = (
+        rf"^{text}(?![\w.-]| \(=)",
+        rf"(?<=: ){text}(?=:)",
+        rf"(?<== ){text}(?![\w.-]| \(=)",
+        rf"(?<=['\"(]){text}(?=['\")])",
+        rf"{begins}{text}(?=(?:\.\w+)*/|\.(?:yaml|partial|bin|idx)\b)",
+    )
+    return re.compile("|".join(places), re.MULTILINE)
 
 
 def named(path: str | Path) -> str:

@@ -26,7 +26,7 @@ OURS = f".megatron_ext{UNFINISHED}"
 def read_json_object(path: str | Path, error: type[MegatronExtError], *, unique: bool = False) -> dict[str, Any]:
     """The JSON object in the file at `path`; raises `error` where there is none, or, if `unique`, a key comes twice."""
     with reading(path, error, kind="JSON"):
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         content = json.loads(text, object_pairs_hook=json_pairs if unique else None)
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -193,18 +193,15 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
         FileExistsError: something has come there meanwhile, or what would be set aside may not be ours.
         OSError: renaming failed; what was there is there still.
     """
+    aside = target.with_name(f"{target.name}.old{UNFINISHED}")
     if replace and target.exists():
-        aside = target.with_name(f"{target.name}.old{UNFINISHED}")
-        remove_unfinished(aside)
-        (target / OURS).touch()
-        target.rename(aside)
+        aside = _set_aside(target)
         try:
             partial.rename(target)
         except OSError:
             aside.rename(target)
             (target / OURS).unlink()
             raise
-        _remove_ours(aside)
     else:
         try:
             partial.rename(target)  # never over anything but an empty folder
@@ -213,4 +210,19 @@ def publish_directory(partial: Path, target: Path, *, replace: bool = True) -> N
                 raise
             why = "somebody else made it meanwhile; not replaced without --force"
             raise FileExistsError(errno.EEXIST, why, str(target)) from fault
+    if (aside / OURS).is_file() and not aside.is_symlink():
+        _remove_ours(aside)  # also what a process left that was killed between the two renamings
     (target / OURS).unlink(missing_ok=True)
+
+
+def remove_published(directory: Path) -> None:
+    """Remove a finished directory of ours; interrupted, what is left of it looks finished to nobody."""
+    _remove_ours(_set_aside(directory))
+
+
+def _set_aside(directory: Path) -> Path:
+    """Rename a directory so that it stops looking finished before its first file is deleted."""
+    aside = directory.with_name(f"{directory.name}.old{UNFINISHED}")
+    remove_unfinished(aside)
+    (directory / OURS).touch()
+    return directory.rename(aside)

@@ -91,7 +91,7 @@ def adopt_launcher() -> None:
     if rank >= size:
         raise EnvironmentFault(f"{family.rank} = {rank}, {family.size} = {size}: there is no such process")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
-    if family.local_size in os.environ:
+    if family.local_size is not None and family.local_size in os.environ:
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ[family.local_size])
 
 

@@ -31,8 +31,15 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
         yield advance
     if not console.is_terminal and total_bytes:
-        seconds = ended - begun
-        print(
-            f"{what}: {total_bytes / 1e6:.1f} MB in {seconds:.1f} s ({total_bytes / 1e6 / seconds:.0f} MB/s)",
-            file=sys.stderr,
-        )
+        seconds = max(ended - begun, 1e-3)
+        rate = amount_of_bytes(total_bytes / seconds)
+        print(f"{what}: {amount_of_bytes(total_bytes)} in {seconds:.3g} s ({rate}/s)", file=sys.stderr)
+
+
+def amount_of_bytes(count: float) -> str:
+    """An amount of bytes in three digits: `1.23 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"

@@ -5,8 +5,6 @@ import logging
 from collections.abc import Iterator
 
 _SAYS_NOTHING = {
-    # megatron-core 0.19, of every model that this framework builds.
-    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED.",
     # transformers, of a tokenizer whose model is of a class that comes with its code.
     "transformers.configuration_utils": "You are using a model of type `megatron_ext` to instantiate a model of type ",
 }

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${1:?usage: $0 PYTHON ENVIRONMENT} environment=${2:?usage: $0 PYTHON ENVIRONMENT}
 packages=(transformers tokenizers huggingface-hub)
 tests=(
-  tests/unit/architectures tests/unit/conversion tests/unit/data/test_tokenizer.py
+  tests/unit/architectures tests/unit/model_io tests/unit/data/test_tokenizer.py
   tests/unit/mcore/test_hugging_face_models.py
 )
 

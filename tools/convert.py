@@ -14,21 +14,21 @@ Beside a Megatron target stands a training configuration, TARGET.yaml.
 from typing import TYPE_CHECKING
 
 from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
-from megatron_ext.conversion.options import ConvertOptions, refuse_unused
+from megatron_ext.model_io.options import ConvertOptions, refuse_unused
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help does without
-    from megatron_ext.conversion.verify import Comparison, Verification
+    from megatron_ext.model_io.compare import Comparison, Verification
 
 
 def main() -> None:
     """Parse the command line and convert."""
     o = parse_command(ConvertOptions, __doc__, positional=["source", "target"])
     prefer_huge_pages()
-    from megatron_ext.conversion.convert import goes_to_hugging_face
-    from megatron_ext.conversion.figures import lines_of
-    from megatron_ext.conversion.hub import push_to_hub, require_hub
-    from megatron_ext.conversion.refresh import refresh_code
-    from megatron_ext.conversion.verify import Comparison
+    from megatron_ext.model_io.compare import Comparison
+    from megatron_ext.model_io.convert import goes_to_hugging_face
+    from megatron_ext.model_io.figures import lines_of
+    from megatron_ext.model_io.huggingface.hub import push_to_hub, require_hub
+    from megatron_ext.model_io.huggingface.refresh import refresh_code
 
     to_hf = o.refresh_code or goes_to_hugging_face(o.source, o.to, o.hf_class)
     refuse_unused(o, to_hugging_face=to_hf)
@@ -50,7 +50,7 @@ def main() -> None:
 
 def _convert(o: ConvertOptions, target: str, how: "Comparison") -> "Verification | None":
     """Convert and say what was done; returns the verification, where one was asked for."""
-    from megatron_ext.conversion.convert import convert
+    from megatron_ext.model_io.convert import convert
     from megatron_ext.progress import byte_progress
 
     with ending_on_sigterm(), byte_progress("converting") as progress:

@@ -7,21 +7,23 @@ python tools/corpus.py --output corpus.jsonl
 from pydantic import Field
 
 from megatron_ext.command import parse_command, run_command
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 from megatron_ext.data.python_corpus import write_python_corpus
+from megatron_ext.files import require_writable
 
 
 @config
 class CorpusOptions:
     """Options of this command."""
 
-    output: str = Field()
+    output: PathName = Field()
     """JSONL file to write."""
 
 
 def main() -> None:
     """Parse the command line and write the corpus."""
     options = parse_command(CorpusOptions, __doc__)
+    require_writable(options.output)
     documents, size = write_python_corpus(options.output)
     print(f"{options.output}: {documents} documents, {size / 1e6:.1f} MB of text")
 

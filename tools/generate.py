@@ -9,14 +9,14 @@ import json
 from pydantic import Field
 
 from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 
 
 @config
 class GenerateOptions:
     """Options of this command."""
 
-    checkpoint: str
+    checkpoint: PathName
     """Hugging Face directory or Megatron checkpoint."""
     prompts: list[str] = Field(min_length=1)
     """Texts to continue."""
@@ -30,7 +30,7 @@ class GenerateOptions:
     """Seed of the sampling."""
     trust_remote_code: bool = False
     """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
-    output: str | None = None
+    output: PathName | None = None
     """JSON file for prompts and continuations."""
 
 
@@ -42,10 +42,15 @@ def main() -> None:
 
     if o.output:
         require_writable(o.output)
-    sampling = {"temperature": o.temperature, "top_p": o.top_p, "seed": o.seed}
     with ending_on_sigterm():  # which removes the temporary model
         texts = generate(
-            o.checkpoint, o.prompts, max_new_tokens=o.max_new_tokens, trust_remote_code=o.trust_remote_code, **sampling
+            o.checkpoint,
+            o.prompts,
+            max_new_tokens=o.max_new_tokens,
+            temperature=o.temperature,
+            top_p=o.top_p,
+            seed=o.seed,
+            trust_remote_code=o.trust_remote_code,
         )
     for prompt, text in zip(o.prompts, texts, strict=True):
         print(f"{prompt}>>>{text}\n")

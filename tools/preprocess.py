@@ -9,19 +9,19 @@ import os
 from pydantic import Field
 
 from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 
 
 @config
 class PreprocessOptions:
     """Options of this command."""
 
-    inputs: list[str] = Field(min_length=1)
+    inputs: list[PathName] = Field(min_length=1)
     """Text: .jsonl (a document a line), .json (an array of documents), .txt (a document a file), these as .gz, or
     folders of them; links are followed, and what a folder has of other kinds is named."""
-    tokenizer: str
+    tokenizer: PathName
     """Directory of the tokenizer: any that transformers' AutoTokenizer loads. Its eos_token ends every document."""
-    output: str
+    output: PathName
     """Directory to write: train, validation and test as .bin and .idx, dataset.json, and manifest.json with sums."""
     text_key: str = "text"
     """Where the text stands in the object of a document."""
@@ -39,9 +39,17 @@ def main() -> None:
     from megatron_ext.data.preprocess import preprocess
     from megatron_ext.progress import byte_progress
 
-    settings = {"text_key": o.text_key, "split": o.split, "workers": o.workers, "force": o.force}
     with ending_on_sigterm(), byte_progress("tokenizing") as progress:
-        summary = preprocess(o.inputs, o.tokenizer, o.output, progress=progress, **settings)
+        summary = preprocess(
+            o.inputs,
+            o.tokenizer,
+            o.output,
+            text_key=o.text_key,
+            split=o.split,
+            workers=o.workers,
+            force=o.force,
+            progress=progress,
+        )
     for name, counts in summary.items():
         print(f"{o.output}/{name}: {counts.documents:,} documents, {counts.tokens:,} tokens")
 

@@ -22,7 +22,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     run = load_run(arguments.run, arguments.overrides)
-    from megatron_ext.testing.prove import TOLERANCE, plan_proof, processes_that_fit, prove
+    from megatron_ext.proving.prove import TOLERANCE, plan_proof, processes_that_fit, prove
 
     plan = plan_proof(run, arguments.world_size, arguments.processes or processes_that_fit())
     print(f"training 5 steps on {plan.processes} processes, and 5 on one")

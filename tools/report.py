@@ -7,7 +7,7 @@ python tools/report.py --metrics dense=runs/dense/metrics.jsonl moe=runs/moe/met
 from pydantic import Field
 
 from megatron_ext.command import parse_command, run_command
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 
 
 @config
@@ -15,14 +15,14 @@ class ReportOptions:
     """Options of this command."""
 
     metrics: list[str] = Field(min_length=1)
-    """Training runs in order, each as name=metrics.jsonl; they share one axis of tokens."""
-    output: str
+    """Training runs in order, by folder, by metrics.jsonl, or as name=either; they share one axis of tokens."""
+    output: PathName
     """HTML file to write."""
     title: str = "Training report"
     """Heading of the page."""
-    figures: list[str] = Field(default_factory=list)
+    figures: list[PathName] = Field(default_factory=list)
     """JSON files written by tools/upcycle.py --figures and tools/verify.py --figures."""
-    generated: str | None = None
+    generated: PathName | None = None
     """JSON file written by tools/generate.py --output."""
 
 

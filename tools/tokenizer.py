@@ -19,8 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.config.base import config
-from megatron_ext.config.load import fields_of
+from megatron_ext.config.base import PathName, config, fields_of
 from megatron_ext.errors import ConfigError
 
 
@@ -28,9 +27,9 @@ from megatron_ext.errors import ConfigError
 class TrainOptions:
     """Options of `train`."""
 
-    inputs: list[str] = Field(min_length=1)
+    inputs: list[PathName] = Field(min_length=1)
     """Text to train on: .jsonl, .json, .txt, these as .gz, or folders of them."""
-    output: str
+    output: PathName
     """Directory to write: the SentencePiece model, and a Hugging Face fast tokenizer that encodes alike."""
     vocab_size: int = Field(default=32000, ge=300)
     """Tokens, including 256 bytes and 5 special ones."""
@@ -38,6 +37,9 @@ class TrainOptions:
     """Where the text stands in a line of JSONL."""
     max_lines: int = Field(default=1_000_000, ge=1000)
     """Lines to train on; of more an even sample is taken."""
+    character_coverage: float = Field(default=0.9995, ge=0.98, le=1)
+    """Share of the text's characters that get a token each; the rarer ones are written in bytes. For languages of many
+    characters a lower one leaves more of a small vocabulary to words."""
     force: bool = False
     """Replace an existing output."""
 
@@ -46,11 +48,11 @@ class TrainOptions:
 class ExportOptions:
     """Options of `export`."""
 
-    model: str
+    model: PathName
     """SentencePiece model file."""
-    output: str
+    output: PathName
     """Directory to write."""
-    text: list[str] = Field(default_factory=list)
+    text: list[PathName] = Field(default_factory=list)
     """More text to prove it on (as for train): the first 500 documents."""
     force: bool = False
     """Replace an existing output."""
@@ -77,9 +79,17 @@ def main() -> None:
         o = parse_command(TrainOptions, __doc__, positional=["inputs"], argv=arguments)
         from megatron_ext.data.tokenizer import train_tokenizer
 
-        limits = {"text_key": o.text_key, "max_lines": o.max_lines, "threads": os.cpu_count() or 1}
         with ending_on_sigterm():
-            tokenizer = train_tokenizer(o.inputs, o.output, o.vocab_size, force=o.force, **limits)
+            tokenizer = train_tokenizer(
+                o.inputs,
+                o.output,
+                o.vocab_size,
+                text_key=o.text_key,
+                max_lines=o.max_lines,
+                character_coverage=o.character_coverage,
+                threads=os.cpu_count() or 1,
+                force=o.force,
+            )
     else:
         e = parse_command(ExportOptions, __doc__, positional=["model"], argv=arguments)
         from megatron_ext.data.corpus import corpus_files, read_documents
@@ -87,7 +97,7 @@ def main() -> None:
 
         texts = itertools.islice(read_documents(corpus_files(e.text)), _PROOF_TEXTS) if e.text else []
         with ending_on_sigterm():
-            tokenizer = write_tokenizer(Path(e.model).read_bytes(), e.output, texts, force=e.force)
+            tokenizer = write_tokenizer(Path(e.model).read_bytes(), e.output, texts, force=e.force, source=e.model)
     print(f"{tokenizer.directory}: {tokenizer.vocab_size} tokens, end of document is {tokenizer.eod}")
 
 

@@ -9,6 +9,8 @@ SIGTERM, SIGUSR1, SIGHUP and Ctrl-C finish the step, save and end with 128 + the
 the same command then goes on. Ranks end with torchrun, saving first, and all end with code 2 when one is lost.
 """
 
+import argparse
+
 from megatron_ext.command import positive_integer, run_command, run_parser
 from megatron_ext.config import load_run
 from megatron_ext.errors import ConfigError
@@ -24,9 +26,7 @@ def main() -> None:
     parser.add_argument("--config-only", action="store_true", help="with --check: leave out data, checkpoints and disk")
     arguments = parser.parse_args()
     if arguments.check:
-        from megatron_ext.training.preflight import check_run
-
-        print(check_run(arguments.run, arguments.overrides, arguments.world_size, files=not arguments.config_only))
+        _check(arguments)
         return
     for option, given in (("--world-size", arguments.world_size), ("--config-only", arguments.config_only)):
         if given:
@@ -36,9 +36,21 @@ def main() -> None:
 
     adopt_launcher()
     end_with_launcher()
+    from megatron_ext.model_io.starting_weights import open_hugging_face
     from megatron_ext.training.loop import train
 
-    train(run, arguments.run)
+    train(run, arguments.run, open_hugging_face)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from megatron_ext.model_io.starting_weights import open_hugging_face
+    from megatron_ext.training.preflight import check_run
+
+    files = not arguments.config_only
+    said = check_run(
+        arguments.run, arguments.overrides, arguments.world_size, files=files, open_foreign=open_hugging_face
+    )
+    print(said)
 
 
 if __name__ == "__main__":

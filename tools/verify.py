@@ -13,7 +13,7 @@ fp32 rounding explains, or other tokens are generated.
 from pydantic import Field
 
 from megatron_ext.command import parse_command, run_command
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 from megatron_ext.errors import ConfigError
 
 
@@ -21,16 +21,16 @@ from megatron_ext.errors import ConfigError
 class VerifyOptions:
     """Options of this command."""
 
-    a: str
+    a: PathName
     """First checkpoint."""
-    b: str
+    b: PathName
     """Second checkpoint."""
     logits: bool = True
     """Compare logits and generated tokens too: each model is loaded in fp32, one after the other. --no-logits leaves
     that out."""
-    text: str | None = None
+    text: PathName | None = None
     """Text (.jsonl, .json, .txt, a folder) or the prefix of a prepared dataset. Default: built-in sentences."""
-    tokenizer: str | None = None
+    tokenizer: PathName | None = None
     """Tokenizer for the text. Default: the checkpoint's own."""
     length: int = Field(default=128, ge=2)
     """Tokens a sequence."""
@@ -40,15 +40,15 @@ class VerifyOptions:
     """Largest difference of logits that counts as equal, as a share of the largest logit."""
     trust_remote_code: bool = False
     """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
-    figures: str | None = None
+    figures: PathName | None = None
     """JSON file for the figures; written if both are the same model."""
 
 
 def main() -> None:
     """Parse the command line and compare."""
     o = parse_command(VerifyOptions, __doc__, positional=["a", "b"])
-    from megatron_ext.conversion.figures import lines_of, write_figures
-    from megatron_ext.conversion.verify import Comparison, verify
+    from megatron_ext.model_io.compare import Comparison, verify
+    from megatron_ext.model_io.figures import lines_of, write_figures
 
     for name in ("text", "tokenizer", "trust_remote_code"):
         if getattr(o, name) and not o.logits:

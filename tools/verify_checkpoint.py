@@ -10,14 +10,14 @@ To compare two models with each other, see tools/verify.py.
 from pydantic import Field
 
 from megatron_ext.command import parse_command, run_command
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 
 
 @config
 class VerifyCheckpointOptions:
     """Options of this command."""
 
-    directories: list[str] = Field(min_length=1)
+    directories: list[PathName] = Field(min_length=1)
     """What to check."""
     write: bool = False
     """List the files as they are now instead: for directories of older versions, or after a change that is meant."""

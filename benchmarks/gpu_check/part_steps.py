@@ -12,7 +12,7 @@ def part(which: str) -> dict:
     import gpu
     import torch
 
-    from megatron_ext.checkpoint.parameters import count_parameters
+    from megatron_ext.canonical.counts import count_parameters
     from megatron_ext.planning.flops import training_flops_per_token
 
     shape, wanted = which.split("|")

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """How much of the quickstart's training this machine does in its time: prints the share of the steps, in percent.
 
-  python examples/quickstart/measure.py
+  python examples/quickstart/measure.py                 before it begins
+  python examples/quickstart/measure.py SHARE SECONDS   once SHARE percent of the dense steps ended after SECONDS
 
 Two processes at once compute the dense model's step on 2,048 tokens, as its training will. The whole quickstart takes 4
 minutes where such a step takes 0.55 s, and what is not training grows alike; the share is what ends within 7 minutes.
+The second call gives the share of the MoE model's steps, for a machine that others have begun to use since.
 """
 
 import multiprocessing
@@ -14,6 +16,8 @@ import time
 STEP_SECONDS = 0.55
 """Of one step of `step_seconds` where the quickstart takes the times below."""
 TRAINING_SECONDS, OTHER_SECONDS = 150, 90
+DENSE_SECONDS, BEFORE_MOE_SECONDS = 75, 30
+"""What of both comes before the MoE model trains."""
 MOST_SECONDS = 7 * 60
 SHARES = (100, 75, 50, 25)
 
@@ -25,6 +29,19 @@ def share_of_steps(seconds: float) -> int:
         if slowness * (TRAINING_SECONDS * share / 100 + OTHER_SECONDS) <= MOST_SECONDS:
             return share
     return SHARES[-1]
+
+
+def share_of_moe_steps(share: int, elapsed: float) -> int:
+    """The largest share of the MoE model's steps, up to `share`, with which the rest ends in time.
+
+    Args:
+        share: of the dense model's steps, in percent.
+        elapsed: seconds until these were trained.
+    """
+    slowness = elapsed / (DENSE_SECONDS * share / 100 + BEFORE_MOE_SECONDS)
+    training, other = TRAINING_SECONDS - DENSE_SECONDS, OTHER_SECONDS - BEFORE_MOE_SECONDS
+    fitting = [s for s in SHARES if elapsed + slowness * (training * s / 100 + other) <= MOST_SECONDS]
+    return min(share, max(fitting, default=SHARES[-1]))
 
 
 def step_seconds(tries: int = 4) -> float:
@@ -60,6 +77,12 @@ def step_seconds(tries: int = 4) -> float:
 
 def main() -> None:
     """Measure and print."""
+    if len(sys.argv) == 3:
+        share, elapsed = map(int, sys.argv[1:])
+        print(moe_share := share_of_moe_steps(share, elapsed))
+        if moe_share < share:
+            print(f"slower than it was: {moe_share} % of the MoE model's steps, to end within 8", file=sys.stderr)
+        return
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         seconds = max(pool.map(step_seconds, [4, 4]))
     share = share_of_steps(seconds)

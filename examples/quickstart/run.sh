@@ -6,7 +6,8 @@
 #   MEGATRON_EXT_SAMPLE_DATA=folder make quickstart
 #                                       on Japanese, English and Hindi together (folder/corpus/{ja,en,hi}_*.jsonl)
 #
-# It measures the machine, and on a slow one trains fewer steps to keep within 8 minutes; QUICKSTART_SHARE=100 trains all.
+# It measures the machine, at the start and after the dense model, and trains fewer steps where all would take more than
+# 8 minutes; QUICKSTART_SHARE=100 trains all.
 # Results go to build/quickstart. Each step is an ordinary tool with a YAML beside this file and can be run alone.
 # Interrupted and started again, the job goes on with the first step whose result is missing.
 set -euo pipefail
@@ -56,9 +57,8 @@ fi
 share=$(cat $out/share)
 of_steps() { echo $(($1 * share / 100)); }
 iteration() { printf 'iter_%07d' "$1"; }
-dense_steps=$(of_steps 200) moe_steps=$(of_steps 80)
+dense_steps=$(of_steps 200)
 dense_length=("train.train_iters=$dense_steps" "schedule.warmup_iters=$(of_steps 20)" "schedule.wsd_decay_iters=$(of_steps 40)")
-moe_length=("train.train_iters=$moe_steps" "schedule.warmup_iters=$(of_steps 8)")
 
 # --- text -> tokens ----------------------------------------------------------------------------------------------------
 overrides=()
@@ -88,6 +88,13 @@ fi
 # --- dense -> MoE ------------------------------------------------------------------------------------------------------
 step "dense pretraining" $out/dense/"$(iteration $dense_steps)" \
   train 2 "$here/dense.yaml" "${dense_length[@]}" "${overrides[@]}"
+if [ ! -e $out/moe_share ]; then
+  if [ -z "${QUICKSTART_SHARE:-}" ]; then share=$("$python" "$here/measure.py" "$share" $SECONDS); fi
+  echo "$share" > $out/moe_share
+fi
+share=$(cat $out/moe_share)
+moe_steps=$(of_steps 80)
+moe_length=("train.train_iters=$moe_steps" "schedule.warmup_iters=$(of_steps 8)")
 step upcycling $out/upcycling.json tool upcycle --config "$here/upcycle.yaml" --text "$text" --force
 
 # The first half under TP2 x EP2 x PP2 on 8 processes if there is memory for them, else TP2 x EP2 on 4; the second half

@@ -3,13 +3,13 @@
 Transformers has no such class; the code is in the public repositories of the models. It was written for transformers 4.
 """
 
-from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.experts import moe_only, routed_experts, shared_experts, stacked_experts
-from megatron_ext.architectures.fields import Field, Fixed
 from megatron_ext.architectures.llama import DENSE_FFN, DROPS, LAYER, SIZES, TRUNK
-from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.routing_fields import DeepSeekBalance, FirstDense, NormalizedTopK, SharedCount
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import moe_only, routed_experts, shared_experts, stacked_experts
+from megatron_ext.architectures.tables.fields import Field, Fixed
+from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.routing_fields import DeepSeekBalance, FirstDense, NormalizedTopK, SharedCount
 
 REPOSITORY = "deepseek-ai/deepseek-moe-16b-base"
 
@@ -37,7 +37,7 @@ DEEPSEEK_V1 = Architecture(
         DeepSeekBalance(),
     ),
     weights=(*TRUNK, *DENSE_FFN, *routed_experts(), *shared_experts(f"{LAYER}.mlp.shared_experts")),
-    other=moe_only,
+    extra_check=moe_only,
     auto_map=(
         ("AutoConfig", f"{REPOSITORY}--configuration_deepseek.DeepseekConfig"),
         ("AutoModel", f"{REPOSITORY}--modeling_deepseek.DeepseekModel"),

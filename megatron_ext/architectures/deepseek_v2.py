@@ -1,12 +1,12 @@
 """DeepSeek-V2: latent attention, shared and fine-grained experts, groups by best expert: `DeepseekV2ForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, LatentAttention, NoGroups
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.experts import moe_only, routed_experts, shared_experts, stacked_experts
-from megatron_ext.architectures.fields import ConfigRule, Field, Fixed, Ignored
 from megatron_ext.architectures.llama import DENSE_FFN, EMBEDDINGS, LAYER, MEGATRON_LAYER, NORMS, PROJECTION, SIZES
-from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.routing_fields import (
+from megatron_ext.architectures.tables.attention_fields import Activation, LatentAttention, NoGroups
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import moe_only, routed_experts, shared_experts, stacked_experts
+from megatron_ext.architectures.tables.fields import ConfigRule, Field, Fixed, Ignored
+from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.routing_fields import (
     DeepSeekBalance,
     FirstDense,
     GroupLimited,
@@ -14,7 +14,7 @@ from megatron_ext.architectures.routing_fields import (
     Scaling,
     SharedCount,
 )
-from megatron_ext.architectures.rules import Rename, Rule
+from megatron_ext.architectures.tables.rules import Rename, Rule
 from megatron_ext.config import ModelConfig
 
 ATTENTION, MEGATRON_ATTENTION = f"{LAYER}.self_attn", f"{MEGATRON_LAYER}.self_attention"
@@ -86,6 +86,6 @@ DEEPSEEK_V2 = Architecture(
         DeepSeekBalance(),
     ),
     weights=LATENT_WEIGHTS,
-    other=_no_even_heads,
+    extra_check=_no_even_heads,
     stacked=stacked_experts(),
 )

@@ -2,15 +2,21 @@
 
 import torch
 
-from megatron_ext.architectures.attention_fields import NoGroups
-from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.deepseek_v2 import LATENT_CONFIG, LATENT_WEIGHTS
-from megatron_ext.architectures.experts import MEGATRON_MLP, moe_only, stacked_experts
-from megatron_ext.architectures.fields import Always, Field, Fixed, Ignored
 from megatron_ext.architectures.llama import LAYER
-from megatron_ext.architectures.routing_fields import FirstDense, GroupLimited, Scaling, SharedCount, SigmoidScores
-from megatron_ext.architectures.rules import Rename, in_moe_layers
-from megatron_ext.architectures.stored import Drop
+from megatron_ext.architectures.tables.attention_fields import NoGroups
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import MEGATRON_MLP, moe_only, stacked_experts
+from megatron_ext.architectures.tables.fields import Always, Field, Fixed, Ignored
+from megatron_ext.architectures.tables.routing_fields import (
+    FirstDense,
+    GroupLimited,
+    Scaling,
+    SharedCount,
+    SigmoidScores,
+)
+from megatron_ext.architectures.tables.rules import Rename, in_moe_layers
+from megatron_ext.architectures.tables.storage_variants import Drop
 
 DEEPSEEK_V3 = Architecture(
     name="deepseek_v3",
@@ -39,7 +45,7 @@ DEEPSEEK_V3 = Architecture(
             hf=f"{LAYER}.mlp.gate.e_score_correction_bias",
         ),
     ),
-    other=moe_only,
+    extra_check=moe_only,
     stacked=stacked_experts(),
     drops=(Drop(f"{LAYER}.*", "a layer that predicts further tokens", beside=f"{LAYER}.eh_proj.weight"),),
 )

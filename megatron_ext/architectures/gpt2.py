@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.architectures.attention_fields import Activation, NoGroups
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import Always, ConfigRule, Field, Fixed, Ignored, Inverted
 from megatron_ext.architectures.llama import MEGATRON_LAYER, dense_only
-from megatron_ext.architectures.rules import BlockQkv, Rename, Rule, Transpose, bias_of, everywhere, untied
-from megatron_ext.architectures.stored import Drop
+from megatron_ext.architectures.tables.attention_fields import Activation, NoGroups
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.fields import Always, ConfigRule, Field, Fixed, Ignored, Inverted
+from megatron_ext.architectures.tables.rules import BlockQkv, Rename, Rule, Transpose, bias_of, everywhere, untied
+from megatron_ext.architectures.tables.storage_variants import Drop
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 
@@ -80,7 +80,7 @@ class WholeHeads(ConfigRule):
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
-    def lost(self, model: ModelConfig) -> list[str]:
+    def unsupported_fields(self, model: ModelConfig) -> list[str]:
         uneven = model.head_dim * model.num_attention_heads != model.hidden_size
         return [f"kv_channels = {model.kv_channels}"] if uneven else []
 
@@ -150,7 +150,7 @@ GPT2 = Architecture(
     model_type="gpt2",
     config=CONFIG,
     weights=_weights(),
-    other=dense_only,
+    extra_check=dense_only,
     drops=(
         Drop(f"{LAYER}.attn.bias", "the causal mask, which older versions saved"),
         Drop(f"{LAYER}.attn.masked_bias", "the value of masked scores, which older versions saved"),

@@ -1,13 +1,13 @@
 """GPT-NeoX with its layers in sequence (CALM1): `GPTNeoXForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, NoGroups
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import Always, ConfigRule, Field, Fixed, Ignored, Inverted
 from megatron_ext.architectures.gpt2 import WholeHeads
 from megatron_ext.architectures.llama import MEGATRON_LAYER, dense_only
-from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.rules import Rename, Rule, bias_of, everywhere, untied
-from megatron_ext.architectures.stored import Alias, Drop
+from megatron_ext.architectures.tables.attention_fields import Activation, NoGroups
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.fields import Always, ConfigRule, Field, Fixed, Ignored, Inverted
+from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.rules import Rename, Rule, bias_of, everywhere, untied
+from megatron_ext.architectures.tables.storage_variants import Alias, Drop
 
 LAYER = "gpt_neox.layers.{layer}"
 
@@ -66,7 +66,7 @@ GPT_NEOX = Architecture(
     model_type="gpt_neox",
     config=CONFIG,
     weights=_weights(),
-    other=dense_only,
+    extra_check=dense_only,
     aliases=(Alias("embed_out.weight", other="lm_head.weight"),),
     drops=tuple(
         Drop(f"{LAYER}.attention.{name}", "a buffer that older versions of the class saved")

@@ -1,10 +1,10 @@
 """Llama and every model of its shape: `LlamaForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, LinearBiases
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import ConfigRule, Field, Fixed, Inverted
-from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.rules import (
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, LinearBiases
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.fields import ConfigRule, Field, Fixed, Inverted
+from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.rules import (
     GateUp,
     Qkv,
     Rename,
@@ -14,7 +14,7 @@ from megatron_ext.architectures.rules import (
     untied,
     with_biases,
 )
-from megatron_ext.architectures.stored import Drop
+from megatron_ext.architectures.tables.storage_variants import Drop
 from megatron_ext.config import ModelConfig
 
 LAYER = "model.layers.{layer}"
@@ -100,6 +100,6 @@ LLAMA = Architecture(
     model_type="llama",
     config=(*SHAPE, Activation("hidden_act"), LinearBiases()),
     weights=(*TRUNK, *DENSE_FFN, *(bias_of(rule, with_biases) for rule in (QKV, PROJECTION, *DENSE_FFN))),
-    other=dense_only,
+    extra_check=dense_only,
     drops=DROPS,
 )

@@ -1,10 +1,10 @@
 """Mistral without its sliding window: `MistralForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import Field
 from megatron_ext.architectures.llama import DENSE_FFN, DROPS, SIZES, TRUNK, dense_only
-from megatron_ext.architectures.rope import Rope
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.fields import Field
+from megatron_ext.architectures.tables.rope import Rope
 
 POSITIONS = 131072
 
@@ -24,6 +24,6 @@ MISTRAL = Architecture(
         Rope(partial=None),
     ),
     weights=TRUNK + DENSE_FFN,
-    other=dense_only,
+    extra_check=dense_only,
     drops=DROPS,
 )

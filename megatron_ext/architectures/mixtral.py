@@ -1,13 +1,13 @@
 """Mixtral: every layer has experts, whose weights sum to 1: `MixtralForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.experts import moe_only, routed_experts, stacked_experts
-from megatron_ext.architectures.fields import ConfigRule, Field
 from megatron_ext.architectures.llama import LAYER, SIZES, TRUNK
-from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.routing_fields import EveryLayerMoe, ExpertWidth, SumsToOne
-from megatron_ext.architectures.stored import Alias
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import moe_only, routed_experts, stacked_experts
+from megatron_ext.architectures.tables.fields import ConfigRule, Field
+from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.routing_fields import EveryLayerMoe, ExpertWidth, SumsToOne
+from megatron_ext.architectures.tables.storage_variants import Alias
 
 BLOCK = f"{LAYER}.block_sparse_moe"
 POSITIONS = 131072
@@ -35,7 +35,7 @@ MIXTRAL = Architecture(
     model_type="mixtral",
     config=CONFIG,
     weights=TRUNK + routed_experts(BLOCK, **NAMES),
-    other=moe_only,
+    extra_check=moe_only,
     stacked=stacked_experts(BLOCK, **NAMES),
     aliases=(Alias(f"{BLOCK}.gate.weight", other=f"{LAYER}.mlp.gate.weight"),),
 )

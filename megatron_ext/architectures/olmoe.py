@@ -1,12 +1,12 @@
 """OLMoE: norms over all queries and keys of a token, every layer has experts: `OlmoeForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.experts import moe_only, routed_experts, stacked_experts
-from megatron_ext.architectures.fields import Always, Field, Fixed
 from megatron_ext.architectures.llama import QK_NORMS, SIZES, TRUNK
-from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.routing_fields import EveryLayerMoe, ExpertWidth, NormalizedTopK
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import moe_only, routed_experts, stacked_experts
+from megatron_ext.architectures.tables.fields import Always, Field, Fixed
+from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.routing_fields import EveryLayerMoe, ExpertWidth, NormalizedTopK
 
 OLMOE = Architecture(
     name="olmoe",
@@ -30,6 +30,6 @@ OLMOE = Architecture(
         NormalizedTopK(),
     ),
     weights=(*TRUNK, *QK_NORMS, *routed_experts()),
-    other=moe_only,
+    extra_check=moe_only,
     stacked=stacked_experts(),
 )

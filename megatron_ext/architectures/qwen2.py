@@ -1,11 +1,11 @@
 """Qwen2 and Qwen2.5, dense: `Qwen2ForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import Always, Field
 from megatron_ext.architectures.llama import DENSE_FFN, DROPS, QKV, SIZES, TRUNK, dense_only
-from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.rules import bias_of, with_qkv_biases
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.fields import Always, Field
+from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.rules import bias_of, with_qkv_biases
 
 POSITIONS = 32768
 
@@ -26,6 +26,6 @@ QWEN2 = Architecture(
         Rope(partial=None),
     ),
     weights=(*TRUNK, *DENSE_FFN, bias_of(QKV, with_qkv_biases)),
-    other=dense_only,
+    extra_check=dense_only,
     drops=DROPS,
 )

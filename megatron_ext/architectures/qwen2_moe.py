@@ -1,13 +1,19 @@
 """Qwen1.5-MoE and Qwen2-MoE, with a shared expert behind a gate: `Qwen2MoeForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.experts import MEGATRON_MLP, moe_only, routed_experts, shared_experts, stacked_experts
-from megatron_ext.architectures.fields import Always, Field
 from megatron_ext.architectures.llama import DENSE_FFN, LAYER, QKV, SIZES, TRUNK
-from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.routing_fields import NormalizedTopK, SparseStep
-from megatron_ext.architectures.rules import Rename, bias_of, with_qkv_biases, with_shared_experts
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import (
+    MEGATRON_MLP,
+    moe_only,
+    routed_experts,
+    shared_experts,
+    stacked_experts,
+)
+from megatron_ext.architectures.tables.fields import Always, Field
+from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.routing_fields import NormalizedTopK, SparseStep
+from megatron_ext.architectures.tables.rules import Rename, bias_of, with_qkv_biases, with_shared_experts
 from megatron_ext.config import ModelConfig
 
 POSITIONS = 32768
@@ -56,6 +62,6 @@ QWEN2_MOE = Architecture(
             hf=f"{LAYER}.mlp.shared_expert_gate.weight",
         ),
     ),
-    other=_shared_expert_behind_a_gate,
+    extra_check=_shared_expert_behind_a_gate,
     stacked=stacked_experts(),
 )

@@ -1,10 +1,10 @@
 """Qwen3, dense, with its norms of each head's queries and keys: `Qwen3ForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import Always, Field, Fixed
 from megatron_ext.architectures.llama import DENSE_FFN, QK_NORMS, SIZES, TRUNK, dense_only
-from megatron_ext.architectures.rope import Rope
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.fields import Always, Field, Fixed
+from megatron_ext.architectures.tables.rope import Rope
 
 POSITIONS = 32768
 
@@ -26,5 +26,5 @@ QWEN3 = Architecture(
         Rope(partial=None),
     ),
     weights=TRUNK + DENSE_FFN + QK_NORMS,
-    other=dense_only,
+    extra_check=dense_only,
 )

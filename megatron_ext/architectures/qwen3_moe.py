@@ -1,12 +1,12 @@
 """Qwen3-MoE: norms of each head's queries and keys, no shared expert: `Qwen3MoeForCausalLM`."""
 
-from megatron_ext.architectures.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.experts import moe_only, routed_experts, stacked_experts
-from megatron_ext.architectures.fields import Always, Field, Fixed
 from megatron_ext.architectures.llama import DENSE_FFN, QK_NORMS, SIZES, TRUNK
-from megatron_ext.architectures.rope import Rope
-from megatron_ext.architectures.routing_fields import NormalizedTopK, SparseStep
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import moe_only, routed_experts, stacked_experts
+from megatron_ext.architectures.tables.fields import Always, Field, Fixed
+from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.routing_fields import NormalizedTopK, SparseStep
 
 POSITIONS = 32768
 
@@ -34,6 +34,6 @@ QWEN3_MOE = Architecture(
         NormalizedTopK(),
     ),
     weights=(*TRUNK, *QK_NORMS, *DENSE_FFN, *routed_experts()),
-    other=moe_only,
+    extra_check=moe_only,
     stacked=stacked_experts(),
 )

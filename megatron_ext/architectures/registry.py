@@ -3,22 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.deepseek_v1 import DEEPSEEK_V1
 from megatron_ext.architectures.deepseek_v2 import DEEPSEEK_V2
 from megatron_ext.architectures.deepseek_v3 import DEEPSEEK_V3
-from megatron_ext.architectures.fields import said
 from megatron_ext.architectures.gpt2 import GPT2
 from megatron_ext.architectures.gpt_neox import GPT_NEOX
 from megatron_ext.architectures.llama import LLAMA
-from megatron_ext.architectures.megatron_ext import MEGATRON_EXT
 from megatron_ext.architectures.mistral import MISTRAL
 from megatron_ext.architectures.mixtral import MIXTRAL
 from megatron_ext.architectures.olmoe import OLMOE
+from megatron_ext.architectures.own import MEGATRON_EXT
 from megatron_ext.architectures.qwen2 import QWEN2
 from megatron_ext.architectures.qwen2_moe import QWEN2_MOE
 from megatron_ext.architectures.qwen3 import QWEN3
 from megatron_ext.architectures.qwen3_moe import QWEN3_MOE
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.fields import said
 from megatron_ext.architectures.tanuki import TANUKI
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
@@ -88,7 +88,7 @@ def architecture_for(model: ModelConfig, hf_class: str | None = None) -> tuple[A
         raise ConversionError(
             f"model.transformer_overrides sets {', '.join(unknown)}: no table says what that is in Hugging Face, and "
             "an export could compute something else. If it leaves the logits alone, add it to TRAINING_ONLY in "
-            "config/model.py"
+            "config/transformer_overrides.py"
         )
     if hf_class is not None:
         return _named(model, hf_class)
@@ -102,14 +102,14 @@ def architecture_for(model: ModelConfig, hf_class: str | None = None) -> tuple[A
 
 
 def _first(model: ModelConfig) -> Architecture | None:
-    return next((a for a in ARCHITECTURES if a.remote is None and a.unlike(model) is None), None)
+    return next((a for a in ARCHITECTURES if a.remote is None and a.why_unsupported(model) is None), None)
 
 
 def _named(model: ModelConfig, hf_class: str) -> tuple[Architecture, str]:
     architecture = next((a for a in ARCHITECTURES if a.hf_class == hf_class), None)
     if architecture is None:
         raise ConversionError(f"{hf_class} is not known; choose one of {_known()}")
-    if (reason := architecture.unlike(model)) is not None:
+    if (reason := architecture.why_unsupported(model)) is not None:
         first = _first(model)
         other = f"; {first.hf_class} computes it" if first else ""
         raise ConversionError(f"{hf_class} does not compute what this model computes: {reason}{other}")
@@ -120,9 +120,9 @@ def _named(model: ModelConfig, hf_class: str) -> tuple[Architecture, str]:
 def _nearest(architectures: tuple[Architecture, ...], model: ModelConfig) -> str:
     """Why not the class that comes closest to `model`: the one that cannot say the fewest of its fields."""
     candidates = [a for a in architectures if a.remote is None]
-    related = [a for a in candidates if a.other(model) is None] or candidates
-    nearest = min(related, key=lambda a: len(a.lost(model)))
-    return f"the nearest is {nearest.hf_class}: {nearest.unlike(model)}"
+    related = [a for a in candidates if a.extra_check(model) is None] or candidates
+    nearest = min(related, key=lambda a: len(a.unsupported_fields(model)))
+    return f"the nearest is {nearest.hf_class}: {nearest.why_unsupported(model)}"
 
 
 def _known() -> str:

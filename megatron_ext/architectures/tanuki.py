@@ -5,9 +5,9 @@ less their mean, over their sample standard deviation plus 1e-5, then Mixtral's.
 """
 
 from megatron_ext.architectures import mixtral
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.experts import moe_only
-from megatron_ext.architectures.fields import Always, Field
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import moe_only
+from megatron_ext.architectures.tables.fields import Always, Field
 from megatron_ext.config import GatingNormalization
 
 REPOSITORY = "weblab-GENIAC/Tanuki-8x8B-dpo-v1.0"
@@ -22,7 +22,7 @@ TANUKI = Architecture(
         Always("moe_gating_normalization", GatingNormalization(scale=1.0, eps=1e-5, correction=1)),
     ),
     weights=mixtral.MIXTRAL.weights,
-    other=moe_only,
+    extra_check=moe_only,
     stacked=mixtral.MIXTRAL.stacked,
     aliases=mixtral.MIXTRAL.aliases,
     reads_like="mixtral",

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.checkpoint.store import find_checkpoint, require_whole
+from megatron_ext.checkpoint.find import find_checkpoint
+from megatron_ext.checkpoint.integrity import require_whole
 from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.manifest import MANIFEST_FILE, check_manifest, read_manifest, write_manifest
 

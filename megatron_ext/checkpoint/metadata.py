@@ -79,14 +79,14 @@ def fault_of_chunks(entry: dcp.TensorStorageMetadata) -> str | None:
 
 
 def _overlapping(starts: np.ndarray, stops: np.ndarray) -> bool:
-    """Whether any two of the boxes [start, stop), one a row, share an element."""
+    """Whether any two of the shards [start, stop), one a row, share an element."""
     # Boxes can only overlap that follow each other closely along each dimension: along the one that is cut most.
     axis = int(np.argmax([len(np.unique(column)) for column in starts.T])) if starts.shape[1] else 0
     if not starts.shape[1]:
         return len(starts) > 1
     order = np.argsort(starts[:, axis], kind="stable")
     starts, stops = starts[order], stops[order]
-    last = np.searchsorted(starts[:, axis], stops[:, axis])  # boxes from here on begin after this one ends
+    last = np.searchsorted(starts[:, axis], stops[:, axis])  # shards from here on begin after this one ends
     for number in range(len(starts)):
         others = slice(number + 1, int(last[number]))
         apart = (starts[others] >= stops[number]) | (stops[others] <= starts[number])

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.boxes import Shape
+from megatron_ext.checkpoint.shards import Shape
 from megatron_ext.files import writing
 from megatron_ext.manifest import FileSum, RunningSum
 

@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config import RunConfig
+from megatron_ext.config.base import fields_of
 from megatron_ext.config.yaml_text import dump_yaml, parse_yaml
 from megatron_ext.errors import CheckpointError
 from megatron_ext.files import write_text
@@ -54,7 +56,27 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected a mapping of keys, found {type(content).__name__}; was it cut?")
     if not checked and (lacking := _lacking(text, content)):
         raise CheckpointError(f"{path}: ends before {lacking}: a part of it is missing; take it from a copy")
+    if fault := _misshapen(content):
+        raise CheckpointError(f"{path}: {fault}; it was changed by hand: take it from a copy of the checkpoint")
     return content
+
+
+def _misshapen(run: dict[str, Any]) -> str | None:
+    """What a run that was written cannot hold: sections that are none, sources of data without a path."""
+    for section, value in run.items():
+        if section in fields_of(RunConfig) and not isinstance(value, dict | None):
+            return f"{section} = {value!r}, where a section of keys belongs"
+    data = run.get("data") or {}
+    for key in ("train", "validation"):
+        sources = data.get(key) or []
+        if not isinstance(sources, list):
+            return f"data.{key} = {sources!r}, where a list of sources belongs"
+        for source in sources:
+            if not isinstance(source, dict) or not isinstance(source.get("path"), str):
+                return f"data.{key} has the source {source!r}, where a mapping with a path belongs"
+            if not isinstance(source.get("weight", 1.0), int | float):
+                return f"data.{key} has the weight {source['weight']!r}, where a number belongs"
+    return None
 
 
 def _lacking(text: str, run: dict[str, Any]) -> str | None:

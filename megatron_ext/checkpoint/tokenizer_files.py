@@ -13,6 +13,8 @@ FAST_FILE, MODEL_FILE = "tokenizer.json", "tokenizer.model"
 SETTINGS_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TOKENIZERS = (FAST_FILE, MODEL_FILE)
 """Files of which a tokenizer that data is prepared with has at least one."""
+TOKENIZER_FOLDER = "tokenizer"
+"""Where a Megatron checkpoint has them."""
 GENERATION_FILE = "generation_config.json"
 MODEL_CONFIG = "config.json"
 VOCABULARIES = (

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.raw_io import TensorPlace, read_bytes
+from megatron_ext.checkpoint.shards import Shape
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _STORAGES = {

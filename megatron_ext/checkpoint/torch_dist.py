@@ -23,10 +23,10 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_ext.checkpoint.boxes import Shape
 from megatron_ext.checkpoint.metadata import METADATA_FILE as METADATA_FILE
 from megatron_ext.checkpoint.metadata import fault_of_chunks, read_metadata
 from megatron_ext.checkpoint.raw_io import OutputFile, TensorPlace, read_bytes
+from megatron_ext.checkpoint.shards import Shape
 from megatron_ext.checkpoint.torch_archive import find_tensor
 from megatron_ext.errors import CheckpointError
 from megatron_ext.files import open_regular, write_bytes, writing
@@ -186,7 +186,7 @@ class TorchDistReader:
         return tuple(self.tensors[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Stored dtype of `key`."""
+        """StorageLocation dtype of `key`."""
         return self.tensors[key].properties.dtype
 
     def read_into(self, key: str, offset: Shape, target: Tensor) -> None:

@@ -10,8 +10,8 @@ from megatron_ext.config.attention import (
 from megatron_ext.config.data import DataConfig, DataSource
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
+from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig, WandbConfig
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.output import CheckpointConfig, LoggingConfig, RuntimeConfig, WandbConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.root import RunConfig
 from megatron_ext.config.routing import (

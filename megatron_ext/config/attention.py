@@ -5,23 +5,24 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_ext.config.base import config
+from megatron_ext.config.effect import shapes_function, shapes_weights
 
 
 @config
 class MultiLatentAttention:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): low-rank queries, keys and values."""
 
-    kv_lora_rank: int = Field(ge=1)
+    kv_lora_rank: int = shapes_weights(ge=1)
     """Width of the latent vector that keys and values are made from."""
-    q_lora_rank: int | None = Field(default=None, ge=1)
+    q_lora_rank: int | None = shapes_weights(default=None, ge=1)
     """Width of the latent vector that queries are made from. Unset: queries are projected directly."""
-    qk_head_dim: int = Field(ge=1)
+    qk_head_dim: int = shapes_weights(ge=1)
     """Width of a head's query and key that carries no position."""
-    qk_pos_emb_head_dim: int = Field(ge=2, multiple_of=2)
+    qk_pos_emb_head_dim: int = shapes_weights(ge=2, multiple_of=2)
     """Width of a head's query and key that is rotated; the key's part is shared by all heads."""
-    v_head_dim: int = Field(ge=1)
+    v_head_dim: int = shapes_weights(ge=1)
     """Width of a head's value."""
-    latent_norm_epsilon: float | None = Field(default=None, gt=0)
+    latent_norm_epsilon: float | None = shapes_function(default=None, gt=0)
     """Epsilon of the latent vectors' norms. Default: layernorm_epsilon. DeepSeek's code has 1e-6 whatever that is."""
 
 
@@ -29,8 +30,8 @@ class MultiLatentAttention:
 class LinearRopeScaling:
     """Positions are divided by `factor` (position interpolation, arXiv 2306.15595)."""
 
-    kind: Literal["linear"]
-    factor: float = Field(gt=1)
+    kind: Literal["linear"] = shapes_function()
+    factor: float = shapes_function(gt=1)
     """How many times longer the context becomes."""
 
 
@@ -38,8 +39,8 @@ class LinearRopeScaling:
 class DynamicRopeScaling:
     """Dynamic NTK: theta grows with the sequence once it is longer than max_position_embeddings."""
 
-    kind: Literal["dynamic"]
-    factor: float = Field(gt=1)
+    kind: Literal["dynamic"] = shapes_function()
+    factor: float = shapes_function(gt=1)
     """How many times longer the context becomes."""
 
 
@@ -47,14 +48,14 @@ class DynamicRopeScaling:
 class Llama3RopeScaling:
     """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended."""
 
-    kind: Literal["llama3"]
-    factor: float = Field(gt=1)
+    kind: Literal["llama3"] = shapes_function()
+    factor: float = shapes_function(gt=1)
     """How many times longer the context becomes."""
-    low_freq_factor: float = Field(default=1.0, gt=0)
+    low_freq_factor: float = shapes_function(default=1.0, gt=0)
     """Wavelengths above original length / this are scaled."""
-    high_freq_factor: float = Field(default=4.0, gt=0)
+    high_freq_factor: float = shapes_function(default=4.0, gt=0)
     """Wavelengths below original length / this are kept."""
-    original_max_position_embeddings: int = Field(ge=1)
+    original_max_position_embeddings: int = shapes_function(ge=1)
     """Context length before scaling."""
 
 
@@ -62,18 +63,18 @@ class Llama3RopeScaling:
 class YarnRopeScaling:
     """YaRN (arXiv 2309.00071): NTK by parts, and a factor on the attention logits."""
 
-    kind: Literal["yarn"]
-    factor: float = Field(gt=1)
+    kind: Literal["yarn"] = shapes_function()
+    factor: float = shapes_function(gt=1)
     """How many times longer the context becomes."""
-    original_max_position_embeddings: int = Field(ge=1)
+    original_max_position_embeddings: int = shapes_function(ge=1)
     """Context length before scaling."""
-    beta_fast: float = Field(default=32.0, gt=0)
+    beta_fast: float = shapes_function(default=32.0, gt=0)
     """Rotations over the original context above which a dimension is kept."""
-    beta_slow: float = Field(default=1.0, gt=0)
+    beta_slow: float = shapes_function(default=1.0, gt=0)
     """Rotations over the original context below which a dimension is interpolated."""
-    mscale: float = Field(default=0.0, ge=0)
+    mscale: float = shapes_function(default=0.0, ge=0)
     """DeepSeek's factor of the logits' scale. 0: not given, as in the paper."""
-    mscale_all_dim: float = Field(default=0.0, ge=0)
+    mscale_all_dim: float = shapes_function(default=0.0, ge=0)
     """DeepSeek's factor for the whole head, applied to the softmax scale. 0: not given."""
 
 

@@ -2,14 +2,14 @@
 
 from pydantic import Field
 
-from megatron_ext.config.base import config
+from megatron_ext.config.base import PathName, config
 
 
 @config
 class DataSource:
     """One prepared dataset of a blend."""
 
-    path: str
+    path: PathName
     """Path of the dataset without `.bin` / `.idx`, as tools/preprocess.py wrote it."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the samples drawn from it, relative to the other sources."""
@@ -25,9 +25,9 @@ class DataConfig:
     """The training blend."""
     validation: list[DataSource] = Field(default_factory=list)
     """The validation blend. Needed when train.eval_interval is set."""
-    tokenizer: str
+    tokenizer: PathName
     """Directory of the tokenizer the data was made with. Its vocabulary must fit the model; exports carry it."""
-    cache_dir: str
+    cache_dir: PathName
     """Where sample indices are kept. All nodes must see it."""
     eod_mask_loss: bool = False
     """Leave out the loss at end-of-document tokens."""

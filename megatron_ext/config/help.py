@@ -6,7 +6,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.config.load import fields_of, item_types, section_types
+from megatron_ext.config.base import fields_of
+from megatron_ext.config.load import item_types, section_types
 
 _WIDTH = 110
 

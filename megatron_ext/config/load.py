@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from megatron_ext.config.base import IsPath, fields_of
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.root import DERIVED, RunConfig
 from megatron_ext.config.rules import violations
 from megatron_ext.config.yaml_text import parse_scalar, read_yaml
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, note_path
 
 T = TypeVar("T")
 
@@ -123,14 +124,15 @@ def item_types(annotation: Any) -> list[type]:
     return section_types(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is list else []
 
 
-def fields_of(cls: type) -> dict[str, Any]:
-    """Pydantic's description of each field of a configuration section."""
-    return cls.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
-
-
 def kind_of(cls: type) -> str:
     """What the field `kind` of a member of a tagged union is."""
     return str(typing.get_args(fields_of(cls)["kind"].annotation)[0])
+
+
+def _is_path(annotation: Any) -> bool:
+    """Whether a leaf is a path, or a list of them."""
+    arguments = typing.get_args(annotation)
+    return any(isinstance(argument, IsPath) for argument in arguments) or any(map(_is_path, arguments))
 
 
 def _is_union(annotation: Any) -> bool:
@@ -234,12 +236,15 @@ class _Reader:
         annotation: Any = typing.Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
         adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
         try:
-            self.values[where] = adapter.validate_python(value)
-            return self.values[where]
+            self.values[where] = valid = adapter.validate_python(value)
         except ValidationError as error:
             complaints = dict.fromkeys(_complaint(e) for e in error.errors())
             self.faults.append(f"{where} = {value!r}: {' or '.join(complaints)}")
             return None
+        if valid is not None and _is_path(annotation):
+            for path in valid if isinstance(valid, list) else [valid]:
+                note_path(path)
+        return valid
 
     def _unknown(self, key: Any, value: Any, path: str, known: list[str]) -> None:
         hint = self._suggestion(str(key), path, known) or f"known here: {', '.join(known)}"

@@ -5,8 +5,8 @@ from pydantic import Field
 from megatron_ext.config.base import config
 from megatron_ext.config.data import DataConfig
 from megatron_ext.config.layout import Layout, resolve_layout
+from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.output import CheckpointConfig, LoggingConfig, RuntimeConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.training import AdamConfig, Precision, RecomputeConfig, Schedule, TrainConfig
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_ext.config.base import config
+from megatron_ext.config.effect import shapes_function, shapes_weights, training_only
 
 
 @config
@@ -15,11 +16,11 @@ class GatingNormalization:
     training and in inference.
     """
 
-    scale: float = Field(default=1.0, gt=0)
+    scale: float = shapes_function(default=1.0, gt=0)
     """The paper's lambda: how sharp the normalized distribution is."""
-    eps: float = Field(default=1e-5, gt=0)
+    eps: float = shapes_function(default=1e-5, gt=0)
     """Added to the standard deviation."""
-    correction: Literal[0, 1] = 1
+    correction: Literal[0, 1] = shapes_function(default=1)
     """1: sample standard deviation (Skywork's and Tanuki's code); 0: population standard deviation."""
 
 
@@ -27,8 +28,8 @@ class GatingNormalization:
 class GumbelNoise:
     """Standard Gumbel noise on the logits, so that selection samples from the gate's distribution (JINIAC)."""
 
-    kind: Literal["gumbel"]
-    scale: float = Field(default=1.0, gt=0)
+    kind: Literal["gumbel"] = training_only()
+    scale: float = training_only(default=1.0, gt=0)
     """Factor on the noise."""
 
 
@@ -39,15 +40,15 @@ class LearnedNoise:
     W_noise [experts, hidden] is trained with the model and used in training only; it starts at zero.
     """
 
-    kind: Literal["learned"]
+    kind: Literal["learned"] = shapes_weights()
 
 
 @config
 class InputJitter:
     """The router's input is multiplied by numbers drawn evenly from 1 - eps to 1 + eps (Switch Transformer)."""
 
-    kind: Literal["input_jitter"]
-    eps: float = Field(default=1e-2, gt=0, lt=1)
+    kind: Literal["input_jitter"] = training_only()
+    eps: float = training_only(default=1e-2, gt=0, lt=1)
     """Largest relative change."""
 
 
@@ -62,14 +63,15 @@ class AdaptiveAuxLoss:
     dropped assignments. Without a capacity nothing is dropped; d is then what `proxy_capacity_factor` would drop.
     """
 
-    xi: float = Field(default=0.2, gt=0)
+    xi: float = training_only(default=0.2, gt=0)
     """How fast the target rises with the drop rate."""
-    alpha_max: float = Field(default=0.01, gt=0)
+    alpha_max: float = training_only(default=0.01, gt=0)
     """Largest coefficient."""
-    beta: float = Field(default=0.99, ge=0, lt=1)
+    beta: float = training_only(default=0.99, ge=0, lt=1)
     """Share of the old coefficient that is kept each step."""
-    proxy_capacity_factor: float = Field(default=1.0, gt=0)
+    proxy_capacity_factor: float = training_only(default=1.0, gt=0)
     """Capacity factor that d is measured against where `model.moe_expert_capacity_factor` is unset."""
 
 
 BalanceLoss = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
+DropPolicy = Literal["probs", "position"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_ext.errors import ConfigError, named
+from megatron_ext.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
@@ -79,7 +79,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{named(path)}: {error.strerror or error}") from error
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from error
     return parse_yaml(text, source=str(path))

@@ -107,7 +107,10 @@ def _why_not_read(path: Path, is_tokenizer: bool, seen: set[str]) -> str | None:
 
 def _again(path: str | Path, seen: set[str]) -> bool:
     real = os.path.realpath(path)
-    return real in seen or seen.add(real) is not None
+    if real in seen:
+        return True
+    seen.add(real)
+    return False
 
 
 def _count(why: str, paths: list[Path], folder: Path) -> str:
@@ -130,7 +133,7 @@ def _is_compressed(path: Path) -> bool:
 
 def split_into_shards(files: Sequence[Path], shard_bytes: int) -> list[Shard]:
     """Cut `files` into shards of about `shard_bytes`, in order. Only plain JSONL can be entered in the middle."""
-    shards = []
+    shards: list[Shard] = []
     for path in files:
         size = path.stat().st_size
         can_be_cut = _ending(path) == ".jsonl" and not _is_compressed(path)

@@ -91,10 +91,12 @@ def preprocess(
         DataError: bad input, or an output that exists and `force` is not set.
     """
     files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
-    output = output_place(output, DataError, force=force, contents=_CONTENTS, inputs=[*files, tokenizer.directory])
     fractions = _checked_fractions(split)
-    work = unfinished_place(output)
     plan = _plan(files, tokenizer, text_key, fractions)
+    if (done := _published(Path(output), plan)) is not None:
+        return done
+    output = output_place(output, DataError, force=force, contents=_CONTENTS, inputs=[*files, tokenizer.directory])
+    work = unfinished_place(output)
     job = _Job(work, text_key, fractions)
     shards = split_into_shards(files, _SHARD_BYTES)
     with exclusive_output(output, "preparing data"):
@@ -150,6 +152,24 @@ def _continue_or_restart(output: Path, plan: dict[str, Any]) -> None:
     write_synced(work / _PLAN_FILE, json.dumps(plan).encode())
 
 
+def _published(output: Path, plan: dict[str, Any]) -> dict[str, SplitSummary] | None:
+    """What a preparation of the same `plan` made that was killed when all was published but its parts not yet removed.
+
+    They are removed. None where there is no such thing: a complete output alone is none of our business.
+    """
+    work = unfinished_place(output.resolve() if output.is_symlink() else output)
+    if not (output / MANIFEST_FILE).is_file() or not (work / OURS).is_file():
+        return None
+    with exclusive_output(output, "preparing data"):
+        content = read_json_object(output / MANIFEST_FILE, DataError)
+        splits = content.pop("splits", None)
+        if content != plan or not isinstance(splits, dict):
+            return None
+        check_manifest(output, DataError, checksums=True, advice=_PREPARE)
+        remove_unfinished(work)
+    return {name: _described(output / MANIFEST_FILE, name)[1] for name in splits}
+
+
 def _plan_of(work: Path) -> dict[str, Any] | None:
     if not (work / _PLAN_FILE).is_file():
         return None
@@ -168,7 +188,7 @@ def _run_shards(
     progress(done, total)
     if workers == 1 or len(missing) <= 1:
         _open_tokenizer(tokenizer)
-        finished = (_tokenized(job, task) for task in missing)
+        finished: Iterator[tuple[int, Shard]] = (_tokenized(job, task) for task in missing)
     else:
         finished = run_in_processes(
             partial(_tokenized, job),
@@ -276,7 +296,7 @@ def dataset_fingerprint(prefix: str | Path) -> str:
 def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
     """Check that the dataset at `prefix` is whole and was made with `tokenizer`, and return its size.
 
-    Sizes are checked, not contents: `check_manifest` with `checksums` reads them.
+    Sizes are checked, not contents: `check_dataset_sums` reads them.
 
     Raises:
         DataError: says what does not match.
@@ -297,6 +317,18 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
         raise DataError(f"{tokens} has {actual} bytes, its manifest says {expected}: it changed after it was made")
     check_index(index, counts.documents, dtype)
     return counts
+
+
+def check_dataset_sums(prefix: str | Path) -> None:
+    """Compare the files of the dataset at `prefix` with their checksums, where it has a manifest; reads them.
+
+    Raises:
+        DataError: they are missing or changed.
+    """
+    prefix = Path(prefix)
+    names = (f"{prefix.name}.bin", f"{prefix.name}.idx", MANIFEST_FILE)
+    only = [glob.escape(name) for name in names]
+    check_manifest(prefix.parent, DataError, checksums=True, only=only, advice=_PREPARE)
 
 
 def _described(manifest_file: Path, split: str) -> tuple[int, SplitSummary]:

@@ -20,7 +20,7 @@ _LAST_WORDS = 5.0
 
 
 def run_in_processes(
-    work: Callable[[T], None],
+    work: Callable[[T], object],
     tasks: Sequence[T],
     processes: int,
     *,
@@ -86,7 +86,7 @@ def interruptible(work: Callable[[threading.Event], T]) -> T:
 class _Worker(Generic[T]):
     """One process and the task it is at."""
 
-    def __init__(self, work: Callable[[T], None], start: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[T], object], start: Callable[[], None]) -> None:
         # forkserver: worker processes must not inherit threads or locks of the parent.
         context = multiprocessing.get_context("forkserver")
         self.pipe, theirs = context.Pipe()
@@ -142,14 +142,20 @@ def _serve(pipe: Connection, work: Callable[[Any], None], start: Callable[[], No
         while (task := pipe.recv()) is not None:
             work(task)
             pipe.send(None)
-    except EOFError:
-        pass
+    except (EOFError, ConnectionError):
+        pass  # the parent is gone; reset is the pipe of one that has not read all
     except MegatronExtError as error:
-        pipe.send((type(error), str(error)))
+        _tell(pipe, type(error), str(error))
     except MemoryError:
-        pipe.send((EnvironmentFault, "memory ran out; fewer workers need less"))
+        _tell(pipe, EnvironmentFault, "memory ran out; fewer workers need less")
     except Exception:
-        pipe.send((None, traceback.format_exc()))
+        _tell(pipe, None, traceback.format_exc())
+
+
+def _tell(pipe: Connection, kind: type[MegatronExtError] | None, message: str) -> None:
+    """Send what went wrong to the parent, if it is there still."""
+    with suppress(ConnectionError):
+        pipe.send((kind, message))
 
 
 def _end_with_parent() -> None:

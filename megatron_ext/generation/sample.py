@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ext.conversion.checkpoint_model import tokenizer_directory
-from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.finite import describe, is_finite
-from megatron_ext.conversion.logits import load_hugging_face
-from megatron_ext.conversion.sources import is_hugging_face
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import CheckpointError, DataError
+from megatron_ext.model_io.checkpoint_model import tokenizer_directory
+from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.finite import describe, is_finite
+from megatron_ext.model_io.logits import load_hugging_face
+from megatron_ext.model_io.open import is_hugging_face
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,8 @@ def learned_positions(network: nn.Module) -> int | None:
     """How many positions `network` has learned; None where they are computed, and so have no end."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
-            return min(module.num_embeddings, network.config.max_position_embeddings)  # type: ignore[union-attr]
+            configuration: Any = network.config
+            return min(module.num_embeddings, int(configuration.max_position_embeddings))
     return None
 
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.mcore.spans import Spans, attend_spans, find_spans
+from megatron_ext.mcore.spans import AttentionSegments, attend_spans, find_spans
 from megatron_ext.runtime.zigzag import zigzag_restore
 
 
@@ -76,7 +76,7 @@ class ScaledDotProductAttention(MegatronModule):
             key_SBGD, value_SBGD = gather_sequence(key_SBGD, value_SBGD, self.context_group)
             return attend_spans(query_SBND, key_SBGD, value_SBGD, spans, self.scale, dropout)
 
-    def _spans(self, query_SBND: Tensor, document_lengths: Tensor | None) -> Spans | None:
+    def _spans(self, query_SBND: Tensor, document_lengths: Tensor | None) -> AttentionSegments | None:
         """What this rank's queries may see; None where that is simply all tokens of the row before them."""
         size = self.context_group.size()
         whole, batch = query_SBND.shape[0] * size, query_SBND.shape[1]

@@ -1,43 +1,59 @@
 """Initial weights drawn by parameter name: any parallel layout starts from the same model."""
 
-import math
-
 import torch
 
-from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.canonical.catalogue import CanonicalTensor
+from megatron_ext.canonical.naming import StorageLocation, tensors_by_location
+from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.config import ModelConfig
-from megatron_ext.mcore.state import Piece, pieces_of
-
-_WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
+from megatron_ext.errors import TrainingError
+from megatron_ext.mcore.state import ParameterShard, shards_of
 
 
 @torch.no_grad()
 def initialize_weights(model: ModelConfig, chunks: list[torch.nn.Module], seed: int) -> None:
-    """Fill every parameter of `chunks` (the model chunks of this rank).
+    """Fill every parameter of `chunks` (the model chunks of this rank) as the catalogue of tensors says.
 
-    Biases and a router's noise weights are 0, norms' weights 1. Matrices are normal with `init_method_std`, those that
-    write to the residual stream with std / sqrt(2 * num_layers), as Megatron initialises. Each global tensor (each
-    expert of a stacked one) is drawn from a generator seeded by `seed` and its checkpoint key, and this rank keeps its
-    slice.
+    Each global tensor (each expert of a stacked one) is drawn from a generator seeded by `seed` and its checkpoint
+    key, and this rank keeps its slice.
+
+    Raises:
+        TrainingError: a parameter is not in the catalogue, or has another shape there.
     """
+    known = tensors_by_location(model)
     for chunk in chunks:
-        for weight, pieces in pieces_of(chunk).items():
+        for weight, pieces in shards_of(chunk).items():
             for piece in pieces if isinstance(weight, torch.nn.Parameter) else ():
-                piece.data.copy_(_draw(model, piece, seed))
+                piece.data.copy_(_draw(_entry(known, piece), piece, seed))
 
 
-def _draw(model: ModelConfig, piece: Piece, seed: int) -> torch.Tensor:
-    if piece.key.endswith(("bias", "router.noise_weight")):
-        return torch.zeros_like(piece.data)
-    if "norm" in piece.key.rsplit(".", 2)[-1] or "layernorm" in piece.key:
-        return torch.ones_like(piece.data)
-    std = model.init_method_std
-    if piece.key.endswith(_WRITES_TO_RESIDUAL):
-        std /= math.sqrt(2 * model.num_layers)
+def _entry(known: dict[StorageLocation, CanonicalTensor], piece: ParameterShard) -> CanonicalTensor:
+    """The catalogue's entry of the tensor that `piece` is a shard of."""
+    stacked = len(piece.global_shape) - piece.data.dim()
+    location = StorageLocation(piece.key, tuple(piece.offset[:stacked]))
+    tensor = known.get(location)
+    if tensor is None:
+        raise TrainingError(
+            f"{piece.key} {list(location.index)}: not in the catalogue of tensors, so nothing says how it is "
+            "initialised and split; add it to megatron_ext/canonical/catalogue.py"
+        )
+    if tensor.shape != piece.global_shape[stacked:]:
+        raise TrainingError(
+            f"{piece.key}: is {list(piece.global_shape[stacked:])} in the network, and {list(tensor.shape)} as "
+            f"{tensor.name} in the catalogue of tensors (megatron_ext/canonical/catalogue.py)"
+        )
+    return tensor
+
+
+def _draw(tensor: CanonicalTensor, piece: ParameterShard, seed: int) -> torch.Tensor:
+    """The initial values of one shard."""
+    if not tensor.initial.std:
+        return torch.full_like(piece.data, tensor.initial.mean)
     stacked = len(piece.global_shape) - piece.data.dim()
     name = ".".join((piece.key, *map(str, piece.offset[:stacked])))
     generator = torch.Generator(device=piece.data.device).manual_seed(seed_from_name(seed, name))
-    whole = torch.empty(piece.global_shape[stacked:], device=piece.data.device).normal_(0.0, std, generator=generator)
+    whole = torch.empty(tensor.shape, device=piece.data.device)
+    whole.normal_(tensor.initial.mean, tensor.initial.std, generator=generator)
     for dim, (start, size) in enumerate(zip(piece.offset[stacked:], piece.data.shape, strict=True)):
         whole = whole.narrow(dim, start, size)
     return whole

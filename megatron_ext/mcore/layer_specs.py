@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -14,21 +13,22 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
 
-from megatron_ext.checkpoint.naming import FUSED_NORMS
+from megatron_ext.canonical.naming import FUSED_NORMS
 from megatron_ext.config import Fp8Precision, ModelConfig
-from megatron_ext.mcore.backends import spec_provider
+from megatron_ext.mcore.backends import layer_provider
+from megatron_ext.mcore.layer_provider import LayerProvider
 from megatron_ext.mcore.mla import LatentAttention
 from megatron_ext.mcore.moe.dispatcher import MoELayer
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.moe.shared_experts import BiasedSharedExperts
 from megatron_ext.mcore.qk_norm import ProjectionNormAttention
+from megatron_ext.mcore.transformer_config import LayerConfig
 
 # megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a spec to build from.
 _SPECS_ARE_CALLABLES = hasattr(MLP, "as_mlp_submodule")
@@ -50,14 +50,14 @@ _ATTENTION_NORM_KEYS = _NORM_KEYS["input_layernorm"]
 _LATENT_NORM_KEYS = _NORM_KEYS["self_attention.q_layernorm"] | _NORM_KEYS["self_attention.kv_layernorm"]
 
 
-def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(model: ModelConfig, config: LayerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the specs of the layers of this pipeline stage (and chunk `vp_stage`), and of the final norm."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     kinds = list(zip(model.moe_layer_pattern, fp8_layers(model.num_layers, config.torch_fp8), strict=True))
     specs = {(is_moe, is_fp8): _spec(model, config, is_moe, is_fp8) for is_moe, is_fp8 in set(kinds)}
     layers = [specs[kind] for kind in kinds[first : first + count]]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(spec_provider(config), model))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_provider(config).norm(model.normalization))
 
 
 def fp8_layers(num_layers: int, fp8: Fp8Precision | None) -> list[bool]:
@@ -68,21 +68,17 @@ def fp8_layers(num_layers: int, fp8: Fp8Precision | None) -> list[bool]:
     return [fp8.num_layers_at_start_in_bf16 <= layer < end for layer in range(num_layers)]
 
 
-def _spec(model: ModelConfig, config: TransformerConfig, is_moe: bool, is_fp8: bool) -> ModuleSpec:
-    backend = spec_provider(config, fp8=is_fp8)
+def _spec(model: ModelConfig, config: LayerConfig, is_moe: bool, is_fp8: bool) -> ModuleSpec:
+    backend = layer_provider(config, fp8=is_fp8)
     if is_moe:
         return _layer_spec(backend, model, _moe_mlp(backend, model), fused_norm=False)
     return _layer_spec(backend, model, _dense_mlp(backend), fused_norm=True)
 
 
-def _norm(backend: BackendSpecProvider, model: ModelConfig) -> type:
-    return backend.layer_norm(rms_norm=model.normalization == "RMSNorm")
-
-
-def _layer_spec(backend: BackendSpecProvider, model: ModelConfig, mlp: Any, *, fused_norm: bool) -> ModuleSpec:
+def _layer_spec(backend: LayerProvider, model: ModelConfig, mlp: Any, *, fused_norm: bool) -> ModuleSpec:
     """One layer; with `fused_norm` the norm before `mlp` is saved as part of its first linear layer."""
-    norm = _norm(backend, model)
-    fuses = backend.fuse_layernorm_and_linear()
+    norm = backend.norm(model.normalization)
+    fuses = backend.fuses_norms
     latent = model.multi_latent_attention is not None
     # Latent attention projects down first, by a layer that no backend fuses with the norm before it.
     norm_keys = _LATENT_NORM_KEYS if latent else {} if fuses else _ATTENTION_NORM_KEYS
@@ -102,8 +98,8 @@ def _layer_spec(backend: BackendSpecProvider, model: ModelConfig, mlp: Any, *, f
     )
 
 
-def _latent_attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
-    column, norm = backend.column_parallel_linear(), _norm(backend, model)
+def _latent_attention(backend: LayerProvider, model: ModelConfig) -> ModuleSpec:
+    column, norm = backend.column_parallel_linear(), backend.norm(model.normalization)
     return ModuleSpec(
         module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal, "model": model},
@@ -119,13 +115,13 @@ def _latent_attention(backend: BackendSpecProvider, model: ModelConfig) -> Modul
     )
 
 
-def _attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
-    norm = _norm(backend, model) if model.qk_layernorm == "head" else None
+def _attention(backend: LayerProvider, model: ModelConfig) -> ModuleSpec:
+    norm = backend.norm(model.normalization) if model.qk_layernorm == "head" else None
     return ModuleSpec(
         module=ProjectionNormAttention if model.qk_layernorm == "projection" else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=_linear_after_norm(backend),
+            linear_qkv=backend.linear_after_norm(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=norm,
@@ -134,25 +130,19 @@ def _attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
     )
 
 
-def _linear_after_norm(backend: BackendSpecProvider) -> Any:
-    """The linear layer after a norm: with the norm inside where the backend fuses the two."""
-    if backend.fuse_layernorm_and_linear():
-        return backend.column_parallel_layer_norm_linear()
-    return backend.column_parallel_linear()
-
-
-def _linears(backend: BackendSpecProvider) -> MLPSubmodules:
+def _linears(backend: LayerProvider) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
 
 
-def _dense_mlp(backend: BackendSpecProvider) -> Any:
-    linears = MLPSubmodules(linear_fc1=_linear_after_norm(backend), linear_fc2=backend.row_parallel_linear())
+def _dense_mlp(backend: LayerProvider) -> Any:
+    linears = MLPSubmodules(linear_fc1=backend.linear_after_norm(), linear_fc2=backend.row_parallel_linear())
+    feed_forward: Any = backend.feed_forward()
     if _SPECS_ARE_CALLABLES:
-        return functools.partial(backend.feed_forward().as_mlp_submodule, submodules=linears)
-    return _Spec(module=backend.feed_forward(), submodules=linears)
+        return functools.partial(feed_forward.as_mlp_submodule, submodules=linears)
+    return _Spec(module=feed_forward, submodules=linears)
 
 
-def _moe_mlp(backend: BackendSpecProvider, model: ModelConfig) -> Any:
+def _moe_mlp(backend: LayerProvider, model: ModelConfig) -> Any:
     router = functools.partial(Router, model=model)
     shared_class = BiasedSharedExperts if model.add_bias_linear else backend.shared_experts()
     if _SPECS_ARE_CALLABLES:

@@ -1,4 +1,6 @@
-"""Builds this rank's model chunks, wrapped for data parallelism."""
+"""The language model that is trained, as this rank's model chunks, and their wrapping for data parallelism."""
+
+#   S sequence of this rank, B micro-batch, H hidden, V vocabulary
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,73 +9,185 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel as CoreGPTModel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.mcore.adapters import NO_ADAPTERS, AdapterPlan, with_adapters
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.layer_specs import block_spec
+from megatron_ext.mcore.moe import sample_seeds
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.rotary import RotaryEmbedding
+from megatron_ext.mcore.transformer_config import LayerConfig
 
 
-class GPTModel(CoreGPTModel):
-    """megatron-core's GPTModel with our rotary embedding, and a loss that knows which vocabulary entries are padding.
+class LanguageModel(LanguageModule):
+    """One model chunk: of embedding, transformer layers, final norm and output layer what this pipeline stage has.
 
-    The embedding is padded so that it splits evenly. megatron-core lets the padding take part in the softmax;
-    here it has probability zero, so that the loss is the exported model's.
+    Modules have the names that megatron-core's GPTModel gives them (deprecated since 0.19), so the two load each
+    other's checkpoints. Its base, which is not deprecated, ties the input embedding to the output layer across stages.
+    megatron-core's schedules, wrappers and reduction of gradients read the attributes that are not documented here.
+
+    Attributes:
+        embedding: on the first stage.
+        decoder: the layers of this chunk; on the last stage with the final norm.
+        output_layer: on the last stage; without a weight of its own where the embedding is tied and here too.
     """
 
-    def __init__(self, *, model: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
-        super().__init__(config=config, **kwargs)
-        self.true_vocab_size, self.output_z_loss_coeff = model.vocab_size, model.output_z_loss_coeff
-        if hasattr(self, "rotary_pos_emb"):
+    def __init__(
+        self, model: ModelConfig, config: LayerConfig, vp_stage: int | None, adapters: AdapterPlan = NO_ADAPTERS
+    ) -> None:
+        super().__init__(config=config)
+        self.model, self.vp_stage = model, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
+        if self.pre_process:
+            self.embedding = self._embedding()
+        self.rotary_pos_emb = None
+        if model.position_embedding_type == "rope" and model.multi_latent_attention is None:
             self.rotary_pos_emb = RotaryEmbedding(model, config, self.pg_collection.cp)
-        if self.pre_process and model.position_embedding_type == "learned_absolute":
-            self.embedding.position_embeddings.to(config.params_dtype)  # megatron-core leaves it in fp32
-        if self.pre_process and model.embedding_scale != 1.0:
-            self.embedding.word_embeddings.register_forward_hook(
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=with_adapters(block_spec(model, config, vp_stage), adapters),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        if self.post_process:
+            self.output_layer = self._output_layer()
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+        for module in self.modules():
+            if hasattr(module, "finish_init"):  # of Transformer Engine's layers: no precision of their own
+                module.finish_init(None)
+
+    def _embedding(self) -> LanguageModelEmbedding:
+        model = self.model
+        embedding = LanguageModelEmbedding(
+            config=self.config,
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            position_embedding_type=model.position_embedding_type,
+            tp_group=self.pg_collection.tp,
+        )
+        if model.position_embedding_type == "learned_absolute":
+            embedding.position_embeddings.to(self.config.params_dtype)  # megatron-core leaves it in fp32
+        if model.embedding_scale != 1.0:
+            embedding.word_embeddings.register_forward_hook(
                 lambda module, tokens, embedded: embedded * model.embedding_scale
             )
+        return embedding
+
+    def _output_layer(self) -> ColumnParallelLinear:
+        # Where its weight gradient is computed late (an override), the schedules find what is kept for it here.
+        late = self.config.defer_embedding_wgrad_compute
+        self.embedding_activation_buffer: list[Tensor] | None = [] if late else None
+        self.grad_output_buffer: list[Tensor] | None = [] if late else None
+        return ColumnParallelLinear(
+            self.config.hidden_size,
+            self.model.padded_vocab_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            embedding_activation_buffer=self.embedding_activation_buffer,
+            grad_output_buffer=self.grad_output_buffer,
+            tp_group=self.pg_collection.tp,
+        )
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None]) -> None:
+        """Take what the stage before has sent; the next forward pass begins with it. The schedules call this."""
+        (tensor,) = input_tensor if isinstance(input_tensor, list) else (input_tensor,)
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        document_lengths: Tensor | None,
+        labels: Tensor | None = None,
+        sample_seeds_B: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden state [S, B, H] for the next stage; on the last the logits, or given labels the losses.
+
+        Args:
+            tokens: [B, S]; under context parallelism this rank's share.
+            position_ids: [B, S]; learned position embeddings read them.
+            document_lengths: None, or of each row the documents that tokens attend within (mcore/attention.py).
+            labels: [B, S]
+            sample_seeds_B: [B] int64, of which a noisy router draws in training.
+
+        Returns:
+            Logits are [B, S, V / TP], losses as `compute_language_model_loss` returns them.
+        """
+        if sample_seeds_B is not None:
+            sample_seeds.hand_down(sample_seeds_B)
+        hidden_SBH = self.decoder(
+            hidden_states=self.embedding(tokens, position_ids) if self.pre_process else None,
+            attention_mask=document_lengths,
+            rotary_pos_emb=self._angles(tokens.shape[1]),
+        )
+        if not self.post_process:
+            return hidden_SBH
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_SBH, weight=tied)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def _angles(self, length: int) -> Tensor | None:
+        """Angles of rotary embedding for `length` tokens of this rank; latent attention makes its own."""
+        return None if self.rotary_pos_emb is None else self.rotary_pos_emb(length * self.pg_collection.cp.size())
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Return the cross-entropy of each token, [B, S], from this TP rank's logits [S, B, V / TP].
 
-        In training with an output z-loss (PaLM, arXiv 2204.02311, section 5): [2, B, S], the cross-entropy and the
+        The embedding is padded so that it splits evenly; padding has probability zero, as in the exported model. In
+        training with an output z-loss (PaLM, arXiv 2204.02311, section 5): [2, B, S], the cross-entropy and the
         weighted square of log(Z), Z being the sum over the vocabulary of the exponentiated logits.
         """
-        group = self.pg_collection.tp
-        losses_SB, log_sums_SB = vocab_parallel_cross_entropy(logits, labels.t(), self.true_vocab_size, group)
-        if not (self.training and self.output_z_loss_coeff):
+        group, z_loss = self.pg_collection.tp, self.model.output_z_loss_coeff
+        losses_SB, log_sums_SB = vocab_parallel_cross_entropy(logits, labels.t(), self.model.vocab_size, group)
+        if not (self.training and z_loss):
             return losses_SB.t()
-        return torch.stack((losses_SB, self.output_z_loss_coeff * log_sums_SB.square())).transpose(1, 2)
+        return torch.stack((losses_SB, z_loss * log_sums_SB.square())).transpose(1, 2)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe every parameter and saved buffer as a part of a global tensor of the checkpoint."""
+        described: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        # The linear class has one for Transformer Engine's sake; it is empty, and checkpoints never had it.
+        described.pop(f"{prefix}output_layer._extra_state", None)
+        return described
 
 
 def build_chunks(
-    model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, device: torch.device
-) -> list[GPTModel]:
-    """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights."""
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: LayerConfig,
+    device: torch.device,
+    adapters: AdapterPlan = NO_ADAPTERS,
+) -> list[LanguageModel]:
+    """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights.
+
+    Args:
+        adapters: which parts of its layers are built from other classes (mcore/adapters.py).
+    """
     stages = parallel.virtual_pipeline_model_parallel_size
     vp_stages = range(stages) if stages else [None]
     with torch.device(device):
-        return [_build_chunk(model, config, vp_stage) for vp_stage in vp_stages]
-
-
-def _build_chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
-    return GPTModel(
-        model=model,
-        config=config,
-        transformer_layer_spec=block_spec(model, config, vp_stage),
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        vp_stage=vp_stage,
-    )
+        return [LanguageModel(model, config, vp_stage, adapters) for vp_stage in vp_stages]
 
 
 def splits_optimizer(parallel: ParallelConfig) -> bool:
@@ -86,7 +200,7 @@ def splits_optimizer(parallel: ParallelConfig) -> bool:
     return parallel.use_distributed_optimizer and (overlaps or dist.get_world_size() > 1)
 
 
-def wrap_chunks(chunks: list[GPTModel], config: TransformerConfig, parallel: ParallelConfig) -> list[Any]:
+def wrap_chunks(chunks: list[LanguageModel], config: LayerConfig, parallel: ParallelConfig) -> list[Any]:
     """Return `chunks` wrapped for mixed precision and data parallelism, gradients kept and reduced in fp32."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -100,16 +214,6 @@ def wrap_chunks(chunks: list[GPTModel], config: TransformerConfig, parallel: Par
         # Later chunks are reduced in one bucket: with interleaved pipelines their gradients are complete all at once.
         wrapped.append(DistributedDataParallel(config, settings, module, disable_bucketing=index > 0))
     return wrapped
-
-
-def release_chunks(wrapped: list[Any]) -> None:
-    """Empty the wrappers of `wrap_chunks`, in a process that goes on without them.
-
-    Gradient hooks know the wrapper, and kept activations know the hooks, by references inside torch that Python's
-    garbage collector cannot follow: model and process groups would stay for as long as the process.
-    """
-    for chunk in wrapped:
-        vars(chunk).clear()
 
 
 def gather_parameters(wrapped: list[Any], parallel: ParallelConfig) -> None:

@@ -32,11 +32,13 @@ _NOT_COMPUTED = {
     "norms are those of model.normalization": "layernorm_zero_centered_gamma",
     "weights are drawn by parameter name, with model.init_method_std": (
         "embedding_init_method embedding_init_method_std init_method init_model_with_meta_device "
-        "output_layer_init_method use_cpu_initialization"
+        "mup_attn_scale_power mup_base_head_dim mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult "
+        "output_layer_init_method use_cpu_initialization use_mup"
     ),
     "precision is set by precision.kind": (
         "autocast_dtype enable_autocast first_last_layers_bf16 fp16 fp4 fp4_param fp4_recipe fp8_dot_product_attention "
-        "fp8_multi_head_attention moe_router_dtype num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 quant_recipe"
+        "fp8_multi_head_attention fp8_output_proj moe_router_dtype num_layers_at_end_in_bf16 "
+        "num_layers_at_start_in_bf16 quant_recipe"
     ),
     "the router is this framework's own": (
         "moe_enable_routing_replay moe_input_jitter_eps moe_pad_expert_input_to_capacity moe_per_layer_logging "
@@ -45,6 +47,13 @@ _NOT_COMPUTED = {
     "context parallelism gathers keys and values, and is set by parallel.context_parallel_size": (
         "cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank"
     ),
+    "activations are kept or recomputed (section recompute); only megatron-core's cpu_offloading moves them": (
+        "activation_offload_fraction delay_offload_until_cuda_graph fine_grained_activation_offloading "
+        "fine_grained_offloading_max_inflight_offloads min_offloaded_tensor_size moe_paged_stash "
+        "moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size "
+        "offload_modules"
+    ),
+    "forward passes of micro-batches are not interleaved layer by layer": "overlap_moe_expert_parallel_comm",
     "layers are built from what runtime.backend says": "moe_grouped_gemm moe_use_legacy_grouped_gemm transformer_impl",
     "these steps are always computed by our own code": (
         "bias_activation_fusion cross_entropy_fusion_impl cross_entropy_loss_fusion"

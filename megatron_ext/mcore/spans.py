@@ -15,6 +15,7 @@ import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ _KERNELS_OF_ONE_SPAN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTI
 
 
 @dataclass(frozen=True)
-class Spans:
+class AttentionSegments:
     """All spans of a micro-batch on one rank, in the order of its packed queries: by row, then by position."""
 
     key_ranges: tuple[tuple[int, int, int], ...]
@@ -47,9 +48,9 @@ class Spans:
     """Queries of each span. Together they are the packed queries."""
     key_lengths: tuple[int, ...]
     """Keys of each span. Together they are the packed keys."""
-    query_ends: Tensor
+    cu_seqlens_q: Tensor
     """[spans + 1] int32: where each span begins and ends in the packed queries, for the kernel."""
-    key_ends: Tensor
+    cu_seqlens_k: Tensor
     """The same for the packed keys."""
 
 
@@ -57,7 +58,7 @@ class Spans:
 @functools.lru_cache(maxsize=64)
 def find_spans(
     lengths: tuple[tuple[int, ...], ...], context_rank: int, context_size: int, device: torch.device
-) -> Spans:
+) -> AttentionSegments:
     """The spans of a micro-batch on one context-parallel rank.
 
     Args:
@@ -76,7 +77,7 @@ def find_spans(
             ranges[-1] = (row, ranges[-1][1], end)
         else:
             ranges.append((row, begin, end))
-    return Spans(tuple(ranges), queries, keys, _ends(queries, device), _ends(keys, device))
+    return AttentionSegments(tuple(ranges), queries, keys, _ends(queries, device), _ends(keys, device))
 
 
 def _row_spans(documents: Sequence[int], context_rank: int, context_size: int) -> Iterator[tuple[int, int, int]]:
@@ -98,7 +99,12 @@ def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def attend_spans(
-    query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, spans: Spans, scale: float, dropout: float = 0.0
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGD: Tensor,
+    spans: AttentionSegments,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Return the context [S, B, N * Dv] of this rank's queries.
 
@@ -135,14 +141,16 @@ def _has_kernel(query_QND: Tensor, value_KGD: Tensor) -> bool:
     )
 
 
-def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Spans, scale: float) -> Tensor:
-    grouped = {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in _VARLEN_PARAMETERS else {}
-    context_QND: Tensor = varlen_attn(
+def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: AttentionSegments, scale: float) -> Tensor:
+    grouped: dict[str, Any] = (
+        {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in _VARLEN_PARAMETERS else {}
+    )
+    context_QND = varlen_attn(
         query_QND,
         key_KGD,
         value_KGD,
-        spans.query_ends,
-        spans.key_ends,
+        spans.cu_seqlens_q,
+        spans.cu_seqlens_k,
         max(spans.query_lengths),
         max(spans.key_lengths),
         scale=scale,
@@ -150,11 +158,12 @@ def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Span
         window_size=(-1, 0),
         **grouped,
     )
+    assert isinstance(context_QND, Tensor)  # and not with the log-sum-exp, which was not asked for
     return context_QND
 
 
 def _one_by_one(
-    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Spans, scale: float, dropout: float
+    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: AttentionSegments, scale: float, dropout: float
 ) -> Tensor:
     # Split, not sliced: a split's gradient is one concatenation, that of each slice a tensor as large as the whole.
     parts = zip(
@@ -176,7 +185,11 @@ def _attend_span(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: f
     that sum is known only to functions private to each device's kernel, and has no gradient there.)
     """
     queries, keys = query_QND.shape[0], key_KGD.shape[0]
-    options = {"scale": scale, "dropout_p": dropout, "enable_gqa": query_QND.shape[1] != key_KGD.shape[1]}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "dropout_p": dropout,
+        "enable_gqa": query_QND.shape[1] != key_KGD.shape[1],
+    }
     query, key, value = (x.transpose(0, 1)[None] for x in (query_QND, key_KGD, value_KGD))
     if queries == keys:
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)

@@ -1,12 +1,12 @@
-"""A rank's share of the training state as boxes of global tensors, named as in the checkpoint.
+"""A rank's share of the training state as shards of global tensors, named as in the checkpoint.
 
-Model weights, and the optimizer's flat shards of them, become lists of `Box`: views of the live memory together with
-where they stand in a global tensor. Saving reads the boxes, loading fills them; neither needs communication, and the
+Model weights, and the optimizer's flat shards of them, become lists of `TensorShard`: views of the live memory, and
+where they stand in a global tensor. Saving reads the shards, loading fills them; neither needs communication, and the
 names and shapes are the same in every parallel layout.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,14 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_ext.checkpoint.boxes import Box, boxes_of_range
-from megatron_ext.mcore.fp8.scaling import Scaling
-from megatron_ext.mcore.moe.router import Router
+from megatron_ext.checkpoint.shards import TensorShard, shards_of_range
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A contiguous part of a parameter that is one box of a global tensor.
+class ParameterShard:
+    """A contiguous part of a parameter that is one shard of a global tensor.
 
     Most parameters are one piece. A SwiGLU fc1 weight is two (gate and up stand apart in the global tensor), a weight
     of stacked experts one or two for each expert.
@@ -43,7 +40,7 @@ class Piece:
     """(pipeline, tensor, data) number of this copy; all zeros marks the copy that is saved."""
 
     @property
-    def box_shape(self) -> tuple[int, ...]:
+    def shard_shape(self) -> tuple[int, ...]:
         """Shape of the piece with its stacked dimensions."""
         return (1,) * (len(self.global_shape) - self.data.dim()) + tuple(self.data.shape)
 
@@ -55,7 +52,7 @@ class ScalingState:
     tensors: dict[str, Tensor]
 
 
-def _entries(module: torch.nn.Module) -> Iterator[Any]:
+def _entries(module: Any) -> Iterator[Any]:
     metadata = {
         "singleton_local_shards": False,
         "non_homogeneous_layers": True,
@@ -64,7 +61,7 @@ def _entries(module: torch.nn.Module) -> Iterator[Any]:
     yield from nested_values(module.sharded_state_dict(metadata=metadata))
 
 
-def pieces_of(module: torch.nn.Module) -> dict[Tensor, list[Piece]]:
+def shards_of(module: torch.nn.Module) -> dict[Tensor, list[ParameterShard]]:
     """Every parameter and saved buffer of a model chunk, with its pieces."""
     return {
         entry.data: list(_pieces(entry))
@@ -73,7 +70,7 @@ def pieces_of(module: torch.nn.Module) -> dict[Tensor, list[Piece]]:
     }
 
 
-def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
+def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[ParameterShard]:
     whole = entry.data
     if isinstance(entry, ShardedTensor):
         yield _piece(entry, whole.detach(), start=0)
@@ -87,23 +84,23 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
         yield _piece(part, part.data.detach(), start=layout.data.storage_offset())
 
 
-def _piece(entry: ShardedTensor, data: Tensor, start: int) -> Piece:
+def _piece(entry: ShardedTensor, data: Tensor, start: int) -> ParameterShard:
     replica = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
-    return Piece(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), data, start, replica)
+    return ParameterShard(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), data, start, replica)
 
 
-def model_boxes(chunks: list[torch.nn.Module]) -> list[Box]:
+def model_shards(chunks: list[torch.nn.Module]) -> list[TensorShard]:
     """The model weights of this rank, and the state of delayed scaling where layers have it."""
     weights = [
-        Box(p.key, p.global_shape, p.offset, p.data.view(p.box_shape), saved_here=not any(p.replica_id))
+        TensorShard(p.key, p.global_shape, p.offset, p.data.view(p.shard_shape), is_writer=not any(p.replica_id))
         for chunk in chunks
-        for pieces in pieces_of(chunk).values()
+        for pieces in shards_of(chunk).values()
         for p in pieces
     ]
-    return weights + [box for chunk in chunks for box in _scaling_boxes(chunk)]
+    return weights + [shard for chunk in chunks for shard in _scaling_shards(chunk)]
 
 
-def _scaling_boxes(chunk: torch.nn.Module) -> Iterator[Box]:
+def _scaling_shards(chunk: torch.nn.Module) -> Iterator[TensorShard]:
     """The state of delayed scaling, `<layer>._extra_state.<what>`, stacked over experts where there are some.
 
     A checkpoint of another backend or recipe has none, or one of another length: then the history starts afresh.
@@ -116,41 +113,18 @@ def _scaling_boxes(chunk: torch.nn.Module) -> Iterator[Box]:
             shape = (*entry.global_shape, *tensor.shape)
             offset = (*entry.global_offset, *(0,) * tensor.dim())
             data = tensor.detach()[(None,) * stacked]
-            saved_here = not any(entry.replica_id)
-            yield Box(f"{entry.key}.{name}", shape, offset, data, saved_here=saved_here, optional=True)
+            is_writer = not any(entry.replica_id)
+            yield TensorShard(f"{entry.key}.{name}", shape, offset, data, is_writer=is_writer, optional=True)
 
 
-def amax_boxes(chunks: list[torch.nn.Module]) -> list[Box]:
-    """The histories that delayed fp8 scaling goes by; every rank that shares a layer has the same.
-
-    They are training state like the optimizer's, `optimizer.state.amax_history.<layer and module>`, and begin anew
-    with another recipe.
-    """
-    saved_here = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank() == 0
-    layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, TransformerLayer)]
-    return [
-        Box(
-            f"optimizer.state.amax_history.decoder.layers.{layer.layer_number - 1}.{name}",
-            tuple(module.amax_history.shape),
-            (0, 0),
-            module.amax_history,
-            saved_here,
-            optional=True,
-        )
-        for layer in layers
-        for name, module in layer.named_modules()
-        if isinstance(module, Scaling) and module.is_delayed
-    ]
-
-
-def optimizer_boxes(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) -> list[Box]:
+def optimizer_shards(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) -> list[TensorShard]:
     """The optimizer state of this rank: fp32 weights and Adam's moments, `optimizer.state.<what>.<model key>`.
 
     The distributed optimizer's flat shards and the plain optimizer's whole tensors describe the same global tensors,
     so the two load each other's checkpoints; the keys are those of megatron-core's `fully_reshardable` format.
     """
-    pieces = {param: p for chunk in chunks for param, p in pieces_of(chunk).items()}
-    boxes: list[Box] = []
+    pieces = {param: p for chunk in chunks for param, p in shards_of(chunk).items()}
+    shards: list[TensorShard] = []
     for part in optimizer.chained_optimizers:
         distributed = isinstance(part, DistributedOptimizer)
         for param, start, states in _parameter_states(part):
@@ -159,37 +133,25 @@ def optimizer_boxes(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) 
                     # A distributed shard exists once in its data-parallel group, whatever that group's rank is.
                     copy = piece.replica_id[:-1] if distributed else piece.replica_id
                     prefix = f"optimizer.state.{name}."
-                    boxes.extend(
-                        _boxes_of_shard(piece, prefix, state.detach().view(-1), start, saved_here=not any(copy))
+                    shards.extend(
+                        _shards_of_flat(piece, prefix, state.detach().view(-1), start, is_writer=not any(copy))
                     )
-    return boxes
+    return shards
 
 
-def coefficient_boxes(routers: Sequence[Router]) -> list[Box]:
-    """The adaptive balance-loss coefficients of this rank's layers, `router.coefficient.<loss>.<layer>`.
-
-    Where a checkpoint has none, they begin at `moe_aux_loss_coeff`.
-    """
-    saved_here = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True).rank() == 0
-    return [
-        Box(f"router.coefficient.{kind}.{layer}", (1,), (0,), value.view(1), saved_here, optional=True)
-        for layer, router in ((router.layer_number - 1, router) for router in routers)
-        if router.model.moe_adaptive_aux_loss is not None
-        for kind, value in router.aux_loss_coeff.items()
-    ]
-
-
-def _boxes_of_shard(piece: Piece, prefix: str, shard: Tensor, start: int, *, saved_here: bool) -> Iterator[Box]:
-    """The boxes of `piece` that `shard` covers; `shard` begins at `start` of the flattened parameter."""
+def _shards_of_flat(
+    piece: ParameterShard, prefix: str, shard: Tensor, start: int, *, is_writer: bool
+) -> Iterator[TensorShard]:
+    """The shards of `piece` that `shard` covers; `shard` begins at `start` of the flattened parameter."""
     low = max(start, piece.start)
     high = min(start + shard.numel(), piece.start + piece.data.numel())
     if low >= high:
         return
-    for local_offset, size in boxes_of_range(piece.box_shape, low - piece.start, high - piece.start):
+    for local_offset, size in shards_of_range(piece.shard_shape, low - piece.start, high - piece.start):
         count = math.prod(size)
         data = shard[low - start : low - start + count].view(size)
         offset = tuple(a + b for a, b in zip(piece.offset, local_offset, strict=True))
-        yield Box(prefix + piece.key, piece.global_shape, offset, data, saved_here=saved_here)
+        yield TensorShard(prefix + piece.key, piece.global_shape, offset, data, is_writer=is_writer)
         low += count
 
 

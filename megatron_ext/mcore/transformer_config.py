@@ -1,6 +1,7 @@
 """The one translation of our configuration into megatron-core's TransformerConfig."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_ext.config import Fp8Precision, ModelConfig, ParallelConfig, Precision, RecomputeConfig, YarnRopeScaling
-from megatron_ext.config.output import Backend
+from megatron_ext.config.machine import Backend
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.overrides import check_overrides
 from megatron_ext.mcore.rotary import softmax_factor
@@ -18,13 +19,39 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Dtype of weights and activations under each kind of precision."""
 
 
+@dataclass(kw_only=True)
+class _MoreFields:
+    """What layers read of the configuration beside megatron-core's declared fields."""
+
+    torch_fp8: Fp8Precision | None = None
+    """The recipe of mcore/fp8; megatron-core's own `fp8` field speaks to Transformer Engine alone."""
+    yarn_rotary_scaling_factor: float = 1.0
+    """megatron-core's attention looks for this name and the next two, which it declares nowhere, and takes YaRN's
+    factor on queries and keys from them; at 1.0 there is none."""
+    yarn_mscale: float | None = None
+    yarn_mscale_all_dim: float | None = None
+
+
+@dataclass
+class ExtendedConfig(_MoreFields, TransformerConfig):
+    """megatron-core's configuration of a transformer with the fields above."""
+
+
+@dataclass
+class ExtendedMLAConfig(_MoreFields, MLATransformerConfig):
+    """The same with multi-head latent attention."""
+
+
+LayerConfig = ExtendedConfig | ExtendedMLAConfig
+
+
 def transformer_config(
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: Precision,
     recompute: RecomputeConfig,
     backend: Backend = "torch",
-) -> TransformerConfig:
+) -> LayerConfig:
     """Return megatron-core's configuration of the transformer, which also says what its layers are built from.
 
     Raises:
@@ -37,29 +64,25 @@ def transformer_config(
         **_moe(model, parallel),
         **_parallelism(parallel),
         **_recompute(recompute),
+        **_yarn(model),
         **(_transformer_engine(model, parallel, precision) if backend == "transformer_engine" else {}),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        "torch_fp8": precision if isinstance(precision, Fp8Precision) and backend == "torch" else None,
         **model.transformer_overrides,
     }
     try:
+        config: LayerConfig
         if model.multi_latent_attention is None:
-            config = TransformerConfig(**fields)
+            config = ExtendedConfig(**fields)
         else:
-            config = MLATransformerConfig(**{**fields, **_latent_attention(model)})
+            config = ExtendedMLAConfig(**{**fields, **_latent_attention(model)})
     except (ValueError, AssertionError, TypeError, ImportError) as error:
         raise ConfigError(f"megatron-core refuses this model: {error}") from error
     # Set only now: it refuses experts with biases under expert tensor parallelism, since its own add a bias once a
     # rank. Ours add it once (core_guard.py, mcore/moe/experts.py).
     config.add_bias_linear = model.add_bias_linear
-    if isinstance(model.rope_scaling, YarnRopeScaling):
-        # No fields: megatron-core's attention looks for these names and takes YaRN's factor from them.
-        config.yarn_rotary_scaling_factor = model.rope_scaling.factor
-        config.yarn_mscale = model.rope_scaling.mscale or None
-        config.yarn_mscale_all_dim = model.rope_scaling.mscale_all_dim or None
-    # megatron-core's own `fp8` field speaks to Transformer Engine alone; this one to the layers of mcore/fp8.
-    config.torch_fp8 = precision if isinstance(precision, Fp8Precision) and backend == "torch" else None
     return config
 
 
@@ -105,6 +128,17 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
+    }
+
+
+def _yarn(model: ModelConfig) -> dict[str, Any]:
+    scaling = model.rope_scaling
+    if not isinstance(scaling, YarnRopeScaling):
+        return {}
+    return {
+        "yarn_rotary_scaling_factor": scaling.factor,
+        "yarn_mscale": scaling.mscale or None,
+        "yarn_mscale_all_dim": scaling.mscale_all_dim or None,
     }
 
 

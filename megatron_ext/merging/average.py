@@ -5,22 +5,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_for
-from megatron_ext.checkpoint.store import TrainingState, newest_checkpoints
-from megatron_ext.conversion.content import Content
-from megatron_ext.conversion.engine import copies
-from megatron_ext.conversion.one_tokenizer import require_one_tokenizer
-from megatron_ext.conversion.sources import (
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.checkpoint.find import newest_checkpoints
+from megatron_ext.checkpoint.state_file import TrainingState
+from megatron_ext.errors import ConfigError, ConversionError
+from megatron_ext.merging.options import AverageOptions
+from megatron_ext.merging.stream import Merged
+from megatron_ext.model_io.compare import checkpoint_logits, perplexity, require_memory
+from megatron_ext.model_io.engine import copies
+from megatron_ext.model_io.model_to_write import ModelToWrite
+from megatron_ext.model_io.one_tokenizer import require_one_tokenizer
+from megatron_ext.model_io.open import (
     Checkpoint,
     is_hugging_face,
     open_checkpoint,
     streams_of_one_shape,
     warn_of_what_stays,
 )
-from megatron_ext.conversion.text import comparison_batches
-from megatron_ext.conversion.verify import checkpoint_logits, perplexity, require_memory
-from megatron_ext.conversion.write import (
+from megatron_ext.model_io.text import comparison_batches
+from megatron_ext.model_io.write import (
     DTYPES,
     Check,
     Examined,
@@ -31,9 +35,6 @@ from megatron_ext.conversion.write import (
     write_hugging_face,
     write_megatron,
 )
-from megatron_ext.errors import ConfigError, ConversionError
-from megatron_ext.merging.options import AverageOptions
-from megatron_ext.merging.stream import Merged
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def _check_options(options: AverageOptions) -> None:
             raise ConfigError(f"{name} = {getattr(options, name)}: has no effect with {why}; remove it")
 
 
-def _content(options: AverageOptions, opened: Sequence[Checkpoint], merged: Merged, inputs: Sequence[Path]) -> Content:
+def _content(
+    options: AverageOptions, opened: Sequence[Checkpoint], merged: Merged, inputs: Sequence[Path]
+) -> ModelToWrite:
     """The merged model. Of several checkpoints of one run it carries the newest one's record of training."""
     newest = opened[-1].content
     content = replace(newest, tasks=list(copies(merged)), specs=merged.specs, stream=merged, inputs=inputs)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ext.checkpoint.naming import seed_from_name
+from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
 

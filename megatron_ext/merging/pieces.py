@@ -3,6 +3,7 @@
 A step over the whole would be written to memory and read again by the next, in a dtype wider than the tensor's.
 """
 
+import torch
 from torch import Tensor
 
 PIECE = 1 << 16
@@ -11,4 +12,4 @@ PIECE = 1 << 16
 
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     """Flat views of the elements in order; the tensor must be contiguous."""
-    return tensor.view(-1).split(PIECE)
+    return torch.split(tensor.view(-1), PIECE)

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
-from megatron_ext.conversion.sources import EMBEDDING, OUTPUT
+from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT
+from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.errors import ConversionError
 from megatron_ext.merging.merge import Merge
 

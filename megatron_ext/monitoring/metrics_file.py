@@ -12,6 +12,8 @@ from megatron_ext.files import UNFINISHED
 
 log = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.jsonl"
+"""Its name, where the run gives none."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -1,18 +1,18 @@
 """Reports of a run: one line a step on the console, everything in the metrics file and in W&B. Only rank 0 has one."""
 
-import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import Layout, RunConfig, to_mapping
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
+from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.description import describe_start
-from megatron_ext.monitoring.metrics_file import MetricsFile
+from megatron_ext.monitoring.metrics_file import METRICS_FILE, MetricsFile
 from megatron_ext.monitoring.wandb_run import WandbRun
 from megatron_ext.planning.amounts import duration, flops
 from megatron_ext.planning.flops import training_flops_per_token
@@ -26,36 +26,34 @@ class StepReport:
 
     iteration: int
     """Steps done."""
-    loss: float
-    """Cross-entropy a token."""
+    losses: Mapping[str, float]
+    """What the task sums up, by name; `loss`, by which the run is judged, among them."""
     learning_rate: float
     grad_norm: float
     consumed_samples: int
     memory_bytes: int
     """Peak memory of the process that used most: device memory on CUDA, resident memory on CPU."""
     experts: ExpertStatistics | None
-    output_z_loss: float | None = None
-    """Weighted output z-loss a token, which `loss` leaves out; None without one."""
 
 
 def metrics_path(run: RunConfig) -> Path:
     """The file that all metrics of `run` go to."""
-    return Path(run.logging.metrics_file or Path(run.checkpoint.directory) / "metrics.jsonl")
+    return Path(run.logging.metrics_file or Path(run.checkpoint.directory) / METRICS_FILE)
 
 
 class Monitor:
     """Receives reports and hands them on, with the throughput since the last one."""
 
-    def __init__(self, run: RunConfig, layout: Layout, iteration: int, run_id: str) -> None:
+    def __init__(self, run: RunConfig, layout: Layout, iteration: int, run_id: str, clock: Clock) -> None:
         directory = Path(run.checkpoint.directory)
-        self._run, self._layout = run, layout
+        self._run, self._layout, self._clock = run, layout, clock
         self._file = MetricsFile(metrics_path(run), iteration)
         configuration = to_mapping(run)
         self._wandb = WandbRun(run.logging.wandb, run_id, directory, configuration)
         started = {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
         self._file.write(started | describe_start(run, layout))
         self._flops = training_flops_per_token(run.model, run.data.sequence_length)
-        self._last_iteration, self._last_time = iteration, time.perf_counter()
+        self._last_iteration, self._last_time = iteration, clock.now()
         self._first: tuple[int, float] | None = None
         """Step and time of the first report: what came before it was warming up."""
 
@@ -64,7 +62,7 @@ class Monitor:
         seconds, rate, tflops = self._throughput(report.iteration)
         record: dict[str, Any] = {
             "iteration": report.iteration,
-            "loss": report.loss,
+            **report.losses,
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
             "consumed_samples": report.consumed_samples,
@@ -75,12 +73,11 @@ class Monitor:
             "memory_bytes": report.memory_bytes,
             "time": time.time(),
         }
-        if report.output_z_loss is not None:
-            record["output_z_loss"] = report.output_z_loss
         if self._run.logging.peak_tflops:
             record["mfu"] = tflops / self._run.logging.peak_tflops
         log.info(self._line(report, record))
-        self._wandb.log({**_grouped(record), **self._expert_values(report.experts)}, report.iteration)
+        grouped = _grouped(record, report.losses)
+        self._wandb.log({**grouped, **self._expert_values(report.experts)}, report.iteration)
         if report.experts is not None:
             record["moe"] = {str(layer): _health_values(health) for layer, health in report.experts.items()}
         self._file.write(record)
@@ -91,17 +88,11 @@ class Monitor:
         self._file.write({"iteration": iteration, "validation_loss": loss, "time": time.time()})
         self._wandb.log({"validation/loss": loss}, iteration)
 
-    def skipped(self, iteration: int, first_sample: int, last_sample: int) -> None:
+    def skipped(self, iteration: int, first_sample: int, last_sample: int, reason: str) -> None:
         """Note a step whose samples were passed over."""
+        log.info("step %d: passed over, with samples %d to %d (%s)", iteration, first_sample, last_sample, reason)
         event = {"event": "skip", "iteration": iteration, "first_sample": first_sample, "last_sample": last_sample}
         self._file.write({**event, "time": time.time()})
-
-    @contextlib.contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        """Leave out of the throughput what happens inside: validation, saving."""
-        begun = time.perf_counter()
-        yield
-        self._last_time += time.perf_counter() - begun
 
     def close(self, *, failed: bool = False) -> None:
         """Finish all records."""
@@ -110,7 +101,7 @@ class Monitor:
 
     def _throughput(self, iteration: int) -> tuple[float, float, float]:
         """Seconds a step, tokens a second over all devices, model TFLOP/s of one device."""
-        now = time.perf_counter()
+        now = self._clock.now()
         seconds = (now - self._last_time) / max(iteration - self._last_iteration, 1)
         self._last_iteration, self._last_time = iteration, now
         rate = self._run.train.global_batch_size * self._run.data.sequence_length / seconds
@@ -120,7 +111,7 @@ class Monitor:
         memory, rate = report.memory_bytes, record["tokens_per_second"]
         parts = [
             f"step {report.iteration}/{self._run.train.train_iters}",
-            f"loss {report.loss:.4f}",
+            f"loss {report.losses['loss']:.4f}",
             f"lr {report.learning_rate:.2e}",
             f"norm {report.grad_norm:.3f}",
             f"{rate:,.0f} tok/s" if rate >= 10 else f"{rate:.3g} tok/s",
@@ -161,17 +152,10 @@ def _health_values(health: LayerHealth) -> dict[str, Any]:
     return {**values, "max_violation": health.max_violation, "dead_experts": health.dead_experts, **losses}
 
 
-def _grouped(record: dict[str, Any]) -> dict[str, Any]:
+def _grouped(record: Mapping[str, Any], losses: Mapping[str, float]) -> dict[str, Any]:
     """Metrics under the groups that W&B makes panels of."""
     groups = {
-        "train": (
-            "loss",
-            "output_z_loss",
-            "learning_rate",
-            "grad_norm",
-            "consumed_samples",
-            "consumed_tokens",
-        ),
+        "train": (*losses, "learning_rate", "grad_norm", "consumed_samples", "consumed_tokens"),
         "throughput": ("seconds_per_step", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"),
     }
     return {f"{group}/{name}": record[name] for group, names in groups.items() for name in names if name in record}

@@ -4,7 +4,7 @@ import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_ext.config import WandbConfig
 
@@ -26,7 +26,7 @@ class WandbRun:
         self._run: Any = None
         if settings.mode == "off":
             return
-        modes = ["offline"] if settings.mode == "offline" else ["online", "offline"]
+        modes: list[Literal["online", "offline"]] = ["offline"] if settings.mode == "offline" else ["online", "offline"]
         for mode in modes:
             try:
                 self._run = _start(settings, mode, run_id, directory, configuration)
@@ -66,7 +66,13 @@ class WandbRun:
             log.warning("W&B could not finish: %s", error)
 
 
-def _start(settings: WandbConfig, mode: str, run_id: str, directory: Path, configuration: Mapping[str, Any]) -> Any:
+def _start(
+    settings: WandbConfig,
+    mode: Literal["online", "offline"],
+    run_id: str,
+    directory: Path,
+    configuration: Mapping[str, Any],
+) -> Any:
     import wandb  # slow to import, and not needed where it is off
 
     if mode == "online" and not wandb.login(prompt=False):

@@ -1,12 +1,13 @@
 """What a run would be: the text that `--check` prints before anything is started."""
 
 from megatron_ext.architectures.registry import architecture_for
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
 from megatron_ext.errors import ConversionError
 from megatron_ext.planning.amounts import flops
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.memory import state_memory
+from megatron_ext.runtime.core_guard import versions
 
 _MOST_ROWS = 32
 
@@ -41,6 +42,7 @@ def describe_run(run: RunConfig, world_size: int | None) -> str:
         f"Hugging Face    {_export(run)}",
         f"micro-batches   {layout.num_microbatches} of {run.train.micro_batch_size} x {run.data.sequence_length} "
         "tokens a rank and step",
+        f"installed       {versions()}",
     ]
     return "\n".join(lines)
 

@@ -1,17 +1,11 @@
 """Memory of the training state of one rank: weights, gradients and optimizer, without activations."""
 
 import math
-import re
 from dataclasses import dataclass
 
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_tensors
+from megatron_ext.canonical.placement import elements_held, stages_of
 from megatron_ext.config import Layout, ModelConfig, Precision, RunConfig
-
-# Layers split by output split their biases too; those split by input, and projections to a latent vector, do not.
-_SPLIT_OVER_TP = re.compile(
-    r"(linear_qkv|linear_fc1|linear_q_proj|linear_q_up_proj|linear_kv_up_proj)\.(weight|bias)$"
-    r"|(linear_proj|linear_fc2|word_embeddings|output_layer)\.weight$"
-)
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
     weight) take 8 (12) bytes, split by the distributed optimizer over the ranks that have the same
     weights: data-parallel x context-parallel ones, and for experts those of the expert grid.
     """
-    stages = [_stage(run.model, layout, stage) for stage in range(layout.pp)]
+    stages = _stages(run.model, layout, run.parallel.virtual_pipeline_model_parallel_size or 1)
     weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
     dense_share = layout.dp * layout.cp if run.parallel.use_distributed_optimizer else 1
     expert_share = layout.edp if run.parallel.use_distributed_optimizer else 1
@@ -42,39 +36,16 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
     return StateMemory(dense + expert, size(dense, expert))
 
 
-def _stage(model: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
-    """Dense and expert parameters that a rank of pipeline stage `stage` holds."""
-    dense = expert = 0
-    for name, shape in model_shapes(model).items():
-        if stage not in _stages_of(name, model, layout.pp):
-            continue
-        count = math.prod(shape)
-        if ".mlp.experts." in name:
-            expert += count // (layout.ep * layout.etp)
-        else:
-            dense += count // (layout.tp if _is_split(name, model) else 1)
-    return dense, expert
-
-
-def _is_split(name: str, model: ModelConfig) -> bool:
-    """Whether each rank of a TP group holds a part of the tensor, and not the whole."""
-    over_projection = model.qk_layernorm == "projection" and name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
-    return over_projection or _SPLIT_OVER_TP.search(name) is not None
-
-
-def _stages_of(name: str, model: ModelConfig, pp: int) -> tuple[int, ...]:
-    """The pipeline stages that hold a tensor. With chunks a stage has the same number of layers, others than here."""
-    if name.startswith("decoder.layers."):
-        return (int(name.split(".")[2]) * pp // model.num_layers,)
-    if name.startswith("embedding.position_embeddings"):
-        return (0,)
-    if name.startswith("embedding."):
-        tied = not model.untie_embeddings_and_output_weights
-        return (0, pp - 1) if tied and pp > 1 else (0,)
-    return (pp - 1,)
+def _stages(model: ModelConfig, layout: Layout, chunks: int) -> list[tuple[int, int]]:
+    """Dense and expert parameters that a rank of each pipeline stage holds."""
+    dense, expert = [0] * layout.pp, [0] * layout.pp
+    for tensor in model_tensors(model).values():
+        for stage in stages_of(tensor, model, layout.pp, chunks):
+            (expert if tensor.is_expert else dense)[stage] += elements_held(tensor, layout)
+    return list(zip(dense, expert, strict=True))
 
 
 def checkpoint_bytes(model: ModelConfig, precision: Precision) -> int:
     """Bytes of a checkpoint's tensors: weights, and in fp32 the optimizer's own weights and Adam's two moments."""
-    parameters = sum(math.prod(shape) for shape in model_shapes(model).values())
+    parameters = sum(tensor.size for tensor in model_tensors(model).values())
     return parameters * ((4 if precision.kind == "fp32" else 2) + 12)

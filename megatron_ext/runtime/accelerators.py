@@ -11,7 +11,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from megatron_ext.config import Fp8Precision, Precision, RuntimeConfig
-from megatron_ext.config.output import Backend
+from megatron_ext.config.machine import Backend
 from megatron_ext.errors import EnvironmentFault
 
 _TORCH_WAY_OUT = "set runtime.backend: torch"

@@ -6,6 +6,7 @@ versions listed here, and fails when an installed version no longer has it; or s
 """
 
 import importlib.metadata
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from packaging.version import Version
 from megatron_ext.errors import EnvironmentFault
 
 OLDEST, TOO_NEW = Version("0.16.1"), Version("0.20")
+BEST, BEST_PYTHON = Version("0.19"), Version("3.12")
+"""What to use: the newest megatron-core of the range, and the first Python that gets it."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ FAULTS: tuple[Fault, ...] = (
         "upcycling_swaps_models_of_several_chunks",
         "upcycling_utils swaps the dense and the MoE model with virtual pipeline stages",
         "avoided",
-        "upcycling reads and writes whole tensors, without any layout (upcycling/, checkpoint/tensors.py)",
+        "upcycling reads and writes whole tensors, without any layout (upcycling/, checkpoint/streams.py)",
     ),
     Fault(
         "upcycling_option_cannot_run",
@@ -212,7 +215,7 @@ FAULTS: tuple[Fault, ...] = (
         "converters_drop_experts",
         "tools/checkpoint writes stacked keys that the model does not read, and so loses all experts",
         "avoided",
-        "conversion is our own, and accounts for every tensor (conversion/)",
+        "conversion is our own, and accounts for every tensor (model_io/)",
         needs="the scripts of megatron-core's repository, which are not in its wheel",
     ),
     Fault(
@@ -237,7 +240,7 @@ FAULTS: tuple[Fault, ...] = (
         "lasting_saver_needs_a_gpu",
         "asynchronous saving by a process that stays divides by the number of GPUs: on CPU it dies and the run hangs",
         "avoided",
-        "checkpoints are written by our own code (checkpoint/store.py)",
+        "checkpoints are written by our own code (checkpoint/save.py)",
     ),
     Fault(
         "sample_order_depends_on_length",
@@ -304,6 +307,26 @@ def installed_version() -> Version:
             f"megatron-core {version} is installed; this framework is tested with >= {OLDEST}, < {TOO_NEW}"
         )
     return version
+
+
+def versions(python: str | None = None, core: Version | None = None) -> str:
+    """Python and megatron-core in one line, and which ones to use instead, if others.
+
+    Args:
+        python: version of Python; None takes this one.
+        core: version of megatron-core; None takes the installed one.
+    """
+    python = python or platform.python_version()
+    try:
+        core = core or installed_version()
+    except EnvironmentFault as fault:
+        return f"Python {python}; {fault}"
+    here = f"Python {python} with megatron-core {core}"
+    if core >= BEST:
+        return here
+    if Version(python) >= BEST_PYTHON:
+        return f"{here}; {BEST} is the one to use: pip install 'megatron-core>={BEST},<{TOO_NEW}'"
+    return f"{here}: supported, with more faults; Python {BEST_PYTHON} with megatron-core {BEST} is the one to use"
 
 
 def complaints_about(overrides: Mapping[str, Any]) -> list[str]:

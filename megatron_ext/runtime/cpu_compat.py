@@ -68,8 +68,8 @@ def _all_to_all_single(
     group: Any = None,
     async_op: bool = False,
 ) -> Any:
-    sizes = [s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes)]
-    return dist.all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
+    out, into = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes))
+    return dist.all_to_all_single(output, input, out, into, group=group, async_op=async_op)
 
 
 def _all_gather(

@@ -8,12 +8,13 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
 
 from megatron_ext.config import Bf16Precision, Fp8Precision, Fp32Precision, Precision
-from megatron_ext.config.output import Backend
+from megatron_ext.config.machine import Backend
 from megatron_ext.errors import EnvironmentFault
 from megatron_ext.runtime import core_guard
 from megatron_ext.runtime.accelerators import (
@@ -26,7 +27,13 @@ from megatron_ext.runtime.accelerators import (
 )
 from megatron_ext.runtime.cpu_speed import slow_bf16
 
-_RECIPES = ("tensorwise", "rowwise", "delayed", "blockwise", "mxfp8")
+_RECIPES: tuple[Literal["tensorwise", "rowwise", "delayed", "blockwise", "mxfp8"], ...] = (
+    "tensorwise",
+    "rowwise",
+    "delayed",
+    "blockwise",
+    "mxfp8",
+)
 _PRECISIONS: tuple[tuple[str, Precision], ...] = (
     ("fp32", Fp32Precision(kind="fp32")),
     ("bf16", Bf16Precision(kind="bf16")),
@@ -78,7 +85,7 @@ def _hardware(machine: Machine) -> Iterator[tuple[str, str]]:
 
 
 def _software(machine: Machine) -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
+    yield "python", core_guard.versions()
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield "torch", f"{torch.__version__}, {built}"
     nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None  # type: ignore[no-untyped-call]

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         is_said = any(other.exitcode == 2 for other in error.failures.values())
         if message := describe(rank, failure):
             print(message if is_said else f"error: {message}{_WHAT_NOW}", file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 2)  # lost: ended by a signal that nobody sent to the job
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except (DistError, RendezvousError) as error:

@@ -1,23 +1,33 @@
-"""Notices within a minute that a rank has died or stopped, and names it: hearts beat in the launcher's store.
+"""Notices within a minute that a rank has died, stopped or hangs, and names it: hearts beat in the launcher's store.
 
 A dead rank of this host is found by its process, one elsewhere or a stopped one by the silence of its heart. Each rank
-listens to the next one and writes down whom it misses, which all others read.
+listens to the next one and writes down whom it misses, which all others read. A rank that lives, but for which all
+others wait, is named by rank 0 and not ended: it may come.
 """
 
 import contextlib
+import dataclasses
 import datetime
+import json
+import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_ext.locks import process_identity, release_all
+from megatron_ext.runtime.main_thread import MainThread, Standing, late_rank
+
+log = logging.getLogger(__name__)
 
 SILENCE = 40.0
 """Seconds without a heartbeat after which a rank is missed."""
+PATIENCE = 40.0
+"""Seconds that all others wait for a rank before it is called late."""
 BEAT = 4.0
 """Seconds between heartbeats."""
 _LOOK = 1.0
@@ -39,6 +49,8 @@ class Liveness:
         self._end = threading.Event()
         self._once = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._main = MainThread()
+        self._late: int | None = None
 
     def __enter__(self) -> "Liveness":
         if self._size > 1 and "MASTER_ADDR" in os.environ:
@@ -58,6 +70,16 @@ class Liveness:
         if self._thread is not None:
             self._thread.join(timeout=5)
 
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """A training step is inside: a rank that is late there is named, however busy it is."""
+        self._main.in_step = True
+        try:
+            yield
+            self._main.steps += 1
+        finally:
+            self._main.in_step = False
+
     def end_if_missing(self, patience: float = 5.0) -> None:
         """After a collective has failed: end with exit code 2, as above, if that is because a rank is missing.
 
@@ -76,7 +98,7 @@ class Liveness:
         """The thread: beat, listen, and end the process where somebody is missed."""
         heard, heard_at, beats, next_beat, asleep = "", time.monotonic(), 0, 0.0, time.monotonic()
         while not self._end.wait(_LOOK):
-            now = time.monotonic()
+            now, standing = time.monotonic(), self._main.look()
             if now - asleep > _LOOK + BEAT:
                 heard_at = now  # this process itself was stopped: the others had no chance to be heard
             lost = None
@@ -85,6 +107,8 @@ class Liveness:
                 if lost is None and now >= next_beat:
                     beats, next_beat = beats + 1, now + BEAT
                     self._store.set(f"beat/{self._rank}", str(beats))
+                    self._store.set(f"at/{self._rank}", json.dumps(dataclasses.astuple(standing)))
+                    self._name_late()
                     neighbour = (self._rank + 1) % self._size
                     beat = self._read(f"beat/{neighbour}")
                     if beat != heard:
@@ -98,6 +122,25 @@ class Liveness:
             if lost is not None and not self._end.is_set():
                 self._leave(lost)
             asleep = time.monotonic()
+
+    def _name_late(self) -> None:
+        """Say once for which rank all others wait, and when it has come. Rank 0 does, if only by this thread."""
+        keys = [f"at/{rank}" for rank in range(self._size)]
+        if self._rank or not self._store.check(keys):
+            return
+        standings = [Standing(*json.loads(said)) for said in self._store.multi_get(keys)]
+        late = late_rank(standings, PATIENCE)
+        if late == self._late:
+            return
+        if late is None:
+            log.warning("rank %d has come; the run goes on", self._late)
+        else:
+            waited = min(standing.waiting for rank, standing in enumerate(standings) if rank != late)
+            log.warning(
+                "rank %d (process %d on %s) is late: all others have been waiting for it for %.0f s. It is at %s",
+                *(late, self._peers[late]["pid"], self._peers[late]["host"], waited, standings[late].place),
+            )
+        self._late = late
 
     def _missing(self, *, ask: bool = True) -> int | None:
         """A rank known to be missing; with `ask`, to anybody. The first one: others end because of it."""

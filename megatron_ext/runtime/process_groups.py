@@ -30,19 +30,9 @@ class Groups:
     world: dist.ProcessGroup
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the input embedding."""
-        return self.pp.rank() == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pp.rank() == self.pp.size() - 1
-
-    @property
-    def last_stage_rank(self) -> int:
-        """Global rank of the last stage of this rank's pipeline."""
-        return dist.get_global_rank(self.pp, self.pp.size() - 1)
 
 
 def start_process_group(runtime: RuntimeConfig, device: torch.device, *, alone: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib
 import multiprocessing
 import os
 import tempfile
@@ -33,7 +34,7 @@ class GlooPool:
     def __init__(self, size: int, *, transformer_engine: bool = False) -> None:
         self.size = size
         self._transformer_engine = transformer_engine
-        self._context = multiprocessing.get_context("spawn" if transformer_engine else "forkserver")
+        self._context: Any = multiprocessing.get_context("spawn" if transformer_engine else "forkserver")
         if not transformer_engine:
             self._context.set_forkserver_preload(["megatron_ext.testing.preload"])
         self._workers: list[tuple[Any, Connection]] = []
@@ -67,7 +68,7 @@ class GlooPool:
     def _collect(self, world_size: int, timeout: float) -> list[Any]:
         deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
         results: dict[int, Any] = {}
-        rank_of = {self._workers[rank][1]: rank for rank in range(world_size)}
+        rank_of: dict[Any, int] = {self._workers[rank][1]: rank for rank in range(world_size)}
         while len(results) < world_size:
             left = (deadline - datetime.datetime.now()).total_seconds()
             waiting = [connection for connection, rank in rank_of.items() if rank not in results]
@@ -75,9 +76,9 @@ class GlooPool:
             if not ready:
                 raise WorkerFailure(f"no answer within {timeout:.0f} s from ranks {[rank_of[c] for c in waiting]}")
             for connection in ready:
-                rank = rank_of[connection]  # type: ignore[index]
+                rank = rank_of[connection]
                 try:
-                    succeeded, results[rank] = connection.recv()  # type: ignore[union-attr]
+                    succeeded, results[rank] = self._workers[rank][1].recv()
                 except EOFError:
                     raise WorkerFailure(f"rank {rank} died") from None
                 if not succeeded:
@@ -105,7 +106,8 @@ def _work(connection: Connection, transformer_engine: bool) -> None:
     """Serve calls until the pool closes the connection."""
     if transformer_engine:
         import torch  # noqa: F401 - brings the libraries that Transformer Engine links to
-        import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401
+
+        importlib.import_module("transformer_engine.pytorch")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with contextlib.suppress(EOFError):
         while True:

@@ -1,4 +1,4 @@
-"""Tiny models and random batches, the same in every layout."""
+"""Tiny models, random batches and a stream of them, the same in every layout."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 from megatron_ext.config import GatingNormalization, ModelConfig
-from megatron_ext.data.batches import DocumentResets, MicroBatch, complete_columns, sample_indices, sample_seed
+from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, complete_columns, sample_indices, sample_seed
+from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.stream import BatchShape
 
 VOCABULARY = 250
 SEQUENCE_LENGTH = 32
@@ -65,3 +67,35 @@ def random_batch(
     rows: Sequence[list[int]] = sample_indices(0, dp_rank, dp_size, micro_batch, samples // (micro_batch * dp_size))
     seeds = torch.tensor([sample_seed(0, step * samples + row) for row in range(samples)])
     return [complete_columns(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r], resets) for r in rows]
+
+
+class RandomStream:
+    """`random_batch` as a `DataStream`: step n of a run has the batch n."""
+
+    def __init__(self, shape: BatchShape, device: torch.device) -> None:
+        self._shape, self._device, self._step = shape, device, 0
+
+    def next(self) -> list[MicroBatch]:
+        """The next batch."""
+        shape = self._shape
+        batch = random_batch(
+            self._step,
+            samples=shape.global_batch,
+            micro_batch=shape.micro_batch,
+            dp_rank=shape.dp_rank,
+            dp_size=shape.dp_size,
+        )
+        self._step += 1
+        return [micro.to(self._device) for micro in batch]
+
+    def seek(self, position: Position) -> None:
+        """Go to the batch that begins at `position`."""
+        self._step = position.samples // self._shape.global_batch
+
+    def position(self) -> Position:
+        """What was given out."""
+        samples = self._step * self._shape.global_batch
+        return Position(samples, sources=(samples,))
+
+    def close(self) -> None:
+        """Nothing reads ahead."""

@@ -18,6 +18,8 @@ from unittest import mock
 
 import torch
 
+from megatron_ext.config import ModelConfig, ParallelConfig, Precision, RecomputeConfig
+
 HOPPER = (9, 0)
 
 
@@ -56,15 +58,16 @@ def as_on_hopper() -> Iterator[None]:
         yield
 
 
-def build_with_transformer_engine(*arguments: Any) -> tuple[Any, list[Any]]:
-    """The configuration of `transformer_config(*arguments, backend)` and the model chunks, on CPU."""
+def build_with_transformer_engine(
+    model: ModelConfig, parallel: ParallelConfig, precision: Precision, recompute: RecomputeConfig
+) -> tuple[Any, list[Any]]:
+    """The configuration that `transformer_config` makes for Transformer Engine and the model chunks, on CPU."""
     from megatron_ext.mcore.model import build_chunks
     from megatron_ext.mcore.transformer_config import transformer_config
 
-    model, parallel, *_ = arguments
     with as_on_hopper():
         # The fused permutation of tokens has no weights, but puts its index tensors on a GPU.
         overrides = {**model.transformer_overrides, "moe_permute_fusion": False}
         model = replace(model, transformer_overrides=overrides)
-        config = transformer_config(model, *arguments[1:], "transformer_engine")
+        config = transformer_config(model, parallel, precision, recompute, "transformer_engine")
         return config, list(build_chunks(model, parallel, config, torch.device("cpu")))

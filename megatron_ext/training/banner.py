@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.monitoring.monitor import metrics_path
 from megatron_ext.planning.amounts import short_number

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.store import TrainingState
+from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.publish import in_the_way
+from megatron_ext.checkpoint.state_file import TrainingState, read_state
+from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import (
     CheckpointConfig,
     DataConfig,
@@ -20,9 +22,7 @@ from megatron_ext.config import (
     TrainConfig,
 )
 from megatron_ext.config.load import raise_faults, read_run_text, values_of
-from megatron_ext.conversion.checkpoint_model import tokenizer_directory
-from megatron_ext.conversion.sources import is_hugging_face, open_checkpoint
-from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint
+from megatron_ext.data.preprocess import check_dataset, check_dataset_sums, dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError, named
 from megatron_ext.planning.amounts import size
@@ -38,8 +38,11 @@ from megatron_ext.training.same_run import (
     check_same_model,
     check_same_sources,
     rereads,
-    with_vocabulary_padding,
 )
+from megatron_ext.training.start import OpenForeign, foreign_model
+
+_READ_AT_ONCE = 2 * 10**9
+"""Bytes of data that are read before each start to compare their checksums: a second or two."""
 
 
 @dataclass
@@ -54,6 +57,8 @@ class Findings:
     """How often each source of data.train is read."""
     start: str = ""
     """What the run starts from."""
+    sums: str = ""
+    """How the files of the data were compared with what was written."""
     room: str = ""
     """What its checkpoints take of the disk."""
 
@@ -61,6 +66,7 @@ class Findings:
         """For people."""
         return [
             *(f"data            {use.line()}" for use in self.sources),
+            *([f"data            {self.sums}"] if self.sums else []),
             f"start           {self.start}",
             *(f"changed         {change}" for change in self.changes),
             *([f"checkpoints     {self.room}"] if self.room else []),
@@ -68,12 +74,15 @@ class Findings:
         ]
 
 
-def check_run(path: str, overrides: Sequence[str], world_size: int | None, *, files: bool) -> str:
+def check_run(
+    path: str, overrides: Sequence[str], world_size: int | None, *, files: bool, open_foreign: OpenForeign
+) -> str:
     """What `--check` prints of the run at `path`; nothing is started and nothing written.
 
     Args:
         world_size: processes; None takes the fewest the layout needs.
         files: look at data, checkpoints and disk too, not only at the configuration.
+        open_foreign: opens weights to start from that are no Megatron checkpoint.
 
     Raises:
         ConfigError: naming every fault of the configuration and of the files it names.
@@ -85,30 +94,31 @@ def check_run(path: str, overrides: Sequence[str], world_size: int | None, *, fi
             description = describe_run(text.run, world_size)
         except ConfigError as error:
             faults += str(error).splitlines()  # of the layout there may be several
-    found = examine(text.values, text.run) if files else None
+    found = examine(text.values, text.run, open_foreign) if files else None
     raise_faults(path, faults + (found.faults if found else []))
     return "\n".join([description, *(found.lines() if found else [])])
 
 
-def examine_run(run: RunConfig, source: str) -> Findings:
+def examine_run(run: RunConfig, source: str, open_foreign: OpenForeign) -> Findings:
     """`examine` a run that starts now.
 
     Raises:
         ConfigError: naming every fault. `source` is where the run is from.
     """
-    found = examine(values_of(run), run)
+    found = examine(values_of(run), run, open_foreign)
     raise_faults(source, found.faults)
     return found
 
 
-def examine(values: Mapping[str, Any], run: RunConfig | None) -> Findings:
+def examine(values: Mapping[str, Any], run: RunConfig | None, open_foreign: OpenForeign) -> Findings:
     """Look at everything on the disk that the keys in `values` name.
 
     Args:
         values: every valid value and section of the run's configuration, by name.
         run: the whole, where nothing is wrong with it.
+        open_foreign: opens weights to start from that are no Megatron checkpoint.
     """
-    examination = _Examination(values, run)
+    examination = _Examination(values, run, open_foreign)
     examination.look()
     return examination.found
 
@@ -116,9 +126,9 @@ def examine(values: Mapping[str, Any], run: RunConfig | None) -> Findings:
 class _Examination:
     """Looks at one thing after the other, with whatever keys are there for it."""
 
-    def __init__(self, values: Mapping[str, Any], run: RunConfig | None) -> None:
+    def __init__(self, values: Mapping[str, Any], run: RunConfig | None, open_foreign: OpenForeign) -> None:
         self.found = Findings()
-        self._values, self._run = values, run
+        self._values, self._run, self._open_foreign = values, run, open_foreign
         self._model: ModelConfig | None = values.get("model")
         self._data: DataConfig | None = values.get("data")
         self._train: TrainConfig | None = values.get("train")
@@ -126,6 +136,8 @@ class _Examination:
         self._tokenizer: Tokenizer | None = None
         self._fingerprints: list[str] | None = None
         self._state = TrainingState()
+        self._whole: dict[str, str] = {}
+        """Sources whose files have their sizes, and the key of each."""
 
     def look(self) -> None:
         """Look at everything."""
@@ -145,7 +157,7 @@ class _Examination:
     def _look_at_tokenizer(self) -> None:
         if (directory := self._values.get("data.tokenizer")) is None:
             return
-        with _collecting(self.found.faults, f"data.tokenizer = {named(directory)}"):
+        with _collecting(self.found.faults, "data.tokenizer", directory):
             self._tokenizer = Tokenizer(directory)
             rows = self._values.get("model.vocab_size")
             if rows is not None and self._tokenizer.vocab_size > rows:
@@ -165,7 +177,24 @@ class _Examination:
         if self._values.get("train.eval_interval") is not None:
             for number, source in self._sources("validation").items():
                 self._look_at_source(f"data.validation.{number}", source)
+        self._sum_data()
         return tokens if whole else None
+
+    def _sum_data(self) -> None:
+        """Read the files of the data and compare their checksums, where that takes seconds."""
+        total = sum(_data_bytes(path) for path in self._whole)
+        if total > _READ_AT_ONCE:
+            folders = sorted({str(Path(path).parent) for path in self._whole})
+            self.found.sums = (
+                f"files have their sizes; {size(total)} are too much to read at each start: "
+                f"tools/verify_checkpoint.py {folders[0]} compares checksums{' of each folder' * (len(folders) > 1)}"
+            )
+            return
+        for path, key in self._whole.items():
+            with _collecting(self.found.faults, f"{key}.path", path):
+                check_dataset_sums(path)
+        if self._whole:
+            self.found.sums = "files have their sizes and checksums"
 
     def _sources(self, blend: str) -> dict[int, DataSource]:
         """The sources of a blend by their number; of one with faults, those that have none."""
@@ -177,7 +206,7 @@ class _Examination:
 
     def _look_at_source(self, key: str, source: DataSource) -> int:
         """Tokens of a source, once its faults are noted."""
-        with _collecting(self.found.faults, f"{key}.path = {named(source.path)}"):
+        with _collecting(self.found.faults, f"{key}.path", source.path):
             missing = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
             if missing and Path(source.path).is_dir():
                 raise DataError("is a folder; name a split in it, such as train")
@@ -190,6 +219,7 @@ class _Examination:
                 check_dataset(source.path, self._tokenizer).tokens,
                 self._values.get("data.sequence_length"),
             )
+            self._whole[source.path] = key
             if length is not None and tokens <= length:
                 raise DataError(f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}")
             return tokens
@@ -197,11 +227,11 @@ class _Examination:
 
     def _look_at_start(self, checkpoint: CheckpointConfig) -> None:
         """Find what the run would go on or start from."""
-        if (newest := store.find_checkpoint(checkpoint.directory)) is not None:
-            self._state = store.read_state(newest)
+        if (newest := find_checkpoint(checkpoint.directory)) is not None:
+            self._state = read_state(newest)
             self._look_at_resume(newest)
         elif checkpoint.initialize_from is not None:
-            with _collecting(self.found.faults, f"checkpoint.initialize_from = {named(checkpoint.initialize_from)}"):
+            with _collecting(self.found.faults, "checkpoint.initialize_from", checkpoint.initialize_from):
                 self._look_at_weights(Path(checkpoint.initialize_from))
         else:
             self.found.start = "a new run, from fresh weights"
@@ -229,13 +259,16 @@ class _Examination:
     def _look_at_weights(self, path: Path) -> None:
         if not path.exists():
             raise CheckpointError("is not there")
-        if is_hugging_face(path):
-            opened = open_checkpoint(path)
-            checkpoint, tokenizer = opened.directory, opened.tokenizer
+        foreign, trained_with = self._open_foreign(path), None
+        if foreign is not None:
+            trained_with = foreign.run
+            checkpoint, tokenizer = foreign.directory, foreign.tokenizer
             if self._model is not None:
-                check_models_agree(self._model, with_vocabulary_padding(opened.model, self._model), checkpoint)
+                check_models_agree(self._model, foreign_model(foreign, self._model), checkpoint)
         else:
-            checkpoint, tokenizer = store.require_checkpoint(path), tokenizer_directory(path)
+            checkpoint = require_checkpoint(path)
+            folder = checkpoint / TOKENIZER_FOLDER
+            tokenizer = folder if has_tokenizer(folder) else None
             if self._model is not None:
                 check_same_model(self._model, checkpoint)
                 check_holds_weights(self._model, checkpoint)
@@ -243,7 +276,7 @@ class _Examination:
         if tokenizer is not None:
             self._compare_tokenizer(tokenizer)
         if self._data is not None and self._train is not None:
-            again = rereads(self._data, self._train, checkpoint, self._fingerprints or [])
+            again = rereads(self._data, self._train, checkpoint, self._fingerprints or [], trained_with)
             self.found.warnings += [again] if again is not None else []
 
     def _compare_tokenizer(self, other: Path) -> None:
@@ -278,11 +311,13 @@ class _Examination:
             elif not os.access(place, os.W_OK | os.X_OK):
                 self.found.faults.append(f"{key} = {named(self._values[key])}: {place} may not be written by this user")
 
+        if metrics and Path(metrics).is_dir():
+            self.found.faults.append(f"logging.metrics_file = {named(metrics)}: is a folder, where a file is written")
         if self._checkpoint is not None:
             self.found.faults += [
                 f"checkpoint.directory = {named(self._checkpoint.directory)}: {path.name} is where a save is written, "
                 "and was not left by one (a link, or files of yours); move it away"
-                for path in store.in_the_way(Path(self._checkpoint.directory))
+                for path in in_the_way(Path(self._checkpoint.directory))
             ]
 
     def _count_epochs(self, tokens: Sequence[int]) -> None:
@@ -306,7 +341,7 @@ class _Examination:
         if steps <= 0:
             return
         saves = math.ceil(steps / settings.save_interval) if settings.save_interval else 1
-        kept = len(store.complete_checkpoints(Path(settings.directory)))
+        kept = len(complete_checkpoints(Path(settings.directory)))
         # An old one goes once a newer one is complete, so that one more than keep_last stand there for a moment.
         coming = saves if settings.keep_last is None else max(min(settings.keep_last + 1 - kept, saves), 1)
         free = shutil.disk_usage(_existing(Path(settings.directory))).free
@@ -325,13 +360,21 @@ class _Examination:
             )
 
 
+def _data_bytes(path: str) -> int:
+    return Path(f"{path}.bin").stat().st_size + Path(f"{path}.idx").stat().st_size
+
+
 @contextlib.contextmanager
-def _collecting(faults: list[str], subject: str = "") -> Iterator[None]:
-    """Turn an error inside into a fault beside others, of `subject` if that is given."""
+def _collecting(faults: list[str], subject: str = "", path: str = "") -> Iterator[None]:
+    """Turn an error inside into a fault beside others, of `subject`, whose value is `path`, if those are given."""
     try:
         yield
     except MegatronExtError as error:
-        faults.append((f"{subject}: " if subject else "") + str(error).replace("\n", "\n  "))
+        text = str(error).replace("\n", "\n  ")
+        if path:
+            subject = f"{subject} = {named(path)}"
+            text = text.removeprefix(f"{Path(path)}: ")  # it is said already
+        faults.append(f"{subject}: {text}" if subject else text)
 
 
 def _existing(path: Path) -> Path:

@@ -2,33 +2,20 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.tensors import MegatronSource
-from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
-from megatron_ext.config.meaning import meaning
-from megatron_ext.errors import CheckpointError, ConfigError
+import numpy as np
 
-_FREE = frozenset(
-    {
-        "init_method_std",
-        "attention_dropout",
-        "hidden_dropout",
-        "output_z_loss_coeff",
-        "moe_aux_loss_coeff",
-        "moe_router_load_balancing_type",
-        "moe_adaptive_aux_loss",
-        "moe_z_loss_coeff",
-        "moe_router_bias_update_rate",
-        "moe_expert_capacity_factor",
-        "moe_token_drop_policy",
-    }
-)
-"""Fields that shape neither weights nor function: they may change between runs."""
+from megatron_ext.canonical.catalogue import model_shapes
+from megatron_ext.checkpoint.run_file import RUN_FILE, read_run
+from megatron_ext.checkpoint.shape_faults import shape_faults, shown
+from megatron_ext.checkpoint.state_file import TrainingState, read_state
+from megatron_ext.checkpoint.streams import MegatronSource
+from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
+from megatron_ext.config.effective_value import effective_value
+from megatron_ext.config.model_fields import TRAINING_FIELDS
+from megatron_ext.errors import CheckpointError, ConfigError
 
 OTHER_SAMPLES = (
     "{}: its position in the data would mean other samples:\n{}\nSet it back, or start a new run from its weights: "
@@ -38,8 +25,8 @@ OTHER_SAMPLES = (
 
 def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
     """Raise CheckpointError naming every field in which `checkpoint` holds another model than `model`."""
-    raw = store.read_run(checkpoint).get("model") or {}
-    check_models_agree(model, load_config(ModelConfig, raw, source=str(checkpoint / store.RUN_FILE)), checkpoint)
+    raw = read_run(checkpoint).get("model") or {}
+    check_models_agree(model, load_config(ModelConfig, raw, source=str(checkpoint / RUN_FILE)), checkpoint)
 
 
 def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path) -> None:
@@ -47,7 +34,7 @@ def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path)
     names = [
         name
         for name in ModelConfig.__dataclass_fields__
-        if name not in _FREE and meaning(saved, name) != meaning(model, name)
+        if name not in TRAINING_FIELDS and effective_value(saved, name) != effective_value(model, name)
     ]
     # What means something else only because another key does is not worth a line of its own.
     names = [name for name in names if getattr(saved, name) != getattr(model, name)] or names
@@ -59,23 +46,16 @@ def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path)
         raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
 
 
-def with_vocabulary_padding(saved: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """`saved` with the padding of `model`: a Hugging Face directory has none of its own."""
-    return replace(saved, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
-
-
 def check_holds_weights(model: ModelConfig, checkpoint: Path) -> None:
     """Raise CheckpointError naming the weights of `model` that `checkpoint` lacks, or has in another shape."""
-    stored = MegatronSource(checkpoint).specs
-    wrong = [name for name, shape in model_shapes(model).items() if name not in stored or stored[name].shape != shape]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(f"{checkpoint} lacks weights of its own model: {', '.join(wrong[:5])}{more}")
+    stored = {name: spec.shape for name, spec in MegatronSource(checkpoint).specs.items()}
+    if faults := shape_faults(stored, model_shapes(model), "this run needs"):
+        raise CheckpointError(f"{checkpoint} lacks weights of its own model:\n{shown(faults)}")
 
 
 def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> None:
     """Raise CheckpointError where the position in `checkpoint` counts other samples than those of this run."""
-    saved = store.read_run(checkpoint)
+    saved = read_run(checkpoint)
     then, now = saved.get("data") or {}, to_mapping(data)
     old_seed = (saved.get("train") or {}).get("seed")
     compared = [
@@ -86,14 +66,14 @@ def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> N
         *((f"data.{key}", then.get(key, False), now[key]) for key in ("reset_attention_mask", "reset_position_ids")),
     ]
     different = [f"  {key}: {old!r} in the checkpoint, {new!r} in this run" for key, old, new in compared if old != new]
-    weights = [[source.get("weight") for source in mapping.get("train") or []] for mapping in (then, now)]
-    if weights[0] != weights[1]:
+    weights = [[source.get("weight", 1.0) for source in mapping.get("train") or []] for mapping in (then, now)]
+    if _shares(weights[0]) != _shares(weights[1]):
         different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
     if different:
         raise CheckpointError(OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
 
 
-def check_same_sources(fingerprints: Sequence[str], state: store.TrainingState, where: str | Path) -> None:
+def check_same_sources(fingerprints: Sequence[str], state: TrainingState, where: str | Path) -> None:
     """Raise CheckpointError where the training data is not that in which `state` counts its samples."""
     if state.consumed_samples and state.data not in ((), tuple(fingerprints)):
         other = "  data.train: what stands there is not the data of the checkpoint"
@@ -103,7 +83,7 @@ def check_same_sources(fingerprints: Sequence[str], state: store.TrainingState, 
 def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
     """Every key whose value in `run` is not the one `checkpoint` was saved with, as `key: old -> new`."""
     now = to_mapping(run)
-    saved = {**now, **store.read_run(checkpoint)}  # weights that were converted come with the section model alone
+    saved = {**now, **read_run(checkpoint)}  # weights that were converted come with the section model alone
     with contextlib.suppress(ConfigError):  # keys that are newer than the checkpoint get their defaults
         saved = to_mapping(load_config(RunConfig, saved, source=str(checkpoint)))
     old, new = ({key: repr(value) for key, value in _leaves(one)} for one in (saved, now))
@@ -112,12 +92,25 @@ def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
     return [f"{key}: {before} -> {after}" for key, before, after in pairs if before != after]
 
 
-def rereads(data: DataConfig, train: TrainConfig, checkpoint: Path, fingerprints: Sequence[str]) -> str | None:
-    """Why a new run from the weights of `checkpoint` would read again, in the same order, what those have seen."""
-    try:
-        saved, state = store.read_run(checkpoint), store.read_state(checkpoint)
-    except CheckpointError:
-        return None  # weights that come with no record of their training
+def rereads(
+    data: DataConfig,
+    train: TrainConfig,
+    checkpoint: Path,
+    fingerprints: Sequence[str],
+    trained_with: dict[str, Any] | None = None,
+) -> str | None:
+    """Why a new run from the weights of `checkpoint` would read again, in the same order, what those have seen.
+
+    Args:
+        fingerprints: of the data of the new run.
+        trained_with: the configuration of their run, where `checkpoint` is an export that has it elsewhere.
+    """
+    saved, state = trained_with or {}, TrainingState()
+    if trained_with is None:
+        try:
+            saved, state = read_run(checkpoint), read_state(checkpoint)
+        except CheckpointError:
+            return None  # weights that come with no record of their training
     sources = (saved.get("data") or {}).get("train") or []
     seed = (saved.get("train") or {}).get("seed")
     if state.data:
@@ -130,6 +123,12 @@ def rereads(data: DataConfig, train: TrainConfig, checkpoint: Path, fingerprints
         f"train.seed = {seed}: the weights of {checkpoint} come from a run with this data and seed, so that this run "
         "would read the same samples from the first on; set another train.seed"
     )
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    """Weights of a blend made shares as megatron-core does: where these are equal, exactly, the samples are."""
+    values = np.array(weights, dtype=np.float64)
+    return list((values / values.sum()).tolist())
 
 
 def _place(path: str) -> Path:

@@ -36,4 +36,4 @@ def _decayed(style: str, progress: float, peak: float, floor: float) -> float:
         "minus_sqrt": 1 - math.sqrt(progress),
         "exponential_megatron": 2 * 0.5**progress - 1,
     }[style]
-    return floor + (peak - floor) * remaining
+    return float(floor + (peak - floor) * remaining)

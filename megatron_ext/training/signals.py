@@ -40,6 +40,10 @@ class StopSignals:
             # After a failure nothing is left to save: what comes now ends the process.
             signal.signal(number, handler)
 
+    def is_noted(self) -> bool:
+        """Whether a signal came."""
+        return self.number != 0
+
     def agreed(self, asked: int, group: dist.ProcessGroup, device: torch.device) -> int:
         """The signal at which all ranks stop now, 0 for going on.
 

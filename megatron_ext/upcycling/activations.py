@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.conversion.network import megatron_network
-from megatron_ext.conversion.text import comparison_batches
-from megatron_ext.conversion.verify import require_memory
 from megatron_ext.errors import DataError
+from megatron_ext.model_io.compare import require_memory
+from megatron_ext.model_io.network import megatron_network
+from megatron_ext.model_io.text import comparison_batches
 from megatron_ext.upcycling.content import dense_stream
 from megatron_ext.upcycling.layers import RouterOf
-from megatron_ext.upcycling.method import Draw
-from megatron_ext.upcycling.plan import Plan
+from megatron_ext.upcycling.methods.base import Draw
+from megatron_ext.upcycling.plan import UpcyclePlan
 from megatron_ext.upcycling.router import repeated, router_from_activations
 
 _TOKENS_A_ROW, _FEWEST = 256, 32
@@ -25,7 +25,7 @@ _ROWS, _LENGTH = 4, 128
 
 
 @torch.no_grad()
-def clustered_routers(plan: Plan) -> RouterOf:
+def clustered_routers(plan: UpcyclePlan) -> RouterOf:
     """Routers whose rows are the directions of clusters of tokens, one layer at a time as the dense model runs.
 
     Loads the dense model (of several, their average) in fp32, in a process group of its own.

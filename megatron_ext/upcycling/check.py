@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext.conversion.figures import logit_lines
-from megatron_ext.conversion.logits import stream_logits
-from megatron_ext.conversion.verify import LogitComparison, checkpoint_logits, compare_logits, perplexity
 from megatron_ext.errors import ConversionError
+from megatron_ext.model_io.compare import LogitComparison, checkpoint_logits, compare_logits, perplexity
+from megatron_ext.model_io.figures import logit_lines
+from megatron_ext.model_io.logits import stream_logits
 from megatron_ext.upcycling.content import dense_streams
-from megatron_ext.upcycling.plan import TOLERANCE, Plan
+from megatron_ext.upcycling.plan import TOLERANCE, UpcyclePlan
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FunctionCheck:
         ]
 
 
-def function_check(plan: Plan, made: Path, batches: Sequence[Tensor]) -> FunctionCheck:
+def function_check(plan: UpcyclePlan, made: Path, batches: Sequence[Tensor]) -> FunctionCheck:
     """Compare the logits of the upcycled model at `made` and of the dense one: the first source, its layers repeated.
 
     Where the function is kept, logits differ by fp32 rounding: experts' outputs are weighted and added in another order
@@ -61,7 +61,7 @@ def function_check(plan: Plan, made: Path, batches: Sequence[Tensor]) -> Functio
     return FunctionCheck(compare_logits(dense, moe), perplexity(dense, batches), perplexity(moe, batches))
 
 
-def dense_logits(plan: Plan, batches: Sequence[Tensor], weights_as: torch.dtype | None = None) -> list[Tensor]:
+def dense_logits(plan: UpcyclePlan, batches: Sequence[Tensor], weights_as: torch.dtype | None = None) -> list[Tensor]:
     """Of the first source, as its own library computes them; with other layers than it has, as Megatron does."""
     if plan.options.layers:
         return stream_logits(plan.dense, dense_streams(plan)[0], batches, weights_as=weights_as)

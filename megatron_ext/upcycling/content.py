@@ -7,25 +7,25 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ext.architectures.registry import architecture_for
-from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
-from megatron_ext.conversion.content import Content
-from megatron_ext.conversion.engine import stored_dtype
-from megatron_ext.conversion.finite import WatchedSource, describe
-from megatron_ext.conversion.sources import streams_of_one_shape
-from megatron_ext.conversion.write import DTYPES, Check, Examined, Output, Written, write_hugging_face, write_megatron
+from megatron_ext.canonical.catalogue import model_shapes
+from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.errors import ConversionError, DataError
 from megatron_ext.merging.merge import Linear
 from megatron_ext.merging.stream import Merged
+from megatron_ext.model_io.engine import stored_dtype
+from megatron_ext.model_io.finite import WatchedSource, describe
+from megatron_ext.model_io.model_to_write import ModelToWrite
+from megatron_ext.model_io.open import streams_of_one_shape
+from megatron_ext.model_io.write import DTYPES, Check, Examined, Output, Written, write_hugging_face, write_megatron
 from megatron_ext.upcycling.depth import RepeatedLayers, parse_layers
 from megatron_ext.upcycling.layers import RouterOf, copied, upcycling_tasks
-from megatron_ext.upcycling.method import Draw
-from megatron_ext.upcycling.plan import Plan
+from megatron_ext.upcycling.methods.base import Draw
+from megatron_ext.upcycling.plan import UpcyclePlan
 from megatron_ext.upcycling.router import drawn_router
 from megatron_ext.upcycling.sources import Sources
 
 
-def drawn_routers(plan: Plan) -> RouterOf:
+def drawn_routers(plan: UpcyclePlan) -> RouterOf:
     """Routers drawn from the seed."""
     std = plan.options.router_std or plan.moe.init_method_std
 
@@ -35,7 +35,7 @@ def drawn_routers(plan: Plan) -> RouterOf:
     return router_of
 
 
-def dense_streams(plan: Plan) -> list[TensorSource]:
+def dense_streams(plan: UpcyclePlan) -> list[TensorSource]:
     """The tensors of each source, its layers repeated if that was asked for."""
     streams = streams_of_one_shape(plan.opened)
     if not plan.options.layers:
@@ -44,7 +44,7 @@ def dense_streams(plan: Plan) -> list[TensorSource]:
     return [RepeatedLayers(stream, layers) for stream in streams]
 
 
-def dense_stream(plan: Plan) -> TensorSource:
+def dense_stream(plan: UpcyclePlan) -> TensorSource:
     """The tensors of the dense model; of several, their average."""
     streams = dense_streams(plan)
     if len(streams) == 1:
@@ -52,7 +52,7 @@ def dense_stream(plan: Plan) -> TensorSource:
     return Merged(Linear(weights=plan.method.source_weights), streams, vocab_size=plan.dense.vocab_size)
 
 
-def content_of(plan: Plan, router_of: RouterOf) -> Content:
+def content_of(plan: UpcyclePlan, router_of: RouterOf) -> ModelToWrite:
     """The upcycled model, to be written."""
     streams = dense_streams(plan)
     present, asked = streams[0].specs, DTYPES.get(plan.options.dtype or "")
@@ -72,7 +72,7 @@ def content_of(plan: Plan, router_of: RouterOf) -> Content:
     else:
         made = map(copied, specs)
     first, names = plan.opened[0], ", ".join(opened.directory.name for opened in plan.opened)
-    return Content(
+    return ModelToWrite(
         model=plan.moe,
         tasks=list(made),
         specs=specs,
@@ -81,12 +81,12 @@ def content_of(plan: Plan, router_of: RouterOf) -> Content:
         tokenizer=first.tokenizer,
         hf_config=first.hf_config,
         run=first.run,
-        beside=first.content.beside,
+        companion_files=first.content.companion_files,
         made_of=f"{names}, upcycled by {plan.method.kind}" if plan.adds_experts else f"layers of {names}",
     )
 
 
-def _fit_to_choose(plan: Plan, layer: int, weight_EH: Tensor, specs: Mapping[str, TensorSpec]) -> Tensor:
+def _fit_to_choose(plan: UpcyclePlan, layer: int, weight_EH: Tensor, specs: Mapping[str, TensorSpec]) -> Tensor:
     """The router's weight, if it tells experts apart once it is stored; those of a set share a row.
 
     Raises:
@@ -101,7 +101,7 @@ def _fit_to_choose(plan: Plan, layer: int, weight_EH: Tensor, specs: Mapping[str
     return weight_EH
 
 
-def write(plan: Plan, router_of: RouterOf, check: Check, output: Output) -> Written:
+def write(plan: UpcyclePlan, router_of: RouterOf, check: Check, output: Output) -> Written:
     """Write the upcycled model.
 
     Raises:

@@ -6,10 +6,11 @@ Kim et al. 2023 (SOLAR 10.7B, arXiv 2312.15166), section 2: layers 0-23 and then
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
+from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConfigError
 
@@ -38,7 +39,7 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 def deepened_model(model: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     """The configuration of the model whose layers are `layers` of `model`."""
     pattern = [int(model.moe_layer_pattern[layer]) for layer in layers]
-    experts = {"moe_layer_freq": pattern, "moe_first_k_dense": 0} if model.is_moe else {}
+    experts: dict[str, Any] = {"moe_layer_freq": pattern, "moe_first_k_dense": 0} if model.is_moe else {}
     return replace(model, num_layers=len(layers), **experts)
 
 

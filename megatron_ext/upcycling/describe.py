@@ -3,18 +3,18 @@
 import re
 from collections.abc import Sequence
 
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config.help import summary_of
-from megatron_ext.conversion.engine import Task
+from megatron_ext.model_io.engine import TensorTask
 from megatron_ext.upcycling.content import content_of, drawn_routers
 from megatron_ext.upcycling.places import obstacle
-from megatron_ext.upcycling.plan import Plan
+from megatron_ext.upcycling.plan import UpcyclePlan
 from megatron_ext.upcycling.sources import AVERAGE
 
 _NUMBERED = re.compile(r"(layers|experts)\.(\d+)")
 
 
-def describe_plan(plan: Plan) -> str:
+def describe_plan(plan: UpcyclePlan) -> str:
     """The origin of every tensor, parameter counts, memory and the expected exactness."""
     before, after = count_parameters(plan.opened[0].model), count_parameters(plan.moe)
     content = content_of(plan, drawn_routers(plan))
@@ -41,7 +41,7 @@ def describe_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def origins(tasks: Sequence[Task], *, several: bool) -> list[str]:
+def origins(tasks: Sequence[TensorTask], *, several: bool) -> list[str]:
     """A line for every kind of tensor, with the layers and experts that it is there for."""
     groups: dict[tuple[str, str], dict[str, set[int]]] = {}
     for task in tasks:

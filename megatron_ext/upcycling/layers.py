@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.config import LearnedNoise, ModelConfig
-from megatron_ext.conversion.engine import Task
+from megatron_ext.model_io.engine import TensorTask
 from megatron_ext.upcycling.feed_forward import FeedForward
-from megatron_ext.upcycling.method import Draw, Method
+from megatron_ext.upcycling.methods.base import Draw, Method
 from megatron_ext.upcycling.sources import AVERAGE
 
 RouterOf = Callable[[int, Draw], Tensor]
@@ -26,7 +26,7 @@ _PARTS = {
 
 def upcycling_tasks(
     dense: ModelConfig, moe: ModelConfig, method: Method, router_of: RouterOf, *, sources: int, seed: int
-) -> Iterator[Task]:
+) -> Iterator[TensorTask]:
     """Every step from the tensors of `Sources` to the canonical tensors of `moe`, in the order of the layers."""
     names = model_shapes(dense)
     for name in names:
@@ -41,9 +41,9 @@ def upcycling_tasks(
             yield from (copied(f"{prefix}.{_PARTS[part]}") for part in parts)
 
 
-def copied(name: str) -> Task:
+def copied(name: str) -> TensorTask:
     """The step that leaves a tensor as it is; of several sources, their average."""
-    return Task({"tensor": f"{AVERAGE}/{name}"}, {"tensor": name}, dict)
+    return TensorTask({"tensor": f"{AVERAGE}/{name}"}, {"tensor": name}, dict)
 
 
 def layer_tasks(
@@ -55,7 +55,7 @@ def layer_tasks(
     *,
     sources: int,
     seed: int,
-) -> Iterator[Task]:
+) -> Iterator[TensorTask]:
     """Every step that makes the feed-forward part of one MoE layer.
 
     Args:
@@ -73,11 +73,11 @@ def layer_tasks(
     for expert in range(experts):
         source = str(expert * sources // experts)
         make = partial(_expert, method, expert, moe, draw)
-        yield Task(read(source), write(f"experts.{expert}"), make, note=method.changes(moe) or "")
+        yield TensorTask(read(source), write(f"experts.{expert}"), make, note=method.changes(moe) or "")
     if moe.moe_shared_expert_intermediate_size is not None:
         source = AVERAGE if method.shared_from_average else "0"
         make = partial(_shared, method, moe, draw)
-        yield Task(read(source), write("shared_experts"), make, note=method.shared_origin())
+        yield TensorTask(read(source), write("shared_experts"), make, note=method.shared_origin())
     yield _made(f"{prefix}.router.weight", partial(router_of, draw), "made by router_init")
     # All of these start where they change nothing.
     if moe.moe_shared_expert_gate:
@@ -88,8 +88,8 @@ def layer_tasks(
         yield _made(f"{prefix}.router.noise_weight", partial(torch.zeros, experts, moe.hidden_size))
 
 
-def _made(name: str, make: Callable[[], Tensor], note: str = "zero") -> Task:
-    return Task({}, {"tensor": name}, lambda parts: {"tensor": make()}, note=note)
+def _made(name: str, make: Callable[[], Tensor], note: str = "zero") -> TensorTask:
+    return TensorTask({}, {"tensor": name}, lambda parts: {"tensor": make()}, note=note)
 
 
 def _expert(method: Method, number: int, moe: ModelConfig, draw: Draw, parts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megatron_ext.config import GatingNormalization, ModelConfig
-from megatron_ext.config.base import config
-from megatron_ext.conversion.options import default_workers
-from megatron_ext.upcycling.copy import Copy
-from megatron_ext.upcycling.drop import Drop
-from megatron_ext.upcycling.fine_grained import FineGrained
-from megatron_ext.upcycling.mix import Mix
-from megatron_ext.upcycling.noise import Noise
-from megatron_ext.upcycling.shared_routed import SharedRouted
-from megatron_ext.upcycling.shuffle import Shuffle
+from megatron_ext.config.base import PathName, config
+from megatron_ext.model_io.options import default_workers
+from megatron_ext.upcycling.methods.copy import Copy
+from megatron_ext.upcycling.methods.drop import Drop
+from megatron_ext.upcycling.methods.fine_grained import FineGrained
+from megatron_ext.upcycling.methods.mix import Mix
+from megatron_ext.upcycling.methods.noise import Noise
+from megatron_ext.upcycling.methods.qwen import Shuffle
+from megatron_ext.upcycling.methods.shared_routed import SharedRouted
 
 AnyMethod = Annotated[Copy | FineGrained | SharedRouted | Drop | Noise | Shuffle | Mix, Field(discriminator="kind")]
 
@@ -26,9 +26,9 @@ AnyMethod = Annotated[Copy | FineGrained | SharedRouted | Drop | Noise | Shuffle
 class UpcycleOptions:
     """Options of this command."""
 
-    sources: list[str] = Field(min_length=1)
+    sources: list[PathName] = Field(min_length=1)
     """Dense models: Megatron checkpoints (of a directory, the newest) or Hugging Face directories."""
-    target: str
+    target: PathName
     """Directory to write."""
     to: Literal["megatron", "hf"] = "megatron"
     """Format of the target: a checkpoint to train, or a Hugging Face directory."""
@@ -72,16 +72,16 @@ class UpcycleOptions:
     """Seed of everything that is drawn."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Convert the weights. Default: the first source's."""
-    text: str | None = None
+    text: PathName | None = None
     """Text or prepared dataset for the function check and for router_init. Default: built-in sentences."""
-    tokenizer: str | None = None
+    tokenizer: PathName | None = None
     """Tokenizer for the text. Default: the first source's."""
     logits: bool = True
     """Compare the logits of the dense and of the MoE model; both are loaded in fp32. --no-logits leaves that out."""
     tolerance: float | None = Field(default=None, gt=0)
     """Largest difference of logits, relative to the largest logit, that a method which keeps the function may make.
     Default: 1e-5."""
-    figures: str | None = None
+    figures: PathName | None = None
     """JSON file for the figures of the function check."""
     workers: int = Field(default_factory=default_workers, ge=1)
     """Threads. The result does not depend on them. Default: one for each core, up to 4."""

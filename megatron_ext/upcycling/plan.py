@@ -7,21 +7,17 @@ from pathlib import Path
 import torch
 
 from megatron_ext.config import ModelConfig, check_model
-from megatron_ext.conversion.one_tokenizer import require_one_tokenizer
-from megatron_ext.conversion.sources import Checkpoint, open_checkpoint, streams_of_one_shape
-from megatron_ext.conversion.write import DTYPES
+from megatron_ext.config.model_fields import EXPERT_FIELDS, TRAINING_FIELDS
 from megatron_ext.errors import ConfigError
+from megatron_ext.model_io.one_tokenizer import require_one_tokenizer
+from megatron_ext.model_io.open import Checkpoint, open_checkpoint, streams_of_one_shape
+from megatron_ext.model_io.write import DTYPES
 from megatron_ext.upcycling.depth import deepened_model, parse_layers
-from megatron_ext.upcycling.method import Method
+from megatron_ext.upcycling.methods.base import Method
 from megatron_ext.upcycling.options import UpcycleOptions
 
-# Everything but the feed-forward layers must stay what it is.
-_MAY_CHANGE = {
-    name
-    for name in ModelConfig.__dataclass_fields__
-    if name.startswith("moe_") or name in ("num_moe_experts", "init_method_std", "transformer_overrides")
-}
-
+# Everything but the feed-forward layers, and what only training reads, must stay what it is.
+_MAY_CHANGE = EXPERT_FIELDS | TRAINING_FIELDS | {"transformer_overrides"}
 
 TOLERANCE = 1e-5
 """Of logits, where the function is kept: sums in another order measure 1e-7 to 1e-6 of their scale in fp32."""
@@ -34,7 +30,7 @@ _OF_EXPERTS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class UpcyclePlan:
     """What an upcycling will do."""
 
     options: UpcycleOptions
@@ -69,7 +65,7 @@ class Plan:
         return f"kept{of}, up to the rounding of fp32{rounded}"
 
 
-def make_plan(options: UpcycleOptions) -> Plan:
+def make_plan(options: UpcycleOptions) -> UpcyclePlan:
     """Open the sources and settle what will be made of them.
 
     Raises:
@@ -93,7 +89,7 @@ def make_plan(options: UpcycleOptions) -> Plan:
     if inexact is not None and options.tolerance is not None:
         raise ConfigError(f"tolerance = {options.tolerance}: has no effect, since the function changes: {inexact}")
     rounds = dtype != own and dtype.itemsize <= own.itemsize
-    return Plan(options, opened, dense, moe, dtype, rounds, inexact)
+    return UpcyclePlan(options, opened, dense, moe, dtype, rounds, inexact)
 
 
 def _named(target: str) -> str:

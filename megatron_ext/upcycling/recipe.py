@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from megatron_ext.config import ModelConfig
-from megatron_ext.conversion.recipe import Recipe, Target, training_recipe
-from megatron_ext.upcycling.plan import Plan
+from megatron_ext.model_io.recipe import Recipe, Target, training_recipe
+from megatron_ext.upcycling.plan import UpcyclePlan
 
 _AUX_LOSS = 1e-2
 _COMMENTS = {
@@ -21,7 +21,7 @@ _COMMENTS = {
 }
 
 
-def upcycling_recipe(plan: Plan) -> Recipe:
+def upcycling_recipe(plan: UpcyclePlan) -> Recipe:
     """YAML of a run that trains the upcycled model from step 0, made of the source's own run where it has one."""
     return training_recipe(
         Target(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig
-from megatron_ext.upcycling.method import Draw, Method
+from megatron_ext.upcycling.methods.base import Draw, Method
 
 
 def drawn_router(kind: str, std: float, moe: ModelConfig, method: Method, draw: Draw) -> Tensor:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.architectures.registry import architecture_for
-from megatron_ext.conversion.text import comparison_batches
-from megatron_ext.conversion.verify import require_memory
-from megatron_ext.conversion.write import Examined, Progress, Written
 from megatron_ext.files import write_text
+from megatron_ext.model_io.compare import require_memory
+from megatron_ext.model_io.text import comparison_batches
+from megatron_ext.model_io.write import Examined, Progress, Written
 from megatron_ext.upcycling.activations import clustered_routers
 from megatron_ext.upcycling.check import FunctionCheck, function_check
 from megatron_ext.upcycling.content import drawn_routers, write
 from megatron_ext.upcycling.places import output_of, recipe_of, require_places
-from megatron_ext.upcycling.plan import Plan
+from megatron_ext.upcycling.plan import UpcyclePlan
 from megatron_ext.upcycling.recipe import upcycling_recipe
 
 
@@ -31,7 +31,7 @@ class Upcycled:
     """What it has otherwise than the source's run."""
 
 
-def upcycle(plan: Plan, progress: Progress = lambda done, total: None) -> Upcycled:
+def upcycle(plan: UpcyclePlan, progress: Progress = lambda done, total: None) -> Upcycled:
     """Make the model of `plan` and all that belongs to it.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from megatron_ext.checkpoint.tensors import TensorSource, TensorSpec
+from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 
 AVERAGE = "average"
 """Prefix of what is read from the average of all sources."""

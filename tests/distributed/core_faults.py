@@ -24,20 +24,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.config import AdamConfig, Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
+from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.errors import TrainingError
 from megatron_ext.mcore import layer_specs, transformer_config
-from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks, wrap_chunks
-from megatron_ext.mcore.optimizer import build_optimizer
-from megatron_ext.mcore.state import model_boxes
+from megatron_ext.mcore.state import model_shards
+from megatron_ext.proving.parity import Cell, Trajectory, build_cell, compare, run_cell, run_layout
 from megatron_ext.runtime import cpu_compat
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import random_batch, tiny_model
-from megatron_ext.training.step import prepare_for_training, train_step
+from megatron_ext.training.step import train_step
+from megatron_ext.training.tasks.pretrain import Pretrain
 from tests.distributed.core_faults_architecture import ARCHITECTURE_FAULTS
 
 MOE = tiny_model(moe=True)
@@ -272,7 +271,7 @@ def torch_adam_fails_to_load() -> bool:
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True)
     with cpu_compat.cuda_type_names():
         optimizer = get_megatron_optimizer(settings, wrapped, use_gloo_process_groups=False)
-    assert model_boxes(list(chunks))
+    assert model_shards(list(chunks))
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     try:
         optimizer.sharded_state_dict(chunks[0].sharded_state_dict(), is_loading=True, metadata=metadata)
@@ -287,23 +286,18 @@ def torch_adam_cannot_resume(pool: GlooPool) -> bool:
 
 def expert_bias_moves() -> bool:
     overrides = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
-    model, parallel, precision = tiny_model(moe=True, transformer_overrides=overrides), ParallelConfig(), FP32
-    groups = split_process_group(parallel, RuntimeConfig(device="cpu"))
-    seed_everything(0)
-    with mock.patch.object(transformer_config, "check_overrides"):
-        config = transformer_config.transformer_config(model, parallel, precision, RecomputeConfig())
-    with mock.patch.object(layer_specs, "Router", GatedRouter):
-        chunks = build_chunks(model, parallel, config, torch.device("cpu"))
-    initialize_weights(model, list(chunks), 0)
-    wrapped = wrap_chunks(chunks, config, parallel)
-    optimizer = build_optimizer(AdamConfig(kind="adam", lr=1e-3), parallel, precision, wrapped)
-    prepare_for_training(config, wrapped, overlap_grad_reduce=False)
+    model = tiny_model(moe=True, transformer_overrides=overrides)
+    with (
+        mock.patch.object(transformer_config, "check_overrides"),
+        mock.patch.object(layer_specs, "Router", GatedRouter),
+    ):
+        trainable, groups = build_cell(Cell(model, ParallelConfig(), seed=0))
     batch = random_batch(0, samples=2, micro_batch=1, dp_rank=0, dp_size=1)
     with mock.patch("megatron_ext.training.step.gradient_norm", return_value=math.nan):
         try:
-            train_step(wrapped, optimizer, batch, groups, max_norm=1.0)
+            train_step(trainable, Pretrain(), batch, groups, max_norm=1.0)
         except TrainingError:
-            return any(bool(m.expert_bias.any()) for m in chunks[0].modules() if isinstance(m, GatedRouter))
+            return any(bool(m.expert_bias.any()) for m in trainable.chunks[0].modules() if isinstance(m, GatedRouter))
     return False
 
 

@@ -21,11 +21,11 @@ from megatron_ext.config import (
     RuntimeConfig,
 )
 from megatron_ext.mcore import layer_specs, mla
-from megatron_ext.mcore.backends.torch import TorchSpecProvider
+from megatron_ext.mcore.backends.torch import TorchLayers
 from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
 
@@ -54,7 +54,7 @@ def sums_of_strided_tensors(pool: GlooPool) -> bool:
 def core_latent_attention_fails() -> bool:
     config = config_of(LATENT_MODEL, ParallelConfig())
     config.qk_layernorm = True
-    submodules = layer_specs._latent_attention(TorchSpecProvider(), LATENT_MODEL).submodules
+    submodules = layer_specs._latent_attention(TorchLayers(), LATENT_MODEL).submodules
     submodules.linear_q_down_proj = submodules.linear_kv_down_proj = ColumnParallelLinear
     submodules.q_layernorm = None  # queries are projected directly
     try:
@@ -95,7 +95,7 @@ def latent_key_gradient_of_one_rank(pool: GlooPool) -> bool:
 def core_shared_experts_refuse() -> bool:
     model = tiny_model(moe=True, add_bias_linear=True)
     config = config_of(model, ParallelConfig())
-    linears = layer_specs._linears(TorchSpecProvider())
+    linears = layer_specs._linears(TorchLayers())
     try:
         SharedExpertMLP(config, linears, gate=False, pg_collection=get_default_pg_collection())
     except AssertionError as error:
@@ -128,7 +128,7 @@ def recomputed_bias_never_ends(pool: GlooPool) -> bool:
 
 
 def train_with_core_mlp(cell: Cell) -> Trajectory:
-    with mock.patch.object(TorchSpecProvider, "feed_forward", return_value=MLP):
+    with mock.patch.object(TorchLayers, "feed_forward", return_value=MLP):
         return run_cell(cell)
 
 

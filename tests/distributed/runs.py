@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import store
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.state_file import read_random_state
 from megatron_ext.config import ModelConfig, ParallelConfig, RunConfig, load_config, to_mapping
-from megatron_ext.mcore.optimizer import set_learning_rate
+from megatron_ext.data.stream.stream import BatchShape
+from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
-from megatron_ext.testing.tiny import random_batch
+from megatron_ext.testing.tiny import RandomStream
 from megatron_ext.training.session import Session, open_session
 
 GLOBAL_BATCH = 8
@@ -61,24 +63,18 @@ def started_otherwise(part: Part) -> Part:
 def open_part(part: Part) -> Iterator[Session]:
     run = part.run_config()
     groups = split_process_group(run.parallel, run.runtime)
-    session = open_session(run, run.resolve(dist.get_world_size()), groups, choose_device(run.runtime))
+    device, layout = choose_device(run.runtime), run.resolve(dist.get_world_size())
+    stream = RandomStream(BatchShape(GLOBAL_BATCH, 1, groups.dp.rank(), groups.dp.size()), device)
+    session = open_session(run, layout, groups, device, stream, open_foreign=open_hugging_face)
     yield session
     session.close()
 
 
 def train_steps(session: Session, until: int) -> list[tuple[float, float]]:
     """Train to step `until`; return (loss, gradient norm) of each step."""
-    set_learning_rate(session.optimizer, session.run.optimizer.lr)
     results = []
-    while (step := session.state.iteration) < until:
-        batch = random_batch(
-            step,
-            samples=GLOBAL_BATCH,
-            micro_batch=1,
-            dp_rank=session.groups.dp.rank(),
-            dp_size=session.groups.dp.size(),
-        )
-        result = session.step(batch)
+    while session.state.iteration < until:
+        result = session.step(session.stream.next())
         results.append((float(result.loss), result.grad_norm))
     return results
 
@@ -95,16 +91,14 @@ def train_and_save(part: Part, until: int, save: bool = True) -> list[tuple[floa
 def load_and_save_to(part: Part, target: Path) -> None:
     """Load the newest checkpoint of `part` and save it, as it is, below `target`."""
     with open_part(part) as session:
-        checkpoint = {**to_mapping(session.run.checkpoint), "directory": str(target)}
-        raw = {**to_mapping(session.run), "checkpoint": checkpoint}
-        session.run = load_config(RunConfig, raw, source="part")
+        session.checkpoints.directory = target
         session.save()
 
 
 def resumed_random_states(part: Part) -> tuple[bool, Any]:
     """Resume; return whether this rank's generator stands where the checkpoint says."""
     with open_part(part):
-        checkpoint = store.require_checkpoint(part.directory)
-        saved = store.read_random_state(checkpoint, dist.get_rank())
+        checkpoint = require_checkpoint(part.directory)
+        saved = read_random_state(checkpoint, dist.get_rank())
         assert saved is not None
         return torch.equal(saved["torch"], torch.get_rng_state()), saved["torch"].sum().item()

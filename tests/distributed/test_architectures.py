@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.naming import seed_from_name
-from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.canonical.catalogue import CanonicalTensor, Normal, model_shapes
+from megatron_ext.canonical.seeds import seed_from_name
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import (
     GatingNormalization,
     Llama3RopeScaling,
@@ -22,13 +22,13 @@ from megatron_ext.config import (
     YarnRopeScaling,
 )
 from megatron_ext.mcore import initialization
-from megatron_ext.mcore.state import Piece
-from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell
+from megatron_ext.mcore.state import ParameterShard
+from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.runs import Part, load_and_save_to, started_otherwise, train_and_save
 from tests.distributed.test_checkpoint import assert_same_tensors
-from tests.distributed.test_parity import TOLERANCE, Layout, layout
+from tests.distributed.test_parity import TOLERANCE, GridCase, layout
 
 # Large weights, so that attention is far from uniform and what is wrong in it shows.
 SMALL: dict[str, Any] = {"num_layers": 2, "init_method_std": 0.1}
@@ -75,7 +75,7 @@ MODELS: dict[str, ModelConfig] = {
         normalization="LayerNorm",
     ),
 }
-ALONE = Layout("one process", 1, ParallelConfig(use_distributed_optimizer=False))
+ALONE = GridCase("one process", 1, ParallelConfig(use_distributed_optimizer=False))
 DP2, PP2, TP2 = layout("DP2", 2), layout("PP2", 2, pp=2), layout("TP2", 2, tp=2)
 TP2_SP = layout("TP2 SP", 2, tp=2, sp=True)
 TP2_SP_PP2 = layout("TP2 SP PP2", 4, tp=2, sp=True, pp=2)
@@ -99,17 +99,18 @@ def run_drawn(cell: Cell) -> Trajectory:
     """Train from weights in which no bias is 0 and no norm is 1, so that a misplaced one shows from the first step."""
     real = initialization._draw
 
-    def drawn(model: ModelConfig, piece: Piece, seed: int) -> torch.Tensor:
-        value = real(model, piece, seed)
-        if not (piece.key.endswith("bias") or "norm" in piece.key):
+    def drawn(tensor: CanonicalTensor, piece: ParameterShard, seed: int) -> torch.Tensor:
+        value = real(tensor, piece, seed)
+        if tensor.initial.std:
             return value
-        return value + 10 * real(model, replace(piece, key=f"drawn {seed_from_name(0, piece.key)}"), seed)
+        normal = replace(tensor, initial=Normal(0.0, cell.model.init_method_std))
+        return value + 10 * real(normal, replace(piece, key=f"drawn {seed_from_name(0, piece.key)}"), seed)
 
     with mock.patch.object(initialization, "_draw", drawn):
         return run_cell(cell)
 
 
-def train(pool: GlooPool, model: ModelConfig, entry: Layout, recompute: RecomputeConfig) -> Trajectory:
+def train(pool: GlooPool, model: ModelConfig, entry: GridCase, recompute: RecomputeConfig) -> Trajectory:
     trajectories = pool.run(
         entry.processes, run_drawn, Cell(model, entry.parallel, recompute=recompute, steps=3, samples=4)
     )
@@ -124,7 +125,9 @@ def references(pool: GlooPool) -> dict[str, Trajectory]:
 
 
 @pytest.mark.parametrize(("name", "entry"), CASES, ids=[f"{name}-{entry.name}" for name, entry in CASES])
-def test_layout_equals_one_process(name: str, entry: Layout, pool: GlooPool, references: dict[str, Trajectory]) -> None:
+def test_layout_equals_one_process(
+    name: str, entry: GridCase, pool: GlooPool, references: dict[str, Trajectory]
+) -> None:
     difference = compare(train(pool, MODELS[name], entry, RecomputeConfig()), references[name])
     print(f"{name} {entry.name}: relative differences: loss {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
     assert difference.worst < TOLERANCE
@@ -148,6 +151,6 @@ def test_checkpoints_hold_the_models_tensors_and_survive_another_layout(
     pool.run(
         after.processes, load_and_save_to, replace(started_otherwise(part), parallel=after.parallel), tmp_path / "b"
     )
-    first, second = (store.require_checkpoint(tmp_path / folder) for folder in "ab")
+    first, second = (require_checkpoint(tmp_path / folder) for folder in "ab")
     assert_same_tensors(first, second)
     assert {n: spec.shape for n, spec in MegatronSource(first).specs.items()} == model_shapes(MODELS[name])

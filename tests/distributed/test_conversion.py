@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from megatron_ext.config import ModelConfig, ParallelConfig
-from megatron_ext.conversion.checkpoint_model import read_model
-from megatron_ext.conversion.convert import convert
+from megatron_ext.model_io.checkpoint_model import read_model
+from megatron_ext.model_io.convert import convert
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import random_batch, tiny_model
 from tests.distributed.runs import GLOBAL_BATCH, Part, load_and_save_to, started_otherwise, train_and_save
@@ -32,7 +32,7 @@ ALONE = ParallelConfig(use_distributed_optimizer=False)
 
 
 @dataclass(frozen=True)
-class Layout:
+class GridCase:
     """Degrees of parallelism of one cell of the grid."""
 
     tp: int
@@ -61,11 +61,11 @@ class Layout:
         return " ".join(f"{name}{degree}" for name, degree in degrees.items() if degree not in (None, 1)) or "alone"
 
 
-def grid(*, moe: bool) -> Iterator[Layout]:
+def grid(*, moe: bool) -> Iterator[GridCase]:
     """Every layout of TP, PP, VPP, EP and ETP in {1, 2}."""
     experts = [(1, None), (2, 1), (2, 2)] if moe else [(1, None)]
     for tp, (pp, vpp), (ep, etp) in itertools.product((1, 2), ((1, None), (2, None), (2, 2)), experts):
-        yield Layout(tp, pp, vpp, ep, etp)
+        yield GridCase(tp, pp, vpp, ep, etp)
 
 
 MODELS = {
@@ -75,7 +75,7 @@ MODELS = {
 }
 CELLS = [
     *(("dense", layout) for layout in grid(moe=False)),
-    *(("tied", layout) for layout in (Layout(2, 1, None), Layout(1, 2, 2))),
+    *(("tied", layout) for layout in (GridCase(2, 1, None), GridCase(1, 2, 2))),
     *(("MoE", layout) for layout in grid(moe=True)),
 ]
 
@@ -97,7 +97,7 @@ def trained(pool: GlooPool, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.mark.parametrize(("name", "layout"), CELLS, ids=str)
 def test_every_layout_exports_the_same_bytes(
-    name: str, layout: Layout, trained: Callable[[str], Path], pool: GlooPool, tmp_path: Path
+    name: str, layout: GridCase, trained: Callable[[str], Path], pool: GlooPool, tmp_path: Path
 ) -> None:
     """The same weights, saved by the processes of a layout and exported by one process, are the same files."""
     whole = trained(name)

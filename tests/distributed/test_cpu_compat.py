@@ -1,7 +1,6 @@
 """Each shim of cpu_compat is needed: left out, megatron-core fails on CPU. One that is needed no more fails here."""
 
 import datetime
-import multiprocessing
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 
 from megatron_ext.config import ParallelConfig
+from megatron_ext.proving.parity import Cell, run_cell
 from megatron_ext.runtime import cpu_compat
 from megatron_ext.runtime.process_groups import end_process_groups
-from megatron_ext.testing.parity import Cell, run_cell
 from megatron_ext.testing.tiny import tiny_model
+from tests.support import forkserver
 
 PROCESSES = 4
 EXPERTS = ParallelConfig(
@@ -75,8 +75,7 @@ def check_random_states() -> None:
 
 def first_failure(left_out: frozenset[str], directory: Path) -> str | None:
     """The traceback of the first rank that fails without `left_out`, or None if all succeed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_ext.testing.preload"])
+    context = forkserver.context()
     answers = context.Queue()
     store = str(directory / "store")
     ranks = [context.Process(target=probe, args=(rank, left_out, store, answers)) for rank in range(PROCESSES)]

@@ -16,18 +16,14 @@ from megatron_ext.config import (
     ParallelConfig,
     Precision,
     RecomputeConfig,
-    RuntimeConfig,
 )
-from megatron_ext.data.batches import DocumentResets, complete_columns
-from megatron_ext.mcore.initialization import initialize_weights
-from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
-from megatron_ext.mcore.transformer_config import transformer_config
-from megatron_ext.runtime.process_groups import split_process_group
-from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.testing.parity import Cell, compare, run_cell, run_layout
+from megatron_ext.data.stream.batches import DocumentResets, complete_columns
+from megatron_ext.mcore.build import Trainable
+from megatron_ext.proving.parity import Cell, build_cell, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import EOD, VOCABULARY, tiny_model
 from tests.distributed.test_architectures import MODELS as ARCHITECTURES
+from tests.support.product import alternating
 
 CPU = torch.device("cpu")
 ROWS = ((7, 1, 16, 8), (20, 12))
@@ -36,13 +32,8 @@ MODELS = {"dense": tiny_model(), "MoE": tiny_model(moe=True, moe_aux_loss_coeff=
 PRECISIONS: dict[str, Precision] = {"fp32": Fp32Precision(kind="fp32"), "bf16": Bf16Precision(kind="bf16")}
 
 
-def build(model: ModelConfig, precision: Precision) -> tuple[Any, list[Any]]:
-    split_process_group(ParallelConfig(), RuntimeConfig(device="cpu"))
-    seed_everything(0)
-    config = transformer_config(model, ParallelConfig(), precision, RecomputeConfig())
-    chunks = build_chunks(model, ParallelConfig(), config, CPU)
-    initialize_weights(model, list(chunks), 0)
-    return wrap_chunks(chunks, config, ParallelConfig())[0], list(chunks)
+def build(model: ModelConfig, precision: Precision) -> Trainable:
+    return build_cell(Cell(model, ParallelConfig(), precision, seed=0))[0]
 
 
 def losses_and_gradient(
@@ -60,7 +51,8 @@ def losses_and_gradient(
 
 def packed_and_apart(model: ModelConfig, precision: Precision, leak: bool) -> tuple[float, float]:
     """Largest difference of a token's loss and relative difference of the gradient between the two."""
-    wrapped, chunks = build(model, precision)
+    trainable = build(model, precision)
+    (wrapped,), chunks = trainable.wrapped, trainable.chunks
     tokens = torch.randint(1, VOCABULARY, (2, 33), generator=torch.Generator().manual_seed(5))
     for row, lengths in enumerate(ROWS):
         tokens[row, torch.tensor(lengths[:-1]).cumsum(0) - 1] = EOD
@@ -78,7 +70,7 @@ def packed_and_apart(model: ModelConfig, precision: Precision, leak: bool) -> tu
             columns = (micro.tokens, micro.position_ids, micro.labels)
             alone.append((*(x[row : row + 1, begin:end] for x in columns), None))
     apart = losses_and_gradient(wrapped, chunks, alone)
-    release_chunks([wrapped])
+    trainable.release()
     return float((packed[0] - apart[0]).abs().max()), float((packed[1] - apart[1]).norm() / apart[1].norm())
 
 
@@ -106,8 +98,7 @@ def test_a_leak_would_be_seen(pool: GlooPool) -> None:
     assert gradient > 100 * TOLERANCES["fp32"][1]
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize(("kind", "documents"), alternating(list(ARCHITECTURES), [False, True]))
 def test_every_architecture_under_context_parallelism(kind: str, documents: bool, pool: GlooPool) -> None:
     cell = Cell(ARCHITECTURES[kind], ParallelConfig(), steps=3, samples=4, documents=documents)
     alone = run_layout(pool, cell, 1)

@@ -12,9 +12,9 @@ from megatron_ext.mcore.attention import ScaledDotProductAttention
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks
 from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.proving.parity import Cell, run_cell
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.testing.parity import Cell, run_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.runs import Part, open_part, train_steps

@@ -11,20 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import store
-from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import Bf16Precision, Fp8Precision, ParallelConfig, RecomputeConfig
 from megatron_ext.errors import TrainingError
 from megatron_ext.mcore import transformer_config
 from megatron_ext.mcore.fp8.experts import Fp8GroupedExperts
+from megatron_ext.mcore.fp8.histories import AmaxHistories, delayed_scalings
 from megatron_ext.mcore.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
-from megatron_ext.mcore.fp8.scaling import Role, delayed_scalings
-from megatron_ext.mcore.state import amax_boxes
-from megatron_ext.testing.parity import Cell, Trajectory, compare, run_cell, run_layout
+from megatron_ext.mcore.fp8.scaling import Role
+from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.runs import Part, load_and_save_to, open_part, started_otherwise, train_and_save, train_steps
+from tests.support.product import alternating
 
 MOE = tiny_model(moe=True)
 ALONE = ParallelConfig()
@@ -63,8 +64,7 @@ def references(pool: GlooPool) -> dict[str, Trajectory]:
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "delayed"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "recipe"), alternating(list(LAYOUTS), ["tensorwise", "rowwise", "delayed"]))
 def test_every_layout_scales_like_one_process(
     name: str, recipe: str, pool: GlooPool, references: dict[str, Trajectory]
 ) -> None:
@@ -103,14 +103,16 @@ def test_layouts_in_bf16_differ_by_less_than_fp8_costs(pool: GlooPool) -> None:
     assert difference.norm < 1e-2
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "blockwise"])
 @pytest.mark.parametrize(
-    "recompute",
-    [
-        RecomputeConfig(granularity="full"),
-        RecomputeConfig(granularity="selective", modules=["core_attn", "moe", "mlp", "shared_experts"]),
-    ],
-    ids=["full", "selective"],
+    ("recipe", "recompute"),
+    alternating(
+        ["delayed", "blockwise"],
+        [
+            RecomputeConfig(granularity="full"),
+            RecomputeConfig(granularity="selective", modules=["core_attn", "moe", "mlp", "shared_experts"]),
+        ],
+    ),
+    ids=lambda value: getattr(value, "granularity", value),
 )
 def test_recompute_changes_not_one_bit(recipe: str, recompute: RecomputeConfig, pool: GlooPool) -> None:
     cell = Cell(MOE, ALONE, precision(recipe), steps=3)
@@ -170,7 +172,7 @@ def test_histories_survive_another_layout(name: str, pool: GlooPool, tmp_path: P
     pool.run(2, train_and_save, part, 2)
     moved = replace(started_otherwise(part), parallel=parallel)
     pool.run(processes, load_and_save_to, moved, tmp_path / "b")
-    before, after = (histories(store.require_checkpoint(tmp_path / name)) for name in "ab")
+    before, after = (histories(require_checkpoint(tmp_path / name)) for name in "ab")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     continued = pool.run(processes, train_and_save, moved, 3, False)[0]
@@ -186,7 +188,7 @@ def test_weights_of_a_checkpoint_are_named_as_ever_and_start_other_runs(pool: Gl
     assert MegatronSource(tmp_path / "fp8").specs == MegatronSource(tmp_path / "bf16").specs
     # A run may change its precision, both ways; delayed scaling then begins without a history.
     pool.run(1, train_and_save, Part(MOE, tmp_path / "bf16", ALONE, DELAYED), 2)
-    assert all((h[:, 1:] == 0).all() for h in histories(store.require_checkpoint(tmp_path / "bf16")).values())
+    assert all((h[:, 1:] == 0).all() for h in histories(require_checkpoint(tmp_path / "bf16")).values())
     pool.run(1, train_and_save, Part(MOE, tmp_path / "fp8", ALONE, "bf16"), 2)
 
 
@@ -197,16 +199,17 @@ def break_a_weight(part: Part) -> tuple[str, bool]:
     """Make one number infinite on the last rank; return the error, and whether the histories are as before."""
     with open_part(part) as session:
         train_steps(session, 1)
-        before = [box.data.clone() for box in amax_boxes(session.chunks)]
+        (histories,) = (p for p in session.trainable.participants if isinstance(p, AmaxHistories))
+        before = [shard.data.clone() for shard in histories.state()]
         proj = session.chunks[0].decoder.layers[1].self_attention.linear_proj
         if dist.get_rank() == dist.get_world_size() - 1:
             proj.weight.data[0, 0] = math.inf
         try:
             train_steps(session, 2)
         except TrainingError as error:
-            after = [box.data for box in amax_boxes(session.chunks)]
+            after = [shard.data for shard in histories.state()]
             same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-            assert not any(s.latest.any() for s in delayed_scalings(session.chunks))
+            assert not any(s.latest.any() for s in delayed_scalings(session.chunks).values())
             assert before[0][Role.INPUT, 0] > 0
             return str(error), same
     return "trained", False

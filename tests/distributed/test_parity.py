@@ -17,9 +17,10 @@ from megatron_ext.config import (
     ParallelConfig,
     RecomputeConfig,
 )
-from megatron_ext.testing.parity import Cell, Difference, Trajectory, compare, run_layout
+from megatron_ext.proving.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import random_batch, tiny_model
+from tests.support.product import alternating
 
 # fp32 rounds to 6e-8. Splitting a matrix product or a batch changes the order of additions, and Adam turns a relative
 # error of a gradient into the same relative error of a step; after 5 steps the largest difference seen is 7e-7. Real
@@ -28,7 +29,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Layout:
+class GridCase:
     name: str
     processes: int
     parallel: ParallelConfig
@@ -41,7 +42,7 @@ class Layout:
         )
 
 
-def layout(name: str, processes: int, **degrees: object) -> Layout:
+def layout(name: str, processes: int, **degrees: object) -> GridCase:
     short = {
         "tp": "tensor_model_parallel_size",
         "sp": "sequence_parallel",
@@ -52,7 +53,7 @@ def layout(name: str, processes: int, **degrees: object) -> Layout:
         "etp": "expert_tensor_parallel_size",
         "dispatch": "moe_token_dispatcher_type",
     }
-    return Layout(name, processes, ParallelConfig(**{short[key]: value for key, value in degrees.items()}))
+    return GridCase(name, processes, ParallelConfig(**{short[key]: value for key, value in degrees.items()}))
 
 
 DENSE = [
@@ -104,9 +105,8 @@ MODELS = {"dense": tiny_model(), "MoE": tiny_model(moe=True), WITH_DOCUMENTS: ti
 GRID = (("dense", DENSE), ("MoE", MOE), (WITH_DOCUMENTS, DOCUMENTS))
 CASES = [(kind, entry) for kind, layouts in GRID for entry in layouts]
 RECOMPUTE = {"no recompute": RecomputeConfig(), "full recompute": RecomputeConfig(granularity="full")}
-# Each layout meets both optimizers and both kinds of recompute; the largest layouts meet every combination.
-OPTIONS = [(True, "no recompute"), (False, "full recompute")]
-CROSSED = [(True, "full recompute"), (False, "no recompute")]
+# Each layout meets one combination of optimizer and recompute; with --product, all four.
+OPTIONS = [(optimizer, recompute) for recompute in RECOMPUTE for optimizer in (True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -124,27 +124,25 @@ def table(repository: Path) -> Iterator[dict[tuple[str, str], dict[str, Differen
     """Collects measured differences; a complete grid is written into tests/README.md."""
     rows: dict[tuple[str, str], dict[str, Difference]] = {}
     yield rows
-    if len(rows) == len(CASES) and all(len(cells) >= len(OPTIONS) for cells in rows.values()):
+    if len(rows) == len(CASES) and all(len(cells) == len(OPTIONS) for cells in rows.values()):
         write_table(repository / "tests" / "README.md", rows)
 
 
-@pytest.mark.parametrize(
-    ("kind", "entry", "option"),
-    [
-        (kind, entry, option)
-        for kind, entry in CASES
-        for option in (OPTIONS + CROSSED if entry.processes == 8 else OPTIONS)
-    ],
-    ids=lambda value: column_of(*value) if isinstance(value, tuple) else str(getattr(value, "name", value)),
-)
+def name_of(value: tuple[str, GridCase] | tuple[bool, str]) -> str:
+    """The name of a case or of an option."""
+    first, second = value
+    return f"{first}-{second.name}" if isinstance(second, GridCase) else column_of(bool(first), second)
+
+
+@pytest.mark.parametrize(("case", "option"), alternating(CASES, OPTIONS), ids=name_of)
 def test_layout_equals_one_process(
-    kind: str,
-    entry: Layout,
+    case: tuple[str, GridCase],
     option: tuple[bool, str],
     pool: GlooPool,
     references: dict[str, Trajectory],
     table: dict[tuple[str, str], dict[str, Difference]],
 ) -> None:
+    kind, entry = case
     distributed_optimizer, recompute = option
     parallel = replace(entry.parallel, use_distributed_optimizer=distributed_optimizer)
     cell = Cell(MODELS[kind], parallel, recompute=RECOMPUTE[recompute], documents=kind == WITH_DOCUMENTS)
@@ -212,11 +210,31 @@ FEATURE_LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_every_router_feature_equals_one_process(feature: str, pool: GlooPool) -> None:
+# Features of different parts of a router, which a fault in one of them shows in as it does alone.
+TOGETHER = [
+    ("Gumbel noise", "sequence balance loss, z-loss", "gated shared expert"),
+    ("learned noise", "adaptive coefficient", "capacity"),
+    ("input jitter", "a list of balance losses"),
+    ("sigmoid, groups, expert bias",),
+    ("capacity by position, adaptive", "gated shared expert"),
+]
+
+
+def test_every_feature_is_met() -> None:
+    met = {name for names in TOGETHER for name in names}
+    assert met == FEATURES.keys() - {"global balance loss"}, "which the list of losses has"
+
+
+@pytest.mark.parametrize(
+    "features",
+    [*TOGETHER, *(pytest.param((name,), marks=pytest.mark.product) for name in FEATURES)],
+    ids=" + ".join,
+)
+def test_every_router_feature_equals_one_process(features: tuple[str, ...], pool: GlooPool) -> None:
     """Also with recompute: noise must then be drawn again as it was, and nothing be counted twice."""
-    cell = Cell(tiny_model(moe=True, **FEATURES[feature]), ParallelConfig(), steps=3)
-    is_global = "global" in str(FEATURES[feature])
+    settings = {key: value for name in features for key, value in FEATURES[name].items()}
+    cell = Cell(tiny_model(moe=True, **settings), ParallelConfig(), steps=3)
+    is_global = "global" in str(settings)
     plain = {rows: run_layout(pool, replace(cell, micro_batch=rows), 1) for rows in ((1, 2) if is_global else (1,))}
     for entry in FEATURE_LAYOUTS:
         # The global balance loss sees the micro-batches of all data-parallel ranks at once; one process sees them at
@@ -225,7 +243,7 @@ def test_every_router_feature_equals_one_process(feature: str, pool: GlooPool) -
         for recompute in RECOMPUTE if entry.name == "DP2" else ("full recompute",):
             there = replace(cell, parallel=entry.parallel, recompute=RECOMPUTE[recompute])
             difference = compare(run_layout(pool, there, entry.processes), plain[together])
-            print(f"{feature}, {entry.name}, {recompute}: {difference.loss:.1e}, {difference.norm:.1e}")
+            print(f"{', '.join(features)}; {entry.name}, {recompute}: {difference.loss:.1e}, {difference.norm:.1e}")
             assert difference.worst < TOLERANCE, entry.name
 
 
@@ -240,27 +258,31 @@ def test_recomputed_attention_sees_the_same_documents(pool: GlooPool, references
 BF16_TOLERANCE = Difference(loss=5e-4, norm=1e-2)
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+BF16_LAYOUTS = [
+    layout("CP2", 2, cp=2),
+    layout("TP2 SP CP2 EP2 ETP1", 4, tp=2, sp=True, cp=2, ep=2, etp=1),
+    layout("CP2 PP2", 4, cp=2, pp=2),
+]
+
+
+@pytest.fixture(scope="module")
+def bf16_references(pool: GlooPool) -> dict[bool, Trajectory]:
+    """The MoE on one process in bf16, without and with documents."""
+    alone = Cell(MODELS["MoE"], ParallelConfig(), Bf16Precision(kind="bf16"))
+    return {documents: run_layout(pool, replace(alone, documents=documents), 1) for documents in (False, True)}
+
+
 @pytest.mark.parametrize(
-    "entry",
-    [
-        layout("CP2", 2, cp=2),
-        layout("TP2 SP CP2 EP2 ETP1", 4, tp=2, sp=True, cp=2, ep=2, etp=1),
-        layout("CP2 PP2", 4, cp=2, pp=2),
-    ],
-    ids=lambda entry: entry.name.replace(" ", "-"),
+    ("entry", "documents", "recompute"),
+    alternating(BF16_LAYOUTS, [False, True], list(RECOMPUTE)),
+    ids=lambda value: getattr(value, "name", str(value)).replace(" ", "-"),
 )
-@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
-def test_context_parallelism_in_bf16(documents: bool, entry: Layout, recompute: str, pool: GlooPool) -> None:
-    cell = Cell(
-        MODELS["MoE"],
-        entry.parallel,
-        Bf16Precision(kind="bf16"),
-        RECOMPUTE[recompute],
-        documents=documents,
-    )
-    alone = replace(cell, parallel=ParallelConfig(), recompute=RecomputeConfig())
-    difference = compare(run_layout(pool, cell, entry.processes), run_layout(pool, alone, 1))
+def test_context_parallelism_in_bf16(
+    entry: GridCase, documents: bool, recompute: str, pool: GlooPool, bf16_references: dict[bool, Trajectory]
+) -> None:
+    precision = Bf16Precision(kind="bf16")
+    cell = Cell(MODELS["MoE"], entry.parallel, precision, RECOMPUTE[recompute], documents=documents)
+    difference = compare(run_layout(pool, cell, entry.processes), bf16_references[documents])
     print(f"{entry.name}, {recompute}: loss {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
     assert difference.loss < BF16_TOLERANCE.loss
     assert difference.norm < BF16_TOLERANCE.norm

@@ -6,7 +6,7 @@ import os
 import torch
 
 from megatron_ext.config import ParallelConfig
-from megatron_ext.testing.parity import Cell, run_layout
+from megatron_ext.proving.parity import Cell, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 

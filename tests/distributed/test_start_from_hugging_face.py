@@ -8,10 +8,10 @@ import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from megatron_ext.config import ModelConfig, ParallelConfig
-from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.sources import read_any_model
 from megatron_ext.errors import ConversionError
 from megatron_ext.manifest import write_manifest
+from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.open import read_any_model
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from tests.distributed.runs import Part, open_part, started_otherwise
 
@@ -50,7 +50,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(part: Part) -> dict[str, torch.Tensor]:
     """What this rank holds of the model, by the place in it."""
     with open_part(part) as session:
-        return {f"{box.key} {box.offset}": box.data.detach().clone() for box in session._boxes(with_optimizer=False)}
+        return {
+            f"{shard.key} {shard.offset}": shard.data.detach().clone()
+            for shard in session.checkpoints.tensors(only=["model"])
+        }
 
 
 @pytest.mark.parametrize("padding", [128, 8])

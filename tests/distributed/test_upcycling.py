@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 
 from megatron_ext.config import ParallelConfig
-from megatron_ext.conversion.checkpoint_model import read_model
+from megatron_ext.model_io.checkpoint_model import read_model
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from megatron_ext.upcycling.copy import Copy
-from megatron_ext.upcycling.drop import Drop
-from megatron_ext.upcycling.fine_grained import FineGrained
-from megatron_ext.upcycling.mix import Mix
-from megatron_ext.upcycling.noise import Noise
+from megatron_ext.upcycling.methods.copy import Copy
+from megatron_ext.upcycling.methods.drop import Drop
+from megatron_ext.upcycling.methods.fine_grained import FineGrained
+from megatron_ext.upcycling.methods.mix import Mix
+from megatron_ext.upcycling.methods.noise import Noise
+from megatron_ext.upcycling.methods.qwen import Shuffle
+from megatron_ext.upcycling.methods.shared_routed import SharedRouted
 from megatron_ext.upcycling.options import UpcycleOptions
 from megatron_ext.upcycling.plan import make_plan
 from megatron_ext.upcycling.run import upcycle
-from megatron_ext.upcycling.shared_routed import SharedRouted
-from megatron_ext.upcycling.shuffle import Shuffle
 from tests.distributed.runs import Part, train_and_save
-from tests.unit.conversion.test_convert import write_checkpoint
+from tests.unit.model_io.test_convert import write_checkpoint
 
 TP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 LAYOUTS = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config import dump_yaml, load_config, load_run, read_yaml
-from tests.workspace import ROOT, TOOLS, command, run_mapping, write_run
+from tests.support.commands import TOOLS, command, new_process
+from tests.support.workspace import ROOT, run_mapping, write_run
 
 TOOL_NAMES = sorted(path.stem for path in TOOLS.glob("*.py") if path.stem != "__init__")
 EXAMPLE = ROOT / "examples" / "quickstart"
@@ -31,13 +32,14 @@ sys.argv = sys.argv[1:] + ["--help"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    print([name for name in ("torch", "megatron.core", "transformers") if name in sys.modules], file=sys.stderr)
+    heavy = "torch megatron transformers tokenizers sentencepiece safetensors numpy wandb rich".split()
+    print([name for name in heavy if name in sys.modules], file=sys.stderr)
 """
 
 
 @pytest.mark.parametrize("tool", TOOL_NAMES)
 def test_help_teaches_at_once(tool: str) -> None:
-    process = command("-c", _HELP_AND_IMPORTS, TOOLS / f"{tool}.py")
+    process = new_process("-c", _HELP_AND_IMPORTS, TOOLS / f"{tool}.py")
     assert process.returncode == 0
     assert f"python tools/{tool}.py" in process.stdout, "no example of use"
     assert process.stderr == "[]\n", "help waits for what it does not need"
@@ -113,7 +115,7 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["train.py", "nowhere.yaml"], ["nowhere.yaml (= /", "/nowhere.yaml): No such file"]),
+        (["train.py", "nowhere.yaml"], ["HERE/nowhere.yaml: No such file"]),
         (
             [
                 "train.py",
@@ -124,14 +126,14 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
             ],
             ["model.transformer_overrides.window_size: attention is causal, over the whole sample"],
         ),
-        (["prove.py", "nowhere.yaml"], ["nowhere.yaml (= /", "/nowhere.yaml): No such file"]),
+        (["prove.py", "nowhere.yaml"], ["HERE/nowhere.yaml: No such file"]),
         (["corpus.py"], ["output: is required"]),
-        (["preprocess.py", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], ["nowhere.jsonl"]),
-        (["tokenizer.py", "train", "nowhere.jsonl", "--output", "o"], ["nowhere.jsonl"]),
+        (["preprocess.py", "nowhere.jsonl", "--tokenizer", "t", "--output", "o"], ["HERE/nowhere.jsonl: "]),
+        (["tokenizer.py", "train", "nowhere.jsonl", "--output", "o"], ["HERE/nowhere.jsonl: "]),
         (["tokenizer.py", "trian", "c.jsonl"], ["tools/tokenizer.py trian: no such command; did you mean train?"]),
         (
             ["upcycle.py", "nowhere", "target", "--num-experts", "4"],
-            ["nowhere (= /", "/nowhere): neither a Hugging Face directory"],
+            ["HERE/nowhere: neither a Hugging Face directory"],
         ),
         (["upcycle.py", "nowhere", "target", "--num-experts", "four"], ["num_experts = 'four': must be an integer"]),
         (
@@ -140,12 +142,12 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
         ),
         (
             ["average.py", "nowhere", "elsewhere", "target"],
-            ["nowhere (= /", "/nowhere): neither a Hugging Face directory"],
+            ["HERE/nowhere: neither a Hugging Face directory"],
         ),
-        (["convert.py", "nowhere", "target"], ["nowhere"]),
-        (["verify.py", "nowhere", "target"], ["nowhere"]),
-        (["generate.py", "nowhere", "--prompts", "a"], ["nowhere"]),
-        (["report.py", "--metrics", "a=nowhere.jsonl", "--output", "r.html"], ["nowhere.jsonl"]),
+        (["convert.py", "nowhere", "target"], ["HERE/nowhere: "]),
+        (["verify.py", "nowhere", "target"], ["HERE/nowhere: "]),
+        (["generate.py", "nowhere", "--prompts", "a"], ["HERE/nowhere: "]),
+        (["report.py", "--metrics", "a=nowhere.jsonl", "--output", "r.html"], ["HERE/nowhere.jsonl: "]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -153,14 +155,15 @@ def test_bad_input_is_one_error(
     arguments: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_clear_error(command(TOOLS / arguments[0], *arguments[1:]), *parts)
+    expected = [part.replace("HERE", str(tmp_path)) for part in parts]
+    assert_clear_error(command(TOOLS / arguments[0], *arguments[1:]), *expected)
     assert not list(tmp_path.iterdir()), "something was left behind"
 
 
 def test_a_fault_that_meets_every_rank_is_said_once(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run.yaml", run_mapping(tmp_path))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
-    process = command(*launcher, TOOLS / "train.py", run, "train.global_batch_size=6", "train.micro_batch_size=1")
+    process = new_process(*launcher, TOOLS / "train.py", run, "train.global_batch_size=6", "train.micro_batch_size=1")
     assert process.returncode != 0
     assert process.stderr.count("no tokenizer here") == 1
 
@@ -169,13 +172,13 @@ def test_a_tool_says_when_its_package_is_of_another_checkout(tmp_path: Path) -> 
     for name in ("tools/corpus.py", "megatron_ext/__init__.py"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text((ROOT / name).read_text())
-    foreign = command(tmp_path / "tools" / "corpus.py", PYTHONPATH=str(ROOT)).stderr
+    foreign = new_process(tmp_path / "tools" / "corpus.py", PYTHONPATH=str(ROOT)).stderr
     note, *_ = foreign.splitlines()
     assert note == (
         f"note: {tmp_path}/tools/corpus.py runs with the package {ROOT}/megatron_ext, not with that of {tmp_path}"
     )
-    own = command(TOOLS / "corpus.py", PYTHONPATH=str(ROOT)).stderr
-    other_rank = command(tmp_path / "tools" / "corpus.py", PYTHONPATH=str(ROOT), RANK="1").stderr
+    own = new_process(TOOLS / "corpus.py", PYTHONPATH=str(ROOT)).stderr
+    other_rank = new_process(tmp_path / "tools" / "corpus.py", PYTHONPATH=str(ROOT), RANK="1").stderr
     assert foreign.partition("\n")[2] == own == other_rank
 
 
@@ -200,7 +203,7 @@ def test_doctor_ends_with_2_where_training_cannot_run(tmp_path: Path) -> None:
     (tmp_path / "megatron_core-0.20.0.dist-info").mkdir()
     (tmp_path / "megatron_core-0.20.0.dist-info" / "METADATA").write_text("Name: megatron-core\nVersion: 0.20.0\n")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    process = command(TOOLS / "doctor.py", PYTHONPATH=path)
+    process = new_process(TOOLS / "doctor.py", PYTHONPATH=path)
     assert_clear_error(process, "megatron-core 0.20.0 is installed", "< 0.20")
     assert "megatron-core       0.20.0" in process.stdout
     assert "training can run here" not in process.stdout

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_ext.monitoring.metrics_file import read_metrics
-from tests.workspace import prepare_data, run_mapping, train, write_run
+from tests.support.commands import train
+from tests.support.workspace import prepare_data, run_mapping, write_run
 
 CONTEXT = ["parallel.context_parallel_size=2", "data.num_workers=1"]
 DOCUMENTS = ["data.reset_attention_mask=true", "data.reset_position_ids=true"]

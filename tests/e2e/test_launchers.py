@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
+from tests.support.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
 
 
 def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
@@ -95,7 +95,7 @@ def launch_ranks(directory: Path, script: str, processes: int = 2) -> subprocess
     [
         (
             "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
-            1,
+            2,
             "was killed by SIGKILL: often memory",
         ),
         (
@@ -106,7 +106,7 @@ def launch_ranks(directory: Path, script: str, processes: int = 2) -> subprocess
         (
             "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
             "signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))\ntime.sleep(60)",
-            1,
+            2,
             "rank 1 (process ",
         ),
         ("if rank == '1': print('said', file=sys.stderr); sys.exit(2)\ntime.sleep(60)", 2, None),

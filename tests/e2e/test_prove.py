@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config import load_run
-from megatron_ext.testing.parity import Trajectory
-from megatron_ext.testing.prove import TOLERANCE, Proof, plan_proof, prove
-from tests.workspace import ROOT, TOOLS, command, run_mapping, write_run
+from megatron_ext.proving.parity import Trajectory
+from megatron_ext.proving.prove import TOLERANCE, Proof, plan_proof, prove
+from tests.support.commands import TOOLS, command, new_process
+from tests.support.workspace import ROOT, run_mapping, write_run
 
 EXAMPLE = ROOT / "examples" / "quickstart" / "moe.yaml"
 
 
 def test_the_quickstart_layout_is_proven() -> None:
-    process = command(TOOLS / "prove.py", EXAMPLE, "--world-size", "8", "--processes", "8")
+    process = new_process(TOOLS / "prove.py", EXAMPLE, "--world-size", "8", "--processes", "8")
     assert process.returncode == 0, process.stderr
     assert "training 5 steps on 8 processes" in process.stdout
     assert "verdict: this layout trains what one process trains" in process.stdout

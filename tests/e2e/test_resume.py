@@ -11,10 +11,12 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_ext.checkpoint.store import find_checkpoint, read_state
+from megatron_ext.checkpoint.find import find_checkpoint
+from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.monitoring.metrics_file import read_metrics
-from tests.workspace import TOOLS, prepare_data, reported_losses, run_mapping, train, write_run
+from tests.support.commands import TOOLS, train
+from tests.support.workspace import prepare_data, reported_losses, run_mapping, write_run
 
 LAYOUT = [
     "parallel.tensor_model_parallel_size=2",

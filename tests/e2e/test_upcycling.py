@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
-from tests.workspace import TOOLS, command, reported_losses, train, write_corpus
+from tests.support.commands import TOOLS, command, train
+from tests.support.workspace import reported_losses, write_corpus
 
 LAYOUT = (
     "parallel.tensor_model_parallel_size=2",

@@ -18,7 +18,7 @@ from megatron_ext.config import (
     load_config,
     to_mapping,
 )
-from megatron_ext.config.output import Backend
+from megatron_ext.config.machine import Backend
 from megatron_ext.runtime.accelerators import precision_fault, this_machine
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.transformer_engine import why_not_importable
@@ -55,22 +55,20 @@ SCRIPT = """
 import json, sys, traceback
 from pathlib import Path
 from megatron_ext.config import load_run
-from megatron_ext.mcore.optimizer import set_learning_rate
+from megatron_ext.data.stream.stream import BatchShape
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
-from megatron_ext.testing.tiny import random_batch
+from megatron_ext.testing.tiny import RandomStream
 from megatron_ext.training.session import open_session
 
 def train(run):
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device, alone=True)
     groups = split_process_group(run.parallel, run.runtime)
-    session = open_session(run, run.resolve(1), groups, device)
-    set_learning_rate(session.optimizer, run.optimizer.lr)
+    session = open_session(run, run.resolve(1), groups, device, RandomStream(BatchShape(4, 2), device))
     steps = []
-    for step in range(3):
-        batch = random_batch(step, samples=4, micro_batch=2, dp_rank=0, dp_size=1)
-        result = session.step([micro.to(device) for micro in batch])
+    for _ in range(3):
+        result = session.step(session.stream.next())
         steps.append((float(result.loss), result.grad_norm))
     session.save()
     session.close()

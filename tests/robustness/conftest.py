@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workspace import prepare_data, run_mapping, write_run
+from tests.support.workspace import prepare_data, run_mapping, write_run
 
 
 @pytest.fixture(scope="package")

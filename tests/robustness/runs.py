@@ -28,7 +28,7 @@ def train_here(path: Path, overrides: list[str]) -> int:
     groups = split_process_group(run.parallel, run.runtime)
     layout, device = run.resolve(dist.get_world_size()), choose_device(run.runtime)
     with run_lock(run.checkpoint.directory):
-        return loop._open_and_train(run, layout, groups, device, None)
+        return loop.open_and_train(run, layout, groups, device)
 
 
 def train_and_signal(path: Path, overrides: list[str], rank: int, number: int, metrics: Path, step: int) -> int:

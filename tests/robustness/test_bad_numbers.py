@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_ext.checkpoint.store import find_checkpoint
-from megatron_ext.data.batches import MicroBatch
+from megatron_ext.checkpoint.find import find_checkpoint
+from megatron_ext.data.stream.batches import MicroBatch
 from megatron_ext.errors import CheckpointError, TrainingError
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import random_batch, tiny_model

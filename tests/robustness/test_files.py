@@ -1,5 +1,6 @@
 """Damaged and hostile files: found by the manifest, and one clear error where there is none; never a traceback."""
 
+import codecs
 import json
 import os
 import pickle
@@ -17,22 +18,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.examine import examine
+from megatron_ext.checkpoint.hf_directory import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.run_file import read_run
-from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSource
-from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.checkpoint.state_file import RNG_FILE, read_random_state, read_state
+from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.checkpoint.torch_dist import METADATA_FILE, TorchDistReader
 from megatron_ext.config import dump_yaml, read_yaml
-from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.sources import open_checkpoint
 from megatron_ext.errors import CheckpointError, ConversionError, DataError, MegatronExtError
 from megatron_ext.files import OURS, output_place, publish_directory, start_directory, write_text
-from megatron_ext.manifest import MANIFEST_FILE
+from megatron_ext.manifest import MANIFEST_FILE, write_manifest
+from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.logits import load_hugging_face
+from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.monitoring.report import read_phases, write_report
 from megatron_ext.testing.tiny import tiny_model
 from tests.robustness.damage import damage
-from tests.unit.conversion.own_models import write_checkpoint
+from tests.unit.model_io.own_models import write_checkpoint
 from tools import verify_checkpoint
 
 
@@ -136,19 +138,19 @@ def test_a_damaged_newest_checkpoint_says_how_to_go_on(checkpoint: Path) -> None
 @pytest.mark.parametrize("with_manifest", [True, False])
 def test_damaged_random_states(with_manifest: bool, checkpoint: Path) -> None:
     (checkpoint / MANIFEST_FILE).unlink()
-    file = checkpoint / store.RNG_FILE
+    file = checkpoint / RNG_FILE
     torch.save([{"torch": torch.get_rng_state(), "python": list(range(625))}], file)
     if with_manifest:
-        store.write_manifest(checkpoint)
+        write_manifest(checkpoint)
     content, generator = file.read_bytes(), random.Random(3)
     for _ in range(30):
         damage(file, generator, within=1500)
         with pytest.raises(CheckpointError, match=r"rng\.pt") if with_manifest else suppress(CheckpointError):
-            store.read_random_state(checkpoint, 0)
+            read_random_state(checkpoint, 0)
         file.write_bytes(content)
     file.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointError, match=r"rng\.pt"):
-        store.read_random_state(checkpoint, 0)
+        read_random_state(checkpoint, 0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_states_of_another_kind(state: str, checkpoint: Path) -> None:
     (checkpoint / MANIFEST_FILE).unlink()
     (checkpoint / "state.json").write_bytes(state.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"state\.json"):
-        store.read_state(checkpoint)
+        read_state(checkpoint)
 
 
 def test_the_tool_says_what_is_whole_and_what_is_not(
@@ -422,3 +424,23 @@ def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
 def test_a_foreign_model_needs_no_manifest(tmp_path: Path) -> None:
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     assert torch.equal(HuggingFaceSource(tmp_path).read("x"), torch.ones(3))
+
+
+def test_a_byte_order_mark_before_config_json(export: Path, tmp_path: Path) -> None:
+    (export / MANIFEST_FILE).unlink()
+    config = export / "config.json"
+    config.write_bytes(codecs.BOM_UTF8 + config.read_bytes())
+    assert convert(export, tmp_path / "back").written.tensors
+    # transformers does not read it: who has the model loaded by it is told the way out.
+    with pytest.raises(ConversionError, match="does not load it.* byte order mark; take that away: sed -i"):
+        load_hugging_face(export)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "null", "{"])
+def test_a_generation_config_of_another_kind_is_found_first(content: str, export: Path, tmp_path: Path) -> None:
+    (export / MANIFEST_FILE).unlink()
+    (export / "generation_config.json").write_text(content)
+    for target in ("hf", "megatron"):
+        with pytest.raises(ConversionError, match=rf"{export}/generation_config\.json: "):
+            convert(export, tmp_path / target, to=target)  # type: ignore[arg-type]
+    assert not (tmp_path / "megatron").exists()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpoint.store import find_checkpoint, read_state, require_checkpoint
-from megatron_ext.checkpoint.tensors import MegatronSource
+from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.state_file import read_state
+from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.locks import LOCK_FILE
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from tests.robustness.runs import moments, train_and_die, train_and_signal, train_here

@@ -11,11 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_ext.checkpoint.store import read_state, require_checkpoint
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.locks import exclusive
 from megatron_ext.monitoring.metrics_file import read_metrics
 from tests.robustness.runs import wait_until
-from tests.workspace import TOOLS, command, reported_losses
+from tests.support.commands import TOOLS, command
+from tests.support.workspace import reported_losses
 
 
 def test_a_second_run_is_refused_and_ranks_save_and_end_with_their_launcher(work: Path) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpoint.store import METADATA_FILE, TRACKER_FILE, find_checkpoint, in_the_way, require_checkpoint
-from megatron_ext.conversion.sources import open_checkpoint
+from megatron_ext.checkpoint.find import TRACKER_FILE, find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.metadata import METADATA_FILE
+from megatron_ext.checkpoint.publish import in_the_way
 from megatron_ext.errors import CheckpointError
 from megatron_ext.merging.average import sources_of
 from megatron_ext.merging.options import AverageOptions
+from megatron_ext.model_io.open import open_checkpoint
 
 
 @pytest.fixture

@@ -1,26 +1,37 @@
-"""A rank that dies or stops is named by one message, and all others end."""
+"""A rank that dies or stops is named by one message, and all others end; one that hangs is named, and awaited."""
 
-import multiprocessing
+import contextlib
 import os
+import re
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_ext.runtime import liveness
-from megatron_ext.testing.pool import GlooPool
+from tests.support import forkserver
 
 RANKS = 3
 
 
-def lose_a_rank(rank: int, lost: int, number: int, port: int, errors: Path) -> None:
-    """Wait for the others, of whom `lost` sends itself a signal that it cannot refuse."""
+def join_the_others(rank: int, port: int, errors: Path) -> None:
+    """Write to the file `rank` from here on, and meet the other processes."""
     os.dup2(os.open(errors / str(rank), os.O_WRONLY | os.O_CREAT), 2)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    liveness.SILENCE, liveness.BEAT, liveness._LOOK = 2.0, 0.2, 0.1
+    liveness.BEAT, liveness._LOOK = 0.2, 0.1
     store = dist.FileStore(str(errors / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+
+
+def lose_a_rank(rank: int, port: int, errors: Path, lost: int, number: int) -> None:
+    """Wait for the others, of whom `lost` sends itself a signal that it cannot refuse."""
+    join_the_others(rank, port, errors)
+    liveness.SILENCE = 2.0
     with liveness.Liveness() as others:
         dist.barrier()
         if rank == lost:
@@ -29,6 +40,44 @@ def lose_a_rank(rank: int, lost: int, number: int, port: int, errors: Path) -> N
             dist.barrier()
         except RuntimeError:
             others.end_if_missing()
+
+
+def be_late(rank: int, port: int, errors: Path) -> None:
+    """Five times all others wait for one rank: for longer than their patience, or until they have said so."""
+    join_the_others(rank, port, errors)
+    liveness.PATIENCE = 1.0
+    said, seconds = errors / "0", 2.0
+    with liveness.Liveness() as others:
+        for late, in_step, works, times_said in LATE:
+            dist.barrier()
+            with others.step() if in_step else contextlib.nullcontext():
+                until = time.monotonic() + (seconds if times_said is None else 60)
+                while rank == late and time.monotonic() < until:
+                    if said.read_text().count(" is late") == times_said:
+                        break
+                    if not works:
+                        time.sleep(0.5 if times_said else seconds)
+                dist.all_reduce(torch.ones(1))
+
+
+# Rank, whether in a training step, whether it works; how often somebody is named then, None where nobody is.
+LATE = [
+    (1, True, False, None),  # the first step: other processes may be compiling
+    (1, False, True, None),  # it may be saving
+    (1, False, False, 1),
+    (2, True, True, 2),
+    (0, True, False, 3),
+]
+
+
+def started(target: Callable[..., None], *arguments: Any) -> tuple[list[Any], Any]:
+    """A process for each rank, and the store of their launcher."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = forkserver.context()
+    ranks = [context.Process(target=target, args=(rank, store.port, *arguments)) for rank in range(RANKS)]
+    for process in ranks:
+        process.start()
+    return ranks, store
 
 
 @pytest.mark.parametrize(
@@ -40,15 +89,8 @@ def lose_a_rank(rank: int, lost: int, number: int, port: int, errors: Path) -> N
     ],
     ids=["killed", "stopped", "rank 0 stopped"],
 )
-def test_the_lost_rank_is_named(lost: int, number: int, what: str, pool: GlooPool, tmp_path: Path) -> None:
-    pool.run(1, os.getpid)  # its server has all that is needed
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("forkserver")
-    ranks = [
-        context.Process(target=lose_a_rank, args=(rank, lost, number, store.port, tmp_path)) for rank in range(RANKS)
-    ]
-    for process in ranks:
-        process.start()
+def test_the_lost_rank_is_named(lost: int, number: int, what: str, tmp_path: Path) -> None:
+    ranks, _store = started(lose_a_rank, tmp_path, lost, number)
     for rank, process in enumerate(ranks):
         if rank != lost:
             process.join(60)
@@ -59,3 +101,17 @@ def test_the_lost_rank_is_named(lost: int, number: int, what: str, pool: GlooPoo
     print(message)
     assert f"error: rank {lost} (process {ranks[lost].pid} on " in message
     assert what in message
+
+
+def test_a_late_rank_is_named_and_awaited(tmp_path: Path) -> None:
+    ranks, _store = started(be_late, tmp_path)
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    said = [(tmp_path / str(rank)).read_text() for rank in range(RANKS)]
+    print(said[0])
+    named = re.findall(r"rank (\d) \(process (\d+) on .*\) is late: all others have been waiting for it", said[0])
+    assert named == [(str(rank), str(ranks[rank].pid)) for rank in (1, 2, 0)]
+    assert "in be_late: time.sleep(" in said[0]
+    assert said[0].count("has come; the run goes on") >= 2
+    assert said[1:] == ["", ""]

@@ -18,7 +18,8 @@ import pytest
 from megatron_ext.data.preprocess import check_dataset, preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError, MegatronExtError
-from tests.workspace import TOOLS, write_corpus
+from tests.support.commands import TOOLS
+from tests.support.workspace import write_corpus
 
 SEED, INPUTS = 12, 120
 

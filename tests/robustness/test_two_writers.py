@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.checkpoint.safetensors import HuggingFaceSink
-from megatron_ext.checkpoint.tensors import MegatronSink, TensorSpec
+from megatron_ext.checkpoint.hf_directory import HuggingFaceSink
+from megatron_ext.checkpoint.streams import MegatronSink, TensorSpec
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import MegatronExtError

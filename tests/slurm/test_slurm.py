@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, unavailable
-from tests.workspace import ROOT, prepare_data, reported_losses, run_mapping, train, write_run
+from tests.support.commands import train
+from tests.support.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(unavailable() is not None, reason=f"no Slurm: {unavailable()}")]
 

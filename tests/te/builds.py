@@ -6,21 +6,22 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.checkpoint.boxes import Box
-from megatron_ext.checkpoint.naming import seed_from_name
-from megatron_ext.checkpoint.store import TrainingState, load_boxes, save_checkpoint
+from megatron_ext.canonical.seeds import seed_from_name
+from megatron_ext.checkpoint.load import load_shards
+from megatron_ext.checkpoint.manager import CheckpointManager
+from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.config import Fp8Precision, RuntimeConfig
-from megatron_ext.config.output import Backend
+from megatron_ext.config.machine import Backend
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks
-from megatron_ext.mcore.state import model_boxes
+from megatron_ext.mcore.state import model_shards
 from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.proving.parity import Cell
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.testing.parity import Cell
 from megatron_ext.testing.transformer_engine import as_on_hopper, build_with_transformer_engine
 
-# key, global shape, offset and size of a box
+# key, global shape, offset and size of a shard
 Place = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -39,27 +40,34 @@ def build(cell: Cell, backend: Backend, *, seed: int) -> list[Any]:
     return chunks
 
 
-def boxes_of(chunks: list[Any]) -> list[Box]:
-    """The boxes of `chunks` in order of their places."""
+def shards_of_chunks(chunks: list[Any]) -> list[TensorShard]:
+    """The shards of `chunks` in order of their places."""
     with as_on_hopper():
-        return sorted(model_boxes(chunks), key=place)
+        return sorted(model_shards(chunks), key=place)
 
 
-def place(box: Box) -> Place:
-    return box.key, box.global_shape, box.offset, tuple(box.data.shape)
+def place(shard: TensorShard) -> Place:
+    return shard.key, shard.global_shape, shard.offset, tuple(shard.data.shape)
 
 
 def places(cell: Cell, backend: Backend) -> list[tuple[Place, torch.dtype]]:
     """Where each tensor of this rank stands in the checkpoint, and its dtype."""
-    return [(place(box), box.data.dtype) for box in boxes_of(build(cell, backend, seed=1))]
+    return [(place(shard), shard.data.dtype) for shard in shards_of_chunks(build(cell, backend, seed=1))]
+
+
+def save(directory: Path, shards: list[TensorShard]) -> Path:
+    """Save `shards` as step 1."""
+    manager = CheckpointManager(directory, {})
+    manager.register("model", tensors=lambda: shards)
+    return manager.save(1)
 
 
 def save_then_load(cell: Cell, source: Backend, target: Backend, directory: Path) -> tuple[int, list[str]]:
-    """Save a model of `source`, load it into one of `target`; how many boxes there are, and which differ in any bit."""
-    saved = boxes_of(build(cell, source, seed=1))
-    checkpoint = save_checkpoint(directory, saved, TrainingState(iteration=1), {}, None)
-    loaded = boxes_of(build(cell, target, seed=2))
-    load_boxes(checkpoint, loaded)
+    """Save a model of `source`, load it into one of `target`; how many shards, and which differ in any bit."""
+    saved = shards_of_chunks(build(cell, source, seed=1))
+    checkpoint = save(directory, saved)
+    loaded = shards_of_chunks(build(cell, target, seed=2))
+    load_shards(checkpoint, loaded)
     pairs = [(a, b) for a, b in zip(saved, loaded, strict=True) if "_extra_state" not in a.key]
     return len(pairs), [a.key for a, b in pairs if not torch.equal(a.data, b.data)]
 
@@ -98,37 +106,37 @@ def translated(cell: Cell) -> tuple[dict[str, Any], str, dict[str, Any]]:
     )
 
 
-def scaling_boxes(chunks: list[Any]) -> list[Box]:
-    return [box for box in boxes_of(chunks) if "_extra_state" in box.key]
+def scaling_shards(chunks: list[Any]) -> list[TensorShard]:
+    return [shard for shard in shards_of_chunks(chunks) if "_extra_state" in shard.key]
 
 
-def expected_scaling(box: Box) -> torch.Tensor:
+def expected_scaling(shard: TensorShard) -> torch.Tensor:
     """Numbers that depend on the global place alone."""
-    generator = torch.Generator().manual_seed(seed_from_name(0, box.key))
-    whole = torch.rand(box.global_shape, generator=generator)
-    return whole[tuple(slice(o, o + s) for o, s in zip(box.offset, box.data.shape, strict=True))]
+    generator = torch.Generator().manual_seed(seed_from_name(0, shard.key))
+    whole = torch.rand(shard.global_shape, generator=generator)
+    return whole[tuple(slice(o, o + s) for o, s in zip(shard.offset, shard.data.shape, strict=True))]
 
 
 def save_scaling(cell: Cell, directory: Path) -> list[str]:
     """Save a model whose delayed scaling has remembered something; the keys of that."""
     chunks = build(cell, "transformer_engine", seed=1)
-    for box in scaling_boxes(chunks):
-        box.data.copy_(expected_scaling(box))
-    save_checkpoint(directory, boxes_of(chunks), TrainingState(iteration=1), {}, None)
-    return sorted({box.key for box in scaling_boxes(chunks)})
+    for shard in scaling_shards(chunks):
+        shard.data.copy_(expected_scaling(shard))
+    save(directory, shards_of_chunks(chunks))
+    return sorted({shard.key for shard in scaling_shards(chunks)})
 
 
 def load_scaling(cell: Cell, checkpoint: Path) -> tuple[int, int, int]:
     """Load, and begin the first pass; how much is as saved, as in a new model, and anything else."""
     chunks = build(cell, "transformer_engine", seed=2)
-    load_boxes(checkpoint, boxes_of(chunks))
+    load_shards(checkpoint, shards_of_chunks(chunks))
     _begin_first_pass(chunks, cell.precision)
     as_saved = as_new = other = 0
-    for box in scaling_boxes(chunks):
-        new = torch.ones_like(box.data) if ".scale" in box.key else torch.zeros_like(box.data)
-        if torch.equal(box.data, new):
+    for shard in scaling_shards(chunks):
+        new = torch.ones_like(shard.data) if ".scale" in shard.key else torch.zeros_like(shard.data)
+        if torch.equal(shard.data, new):
             as_new += 1
-        elif torch.equal(box.data, expected_scaling(box)):
+        elif torch.equal(shard.data, expected_scaling(shard)):
             as_saved += 1
         else:
             other += 1
@@ -150,4 +158,4 @@ def _begin_first_pass(chunks: list[Any], precision: Any) -> None:
 
 
 def load_into_torch(cell: Cell, checkpoint: Path) -> None:
-    load_boxes(checkpoint, boxes_of(build(cell, "torch", seed=2)))
+    load_shards(checkpoint, shards_of_chunks(build(cell, "torch", seed=2)))

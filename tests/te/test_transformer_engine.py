@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.store import find_checkpoint
+from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.config import (
     Bf16Precision,
     Fp8Precision,
@@ -18,14 +18,14 @@ from megatron_ext.config import (
     load_run,
     read_yaml,
 )
+from megatron_ext.proving.parity import Cell
+from megatron_ext.proving.prove import plan_proof
 from megatron_ext.runtime import core_guard
-from megatron_ext.testing.parity import Cell
 from megatron_ext.testing.pool import GlooPool
-from megatron_ext.testing.prove import plan_proof
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.transformer_engine import why_not_importable
+from tests.support.workspace import ROOT
 from tests.te import builds, te_faults
-from tests.workspace import ROOT
 
 pytestmark = pytest.mark.te
 
@@ -124,8 +124,8 @@ def test_weights_load_into_the_other_backend_bit_for_bit(
     if not model.is_moe:
         parallel = replace(parallel, expert_model_parallel_size=1, expert_tensor_parallel_size=None)
     cell = Cell(model, parallel, BF16)
-    for boxes, different in te_pool.run(processes, builds.save_then_load, cell, source, target, tmp_path):
-        assert boxes > 0
+    for shards, different in te_pool.run(processes, builds.save_then_load, cell, source, target, tmp_path):
+        assert shards > 0
         assert not different
 
 

@@ -125,10 +125,13 @@ def test_help_tells_kinds_and_whose_an_option_is(capsys: pytest.CaptureFixture[s
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/x"),
-            "error: runs/x: No space left on device; make room",
+            f"error: {Path.cwd()}/runs/x: No space left on device; make room",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), "error: an output: No space left on device; make room"),
-        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "error: runs/x: Permission denied\n"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "runs/x"),
+            f"error: {Path.cwd()}/runs/x: Permission denied",
+        ),
     ],
 )
 def test_what_the_system_says_of_files_is_one_message(

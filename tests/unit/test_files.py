@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.errors import DataError
-from megatron_ext.files import output_place, publish_directory, read_json_object, require_writable, write_text
+from megatron_ext.files import OURS, output_place, publish_directory, read_json_object, require_writable, write_text
 from megatron_ext.foreign import reading
 
 
@@ -18,6 +18,11 @@ def test_json_that_is_no_object_is_named(content: str | None, complaint: str, tm
         (tmp_path / "x.json").write_text(content)
     with pytest.raises(DataError, match=rf"x\.json: .*{complaint}"):
         read_json_object(tmp_path / "x.json", DataError)
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json_object(tmp_path / "x.json", DataError) == {"a": 1}
 
 
 def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -71,6 +76,16 @@ def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
         (tmp_path / name / name).touch()
     publish_directory(tmp_path / "new", tmp_path / "old")
     assert [p.name for p in tmp_path.rglob("*")] == ["old", "new"]
+
+
+def test_what_was_set_aside_goes_with_the_next_publication(tmp_path: Path) -> None:
+    """Of a process that was killed when the old directory had lost its name and the new one had none yet."""
+    for name in ("new", "d.old.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    (tmp_path / "d.old.partial" / OURS).touch()
+    publish_directory(tmp_path / "new", tmp_path / "d")
+    assert [p.name for p in tmp_path.rglob("*")] == ["d", "new"]
 
 
 def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:

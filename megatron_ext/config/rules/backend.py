@@ -18,7 +18,7 @@ from megatron_ext.config.rules.registry import (
     TP,
     rule,
 )
-from megatron_ext.config.rules.widths import attention_widths
+from megatron_ext.config.rules.widths import SPLIT_WIDTHS, attention_widths
 
 MODULES = "recompute.modules"
 TE = "transformer_engine"
@@ -93,15 +93,14 @@ def _uneven(recipe: str, *sizes: int) -> str | None:
     return f"FP8 kernels take multiples of {multiple}, and this gives {bad[0]}" if bad else None
 
 
-def _register_width(width: str, split: str, used: str) -> None:
+def _register_even_width(width: str, split: str, used: str) -> None:
     @rule(RECIPE, width, split, given=(used, BACKEND))
     def _width_is_even(recipe: str, size: int | None, degree: int, used: Any, backend: str) -> str | None:
         return _uneven(recipe, size // degree) if backend == TE and used and size else None
 
 
-_register_width("model.ffn_hidden_size", TP, "model.has_dense_layers")
-_register_width("model.moe_shared_expert_intermediate_size", TP, EXPERTS)
-_register_width("model.expert_ffn_hidden_size", "parallel.etp", EXPERTS)
+for _split_width in SPLIT_WIDTHS:
+    _register_even_width(*_split_width)
 
 
 @rule(RECIPE, "model.hidden_size", given=(BACKEND,))

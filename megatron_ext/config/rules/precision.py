@@ -8,7 +8,6 @@ from megatron_ext.config.rules.registry import (
     BF16_AT_START,
     CP,
     DEVICE,
-    EXPERTS,
     GROUPS,
     HEADS,
     MLA,
@@ -16,7 +15,7 @@ from megatron_ext.config.rules.registry import (
     TP,
     rule,
 )
-from megatron_ext.config.rules.widths import attention_widths
+from megatron_ext.config.rules.widths import SPLIT_WIDTHS, attention_widths
 
 _MULTIPLE = 16
 """torch's fp8 kernels take rows and columns in whole 16 bytes."""
@@ -69,7 +68,7 @@ def _complaint(width: int, device: str, backend: str) -> str | None:
     )
 
 
-def _register_width(key: str, degree: str, used: str) -> None:
+def _register_kernel_width(key: str, degree: str, used: str) -> None:
     @rule(key, degree, given=(used, DEVICE, BACKEND, RECIPE))
     def _width_fits_kernel(
         width: int | None, size: int, used: Any, device: str, backend: str, recipe: str
@@ -77,9 +76,8 @@ def _register_width(key: str, degree: str, used: str) -> None:
         return _complaint(width // size, device, backend) if used and width and width % size == 0 else None
 
 
-_register_width("model.ffn_hidden_size", TP, "model.has_dense_layers")
-_register_width("model.moe_shared_expert_intermediate_size", TP, EXPERTS)
-_register_width("model.expert_ffn_hidden_size", "parallel.etp", EXPERTS)
+for _split_width in SPLIT_WIDTHS:
+    _register_kernel_width(*_split_width)
 
 
 @rule("model.hidden_size", given=(DEVICE, BACKEND, RECIPE))

@@ -2,31 +2,24 @@
 
 from typing import Any
 
+from megatron_ext.config.base import fields_of
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.model_fields import EXPERT_FIELDS
 from megatron_ext.config.rules.registry import BALANCE, COEFFICIENT, EP, ETP, EXPERTS, GROUPS_OF_EXPERTS, SCORE, rule
 
+# A kind of loss says nothing without a coefficient, and exports of dense models carry it.
+_MAY_BE_DENSE = {"num_moe_experts", "moe_router_load_balancing_type"}
+
 MOE_ONLY = {
-    "model.moe_ffn_hidden_size": None,
-    "model.moe_router_topk": 2,
-    "model.moe_router_pre_softmax": False,
-    "model.moe_router_topk_scaling_factor": None,
-    "model.moe_router_score_function": "softmax",
-    "model.moe_router_norm_topk_prob": None,
-    "model.moe_router_num_groups": None,
-    "model.moe_router_group_topk": None,
-    "model.moe_router_enable_expert_bias": False,
-    "model.moe_router_noise": None,
-    "model.moe_gating_normalization": None,
-    "model.moe_expert_capacity_factor": None,
-    "model.moe_shared_expert_gate": False,
-    "model.moe_adaptive_aux_loss": None,
-    "model.moe_z_loss_coeff": 0.0,
-    "model.moe_shared_expert_intermediate_size": None,
-    "model.moe_first_k_dense": 0,
-    "model.moe_layer_freq": 1,
-    "model.moe_aux_loss_coeff": 0.0,
+    **{
+        f"model.{name}": info.get_default(call_default_factory=True)
+        for name, info in fields_of(ModelConfig).items()
+        if name in EXPERT_FIELDS - _MAY_BE_DENSE
+    },
     EP: 1,
     ETP: None,
 }
+"""Keys that only a model with experts can set, with the value that says nothing."""
 
 
 def _register_moe_only(key: str, neutral: Any) -> None:
@@ -80,7 +73,7 @@ def _groups_come_with_choice(groups: int | None, topk: int | None) -> str | None
 @rule(EXPERTS, GROUPS_OF_EXPERTS, "model.moe_router_group_score")
 def _groups_divide_experts(experts: int | None, groups: int | None, score: str) -> str | None:
     if not experts or not groups:
-        return "has no meaning without groups" if score != "top2_sum" and not groups else None
+        return "has no meaning without groups" if experts and score != "top2_sum" else None
     if experts % groups:
         return "experts must be a multiple of their groups"
     return (
@@ -95,16 +88,16 @@ def _topk_fits_groups(topk: int, group_topk: int | None, experts: int | None, gr
     return None
 
 
-@rule("model.moe_router_bias_update_rate", "model.moe_router_enable_expert_bias")
-def _rate_has_a_bias(rate: float, bias: bool) -> str | None:
-    return (
-        "has no effect without the bias; set moe_router_enable_expert_bias: true" if rate != 1e-3 and not bias else None
-    )
+@rule("model.moe_router_bias_update_rate", "model.moe_router_enable_expert_bias", given=(EXPERTS,))
+def _rate_has_a_bias(rate: float, bias: bool, experts: int | None) -> str | None:
+    if experts and rate != MOE_ONLY["model.moe_router_bias_update_rate"] and not bias:
+        return "has no effect without the bias; set moe_router_enable_expert_bias: true"
+    return None
 
 
-@rule("model.moe_token_drop_policy", "model.moe_expert_capacity_factor")
-def _policy_has_a_capacity(policy: str, factor: float | None) -> str | None:
-    return "has no effect without a capacity" if policy != "probs" and factor is None else None
+@rule("model.moe_token_drop_policy", "model.moe_expert_capacity_factor", given=(EXPERTS,))
+def _policy_has_a_capacity(policy: str, factor: float | None, experts: int | None) -> str | None:
+    return "has no effect without a capacity" if experts and policy != "probs" and factor is None else None
 
 
 @rule("model.moe_shared_expert_gate", "model.moe_shared_expert_intermediate_size")

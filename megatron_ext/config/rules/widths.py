@@ -1,6 +1,15 @@
-"""The sizes of attention's matrices on one tensor-parallel rank, which FP8 kernels take in whole multiples only."""
+"""The sizes of matrices on one tensor-parallel rank, which FP8 kernels take in whole multiples only."""
 
 from typing import Any
+
+from megatron_ext.config.rules.registry import EXPERTS, TP
+
+SPLIT_WIDTHS = (
+    ("model.ffn_hidden_size", TP, "model.has_dense_layers"),
+    ("model.moe_shared_expert_intermediate_size", TP, EXPERTS),
+    ("model.expert_ffn_hidden_size", "parallel.etp", EXPERTS),
+)
+"""Feed-forward widths: (key, the degree that splits it, what says that the model has such layers)."""
 
 
 def attention_widths(latent: Any, heads: int, groups: int | None, head_dim: int, tp: int) -> list[int]:

@@ -27,11 +27,16 @@ _NEVER = -1000.0
 """Log-probability of a piece that is not to be found in text."""
 
 
-def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, force: bool = False) -> Tokenizer:
+def write_tokenizer(
+    model: bytes, output: str | Path, texts: Iterable[str], *, force: bool = False, source: str = "the model"
+) -> Tokenizer:
     """Write `model` and its Hugging Face counterpart to `output`, after proving that both encode alike.
 
     They are compared on `texts`, on all pieces of the vocabulary, and on spaces, scripts and Unicode that is easy to
     read differently.
+
+    Args:
+        source: where `model` is from, for messages.
 
     Raises:
         DataError: they do not, or `output` exists and `force` is not set; nothing is written.
@@ -40,7 +45,7 @@ def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, f
     with exclusive_output(output, "exporting a tokenizer"):
         beside = start_directory(output)
         try:
-            pieces = export_tokenizer(model, beside)
+            pieces = export_tokenizer(model, beside, source)
             texts = [*HARD_TEXTS, *texts_of(_spelt(pieces)), *texts]
             if different := disagreements(Tokenizer(beside), texts):
                 raise DataError(
@@ -56,17 +61,18 @@ def write_tokenizer(model: bytes, output: str | Path, texts: Iterable[str], *, f
 
 _KINDS = (
     "Unigram and BPE models that keep text as it is (normalization_rule_name=identity, remove_extra_whitespaces=false) "
-    "can; tools/tokenizer.py train makes such a one. Of a published model, take the tokenizer.json that came with it"
+    "can; tools/tokenizer.py train makes such a one. A published model needs no export: give its directory, with the "
+    "tokenizer.json or tokenizer_config.json that came with it, to tools/preprocess.py as it is"
 )
 
 
-def export_tokenizer(model: bytes, directory: Path) -> sentencepiece.SentencePieceProcessor:
+def export_tokenizer(model: bytes, directory: Path, source: str) -> sentencepiece.SentencePieceProcessor:
     """Write `model` to the folder `directory` as SentencePiece and as a fast tokenizer; return it, loaded.
 
     Raises:
         DataError: it is no such model, has no token that ends documents, or no fast tokenizer can be made of it.
     """
-    pieces = sentencepiece_of(model, "the model")
+    pieces = sentencepiece_of(model, source)
     (directory / MODEL_FILE).write_bytes(model)
     if pieces.eos_id() < 0:
         raise DataError(

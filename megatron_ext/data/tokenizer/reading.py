@@ -101,7 +101,7 @@ class Tokenizer:
         if self._loaded is None:
             assert self._backend is not None
             return _ids(self._backend, text)
-        return list(_as_transformers(self._loaded, text))
+        return _as_transformers(self._loaded, text)
 
     @cached_property
     def _spelt(self) -> tokenizers.Tokenizer | None:
@@ -112,6 +112,7 @@ class Tokenizer:
         """Text of token ids."""
         if self._backend is not None:
             return str(self._backend.decode(ids, skip_special_tokens=False))
+        assert self._loaded is not None
         return str(self._loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @cached_property
@@ -155,7 +156,8 @@ class Tokenizer:
         if not (self.directory / SETTINGS_FILE).is_file():
             raise DataError(
                 f"{what}, such as {different[0][:40]!r}; put the tokenizer.json or tokenizer_config.json of its model "
-                f"beside it, or make them by tools/tokenizer.py export {path} --output DIR"
+                "beside it. A model that keeps text as it is can be exported: tools/tokenizer.py export "
+                f"{path} --output DIR"
             )
         log.warning(
             "%s, %d of %d texts such as %r: ids are those of transformers, as in generation. Is %s the right "
@@ -198,7 +200,7 @@ def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
 
 def _as_transformers(loaded: Any, text: str) -> list[int]:
     """The definition of a document's ids."""
-    return loaded(
+    read = loaded(
         text,
         add_special_tokens=False,
         split_special_tokens=True,
@@ -207,7 +209,8 @@ def _as_transformers(loaded: Any, text: str) -> list[int]:
         verbose=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-    ).input_ids
+    )
+    return list(read.input_ids)
 
 
 def _reads_alone(loaded: Any, backend: tokenizers.Tokenizer | None) -> bool:

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -20,12 +21,14 @@ from megatron_ext.locks import exclusive_output
 _UNK, _BOS, _EOS, _PAD = range(4)
 _LONGEST_LINE = 4000
 _PROOF_TEXTS = 500
+CHARACTER_COVERAGE = 0.9995
+"""Share of the characters of the text that get a token of their own; rarer ones are written in bytes."""
+_OPTIONS = {"character_coverage with --character_coverage option": "--character-coverage", "vocab_size": "--vocab-size"}
+"""What SentencePiece's messages name, and what it is called here."""
 
-
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "model_type": "unigram",
     "byte_fallback": True,
-    "character_coverage": 0.9995,
     "normalization_rule_name": "identity",
     "add_dummy_prefix": False,
     "remove_extra_whitespaces": False,
@@ -43,7 +46,13 @@ _SETTINGS = {
 
 
 def train_sentencepiece(
-    documents: Iterable[str], vocab_size: int, *, max_lines: int = 1_000_000, seed: int = 0, threads: int = 1
+    documents: Iterable[str],
+    vocab_size: int,
+    *,
+    max_lines: int = 1_000_000,
+    character_coverage: float = CHARACTER_COVERAGE,
+    seed: int = 0,
+    threads: int = 1,
 ) -> bytes:
     """Train a unigram model with byte fallback that reproduces any text exactly, and return its bytes.
 
@@ -51,6 +60,7 @@ def train_sentencepiece(
 
     Args:
         max_lines: lines to train on; more are sampled down evenly.
+        character_coverage: share of the text's characters that get a token each; the others are written in bytes.
 
     Raises:
         DataError: the text cannot fill such a vocabulary.
@@ -63,6 +73,7 @@ def train_sentencepiece(
             sentence_iterator=itertools.takewhile(lambda _: not interrupted.is_set(), lines),
             model_writer=model,
             vocab_size=vocab_size,
+            character_coverage=character_coverage,
             **_SETTINGS,
             num_threads=threads,
         )
@@ -71,13 +82,16 @@ def train_sentencepiece(
         interruptible(train)
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1]
+        for theirs, ours in _OPTIONS.items():
+            reason = reason.replace(theirs, ours)
         raise DataError(f"SentencePiece could not train {vocab_size} pieces on {len(lines)} lines: {reason}") from error
     return model.getvalue()
 
 
 def _sample_lines(documents: Iterable[str], limit: int, seed: int) -> list[str]:
     """At most `limit` of the non-empty lines, each equally likely (reservoir sampling), in a fixed order."""
-    generator, kept, seen = random.Random(seed), [], 0
+    generator, seen = random.Random(seed), 0
+    kept: list[str] = []
     for document in documents:
         for line in _short_lines(document):
             seen += 1
@@ -101,6 +115,7 @@ def train_tokenizer(
     *,
     text_key: str = "text",
     max_lines: int = 1_000_000,
+    character_coverage: float = CHARACTER_COVERAGE,
     threads: int = 1,
     force: bool = False,
 ) -> Tokenizer:
@@ -108,6 +123,12 @@ def train_tokenizer(
     files = corpus_files(inputs)
     output_place(output, DataError, force=force, contents=CONTENTS, inputs=files)
     with exclusive_output(output, "training a tokenizer"):
-        model = train_sentencepiece(read_documents(files, text_key), vocab_size, max_lines=max_lines, threads=threads)
+        model = train_sentencepiece(
+            read_documents(files, text_key),
+            vocab_size,
+            max_lines=max_lines,
+            character_coverage=character_coverage,
+            threads=threads,
+        )
         texts = itertools.islice(read_documents(files, text_key), _PROOF_TEXTS)
         return write_tokenizer(model, output, texts, force=force)

@@ -1,10 +1,10 @@
-"""Where layers come from: one BackendSpecProvider for each library of kernels."""
+"""Where layers come from: one LayerProvider for each library of kernels."""
 
-from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_ext.mcore.layer_provider import LayerProvider
+from megatron_ext.mcore.transformer_config import LayerConfig
 
 
-def spec_provider(config: TransformerConfig, *, fp8: bool = False) -> BackendSpecProvider:
+def layer_provider(config: LayerConfig, *, fp8: bool = False) -> LayerProvider:
     """Return what the layers of `config` are built from; `transformer_config` wrote the choice into it.
 
     Args:
@@ -12,9 +12,9 @@ def spec_provider(config: TransformerConfig, *, fp8: bool = False) -> BackendSpe
     """
     if config.transformer_impl == "transformer_engine":
         # Imported only here: where Transformer Engine is missing, megatron-core has no such classes.
-        from megatron_ext.mcore.backends.transformer_engine import TransformerEngineSpecProvider
+        from megatron_ext.mcore.backends.transformer_engine import TransformerEngineLayers
 
-        return TransformerEngineSpecProvider()
-    from megatron_ext.mcore.backends.torch import Fp8TorchSpecProvider, TorchSpecProvider
+        return TransformerEngineLayers()
+    from megatron_ext.mcore.backends.torch import Fp8TorchLayers, TorchLayers
 
-    return Fp8TorchSpecProvider() if fp8 else TorchSpecProvider()
+    return Fp8TorchLayers() if fp8 else TorchLayers()

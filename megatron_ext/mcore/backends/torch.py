@@ -1,6 +1,6 @@
 """The torch backend: every layer in plain PyTorch, on CPU and CUDA, with sequence and expert parallelism."""
 
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megatron_ext.mcore.attention import ScaledDotProductAttention
 from megatron_ext.mcore.feed_forward import FeedForward, SharedExperts
@@ -10,12 +10,26 @@ from megatron_ext.mcore.moe.experts import GroupedExperts
 from megatron_ext.mcore.norm import LayerNorm, RMSNorm
 
 
-class TorchSpecProvider(LocalSpecProvider):
-    """megatron-core's local linear layers with our norm, attention and experts."""
+class TorchLayers:
+    """A `LayerProvider`: megatron-core's own linear layers with our norms, attention and experts."""
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+    fuses_norms = False
+
+    def norm(self, normalization: str) -> type:
         """Return the norm class."""
-        return RMSNorm if rms_norm else LayerNorm
+        return RMSNorm if normalization == "RMSNorm" else LayerNorm
+
+    def column_parallel_linear(self) -> type:
+        """Return the class of linear layers split by output features."""
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Return the class of linear layers split by input features."""
+        return RowParallelLinear
+
+    def linear_after_norm(self) -> type:
+        """Return the class of the linear layer after a norm: no other than elsewhere."""
+        return self.column_parallel_linear()
 
     def core_attention(self) -> type:
         """Return the attention class."""
@@ -38,7 +52,7 @@ class TorchSpecProvider(LocalSpecProvider):
         return GroupedExperts
 
 
-class Fp8TorchSpecProvider(TorchSpecProvider):
+class Fp8TorchLayers(TorchLayers):
     """The torch backend with the matrix products of linear layers and routed experts in fp8 (`config.torch_fp8`)."""
 
     def column_parallel_linear(self) -> type:

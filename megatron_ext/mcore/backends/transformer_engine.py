@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import experts as core_experts
@@ -61,10 +60,6 @@ class RowParallelLinear(_SavesScaling, te.TERowParallelLinear):
     """Linear layer whose input is split over the TP group."""
 
 
-class DuplicatedLinear(_SavesScaling, te.TELinear):
-    """Linear layer that every TP rank has whole."""
-
-
 class _GroupedLinear(_SavesScaling):
     num_gemms: int
     _offsets: dict[str, int]
@@ -119,12 +114,14 @@ class LatentCoreAttention(te.TEDotProductAttention):
         super().__init__(config, *args, **widths, **kwargs)
 
 
-class TransformerEngineSpecProvider(TESpecProvider):
-    """megatron-core's choice of TE modules, with the classes above."""
+class TransformerEngineLayers:
+    """A `LayerProvider`: megatron-core's TE modules, with the classes above."""
 
-    def linear(self) -> type:
-        """Return the class of linear layers that are not split."""
-        return DuplicatedLinear
+    fuses_norms = True
+
+    def norm(self, normalization: str) -> type:
+        """Return the norm class; it reads the kind from the configuration."""
+        return te.TENorm
 
     def column_parallel_linear(self) -> type:
         """Return the class of linear layers split by output."""
@@ -134,9 +131,13 @@ class TransformerEngineSpecProvider(TESpecProvider):
         """Return the class of linear layers split by input."""
         return RowParallelLinear
 
-    def column_parallel_layer_norm_linear(self) -> type:
+    def linear_after_norm(self) -> type:
         """Return the class of a norm with the linear layer after it."""
         return LayerNormColumnParallelLinear
+
+    def core_attention(self) -> type:
+        """Return the attention class."""
+        return te.TEDotProductAttention
 
     def latent_core_attention(self) -> type:
         """Return the class of attention whose values have another width than queries and keys."""

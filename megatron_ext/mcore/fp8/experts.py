@@ -72,7 +72,7 @@ def _weight_gradients_cuda(
 ) -> Tensor:
     grad_NP, grad_scale_EN, padded_ends_E = padded_columns(scaling, Role.GRADIENT, grad_TN, ends_E)
     x_KP, x_scale_EK, _ = padded_columns(scaling, Role.INPUT, x_TK, ends_E)
-    return F.scaled_grouped_mm(
+    return F.scaled_grouped_mm(  # type: ignore[attr-defined]
         grad_NP,
         x_KP.t(),
         grad_scale_EN.reshape(-1),

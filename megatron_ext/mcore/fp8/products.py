@@ -37,7 +37,7 @@ def grouped_product(a_TK: Quantized, b_ENK: Quantized, ends_E: Tensor, dtype: to
         parts = a_TK.dequantize().tensor_split(ends_E[:-1].tolist())
         return torch.cat([a @ b.t() for a, b in zip(parts, b_ENK.dequantize(), strict=True)]).to(dtype)
     tokens, (experts, width, _) = a_TK.values.shape[0], b_ENK.values.shape
-    return F.scaled_grouped_mm(
+    return F.scaled_grouped_mm(  # type: ignore[attr-defined]
         a_TK.values,
         b_ENK.values.transpose(1, 2),
         scale_of_rows(a_TK.scale, tokens),

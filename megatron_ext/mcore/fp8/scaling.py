@@ -1,10 +1,9 @@
 """How the operands of one fp8 linear layer are scaled, and the history that delayed scaling goes by."""
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.config import Fp8Precision
@@ -39,7 +38,7 @@ class Scaling(torch.nn.Module):
     has the same history, and passing a micro-batch twice, as activation recompute does, changes nothing.
 
     Attributes:
-        amax_history: [3, amax_history_len], latest first; training state, saved by mcore/state.py.
+        amax_history: [3, amax_history_len], latest first; training state (histories.py).
         latest: [3], largest magnitudes of the present step.
     """
 
@@ -103,29 +102,3 @@ class Scaling(torch.nn.Module):
         if self.is_delayed:
             self.amax_history, self.latest = self.amax_history.float(), self.latest.float()
         return self
-
-
-def delayed_scalings(chunks: Iterable[torch.nn.Module]) -> list[Scaling]:
-    """Every layer's scaling that keeps a history, in the order of the model."""
-    modules = (module for chunk in chunks for module in chunk.modules())
-    return [module for module in modules if isinstance(module, Scaling) and module.is_delayed]
-
-
-@torch.no_grad()
-def advance_histories(chunks: Iterable[torch.nn.Module], group: dist.ProcessGroup | None) -> None:
-    """Close a step that was made: take its maxima, over `group` (the ranks of the stage), into the histories."""
-    scalings = delayed_scalings(chunks)
-    if not scalings:
-        return
-    latest = torch.stack([scaling.latest for scaling in scalings])
-    if group is not None:
-        dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=group)
-    for scaling, maxima in zip(scalings, latest, strict=True):
-        scaling.advance(maxima)
-
-
-@torch.no_grad()
-def forget_step(chunks: Iterable[torch.nn.Module]) -> None:
-    """Close a step that was refused: its maxima enter no history."""
-    for scaling in delayed_scalings(chunks):
-        scaling.latest.zero_()

@@ -119,7 +119,8 @@ class _CopyToRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_rows(grads[0], *ctx.saved_tensors, ctx.tokens), None, None
+        rows_token_R, places_TK = ctx.saved_tensors
+        return _sum_rows(grads[0], rows_token_R, places_TK, ctx.tokens), None, None
 
 
 class _SumRows(torch.autograd.Function):

@@ -7,24 +7,16 @@ a recomputed layer and a resumed run draw the same numbers.
 #   T tokens of this rank, B micro-batch
 
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-# megatron-core restores the tracker's states before it recomputes a layer. The seeds of the micro-batch are kept among
-# them, so that a recomputed router finds those of its own micro-batch and not of the latest one. (A checkpoint carries
-# them with the other states; the next micro-batch replaces them.)
-_STATE = "megatron_ext-sample-seeds"
 
+def token_keys(seeds_B: Tensor, positions: Tensor, layer: int) -> Tensor:
+    """A key for each token in `layer` [T], for `uniform`.
 
-def begin_micro_batch(seeds_B: Tensor) -> None:
-    """Name the samples that are about to be routed, by a seed for each (int64)."""
-    tracker = get_cuda_rng_tracker()
-    tracker.set_states({**tracker.get_states(), _STATE: seeds_B})
-
-
-def token_keys(positions: Tensor, layer: int) -> Tensor:
-    """A key for each token of the current micro-batch in `layer` [T], for `uniform`."""
-    seeds_B = get_cuda_rng_tracker().get_states()[_STATE]
+    Args:
+        seeds_B: of each sample of the micro-batch (int64).
+        positions: [S], of this rank's tokens in the sequence.
+    """
     keys = _mix(_mix(seeds_B + layer)[None, :] + positions[:, None])
     return keys.flatten()
 

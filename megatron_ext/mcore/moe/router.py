@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ext.config import GumbelNoise, InputJitter, LearnedNoise, ModelConfig
 from megatron_ext.errors import CheckpointError
-from megatron_ext.mcore.moe import balance, noise
+from megatron_ext.mcore.moe import balance, noise, sample_seeds
 from megatron_ext.mcore.moe.counts import RouterCounts
 from megatron_ext.mcore.moe.selection import (
     Capacity,
@@ -57,6 +57,10 @@ class Router(MegatronModule):
         aux_loss_coeff: coefficient of each balance loss; moves with `moe_adaptive_aux_loss`.
         counts: what has been routed since the last report, training passes only.
     """
+
+    expert_bias: Tensor | None
+    step_counts: Tensor
+    global_counts_E: Tensor
 
     def __init__(
         self, *, config: TransformerConfig, pg_collection: ProcessGroupCollection, model: ModelConfig, **unused: Any
@@ -102,7 +106,7 @@ class Router(MegatronModule):
         bias = self.expert_bias
         super()._apply(fn, recurse)
         if bias is not None:
-            self.expert_bias = bias.to(self.expert_bias.device)
+            self.expert_bias = bias.to(self.weight.device)
         return self
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -142,7 +146,8 @@ class Router(MegatronModule):
         if self.model.moe_router_noise is None or not self.training:
             return None
         assert self.layer_number is not None
-        return noise.token_keys(self.grid.positions(length, device), self.layer_number)
+        positions = self.grid.positions(length, device)
+        return noise.token_keys(sample_seeds.of_this_micro_batch(), positions, self.layer_number)
 
     def _gating(self, tokens_TH: Tensor, keys_T: Tensor | None) -> Tensor:
         """Raw logits [T, E] in fp32, of jittered tokens if so configured (the experts get them as they are)."""
@@ -228,7 +233,7 @@ class Router(MegatronModule):
         self.global_counts_E = torch.zeros(self.num_experts, device=device)
 
     @torch.no_grad()
-    def follow(self, counts_E: Tensor, dropped: Tensor) -> None:
+    def update_from_load(self, counts_E: Tensor, dropped: Tensor) -> None:
         """Move the expert bias and the adaptive coefficient by the loads of a whole step."""
         if self.expert_bias is not None:
             self.expert_bias.copy_(

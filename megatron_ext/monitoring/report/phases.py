@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_ext.errors import DataError
+from megatron_ext.errors import DataError, note_path
 from megatron_ext.foreign import reading
-from megatron_ext.monitoring.metrics_file import read_metrics, read_starts
+from megatron_ext.monitoring.metrics_file import METRICS_FILE, read_metrics, read_starts
 from megatron_ext.monitoring.report.records import drawable, drawable_starts
 from megatron_ext.planning.amounts import flops
 
@@ -42,22 +43,34 @@ class Phase:
 
 
 def read_phases(named_files: Sequence[str]) -> list[Phase]:
-    """Phases from `name=metrics.jsonl` entries, in order.
+    """Phases from `name=metrics.jsonl` entries, in order; the file may be given by its folder, and then needs no name.
 
     Raises:
-        DataError: an entry is no such pair, or its file holds no training step.
+        DataError: a file cannot be read or holds no training step, or two runs have one name.
     """
-    phases = []
+    phases: list[Phase] = []
     for entry in named_files:
-        name, equals, path = entry.partition("=")
-        if not equals:
-            raise DataError(f"metrics: {entry!r}: expected name=metrics.jsonl")
+        name, path = _named_file(entry)
+        note_path(str(path))
+        if any(phase.name == name for phase in phases):
+            raise DataError(f"metrics: two runs are called {name!r}; name them, as in first={path}")
         with reading(path, DataError, kind="a metrics file"):
             records, starts = read_metrics(path), read_starts(path)
-        phases.append(Phase(name, drawable(records, path), drawable_starts(starts)))
+        phases.append(Phase(name, drawable(records, str(path)), drawable_starts(starts)))
         if not phases[-1].steps:
             raise DataError(f"{path}: holds no training step")
     return phases
+
+
+def _named_file(entry: str) -> tuple[str, Path]:
+    """Name and metrics file of an entry; without a name the run is called as its folder."""
+    name, equals, place = entry.partition("=")
+    if not equals or Path(entry).exists():
+        name, place = "", entry
+    path = Path(place)
+    if path.is_dir():
+        path /= METRICS_FILE
+    return name or path.absolute().parent.name, path
 
 
 SUMMARY_HEADER = ("phase", "steps", "tokens", "first loss", "last loss", "validation", "tokens/s", "compute/device")
@@ -65,7 +78,7 @@ SUMMARY_HEADER = ("phase", "steps", "tokens", "first loss", "last loss", "valida
 
 def summary_rows(phases: Sequence[Phase]) -> list[tuple[str, ...]]:
     """One row a phase: name, steps, tokens, first and last loss, last validation loss, median tokens/s and FLOP/s."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for phase in phases:
         if not phase.steps:
             continue

@@ -133,7 +133,7 @@ def _buckets(count: int, most: int) -> list[tuple[int, int]]:
 def _hours(step: dict[str, Any], begin: float | None) -> float | None:
     if begin is None or step.get("time") is None:
         return None
-    return round((step["time"] - begin) / 3600, 5)
+    return round((float(step["time"]) - begin) / 3600, 5)
 
 
 def _finite(value: Any) -> float | None:

@@ -4,9 +4,9 @@ import json
 import random
 from typing import Any
 
-from megatron_ext.architectures.fields import config_to_hf
-from megatron_ext.architectures.megatron_ext import MEGATRON_EXT
+from megatron_ext.architectures.own import MEGATRON_EXT
 from megatron_ext.architectures.registry import ARCHITECTURES, architecture_of
+from megatron_ext.architectures.tables.fields import config_to_hf
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.architectures.test_real_configs import REAL, REFUSED

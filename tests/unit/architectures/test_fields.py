@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 from transformers.activations import ACT2FN
 
-from megatron_ext.architectures.attention_fields import SPELLINGS
-from megatron_ext.architectures.fields import config_to_hf, config_to_megatron, left_behind
 from megatron_ext.architectures.llama import LLAMA
 from megatron_ext.architectures.registry import architecture_for, architecture_of
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.architectures.tables.attention_fields import SPELLINGS
+from megatron_ext.architectures.tables.fields import config_to_hf, config_to_megatron, left_behind
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.config import ModelConfig, YarnRopeScaling
 from megatron_ext.errors import ConversionError
 from megatron_ext.mcore.moe import balance
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.conversion.references import LLAMA3, REFERENCES, Sizes, raw_config
+from tests.unit.model_io.references import LLAMA3, REFERENCES, Sizes, raw_config
 
 
 def reference(hf_class: str) -> dict[str, Any]:
@@ -426,6 +426,36 @@ def test_places_that_name_another_theta_are_refused(hf_class: str) -> None:
     for places in (raw, {"rope_parameters": raw["rope_parameters"], "rope_scaling": {"rope_theta": 5e5}}):
         with pytest.raises(ConversionError, match=r"rope_theta = .*rope_theta = .*: readers differ in which they take"):
             config_to_megatron(table, places, source="t")
+
+
+@pytest.mark.parametrize(
+    ("hf_class", "places", "named"),
+    [
+        ("LlamaForCausalLM", {"rope_theta": None}, "rope_theta"),
+        ("GPTNeoXForCausalLM", {"rotary_emb_base": None, "rope_parameters": None}, "rotary_emb_base"),
+        (
+            "Qwen3MoeForCausalLM",
+            {"rope_theta": 1e4, "rope_parameters": {"rope_theta": None}},
+            "rope_parameters.rope_theta",
+        ),
+    ],
+)
+def test_a_theta_that_is_null_is_refused_as_transformers_cannot_compute_it(
+    hf_class: str, places: dict[str, Any], named: str
+) -> None:
+    raw = {**{k: v for k, v in reference(hf_class).items() if k not in ("rope_theta", "rope_parameters")}, **places}
+    with pytest.raises(ConversionError, match=f"{named}.* is null: .* remove the field where that is 10000"):
+        read(hf_class, raw)
+    config = CONFIG_MAPPING[raw["model_type"]](**{k: v for k, v in raw.items() if k != "architectures"})
+    with pytest.raises(TypeError, match="NoneType"):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_a_theta_that_is_null_beside_one_that_is_not_is_passed_over() -> None:
+    raw = {**reference("LlamaForCausalLM"), "rope_theta": None}
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    assert read("LlamaForCausalLM", raw).rotary_base == 5e5
+    assert LlamaConfig(**raw).rope_parameters["rope_theta"] == 5e5
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.architectures.fields import config_to_hf, config_to_megatron
-from megatron_ext.architectures.megatron_ext import MEGATRON_EXT
+from megatron_ext.architectures.own import MEGATRON_EXT
+from megatron_ext.architectures.tables.fields import config_to_hf, config_to_megatron
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
 
@@ -38,7 +38,7 @@ def test_what_no_model_can_be_is_refused_by_name(changes: dict[str, Any], compla
 
 def test_absent_fields_mean_what_the_class_means() -> None:
     """A config.json with the sizes alone is a dense Llama, here as in the class that transformers builds."""
-    from megatron_ext.conversion.modeling.configuration_megatron_ext import MegatronExtConfig
+    from megatron_ext.model_io.huggingface.modeling.configuration_megatron_ext import MegatronExtConfig
 
     sizes = {
         "vocab_size": 250,

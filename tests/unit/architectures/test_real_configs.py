@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from megatron_ext.architectures.fields import config_to_hf
 from megatron_ext.architectures.registry import architecture_of
+from megatron_ext.architectures.tables.fields import config_to_hf
 from megatron_ext.config import ModelConfig
-from megatron_ext.config.load import fields_of
-from megatron_ext.config.meaning import meaning
+from megatron_ext.config.base import fields_of
+from megatron_ext.config.effective_value import effective_value
 from megatron_ext.errors import ConversionError
 
 REAL: dict[str, dict[str, Any]] = {
@@ -64,7 +64,9 @@ def test_it_is_read_as_transformers_reads_it_and_comes_back(name: str) -> None:
     architecture, model = architecture_of(raw, source=name), read(raw)
     written = json.loads(json.dumps(config_to_hf(architecture.config, model)))
     back = architecture.model_of(written, source="written")
-    assert [field for field in fields_of(ModelConfig) if meaning(back, field) != meaning(model, field)] == []
+    assert [
+        field for field in fields_of(ModelConfig) if effective_value(back, field) != effective_value(model, field)
+    ] == []
     if architecture.model_type in CONFIG_MAPPING:
         theirs = CONFIG_MAPPING[architecture.model_type].from_dict(copy.deepcopy(raw)).to_dict()
         assert config_to_hf(architecture.config, read(theirs | {"architectures": [architecture.hf_class]})) == written

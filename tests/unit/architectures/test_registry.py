@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from megatron_ext.architectures.fields import NOT_IN_THE_LOGITS
 from megatron_ext.architectures.llama import LLAMA
 from megatron_ext.architectures.mixtral import MIXTRAL
 from megatron_ext.architectures.registry import ARCHITECTURES, architecture_for
 from megatron_ext.config import GatingNormalization, GumbelNoise, LearnedNoise, ModelConfig, MultiLatentAttention
-from megatron_ext.config.load import fields_of
+from megatron_ext.config.base import fields_of
+from megatron_ext.config.model_fields import OUTSIDE_LOGITS
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
 
@@ -50,31 +50,30 @@ MIXTRAL_LIKE = {
 def test_every_field_of_the_model_is_judged() -> None:
     """A field that no table carries is refused when set."""
     fields = set(fields_of(ModelConfig))
-    assert fields - CARRIED - NOT_IN_THE_LOGITS <= {"embedding_scale", "moe_router_noise"}
-    assert fields >= NOT_IN_THE_LOGITS
+    assert fields - CARRIED - OUTSIDE_LOGITS <= {"embedding_scale", "moe_router_noise", "transformer_overrides"}
 
 
 @pytest.mark.parametrize("name", NOT_LLAMA)
 def test_what_a_dense_class_cannot_say_is_refused_by_name(name: str) -> None:
     model = replace(tiny_model(), **{name: NOT_LLAMA[name]})
-    assert f"{name} = " in str(LLAMA.unlike(model))
+    assert f"{name} = " in str(LLAMA.why_unsupported(model))
     with pytest.raises(ConversionError, match=f"LlamaForCausalLM does not compute .*: it cannot say {name} = "):
         architecture_for(model, "LlamaForCausalLM")
 
 
 @pytest.mark.parametrize("name", NOT_MIXTRAL)
 def test_what_a_moe_class_cannot_say_is_refused_by_name(name: str) -> None:
-    assert MIXTRAL.unlike(tiny_model(**MIXTRAL_LIKE)) is None
+    assert MIXTRAL.why_unsupported(tiny_model(**MIXTRAL_LIKE)) is None
     model = tiny_model(**(MIXTRAL_LIKE | {name: NOT_MIXTRAL[name]}))
-    assert f"{name} = " in str(MIXTRAL.unlike(model))
+    assert f"{name} = " in str(MIXTRAL.why_unsupported(model))
     with pytest.raises(ConversionError, match=f"MixtralForCausalLM does not compute .*{name} = "):
         architecture_for(model, "MixtralForCausalLM")
 
 
 def test_dense_and_moe_classes_keep_apart() -> None:
-    assert LLAMA.unlike(tiny_model(moe=True)) == "it has no experts"
-    assert MIXTRAL.unlike(tiny_model()) == "it has experts"
-    assert "MoE layers 0111" in str(MIXTRAL.unlike(tiny_model(moe=True)))
+    assert LLAMA.why_unsupported(tiny_model(moe=True)) == "it has no experts"
+    assert MIXTRAL.why_unsupported(tiny_model()) == "it has experts"
+    assert "MoE layers 0111" in str(MIXTRAL.why_unsupported(tiny_model(moe=True)))
 
 
 def test_noise_without_weights_is_no_part_of_an_export() -> None:

@@ -5,17 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.architectures.base import Architecture
-from megatron_ext.architectures.fields import config_to_megatron
 from megatron_ext.architectures.llama import LLAMA
-from megatron_ext.architectures.megatron_ext import MEGATRON_EXT
+from megatron_ext.architectures.own import MEGATRON_EXT
 from megatron_ext.architectures.registry import architecture_of
-from megatron_ext.architectures.rules import BlockQkv, GateUp, Qkv, Rename, Rule, Transpose, bias_of, with_biases
-from megatron_ext.checkpoint.shapes import model_shapes
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.fields import config_to_megatron
+from megatron_ext.architectures.tables.rules import BlockQkv, GateUp, Qkv, Rename, Rule, Transpose, bias_of, with_biases
+from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.config import ModelConfig
-from megatron_ext.conversion.engine import hf_shapes, tasks_to_hf, tasks_to_megatron
+from megatron_ext.model_io.engine import hf_shapes, tasks_to_hf, tasks_to_megatron
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.conversion.references import REFERENCES, Sizes, raw_config
+from tests.unit.model_io.references import REFERENCES, Sizes, raw_config
 
 
 @st.composite

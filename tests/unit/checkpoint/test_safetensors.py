@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.checkpoint.safetensors import INDEX_FILE, HuggingFaceSink, HuggingFaceSource
-from megatron_ext.checkpoint.tensors import TensorSpec
+from megatron_ext.checkpoint.hf_directory import INDEX_FILE, HuggingFaceSink, HuggingFaceSource
+from megatron_ext.checkpoint.streams import TensorSpec
 from megatron_ext.errors import ConversionError
 
 TENSORS = {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.checkpoint import raw_io
-from megatron_ext.checkpoint.boxes import boxes_of_range
+from megatron_ext.checkpoint.shards import shards_of_range
 from megatron_ext.checkpoint.torch_dist import METADATA_FILE, TorchDistReader, TorchDistWriter, write_metadata
 from megatron_ext.errors import CheckpointError
 
@@ -21,7 +21,7 @@ def write(directory: Path, tensors: dict[str, torch.Tensor], cuts: tuple[int, ..
     for key, tensor in tensors.items():
         bounds = [0, *(cut for cut in cuts if cut < tensor.numel()), tensor.numel()]
         for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            for offset, size in boxes_of_range(tuple(tensor.shape), start, stop):
+            for offset, size in shards_of_range(tuple(tensor.shape), start, stop):
                 part = tensor[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
                 writers[number % 2].write(key, tuple(tensor.shape), offset, part)
     write_metadata(directory, [record for writer in writers for record in writer.finish()])

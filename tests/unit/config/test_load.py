@@ -125,7 +125,7 @@ def test_the_faults_in_the_readme_are_those_that_a_run_with_them_has() -> None:
     raw["train"]["global_batch_size"] = "many"
     raw["parallel"]["expert_model_parallel_size"] = 1
     text = (root / "README.md").read_text()
-    shown = text.partition("error: run.yaml: 3 problems")[2].partition("```")[0].strip().splitlines()
+    shown = text.partition("/run.yaml: 3 problems")[2].partition("```")[0].strip().splitlines()
     assert faults(raw).splitlines() == ["run.yaml: 3 problems", *(f"  {line.strip()}" for line in shown)]
 
 
@@ -212,7 +212,7 @@ def test_broken_yaml_names_the_place(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_one_error() -> None:
-    with pytest.raises(ConfigError, match=r"nowhere.yaml \(= /.*/nowhere.yaml\): No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: No such file"):
         load_run("nowhere.yaml")
 
 

@@ -120,6 +120,9 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     ({"model": {"moe_aux_loss_coeff": 0.1}}, ["model.moe_aux_loss_coeff = 0.1", "no meaning in a dense model"]),
     ({"model": {"moe_gating_normalization": {}}}, ["no meaning in a dense model"]),
+    ({"model": {"moe_token_drop_policy": "position"}}, ["no meaning in a dense model"]),
+    ({"model": {"moe_router_bias_update_rate": 0.1}}, ["no meaning in a dense model"]),
+    ({"model": {"moe_router_group_score": "max"}}, ["no meaning in a dense model"]),
     ({"parallel": {"expert_model_parallel_size": 2}}, ["no meaning in a dense model"]),
     (
         {"parallel": {"tensor_model_parallel_size": 3}},
@@ -246,6 +249,7 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["data.sequence_length = 63, train.micro_batch_size = 1", "precision.fp8_wgrad: false"],
     ),
     ({"model": {"transformer_overrides": {"hidden_size": 3}}}, ["hidden_size: set through this file's own keys"]),
+    ({"model": {"transformer_overrides": {"rotary_base": 3.0}}}, ["rotary_base: set through this file's own keys"]),
     (
         {"runtime": TE | {"device": "cpu"}},
         ["runtime.backend = 'transformer_engine'", "runtime.device = 'cpu'", "runtime.backend: torch"],

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from megatron_ext.config import DataConfig, DataSource
-from megatron_ext.data.batches import DocumentResets, sample_indices
-from megatron_ext.data.datasets import build_blend, read_batches
 from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.stream.batches import DocumentResets, sample_indices
+from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.sources import build_blend
+from megatron_ext.data.stream.stream import BatchShape, BlendStream
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
-from megatron_ext.errors import DataError, MegatronExtError
+from megatron_ext.errors import DataError
 from megatron_ext.testing.pool import GlooPool
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +49,12 @@ def samples(data: DataConfig, planned: int, first: int, count: int) -> list[list
 
 def sources_of(data: DataConfig, count: int) -> list[int]:
     blend = build_blend(data.train, data, Tokenizer(data.tokenizer), num_samples=count, seed=7)
-    return [int(n) for n in blend.dataset_index[:count]]
+    return [blend.source(n) for n in range(count)]
 
 
 def epochs(data: DataConfig) -> tuple[int, list[list[int]]]:
-    blend = build_blend(data.train[:1], data, Tokenizer(data.tokenizer), num_samples=1, seed=7)
-    size = blend.samples_per_epoch
+    blend = build_blend(data.train[:1], data, Tokenizer(data.tokenizer), num_samples=1000, seed=7)
+    size = blend.dataset.samples_per_epoch
     return size, [torch.as_tensor(blend[n]["tokens"]).tolist() for n in range(3 * size)]
 
 
@@ -60,19 +62,10 @@ def rank_batches(data: DataConfig, first: int, steps: int, micro_batch: int) -> 
     import torch.distributed as dist
 
     blend = build_blend(data.train, data, Tokenizer(data.tokenizer), num_samples=200, seed=7)
-    stream = read_batches(
-        blend,
-        seed=7,
-        first_sample=first,
-        steps=steps,
-        global_batch=8,
-        micro_batch=micro_batch,
-        dp_rank=dist.get_rank(),
-        dp_size=dist.get_world_size(),
-        num_workers=0,
-        device=torch.device("cpu"),
-    )
-    return [[micro.tokens.tolist() for micro in batch] for batch in stream]
+    shape = BatchShape(8, micro_batch, dist.get_rank(), dist.get_world_size())
+    stream = BlendStream(blend, shape, seed=7, device=torch.device("cpu"))
+    stream.seek(Position(first))
+    return [[micro.tokens.tolist() for micro in stream.next()] for _ in range(steps)]
 
 
 def test_a_longer_plan_does_not_change_what_comes_first(data: DataConfig, pool: GlooPool) -> None:
@@ -124,20 +117,10 @@ def sample_fields(data: DataConfig) -> list[tuple[list[int], list[int], list[flo
 
 def documents_of_batches(data: DataConfig, eod: int) -> list[tuple[list[list[int]], list[list[int]]]]:
     blend = build_blend(data.train, data, Tokenizer(data.tokenizer), num_samples=40, seed=7)
-    stream = read_batches(
-        blend,
-        seed=7,
-        first_sample=0,
-        steps=5,
-        global_batch=8,
-        micro_batch=4,
-        dp_rank=0,
-        dp_size=1,
-        num_workers=0,
-        device=torch.device("cpu"),
-        resets=DocumentResets(eod, attention=True, positions=True),
-    )
-    return [(micro.tokens.tolist(), micro.document_lengths.tolist()) for batch in stream for micro in batch]
+    resets = DocumentResets(eod, attention=True, positions=True)
+    stream = BlendStream(blend, BatchShape(8, 4), seed=7, device=torch.device("cpu"), resets=resets)
+    micro_batches = [micro for _ in range(5) for micro in stream.next()]
+    return [(micro.tokens.tolist(), micro.document_lengths.tolist()) for micro in micro_batches]
 
 
 def test_documents_are_found_while_reading(data: DataConfig, pool: GlooPool) -> None:
@@ -283,34 +266,6 @@ def test_tokens_out_of_the_vocabulary_name_their_source(data: DataConfig, pool: 
     config = dataclasses.replace(data, train=[data.train[0], DataSource(path=str(tmp_path / "d" / "train"))])
     (message,) = pool.run(1, message_of_reading, config)
     assert message.startswith(f"{tokens}: token id 65279 is none of the tokenizer's 330")
-
-
-class Faulty(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, fault: Callable[[], None]) -> None:
-        self.fault = fault
-
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        self.fault()
-        return {}
-
-
-def damaged() -> None:
-    raise DataError("train.bin: token id 9")
-
-
-def dies() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    ("fault", "expected"),
-    [(damaged, "^train.bin: token id 9$"), (dies, "^a process that reads data ahead ended .*lower data.num_workers")],
-)
-def test_faults_of_processes_that_read_ahead_are_one_message(fault: Callable[[], None], expected: str) -> None:
-    sizes = {"global_batch": 2, "micro_batch": 1, "dp_rank": 0, "dp_size": 1, "num_workers": 1}
-    batches = read_batches(Faulty(fault), seed=7, first_sample=0, steps=5, device=torch.device("cpu"), **sizes)
-    with pytest.raises(MegatronExtError, match=expected):
-        next(batches)
 
 
 def test_a_source_that_cannot_be_used_is_named_by_its_key(data: DataConfig, pool: GlooPool, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Documents within samples: found as megatron-core's GPTDataset finds them, in any batch, and shared among ranks."""
 
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-from megatron_ext.data.batches import DocumentResets, collate, complete_columns
+from megatron_ext.data.stream.batches import DocumentResets, collate, complete_columns
 
 EOD = 3
 
@@ -25,9 +27,10 @@ def test_documents_are_those_of_gpt_dataset(rows: list[list[int]]) -> None:
         assert torch.equal(seen, ~hidden[0])
 
 
-def sample(*tokens: int) -> dict[str, torch.Tensor]:
+def sample(*tokens: int) -> dict[str, Any]:
     row = torch.tensor(tokens)
-    return {"tokens": row, "labels": row + 1, "loss_mask": torch.ones(len(tokens)), "seed": torch.tensor(7)}
+    columns = {"tokens": row, "labels": row + 1, "loss_mask": torch.ones(len(tokens))}
+    return {**columns, "seed": torch.tensor(7), "source": 0}
 
 
 def test_each_reset_is_made_alone() -> None:

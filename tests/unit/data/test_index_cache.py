@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.data import index_cache
+from megatron_ext.data.stream import index_cache
 
 
 def test_of_two_runs_that_build_the_same_index_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

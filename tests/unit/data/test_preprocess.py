@@ -14,7 +14,7 @@ from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import OURS
 from megatron_ext.manifest import check_manifest
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,30 @@ def test_an_interruption_before_the_last_step_loses_nothing(
     preprocess(*arguments, split=(0.7, 0.2, 0.1))
     assert files(tmp_path / "d") == files(prepared / "d")
     assert not (tmp_path / "d.partial").exists()
+
+
+def test_killed_after_its_output_was_published_it_is_done(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(share: float = 0.7) -> dict[str, module.SplitSummary]:
+        return preprocess([prepared / "c.jsonl"], prepared / "t", tmp_path / "d", split=(share, 0.2, 0.1))
+
+    def is_killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "remove_unfinished", is_killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare()
+    assert (tmp_path / "d.partial").is_dir()
+    with pytest.raises(DataError, match="exists; choose another place"):
+        prepare(share=0.6)  # something else
+    counts = json.loads((tmp_path / "d" / "dataset.json").read_text())["splits"]
+    assert {name: vars(split) for name, split in prepare().items()} == counts
+    assert files(tmp_path / "d") == files(prepared / "d")
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    with pytest.raises(DataError, match="exists; choose another place"):
+        prepare()
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeroed", "gone", "unmarked"])

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from megatron_ext.data.tokenizer import Tokenizer, disagreements, train_tokenizer
 from megatron_ext.errors import DataError
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
 
 TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.sampled_from(
     ["", " ", "\n", "a\n\n  b", "</s><s>", "<0x0A>", "日本語 123", "\t x", "***", "▁"]
@@ -67,6 +67,13 @@ def test_too_large_a_vocabulary_says_what_fits(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Please set it to a value <="):
         train_tokenizer([write_corpus(tmp_path / "c.jsonl")], tmp_path / "t", 5000)
     assert not (tmp_path / "t").exists()
+
+
+def test_a_vocabulary_for_too_many_characters_names_our_options(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("".join(map(chr, range(0x4E00, 0x5200))))
+    with pytest.raises(DataError, match=r"Increase --vocab-size or decrease --character-coverage") as refusal:
+        train_tokenizer([tmp_path / "c.txt"], tmp_path / "t", 400)
+    assert "character_coverage" not in str(refusal.value)
 
 
 def test_no_tokenizer_is_named(tmp_path: Path) -> None:

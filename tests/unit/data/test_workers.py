@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from megatron_ext.data import workers
 from megatron_ext.data.workers import interruptible, run_in_processes
 from megatron_ext.errors import DataError, EnvironmentFault
 
@@ -64,3 +65,13 @@ def test_every_task_is_done_once() -> None:
     assert (
         len(list(itertools.islice(run_in_processes(one_over, range(20, 30), 2, start=nothing, describe=str), 2))) == 2
     )
+
+
+def test_a_worker_whose_parent_goes_without_reading_ends_quietly() -> None:
+    """A pipe is reset then, not closed."""
+    worker = workers._Worker(print, nothing)
+    worker.give("")
+    assert worker.pipe.poll(60)
+    worker.pipe.close()
+    worker.process.join(30)
+    assert worker.process.exitcode == 0

@@ -9,7 +9,7 @@ from typing import Any
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tests.workspace import WORDS
+from tests.support.workspace import WORDS
 
 LINES = [f"{' '.join(WORDS[n % 7 : n % 7 + 9])} {n}, user assistant\n日本語 {n}" for n in range(60)]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.architectures.base import Architecture
 from megatron_ext.architectures.registry import architecture_of
-from megatron_ext.architectures.unstacked import UnstackedSource
-from megatron_ext.checkpoint.naming import storage_plan
-from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.tensors import TensorSpec
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.normalized import NormalizedHfSource
+from megatron_ext.canonical.catalogue import model_shapes
+from megatron_ext.canonical.naming import storage_plan
+from megatron_ext.checkpoint.streams import TensorSpec
 from megatron_ext.config import (
     Bf16Precision,
     Fp32Precision,
@@ -23,15 +23,15 @@ from megatron_ext.config import (
     RecomputeConfig,
     RuntimeConfig,
 )
-from megatron_ext.conversion.engine import MEGATRON, tasks_to_megatron
 from megatron_ext.mcore.model import build_chunks
-from megatron_ext.mcore.state import pieces_of
+from megatron_ext.mcore.state import shards_of
 from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.model_io.engine import MEGATRON, tasks_to_megatron
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.pool import GlooPool
-from tests.unit.conversion import references
-from tests.unit.conversion.references import LLAMA3, REFERENCES, YARN, Sizes, Tensors, randomize, raw_config
+from tests.unit.model_io import references
+from tests.unit.model_io.references import LLAMA3, REFERENCES, YARN, Sizes, Tensors, randomize, raw_config
 
 LENGTH = 48
 SIZES = Sizes(layers=2, heads=4, groups=2, width=16, head=24, ffn=96, expert=40)
@@ -105,7 +105,7 @@ class InMemory:
 
 def canonical(tensors: Tensors, architecture: Architecture, model: ModelConfig) -> Tensors:
     """Weights, or gradients, of a transformers model under Megatron's names."""
-    source = UnstackedSource(InMemory(tensors), architecture, model)
+    source = NormalizedHfSource(InMemory(tensors), architecture, model)
     return {
         task.writes[MEGATRON]: task.make({role: source.read(name) for role, name in task.reads.items()})[MEGATRON]
         for task in tasks_to_megatron(architecture.weights, model)
@@ -120,25 +120,25 @@ def our_network(model: ModelConfig, precision: Precision, weights: Tensors) -> A
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes
     places = {}
     for name, (place, shape) in storage_plan(shapes).items():
-        places.setdefault(place.key, torch.empty(shape))[place.stacked].copy_(weights[name])
-    for pieces in pieces_of(network).values():
+        places.setdefault(place.key, torch.empty(shape))[place.index].copy_(weights[name])
+    for pieces in shards_of(network).values():
         for piece in pieces:
-            box = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.box_shape, strict=True))
-            piece.data.copy_(places[piece.key][box].view(piece.data.shape))
+            shard = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shard_shape, strict=True))
+            piece.data.copy_(places[piece.key][shard].view(piece.data.shape))
     return network
 
 
 def gradients_by_name(network: Any, model: ModelConfig) -> Tensors:
     """The gradient of each weight, by canonical name."""
     places: Tensors = {}
-    for weight, pieces in pieces_of(network).items():
+    for weight, pieces in shards_of(network).items():
         for piece in pieces:
-            box = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.box_shape, strict=True))
+            shard = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shard_shape, strict=True))
             grad = torch.zeros_like(weight) if weight.grad is None else weight.grad  # a buffer has none
             part = grad.flatten()[piece.start : piece.start + piece.data.numel()]
-            places.setdefault(piece.key, torch.zeros(piece.global_shape))[box] = part.view(piece.box_shape).float()
+            places.setdefault(piece.key, torch.zeros(piece.global_shape))[shard] = part.view(piece.shard_shape).float()
     plan = storage_plan(model_shapes(model))
-    return {name: places[place.key][place.stacked] for name, (place, _) in plan.items()}
+    return {name: places[place.key][place.index] for name, (place, _) in plan.items()}
 
 
 @dataclass(frozen=True)

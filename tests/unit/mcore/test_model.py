@@ -2,15 +2,21 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
 
 from megatron_ext.config import Fp32Precision, ModelConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.initialization import initialize_weights
+from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.model import build_chunks
-from megatron_ext.mcore.state import model_boxes
+from megatron_ext.mcore.state import model_shards
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
@@ -88,8 +94,8 @@ def test_the_embedding_scale_is_on_tokens_and_not_on_positions(pool: GlooPool) -
 
 
 def saved_pieces(model: ModelConfig, parallel: ParallelConfig) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
-    boxes = model_boxes(build(model, parallel))
-    return {(box.key, box.offset): box.data.clone() for box in boxes if box.saved_here}
+    shards = model_shards(build(model, parallel))
+    return {(shard.key, shard.offset): shard.data.clone() for shard in shards if shard.is_writer}
 
 
 def assemble(ranks: list[dict], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -101,7 +107,7 @@ def assemble(ranks: list[dict], shapes: dict[str, tuple[int, ...]]) -> dict[str,
 
 
 def global_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {box.key: box.global_shape for box in model_boxes(build(model, ParallelConfig()))}
+    return {shard.key: shard.global_shape for shard in model_shards(build(model, ParallelConfig()))}
 
 
 def test_initial_weights_do_not_depend_on_the_layout(pool: GlooPool) -> None:
@@ -131,3 +137,60 @@ def test_initial_weights_have_megatrons_scale(pool: GlooPool) -> None:
             assert float(weight.std()) == pytest.approx(expected, rel=0.15), key
     experts = weights["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"]
     assert not torch.equal(experts[0], experts[1])
+
+
+def entries(chunk: Any) -> dict[str, Any]:
+    """What a sharded state dict says of each of its tensors."""
+    metadata = {"singleton_local_shards": False, "non_homogeneous_layers": True}
+    metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    described = {}
+    for entry in nested_values(chunk.sharded_state_dict(metadata=metadata)):
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        for part in parts if isinstance(parts, list) else parts.values():
+            offset = tuple(getattr(part, "global_offset", ()))
+            described[part.key, offset] = (part.global_shape, part.replica_id, getattr(part, "allow_shape_mismatch", 0))
+    return described
+
+
+def beside_core(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[bool, bool]]:
+    """Of each chunk whether megatron-core's GPTModel describes the same tensors, and computes the same with them."""
+    groups = split_process_group(parallel, RuntimeConfig(device="cpu"))
+    seed_everything(0)
+    config = transformer_config(model, parallel, FP32, RecomputeConfig())
+    ours = build_chunks(model, parallel, config, torch.device("cpu"))
+    initialize_weights(model, list(ours), 1)
+    found = []
+    for chunk in ours:
+        core = GPTModel(
+            config,
+            block_spec(model, config, chunk.vp_stage),
+            model.padded_vocab_size,
+            model.max_position_embeddings,
+            pre_process=chunk.pre_process,
+            post_process=chunk.post_process,
+            share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
+            position_embedding_type=model.position_embedding_type,
+            rotary_base=model.rotary_base,
+            vp_stage=chunk.vp_stage,
+        )
+        core.load_state_dict(chunk.state_dict())
+        tokens = torch.arange(32).view(2, 16)[:, : 16 // groups.cp.size()]
+        arguments = (tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+        sent = torch.randn(tokens.shape[1], 2, model.hidden_size, generator=torch.Generator().manual_seed(0))
+        for network in (chunk, core):
+            network.eval().set_input_tensor([None if chunk.pre_process else sent])
+        found.append((entries(chunk) == entries(core), torch.equal(chunk(*arguments), core(*arguments))))
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_model_is_what_megatron_cores_own_class_builds(tied: bool, pool: GlooPool) -> None:
+    model = tiny_model(untie_embeddings_and_output_weights=not tied, make_vocab_size_divisible_by=8)
+    learned = replace(model, position_embedding_type="learned_absolute")
+    split = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    for case, processes, parallel in (
+        (learned, 1, ParallelConfig()),
+        (model, 2, ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+        (model, 4, ParallelConfig(**split)),
+    ):
+        assert all(chunk == (True, True) for rank in pool.run(processes, beside_core, case, parallel) for chunk in rank)

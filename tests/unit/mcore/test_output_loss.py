@@ -10,9 +10,9 @@ from megatron_ext.config import Fp32Precision, ModelConfig, ParallelConfig, Reco
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import build_chunks
 from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.proving.parity import Cell, run_cell
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
-from megatron_ext.testing.parity import Cell, run_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.runs import Part, open_part, train_steps
@@ -80,7 +80,7 @@ def reported(part: Part) -> tuple[float, float]:
         real, results = session.step, []
         session.step = lambda batch: results.append(real(batch)) or results[-1]  # type: ignore[func-returns-value]
         train_steps(session, 1)
-        return float(results[0].loss), float(results[0].output_z_loss)
+        return float(results[0].loss), float(results[0].losses.get("output_z_loss", 0.0))
 
 
 def test_the_reported_loss_is_the_cross_entropy(pool: GlooPool, tmp_path: Any) -> None:

@@ -77,8 +77,8 @@ def reference_kernel(
     query_QND: Tensor,
     key_KGD: Tensor,
     value_KGD: Tensor,
-    query_ends: Tensor,
-    key_ends: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     most_queries: int,
     most_keys: int,
     **options: Any,
@@ -86,11 +86,11 @@ def reference_kernel(
     """What torch documents of varlen_attn with a causal window, span by span in float64."""
     grouped = {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in spans._VARLEN_PARAMETERS else {}
     assert options == {"scale": SCALE, "window_size": (-1, 0), **grouped}
-    assert (query_ends.dtype, key_ends.dtype) == (torch.int32, torch.int32)
-    assert (most_queries, most_keys) == (int(query_ends.diff().max()), int(key_ends.diff().max()))
+    assert (cu_seqlens_q.dtype, cu_seqlens_k.dtype) == (torch.int32, torch.int32)
+    assert (most_queries, most_keys) == (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max()))
     share = query_QND.shape[1] // key_KGD.shape[1]
     parts = []
-    for (q0, q1), (k0, k1) in zip(query_ends.unfold(0, 2, 1), key_ends.unfold(0, 2, 1), strict=True):
+    for (q0, q1), (k0, k1) in zip(cu_seqlens_q.unfold(0, 2, 1), cu_seqlens_k.unfold(0, 2, 1), strict=True):
         key, value = (x[k0:k1].double().repeat_interleave(share, dim=1) for x in (key_KGD, value_KGD))
         scores = torch.einsum("qnd,knd->nqk", query_QND[q0:q1].double(), key) * SCALE
         visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(int(k1 - k0 - (q1 - q0)))

@@ -8,20 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.checkpoint.store import METADATA_FILE, checkpoint_name
-from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource
+from megatron_ext.canonical.catalogue import EMBEDDING
+from megatron_ext.checkpoint.find import checkpoint_name
+from megatron_ext.checkpoint.metadata import METADATA_FILE
+from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource
 from megatron_ext.config import to_mapping
-from megatron_ext.conversion import verify
-from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.sources import EMBEDDING, open_checkpoint
-from megatron_ext.conversion.verify import compare_weights
 from megatron_ext.errors import CheckpointError, ConfigError, ConversionError
 from megatron_ext.merging import average as average_module
 from megatron_ext.merging.average import average, sources_of
 from megatron_ext.merging.merge import Dare, Ema, Linear, TaskArithmetic, Ties
 from megatron_ext.merging.options import AverageOptions
+from megatron_ext.model_io import compare as verify
+from megatron_ext.model_io.compare import compare_weights
+from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.conversion.test_convert import write_checkpoint
+from tests.unit.model_io.test_convert import write_checkpoint
 
 MODEL = tiny_model(moe=True)
 

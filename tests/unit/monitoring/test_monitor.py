@@ -8,6 +8,7 @@ import pytest
 
 from megatron_ext.config import to_mapping
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
+from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.monitoring.monitor import Monitor, StepReport
 from megatron_ext.planning.flops import training_flops_per_token
@@ -15,7 +16,7 @@ from megatron_ext.testing.tiny import tiny_model
 from tests.unit.config.test_load import load, mapping
 
 
-class Clock:
+class Time:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         monkeypatch.setattr("time.perf_counter", lambda: self.now)
@@ -23,9 +24,9 @@ class Clock:
 
 def test_the_output_z_loss_is_reported_beside_the_loss(tmp_path: Path) -> None:
     run = load(mapping(checkpoint={"directory": str(tmp_path)}))
-    monitor = Monitor(run, run.resolve(1), 0, "abcd1234")
+    monitor = Monitor(run, run.resolve(1), 0, "abcd1234", Clock())
     monitor.step(step(1))
-    monitor.step(replace(step(2), output_z_loss=0.125))
+    monitor.step(replace(step(2), losses={"loss": 2.5, "output_z_loss": 0.125}))
     monitor.close()
     first, second = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
     assert "output_z_loss" not in first
@@ -33,20 +34,20 @@ def test_the_output_z_loss_is_reported_beside_the_loss(tmp_path: Path) -> None:
 
 
 def step(iteration: int, experts: ExpertStatistics | None = None) -> StepReport:
-    return StepReport(iteration, 2.5, 1e-3, 0.7, iteration * 8, 3 * 2**20, experts)
+    return StepReport(iteration, {"loss": 2.5}, 1e-3, 0.7, iteration * 8, 3 * 2**20, experts)
 
 
 def test_throughput_leaves_out_what_is_not_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = Clock(monkeypatch)
+    clock, watch = Time(monkeypatch), Clock()
     caplog.set_level(logging.INFO)
     raw = mapping(checkpoint={"directory": str(tmp_path)}, logging={"log_interval": 4, "peak_tflops": 1e-3})
     raw["model"] = to_mapping(tiny_model(moe=True))
     run = load(raw)
-    monitor = Monitor(run, run.resolve(2), 0, "abcd1234")
+    monitor = Monitor(run, run.resolve(2), 0, "abcd1234", watch)
     clock.now += 20  # two steps
-    with monitor.clock_stopped():
+    with watch.stopped():
         clock.now += 1000
         monitor.validation(2, 3.25)
     clock.now += 20  # two more
@@ -77,15 +78,15 @@ def test_throughput_leaves_out_what_is_not_training(
 def test_the_time_left_is_that_of_the_steps_after_the_first_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = Clock(monkeypatch)
+    clock, watch = Time(monkeypatch), Clock()
     caplog.set_level(logging.INFO)
     run = load(mapping(checkpoint={"directory": str(tmp_path)}, train={"stop_at_iteration": 50}))
-    monitor = Monitor(run, run.resolve(1), 0, "abcd1234")
+    monitor = Monitor(run, run.resolve(1), 0, "abcd1234", watch)
     clock.now += 500  # compiling, filling caches
     monitor.step(step(1))
     for done in (2, 3, 50):
         clock.now += 10
-        with monitor.clock_stopped():
+        with watch.stopped():
             clock.now += 5  # saving is part of what is left
         monitor.step(step(done))
     monitor.close()

@@ -77,6 +77,18 @@ def test_summary(named: list[str]) -> None:
     assert rows[1][:4] == ("MoE", "5", "5,000", "3.900")
 
 
+def test_a_run_may_be_given_by_its_folder(tmp_path: Path) -> None:
+    for folder in ("dense", "lr=1e-3"):
+        (tmp_path / folder).mkdir()
+        write_metrics(tmp_path / folder / "metrics.jsonl", 2, loss=9.0)
+    entries = [f"{tmp_path}/dense", f"again={tmp_path}/dense", f"{tmp_path}/lr=1e-3/metrics.jsonl"]
+    assert [phase.name for phase in read_phases(entries)] == ["dense", "again", "lr=1e-3"]
+    with pytest.raises(DataError, match=r"two runs are called 'dense'; name them, as in first="):
+        read_phases([f"{tmp_path}/dense", f"{tmp_path}/dense/metrics.jsonl"])
+    with pytest.raises(DataError, match=r"nothing/metrics: No such file"):
+        read_phases([f"{tmp_path}/nothing/metrics"])
+
+
 def test_page_is_self_contained_and_complete(named: list[str], tmp_path: Path) -> None:
     (tmp_path / "figures.json").write_text(json.dumps({"logits": {"max_abs_difference": 5.7e-6, "tokens": 1024}}))
     generated = [{"prompt": "a < b", "continuation": " & so <script>on</script>"}]
@@ -118,7 +130,7 @@ def test_figures_on_the_terminal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metrics", "figures", "generated", "complaint"),
     [
-        ("dense", None, None, "expected name=metrics.jsonl"),
+        ("dense", None, None, "dense: No such file"),
         ("dense=empty.jsonl", None, None, "holds no training step"),
         (None, "[1]", None, "expected a JSON object"),
         (None, '{"a": 1}', None, "not written by --figures"),

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from tests.support.commands import new_process
 from tests.unit.monitoring import wandb_client
 from tests.unit.monitoring.wandb_server import WandbServer
-from tests.workspace import command
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -18,7 +18,7 @@ def report(directory: Path, mode: str, *arguments: str, url: str = NOWHERE, key:
         "NETRC": "/nonexistent",
         "HOME": str(directory),
     }
-    process = command(
+    process = new_process(
         "-m", wandb_client.__name__, directory / "run", mode, *(arguments or ("1", "3")), timeout=60, **environment
     )
     assert process.returncode == 0, process.stderr

@@ -5,23 +5,21 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.parameters import count_parameters
+from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import (
-    AdamConfig,
     Bf16Precision,
     Fp32Precision,
     ModelConfig,
     MultiLatentAttention,
     ParallelConfig,
     Precision,
-    RecomputeConfig,
-    RuntimeConfig,
     TrainConfig,
 )
 from megatron_ext.config.layout import resolve_layout
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.memory import state_memory
+from megatron_ext.runtime.core_guard import versions
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.config.test_load import load, mapping
@@ -67,29 +65,19 @@ def test_shared_and_dense_layers_are_counted() -> None:
 
 def allocated_bytes(model: ModelConfig, parallel: ParallelConfig, precision: Precision) -> int:
     """Bytes of weights, gradient buffers, master weights and moments that this rank holds."""
-    import torch
+    from megatron_ext.proving.parity import Cell, build_cell
 
-    from megatron_ext.mcore.model import build_chunks, release_chunks, wrap_chunks
-    from megatron_ext.mcore.optimizer import build_optimizer
-    from megatron_ext.mcore.transformer_config import transformer_config
-    from megatron_ext.runtime.process_groups import split_process_group
-    from megatron_ext.runtime.seeds import seed_everything
-
-    split_process_group(parallel, RuntimeConfig(device="cpu"))
-    seed_everything(0)
-    config = transformer_config(model, parallel, precision, RecomputeConfig())
-    chunks = build_chunks(model, parallel, config, torch.device("cpu"))
-    wrapped = wrap_chunks(chunks, config, parallel)
-    optimizer = build_optimizer(AdamConfig(kind="adam", lr=1e-3), parallel, precision, wrapped)
-    weights = sum(p.numel() * (p.element_size() + p.main_grad.element_size()) for c in chunks for p in c.parameters())
+    trainable, _ = build_cell(Cell(model, parallel, precision))
+    parameters = [parameter for chunk in trainable.chunks for parameter in chunk.parameters()]
+    weights = sum(p.numel() * (p.element_size() + p.main_grad.element_size()) for p in parameters)
     states = 0
-    for part in optimizer.chained_optimizers:
+    for part in trainable.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for main in group["params"]:
                 moments = part.optimizer.state[main]
                 states += sum(t.numel() * t.element_size() for t in moments.values())
                 states += main.numel() * 4 if precision.kind == "bf16" else 0
-    release_chunks(wrapped)
+    trainable.release()
     return weights + states
 
 
@@ -122,6 +110,22 @@ def test_state_memory_is_what_training_allocates(precision: Precision, degrees: 
     assert estimated == pytest.approx(measured, rel=0.02)
 
 
+def test_state_memory_knows_which_layers_virtual_stages_put_together() -> None:
+    run, model = load(mapping()), tiny_model(moe=True, moe_first_k_dense=0, moe_layer_freq=2)
+
+    def parameters(chunks: int | None) -> int:
+        parallel = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=chunks)
+        layout = resolve_layout(parallel, TrainConfig(train_iters=1, global_batch_size=8), 2)
+        return state_memory(replace(run, model=model, parallel=parallel), layout).parameters
+
+    one_expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
+    # Layers 0 and 2 have experts, beside a router and a shared expert. In two chunks a stage the first one has both.
+    moe_layer = 4 * one_expert + 4 * model.hidden_size + 3 * model.hidden_size * 64
+    dense_layer = 3 * model.hidden_size * model.ffn_hidden_size
+    # Without chunks each stage has one of them, and the last one the final norm beside the output layer.
+    assert parameters(2) - parameters(None) == moe_layer - dense_layer - model.hidden_size
+
+
 def test_check_prints_grid_and_counts_and_reloads() -> None:
     from megatron_ext.config.load import load_config
     from megatron_ext.config.root import RunConfig
@@ -132,6 +136,7 @@ def test_check_prints_grid_and_counts_and_reloads() -> None:
     assert "rank grid of 4 processes: TP 2 x CP 1 x DP 2 x PP 1" in text
     assert f"{count_parameters(run.model).total:,} in all" in text
     assert "(the fewest this layout needs" in describe_run(run, None)
+    assert f"installed       {versions()}" in text
     resolved = text.split("rank grid")[0]
     assert load_config(RunConfig, parse_yaml(resolved, source="t"), source="t") == run
 

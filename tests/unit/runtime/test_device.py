@@ -67,7 +67,7 @@ def test_random_states_repeat(pool: GlooPool) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize(
-    "module", ["training.loop", "training.session", "conversion.logits", "testing.preload", "mcore.model"]
+    "module", ["training.loop", "training.session", "model_io.logits", "testing.preload", "mcore.model"]
 )
 def test_transformer_engine_is_kept_out_where_there_is_no_gpu(module: str, tmp_path: Path) -> None:
     (tmp_path / "transformer_engine").mkdir()

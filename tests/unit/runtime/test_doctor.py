@@ -43,6 +43,25 @@ def test_this_machine_without_a_gpu() -> None:
     assert "no GPU" in finding(report, "Backend transformer_engine", "cannot run")
 
 
+@pytest.mark.parametrize(
+    ("python", "core", "line"),
+    [
+        ("3.12.1", "0.19.2", "Python 3.12.1 with megatron-core 0.19.2"),
+        ("3.13.0", "0.17.0", "Python 3.13.0 with megatron-core 0.17.0; 0.19 is the one to use: pip install 'megatron-"),
+        ("3.11.7", "0.16.1", "Python 3.11.7 with megatron-core 0.16.1: supported, with more faults; Python 3.12 with "),
+    ],
+)
+def test_one_line_says_which_python_and_core_this_is_and_which_to_use(python: str, core: str, line: str) -> None:
+    said = core_guard.versions(python, Version(core))
+    assert said.startswith(line)
+    assert len(said.splitlines()) == 1
+    assert ("the one to use" in said) == (core != "0.19.2")
+
+
+def test_the_doctor_says_it_of_this_installation() -> None:
+    assert finding(examine(H100), "Installed", "python") == core_guard.versions()
+
+
 def test_every_fault_of_the_installed_core_has_its_answer() -> None:
     version = core_guard.installed_version()
     rows = next(rows for title, rows in examine(H100).sections if title.startswith("Known faults"))

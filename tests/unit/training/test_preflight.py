@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.store import require_checkpoint
+from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import load_run, read_yaml
 from megatron_ext.config.load import values_of
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError
+from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.planning.memory import checkpoint_bytes
+from megatron_ext.training import preflight
 from megatron_ext.training.preflight import Findings, check_run, examine
-from tests.workspace import TOOLS, command, prepare_data, run_mapping, train, write_run
+from tests.support.commands import TOOLS, command, train
+from tests.support.workspace import prepare_data, run_mapping, write_run
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def found(work: Path, *overrides: str) -> Findings:
     run = load_run(work / "run.yaml", overrides)
-    return examine(values_of(run), run)
+    return examine(values_of(run), run, open_hugging_face)
+
+
+def check(work: Path, *overrides: str, world_size: int | None = None, files: bool = True) -> str:
+    return check_run(str(work / "run.yaml"), overrides, world_size, files=files, open_foreign=open_hugging_face)
 
 
 def new(work: Path) -> str:
@@ -58,7 +66,7 @@ def test_faults_of_configuration_and_files_come_in_one_message(work: Path, tmp_p
     for part in (
         "model.num_layers = 'four': must be an integer",
         "data.train.2.wieght = 2: unknown key; did you mean 'weight'?",
-        f"data.tokenizer = nowhere (= {here}/nowhere): ",
+        f"data.tokenizer = nowhere (= {here}/nowhere): no tokenizer here (no such folder)",
         f"data.train.0.path = missing/train (= {here}/missing/train): is not there; prepare it with",
         f"data.train.1.path = {work}/data: is a folder; name a split in it",
         f"checkpoint.initialize_from = gone (= {here}/gone): is not there",
@@ -69,10 +77,9 @@ def test_faults_of_configuration_and_files_come_in_one_message(work: Path, tmp_p
 
 
 def test_several_faults_of_a_layout_are_counted_one_by_one(work: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"run\.yaml: 2 problems\n  13 processes .*\n  train\.global_batch_size = 8 is"
-    ):
-        check_run(str(work / "run.yaml"), ["parallel.pipeline_model_parallel_size=2"], 13, files=False)
+    fault = r"run\.yaml: 2 problems\n  13 processes .*\n  train\.global_batch_size = 8 is"
+    with pytest.raises(ConfigError, match=fault):
+        check(work, "parallel.pipeline_model_parallel_size=2", world_size=13, files=False)
 
 
 def test_the_real_run_makes_the_same_checks_before_it_builds_anything(work: Path) -> None:
@@ -141,6 +148,12 @@ def test_a_second_stage_that_would_read_the_same_samples_again_is_told(work: Pat
     assert "train.seed = 1234" in warning
     assert "would read the same samples from the first on" in warning
     assert found(work, new(work), start, "train.seed=7").warnings == []
+    convert(work / "run", tmp_path / "hf")
+    start = f"checkpoint.initialize_from={tmp_path / 'hf'}"
+    assert found(work, new(work), start, "train.seed=7").warnings == []
+    (warning,) = found(work, new(work), start).warnings
+    assert f"train.seed = 1234: the weights of {tmp_path}/hf come from a run with this data and seed" in warning
+    start = f"checkpoint.initialize_from={work / 'run'}"
     preprocess([work / "corpus.jsonl"], work / "tokenizer", tmp_path / "data", split=(0.7, 0.2, 0.1))
     assert found(work, new(work), start, f"data.train=[{{path: {tmp_path}/data/train}}]").warnings == []
 
@@ -154,6 +167,22 @@ def test_weights_of_another_model_or_tokenizer_to_start_from(work: Path, tmp_pat
     data = f"data.tokenizer={tmp_path}/tokenizer", f"data.train=[{{path: {tmp_path}/data/train}}]"
     (warning,) = found(work, new(work), start, *data, "data.validation=[]").warnings
     assert "with which the weights of checkpoint.initialize_from were trained" in warning
+
+
+def test_a_flipped_byte_of_the_data_is_found(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(work / "data", tmp_path / "data")
+    data = f"data.train=[{{path: {tmp_path}/data/train}}]"
+    assert "data            files have their sizes and checksums" in found(work, new(work), data).lines()
+    content = bytearray((tmp_path / "data" / "train.bin").read_bytes())
+    content[100] ^= 1
+    (tmp_path / "data" / "train.bin").write_bytes(content)
+    (fault,) = found(work, new(work), data).faults
+    assert fault.startswith(f"data.train.0.path = {tmp_path}/data/train: {tmp_path}/data is damaged")
+    assert "train.bin: the right size, but other content" in fault
+    monkeypatch.setattr(preflight, "_READ_AT_ONCE", 1000)
+    said = found(work, new(work), data)
+    assert said.faults == []
+    assert f"tools/verify_checkpoint.py {tmp_path}/data compares checksums" in said.sums
 
 
 def test_room_for_checkpoints(work: Path) -> None:
@@ -172,7 +201,7 @@ def test_room_for_checkpoints(work: Path) -> None:
     assert not any("checkpoints of about" in warning for warning in keep)
     huge = replace(run, model=replace(run.model, hidden_size=2**26, ffn_hidden_size=2**26))
     huge = replace(huge, checkpoint=replace(run.checkpoint, directory=str(work / "another")))
-    (fault,) = examine(values_of(huge), huge).faults
+    (fault,) = examine(values_of(huge), huge, open_hugging_face).faults
     assert "a checkpoint takes about" in fault
     assert "free there" in fault
 
@@ -188,10 +217,10 @@ def test_a_run_says_what_it_is_before_its_first_step(work: Path) -> None:
 
 
 def test_the_whole_of_a_check(work: Path) -> None:
-    text = check_run(str(work / "run.yaml"), [], None, files=True)
+    text = check(work)
     assert "start           continues" in text
     assert "changed         train.train_iters: 2 -> 6" in text
     config: Any = read_yaml(work / "run.yaml")
     assert config["train"]["train_iters"] == 6
-    alone = check_run(str(work / "run.yaml"), ["data.tokenizer=gone"], None, files=False)
+    alone = check(work, "data.tokenizer=gone", files=False)
     assert "start  " not in alone

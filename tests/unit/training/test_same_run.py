@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_ext.checkpoint.run_file import write_run
 from megatron_ext.config import to_mapping
-from megatron_ext.training.same_run import changed_keys
+from megatron_ext.errors import CheckpointError
+from megatron_ext.training.same_run import changed_keys, check_same_data
 from tests.unit.config.test_load import load, mapping
 
 
@@ -36,3 +39,28 @@ def test_keys_that_are_newer_than_the_checkpoint_have_their_defaults(tmp_path: P
 
 def test_a_checkpoint_of_weights_alone_says_nothing_of_training(tmp_path: Path) -> None:
     assert changes(tmp_path, {"model": mapping()["model"]}) == []
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "same"),
+    [
+        ([1, 1], [0.5, 0.5], True),
+        ([None, 3], [0.25, 0.75], True),
+        ([7], [1], True),
+        ([1, 3], [1, 2], False),
+        ([1, 3], [1], False),
+    ],
+)
+def test_weights_that_make_the_same_shares_are_the_same_data(
+    saved: list[float | None], now: list[float], same: bool, tmp_path: Path
+) -> None:
+    sources = [{"path": "a"} if weight is None else {"path": "a", "weight": weight} for weight in saved]
+    content = to_mapping(load(mapping()))
+    content["data"]["train"] = sources
+    write_run(tmp_path, content)
+    run = load(mapping(), f"data.train=[{', '.join(f'{{path: a, weight: {weight}}}' for weight in now)}]")
+    if same:
+        check_same_data(run.data, run.train, tmp_path)
+    else:
+        with pytest.raises(CheckpointError, match=r"weights of data\.train: "):
+            check_same_data(run.data, run.train, tmp_path)

@@ -14,10 +14,10 @@ from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.pool import GlooPool
-from megatron_ext.upcycling.copy import Copy
 from megatron_ext.upcycling.feed_forward import FeedForward
-from megatron_ext.upcycling.fine_grained import FineGrained
-from megatron_ext.upcycling.method import Method
+from megatron_ext.upcycling.methods.base import Method
+from megatron_ext.upcycling.methods.copy import Copy
+from megatron_ext.upcycling.methods.fine_grained import FineGrained
 from tests.unit.upcycling.test_methods import EXACT, NAMES, model, moe_output, network, output, tokens, upcycled
 
 

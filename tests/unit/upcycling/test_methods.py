@@ -11,24 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.checkpoint.tensors import TensorSpec
+from megatron_ext.checkpoint.streams import TensorSpec
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.moe.selection import choose, normalize_gating_logits, scores_of, weights_of
 from megatron_ext.merging.merge import Linear
 from megatron_ext.merging.stream import Merged
 from megatron_ext.testing.tiny import tiny_model
-from megatron_ext.upcycling.copy import Copy
-from megatron_ext.upcycling.drop import Drop
 from megatron_ext.upcycling.feed_forward import FeedForward
-from megatron_ext.upcycling.fine_grained import FineGrained
 from megatron_ext.upcycling.layers import layer_tasks
-from megatron_ext.upcycling.method import Draw, Method
-from megatron_ext.upcycling.mix import Mix
-from megatron_ext.upcycling.noise import Noise
+from megatron_ext.upcycling.methods.base import Draw, Method
+from megatron_ext.upcycling.methods.copy import Copy
+from megatron_ext.upcycling.methods.drop import Drop
+from megatron_ext.upcycling.methods.fine_grained import FineGrained
+from megatron_ext.upcycling.methods.mix import Mix
+from megatron_ext.upcycling.methods.noise import Noise
+from megatron_ext.upcycling.methods.qwen import Shuffle
+from megatron_ext.upcycling.methods.shared_routed import SharedRouted
 from megatron_ext.upcycling.router import drawn_router, router_from_activations
-from megatron_ext.upcycling.shared_routed import SharedRouted
-from megatron_ext.upcycling.shuffle import Shuffle
 from megatron_ext.upcycling.sources import Sources
 
 WIDTH, HIDDEN, TOKENS = 24, 64, 50
@@ -71,7 +71,7 @@ def upcycled(method: Method, moe: ModelConfig, sources: Sequence[FeedForward], s
         return drawn_router("normal", 1.0, moe, method, draw)
 
     parts = [field.name for field in fields(FeedForward) if getattr(sources[0], field.name) is not None]
-    stored = [Stored({f"mlp.{NAMES[part]}": getattr(ffn, part) for part in parts}) for ffn in sources]
+    stored = [StorageLocation({f"mlp.{NAMES[part]}": getattr(ffn, part) for part in parts}) for ffn in sources]
     average = Merged(Linear(weights=method.source_weights), stored, vocab_size=DENSE.vocab_size)
     stream, made = Sources(stored, average), {}
     for task in layer_tasks("mlp", parts, moe, method, router, sources=len(sources), seed=seed):
@@ -88,7 +88,7 @@ NAMES = {
 }
 
 
-class Stored:
+class StorageLocation:
     """Tensors in memory as a source."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:

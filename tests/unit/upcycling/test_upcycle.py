@@ -10,32 +10,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint.shapes import model_shapes
-from megatron_ext.checkpoint.tensors import MegatronSink, MegatronSource, TensorSpec
+from megatron_ext.canonical.catalogue import model_shapes
+from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource, TensorSpec
 from megatron_ext.config import load_run, to_mapping
 from megatron_ext.config.load import read_yaml
-from megatron_ext.conversion import verify
-from megatron_ext.conversion.checkpoint_model import read_model
-from megatron_ext.conversion.convert import convert
-from megatron_ext.conversion.sources import open_checkpoint
-from megatron_ext.conversion.text import comparison_batches
-from megatron_ext.conversion.verify import checkpoint_logits, compare_logits, compare_weights
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError, ConversionError, DataError
+from megatron_ext.model_io import compare as verify
+from megatron_ext.model_io.checkpoint_model import read_model
+from megatron_ext.model_io.compare import checkpoint_logits, compare_logits, compare_weights
+from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.open import open_checkpoint
+from megatron_ext.model_io.text import comparison_batches
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.upcycling import check
-from megatron_ext.upcycling.copy import Copy
 from megatron_ext.upcycling.depth import deepened_model, parse_layers
 from megatron_ext.upcycling.describe import describe_plan
-from megatron_ext.upcycling.drop import Drop
-from megatron_ext.upcycling.fine_grained import FineGrained
-from megatron_ext.upcycling.mix import Mix
+from megatron_ext.upcycling.methods.copy import Copy
+from megatron_ext.upcycling.methods.drop import Drop
+from megatron_ext.upcycling.methods.fine_grained import FineGrained
+from megatron_ext.upcycling.methods.mix import Mix
+from megatron_ext.upcycling.methods.shared_routed import SharedRouted
 from megatron_ext.upcycling.options import UpcycleOptions
 from megatron_ext.upcycling.plan import make_plan
 from megatron_ext.upcycling.run import upcycle
-from megatron_ext.upcycling.shared_routed import SharedRouted
-from tests.unit.conversion.test_convert import write_checkpoint
-from tests.workspace import write_corpus
+from tests.support.workspace import write_corpus
+from tests.unit.model_io.test_convert import write_checkpoint
 
 # The default of --tolerance.
 TOLERANCE = 1e-5

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from megatron_ext.config import Fp8Precision
-from megatron_ext.mcore.fp8.scaling import Role, Scaling, advance_histories, delayed_scalings, forget_step
+from megatron_ext.mcore.fp8.histories import AmaxHistories
+from megatron_ext.mcore.fp8.scaling import Role, Scaling
 
 
 def delayed(**fields: Any) -> Scaling:
     return Scaling(Fp8Precision(kind="fp8", recipe="delayed", **fields))
+
+
+def histories(*scalings: Scaling) -> AmaxHistories:
+    return AmaxHistories({f"layer {n}": scaling for n, scaling in enumerate(scalings)}, is_writer=True)
 
 
 def power_of_two_from(ratio: float) -> float:
@@ -34,7 +39,7 @@ def test_scales_follow_the_history(algorithm: str, margin: int, length: int) -> 
             x = torch.tensor([[0.0, -largest]])
             scale = scaling.quantize(Role.INPUT, x).scale
             assert float(scale) == power_of_two_from(expected / 448) * 2**margin
-        advance_histories([scaling], group=None)
+        histories(scaling).commit(None)
         history.insert(0, max(micro_batches))
         padded = (history + [0.0] * length)[:length]
         assert scaling.amax_history[Role.INPUT].tolist() == padded
@@ -44,10 +49,10 @@ def test_scales_follow_the_history(algorithm: str, margin: int, length: int) -> 
 def test_a_stale_maximum_saturates_and_is_followed_in_the_next_step() -> None:
     scaling = delayed(amax_compute_algo="most_recent")
     scaling.quantize(Role.INPUT, torch.tensor([[1.0]]))
-    advance_histories([scaling], group=None)
+    histories(scaling).commit(None)
     spike = torch.tensor([[1000.0, 1.0]])
     assert scaling.quantize(Role.INPUT, spike).dequantize().tolist() == [[448 * 2.0**-8, 1.0]]
-    advance_histories([scaling], group=None)
+    histories(scaling).commit(None)
     assert float(scaling.quantize(Role.INPUT, spike).dequantize()[0, 0]) == pytest.approx(1000, rel=2**-4)
 
 
@@ -57,7 +62,7 @@ def test_passing_a_micro_batch_twice_changes_nothing() -> None:
     first = once.quantize(Role.INPUT, x)
     for _ in range(2):
         assert torch.equal(twice.quantize(Role.INPUT, x).scale, first.scale)
-    advance_histories([once, twice], group=None)
+    histories(once, twice).commit(None)
     assert torch.equal(once.amax_history, twice.amax_history)
 
 
@@ -65,30 +70,29 @@ def test_passing_a_micro_batch_twice_changes_nothing() -> None:
 def test_what_is_not_finite_stays_visible_and_out_of_the_history(value: float) -> None:
     scaling = delayed()
     scaling.quantize(Role.INPUT, torch.tensor([[4.0]]))
-    advance_histories([scaling], group=None)
+    histories(scaling).commit(None)
     before = scaling.amax_history.clone()
     assert scaling.quantize(Role.INPUT, torch.tensor([[value, 1.0]])).dequantize().isnan().all()
-    forget_step([scaling])
+    histories(scaling).discard()
     assert torch.equal(scaling.amax_history, before)
     # Also where the step was made all the same: the entry counts as unknown.
     scaling.quantize(Role.INPUT, torch.tensor([[value]]))
-    advance_histories([scaling], group=None)
+    histories(scaling).commit(None)
     assert scaling.amax_history[Role.INPUT, :2].tolist() == [0.0, 4.0]
 
 
 def test_validation_leaves_the_history_alone() -> None:
     scaling = delayed().eval()
     scaling.quantize(Role.INPUT, torch.tensor([[4.0]]))
-    advance_histories([scaling], group=None)
+    histories(scaling).commit(None)
     assert not scaling.amax_history.any()
 
 
 def test_converting_the_model_to_bf16_does_not_round_the_history() -> None:
     scaling = delayed()
     scaling.quantize(Role.INPUT, torch.tensor([[1.001]]))
-    advance_histories([scaling], group=None)
-    model = torch.nn.Sequential(scaling).bfloat16()
-    assert delayed_scalings([model]) == [scaling]
+    histories(scaling).commit(None)
+    torch.nn.Sequential(scaling).bfloat16()
     assert scaling.amax_history.dtype == scaling.latest.dtype == torch.float32
 
 
@@ -96,4 +100,4 @@ def test_other_recipes_keep_no_state() -> None:
     for recipe in ("tensorwise", "rowwise", "blockwise", "mxfp8"):
         scaling = Scaling(Fp8Precision(kind="fp8", recipe=recipe))
         assert not list(scaling.buffers())
-        assert delayed_scalings([scaling]) == []
+        assert not scaling.is_delayed

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_ext.config import (
     GatingNormalization,
@@ -16,7 +15,7 @@ from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.counts import RouterCounts
 from megatron_ext.mcore.moe.metrics import collect_statistics
 from megatron_ext.mcore.moe.selection import normalize_gating_logits
-from megatron_ext.testing.parity import Cell, run_cell
+from megatron_ext.proving.parity import Cell, build_cell, train_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.mcore.moe.gates import ALONE
@@ -24,32 +23,16 @@ from tests.unit.mcore.moe.gates import ALONE
 
 def health(parallel: ParallelConfig, recompute: str | None, changes: dict[str, Any]) -> dict[int, Any]:
     """Train one step and collect what the routers counted."""
-    from megatron_ext.testing import parity
-
-    kept: list[Any] = []
-    real = parity.release_chunks
-
-    def collect(wrapped: list[Any]) -> None:
-        gates = routers(wrapped)
-        world = dist.group.WORLD
-        assert world is not None
-        kept.append(
-            collect_statistics(
-                gates, num_layers=4, num_experts=4, num_microbatches=8, group=world, device=torch.device("cpu")
-            )
-        )
-        assert all(router.counts.sums is None for router in gates), "counts are reset"
-        real(wrapped)
-
-    parity.release_chunks = collect
-    try:
-        cell = Cell(
-            tiny_model(moe=True, **changes), parallel, recompute=RecomputeConfig(granularity=recompute), steps=1
-        )
-        run_cell(cell)
-    finally:
-        parity.release_chunks = real
-    return kept[0]
+    cell = Cell(tiny_model(moe=True, **changes), parallel, recompute=RecomputeConfig(granularity=recompute), steps=1)
+    trainable, groups = build_cell(cell)
+    train_cell(cell, trainable, groups)
+    gates = routers(trainable.chunks)
+    statistics = collect_statistics(
+        gates, num_layers=4, num_experts=4, num_microbatches=8, group=groups.world, device=torch.device("cpu")
+    )
+    assert all(router.counts.sums is None for router in gates), "counts are reset"
+    trainable.release()
+    return statistics
 
 
 COUNTED = {

@@ -15,7 +15,7 @@ from megatron_ext.config import (
     LearnedNoise,
     ParallelConfig,
 )
-from megatron_ext.mcore.moe import noise
+from megatron_ext.mcore.moe import noise, sample_seeds
 from megatron_ext.mcore.moe.selection import normalize_gating_logits
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
@@ -84,7 +84,7 @@ def noisy_weights(kind: Any, parallel: ParallelConfig, layer: int = 2, training:
     router = build_router(tiny_model(moe=True, moe_router_noise=kind), parallel).train(training)
     router.set_layer_number(layer)
     dp = parallel_state.get_data_parallel_group()
-    noise.begin_micro_batch(torch.arange(100, 100 + SAMPLES).chunk(dp.size())[dp.rank()])
+    sample_seeds.hand_down(torch.arange(100, 100 + SAMPLES).chunk(dp.size())[dp.rank()])
     mine = my_part(hidden_states(), router)
     weights, _ = router(mine)
     everyone = torch.full((LENGTH, SAMPLES, EXPERTS), math.nan)
@@ -120,10 +120,10 @@ def noise_by_hand(kind: Any, precision: str) -> tuple[Tensor, Tensor]:
     """Routing weights of a noisy router, and the papers' formulas in float64 with the same random numbers."""
     model = tiny_model(moe=True, moe_router_noise=kind, moe_aux_loss_coeff=0.0)
     router = build_router(model, precision=precision)
-    noise.begin_micro_batch(torch.arange(SAMPLES))
+    sample_seeds.hand_down(torch.arange(SAMPLES))
     hidden = hidden_states().to(router.weight.dtype)
     weights, _ = router(hidden)
-    keys, tokens = noise.token_keys(torch.arange(LENGTH), 2), hidden.flatten(0, 1)
+    keys, tokens = noise.token_keys(torch.arange(SAMPLES), torch.arange(LENGTH), 2), hidden.flatten(0, 1)
     if isinstance(kind, InputJitter):
         # The factor is rounded to the dtype of the tokens, as the product is.
         tokens = tokens * (1 + kind.eps * (2 * noise.uniform(keys, HIDDEN) - 1)).to(tokens.dtype)

@@ -12,8 +12,9 @@ from megatron_ext.config import (
     ParallelConfig,
 )
 from megatron_ext.errors import CheckpointError
-from megatron_ext.mcore.moe import balance, steps
+from megatron_ext.mcore.moe import balance
 from megatron_ext.mcore.moe.router import require_directions
+from megatron_ext.mcore.moe.steps import RouterSteps
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.mcore.moe.gates import ALONE, EXPERTS, HIDDEN, LAYOUTS, LENGTH, build_router, hidden_states, my_part
@@ -54,13 +55,15 @@ def load_balanced_by_bias() -> tuple[float, float]:
     )
     router = build_router(model)
     hidden = hidden_states() + router.weight[0].detach() / router.weight[0].detach().norm()
+    steps = RouterSteps([router], is_writer=True)
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     violation = []
     for _ in range(200):
-        steps.begin_step([router])
+        steps.begin()
         _, chosen = router(hidden)
         load = chosen.sum(dim=0).float()
         violation.append(float(load.max() / load.mean() - 1))
-        steps.end_step([router], parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+        steps.commit(group)
     return violation[0], sum(violation[-20:]) / 20
 
 

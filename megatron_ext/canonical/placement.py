@@ -1,0 +1,28 @@
+"""Which ranks hold a tensor, and how much of it: pipeline stages, and the share of one rank of them."""
+
+from megatron_ext.canonical.catalogue import EMBEDDING, POSITIONS, CanonicalTensor
+from megatron_ext.config import Layout, ModelConfig
+
+
+def stages_of(tensor: CanonicalTensor, model: ModelConfig, pp: int, chunks: int = 1) -> tuple[int, ...]:
+    """The pipeline stages that hold `tensor`.
+
+    Args:
+        pp: pipeline-parallel size.
+        chunks: virtual pipeline stages a rank; a layer's virtual stage v is on stage v modulo `pp`.
+    """
+    if tensor.layer is not None:
+        return (tensor.layer * pp * chunks // model.num_layers % pp,)
+    if tensor.name == EMBEDDING:
+        # A tied output layer is a copy of the embedding on the last stage.
+        tied = not model.untie_embeddings_and_output_weights
+        return (0, pp - 1) if tied and pp > 1 else (0,)
+    return (0,) if tensor.name == POSITIONS else (pp - 1,)
+
+
+def elements_held(tensor: CanonicalTensor, layout: Layout) -> int:
+    """Elements of `tensor` on each rank of a stage that holds it; of an expert's tensor the mean over the EP group."""
+    split = tensor.tp_dimension is not None
+    if tensor.is_expert:
+        return tensor.size // (layout.ep * (layout.etp if split else 1))
+    return tensor.size // (layout.tp if split else 1)

@@ -1,0 +1,71 @@
+"""What a run leaves behind: checkpoints, logs and a Weights & Biases run."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_ext.config.base import PathName, config
+
+Backend = Literal["torch", "transformer_engine"]
+
+
+@config
+class CheckpointConfig:
+    """Where training state is saved and continued from."""
+
+    directory: PathName
+    """Checkpoints are written here, by one run at a time. A run that finds a complete one here continues it."""
+    save_interval: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints. Unset: only the last step is saved."""
+    keep_last: int | None = Field(default=None, ge=1)
+    """Remove older checkpoints once this many newer ones are complete. The newest and the one before it are always kept
+    (1 means 2), so that there is one to go back to where the newest is bad. Unset: keep all."""
+    initialize_from: PathName | None = None
+    """Megatron checkpoint or Hugging Face directory whose weights (not optimizer or position) a new run starts from, in
+    any layout."""
+    load_optimizer: bool = True
+    """When continuing: False starts the optimizer afresh and keeps weights, step and data position."""
+
+
+@config
+class WandbConfig:
+    """Weights & Biases. A resumed run continues the same W&B run; a failing network never stops training."""
+
+    mode: Literal["off", "offline", "online"] = "off"
+    """offline writes to `directory` for a later `wandb sync`."""
+    project: str = "megatron_ext"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team."""
+    name: str | None = None
+    """Display name. Default: the checkpoint directory's name."""
+    directory: PathName | None = None
+    """Where W&B keeps its files. Default: the checkpoint directory."""
+
+
+@config
+class LoggingConfig:
+    """What is reported, and how often."""
+
+    log_interval: int = Field(default=1, ge=1)
+    """Steps between reports. Loss and expert load are read from the device only then."""
+    metrics_file: PathName | None = None
+    """JSONL file of all metrics. Default: metrics.jsonl in the checkpoint directory."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Dense peak of one device in TFLOP/s; when set, model FLOPs utilisation (MFU) is reported."""
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+
+@config
+class RuntimeConfig:
+    """The machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one. CPU runs use Gloo, CUDA runs NCCL."""
+    backend: Backend = "torch"
+    """What layers are built from: plain PyTorch (CPU and CUDA), or NVIDIA Transformer Engine (CUDA)."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""
+    distributed_timeout_minutes: int = Field(default=10, ge=1, le=10**6)
+    """A collective that takes longer ends the run."""

@@ -1,0 +1,24 @@
+"""Where a data stream stands: what has been consumed, in all and of each source."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Position:
+    """The number of samples consumed is the position; the counts of the sources follow from it and are checked."""
+
+    samples: int = 0
+    """Samples consumed since the run began: the number of the one that comes next."""
+    stage: int = 0
+    """Number of the data stage that the next sample belongs to."""
+    sources: tuple[int, ...] = ()
+    """Samples consumed of each source of that stage; empty where only `samples` is known, as in old checkpoints."""
+
+    def __post_init__(self) -> None:
+        counts = (self.samples, self.stage, *self.sources)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"{self} is no position: counts are no less than 0")
+
+    def after(self, samples: int) -> "Position":
+        """The position `samples` later; a stream that goes there counts its sources anew."""
+        return Position(self.samples + samples, self.stage)

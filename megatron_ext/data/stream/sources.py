@@ -1,0 +1,156 @@
+"""Training samples out of prepared datasets: megatron-core's GPTDataset, for any number of epochs, blended by weight.
+
+Which sample stands at position n is a pure function of the configuration and n. It does not depend on how long the run
+is planned, on the number of ranks or on where a run was interrupted, so resuming means going on at n.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_ext.config import DataConfig, DataSource
+from megatron_ext.data.preprocess import check_dataset
+from megatron_ext.data.stream.blend import Blend
+from megatron_ext.data.stream.index_cache import with_index
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.errors import DataError
+
+_UNLIMITED = 2**62
+
+
+class _Vocabulary:
+    """What GPTDataset asks of a tokenizer. It has no padding token: samples are full."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.vocab_size, self.eod = tokenizer.vocab_size, tokenizer.eod
+        self.unique_identifiers = {"tokenizer": tokenizer.fingerprint}
+
+
+class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
+    """One prepared dataset read over and over, every epoch in another order.
+
+    The first epoch has GPTDataset's order. Epoch e > 0 permutes its samples by a generator seeded with
+    (seed, e), so position n never depends on how many epochs there will be.
+    """
+
+    index_split = Split.train
+
+    def __init__(self, dataset: GPTDataset, seed: int, identity: dict[str, Any]) -> None:
+        self.dataset, self.seed, self.identity = dataset, seed, identity
+        self.samples_per_epoch = len(dataset)
+        self.unique_identifiers = {"class": type(self).__name__, "source": dataset.unique_identifiers}
+        self._epoch, self._order = 0, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return _UNLIMITED
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, within = divmod(int(position), self.samples_per_epoch)
+        if epoch:
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = np.random.default_rng((self.seed, epoch)).permutation(self.samples_per_epoch)
+            within = int(self._order[within])
+        sample: dict[str, Any] = self.dataset[within]
+        self._require_known_tokens(sample)
+        return sample
+
+    def _require_known_tokens(self, sample: dict[str, Any]) -> None:
+        """Raise DataError where a token id is out of the vocabulary: an embedding or a device would fail on it."""
+        size = self.dataset.config.tokenizer.vocab_size
+        for ids in (sample["tokens"], sample["labels"]):
+            lowest, highest = (int(x) for x in torch.aminmax(ids))
+            if lowest < 0 or highest >= size:
+                wrong = lowest if lowest < 0 else highest
+                raise DataError(
+                    f"{self.dataset.dataset_path}.bin: token id {wrong} is none of the tokenizer's {size}: the file "
+                    "was damaged after it was made; take it from a copy, or prepare it again"
+                )
+
+
+def build_blend(
+    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int
+) -> Blend:
+    """Return `num_samples` samples drawn from `sources` by weight.
+
+    Indices are built by rank 0 and read by the others from `data.cache_dir`; every rank must call this.
+
+    Raises:
+        DataError: a source is missing, damaged, too short or was made with another tokenizer.
+    """
+    section = "validation" if sources is data.validation else "train"
+    for number, source in enumerate(sources):
+        key = f"data.{section}.{number}.path"
+        try:
+            counts = check_dataset(source.path, tokenizer)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
+        if counts.tokens <= data.sequence_length:
+            few = f"{counts.tokens} tokens are not one sample of data.sequence_length = {data.sequence_length}"
+            raise DataError(f"{key}: {source.path}: {few}")
+    blended: Blend = _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
+    return blended
+
+
+def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int) -> Blend:
+    parts = [_source(source.path, data, tokenizer, seed + number) for number, source in enumerate(sources)]
+    if len(parts) == 1:
+        return Blend(parts[0], num_samples)
+    weights = [float(source.weight) for source in sources]
+    identity = {"sources": [part.identity for part in parts], "weights": weights, "samples": num_samples}
+
+    def make(folder: str) -> BlendedDataset:
+        config = copy.copy(parts[0].dataset.config)
+        config.path_to_cache = folder
+        return BlendedDataset(parts, weights, num_samples, config)
+
+    blended = with_index(Path(data.cache_dir), identity, make)
+    return Blend(blended, num_samples, blended.dataset_index, len(parts))
+
+
+def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> EpochedSource:
+    tokens = Path(f"{path}.bin").stat()
+    identity = {
+        "path": path,
+        "bytes": tokens.st_size,
+        "modified": tokens.st_mtime_ns,
+        "tokenizer": tokenizer.fingerprint,
+        "sequence_length": data.sequence_length,
+        "seed": seed,
+    }
+    indexed = IndexedDataset(path, multimodal=False, mmap=True)
+    documents = np.arange(indexed.sequence_lengths.shape[0], dtype=np.int32)
+
+    def make(folder: str) -> GPTDataset:
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=data.sequence_length,
+            blend=([path], None),
+            split="1,0,0",
+            path_to_cache=folder,
+            tokenizer=_Vocabulary(tokenizer),
+            # Documents are found when samples are collated: GPTDataset would only tell them as a mask [S, S].
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=data.eod_mask_loss,
+            create_attention_mask=False,
+        )
+        return GPTDataset(indexed, path, documents, None, Split.train, config)
+
+    return EpochedSource(with_index(Path(data.cache_dir), identity, make), seed, identity)
+
+
+def _first_on_rank_zero(build: Callable[[], Blend]) -> Blend:
+    """Run `build` on rank 0 and then on the others, which find what it left in the cache."""
+    result = build() if dist.get_rank() == 0 else None
+    dist.barrier()
+    return build() if result is None else result

@@ -1,0 +1,186 @@
+"""The stream of global batches that a run trains on: each rank takes its micro-batches of every one.
+
+Nothing is drawn from the process's random numbers while reading, so that the numbers of dropout are the same however
+often a stream was begun: in a run that was interrupted, as in one that was not.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, collate, sample_indices, sample_seed
+from megatron_ext.data.stream.blend import Blend
+from megatron_ext.data.stream.position import Position
+from megatron_ext.errors import DataError, EnvironmentFault
+
+Batch = list[MicroBatch]
+"""One rank's micro-batches of a global batch."""
+
+
+class DataStream(Protocol):
+    """Global batches in a fixed order; what comes next depends on the position alone."""
+
+    def next(self) -> Batch:
+        """This rank's micro-batches of the next global batch, on its device.
+
+        Raises:
+            DataError: the data was damaged, or there is none left.
+        """
+
+    def seek(self, position: Position) -> None:
+        """Go to `position`, from where `next` reads on.
+
+        Raises:
+            DataError: `position` is none of this stream.
+        """
+
+    def position(self) -> Position:
+        """What has been consumed: the batches that `next` gave out, not those that were read ahead."""
+
+    def close(self) -> None:
+        """End what reads ahead; `next` would begin anew from the same position."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is cut over ranks and micro-batches."""
+
+    global_batch: int
+    """Samples of all ranks."""
+    micro_batch: int
+    """Samples of one forward pass."""
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of one rank."""
+        return self.global_batch // (self.micro_batch * self.dp_size)
+
+    def rows(self, first_sample: int) -> list[list[int]]:
+        """This rank's samples of the global batch that begins at `first_sample`, one list a micro-batch."""
+        return sample_indices(first_sample, self.dp_rank, self.dp_size, self.micro_batch, self.num_microbatches)
+
+
+class BlendStream:
+    """Global batches of a blend, read ahead by `num_workers` processes.
+
+    Args:
+        seed: of what is drawn for a sample (router noise).
+        resets: what starts anew within a sample where a document ends.
+    """
+
+    def __init__(
+        self,
+        blend: Blend,
+        shape: BatchShape,
+        *,
+        seed: int,
+        device: torch.device,
+        num_workers: int = 0,
+        resets: DocumentResets | None = None,
+    ) -> None:
+        self._blend, self._shape, self._device = blend, shape, device
+        self._read_ahead: Iterator[MicroBatch] | None = None
+        self._at, self._counts = 0, [0] * blend.num_sources
+        self._loader = partial(
+            torch.utils.data.DataLoader,
+            _Seeded(blend, seed),
+            collate_fn=partial(collate, resets=resets),
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_training,
+        )
+
+    def next(self) -> Batch:
+        """See `DataStream.next`."""
+        after = self._at + self._shape.global_batch
+        if after > self._blend.size:
+            raise DataError(f"the stream was opened for {self._blend.size} samples, and sample {after - 1} is wanted")
+        if self._read_ahead is None:
+            # A generator of its own: it would draw the seed of its processes from the one that dropout goes on with.
+            plan = _plan(self._shape, self._at, self._blend.size)
+            self._read_ahead = iter(self._loader(batch_sampler=plan, generator=torch.Generator()))
+        try:
+            with _faults_as_here():
+                micro_batches = [next(self._read_ahead) for _ in range(self._shape.num_microbatches)]
+        except BaseException:
+            self.close()
+            raise
+        self._count(after)
+        return [micro.to(self._device) for micro in micro_batches]
+
+    def seek(self, position: Position) -> None:
+        """See `DataStream.seek`."""
+        if position.samples > self._blend.size:
+            raise DataError(
+                f"sample {position.samples} is beyond the {self._blend.size} that the stream was opened for"
+            )
+        counts = tuple(self._blend.counts(0, position.samples))
+        if position.stage or position.sources not in ((), counts):
+            raise DataError(
+                f"the checkpoint says that of {position.samples} samples {list(position.sources)} were read from the "
+                f"sources of data.train, stage {position.stage}; the sources of this run would have given "
+                f"{list(counts)}, stage 0: state.json or data.train was changed; tools/verify_checkpoint.py tells"
+            )
+        self.close()
+        self._at, self._counts = position.samples, list(counts)
+
+    def position(self) -> Position:
+        """See `DataStream.position`."""
+        return Position(self._at, sources=tuple(self._counts))
+
+    def close(self) -> None:
+        """See `DataStream.close`."""
+        # Forgetting the iterator is not enough: the traceback of an error may know it too. Its processes ignore the
+        # signal that would end them with this one, which then waits for them for ever.
+        read_ahead, self._read_ahead = self._read_ahead, None
+        if (end_processes := getattr(read_ahead, "_shutdown_workers", None)) is not None:
+            end_processes()
+
+    def _count(self, after: int) -> None:
+        self._counts = [a + b for a, b in zip(self._counts, self._blend.counts(self._at, after), strict=True)]
+        self._at = after
+
+
+def _plan(shape: BatchShape, first: int, size: int) -> Iterator[list[int]]:
+    """The rows of each micro-batch of this rank, from sample `first` on, for as long as there are whole batches."""
+    for start in range(first, size - shape.global_batch + 1, shape.global_batch):
+        yield from shape.rows(start)
+
+
+class _Seeded(torch.utils.data.Dataset[dict[str, Any]]):
+    """A blend whose samples carry the seed of their position."""
+
+    def __init__(self, blend: Blend, seed: int) -> None:
+        self.blend, self.seed = blend, seed
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {**self.blend[position], "seed": sample_seed(self.seed, position)}
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """Signals to a whole job ask training to stop, which needs its workers until it has; they end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _faults_as_here() -> Iterator[None]:
+    """Say what goes wrong in a process that reads ahead as if it were this one."""
+    try:
+        yield
+    except DataError as error:
+        # torch puts the traceback of the other process into the message; ours is its end.
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        why = str(error).strip().splitlines()[0]
+        way_out = "does memory, or shared memory (/dev/shm), run out? A lower data.num_workers needs less"
+        raise EnvironmentFault(f"a process that reads data ahead ended ({why}); {way_out}") from error

@@ -1,0 +1,126 @@
+"""From a run's configuration to a model that can be trained: the one builder of training, proofs and benchmarks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer
+
+from megatron_ext.config import (
+    AdamConfig,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    RecomputeConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+from megatron_ext.mcore.fp8.histories import AmaxHistories, delayed_scalings
+from megatron_ext.mcore.initialization import initialize_weights
+from megatron_ext.mcore.model import LanguageModel, build_chunks, routers, wrap_chunks
+from megatron_ext.mcore.moe.steps import RouterSteps
+from megatron_ext.mcore.optimizer import build_optimizer
+from megatron_ext.mcore.step_state import StepParticipant
+from megatron_ext.mcore.transformer_config import LayerConfig, transformer_config
+from megatron_ext.runtime.process_groups import Groups
+from megatron_ext.runtime.seeds import seed_everything
+
+
+class Buildable(Protocol):
+    """The sections of a run that decide what is built; a RunConfig has them, and so has a cell of proving/parity.py."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How it is split over processes."""
+
+    @property
+    def precision(self) -> Precision:
+        """Number formats."""
+
+    @property
+    def recompute(self) -> RecomputeConfig:
+        """Activation recompute."""
+
+    @property
+    def optimizer(self) -> AdamConfig:
+        """The optimizer."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Its seed is that of the weights and of dropout."""
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        """Its backend builds the layers."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """One rank's part of a model, ready for `training.step.train_step`."""
+
+    chunks: list[LanguageModel]
+    """Model chunks as built (one without virtual pipeline stages); their weights are what is saved."""
+    wrapped: list[Any]
+    """The same chunks wrapped for mixed precision and data parallelism."""
+    optimizer: ChainedOptimizer
+    config: LayerConfig
+    """megatron-core's configuration, which its schedules read."""
+    participants: tuple[StepParticipant, ...]
+    """What moves with the steps beside weights and optimizer; the same kinds in the same order on every rank of a
+    pipeline stage."""
+
+    def release(self) -> None:
+        """Let go of the model, in a process that goes on without it; nothing here is of use afterwards.
+
+        Gradient hooks know the wrapper, and kept activations know the hooks, by references inside torch that Python's
+        garbage collector cannot follow: model and process groups would stay for as long as the process.
+        """
+        for chunk in self.wrapped:
+            vars(chunk).clear()
+
+
+def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Trainable:
+    """Build the model of `run` on `device` with fresh weights, its optimizer, and all that moves with the steps.
+
+    Seeds every generator of this process from `run.train.seed` on the way. Build after `split_process_group`.
+
+    Raises:
+        ConfigError: megatron-core refuses the model.
+    """
+    seed_everything(run.train.seed)
+    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, run.runtime.backend)
+    chunks = build_chunks(run.model, run.parallel, config, device)
+    initialize_weights(run.model, list(chunks), run.train.seed)
+    return make_trainable(run, groups, config, chunks)
+
+
+def make_trainable(run: Buildable, groups: Groups, config: LayerConfig, chunks: list[LanguageModel]) -> Trainable:
+    """Make `chunks`, whose weights are drawn, trainable: the second half of `build_trainable`, for other models."""
+    wrapped = wrap_chunks(chunks, config, run.parallel)
+    optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, wrapped)
+    _tell_schedules(config, wrapped, overlap_grad_reduce=run.parallel.overlap_grad_reduce)
+    return Trainable(chunks, wrapped, optimizer, config, _participants(chunks, is_writer=groups.stage.rank() == 0))
+
+
+def _tell_schedules(config: LayerConfig, wrapped: Sequence[Any], *, overlap_grad_reduce: bool) -> None:
+    """Write into `config` how megatron-core's pipeline schedules reduce gradients."""
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+
+def _participants(chunks: Sequence[torch.nn.Module], *, is_writer: bool) -> tuple[StepParticipant, ...]:
+    """The participants of this rank's layers; a kind that has nothing here is left out."""
+    found: list[StepParticipant] = []
+    if gates := routers(chunks):
+        found.append(RouterSteps(gates, is_writer=is_writer))
+    if scalings := delayed_scalings(chunks):
+        found.append(AmaxHistories(scalings, is_writer=is_writer))
+    return tuple(found)

@@ -1,0 +1,137 @@
+"""Is a layout equal to one process? The same model, weights and data trained for a few steps in both."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ext.config import (
+    AdamConfig,
+    Fp32Precision,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    RecomputeConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+from megatron_ext.config.machine import Backend
+from megatron_ext.mcore.build import Trainable, build_trainable
+from megatron_ext.mcore.optimizer import set_learning_rate
+from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.process_groups import Groups, split_process_group
+from megatron_ext.testing.pool import GlooPool
+from megatron_ext.testing.tiny import SEQUENCE_LENGTH, random_batch
+from megatron_ext.training.step import train_step
+from megatron_ext.training.tasks.pretrain import Pretrain
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training in one layout."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: Precision = Fp32Precision(kind="fp32")
+    recompute: RecomputeConfig = RecomputeConfig()
+    steps: int = 5
+    samples: int = 8
+    """Global batch size."""
+    micro_batch: int = 1
+    length: int = SEQUENCE_LENGTH
+    seed: int = 1234
+    lr: float = 1e-3
+    documents: bool = False
+    """Samples hold several documents, and attention stays within them."""
+    backend: Backend = "torch"
+
+    @property
+    def optimizer(self) -> AdamConfig:
+        """As a run's section `optimizer`."""
+        return AdamConfig(kind="adam", lr=self.lr)
+
+    @property
+    def train(self) -> TrainConfig:
+        """As a run's section `train`."""
+        return TrainConfig(
+            train_iters=self.steps, global_batch_size=self.samples, micro_batch_size=self.micro_batch, seed=self.seed
+        )
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        """As a run's section `runtime`."""
+        return RuntimeConfig(device="cpu", threads=1, backend=self.backend)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Loss and gradient norm of each step."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two trajectories are apart, relative to the second."""
+
+    loss: float
+    norm: float
+
+    @property
+    def worst(self) -> float:
+        """The larger of both."""
+        return max(self.loss, self.norm)
+
+
+def build_cell(cell: Cell) -> tuple[Trainable, Groups]:
+    """What `cell` trains, as one rank of the process group that is running."""
+    device = choose_device(cell.runtime)
+    groups = split_process_group(cell.parallel, cell.runtime)
+    return build_trainable(cell, groups, device), groups
+
+
+def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
+    """Train the steps of `cell` on random batches, the same in every layout."""
+    set_learning_rate(trainable.optimizer, cell.lr)
+    task, losses, norms = Pretrain.of(cell.model), [], []
+    for step in range(cell.steps):
+        batch = random_batch(
+            step,
+            samples=cell.samples,
+            micro_batch=cell.micro_batch,
+            dp_rank=groups.dp.rank(),
+            dp_size=groups.dp.size(),
+            vocabulary=cell.model.vocab_size,
+            length=cell.length,
+            documents=cell.documents,
+        )
+        result = train_step(trainable, task, batch, groups, max_norm=cell.optimizer.clip_grad)
+        losses.append(float(result.loss))
+        norms.append(result.grad_norm)
+    return Trajectory(tuple(losses), tuple(norms))
+
+
+def run_cell(cell: Cell) -> Trajectory:
+    """Build `cell`, train it and let go of it."""
+    trainable, groups = build_cell(cell)
+    trajectory = train_cell(cell, trainable, groups)
+    trainable.release()
+    return trajectory
+
+
+def run_layout(pool: GlooPool, cell: Cell, world_size: int) -> Trajectory:
+    """Train `cell` on `world_size` processes; every rank must report the same."""
+    trajectories: Sequence[Trajectory] = pool.run(world_size, run_cell, cell)
+    assert all(t == trajectories[0] for t in trajectories), f"ranks report different losses: {trajectories}"
+    return trajectories[0]
+
+
+def compare(measured: Trajectory, reference: Trajectory) -> Difference:
+    """Largest relative differences over all steps."""
+    return Difference(_relative(measured.losses, reference.losses), _relative(measured.norms, reference.norms))
+
+
+def _relative(measured: Sequence[float], reference: Sequence[float]) -> float:
+    differences = [abs(m - r) / abs(r) for m, r in zip(measured, reference, strict=True)]
+    # NaN compares false with everything: max() would pass it over.
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf

@@ -1,0 +1,116 @@
+"""Brings together what all ranks know of the steps, and has rank 0 report it."""
+
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.config import Layout, RunConfig
+from megatron_ext.mcore.model import routers
+from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
+from megatron_ext.monitoring.clock import Clock
+from megatron_ext.monitoring.monitor import Monitor, StepReport
+from megatron_ext.monitoring.wandb_run import new_run_id
+from megatron_ext.training.hooks.base import Hook, StepDone
+from megatron_ext.training.schedule import learning_rate
+from megatron_ext.training.session import Session
+from megatron_ext.training.verdict import Skip, Take
+
+
+class Reports(Hook):
+    """Reports every logging.log_interval steps; its state is the W&B run that a run goes on with."""
+
+    name = "reports"
+
+    def __init__(self, run: RunConfig, layout: Layout, clock: Clock) -> None:
+        self._run, self._layout, self._clock = run, layout, clock
+        self._run_id = new_run_id()
+        self._monitor: Monitor | None = None
+        """On rank 0, while the run goes on."""
+        self._trained = 0
+        """Steps computed since the last report, over which it averages."""
+
+    def on_start(self, session: Session) -> None:
+        """Open the metrics file and W&B."""
+        if dist.get_rank() == 0:
+            self._monitor = Monitor(self._run, self._layout, session.state.iteration, self._run_id, self._clock)
+
+    def after_step(self, session: Session, done: StepDone) -> None:
+        """Report where it is time to, and every step that was skipped."""
+        if isinstance(done.verdict, Skip) and self._monitor is not None:
+            last_sample = session.state.consumed_samples - 1
+            self._monitor.skipped(done.iteration, done.first_sample, last_sample, done.verdict.reason)
+        if done.result is None:
+            return
+        self._trained += 1
+        if isinstance(done.verdict, Take) and (done.signal or done.is_due(self._run.logging.log_interval)):
+            self._report(session, done)
+
+    def validation(self, iteration: int, loss: float) -> None:
+        """Report a validation; on every rank."""
+        if self._monitor is not None:
+            self._monitor.validation(iteration, loss)
+
+    def on_error(self, error: BaseException) -> None:
+        """Finish all records as those of a run that failed."""
+        if self._monitor is not None:
+            self._monitor.close(failed=True)
+
+    def close(self) -> None:
+        """Finish all records."""
+        if self._monitor is not None:
+            self._monitor.close()
+
+    def state(self) -> Mapping[str, Any]:
+        """The W&B run."""
+        return {"wandb_run_id": self._run_id}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the W&B run of the checkpoint, if it has one."""
+        if not isinstance(run_id := state.get("wandb_run_id"), str | None):
+            raise ValueError(f"wandb_run_id is {run_id!r}")
+        self._run_id = run_id or self._run_id
+
+    def _report(self, session: Session, done: StepDone) -> None:
+        """Bring together what all ranks know and hand it to the monitor; every rank must call this."""
+        assert done.result is not None
+        losses = {name: float(mean) for name, mean in done.result.losses.items()}
+        experts = expert_statistics(session, self._trained)
+        memory = peak_memory(session)
+        self._trained = 0
+        if self._monitor is not None:
+            rate = learning_rate(self._run, done.iteration - 1)
+            consumed = session.state.consumed_samples
+            report = StepReport(done.iteration, losses, rate, done.result.grad_norm, consumed, memory, experts)
+            self._monitor.step(report)
+
+
+def expert_statistics(session: Session, steps: int) -> ExpertStatistics | None:
+    """Routing over the last `steps` steps; None in a dense model. Every rank must call this."""
+    model, layout = session.run.model, session.layout
+    if not model.is_moe:
+        return None
+    assert model.num_moe_experts is not None
+    return collect_statistics(
+        routers(session.chunks),
+        num_layers=model.num_layers,
+        num_experts=model.num_moe_experts,
+        num_microbatches=steps * layout.num_microbatches * layout.dp,
+        group=session.groups.world,
+        device=session.device,
+    )
+
+
+def peak_memory(session: Session) -> int:
+    """Bytes used at most by the rank that used most: device memory on CUDA, resident memory on CPU."""
+    if session.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    most = torch.tensor(float(used), device=session.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=session.groups.world)
+    return int(most)

@@ -1,0 +1,1 @@
+"""What a run may be trained to do: one task a file."""

@@ -1,0 +1,1 @@
+"""One file for each upcycling method, over what base.py says a method is."""

@@ -1,0 +1,1 @@
+"""What test modules share: commands, small runs and their files."""

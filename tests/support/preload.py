@@ -1,0 +1,8 @@
+"""What command lines import beside the framework's core; read by the fork server."""
+
+import tokenizers  # noqa: F401
+import transformers  # noqa: F401
+
+import megatron_ext.model_io.compare  # noqa: F401
+import megatron_ext.model_io.convert  # noqa: F401
+import megatron_ext.upcycling.run  # noqa: F401

@@ -1,0 +1,47 @@
+"""Which rank all others wait for, and what a main thread is at."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from megatron_ext.runtime.main_thread import MainThread, Standing, late_rank
+
+WAITS = Standing(waiting=50, still=50, in_step=False, steps=7, place="")
+HANGS = replace(WAITS, waiting=0)
+WORKS = replace(HANGS, still=0)
+
+
+@pytest.mark.parametrize(
+    ("standings", "late"),
+    [
+        ([WAITS, HANGS, WAITS], 1),
+        ([WAITS, WAITS, replace(WORKS, in_step=True)], 2),
+        ([WAITS, WORKS], None),  # saving, or validating
+        ([replace(WAITS, waiting=30), HANGS], None),  # not yet
+        ([WAITS, HANGS, HANGS], None),  # nobody can say for which of the two
+        ([WAITS, WAITS], None),
+        ([HANGS], None),
+        ([replace(WAITS, steps=0), replace(HANGS, steps=0)], None),  # compiling
+        ([replace(WAITS, steps=0), replace(HANGS, steps=0, still=500)], 1),
+    ],
+)
+def test_the_rank_for_which_all_others_wait(standings: list[Standing], late: int | None) -> None:
+    assert late_rank(standings, patience=40) == late
+
+
+def test_what_the_main_thread_is_at() -> None:
+    main, seen, go_on = MainThread(), [], threading.Event()
+
+    def look() -> None:
+        seen.extend([main.look(), main.look()])
+        go_on.set()
+
+    threading.Timer(0.05, look).start()
+    go_on.wait(30)
+    first, second = seen
+    assert "threading.py" in first.place
+    assert first.place.endswith("in wait: waiter.acquire(True, timeout)")
+    assert first.waiting == first.still == 0
+    assert second.still > 0
+    assert second.waiting == 0  # for another thread, and not for a rank

@@ -1,0 +1,68 @@
+"""README, CONTRIBUTING and docs/ speak of files, keys and options that exist."""
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config import RunConfig
+from tests.conftest import ROOT
+
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECTIONS = typing.get_type_hints(RunConfig)
+
+
+def keys_of(kind: object) -> set[str]:
+    """The names of all fields of a section, whichever of its kinds has them."""
+    if dataclasses.is_dataclass(kind):
+        return {field.name for field in dataclasses.fields(kind)}
+    return set().union(*map(keys_of, typing.get_args(kind)))
+
+
+def options() -> set[str]:
+    """The options of all command lines, as they are written there."""
+    sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("megatron_ext/*/options.py"), ROOT / "megatron_ext" / "command.py"]
+    sources += [*ROOT.glob("megatron_ext/upcycling/methods/*.py"), *ROOT.glob("megatron_ext/merging/*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    fields = {name.replace("_", "-") for name in re.findall(r"^    (\w+): ", text, re.MULTILINE)}
+    return fields | set(re.findall(r'"--([\w-]+)"', text))
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_files_that_are_named_exist(guide: Path) -> None:
+    text = guide.read_text()
+    # In backticks or as a link; only below what is a folder here, so that paths of a reader's own are left out.
+    named = re.findall(r"`([\w.-]+/[\w./-]*)`", text) + re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
+    places = (ROOT, ROOT / "megatron_ext", guide.parent)
+    lost = [
+        name
+        for name in named
+        if any((place / name.split("/")[0]).exists() for place in places) and not name.startswith("build/")
+        if ".X." not in name
+        if not any((place / name).exists() for place in places)
+    ]
+    assert not lost
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_keys_of_a_run_that_are_named_exist(guide: Path) -> None:
+    text = "\n".join(line for line in guide.read_text().splitlines() if "unknown key" not in line)
+    named = re.findall(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z]\w+)(?!\w*[/(.]\w)", text)
+    known = {section: keys_of(kind) for section, kind in SECTIONS.items()}
+    assert not [f"{section}.{key}" for section, key in named if key not in known[section] | {"md", "py", "yaml"}]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_options_of_tools_that_are_named_exist(guide: Path) -> None:
+    lines = [
+        line for line in guide.read_text().splitlines() if re.search(r"(tools/|convert|upcycle|train)(\w*)\.py", line)
+    ]
+    named = {name for line in lines for name in re.findall(r"(?<![\w-])--([a-z][\w-]+)", line)}
+    not_ours = {"nproc-per-node", "dist-ckpt-strictness", "help", "config"}
+    assert not named - options() - not_ours
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200

@@ -1,0 +1,78 @@
+"""A session without a model: real state, stream and checkpoints, and steps that compute nothing."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_ext.checkpoint.manager import CheckpointManager
+from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.stream import Batch
+from megatron_ext.training.hooks.base import Hook
+from megatron_ext.training.session import Session
+from megatron_ext.training.step import StepResult, never
+from megatron_ext.training.tasks.pretrain import Pretrain
+from megatron_ext.training.verdict import Rollback, Take, Verdict
+from tests.unit.config.test_load import load, mapping
+
+BATCH = 8
+
+
+class Numbers:
+    """A stream whose batches say their number, and that remembers which were read."""
+
+    def __init__(self) -> None:
+        self.at, self.read = 0, list[int]()
+
+    def next(self) -> Batch:
+        self.read.append(self.at // BATCH)
+        self.at += BATCH
+        return [SimpleNamespace(number=self.read[-1])]  # type: ignore[list-item]
+
+    def seek(self, position: Position) -> None:
+        self.at = position.samples
+
+    def position(self) -> Position:
+        return Position(self.at)
+
+    def close(self) -> None:
+        """Nothing reads ahead."""
+
+
+class FakeSession(Session):
+    """Takes every step, but for those that `verdicts` says something else of, once each."""
+
+    verdicts: dict[int, Verdict]
+
+    def step(self, batch: Batch, asks_to_stop: Callable[[], bool] = never) -> StepResult:
+        verdict = self.verdicts.pop(self.state.iteration + 1, Take())
+        result = StepResult({"loss": torch.tensor(2.5)}, 0.7, verdict, int(asks_to_stop()))
+        if not isinstance(verdict, Rollback):
+            self._advance()
+        return result
+
+    def roll_back(self) -> None:
+        """To the beginning: nothing was saved."""
+        self._restore_progress({"iteration": 0, "consumed_samples": 0, "data": ()})
+
+
+def fake_session(directory: Path, hooks: Sequence[Hook] = (), **sections: Any) -> FakeSession:
+    run = load(mapping(checkpoint={"directory": str(directory)}, **sections))
+    optimizer = SimpleNamespace(chained_optimizers=[], param_groups=[])
+    trainable = SimpleNamespace(chunks=[], wrapped=[], optimizer=optimizer, participants=())
+    groups: Any = SimpleNamespace(world=None)
+    session = FakeSession(
+        run,
+        run.resolve(1),
+        groups,
+        torch.device("cpu"),
+        trainable,  # type: ignore[arg-type]
+        Pretrain(),
+        Numbers(),
+        CheckpointManager(directory, {}),
+        hooks,
+    )
+    session.verdicts = {}
+    return session

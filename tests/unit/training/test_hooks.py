@@ -1,0 +1,116 @@
+"""Reports, validation and saving, each alone with a session that computes nothing."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ext.data.stream.position import Position
+from megatron_ext.monitoring.clock import Clock
+from megatron_ext.training.hooks.base import Hook, StepDone
+from megatron_ext.training.hooks.reports import Reports
+from megatron_ext.training.hooks.saving import Saving
+from megatron_ext.training.hooks.validation import Validation
+from megatron_ext.training.step import StepResult
+from megatron_ext.training.verdict import Skip, Take
+from tests.unit.training.fakes import FakeSession, Numbers, fake_session
+
+VALIDATED = {"validation": [{"path": "b"}]}
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def done(session: FakeSession, verdict: Any = None, signal: int = 0, **losses: float) -> StepDone:
+    """The session's next step."""
+    first = session.stream.position().samples
+    if isinstance(verdict, Skip):
+        session.pass_over()
+        return StepDone(session.state.iteration, 6, verdict, first)
+    session.step(session.stream.next())
+    result = StepResult({name: torch.tensor(value) for name, value in losses.items()}, 0.7, Take(), 0)
+    return StepDone(session.state.iteration, 6, Take(), first, result, signal)
+
+
+@pytest.mark.usefixtures("alone")
+def test_reports_name_every_sum_of_the_task_and_every_skip(tmp_path: Path) -> None:
+    session = fake_session(tmp_path, logging={"log_interval": 2})
+    session.groups.world = dist.group.WORLD
+    reports = Reports(session.run, session.layout, Clock())
+    reports.on_start(session)
+    reports.after_step(session, done(session, loss=3.0, accuracy=0.25))
+    reports.after_step(session, done(session, loss=2.0, accuracy=0.5))
+    reports.after_step(session, done(session, Skip("a spike")))
+    reports.after_step(session, done(session, signal=15, loss=1.0, accuracy=1.0))
+    reports.validation(4, 1.5)
+    reports.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    _, first, skip, second, validation = map(json.loads, lines)
+    assert [first[key] for key in ("iteration", "loss", "accuracy", "consumed_samples")] == [2, 2.0, 0.5, 16]
+    assert [skip[key] for key in ("event", "iteration", "first_sample", "last_sample")] == ["skip", 3, 16, 23]
+    assert (second["iteration"], second["loss"]) == (4, 1.0)
+    assert validation["validation_loss"] == 1.5
+
+
+def test_the_w_and_b_run_goes_on_where_a_checkpoint_has_one(tmp_path: Path) -> None:
+    session = fake_session(tmp_path)
+    reports = Reports(session.run, session.layout, Clock())
+    fresh = reports.state()["wandb_run_id"]
+    for kept in ({}, {"wandb_run_id": None}):  # of a checkpoint that no run has written
+        reports.restore(kept)
+        assert reports.state() == {"wandb_run_id": fresh}
+    reports.restore({"wandb_run_id": "abcd1234"})
+    assert reports.state() == {"wandb_run_id": "abcd1234"}
+    with pytest.raises(ValueError, match="wandb_run_id is 7"):
+        reports.restore({"wandb_run_id": 7})
+
+
+def test_validation_reads_the_same_batches_each_time_and_none_before_a_stop(tmp_path: Path) -> None:
+    session = fake_session(tmp_path, train={"eval_interval": 2, "eval_iters": 3}, data=VALIDATED)
+    read: list[list[int]] = []
+    session.validate = lambda batches: read.append([b[0].number for b in batches]) or 1.5  # type: ignore[func-returns-value]
+    told: list[tuple[int, float]] = []
+    stream = Numbers()
+    hook = Validation(session.run.train, stream, Clock(), lambda iteration, loss: told.append((iteration, loss)))
+    steps = [done(session, loss=1.0) for _ in range(6)]
+    for step in (*steps[:4], replace(steps[3], signal=15)):
+        hook.after_step(session, step)
+    assert told == [(2, 1.5), (4, 1.5)]
+    assert read == [[0, 1, 2]] * 2
+    assert stream.position() == Position()
+
+
+def test_saving_happens_when_due_or_told_to_stop_and_the_others_are_told(tmp_path: Path) -> None:
+    session, told = fake_session(tmp_path), list[Path]()
+    session.save = lambda: tmp_path / f"{session.state.iteration}"
+
+    class Listener(Hook):
+        def after_save(self, checkpoint: Path) -> None:
+            told.append(checkpoint)
+
+    hook = Saving(2, Clock(), [Listener()])
+    for signal in (0, 0, 15, 0):
+        hook.after_step(session, done(session, signal=signal, loss=1.0))
+    assert [path.name for path in told] == ["2", "3", "4"]
+
+
+def test_the_clock_stands_still_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = Clock()
+    begun = clock.now()
+    now[0] += 5
+    with clock.stopped():
+        now[0] += 1000
+    now[0] += 2
+    assert clock.now() - begun == 7
