@@ -1,7 +1,11 @@
 """Runs that are killed or asked to stop at any moment lose nothing that was saved, and end as the undisturbed run."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.locks import LOCK_FILE
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from tests.robustness.runs import moments, train_and_die, train_and_signal, train_here
+from tests.support.commands import TOOLS
 
 KILLS = 5
 
@@ -50,6 +55,20 @@ def test_killed_again_and_again_it_ends_as_the_undisturbed_run(work: Path, undis
     weights, others = (MegatronSource(require_checkpoint(place)) for place in (directory, expected))
     assert all((weights.read(name) == others.read(name)).all() for name in others.specs)
     assert not [path.name for path in directory.iterdir() if path.name.endswith((".partial", LOCK_FILE))]
+
+
+def test_generating_that_is_ended_leaves_no_temporary_model(undisturbed: tuple[Path, int], tmp_path: Path) -> None:
+    checkpoint, _ = undisturbed
+    call = [sys.executable, TOOLS / "generate.py", checkpoint, "--prompts", "the", "--max-new-tokens", "100"]
+    process = subprocess.Popen(call, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("megatron-ext-*")):
+        time.sleep(0.005)
+    assert process.poll() is None, "it ended before it could be asked to"
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("megatron-ext-*"))
 
 
 @pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGUSR1)])
