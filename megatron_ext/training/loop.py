@@ -80,10 +80,12 @@ def open_and_train(
         # With an eye on the other ranks: one that is missing is named, where the backend only knows a socket.
         with Liveness() as others, StopSignals(speaks=groups.world.rank() == 0) as stop:
             try:
-                return train_steps(session, hooks, stop, others)
+                signal = train_steps(session, hooks, stop, others)
+                session.checkpoints.close()
             except RuntimeError:
                 others.end_if_missing()
                 raise
+    return signal
 
 
 def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> list[Hook]:

@@ -99,6 +99,12 @@ def test_options_of_the_check_are_refused_without_it(work: Path, option: list[st
     assert f"{option[0]} needs --check" in process.stderr
 
 
+def test_a_folder_where_metrics_are_written_is_a_fault(work: Path) -> None:
+    assert found(work, new(work), f"logging.metrics_file={work}").faults == [
+        f"logging.metrics_file = {work}: is a folder, where a file is written"
+    ]
+
+
 def test_another_tokenizer_and_short_data_are_faults(work: Path, tmp_path: Path) -> None:
     train_tokenizer([work / "corpus.jsonl"], tmp_path / "tokenizer", 320)
     faults = found(work, new(work), f"data.tokenizer={tmp_path / 'tokenizer'}").faults
