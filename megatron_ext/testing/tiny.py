@@ -13,6 +13,8 @@ from megatron_ext.data.stream.stream import BatchShape
 VOCABULARY = 250
 SEQUENCE_LENGTH = 32
 EOD = 0
+SOURCES = 3
+"""The samples of a random batch are in turn from so many sources."""
 
 
 def tiny_model(*, moe: bool = False, **changes: Any) -> ModelConfig:
@@ -66,7 +68,8 @@ def random_batch(
         resets = DocumentResets(EOD, attention=True, positions=True)
     rows: Sequence[list[int]] = sample_indices(0, dp_rank, dp_size, micro_batch, samples // (micro_batch * dp_size))
     seeds = torch.tensor([sample_seed(0, step * samples + row) for row in range(samples)])
-    return [complete_columns(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r], resets) for r in rows]
+    sources = torch.arange(samples) % SOURCES
+    return [complete_columns(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r], resets, sources[r]) for r in rows]
 
 
 class RandomStream:
