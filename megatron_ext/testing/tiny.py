@@ -7,7 +7,7 @@ import torch
 
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, complete_columns, sample_indices, sample_seed
-from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.position import Consumption, Position, SourceUse
 from megatron_ext.data.stream.stream import BatchShape
 
 VOCABULARY = 250
@@ -99,6 +99,12 @@ class RandomStream:
         """What was given out."""
         samples = self._step * self._shape.global_batch
         return Position(samples, sources=(samples,))
+
+    def consumption(self) -> Consumption:
+        """What was given out of each source, of which a sample is an epoch."""
+        batch = self._shape.global_batch
+        each = {f"source {n}": self._step * len(range(n, batch, SOURCES)) for n in range(SOURCES)}
+        return Consumption({name: SourceUse(count * SEQUENCE_LENGTH, count) for name, count in each.items()})
 
     def close(self) -> None:
         """Nothing reads ahead."""

@@ -1,24 +1,35 @@
 """Samples of several sources in one fixed order, each with the number of its source."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 
+@dataclass(frozen=True)
+class BlendSource:
+    """One source of a blend."""
+
+    name: str
+    samples_an_epoch: int
+    tokens_a_sample: int
+
+
 class Blend(torch.utils.data.Dataset[dict[str, Any]]):
-    """`size` samples drawn from `num_sources` sources.
+    """`size` samples drawn from several sources.
 
     Args:
         dataset: the samples by position.
+        sources: in the order of their numbers.
         order: the number of the source that each position is read from; None where there is only one.
     """
 
     def __init__(
-        self, dataset: Any, size: int, order: np.ndarray[Any, Any] | None = None, num_sources: int = 1
+        self, dataset: Any, size: int, sources: Sequence[BlendSource], order: np.ndarray[Any, Any] | None = None
     ) -> None:
-        self.dataset, self.size, self.num_sources = dataset, size, num_sources
+        self.dataset, self.size, self.sources = dataset, size, tuple(sources)
         self._order = order
 
     def __len__(self) -> int:
@@ -35,5 +46,5 @@ class Blend(torch.utils.data.Dataset[dict[str, Any]]):
         """How many of the positions from `first` to before `last` are read from each source."""
         if self._order is None:
             return [last - first]
-        counted: list[int] = np.bincount(self._order[first:last], minlength=self.num_sources).tolist()
+        counted: list[int] = np.bincount(self._order[first:last], minlength=len(self.sources)).tolist()
         return counted

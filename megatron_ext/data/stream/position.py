@@ -1,5 +1,6 @@
 """Where a data stream stands: what has been consumed, in all and of each source."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -22,3 +23,22 @@ class Position:
     def after(self, samples: int) -> "Position":
         """The position `samples` later; a stream that goes there counts its sources anew."""
         return Position(self.samples + samples, self.stage)
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """How much was consumed of one source."""
+
+    tokens: int
+    epochs: float
+    """How often that is the whole source."""
+
+
+@dataclass(frozen=True)
+class Consumption:
+    """What was consumed until a position."""
+
+    sources: Mapping[str, SourceUse]
+    """By name, in the order in which samples number their sources."""
+    stage: str | None = None
+    """Name of the stage of the data that was read last; None where there is only one."""

@@ -19,7 +19,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_ext.config import DataConfig, DataSource
 from megatron_ext.data.preprocess import check_dataset
-from megatron_ext.data.stream.blend import Blend
+from megatron_ext.data.stream.blend import Blend, BlendSource
 from megatron_ext.data.stream.index_cache import with_index
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
@@ -103,8 +103,12 @@ def build_blend(
 
 def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int) -> Blend:
     parts = [_source(source.path, data, tokenizer, seed + number) for number, source in enumerate(sources)]
+    described = [
+        BlendSource(name, part.samples_per_epoch, data.sequence_length)
+        for name, part in zip(source_names(sources), parts, strict=True)
+    ]
     if len(parts) == 1:
-        return Blend(parts[0], num_samples)
+        return Blend(parts[0], num_samples, described)
     weights = [float(source.weight) for source in sources]
     identity = {"sources": [part.identity for part in parts], "weights": weights, "samples": num_samples}
 
@@ -114,7 +118,13 @@ def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer
         return BlendedDataset(parts, weights, num_samples, config)
 
     blended = with_index(Path(data.cache_dir), identity, make)
-    return Blend(blended, num_samples, blended.dataset_index, len(parts))
+    return Blend(blended, num_samples, described, blended.dataset_index)
+
+
+def source_names(sources: Sequence[DataSource]) -> list[str]:
+    """What sources are called: by their folder, where that tells them apart."""
+    names = [Path(source.path).absolute().parent.name for source in sources]
+    return names if len(set(names)) == len(names) else [source.path for source in sources]
 
 
 def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> EpochedSource:

@@ -15,7 +15,7 @@ import torch
 
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, collate, sample_indices, sample_seed
 from megatron_ext.data.stream.blend import Blend
-from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.position import Consumption, Position, SourceUse
 from megatron_ext.errors import DataError, EnvironmentFault
 
 Batch = list[MicroBatch]
@@ -41,6 +41,9 @@ class DataStream(Protocol):
 
     def position(self) -> Position:
         """What has been consumed: the batches that `next` gave out, not those that were read ahead."""
+
+    def consumption(self) -> Consumption:
+        """What `position` means for each source, exactly: it follows from the position, and is not counted beside."""
 
     def close(self) -> None:
         """End what reads ahead; `next` would begin anew from the same position."""
@@ -87,7 +90,7 @@ class BlendStream:
     ) -> None:
         self._blend, self._shape, self._device = blend, shape, device
         self._read_ahead: Iterator[MicroBatch] | None = None
-        self._at, self._counts = 0, [0] * blend.num_sources
+        self._at, self._counts = 0, [0] * len(blend.sources)
         self._loader = partial(
             torch.utils.data.DataLoader,
             _Seeded(blend, seed),
@@ -134,6 +137,13 @@ class BlendStream:
     def position(self) -> Position:
         """See `DataStream.position`."""
         return Position(self._at, sources=tuple(self._counts))
+
+    def consumption(self) -> Consumption:
+        """See `DataStream.consumption`."""
+        read = zip(self._blend.sources, self._counts, strict=True)
+        return Consumption(
+            {s.name: SourceUse(count * s.tokens_a_sample, count / s.samples_an_epoch) for s, count in read}
+        )
 
     def close(self) -> None:
         """See `DataStream.close`."""

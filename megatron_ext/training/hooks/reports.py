@@ -9,14 +9,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config import Layout, RunConfig
+from megatron_ext.data.stream.position import SourceUse
 from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.monitor import Monitor, StepReport
+from megatron_ext.monitoring.sources import SourceReport, ValidationReport
 from megatron_ext.monitoring.wandb_run import new_run_id
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.session import Session
+from megatron_ext.training.step import SourceSums
 from megatron_ext.training.verdict import Skip, Take
 
 
@@ -32,9 +35,15 @@ class Reports(Hook):
         """On rank 0, while the run goes on."""
         self._trained = 0
         """Steps computed since the last report, over which it averages."""
+        self._sources: SourceSums | None = None
+        self._taken = 0
+        """What the sources gave to the steps taken since the last report, and how many those are."""
+        self._read: Mapping[str, SourceUse] = {}
+        """What was read of them until the last report."""
 
     def on_start(self, session: Session) -> None:
         """Open the metrics file and W&B."""
+        self._read = session.stream.consumption().sources
         if dist.get_rank() == 0:
             self._monitor = Monitor(self._run, self._layout, session.state.iteration, self._run_id, self._clock)
 
@@ -46,13 +55,17 @@ class Reports(Hook):
         if done.result is None:
             return
         self._trained += 1
+        if isinstance(done.verdict, Take):
+            seen = done.result.sources
+            self._sources = seen if self._sources is None else self._sources + seen
+            self._taken += 1
         if isinstance(done.verdict, Take) and (done.signal or done.is_due(self._run.logging.log_interval)):
             self._report(session, done)
 
-    def validation(self, iteration: int, loss: float) -> None:
+    def validation(self, iteration: int, report: ValidationReport) -> None:
         """Report a validation; on every rank."""
         if self._monitor is not None:
-            self._monitor.validation(iteration, loss)
+            self._monitor.validation(iteration, report)
 
     def on_error(self, error: BaseException) -> None:
         """Finish all records as those of a run that failed."""
@@ -80,12 +93,26 @@ class Reports(Hook):
         losses = {name: float(mean) for name, mean in done.result.losses.items()}
         experts = expert_statistics(session, self._trained)
         memory = peak_memory(session)
+        sources, stage = self._source_reports(session), session.stream.consumption().stage
         self._trained = 0
         if self._monitor is not None:
             rate = learning_rate(self._run, done.iteration - 1)
             consumed = session.state.consumed_samples
-            report = StepReport(done.iteration, losses, rate, done.result.grad_norm, consumed, memory, experts)
+            norm = done.result.grad_norm
+            report = StepReport(done.iteration, losses, rate, norm, consumed, memory, experts, sources, stage)
             self._monitor.step(report)
+
+    def _source_reports(self, session: Session) -> dict[str, SourceReport]:
+        """What there is to say of the sources that were read since the last report; it begins anew."""
+        assert self._sources is not None
+        now, before, steps = session.stream.consumption().sources, self._read, self._taken
+        trained = zip(now.items(), self._sources.read(), strict=True)
+        self._sources, self._taken, self._read = None, 0, now
+        return {
+            name: SourceReport(loss, units / steps, use.tokens, use.epochs)
+            for (name, use), (loss, units) in trained
+            if units or use != before.get(name)
+        }
 
 
 def expert_statistics(session: Session, steps: int) -> ExpertStatistics | None:

@@ -1,13 +1,17 @@
 """Validates every train.eval_interval steps, on the same samples each time."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 from megatron_ext.config import TrainConfig
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.stream import DataStream
 from megatron_ext.monitoring.clock import Clock
+from megatron_ext.monitoring.sources import ValidationReport
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.session import Session
+
+log = logging.getLogger(__name__)
 
 
 class Validation(Hook):
@@ -15,19 +19,33 @@ class Validation(Hook):
 
     Args:
         stream: stands at its beginning, and is put back there each time.
-        tell: told the step and the loss, on every rank.
+        tell: told the step and the losses, on every rank.
     """
 
     def __init__(
-        self, train: TrainConfig, stream: DataStream, clock: Clock, tell: Callable[[int, float], None]
+        self, train: TrainConfig, stream: DataStream, clock: Clock, tell: Callable[[int, ValidationReport], None]
     ) -> None:
         self._train, self._stream, self._clock, self._tell = train, stream, clock, tell
+        self._warned = False
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Validate where it is time to; a run that is told to stop does not."""
         if done.signal or not done.is_due(self._train.eval_interval):
             return
         with self._clock.stopped():
-            loss = session.validate(self._stream.next() for _ in range(self._train.eval_iters))
+            names = list(self._stream.consumption().sources)
+            batches = (self._stream.next() for _ in range(self._train.eval_iters))
+            loss, sources = session.validate(batches, len(names))
             self._stream.seek(Position())  # this also ends what reads ahead
-            self._tell(done.iteration, loss)
+            known = {name: mean for name, (mean, _) in zip(names, sources, strict=True) if mean is not None}
+            self._warn_once([name for name in names if name not in known])
+            self._tell(done.iteration, ValidationReport(loss, known))
+
+    def _warn_once(self, unseen: Sequence[str]) -> None:
+        if unseen and not self._warned:
+            log.warning(
+                "no label of validation source%s %s counts: raise train.eval_iters, or the weight in data.validation",
+                "" if len(unseen) == 1 else "s",
+                ", ".join(unseen),
+            )
+        self._warned = True
