@@ -22,7 +22,7 @@ from megatron_ext.data.preprocess import check_dataset
 from megatron_ext.data.stream.blend import Blend
 from megatron_ext.data.stream.index_cache import with_index
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import DataError
+from megatron_ext.errors import ConfigError, DataError
 
 _UNLIMITED = 2**62
 
@@ -113,7 +113,7 @@ def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer
         config.path_to_cache = folder
         return BlendedDataset(parts, weights, num_samples, config)
 
-    blended = with_index(Path(data.cache_dir), identity, make)
+    blended = with_index(_cache(data), identity, make)
     return Blend(blended, num_samples, blended.dataset_index, len(parts))
 
 
@@ -146,7 +146,13 @@ def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> Epo
         )
         return GPTDataset(indexed, path, documents, None, Split.train, config)
 
-    return EpochedSource(with_index(Path(data.cache_dir), identity, make), seed, identity)
+    return EpochedSource(with_index(_cache(data), identity, make), seed, identity)
+
+
+def _cache(data: DataConfig) -> Path:
+    if data.cache_dir is None:
+        raise ConfigError("data.cache_dir: is required for the indices of data.validation")
+    return Path(data.cache_dir)
 
 
 def _first_on_rank_zero(build: Callable[[], Blend]) -> Blend:
