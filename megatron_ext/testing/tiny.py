@@ -7,7 +7,8 @@ import torch
 
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, complete_columns, sample_indices, sample_seed
-from megatron_ext.data.stream.position import Consumption, Position, SourceUse
+from megatron_ext.data.stream.plan import Consumed
+from megatron_ext.data.stream.position import Consumption, Position
 from megatron_ext.data.stream.stream import BatchShape
 
 VOCABULARY = 250
@@ -104,7 +105,7 @@ class RandomStream:
         """What was given out of each source, of which a sample is an epoch."""
         batch = self._shape.global_batch
         each = {f"source {n}": self._step * len(range(n, batch, SOURCES)) for n in range(SOURCES)}
-        return Consumption({name: SourceUse(count * SEQUENCE_LENGTH, count) for name, count in each.items()})
+        return Consumption({name: Consumed(count, count * SEQUENCE_LENGTH, count) for name, count in each.items()})
 
     def close(self) -> None:
         """Nothing reads ahead."""

@@ -13,7 +13,7 @@ from megatron_ext.data.stream.batches import DocumentResets
 from megatron_ext.data.stream.sources import build_blend
 from megatron_ext.data.stream.stream import BatchShape, BlendStream, DataStream
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import DataError
+from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.training.same_run import check_same_sources
 
 
@@ -45,6 +45,8 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
         CheckpointError: the sources are not those in which `state` counts its samples.
     """
     data, train = run.data, run.train
+    if data.order == 2:
+        raise ConfigError("data.stages: the plan is checked and shown, but this version cannot read by it yet")
     tokenizer = Tokenizer(data.tokenizer)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise DataError(

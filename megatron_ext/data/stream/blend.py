@@ -12,7 +12,7 @@ import torch
 class BlendSource:
     """One source of a blend."""
 
-    name: str
+    id: str
     samples_an_epoch: int
     tokens_a_sample: int
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_ext.data.stream.plan import Consumed
+
 
 @dataclass(frozen=True)
 class Position:
@@ -26,19 +28,10 @@ class Position:
 
 
 @dataclass(frozen=True)
-class SourceUse:
-    """How much was consumed of one source."""
-
-    tokens: int
-    epochs: float
-    """How often that is the whole source."""
-
-
-@dataclass(frozen=True)
 class Consumption:
     """What was consumed until a position."""
 
-    sources: Mapping[str, SourceUse]
-    """By name, in the order in which samples number their sources."""
+    sources: Mapping[str, Consumed]
+    """By id, in the order in which samples number their sources."""
     stage: str | None = None
     """Name of the stage of the data that was read last; None where there is only one."""

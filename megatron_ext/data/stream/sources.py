@@ -18,11 +18,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_ext.config import DataConfig, DataSource
+from megatron_ext.config.data import source_ids
 from megatron_ext.data.preprocess import check_dataset
 from megatron_ext.data.stream.blend import Blend, BlendSource
 from megatron_ext.data.stream.index_cache import with_index
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import DataError
+from megatron_ext.errors import ConfigError, DataError
 
 _UNLIMITED = 2**62
 
@@ -97,15 +98,17 @@ def build_blend(
         if counts.tokens <= data.sequence_length:
             few = f"{counts.tokens} tokens are not one sample of data.sequence_length = {data.sequence_length}"
             raise DataError(f"{key}: {source.path}: {few}")
-    blended: Blend = _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
+    blended: Blend = _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed, section))
     return blended
 
 
-def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int) -> Blend:
+def _blend(
+    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int, split: str
+) -> Blend:
     parts = [_source(source.path, data, tokenizer, seed + number) for number, source in enumerate(sources)]
     described = [
         BlendSource(name, part.samples_per_epoch, data.sequence_length)
-        for name, part in zip(source_names(sources), parts, strict=True)
+        for name, part in zip(source_ids(list(sources), split), parts, strict=True)
     ]
     if len(parts) == 1:
         return Blend(parts[0], num_samples, described)
@@ -117,14 +120,8 @@ def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer
         config.path_to_cache = folder
         return BlendedDataset(parts, weights, num_samples, config)
 
-    blended = with_index(Path(data.cache_dir), identity, make)
+    blended = with_index(_cache(data), identity, make)
     return Blend(blended, num_samples, described, blended.dataset_index)
-
-
-def source_names(sources: Sequence[DataSource]) -> list[str]:
-    """What sources are called: by their folder, where that tells them apart."""
-    names = [Path(source.path).absolute().parent.name for source in sources]
-    return names if len(set(names)) == len(names) else [source.path for source in sources]
 
 
 def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> EpochedSource:
@@ -156,7 +153,13 @@ def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> Epo
         )
         return GPTDataset(indexed, path, documents, None, Split.train, config)
 
-    return EpochedSource(with_index(Path(data.cache_dir), identity, make), seed, identity)
+    return EpochedSource(with_index(_cache(data), identity, make), seed, identity)
+
+
+def _cache(data: DataConfig) -> Path:
+    if data.cache_dir is None:
+        raise ConfigError("data.cache_dir: is required for the indices of data.validation")
+    return Path(data.cache_dir)
 
 
 def _first_on_rank_zero(build: Callable[[], Blend]) -> Blend:

@@ -15,7 +15,8 @@ import torch
 
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, collate, sample_indices, sample_seed
 from megatron_ext.data.stream.blend import Blend
-from megatron_ext.data.stream.position import Consumption, Position, SourceUse
+from megatron_ext.data.stream.plan import Consumed
+from megatron_ext.data.stream.position import Consumption, Position
 from megatron_ext.errors import DataError, EnvironmentFault
 
 Batch = list[MicroBatch]
@@ -142,7 +143,7 @@ class BlendStream:
         """See `DataStream.consumption`."""
         read = zip(self._blend.sources, self._counts, strict=True)
         return Consumption(
-            {s.name: SourceUse(count * s.tokens_a_sample, count / s.samples_an_epoch) for s, count in read}
+            {s.id: Consumed(count, count * s.tokens_a_sample, count / s.samples_an_epoch) for s, count in read}
         )
 
     def close(self) -> None:

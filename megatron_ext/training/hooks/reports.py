@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config import Layout, RunConfig
-from megatron_ext.data.stream.position import SourceUse
+from megatron_ext.data.stream.plan import Consumed
 from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.monitoring.clock import Clock
@@ -38,7 +38,7 @@ class Reports(Hook):
         self._sources: SourceSums | None = None
         self._taken = 0
         """What the sources gave to the steps taken since the last report, and how many those are."""
-        self._read: Mapping[str, SourceUse] = {}
+        self._read: Mapping[str, Consumed] = {}
         """What was read of them until the last report."""
 
     def on_start(self, session: Session) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_ext.data.stream.blend import Blend, BlendSource
-from megatron_ext.data.stream.position import Position, SourceUse
+from megatron_ext.data.stream.plan import Consumed
+from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.stream import BatchShape, BlendStream
 from megatron_ext.errors import DataError, MegatronExtError
 
@@ -48,10 +49,10 @@ def test_batches_come_in_order_and_the_position_is_what_was_given_out(num_worker
     assert data.position() == Position(0, sources=(0, 0))
     assert [first_tokens(data.next()) for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert data.position() == Position(8, sources=(6, 2))
-    assert data.consumption().sources == {"ja": SourceUse(12, 1.5), "en": SourceUse(4, 0.25)}
+    assert data.consumption().sources == {"ja": Consumed(6, 12, 1.5), "en": Consumed(2, 4, 0.25)}
     data.seek(Position(4))
     assert data.position() == Position(4, sources=(3, 1))
-    assert data.consumption().sources == {"ja": SourceUse(6, 0.75), "en": SourceUse(2, 0.125)}
+    assert data.consumption().sources == {"ja": Consumed(3, 6, 0.75), "en": Consumed(1, 2, 0.125)}
     assert first_tokens(data.next()) == [4, 5, 6, 7]
     data.close()
 

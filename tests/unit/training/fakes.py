@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from megatron_ext.checkpoint.manager import CheckpointManager
-from megatron_ext.data.stream.position import Consumption, Position, SourceUse
+from megatron_ext.data.stream.plan import Consumed
+from megatron_ext.data.stream.position import Consumption, Position
 from megatron_ext.data.stream.stream import Batch
 from megatron_ext.training.hooks.base import Hook
 from megatron_ext.training.session import Session
@@ -43,7 +44,7 @@ class Numbers:
         return Position(self.at)
 
     def consumption(self) -> Consumption:
-        return Consumption({"ja": SourceUse(3 * self.at, 0.5), "en": SourceUse(0, 0.0)})
+        return Consumption({"ja": Consumed(self.at, 3 * self.at, 0.5), "en": Consumed(0, 0, 0.0)})
 
     def close(self) -> None:
         """Nothing reads ahead."""
