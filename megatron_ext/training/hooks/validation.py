@@ -1,7 +1,7 @@
 """Validates every train.eval_interval steps, on the same samples each time."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from megatron_ext.config import TrainConfig
 from megatron_ext.data.stream.position import Position
@@ -26,7 +26,21 @@ class Validation(Hook):
         self, train: TrainConfig, stream: DataStream, clock: Clock, tell: Callable[[int, ValidationReport], None]
     ) -> None:
         self._train, self._stream, self._clock, self._tell = train, stream, clock, tell
-        self._warned = False
+
+    def on_start(self, session: Session) -> None:
+        """Say how many samples each source is validated on."""
+        self._stream.seek(Position(self._train.eval_iters * self._train.global_batch_size))
+        samples = {name: use.samples for name, use in self._stream.consumption().sources.items()}
+        self._stream.seek(Position())
+        if len(samples) > 1:
+            log.info("validation on %s samples", ", ".join(f"{count} {name}" for name, count in samples.items()))
+        if unseen := [name for name, count in samples.items() if not count]:
+            log.warning(
+                "validation says nothing of %s, whose share of %d samples is none: raise train.eval_iters, or its "
+                "weight in data.validation",
+                ", ".join(unseen),
+                sum(samples.values()),
+            )
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Validate where it is time to; a run that is told to stop does not."""
@@ -38,14 +52,4 @@ class Validation(Hook):
             loss, sources = session.validate(batches, len(names))
             self._stream.seek(Position())  # this also ends what reads ahead
             known = {name: mean for name, (mean, _) in zip(names, sources, strict=True) if mean is not None}
-            self._warn_once([name for name in names if name not in known])
             self._tell(done.iteration, ValidationReport(loss, known))
-
-    def _warn_once(self, unseen: Sequence[str]) -> None:
-        if unseen and not self._warned:
-            log.warning(
-                "no label of validation source%s %s counts: raise train.eval_iters, or the weight in data.validation",
-                "" if len(unseen) == 1 else "s",
-                ", ".join(unseen),
-            )
-        self._warned = True

@@ -1,6 +1,7 @@
 """Reports, validation and saving, each alone with a session that computes nothing."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -93,11 +94,14 @@ def test_validation_reads_the_same_batches_each_time_and_none_before_a_stop(
     told: list[tuple[int, ValidationReport]] = []
     stream = Numbers()
     hook = Validation(session.run.train, stream, Clock(), lambda iteration, report: told.append((iteration, report)))
+    caplog.set_level(logging.INFO)
+    hook.on_start(session)
     steps = [done(session, loss=1.0) for _ in range(6)]
     for step in (*steps[:4], replace(steps[3], signal=15)):
         hook.after_step(session, step)
     assert told == [(step, ValidationReport(1.5, {"ja": 1.5})) for step in (2, 4)]
-    assert caplog.text.count("no label of validation source en counts: raise train.eval_iters") == 1
+    assert "validation on 24 ja, 0 en samples" in caplog.text
+    assert "validation says nothing of en, whose share of 24 samples is none: raise train.eval_iters" in caplog.text
     assert read == [[0, 1, 2]] * 2
     assert stream.position() == Position()
 
