@@ -8,7 +8,7 @@ import torch
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, complete_columns, sample_indices, sample_seed
 from megatron_ext.data.stream.plan import Consumed
-from megatron_ext.data.stream.position import Consumption, Position
+from megatron_ext.data.stream.position import Consumption, Position, SamplePlace
 from megatron_ext.data.stream.stream import BatchShape
 
 VOCABULARY = 250
@@ -106,6 +106,14 @@ class RandomStream:
         batch = self._shape.global_batch
         each = {f"source {n}": self._step * len(range(n, batch, SOURCES)) for n in range(SOURCES)}
         return Consumption({name: Consumed(count, count * SEQUENCE_LENGTH, count) for name, count in each.items()})
+
+    def place(self, sample: int) -> SamplePlace:
+        """A random sample comes from nowhere."""
+        batch = self._shape.global_batch
+        step, row = divmod(sample, batch)
+        source = row % SOURCES
+        number = step * len(range(source, batch, SOURCES)) + row // SOURCES
+        return SamplePlace(f"source {source}", number, number, "drawn at random")
 
     def close(self) -> None:
         """Nothing reads ahead."""

@@ -48,3 +48,19 @@ class MixOptions:
     """How many documents of each dataset are read, evenly spaced over it."""
     plot: PathName | None = None
     """Image to write: the shares of scripts in each dataset (.png, .svg or .pdf)."""
+
+
+@config
+class StepOptions:
+    """Options of `step`."""
+
+    run: PathName
+    """The run's configuration."""
+    step: int = Field(ge=1)
+    """The step, counted from 1 as reports do."""
+    overrides: list[str] = Field(default_factory=list)
+    """Replace single keys of the run: section.key=value."""
+    samples: int = Field(default=16, ge=1)
+    """How many samples to show."""
+    characters: int = Field(default=200, ge=1)
+    """How much of each sample to show."""

@@ -1,11 +1,13 @@
 """Samples of several sources in one fixed order, each with the number of its source."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from megatron_ext.data.stream.position import SamplePlace
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,8 @@ class BlendSource:
     id: str
     samples_an_epoch: int
     tokens_a_sample: int
+    where: Callable[[int], str]
+    """Where in its files a sample of it stands, counted over all epochs; for people."""
 
 
 class Blend(torch.utils.data.Dataset[dict[str, Any]]):
@@ -41,6 +45,12 @@ class Blend(torch.utils.data.Dataset[dict[str, Any]]):
     def source(self, position: int) -> int:
         """The number of the source that `position` is read from."""
         return 0 if self._order is None else int(self._order[position])
+
+    def place(self, position: int) -> SamplePlace:
+        """Where the sample at `position` comes from."""
+        source = self.source(position)
+        described, number = self.sources[source], self.counts(0, position)[source]
+        return SamplePlace(described.id, number, number // described.samples_an_epoch, described.where(number))
 
     def counts(self, first: int, last: int) -> Sequence[int]:
         """How many of the positions from `first` to before `last` are read from each source."""

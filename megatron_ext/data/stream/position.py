@@ -28,6 +28,20 @@ class Position:
 
 
 @dataclass(frozen=True)
+class SamplePlace:
+    """Where a sample comes from."""
+
+    source: str
+    """Id of its source."""
+    number: int
+    """Samples of that source before it, over all epochs."""
+    epoch: int
+    """From 0."""
+    where: str
+    """Where it stands in the files of the source; for people."""
+
+
+@dataclass(frozen=True)
 class Consumption:
     """What was consumed until a position."""
 

@@ -55,15 +55,31 @@ class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
         return _UNLIMITED
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        epoch, within = divmod(int(position), self.samples_per_epoch)
-        if epoch:
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._order = np.random.default_rng((self.seed, epoch)).permutation(self.samples_per_epoch)
-            within = int(self._order[within])
-        sample: dict[str, Any] = self.dataset[within]
+        sample: dict[str, Any] = self.dataset[self._index(position)]
         self._require_known_tokens(sample)
         return sample
+
+    def where(self, position: int) -> str:
+        """The documents, and the first and last of their tokens, that the sample at `position` is made of."""
+        dataset, index = self.dataset, self._index(position)
+        dataset[index]  # which maps the indices
+        at = dataset.shuffle_index[index]
+        (first, begin), (last, end) = dataset.sample_index[at], dataset.sample_index[at + 1]
+        if first == last:
+            return f"document {dataset.document_index[first]}, tokens {begin} to {end - 1}"
+        documents = [f"document {dataset.document_index[first]} from token {begin}"]
+        documents += [f"document {dataset.document_index[n]}" for n in range(first + 1, last)]
+        if end:
+            documents.append(f"document {dataset.document_index[last]} before token {end}")
+        return ", ".join(documents)
+
+    def _index(self, position: int) -> int:
+        """What `position` is in the first epoch's order."""
+        epoch, within = divmod(int(position), self.samples_per_epoch)
+        if epoch and epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.samples_per_epoch)
+        return int(self._order[within]) if epoch else within
 
     def _require_known_tokens(self, sample: dict[str, Any]) -> None:
         """Raise DataError where a token id is out of the vocabulary: an embedding or a device would fail on it."""
@@ -107,7 +123,7 @@ def _blend(
 ) -> Blend:
     parts = [_source(source.path, data, tokenizer, seed + number) for number, source in enumerate(sources)]
     described = [
-        BlendSource(name, part.samples_per_epoch, data.sequence_length)
+        BlendSource(name, part.samples_per_epoch, data.sequence_length, part.where)
         for name, part in zip(source_ids(list(sources), split), parts, strict=True)
     ]
     if len(parts) == 1:

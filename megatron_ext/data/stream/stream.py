@@ -16,7 +16,7 @@ import torch
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, collate, sample_indices, sample_seed
 from megatron_ext.data.stream.blend import Blend
 from megatron_ext.data.stream.plan import Consumed
-from megatron_ext.data.stream.position import Consumption, Position
+from megatron_ext.data.stream.position import Consumption, Position, SamplePlace
 from megatron_ext.errors import DataError, EnvironmentFault
 
 Batch = list[MicroBatch]
@@ -45,6 +45,9 @@ class DataStream(Protocol):
 
     def consumption(self) -> Consumption:
         """What `position` means for each source, exactly: it follows from the position, and is not counted beside."""
+
+    def place(self, sample: int) -> SamplePlace:
+        """Where a sample of the run comes from, wherever the stream stands."""
 
     def close(self) -> None:
         """End what reads ahead; `next` would begin anew from the same position."""
@@ -145,6 +148,10 @@ class BlendStream:
         return Consumption(
             {s.id: Consumed(count, count * s.tokens_a_sample, count / s.samples_an_epoch) for s, count in read}
         )
+
+    def place(self, sample: int) -> SamplePlace:
+        """See `DataStream.place`."""
+        return self._blend.place(sample)
 
     def close(self) -> None:
         """See `DataStream.close`."""

@@ -12,13 +12,13 @@ import torch
 
 from megatron_ext.data.stream.blend import Blend, BlendSource
 from megatron_ext.data.stream.plan import Consumed
-from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.position import Position, SamplePlace
 from megatron_ext.data.stream.stream import BatchShape, BlendStream
 from megatron_ext.errors import DataError, MegatronExtError
 
 ORDER = np.array([0, 1, 0, 0, 1, 0, 0, 0] * 3, dtype=np.int16)
 
-SOURCES = [BlendSource("ja", 4, 2), BlendSource("en", 8, 2)]
+SOURCES = [BlendSource("ja", 4, 2, "sample {}".format), BlendSource("en", 8, 2, "sample {}".format)]
 
 
 class Counting(torch.utils.data.Dataset[dict[str, Any]]):
@@ -50,6 +50,8 @@ def test_batches_come_in_order_and_the_position_is_what_was_given_out(num_worker
     assert [first_tokens(data.next()) for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert data.position() == Position(8, sources=(6, 2))
     assert data.consumption().sources == {"ja": Consumed(6, 12, 1.5), "en": Consumed(2, 4, 0.25)}
+    assert data.place(9) == SamplePlace("en", 2, 0, "sample 2")
+    assert data.place(8) == SamplePlace("ja", 6, 1, "sample 6")
     data.seek(Position(4))
     assert data.position() == Position(4, sources=(3, 1))
     assert data.consumption().sources == {"ja": Consumed(3, 6, 0.75), "en": Consumed(1, 2, 0.125)}

@@ -9,7 +9,7 @@ import torch
 
 from megatron_ext.checkpoint.manager import CheckpointManager
 from megatron_ext.data.stream.plan import Consumed
-from megatron_ext.data.stream.position import Consumption, Position
+from megatron_ext.data.stream.position import Consumption, Position, SamplePlace
 from megatron_ext.data.stream.stream import Batch
 from megatron_ext.training.hooks.base import Hook
 from megatron_ext.training.session import Session
@@ -45,6 +45,9 @@ class Numbers:
 
     def consumption(self) -> Consumption:
         return Consumption({"ja": Consumed(self.at, 3 * self.at, 0.5), "en": Consumed(0, 0, 0.0)})
+
+    def place(self, sample: int) -> SamplePlace:
+        return SamplePlace("ja", sample, 0, "")
 
     def close(self) -> None:
         """Nothing reads ahead."""
