@@ -37,6 +37,13 @@ def histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
     return [(2**n, int(documents[n]), int(tokens[n])) for n in range(int(exponents.min()), len(documents))]
 
 
+def cut(lengths: np.ndarray[Any, Any], sequence_length: int) -> int:
+    """How many documents stand in more than one sample where they follow each other without a gap."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begins = ends - lengths
+    return int(np.count_nonzero(begins // sequence_length != (ends - 1) // sequence_length))
+
+
 def _described(prefix: str, lengths: np.ndarray[Any, Any], sequence_length: int | None) -> Iterator[str]:
     total = int(lengths.sum(dtype=np.int64))
     yield f"{prefix}: {len(lengths):,} documents, {total:,} tokens, {total / len(lengths):,.1f} each on average"
@@ -54,6 +61,11 @@ def _described(prefix: str, lengths: np.ndarray[Any, Any], sequence_length: int 
         yield (
             f"  longer than {sequence_length:,}: {len(longer):,} documents ({len(longer) / len(lengths):.2%}), "
             f"with {share:.2%} of the tokens"
+        )
+        parts = cut(lengths, sequence_length)
+        yield (
+            f"  read one after the other in samples of {sequence_length:,}: {parts:,} documents ({parts / len(lengths):.2%}) "
+            "are cut"
         )
 
 
