@@ -27,22 +27,18 @@ def show_step(run: RunConfig, step: int, *, most: int, characters: int) -> Itera
     Raises:
         ConfigError: the run has no such step.
     """
-    if not 1 <= step <= run.train.train_iters:
-        raise ConfigError(f"step = {step}: the run has the steps 1 to {run.train.train_iters}")
-    tokenizer, state = Tokenizer(run.data.tokenizer), starting_state(run)
-    batch = run.train.global_batch_size
-    # The batch size may have changed on the way: from where the run stands, steps have today's.
-    first = state.consumed_samples + (step - 1 - state.iteration) * batch
-    if first < 0:
-        raise ConfigError(
-            f"step = {step}: train.global_batch_size was another then, and the checkpoint does not say it"
-        )
+    tokenizer = Tokenizer(run.data.tokenizer)
     with _alone() as group:
-        data = open_data(run, state, group, torch.device("cpu"))
+        data = open_data(run, starting_state(run), group, torch.device("cpu"))
+        steps = data.plan.total_steps
+        if not 1 <= step <= steps:
+            raise ConfigError(f"step = {step}: the run has the steps 1 to {steps}")
+        first = data.plan.samples_at(step - 1)
+        stage = data.plan.stage_of_step(step - 1)
         try:
             data.train.seek(Position(first))
             rows = [row.tolist() for micro in data.train.next() for row in micro.tokens]
-            yield f"step {step} of {run.train.train_iters}: samples {first:,} to {first + len(rows) - 1:,}"
+            yield f"step {step} of {steps}, stage {stage.name}: samples {first:,} to {first + len(rows) - 1:,}"
             for sample, tokens in enumerate(rows[:most], start=first):
                 place = data.train.place(sample)
                 yield (

@@ -64,8 +64,8 @@ def _described(prefix: str, lengths: np.ndarray[Any, Any], sequence_length: int 
         )
         parts = cut(lengths, sequence_length)
         yield (
-            f"  read one after the other in samples of {sequence_length:,}: {parts:,} documents ({parts / len(lengths):.2%}) "
-            "are cut"
+            f"  one after the other in samples of {sequence_length:,}: {parts:,} documents are cut "
+            f"({parts / len(lengths):.2%})"
         )
 
 

@@ -173,7 +173,7 @@ class _Planner:
         last = read[-1]
         if not same_pattern(stage, self._length(stage), last):
             if not self._begin(stage, read):
-                self.mismatches += changed(stage, last, self._length)
+                self._end(stage)
         elif steps := self._steps_left(stage, read):
             samples, offset = steps * self._batch(stage), last.offset + last.samples
             counts = _counts(_pattern(last), offset, samples, list(last.starts))
@@ -187,8 +187,19 @@ class _Planner:
                     offset=offset,
                     counts=counts,
                     skipped={},
+                    complete=True,
                 )
             )
+        else:
+            self._end(stage)
+
+    def _end(self, stage: Stage) -> None:
+        """Note that nothing is left of the stage under way: it may end now, but not have been another."""
+        last = self.parts[-1]
+        if last.complete:
+            self.mismatches += changed(stage, last, self._length)
+        else:
+            self.parts[-1] = replace(last, stage=stage, complete=True)
 
     def _begin(self, stage: Stage, read: Sequence[Part]) -> int:
         """Plan what is left of a stage of which `read` was read, with a pattern of its own; return its steps."""
@@ -205,7 +216,7 @@ class _Planner:
             global_batch_size=batch,
             steps=steps,
             samples=steps * batch,
-            complete=False,
+            complete=True,
             offset=0,
             counts={},
             starts={name: self._behind[name] + skipped.get(name, 0) for name in names},
@@ -325,6 +336,7 @@ def _stage_plans(parts: Sequence[Part], train: TrainConfig) -> tuple[StagePlan, 
                 offset=part.offset,
                 starts=part.starts,
                 taken=part.taken,
+                complete=part.complete,
             )
         )
         step, sample, token = step + part.steps, sample + part.samples, token + part.tokens
@@ -338,7 +350,7 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
             last = joined.pop()
             counts = {name: last.counts[name] + count for name, count in part.counts.items()}
             steps, samples = last.steps + part.steps, last.samples + part.samples
-            part = replace(last, stage=part.stage, steps=steps, samples=samples, counts=counts)
+            part = replace(last, stage=part.stage, complete=part.complete, steps=steps, samples=samples, counts=counts)
         joined.append(part)
     return joined
 

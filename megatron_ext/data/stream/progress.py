@@ -83,8 +83,7 @@ class Progress:
 
 def definition(stage: Stage, sequence_length: int) -> dict[str, Any]:
     """What a stage says, as its file has it: defaults are left out, its sequence length is said."""
-    said = _shortened(to_mapping(stage), to_mapping(Stage(name=stage.name)))
-    return {**said, "name": stage.name, "sequence_length": sequence_length}
+    return {**_said(stage), "sequence_length": sequence_length}
 
 
 def definition_hash(stage: Stage, sequence_length: int) -> str:
@@ -107,7 +106,7 @@ def to_json(progress: Progress) -> dict[str, Any]:
         "stages": [
             {
                 **{field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(Part)},
-                "stage": _shortened(to_mapping(part.stage), to_mapping(Stage(name=""))),
+                "stage": _said(part.stage),
                 "hash": definition_hash(part.stage, part.sequence_length),
             }
             for part in progress.parts
@@ -151,12 +150,11 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _shortened(mapping: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """`mapping` without what is as in `default`; of what is taken, without the keys that say nothing."""
-    said = {key: value for key, value in mapping.items() if value != default[key]}
-    if "take" in said:
-        said["take"] = {
-            name: {unit: number for unit, number in amount.items() if number is not None}
-            for name, amount in said["take"].items()
-        }
+def _said(stage: Stage) -> dict[str, Any]:
+    """The keys of a stage that are not as they are by default."""
+    default = to_mapping(Stage(name=stage.name))
+    said = {key: value for key, value in to_mapping(stage).items() if key == "name" or value != default[key]}
+    if stage.take:
+        amounts = to_mapping(stage)["take"].items()
+        said["take"] = {name: {k: v for k, v in amount.items() if v is not None} for name, amount in amounts}
     return said

@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def test_each_sample_has_its_source_place_and_text(run: RunConfig) -> None:
     shown = list(show_step(run, 2, most=6, characters=10_000))
-    assert shown[0] == "step 2 of 6: samples 8 to 15"
+    assert shown[0] == "step 2 of 6, stage train: samples 8 to 15"
     assert shown[-1].endswith("and 2 more; --samples 8 shows all")
     tokenizer = Tokenizer(run.data.tokenizer)
     files = {"data": Documents(run.data.train[0].path), "other": Documents(run.data.train[1].path)}
