@@ -11,8 +11,9 @@ from megatron_ext.config.base import config
 class TrainConfig:
     """Length of the run and shape of its batches."""
 
-    train_iters: int = Field(ge=1)
-    """Optimizer steps of the whole run, however many times it is interrupted. Learning rate and data follow it."""
+    train_iters: int = Field(default=0, ge=0)
+    """Optimizer steps of the whole run, however many times it is interrupted. Learning rate and data follow it.
+    Default: the steps of data.stages."""
     stop_at_iteration: int | None = Field(default=None, ge=1)
     """Save and end after this step, to go on later; the plan of the run stays what it is."""
     global_batch_size: int = Field(ge=1)

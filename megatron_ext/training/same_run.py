@@ -58,8 +58,12 @@ def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> N
     saved = read_run(checkpoint)
     then, now = saved.get("data") or {}, to_mapping(data)
     old_seed = (saved.get("train") or {}).get("seed")
+    # Where the order is computed, the plan tells what may change.
+    by_index = (
+        [("data.sequence_length", then.get("sequence_length"), now["sequence_length"])] if data.order == 1 else []
+    )
     compared = [
-        ("data.sequence_length", then.get("sequence_length"), now["sequence_length"]),
+        *by_index,
         ("train.seed", old_seed, train.seed),
         # The tokens would be the same, but not what is computed from them: as little as another model may this change
         # unnoticed on the way. Checkpoints older than these keys had them off.
@@ -67,7 +71,7 @@ def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> N
     ]
     different = [f"  {key}: {old!r} in the checkpoint, {new!r} in this run" for key, old, new in compared if old != new]
     weights = [[source.get("weight", 1.0) for source in mapping.get("train") or []] for mapping in (then, now)]
-    if _shares(weights[0]) != _shares(weights[1]):
+    if data.order == 1 and _shares(weights[0]) != _shares(weights[1]):
         different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
     if different:
         raise CheckpointError(OTHER_SAMPLES.format(checkpoint, "\n".join(different)))

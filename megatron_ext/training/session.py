@@ -13,7 +13,9 @@ from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.config import Layout, RunConfig, to_mapping
+from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.progress import to_json
 from megatron_ext.data.stream.stream import Batch, DataStream
 from megatron_ext.errors import TrainingError
 from megatron_ext.mcore.build import Trainable, build_trainable
@@ -56,6 +58,8 @@ class Session:
     state: TrainingState = TrainingState()
     judge: Judge = take_finite
     """Whether a step is taken."""
+    plan: RunPlan | None = None
+    """The plan of `stream`, where it has one."""
 
     def __post_init__(self) -> None:
         self._register_states()
@@ -105,7 +109,10 @@ class Session:
 
     def pass_over(self) -> None:
         """Advance by one step without reading its samples."""
-        self.stream.seek(self.stream.position().after(self.run.train.global_batch_size))
+        at, batch = self.stream.position(), self.run.train.global_batch_size
+        if self.plan is not None:
+            batch = self.plan.stage_of_sample(at.samples).global_batch_size
+        self.stream.seek(at.after(batch))
         self._advance()
 
     def _advance(self) -> None:
@@ -176,10 +183,14 @@ class Session:
 
     def _progress(self) -> dict[str, Any]:
         at = self.stream.position()
+        place: dict[str, Any] = {"position": {"stage": at.stage, "source_samples": list(at.sources)}}
+        if self.plan is not None and self.plan.order == 2:
+            # Sources and stages may be others when the run goes on: the record knows them by name.
+            place = {"plan": to_json(self.plan.progress(at.samples))}
         return {
             "iteration": self.state.iteration,
             "consumed_samples": at.samples,
-            "position": {"stage": at.stage, "source_samples": list(at.sources)},
+            **place,
             "data": self.state.data,
         }
 
@@ -187,7 +198,12 @@ class Session:
         self.state = TrainingState(saved["iteration"], saved["consumed_samples"], data=tuple(saved["data"]))
         # Older checkpoints have the number of samples alone, from which the rest follows.
         place = saved.get("position", {"stage": 0, "source_samples": []})
-        self.stream.seek(Position(saved["consumed_samples"], place["stage"], tuple(place["source_samples"])))
+        samples = saved["consumed_samples"]
+        self.stream.seek(Position(samples, place["stage"], tuple(place["source_samples"])))
+        if "plan" in saved and self.plan is not None:
+            expected = to_json(self.plan.progress(samples))["sources"]
+            if saved["plan"]["sources"] != expected:
+                raise ValueError(f"of {samples} samples {saved['plan']['sources']} were read, by the plan {expected}")
 
 
 def starting_state(run: RunConfig) -> TrainingState:
@@ -205,6 +221,7 @@ def open_session(
     *,
     open_foreign: OpenForeign = no_foreign_weights,
     hooks: Sequence[Hook] = (),
+    plan: RunPlan | None = None,
 ) -> Session:
     """Build the model and optimizer with fresh weights, or those that the run continues or starts from.
 
@@ -212,6 +229,7 @@ def open_session(
         stream: what it trains on; it is put to where the run goes on.
         open_foreign: opens weights to start from that are no Megatron checkpoint.
         hooks: their state is saved and restored with the rest.
+        plan: that of `stream`.
     """
     trainable, task = build_trainable(run, groups, device), Pretrain.of(run.model)
     checkpoints = CheckpointManager(
@@ -221,7 +239,7 @@ def open_session(
         keep_last=run.checkpoint.keep_last,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
     )
-    session = Session(run, layout, groups, device, trainable, task, stream, checkpoints, hooks)
+    session = Session(run, layout, groups, device, trainable, task, stream, checkpoints, hooks, plan=plan)
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:

@@ -39,7 +39,7 @@ def _micro_divides_global(global_batch: int, micro: int) -> str | None:
 @rule("train.skip_steps", "train.train_iters")
 def _skips_are_ranges(skips: list[list[int]], iters: int) -> str | None:
     for skip in skips:
-        if len(skip) != 2 or not 1 <= skip[0] <= skip[1] <= iters:
+        if len(skip) != 2 or not 1 <= skip[0] <= skip[1] or skip[1] > iters > 0:
             return f"{skip} is no range [first, last] of steps of this run"
     return None
 
@@ -51,7 +51,7 @@ def _eval_needs_data(interval: int | None, validation: list[Any]) -> str | None:
 
 @rule("schedule.warmup_iters", "train.train_iters")
 def _warmup_fits(warmup: int, iters: int) -> str | None:
-    return "warmup is longer than the run" if warmup > iters else None
+    return "warmup is longer than the run" if warmup > iters > 0 else None
 
 
 @rule("schedule.warmup_iters", "schedule.decay_iters")
@@ -61,7 +61,7 @@ def _decay_after_warmup(warmup: int, decay: int | None) -> str | None:
 
 @rule("schedule.wsd_decay_iters", "schedule.warmup_iters", "train.train_iters")
 def _wsd_fits(decay: int, warmup: int, iters: int) -> str | None:
-    return "warmup and final decay together are longer than the run" if decay + warmup > iters else None
+    return "warmup and final decay together are longer than the run" if decay + warmup > iters > 0 else None
 
 
 @rule("schedule.min_lr", "optimizer.lr")

@@ -31,6 +31,10 @@ class Blend(torch.utils.data.Dataset[dict[str, Any]]):
         """The number of the source that `position` is read from."""
         return 0 if self._order is None else int(self._order[position])
 
+    def stage(self, position: int) -> int:
+        """There is one stage."""
+        return 0
+
     def counts(self, first: int, last: int) -> Sequence[int]:
         """How many of the positions from `first` to before `last` are read from each source."""
         if self._order is None:

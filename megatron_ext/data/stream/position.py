@@ -20,5 +20,5 @@ class Position:
             raise ValueError(f"{self} is no position: counts are no less than 0")
 
     def after(self, samples: int) -> "Position":
-        """The position `samples` later; a stream that goes there counts its sources anew."""
-        return Position(self.samples + samples, self.stage)
+        """The position `samples` later; a stream that goes there counts stage and sources anew."""
+        return Position(self.samples + samples)
