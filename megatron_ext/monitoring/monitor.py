@@ -41,11 +41,14 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     consumed_samples: int
+    consumed_tokens: int
     memory_bytes: int
     """Peak memory of the process that used most: device memory on CUDA, resident memory on CPU."""
     experts: ExpertStatistics | None
     sources: Mapping[str, SourceReport] = field(default_factory=dict)
     """Those that were read since the report before."""
+    steps: int = 1
+    """Steps taken since then, of which the sources say the mean; all else is that of the last."""
     stage: str | None = None
     """Of the data; None where the run has one only."""
 
@@ -80,7 +83,7 @@ class Monitor:
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
             "consumed_samples": report.consumed_samples,
-            "consumed_tokens": report.consumed_samples * self._run.data.sequence_length,
+            "consumed_tokens": report.consumed_tokens,
             "supervised_tokens": sum(source.supervised_tokens for source in report.sources.values()),
             "seconds_per_step": seconds,
             "tokens_per_second": rate,
@@ -132,7 +135,7 @@ class Monitor:
             f"step {report.iteration}/{self._run.train.train_iters}",
             f"stage {report.stage}" if report.stage is not None else "",
             f"loss {report.losses['loss']:.4f}",
-            step_line(report.sources),
+            step_line(report.sources, report.steps),
             f"lr {report.learning_rate:.2e}",
             f"norm {report.grad_norm:.3f}",
             f"{rate:,.0f} tok/s" if rate >= 10 else f"{rate:.3g} tok/s",

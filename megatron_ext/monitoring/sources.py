@@ -46,15 +46,16 @@ def step_panels(sources: Mapping[str, SourceReport]) -> dict[str, float]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def step_line(sources: Mapping[str, SourceReport]) -> str:
-    """For the console: the losses of those that most tokens were of; empty where there is only one source."""
+def step_line(sources: Mapping[str, SourceReport], steps: int) -> str:
+    """For the console: the losses over some steps of those that most tokens were of; empty with only one source."""
     if len(sources) < 2:
         return ""
     losses = {name: source.loss for name, source in sources.items() if source.loss is not None}
     most = sorted(losses, key=lambda name: -sources[name].supervised_tokens)[:_MOST_ON_A_LINE]
     shown = [f"{name} {loss:.3f}" for name, loss in losses.items() if name in most]
     left_out = len(losses) - len(shown)
-    return ", ".join(shown) + (f" and {left_out} more" if left_out else "")
+    over = f"{steps} steps: " if steps > 1 else ""
+    return over + ", ".join(shown) + (f" and {left_out} more" if left_out else "")
 
 
 def validation_values(report: ValidationReport) -> dict[str, Any]:

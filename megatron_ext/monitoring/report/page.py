@@ -66,7 +66,9 @@ def _experts_section(index: int, phase: Phase) -> str:
 
 def _sources_section(index: int, phase: Phase) -> str:
     plots = f'<div class="sources" data-phase="{index}"></div>'
-    return _section(f"Sources, {phase.name}", _table(SOURCES_HEADER, source_rows(phase)) + plots)
+    stages = ", ".join(dict.fromkeys(step["stage"] for step in phase.steps if isinstance(step.get("stage"), str)))
+    note = f"<p>Stages: {html.escape(stages)}. A dashed line: the next one.</p>" if stages else ""
+    return _section(f"Sources, {phase.name}", _table(SOURCES_HEADER, source_rows(phase)) + note + plots)
 
 
 def _figures_section(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.data.stream.plan import Consumed
+from megatron_ext.data.stream.position import Consumption
 from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.monitoring.clock import Clock
@@ -93,23 +94,34 @@ class Reports(Hook):
         losses = {name: float(mean) for name, mean in done.result.losses.items()}
         experts = expert_statistics(session, self._trained)
         memory = peak_memory(session)
-        sources, stage = self._source_reports(session), session.stream.consumption().stage
-        self._trained = 0
+        consumed, steps = session.stream.consumption(), self._taken
+        sources = self._source_reports(consumed)
+        self._trained = self._taken = 0
         if self._monitor is not None:
             rate = learning_rate(self._run, done.iteration - 1)
-            consumed = session.state.consumed_samples
-            norm = done.result.grad_norm
-            report = StepReport(done.iteration, losses, rate, norm, consumed, memory, experts, sources, stage)
+            report = StepReport(
+                iteration=done.iteration,
+                losses=losses,
+                learning_rate=rate,
+                grad_norm=done.result.grad_norm,
+                consumed_samples=session.state.consumed_samples,
+                consumed_tokens=sum(use.tokens for use in consumed.sources.values()),
+                memory_bytes=memory,
+                experts=experts,
+                sources=sources,
+                steps=steps,
+                stage=consumed.stage,
+            )
             self._monitor.step(report)
 
-    def _source_reports(self, session: Session) -> dict[str, SourceReport]:
+    def _source_reports(self, consumed: Consumption) -> dict[str, SourceReport]:
         """What there is to say of the sources that were read since the last report; it begins anew."""
         assert self._sources is not None
-        now, before, steps = session.stream.consumption().sources, self._read, self._taken
+        now, before = consumed.sources, self._read
         trained = zip(now.items(), self._sources.read(), strict=True)
-        self._sources, self._taken, self._read = None, 0, now
+        self._sources, self._read = None, now
         return {
-            name: SourceReport(loss, units / steps, use.tokens, use.epochs)
+            name: SourceReport(loss, units / self._taken, use.tokens, use.epochs)
             for (name, use), (loss, units) in trained
             if units or use != before.get(name)
         }

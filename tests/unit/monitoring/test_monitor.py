@@ -36,7 +36,7 @@ def test_the_output_z_loss_is_reported_beside_the_loss(tmp_path: Path) -> None:
 
 
 def step(iteration: int, experts: ExpertStatistics | None = None) -> StepReport:
-    return StepReport(iteration, {"loss": 2.5}, 1e-3, 0.7, iteration * 8, 3 * 2**20, experts)
+    return StepReport(iteration, {"loss": 2.5}, 1e-3, 0.7, iteration * 8, iteration * 8 * 64, 3 * 2**20, experts)
 
 
 def test_sources_and_the_stage_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -45,7 +45,7 @@ def test_sources_and_the_stage_are_reported(tmp_path: Path, caplog: pytest.LogCa
     monitor = Monitor(run, run.resolve(1), 0, "abcd1234", Clock())
     sources = {f"s{n}": SourceReport(2.0 + n, 10.0 * (n + 1), 640 * n, n / 2) for n in range(6)}
     sources["masked"] = SourceReport(None, 0.0, 64, 0.1)
-    monitor.step(replace(step(1), sources=sources, stage="english"))
+    monitor.step(replace(step(1), sources=sources, stage="english", steps=4))
     monitor.step(replace(step(2), sources={"s0": sources["s0"]}))
     monitor.close()
     first, second = read_metrics(tmp_path / "metrics.jsonl")
@@ -54,7 +54,7 @@ def test_sources_and_the_stage_are_reported(tmp_path: Path, caplog: pytest.LogCa
     assert first["sources"]["s1"] == {"loss": 3.0, "supervised_tokens": 20, "consumed_tokens": 640, "epochs": 0.5}
     assert first["sources"]["masked"]["loss"] is None
     assert (
-        "step 1/100 | stage english | loss 2.5000 | s2 4.000, s3 5.000, s4 6.000, s5 7.000 and 2 more | lr"
+        "step 1/100 | stage english | loss 2.5000 | 4 steps: s2 4.000, s3 5.000, s4 6.000, s5 7.000 and 2 more | lr"
         in caplog.text
     )
     assert "step 2/100 | loss 2.5000 | lr" in caplog.text

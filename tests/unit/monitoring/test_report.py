@@ -211,7 +211,9 @@ def test_sources_have_their_curves_and_a_row_each(named: list[str], tmp_path: Pa
         ("ja", "3,600", "0.400", "1.000", "4.500", "4.500", "90.02"),
     ]
     write_report(tmp_path / "r.html", "x", phases, [], None)
-    assert "Sources, MoE" in (tmp_path / "r.html").read_text()
+    text = (tmp_path / "r.html").read_text()
+    assert "Sources, MoE" in text
+    assert "Stages: first, second." in text
 
 
 def test_a_rare_source_counts_by_its_tokens_where_steps_are_drawn_as_one() -> None:
