@@ -30,13 +30,15 @@ class Reports(Hook):
         self._run_id = new_run_id()
         self._monitor: Monitor | None = None
         """On rank 0, while the run goes on."""
-        self._trained = 0
-        """Steps computed since the last report, over which it averages."""
+        self._micro_batches = 0
+        """Those of all ranks computed since the last report, over which it averages."""
 
     def on_start(self, session: Session) -> None:
         """Open the metrics file and W&B."""
         if dist.get_rank() == 0:
-            self._monitor = Monitor(self._run, self._layout, session.state.iteration, self._run_id, self._clock)
+            self._monitor = Monitor(
+                self._run, self._layout, session.plan, session.state.iteration, self._run_id, self._clock
+            )
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Report where it is time to, and every step that was skipped."""
@@ -45,7 +47,8 @@ class Reports(Hook):
             self._monitor.skipped(done.iteration, done.first_sample, last_sample, done.verdict.reason)
         if done.result is None:
             return
-        self._trained += 1
+        stage = session.plan.stage_of_sample(done.first_sample)
+        self._micro_batches += stage.global_batch_size // stage.micro_batch_size
         if isinstance(done.verdict, Take) and (done.signal or done.is_due(self._run.logging.log_interval)):
             self._report(session, done)
 
@@ -78,19 +81,19 @@ class Reports(Hook):
         """Bring together what all ranks know and hand it to the monitor; every rank must call this."""
         assert done.result is not None
         losses = {name: float(mean) for name, mean in done.result.losses.items()}
-        experts = expert_statistics(session, self._trained)
+        experts = expert_statistics(session, self._micro_batches)
         memory = peak_memory(session)
-        self._trained = 0
+        self._micro_batches = 0
         if self._monitor is not None:
-            rate = learning_rate(self._run, done.iteration - 1)
+            rate = learning_rate(self._run, session.plan, done.iteration - 1)
             consumed = session.state.consumed_samples
             report = StepReport(done.iteration, losses, rate, done.result.grad_norm, consumed, memory, experts)
             self._monitor.step(report)
 
 
-def expert_statistics(session: Session, steps: int) -> ExpertStatistics | None:
-    """Routing over the last `steps` steps; None in a dense model. Every rank must call this."""
-    model, layout = session.run.model, session.layout
+def expert_statistics(session: Session, micro_batches: int) -> ExpertStatistics | None:
+    """Routing over the last `micro_batches` of all ranks; None in a dense model. Every rank must call this."""
+    model = session.run.model
     if not model.is_moe:
         return None
     assert model.num_moe_experts is not None
@@ -98,7 +101,7 @@ def expert_statistics(session: Session, steps: int) -> ExpertStatistics | None:
         routers(session.chunks),
         num_layers=model.num_layers,
         num_experts=model.num_moe_experts,
-        num_microbatches=steps * layout.num_microbatches * layout.dp,
+        num_microbatches=micro_batches,
         group=session.groups.world,
         device=session.device,
     )
