@@ -17,7 +17,7 @@ class IsPath:
     """Marks a text that is the path of a file or directory: messages then give it absolute."""
 
 
-PathName = Annotated[str, IsPath()]
+PathName = Annotated[str, IsPath(), Field(min_length=1)]
 """A path as people write it, kept so in what is written."""
 
 

@@ -27,6 +27,8 @@ _PLAIN = {
     "bool_type": "must be true or false",
     "list_type": "must be a list",
     "dict_type": "must be a mapping",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
 }
 
 

@@ -36,8 +36,7 @@ def make_plan(
     """
     planner = _Planner(data, train, sizes, progress)
     planner.check()
-    if not planner.faults and not planner.mismatches:
-        planner.plan()
+    planner.plan()
     if planner.mismatches:
         raise CheckpointError("\n".join([*planner.mismatches, *planner.faults]))
     if planner.faults:
@@ -78,9 +77,6 @@ class _Planner:
         self._check_units()
         if self._data.order == 2:
             self._check_sources()
-        for stage in self._stages:
-            if unknown := [name for name in (*stage.mix, *stage.take) if name not in self._sizes]:
-                self.faults.append(f"stage {stage.name!r} reads {', '.join(unknown)}: not among the sources")
         if self._progress is None:
             return
         for key, then, now in (
@@ -98,8 +94,15 @@ class _Planner:
                 self._append(part)
             continued = continue_stages(self._stages, self._progress, self._length)
             self.mismatches += continued.faults
-        if continued.current is not None:
-            self._continue(continued.current)
+        current = [continued.current] if continued.current is not None else []
+        for stage in [*current, *continued.coming]:
+            if unknown := [name for name in (*stage.mix, *stage.take) if name not in self._sizes]:
+                known = ", ".join(self._sizes)
+                self.faults.append(f"stage {stage.name!r} reads {', '.join(unknown)}, none of the sources ({known})")
+        if self.faults or self.mismatches:
+            return
+        for stage in current:
+            self._continue(stage)
         for stage in continued.coming:
             self._begin(stage, [])
         total = sum(part.steps for part in self.parts)

@@ -17,6 +17,8 @@ from megatron_ext.config.data import Stage
 from megatron_ext.errors import CheckpointError
 from megatron_ext.foreign import reading
 
+_BATCHES = ("global_batch_size", "micro_batch_size")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -82,8 +84,12 @@ class Progress:
 
 
 def definition(stage: Stage, sequence_length: int) -> dict[str, Any]:
-    """What a stage says, as its file has it: defaults are left out, its sequence length is said."""
-    return {**_said(stage), "sequence_length": sequence_length}
+    """What a stage says, as its file has it: defaults are left out, its sequence length is said.
+
+    How its samples are cut into batches is no part of it: that may follow the machines, also where a stage is over.
+    """
+    said = {key: value for key, value in _said(stage).items() if key not in _BATCHES}
+    return {**said, "sequence_length": sequence_length}
 
 
 def definition_hash(stage: Stage, sequence_length: int) -> str:

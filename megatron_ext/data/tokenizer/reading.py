@@ -87,6 +87,11 @@ class Tokenizer:
             )
         return ids
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer | None:
+        """What cuts text into tokens; None for a tokenizer that is Python code."""
+        return self._backend
+
     def spells(self, text: str) -> str | None:
         """A special token that is spelt out in `text`, if one is: `encode` takes it for text."""
         found = self._spelling.search(text) if self._spelling is not None else None

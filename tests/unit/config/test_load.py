@@ -136,6 +136,7 @@ def test_the_faults_in_the_readme_are_those_that_a_run_with_them_has() -> None:
         ("train", {"train_iters": 0}, "train.train_iters = 0: must be greater than or equal to 1"),
         ("train", {"train_iters": 1.5}, "train.train_iters = 1.5: must be an integer"),
         ("parallel", {"sequence_parallel": "yes"}, "parallel.sequence_parallel = 'yes': must be true or false"),
+        ("checkpoint", {"directory": ""}, "checkpoint.directory = '': must not be empty"),
         ("data", {"train": []}, "data.train: is required, or data.sources with data.stages"),
         ("data", {"train": [{"path": "a", "weight": -1}]}, "data.train.0.weight = -1: must be greater than 0"),
         ("model", {"moe_layer_freq": "all"}, "model.moe_layer_freq = 'all': must be an integer or must be a list"),

@@ -41,7 +41,6 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
             },
         },
         [
-            "data.stages.0: reads 'hi', which is none of data.sources (ja, en)",
             "data.stages.0.mix.hi = 0.0: must be greater than 0",
             "data.stages.0.tokens: exactly one of tokens, steps and samples",
             "data.stages.1.name = 'A': an earlier stage has this name",
