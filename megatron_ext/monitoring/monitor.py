@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import Layout, RunConfig, to_mapping
+from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.description import describe_start
@@ -24,7 +25,7 @@ from megatron_ext.monitoring.sources import (
     validation_values,
 )
 from megatron_ext.monitoring.wandb_run import WandbRun
-from megatron_ext.planning.amounts import duration, flops
+from megatron_ext.planning.amounts import duration, flops, short_number
 from megatron_ext.planning.flops import training_flops_per_token
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     consumed_samples: int
-    consumed_tokens: int
     memory_bytes: int
     """Peak memory of the process that used most: device memory on CUDA, resident memory on CPU."""
     experts: ExpertStatistics | None
@@ -61,15 +61,19 @@ def metrics_path(run: RunConfig) -> Path:
 class Monitor:
     """Receives reports and hands them on, with the throughput since the last one."""
 
-    def __init__(self, run: RunConfig, layout: Layout, iteration: int, run_id: str, clock: Clock) -> None:
+    def __init__(
+        self, run: RunConfig, layout: Layout, plan: RunPlan, iteration: int, run_id: str, clock: Clock
+    ) -> None:
         directory = Path(run.checkpoint.directory)
-        self._run, self._layout, self._clock = run, layout, clock
+        self._run, self._layout, self._plan, self._clock = run, layout, plan, clock
         self._file = MetricsFile(metrics_path(run), iteration)
         configuration = to_mapping(run)
         self._wandb = WandbRun(run.logging.wandb, run_id, directory, configuration)
         started = {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
         self._file.write(started | describe_start(run, layout))
-        self._flops = training_flops_per_token(run.model, run.data.sequence_length)
+        lengths = {stage.sequence_length for stage in plan.stages}
+        self._flops = {length: training_flops_per_token(run.model, length) for length in lengths}
+        """Of a token, by the sequence length."""
         self._last_iteration, self._last_time = iteration, clock.now()
         self._first: tuple[int, float] | None = None
         """Step and time of the first report: what came before it was warming up."""
@@ -83,7 +87,8 @@ class Monitor:
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
             "consumed_samples": report.consumed_samples,
-            "consumed_tokens": report.consumed_tokens,
+            "consumed_tokens": self._plan.tokens_at(report.iteration),
+            "planned_tokens": self._plan.total_tokens,
             "supervised_tokens": sum(source.supervised_tokens for source in report.sources.values()),
             "seconds_per_step": seconds,
             "tokens_per_second": rate,
@@ -123,21 +128,33 @@ class Monitor:
 
     def _throughput(self, iteration: int) -> tuple[float, float, float]:
         """Seconds a step, tokens a second over all devices, model TFLOP/s of one device."""
-        now = self._clock.now()
-        seconds = (now - self._last_time) / max(iteration - self._last_iteration, 1)
+        now, last = self._clock.now(), self._last_iteration
+        elapsed = now - self._last_time
         self._last_iteration, self._last_time = iteration, now
-        rate = self._run.train.global_batch_size * self._run.data.sequence_length / seconds
-        return seconds, rate, rate * self._flops / self._layout.world_size / 1e12
+        tokens = self._plan.tokens_at(iteration) - self._plan.tokens_at(last)
+        tflops = self._work(last, iteration) / elapsed / self._layout.world_size / 1e12
+        return elapsed / max(iteration - last, 1), tokens / elapsed, tflops
+
+    def _work(self, first: int, last: int) -> float:
+        """Model FLOPs of the steps from `first` to before `last`, over all devices."""
+        work = 0.0
+        for stage in self._plan.stages:
+            begin, end = max(first, stage.first_step), min(last, stage.first_step + stage.steps)
+            if begin < end:
+                tokens = self._plan.tokens_at(end) - self._plan.tokens_at(begin)
+                work += tokens * self._flops[stage.sequence_length]
+        return work
 
     def _line(self, report: StepReport, record: dict[str, Any]) -> str:
         memory, rate = report.memory_bytes, record["tokens_per_second"]
         parts = [
-            f"step {report.iteration}/{self._run.train.train_iters}",
+            f"step {report.iteration}/{self._plan.total_steps}",
             f"stage {report.stage}" if report.stage is not None else "",
             f"loss {report.losses['loss']:.4f}",
             step_line(report.sources, report.steps),
             f"lr {report.learning_rate:.2e}",
             f"norm {report.grad_norm:.3f}",
+            f"{short_number(record['consumed_tokens'])} of {short_number(record['planned_tokens'])} tokens",
             f"{rate:,.0f} tok/s" if rate >= 10 else f"{rate:.3g} tok/s",
             f"{flops(record['tflops_per_device'] * 1e12)}/s/device",
             f"{memory / 2**30:,.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:,.0f} MiB",
@@ -152,13 +169,13 @@ class Monitor:
 
     def _time_left(self, iteration: int, seconds_per_step: float) -> float | None:
         """Seconds until the last step of this job, validating and saving as until now; None after it."""
-        last = min(self._run.train.train_iters, self._run.train.stop_at_iteration or self._run.train.train_iters)
-        now = time.perf_counter()
+        last = min(self._plan.total_steps, self._run.train.stop_at_iteration or self._plan.total_steps)
+        now, done, seconds = time.perf_counter(), self._work(iteration - 1, iteration), seconds_per_step
         if self._first is None:
             self._first = iteration, now
-        elif (steps := iteration - self._first[0]) > 0:
-            seconds_per_step = (now - self._first[1]) / steps
-        return (last - iteration) * seconds_per_step if iteration < last else None
+        elif iteration > self._first[0]:
+            done, seconds = self._work(self._first[0], iteration), now - self._first[1]
+        return self._work(iteration, last) * seconds / done if iteration < last else None
 
     def _expert_values(self, experts: ExpertStatistics | None) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -185,6 +202,7 @@ def _grouped(record: Mapping[str, Any], losses: Mapping[str, float]) -> dict[str
             "grad_norm",
             "consumed_samples",
             "consumed_tokens",
+            "planned_tokens",
             "supervised_tokens",
             "stage",
         ),

@@ -17,12 +17,25 @@ from megatron_ext.config import (
 from megatron_ext.config.machine import Backend
 from megatron_ext.mcore.build import Trainable, build_trainable
 from megatron_ext.mcore.optimizer import set_learning_rate
+from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import Groups, split_process_group
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SEQUENCE_LENGTH, SOURCES, random_batch
 from megatron_ext.training.step import train_step
 from megatron_ext.training.tasks.pretrain import Pretrain
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the steps of a stage have of their own."""
+
+    samples: int
+    """Global batch size."""
+    micro_batch: int
+    length: int
+    rotary_base: float
+    """Of rotary embedding, where the model has that."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,13 @@ class Cell:
     documents: bool = False
     """Samples hold several documents, and attention stays within them."""
     backend: Backend = "torch"
+    stages: tuple[Shape, ...] = ()
+    """What comes after `steps` of the above, each for as many steps."""
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of all stages, in order."""
+        return Shape(self.samples, self.micro_batch, self.length, self.model.rotary_base), *self.stages
 
     @property
     def optimizer(self) -> AdamConfig:
@@ -97,15 +117,16 @@ def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
     """Train the steps of `cell` on random batches, the same in every layout."""
     set_learning_rate(trainable.optimizer, cell.lr)
     task, losses, norms, sources = Pretrain.of(cell.model), list[float](), list[float](), list[tuple[float, int]]()
-    for step in range(cell.steps):
+    for step, shape in enumerate(shape for shape in cell.shapes for _ in range(cell.steps)):
+        set_rotary_base(trainable.chunks, shape.rotary_base)
         batch = random_batch(
             step,
-            samples=cell.samples,
-            micro_batch=cell.micro_batch,
+            samples=shape.samples,
+            micro_batch=shape.micro_batch,
             dp_rank=groups.dp.rank(),
             dp_size=groups.dp.size(),
             vocabulary=cell.model.vocab_size,
-            length=cell.length,
+            length=shape.length,
             documents=cell.documents,
         )
         result = train_step(trainable, task, batch, groups, max_norm=cell.optimizer.clip_grad, num_sources=SOURCES)

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ from megatron_ext.training.same_run import (
     check_same_model,
     check_same_sources,
     rereads,
+    trained_model,
 )
+from megatron_ext.training.schedule import learning_rate
+from megatron_ext.training.schedule_faults import moved_decay, schedule_faults
 from megatron_ext.training.start import OpenForeign, foreign_model
 
 
@@ -187,12 +191,16 @@ class _Examination:
             where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
             plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
             self.found.plan = plan
-            if self._data.stages:
-                self.found.stages = plan_table(plan)
-                self.found.warnings += plan_warnings(plan, self._data)
+            rate_at = None
             if self._run is not None:
                 self._run = with_planned_length(self._run, plan)
                 self._train = self._run.train
+                wrong = schedule_faults(self._run, plan)
+                self.found.faults += wrong
+                rate_at = None if wrong else partial(learning_rate, self._run, plan)
+            if self._data.stages:
+                self.found.stages = plan_table(plan, rate_at)
+                self.found.warnings += plan_warnings(plan, self._data)
 
     def _look_at_state(self) -> None:
         """Read where the run goes on, if it does."""
@@ -215,7 +223,7 @@ class _Examination:
         self.found.start = f"continues {newest} at step {done}{steps}"
         if self._model is not None:
             with collecting(faults):
-                check_same_model(self._model, newest)
+                check_same_model(trained_model(self._model, self._state, newest), newest)
         if self._data is not None and self._train is not None and self._state.consumed_samples:
             with collecting(faults):
                 check_same_data(self._data, self._train, newest)
@@ -224,6 +232,8 @@ class _Examination:
                     check_same_sources(self._fingerprints or self._state.data, self._state, newest)
         if self._run is not None:
             self.found.changes = changed_keys(self._run, newest)
+            if self.found.plan is not None and (moved := moved_decay(self._run, self.found.plan, newest, done)):
+                faults.append(moved)
         if self._train is not None and done >= self._train.train_iters:
             self.found.warnings.append(
                 f"train.train_iters = {self._train.train_iters}: all of them are done, and this run would do nothing; "

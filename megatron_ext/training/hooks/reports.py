@@ -34,8 +34,8 @@ class Reports(Hook):
         self._run_id = new_run_id()
         self._monitor: Monitor | None = None
         """On rank 0, while the run goes on."""
-        self._trained = 0
-        """Steps computed since the last report, over which it averages."""
+        self._micro_batches = 0
+        """Those of all ranks computed since the last report, over which it averages."""
         self._sources: SourceSums | None = None
         self._taken = 0
         """What the sources gave to the steps taken since the last report, and how many those are."""
@@ -46,7 +46,9 @@ class Reports(Hook):
         """Open the metrics file and W&B."""
         self._read = session.stream.consumption().sources
         if dist.get_rank() == 0:
-            self._monitor = Monitor(self._run, self._layout, session.state.iteration, self._run_id, self._clock)
+            self._monitor = Monitor(
+                self._run, self._layout, session.plan, session.state.iteration, self._run_id, self._clock
+            )
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Report where it is time to, and every step that was skipped."""
@@ -55,7 +57,8 @@ class Reports(Hook):
             self._monitor.skipped(done.iteration, done.first_sample, last_sample, done.verdict.reason)
         if done.result is None:
             return
-        self._trained += 1
+        stage = session.plan.stage_of_sample(done.first_sample)
+        self._micro_batches += stage.global_batch_size // stage.micro_batch_size
         if isinstance(done.verdict, Take):
             seen = done.result.sources
             self._sources = seen if self._sources is None else self._sources + seen
@@ -92,20 +95,19 @@ class Reports(Hook):
         """Bring together what all ranks know and hand it to the monitor; every rank must call this."""
         assert done.result is not None
         losses = {name: float(mean) for name, mean in done.result.losses.items()}
-        experts = expert_statistics(session, self._trained)
+        experts = expert_statistics(session, self._micro_batches)
         memory = peak_memory(session)
         consumed, steps = session.stream.consumption(), self._taken
         sources = self._source_reports(consumed)
-        self._trained = self._taken = 0
+        self._micro_batches = self._taken = 0
         if self._monitor is not None:
-            rate = learning_rate(self._run, done.iteration - 1)
+            rate = learning_rate(self._run, session.plan, done.iteration - 1)
             report = StepReport(
                 iteration=done.iteration,
                 losses=losses,
                 learning_rate=rate,
                 grad_norm=done.result.grad_norm,
                 consumed_samples=session.state.consumed_samples,
-                consumed_tokens=sum(use.tokens for use in consumed.sources.values()),
                 memory_bytes=memory,
                 experts=experts,
                 sources=sources,
@@ -127,9 +129,9 @@ class Reports(Hook):
         }
 
 
-def expert_statistics(session: Session, steps: int) -> ExpertStatistics | None:
-    """Routing over the last `steps` steps; None in a dense model. Every rank must call this."""
-    model, layout = session.run.model, session.layout
+def expert_statistics(session: Session, micro_batches: int) -> ExpertStatistics | None:
+    """Routing over the last `micro_batches` of all ranks; None in a dense model. Every rank must call this."""
+    model = session.run.model
     if not model.is_moe:
         return None
     assert model.num_moe_experts is not None
@@ -137,7 +139,7 @@ def expert_statistics(session: Session, steps: int) -> ExpertStatistics | None:
         routers(session.chunks),
         num_layers=model.num_layers,
         num_experts=model.num_moe_experts,
-        num_microbatches=steps * layout.num_microbatches * layout.dp,
+        num_microbatches=micro_batches,
         group=session.groups.world,
         device=session.device,
     )

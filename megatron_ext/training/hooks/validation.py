@@ -1,4 +1,4 @@
-"""Validates every train.eval_interval steps, on the same samples each time."""
+"""Validates every train.eval_interval steps and after the last of each stage, on the same samples each time."""
 
 import logging
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Validation(Hook):
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Validate where it is time to; a run that is told to stop does not."""
-        if done.signal or not done.is_due(self._train.eval_interval):
+        if done.signal or not (done.ends_stage or done.is_due(self._train.eval_interval)):
             return
         with self._clock.stopped():
             names = list(self._stream.consumption().sources)

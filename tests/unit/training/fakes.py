@@ -17,6 +17,7 @@ from megatron_ext.training.step import SourceSums, StepResult, never
 from megatron_ext.training.tasks.pretrain import Pretrain
 from megatron_ext.training.verdict import Rollback, Take, Verdict
 from tests.unit.config.test_load import load, mapping
+from tests.unit.training.plans import plan_of_run
 
 BATCH = 8
 
@@ -83,6 +84,7 @@ def fake_session(directory: Path, hooks: Sequence[Hook] = (), **sections: Any) -
         trainable,  # type: ignore[arg-type]
         Pretrain(),
         Numbers(),
+        plan_of_run(run),
         CheckpointManager(directory, {}),
         hooks,
     )
