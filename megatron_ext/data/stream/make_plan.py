@@ -91,6 +91,8 @@ class _Planner:
         """Plan what was read, the rest of the stage under way, and what follows."""
         continued = Continued(coming=self._stages)
         if self._progress is not None:
+            if self._progress.order != self._data.order:
+                return  # its sources have other names
             for part in self._progress.parts:
                 self._append(part)
             continued = continue_stages(self._stages, self._progress, self._length)
