@@ -74,8 +74,12 @@ class RunConfig:
 
     @property
     def planned_samples(self) -> int:
-        """Sequences the whole run consumes."""
-        return self.train.train_iters * self.train.global_batch_size
+        """Sequences the whole run consumes, where it has no stages."""
+        train = self.train
+        ramp = sum(
+            step.num_steps * (step.global_batch_size - train.global_batch_size) for step in train.batch_size_ramp
+        )
+        return train.train_iters * train.global_batch_size + ramp
 
     @property
     def step_tokens(self) -> set[int]:

@@ -122,10 +122,8 @@ class Session:
 
     def ends_stage(self) -> bool:
         """Whether the last step was that of a stage."""
-        done = self.state.iteration
-        if not 0 < done < self.plan.total_steps:
-            return done > 0
-        return self.plan.stage_of_step(done - 1).name != self.plan.stage_of_step(done).name
+        stage = self.plan.stage_of_step(self.state.iteration - 1)
+        return self.plan.ends(stage) and self.state.iteration == stage.first_step + stage.steps
 
     def _set_rotary_base(self, stage: StagePlan) -> None:
         """Have the model turn as `stage` asks for; checkpoints say it."""
