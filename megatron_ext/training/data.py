@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_ext.checkpoint.state_file import TrainingState
 from megatron_ext.config import DataSource, RunConfig
-from megatron_ext.data.preprocess import dataset_fingerprint
+from megatron_ext.data.dataset import dataset_fingerprint
 from megatron_ext.data.stream.batches import DocumentResets
 from megatron_ext.data.stream.sources import build_blend
 from megatron_ext.data.stream.stream import BatchShape, BlendStream, DataStream

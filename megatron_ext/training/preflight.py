@@ -22,7 +22,7 @@ from megatron_ext.config import (
     TrainConfig,
 )
 from megatron_ext.config.load import raise_faults, read_run_text, values_of
-from megatron_ext.data.preprocess import check_dataset, check_dataset_sums, dataset_fingerprint
+from megatron_ext.data.dataset import check_dataset, check_dataset_sums, dataset_fingerprint
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError, named
 from megatron_ext.planning.amounts import size

@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_ext.config import DataConfig, DataSource
-from megatron_ext.data.preprocess import check_dataset
+from megatron_ext.data.dataset import check_dataset
 from megatron_ext.data.stream.blend import Blend
 from megatron_ext.data.stream.index_cache import with_index
 from megatron_ext.data.tokenizer import Tokenizer

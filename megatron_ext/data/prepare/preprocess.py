@@ -4,7 +4,6 @@ Every document gets an end-of-document token and is assigned to a split by a has
 not depend on order or number of processes, and copies of a document never stand in two splits.
 """
 
-import glob
 import hashlib
 import json
 import logging
@@ -20,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.corpus import Shard, corpus_files, read_shard, split_into_shards
-from megatron_ext.data.indexed import check_index, token_dtype, write_index, write_synced
-from megatron_ext.data.parts import Part, join_lengths, join_tokens
+from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
+from megatron_ext.data.indexed import token_dtype, write_index, write_synced
+from megatron_ext.data.prepare.corpus import Shard, corpus_files, read_shard, split_into_shards
+from megatron_ext.data.prepare.parts import Part, join_lengths, join_tokens
+from megatron_ext.data.prepare.workers import run_in_processes
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.data.tokenizer.record import check_record, record_of
-from megatron_ext.data.workers import run_in_processes
+from megatron_ext.data.tokenizer.record import record_of
 from megatron_ext.errors import DataError
 from megatron_ext.files import (
     OURS,
@@ -36,27 +36,16 @@ from megatron_ext.files import (
     start_directory,
     unfinished_place,
 )
-from megatron_ext.foreign import reading
 from megatron_ext.locks import exclusive_output
 from megatron_ext.manifest import MANIFEST_FILE as SUMS_FILE
 from megatron_ext.manifest import FileSum, check_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
-MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
 _CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE)
 _PLAN_FILE, _JOINED = "plan.json", "joined"
-_PREPARE = "prepare it with tools/preprocess.py, or take it from a copy"
 _SHARD_BYTES = 4 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    """One split of a prepared dataset."""
-
-    documents: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -165,9 +154,9 @@ def _published(output: Path, plan: dict[str, Any]) -> dict[str, SplitSummary] | 
         splits = content.pop("splits", None)
         if content != plan or not isinstance(splits, dict):
             return None
-        check_manifest(output, DataError, checksums=True, advice=_PREPARE)
+        check_manifest(output, DataError, checksums=True, advice=PREPARE_AGAIN)
         remove_unfinished(work)
-    return {name: _described(output / MANIFEST_FILE, name)[1] for name in splits}
+    return {name: described(output / MANIFEST_FILE, name)[1] for name in splits}
 
 
 def _plan_of(work: Path) -> dict[str, Any] | None:
@@ -279,72 +268,3 @@ def _join(work: Path, num_shards: int, plan: dict[str, Any], dtype: np.dtype[np.
     write_synced(output / MANIFEST_FILE, (json.dumps({**plan, "splits": splits}, indent=2) + "\n").encode())
     write_manifest(output, sums)
     return summary
-
-
-def dataset_fingerprint(prefix: str | Path) -> str:
-    """Changes when what stands at a position of the dataset at `prefix` could; moving the dataset leaves it alone.
-
-    Raises:
-        DataError: the dataset cannot be read.
-    """
-    prefix = Path(prefix)
-    with reading(prefix.parent / MANIFEST_FILE, DataError, advice=_PREPARE):
-        manifest = (prefix.parent / MANIFEST_FILE).read_bytes()
-    return hashlib.sha256(manifest + prefix.name.encode()).hexdigest()[:16]
-
-
-def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
-    """Check that the dataset at `prefix` is whole and was made with `tokenizer`, and return its size.
-
-    Sizes are checked, not contents: `check_dataset_sums` reads them.
-
-    Raises:
-        DataError: says what does not match.
-    """
-    prefix = Path(prefix)
-    manifest_file = prefix.parent / MANIFEST_FILE
-    tokens, index = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
-    for path in (tokens, index, manifest_file):
-        if not path.is_file():
-            raise DataError(f"{prefix}: {path.name} is missing{_other_splits(prefix)}; {_PREPARE}")
-    vocab_size, counts = _described(manifest_file, prefix.name)
-    check_record(read_json_object(manifest_file, DataError), tokenizer, prefix)
-    names = (tokens.name, index.name, MANIFEST_FILE)
-    check_manifest(prefix.parent, DataError, only=[glob.escape(name) for name in names], advice=_PREPARE)
-    dtype = token_dtype(vocab_size)
-    expected, actual = counts.tokens * dtype.itemsize, tokens.stat().st_size
-    if actual != expected:
-        raise DataError(f"{tokens} has {actual} bytes, its manifest says {expected}: it changed after it was made")
-    check_index(index, counts.documents, dtype)
-    return counts
-
-
-def check_dataset_sums(prefix: str | Path) -> None:
-    """Compare the files of the dataset at `prefix` with their checksums, where it has a manifest; reads them.
-
-    Raises:
-        DataError: they are missing or changed.
-    """
-    prefix = Path(prefix)
-    names = (f"{prefix.name}.bin", f"{prefix.name}.idx", MANIFEST_FILE)
-    only = [glob.escape(name) for name in names]
-    check_manifest(prefix.parent, DataError, checksums=True, only=only, advice=_PREPARE)
-
-
-def _described(manifest_file: Path, split: str) -> tuple[int, SplitSummary]:
-    """Size of the tokenizer's vocabulary, and size of `split`, as dataset.json says them."""
-    manifest = read_json_object(manifest_file, DataError)
-    with reading(manifest_file, DataError, kind="what tools/preprocess.py writes", advice=_PREPARE):
-        counts = {key: _count(manifest["splits"][split][key]) for key in ("documents", "tokens")}
-        return _count(manifest["vocab_size"]), SplitSummary(**counts)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r} is no number of documents or tokens")
-    return value
-
-
-def _other_splits(prefix: Path) -> str:
-    found = sorted(path.stem for path in prefix.parent.glob("*.bin"))
-    return f" (there is: {', '.join(found)})" if found else ""
