@@ -22,6 +22,7 @@ import numpy as np
 from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
 from megatron_ext.data.indexed import token_dtype, write_index, write_synced
 from megatron_ext.data.prepare.corpus import Shard, corpus_files, read_shard, split_into_shards
+from megatron_ext.data.prepare.encoder import Encoder, encoder_for
 from megatron_ext.data.prepare.parts import Part, join_lengths, join_tokens
 from megatron_ext.data.prepare.workers import run_in_processes
 from megatron_ext.data.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ SPLITS = ("train", "validation", "test")
 _CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE)
 _PLAN_FILE, _JOINED = "plan.json", "joined"
 _SHARD_BYTES = 4 * 1024 * 1024
+_BATCH_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -176,14 +178,14 @@ def _run_shards(
     done = total - sum(shard.stop - shard.start for _, shard in missing)
     progress(done, total)
     if workers == 1 or len(missing) <= 1:
-        _open_tokenizer(tokenizer)
+        _open_tokenizer(tokenizer, job.work)
         finished: Iterator[tuple[int, Shard]] = (_tokenized(job, task) for task in missing)
     else:
         finished = run_in_processes(
             partial(_tokenized, job),
             missing,
             workers,
-            start=partial(_open_tokenizer, tokenizer),
+            start=partial(_open_tokenizer, tokenizer, job.work),
             describe=_description,
         )
     for _, shard in finished:
@@ -197,12 +199,13 @@ def _description(task: tuple[int, Shard]) -> str:
 
 
 _tokenizer: Tokenizer | None = None
+_encoder: Encoder | None = None
 
 
-def _open_tokenizer(tokenizer: Tokenizer) -> None:
+def _open_tokenizer(tokenizer: Tokenizer, work: Path) -> None:
     """Give this process the tokenizer that was loaded once: that takes seconds."""
-    global _tokenizer
-    _tokenizer = tokenizer
+    global _tokenizer, _encoder
+    _tokenizer, _encoder = tokenizer, encoder_for(tokenizer, partial(_say_spelt, tokenizer, work / "spelt"))
 
 
 def _tokenized(job: _Job, task: tuple[int, Shard]) -> tuple[int, Shard]:
@@ -213,28 +216,45 @@ def _tokenized(job: _Job, task: tuple[int, Shard]) -> tuple[int, Shard]:
 
 def _tokenize_shard(job: _Job, number: int, shard: Shard) -> None:
     """Write the tokens and document lengths of one shard, split by split."""
+    texts = (text for text in read_shard(shard, job.text_key) if text)
+    Part(job.work, number).write(_documents(job, texts), SPLITS)
+
+
+def _documents(job: _Job, texts: Iterator[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Split and token ids, with the end, of each text."""
     assert _tokenizer is not None
-    tokenizer, dtype = _tokenizer, token_dtype(_tokenizer.vocab_size)
-    documents = (
-        (_split_of(text, job.fractions), np.array([*tokenizer.encode(text), tokenizer.eod], dtype=dtype))
-        for text in _said_of(read_shard(shard, job.text_key), tokenizer, job.work)
-        if text
-    )
-    Part(job.work, number).write(documents, SPLITS)
+    assert _encoder is not None
+    while batch := _batch(texts):
+        ids = _encoder.encode(batch)
+        ends = np.flatnonzero(ids == _tokenizer.eod) + 1
+        assert len(ends) == len(batch), "the token that ends documents is in no text"
+        for text, document in zip(batch, np.split(ids, ends[:-1]), strict=True):
+            yield _split_of(text, job.fractions), document
 
 
-def _said_of(texts: Iterator[str], tokenizer: Tokenizer, work: Path) -> Iterator[str]:
-    """The texts; that one spells out a special token is said once, by whichever process meets it first."""
-    said = work / "spelt"
+def _batch(texts: Iterator[str]) -> list[str]:
+    """The next texts, about as many as are encoded at once."""
+    batch: list[str] = []
+    size = 0
+    while size < _BATCH_CHARACTERS and (text := next(texts, None)) is not None:
+        batch.append(text)
+        size += len(text)
+    return batch
+
+
+def _say_spelt(tokenizer: Tokenizer, said: Path, texts: Sequence[str]) -> None:
+    """Say once that a text spells out a special token, in whichever process meets it first."""
+    if said.exists():
+        return
     for text in texts:
-        if not said.exists() and (mark := tokenizer.spells(text)):
+        if mark := tokenizer.spells(text):
             said.touch()
             log.warning(
                 "a document spells out the special token %r: in documents that is text, not the token itself. A corpus "
                 "of conversations needs them as tokens; plain text does not",
                 mark,
             )
-        yield text
+            return
 
 
 def _split_of(text: str, fractions: tuple[float, ...]) -> str:
