@@ -3,7 +3,7 @@
 No piece of the vocabulary holds the two characters on both sides of a cut, so no path of unigram pieces and no merge
 crosses it. What is left is rounding: of unigram segmentations whose scores are (nearly) the same, such as those of
 "ハハハハハ", the library takes one by the last bit of a sum over all that stands before. Such parts are found here, and
-their documents read whole.
+their lines or documents read whole.
 """
 
 import json
@@ -16,6 +16,9 @@ SPACES = (" ", "▁")
 """The space, and what stands for it in a vocabulary."""
 _NEAR = 1e-6
 """Differences of scores that rounding could turn: sums of documents of 1e7 tokens are good to 1e-7."""
+_NO_PIECE = -1e12
+"""Score of what is no piece, so that no text is read so."""
+_NOTHING = (-1, _NO_PIECE, False)
 _UNKNOWN_PENALTY = 10.0
 """By how much an unknown character scores less than the worst piece, in the tokenizers library as in SentencePiece."""
 
@@ -59,48 +62,42 @@ class _Unigram:
     """The best segmentation of short texts, where there is one that is clearly the best."""
 
     def __init__(self, vocabulary: Sequence[tuple[str, float]]) -> None:
-        self._pieces = {piece: (number, score) for number, (piece, score) in enumerate(vocabulary)}
-        self._beginnings = {piece[:end] for piece, _ in vocabulary for end in range(1, len(piece))}
-        self._unknown = min(score for _, score in vocabulary) - _UNKNOWN_PENALTY
+        # Each piece and each beginning of one: its id, or -1, and score; whether a longer piece begins so.
+        longer = {piece[:end] for piece, _ in vocabulary for end in range(1, len(piece))}
+        unknown = min(score for _, score in vocabulary) - _UNKNOWN_PENALTY
+        self._edges = {piece: (-1, _NO_PIECE, True) for piece in longer if len(piece) > 1}
+        self._edges |= {piece: (-1, unknown, True) for piece in longer if len(piece) == 1}
+        self._edges |= {piece: (number, score, piece in longer) for number, (piece, score) in enumerate(vocabulary)}
+        self._unknown = (-1, unknown, False)
 
     def best(self, text: str) -> tuple[list[int] | None, bool]:
         """Ids of the best segmentation, None where another is as good; and whether all characters are known."""
         text = text.replace(*SPACES)
-        if (whole := self._pieces.get(text)) is not None and len(text) == 1:
-            return [whole[0]], True
-        best: list[float | None] = [0.0] + [None] * len(text)
-        lead, came_from, came_by = [1.0] * len(best), [0] * len(best), [-1] * len(best)
-        for start in range(len(text)):
-            so_far = best[start]
-            assert so_far is not None
-            for stop, number, score in self._edges(text, start):
-                total, other = so_far + score, best[stop]
-                if other is None or total > other:
-                    lead[stop] = 1.0 if other is None else total - other
+        size, edges, unknown = len(text), self._edges, self._unknown
+        best, lead = [_NO_PIECE] * (size + 1), [1.0] * (size + 1)
+        came_from, came_by = [0] * (size + 1), [-1] * (size + 1)
+        best[0] = 0.0
+        for start in range(size):
+            so_far, stop = best[start], start + 1
+            number, score, goes_on = edges.get(text[start], unknown)
+            while True:
+                total = so_far + score
+                if total > best[stop]:
+                    lead[stop] = total - best[stop]
                     best[stop], came_from[stop], came_by[stop] = total, start, number
-                else:
-                    lead[stop] = min(lead[stop], other - total)
-        ids, at = [], len(text)
+                elif best[stop] - total < lead[stop]:
+                    lead[stop] = best[stop] - total
+                if not goes_on or stop == size:
+                    break
+                stop += 1
+                number, score, goes_on = edges.get(text[start:stop], _NOTHING)
+        ids, at = [], size
         while at > 0:
             if lead[at] < _NEAR:
                 return None, True
             ids.append(came_by[at])
             at = came_from[at]
         return ids[::-1], -1 not in ids
-
-    def _edges(self, text: str, start: int) -> list[tuple[int, int, float]]:
-        """Where each piece that begins at `start` ends, its id and score."""
-        edges, stop = [], start + 1
-        if text[start] not in self._pieces:
-            edges.append((stop, -1, self._unknown))
-        while stop <= len(text):
-            part = text[start:stop]
-            if (piece := self._pieces.get(part)) is not None:
-                edges.append((stop, *piece))
-            if part not in self._beginnings:
-                break
-            stop += 1
-        return edges
 
 
 def segment_reader(tokenizer: Tokenizer) -> SegmentReader | None:

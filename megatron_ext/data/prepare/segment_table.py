@@ -113,7 +113,8 @@ class SegmentTable:
         """The tokens of the segments, end to end [T]."""
         places_T = np.repeat(offsets_S - (np.cumsum(counts_S) - counts_S), counts_S)
         places_T += np.arange(len(places_T))
-        return self._tokens[places_T]
+        tokens_T: np.ndarray = self._tokens[places_T]
+        return tokens_T
 
 
 def _home(keys: np.ndarray) -> np.ndarray:
