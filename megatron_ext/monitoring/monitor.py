@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.description import describe_start
 from megatron_ext.monitoring.metrics_file import METRICS_FILE, MetricsFile
+from megatron_ext.monitoring.sources import (
+    SourceReport,
+    ValidationReport,
+    step_line,
+    step_panels,
+    step_values,
+    validation_line,
+    validation_panels,
+    validation_values,
+)
 from megatron_ext.monitoring.wandb_run import WandbRun
 from megatron_ext.planning.amounts import duration, flops, short_number
 from megatron_ext.planning.flops import training_flops_per_token
@@ -32,9 +42,16 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     consumed_samples: int
+    consumed_tokens: int
     memory_bytes: int
     """Peak memory of the process that used most: device memory on CUDA, resident memory on CPU."""
     experts: ExpertStatistics | None
+    sources: Mapping[str, SourceReport] = field(default_factory=dict)
+    """Those that were read since the report before."""
+    steps: int = 1
+    """Steps taken since then, of which the sources say the mean; all else is that of the last."""
+    stage: str | None = None
+    """Of the data; None where the run has one only."""
 
 
 def metrics_path(run: RunConfig) -> Path:
@@ -71,28 +88,33 @@ class Monitor:
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
             "consumed_samples": report.consumed_samples,
-            "consumed_tokens": self._plan.tokens_at(report.iteration),
+            "consumed_tokens": report.consumed_tokens,
             "planned_tokens": self._plan.total_tokens,
+            "supervised_tokens": sum(source.supervised_tokens for source in report.sources.values()),
             "seconds_per_step": seconds,
             "tokens_per_second": rate,
             "tflops_per_device": tflops,
             "memory_bytes": report.memory_bytes,
             "time": time.time(),
         }
+        if report.stage is not None:
+            record["stage"] = report.stage
         if self._run.logging.peak_tflops:
             record["mfu"] = tflops / self._run.logging.peak_tflops
         log.info(self._line(report, record))
-        grouped = _grouped(record, report.losses)
-        self._wandb.log({**grouped, **self._expert_values(report.experts)}, report.iteration)
+        panels = _grouped(record, report.losses) | step_panels(report.sources) | self._expert_values(report.experts)
+        self._wandb.log(panels, report.iteration)
+        record["sources"] = step_values(report.sources)
         if report.experts is not None:
             record["moe"] = {str(layer): _health_values(health) for layer, health in report.experts.items()}
         self._file.write(record)
 
-    def validation(self, iteration: int, loss: float) -> None:
+    def validation(self, iteration: int, report: ValidationReport) -> None:
         """Report a validation."""
-        log.info("step %d | validation loss %.4f", iteration, loss)
-        self._file.write({"iteration": iteration, "validation_loss": loss, "time": time.time()})
-        self._wandb.log({"validation/loss": loss}, iteration)
+        log.info("step %d | %s", iteration, validation_line(report))
+        record = {"iteration": iteration, "validation_loss": report.loss, "sources": validation_values(report)}
+        self._file.write({**record, "time": time.time()})
+        self._wandb.log(validation_panels(report), iteration)
 
     def skipped(self, iteration: int, first_sample: int, last_sample: int, reason: str) -> None:
         """Note a step whose samples were passed over."""
@@ -128,7 +150,9 @@ class Monitor:
         memory, rate = report.memory_bytes, record["tokens_per_second"]
         parts = [
             f"step {report.iteration}/{self._plan.total_steps}",
+            f"stage {report.stage}" if report.stage is not None else "",
             f"loss {report.losses['loss']:.4f}",
+            step_line(report.sources, report.steps),
             f"lr {report.learning_rate:.2e}",
             f"norm {report.grad_norm:.3f}",
             f"{short_number(record['consumed_tokens'])} of {short_number(record['planned_tokens'])} tokens",
@@ -142,7 +166,7 @@ class Monitor:
                 parts.append(f"{dead} dead expert{'s' if dead > 1 else ''}")
         if (left := self._time_left(report.iteration, record["seconds_per_step"])) is not None:
             parts.append(f"{duration(left)} left")
-        return " | ".join(parts)
+        return " | ".join(part for part in parts if part)
 
     def _time_left(self, iteration: int, seconds_per_step: float) -> float | None:
         """Seconds until the last step of this job, validating and saving as until now; None after it."""
@@ -180,6 +204,8 @@ def _grouped(record: Mapping[str, Any], losses: Mapping[str, float]) -> dict[str
             "consumed_samples",
             "consumed_tokens",
             "planned_tokens",
+            "supervised_tokens",
+            "stage",
         ),
         "throughput": ("seconds_per_step", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"),
     }

@@ -65,6 +65,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._rotary_base = self.run.model.rotary_base
+        self._num_sources = len(self.stream.consumption().sources)
         self._register_states()
 
     @property
@@ -97,6 +98,7 @@ class Session:
                 batch,
                 self.groups,
                 max_norm=self.run.optimizer.clip_grad,
+                num_sources=self._num_sources,
                 judge=self.judge,
                 asks_to_stop=asks_to_stop,
             )
@@ -137,9 +139,10 @@ class Session:
             consumed_samples=self.stream.position().samples,
         )
 
-    def validate(self, batches: Iterable[Batch]) -> float:
-        """The task's loss over `batches`."""
-        return float(validation_loss(self.trainable, self.task, batches, self.groups))
+    def validate(self, batches: Iterable[Batch], num_sources: int = 1) -> tuple[float, list[tuple[float | None, int]]]:
+        """The task's loss over `batches`; and of each source its loss, None where it has no unit, and its units."""
+        loss, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
+        return float(loss), sources.read() if sources is not None else [(None, 0)] * num_sources
 
     def save(self) -> Path:
         """Save a checkpoint."""

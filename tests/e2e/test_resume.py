@@ -34,6 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mapping = run_mapping(directory, moe=True)
     mapping["train"] |= {"train_iters": STEPS, "eval_interval": 10, "eval_iters": 2}
     mapping["checkpoint"] |= {"save_interval": 5}
+    mapping["data"]["train"].append({"path": str(directory / "data" / "test"), "weight": 0.2, "id": "rare"})
     write_run(directory / "run.yaml", mapping)
     return directory
 
@@ -48,6 +49,7 @@ def reports(directory: Path) -> list[tuple[Any, ...]]:
         "learning_rate",
         "grad_norm",
         "consumed_samples",
+        "sources",
         "moe",
     )
     return [tuple(record.get(name) for name in names) for record in records]
