@@ -25,6 +25,7 @@ from pydantic import Field
 from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
 from megatron_ext.config.base import PathName, config, fields_of
 from megatron_ext.errors import ConfigError, note_path
+from megatron_ext.files import require_writable
 from megatron_ext.model_io.options import ExtendOptions
 
 
@@ -135,6 +136,7 @@ class ExportOptions:
 
 
 _PROOF_TEXTS = 500
+_PLOTS = (".png", ".svg", ".pdf")
 
 
 def train(argv: Sequence[str]) -> None:
@@ -195,6 +197,10 @@ def compare(argv: Sequence[str]) -> None:
     """Measure tokenizers side by side."""
     o = parse_command(CompareOptions, __doc__, positional=["tokenizers"], argv=argv)
     texts = _by_name("text", o.text)
+    if o.plot is not None:
+        if Path(o.plot).suffix not in _PLOTS:
+            raise ConfigError(f"plot = {o.plot}: expected a name that ends in {', '.join(_PLOTS)}")
+        require_writable(o.plot)
     from megatron_ext.data.tokenizer import compare_tokenizers, read_names, write_plot
 
     compared = compare_tokenizers(

@@ -57,9 +57,8 @@ def _check_tokens(tokens: Sequence[str], before: Tokenizer) -> None:
         if not token.strip():
             raise DataError(f"the token {token!r} is empty or white space, and cannot be added")
         if token in before.vocabulary:
-            raise DataError(
-                f"{token!r} is token {before.vocabulary[token]} of {before.directory} already; leave it out"
-            )
+            number = before.vocabulary[token]
+            raise DataError(f"{before.directory}: {token!r} is token {number} already; leave it out")
         if token in seen:
             raise DataError(f"the token {token!r} is named twice")
         seen.add(token)

@@ -173,7 +173,7 @@ def test_a_tokenizer_alone_of_any_kind(kind: str, special: bool, tmp_path: Path)
             assert after.encode(text) == before.encode(text)
     with pytest.raises(ConversionError, match="exists"):
         extend(o)
-    with pytest.raises(DataError, match=f"is token {size} of .* already"):
+    with pytest.raises(DataError, match=f"is token {size} already"):
         extend(options(tmp_path / "more", tmp_path / "again", tokens=NEW[:1]))
     assert not (tmp_path / "again").exists()
 
