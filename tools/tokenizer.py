@@ -92,7 +92,8 @@ def main() -> None:
             )
     else:
         e = parse_command(ExportOptions, __doc__, positional=["model"], argv=arguments)
-        from megatron_ext.data.prepare.corpus import corpus_files, read_documents
+        from megatron_ext.data.prepare.corpus import corpus_files
+        from megatron_ext.data.prepare.documents import read_documents
         from megatron_ext.data.tokenizer import write_tokenizer
 
         texts = itertools.islice(read_documents(corpus_files(e.text)), _PROOF_TEXTS) if e.text else []
