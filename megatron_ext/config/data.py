@@ -35,6 +35,8 @@ class StagedSource:
     """file: read as it stands in the file, for data that was sorted on purpose."""
     max_epochs: float = Field(default=DEFAULT_MAX_EPOCHS, gt=0)
     """A plan that reads it more often is warned of."""
+    tokens: float | None = Field(default=None, ge=1)
+    """About how many tokens it will have: what a plan is made of before its files are there. Training goes by these."""
     language: str | None = Field(default=None, min_length=1)
     """What it counts as where the plan is looked at for a language that disappears. Default: its id."""
 

@@ -52,6 +52,25 @@ def plan_data(
         raise ConfigError(f"data.stages: {error}" if data.stages else str(error)) from error
 
 
+def stated_sizes(data: DataConfig) -> dict[str, SourceSize]:
+    """Sizes of the sources of which the configuration says how many tokens they will have."""
+    return {
+        name: SourceSize(round(source.tokens)) for name, source in data.sources.items() if source.tokens is not None
+    }
+
+
+def stated_plan(data: DataConfig, train: TrainConfig) -> RunPlan | None:
+    """The plan of a new run by the tokens that the configuration says of its sources; None where it does not of all.
+
+    Raises:
+        ConfigError: as `plan_data`.
+    """
+    sizes = stated_sizes(data)
+    if not data.stages or set(sizes) != set(data.sources):
+        return None
+    return plan_data(data, train, sizes, TrainingState(), "the beginning")
+
+
 def progress_of(data: DataConfig, train: TrainConfig, state: TrainingState, checkpoint: str | Path) -> Progress | None:
     """What a run in `state` has read; None where that is nothing."""
     if not state.consumed_samples:
