@@ -63,7 +63,9 @@ def test_repeated_forgotten_and_tiny_sources_are_warned_of() -> None:
         in warned({"ja": 1000}, [{"name": "A", "mix": {"ja": 1}, "steps": 99}], {"ja": {"tokens": 5e3}})[0]
     )
     rare = [{"name": "A", "mix": {"ja": 1, "en": 2e-5}, "samples": 2_000_000}]
-    assert any("of 1,048,576 samples: its share is rounded" in line for line in warned({"ja": 10**6, "en": 10**6}, rare))
+    assert any(
+        "of 1,048,576 samples: its share is rounded" in line for line in warned({"ja": 10**6, "en": 10**6}, rare)
+    )
 
 
 def test_a_weight_that_is_never_drawn_is_refused() -> None:
