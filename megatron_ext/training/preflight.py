@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -69,11 +69,11 @@ class Findings:
     room: str = ""
     """What its checkpoints take of the disk."""
 
-    def note_plan(self, plan: RunPlan | None, data: DataConfig) -> None:
+    def note_plan(self, plan: RunPlan | None, data: DataConfig, rate_at: Callable[[int], float] | None = None) -> None:
         """Keep the plan of `data`, and say what people would look at where it has stages."""
         self.plan = plan
         if plan is not None and data.stages:
-            self.stages = plan_table(plan)
+            self.stages = plan_table(plan, rate_at)
             self.warnings += plan_warnings(plan, data)
 
     def lines(self) -> list[str]:
@@ -199,7 +199,6 @@ class _Examination:
         with collecting(self.found.faults):
             where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
             plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
-            self.found.note_plan(plan, self._data)
             rate_at = None
             if self._run is not None:
                 self._run = with_planned_length(self._run, plan)
@@ -207,9 +206,7 @@ class _Examination:
                 wrong = schedule_faults(self._run, plan)
                 self.found.faults += wrong
                 rate_at = None if wrong else partial(learning_rate, self._run, plan)
-            if self._data.stages:
-                self.found.stages = plan_table(plan, rate_at)
-                self.found.warnings += plan_warnings(plan, self._data)
+            self.found.note_plan(plan, self._data, rate_at)
 
     def _look_at_state(self) -> None:
         """Read where the run goes on, if it does."""
