@@ -36,7 +36,7 @@ class PreprocessOptions:
 def main() -> None:
     """Parse the command line and prepare the data."""
     o = parse_command(PreprocessOptions, __doc__, positional=["inputs"])
-    from megatron_ext.data.preprocess import preprocess
+    from megatron_ext.data.prepare.preprocess import preprocess
     from megatron_ext.progress import byte_progress
 
     with ending_on_sigterm(), byte_progress("tokenizing") as progress:

@@ -42,7 +42,6 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     consumed_samples: int
-    consumed_tokens: int
     memory_bytes: int
     """Peak memory of the process that used most: device memory on CUDA, resident memory on CPU."""
     experts: ExpertStatistics | None
@@ -88,7 +87,7 @@ class Monitor:
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
             "consumed_samples": report.consumed_samples,
-            "consumed_tokens": report.consumed_tokens,
+            "consumed_tokens": self._plan.tokens_at(report.iteration),
             "planned_tokens": self._plan.total_tokens,
             "supervised_tokens": sum(source.supervised_tokens for source in report.sources.values()),
             "seconds_per_step": seconds,

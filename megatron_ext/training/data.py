@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_ext.checkpoint.state_file import TrainingState
 from megatron_ext.config import DataSource, RunConfig
-from megatron_ext.data.preprocess import dataset_fingerprint
+from megatron_ext.data.dataset import dataset_fingerprint
 from megatron_ext.data.stream.batches import DocumentResets
 from megatron_ext.data.stream.make_plan import SourceSize
 from megatron_ext.data.stream.plan import RunPlan

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ext.config import DataSource, StagedSource
 from megatron_ext.config.data import source_ids
-from megatron_ext.data.preprocess import check_dataset, check_dataset_sums, dataset_fingerprint
+from megatron_ext.data.dataset import check_dataset, check_dataset_sums, dataset_fingerprint
 from megatron_ext.data.stream.make_plan import SourceSize
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError, MegatronExtError, named

@@ -64,8 +64,8 @@ class Session:
     """Whether a step is taken."""
 
     def __post_init__(self) -> None:
-        self._rotary_base = self.run.model.rotary_base
         self._num_sources = len(self.stream.consumption().sources)
+        self._rotary_base = self.run.model.rotary_base
         self._register_states()
 
     @property

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.state_file import read_state
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.monitoring.metrics_file import read_metrics
 from tests.support.commands import TOOLS, train
 from tests.support.workspace import prepare_data, reported_losses, run_mapping, write_run

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext.data.dataset import check_dataset
 from megatron_ext.data.indexed import read_index
 from megatron_ext.data.inspect.options import DocumentsOptions
-from megatron_ext.data.preprocess import check_dataset
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ext.data.dataset import check_dataset
 from megatron_ext.data.inspect.documents import Documents, prefix_of, text_of
 from megatron_ext.data.inspect.options import MixOptions
 from megatron_ext.data.inspect.plot import check_plot, new_axes, save
-from megatron_ext.data.preprocess import check_dataset
 from megatron_ext.data.tokenizer import Tokenizer
 
 NO_LETTERS = "no letters"

@@ -20,7 +20,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_ext.config import DataConfig, DataSource, TrainConfig
 from megatron_ext.config.data import source_ids
-from megatron_ext.data.preprocess import SplitSummary, check_dataset
+from megatron_ext.data.dataset import SplitSummary, check_dataset
 from megatron_ext.data.stream.blend import Blend, BlendSource
 from megatron_ext.data.stream.index_cache import with_index
 from megatron_ext.data.stream.make_plan import SourceSize, make_plan

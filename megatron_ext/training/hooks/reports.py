@@ -108,7 +108,6 @@ class Reports(Hook):
                 learning_rate=rate,
                 grad_norm=done.result.grad_norm,
                 consumed_samples=session.state.consumed_samples,
-                consumed_tokens=sum(use.tokens for use in consumed.sources.values()),
                 memory_bytes=memory,
                 experts=experts,
                 sources=sources,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.data import corpus, json_stream
-from megatron_ext.data.corpus import corpus_files, read_documents, read_shard, split_into_shards
-from megatron_ext.data.json_stream import NotJson, json_values
+from megatron_ext.data.prepare import corpus, json_stream
+from megatron_ext.data.prepare.corpus import corpus_files, read_documents, read_shard, split_into_shards
+from megatron_ext.data.prepare.json_stream import NotJson, json_values
 from megatron_ext.data.python_corpus import write_python_corpus
 from megatron_ext.errors import DataError
 

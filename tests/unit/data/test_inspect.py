@@ -10,7 +10,7 @@ from megatron_ext.data.inspect.documents import Documents, show_documents, text_
 from megatron_ext.data.inspect.lengths import cut, histogram, show_lengths
 from megatron_ext.data.inspect.mix import NO_LETTERS, read_mix, script_of, show_mix
 from megatron_ext.data.inspect.options import DocumentsOptions, LengthsOptions, MixOptions
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import ConfigError, DataError
 from tests.unit.data.tokenizers import byte_level, write

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-import megatron_ext.data.preprocess as module
-from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint, preprocess
+import megatron_ext.data.prepare.preprocess as module
+from megatron_ext.data.dataset import check_dataset, dataset_fingerprint
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import OURS

@@ -37,7 +37,7 @@ def test_the_output_z_loss_is_reported_beside_the_loss(tmp_path: Path) -> None:
 
 
 def step(iteration: int, experts: ExpertStatistics | None = None) -> StepReport:
-    return StepReport(iteration, {"loss": 2.5}, 1e-3, 0.7, iteration * 8, iteration * 8 * 64, 3 * 2**20, experts)
+    return StepReport(iteration, {"loss": 2.5}, 1e-3, 0.7, iteration * 8, 3 * 2**20, experts)
 
 
 def test_sources_and_the_stage_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +143,7 @@ def test_steps_of_stages_count_with_their_own_tokens_and_work(
     monitor = Monitor(run, run.resolve(1), plan, 0, "abcd1234", watch)
     for iteration, seconds in ((3, 30), (5, 50), (6, 10)):
         clock.now += seconds
-        monitor.step(replace(step(iteration), consumed_tokens=plan.tokens_at(iteration)))
+        monitor.step(step(iteration))
     monitor.close()
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["consumed_tokens"] for record in records] == [1536, 2048 + 2048, 2048 + 2 * 2048]

@@ -13,7 +13,7 @@ from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import load_run, read_yaml
 from megatron_ext.config.load import values_of
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError
 from megatron_ext.model_io.convert import convert

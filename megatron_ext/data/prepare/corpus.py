@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ext.checkpoint.tokenizer_files import FAST_FILE, MODEL_FILE, SETTINGS_FILE
-from megatron_ext.data.json_stream import NotJson, json_values, too_long, why_not_json
+from megatron_ext.data.prepare.json_stream import NotJson, json_values, too_long, why_not_json
 from megatron_ext.errors import DataError
 from megatron_ext.files import UNFINISHED
 

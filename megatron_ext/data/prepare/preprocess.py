@@ -4,7 +4,6 @@ Every document gets an end-of-document token and is assigned to a split by a has
 not depend on order or number of processes, and copies of a document never stand in two splits.
 """
 
-import glob
 import hashlib
 import json
 import logging
@@ -20,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.corpus import Shard, corpus_files, read_shard, split_into_shards
-from megatron_ext.data.indexed import check_index, token_dtype, write_index, write_synced
-from megatron_ext.data.parts import Part, join_lengths, join_tokens
+from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
+from megatron_ext.data.indexed import token_dtype, write_index, write_synced
+from megatron_ext.data.prepare.corpus import Shard, corpus_files, read_shard, split_into_shards
+from megatron_ext.data.prepare.encoder import Encoder, encoder_for
+from megatron_ext.data.prepare.parts import Part, join_lengths, join_tokens
+from megatron_ext.data.prepare.workers import run_in_processes
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.data.tokenizer.record import check_record, record_of
-from megatron_ext.data.workers import run_in_processes
+from megatron_ext.data.tokenizer.record import record_of
 from megatron_ext.errors import DataError
 from megatron_ext.files import (
     OURS,
@@ -36,27 +37,17 @@ from megatron_ext.files import (
     start_directory,
     unfinished_place,
 )
-from megatron_ext.foreign import reading
 from megatron_ext.locks import exclusive_output
 from megatron_ext.manifest import MANIFEST_FILE as SUMS_FILE
 from megatron_ext.manifest import FileSum, check_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
-MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation", "test")
 _CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE)
 _PLAN_FILE, _JOINED = "plan.json", "joined"
-_PREPARE = "prepare it with tools/preprocess.py, or take it from a copy"
 _SHARD_BYTES = 4 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    """One split of a prepared dataset."""
-
-    documents: int
-    tokens: int
+_BATCH_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -165,9 +156,9 @@ def _published(output: Path, plan: dict[str, Any]) -> dict[str, SplitSummary] | 
         splits = content.pop("splits", None)
         if content != plan or not isinstance(splits, dict):
             return None
-        check_manifest(output, DataError, checksums=True, advice=_PREPARE)
+        check_manifest(output, DataError, checksums=True, advice=PREPARE_AGAIN)
         remove_unfinished(work)
-    return {name: _described(output / MANIFEST_FILE, name)[1] for name in splits}
+    return {name: described(output / MANIFEST_FILE, name)[1] for name in splits}
 
 
 def _plan_of(work: Path) -> dict[str, Any] | None:
@@ -187,14 +178,14 @@ def _run_shards(
     done = total - sum(shard.stop - shard.start for _, shard in missing)
     progress(done, total)
     if workers == 1 or len(missing) <= 1:
-        _open_tokenizer(tokenizer)
+        _open_tokenizer(tokenizer, job.work)
         finished: Iterator[tuple[int, Shard]] = (_tokenized(job, task) for task in missing)
     else:
         finished = run_in_processes(
             partial(_tokenized, job),
             missing,
             workers,
-            start=partial(_open_tokenizer, tokenizer),
+            start=partial(_open_tokenizer, tokenizer, job.work),
             describe=_description,
         )
     for _, shard in finished:
@@ -208,12 +199,13 @@ def _description(task: tuple[int, Shard]) -> str:
 
 
 _tokenizer: Tokenizer | None = None
+_encoder: Encoder | None = None
 
 
-def _open_tokenizer(tokenizer: Tokenizer) -> None:
+def _open_tokenizer(tokenizer: Tokenizer, work: Path) -> None:
     """Give this process the tokenizer that was loaded once: that takes seconds."""
-    global _tokenizer
-    _tokenizer = tokenizer
+    global _tokenizer, _encoder
+    _tokenizer, _encoder = tokenizer, encoder_for(tokenizer, partial(_say_spelt, tokenizer, work / "spelt"))
 
 
 def _tokenized(job: _Job, task: tuple[int, Shard]) -> tuple[int, Shard]:
@@ -224,28 +216,45 @@ def _tokenized(job: _Job, task: tuple[int, Shard]) -> tuple[int, Shard]:
 
 def _tokenize_shard(job: _Job, number: int, shard: Shard) -> None:
     """Write the tokens and document lengths of one shard, split by split."""
+    texts = (text for text in read_shard(shard, job.text_key) if text)
+    Part(job.work, number).write(_documents(job, texts), SPLITS)
+
+
+def _documents(job: _Job, texts: Iterator[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Split and token ids, with the end, of each text."""
     assert _tokenizer is not None
-    tokenizer, dtype = _tokenizer, token_dtype(_tokenizer.vocab_size)
-    documents = (
-        (_split_of(text, job.fractions), np.array([*tokenizer.encode(text), tokenizer.eod], dtype=dtype))
-        for text in _said_of(read_shard(shard, job.text_key), tokenizer, job.work)
-        if text
-    )
-    Part(job.work, number).write(documents, SPLITS)
+    assert _encoder is not None
+    while batch := _batch(texts):
+        ids = _encoder.encode(batch)
+        ends = np.flatnonzero(ids == _tokenizer.eod) + 1
+        assert len(ends) == len(batch), "the token that ends documents is in no text"
+        for text, document in zip(batch, np.split(ids, ends[:-1]), strict=True):
+            yield _split_of(text, job.fractions), document
 
 
-def _said_of(texts: Iterator[str], tokenizer: Tokenizer, work: Path) -> Iterator[str]:
-    """The texts; that one spells out a special token is said once, by whichever process meets it first."""
-    said = work / "spelt"
+def _batch(texts: Iterator[str]) -> list[str]:
+    """The next texts, about as many as are encoded at once."""
+    batch: list[str] = []
+    size = 0
+    while size < _BATCH_CHARACTERS and (text := next(texts, None)) is not None:
+        batch.append(text)
+        size += len(text)
+    return batch
+
+
+def _say_spelt(tokenizer: Tokenizer, said: Path, texts: Sequence[str]) -> None:
+    """Say once that a text spells out a special token, in whichever process meets it first."""
+    if said.exists():
+        return
     for text in texts:
-        if not said.exists() and (mark := tokenizer.spells(text)):
+        if mark := tokenizer.spells(text):
             said.touch()
             log.warning(
                 "a document spells out the special token %r: in documents that is text, not the token itself. A corpus "
                 "of conversations needs them as tokens; plain text does not",
                 mark,
             )
-        yield text
+            return
 
 
 def _split_of(text: str, fractions: tuple[float, ...]) -> str:
@@ -279,72 +288,3 @@ def _join(work: Path, num_shards: int, plan: dict[str, Any], dtype: np.dtype[np.
     write_synced(output / MANIFEST_FILE, (json.dumps({**plan, "splits": splits}, indent=2) + "\n").encode())
     write_manifest(output, sums)
     return summary
-
-
-def dataset_fingerprint(prefix: str | Path) -> str:
-    """Changes when what stands at a position of the dataset at `prefix` could; moving the dataset leaves it alone.
-
-    Raises:
-        DataError: the dataset cannot be read.
-    """
-    prefix = Path(prefix)
-    with reading(prefix.parent / MANIFEST_FILE, DataError, advice=_PREPARE):
-        manifest = (prefix.parent / MANIFEST_FILE).read_bytes()
-    return hashlib.sha256(manifest + prefix.name.encode()).hexdigest()[:16]
-
-
-def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
-    """Check that the dataset at `prefix` is whole and was made with `tokenizer`, and return its size.
-
-    Sizes are checked, not contents: `check_dataset_sums` reads them.
-
-    Raises:
-        DataError: says what does not match.
-    """
-    prefix = Path(prefix)
-    manifest_file = prefix.parent / MANIFEST_FILE
-    tokens, index = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
-    for path in (tokens, index, manifest_file):
-        if not path.is_file():
-            raise DataError(f"{prefix}: {path.name} is missing{_other_splits(prefix)}; {_PREPARE}")
-    vocab_size, counts = _described(manifest_file, prefix.name)
-    check_record(read_json_object(manifest_file, DataError), tokenizer, prefix)
-    names = (tokens.name, index.name, MANIFEST_FILE)
-    check_manifest(prefix.parent, DataError, only=[glob.escape(name) for name in names], advice=_PREPARE)
-    dtype = token_dtype(vocab_size)
-    expected, actual = counts.tokens * dtype.itemsize, tokens.stat().st_size
-    if actual != expected:
-        raise DataError(f"{tokens} has {actual} bytes, its manifest says {expected}: it changed after it was made")
-    check_index(index, counts.documents, dtype)
-    return counts
-
-
-def check_dataset_sums(prefix: str | Path) -> None:
-    """Compare the files of the dataset at `prefix` with their checksums, where it has a manifest; reads them.
-
-    Raises:
-        DataError: they are missing or changed.
-    """
-    prefix = Path(prefix)
-    names = (f"{prefix.name}.bin", f"{prefix.name}.idx", MANIFEST_FILE)
-    only = [glob.escape(name) for name in names]
-    check_manifest(prefix.parent, DataError, checksums=True, only=only, advice=_PREPARE)
-
-
-def _described(manifest_file: Path, split: str) -> tuple[int, SplitSummary]:
-    """Size of the tokenizer's vocabulary, and size of `split`, as dataset.json says them."""
-    manifest = read_json_object(manifest_file, DataError)
-    with reading(manifest_file, DataError, kind="what tools/preprocess.py writes", advice=_PREPARE):
-        counts = {key: _count(manifest["splits"][split][key]) for key in ("documents", "tokens")}
-        return _count(manifest["vocab_size"]), SplitSummary(**counts)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r} is no number of documents or tokens")
-    return value
-
-
-def _other_splits(prefix: Path) -> str:
-    found = sorted(path.stem for path in prefix.parent.glob("*.bin"))
-    return f" (there is: {', '.join(found)})" if found else ""
