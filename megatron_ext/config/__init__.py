@@ -21,19 +21,21 @@ from megatron_ext.config.routing import (
     InputJitter,
     LearnedNoise,
 )
+from megatron_ext.config.schedule import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    Schedule,
+    WsdSchedule,
+)
 from megatron_ext.config.training import (
     AdamConfig,
     Bf16Precision,
-    ConstantSchedule,
-    CosineSchedule,
     Fp8Precision,
     Fp32Precision,
-    LinearSchedule,
     Precision,
     RecomputeConfig,
-    Schedule,
     TrainConfig,
-    WsdSchedule,
 )
 from megatron_ext.config.yaml_text import dump_yaml, read_yaml
 

@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import PathName, config
+from megatron_ext.config.base import Count, PathName, config
+from megatron_ext.config.schedule import Schedule
 
 DEFAULT_MAX_EPOCHS = 4.0
 """Up to here repeated data is worth about as much as new data (Muennighoff et al. 2023, arXiv 2305.16264)."""
@@ -76,6 +77,11 @@ class Stage:
     """Default: train.micro_batch_size."""
     lr_scale: float = Field(default=1.0, gt=0)
     """Factor on the learning rate."""
+    transition_tokens: Count = Field(default=0, ge=0)
+    """The factor is reached in a straight line over this many tokens, from that of the stage before. 0: at once."""
+    schedule: Schedule | None = None
+    """A schedule that begins anew here, on purpose, and covers this stage and those after it, until one with another.
+    Default: `schedule` of the run goes on."""
     rotary_base: float | None = Field(default=None, gt=0)
     """Base of rotary embedding from here on. Default: model.rotary_base."""
 

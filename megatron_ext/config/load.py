@@ -271,7 +271,7 @@ class _Reader:
         elsewhere = {
             name: _nearness(key, name.rpartition(".")[2])
             for name in _every_key(self._root, self._prefix)
-            if name.rpartition(".")[0] != section
+            if name.rpartition(".")[0].rpartition(".")[2] != word
         }
         nearest, near = max(elsewhere.values(), default=0.0), max(here.values(), default=0.0)
         meant = [name for name, nearness in elsewhere.items() if nearness == nearest]

@@ -25,7 +25,7 @@ def plan_table(plan: RunPlan, rate_at: RateAt | None = None) -> list[str]:
     """
     lines = []
     for stage in plan.stages:
-        lines += [_headline(stage, rate_at), *_source_lines(plan, stage)]
+        lines += [_headline(plan, stage, rate_at), *_source_lines(plan, stage)]
     used = plan.consumed(plan.total_samples)
     lines.append(f"{'in all':<14} {plan.total_steps:>9,} steps  {short_number(plan.total_tokens):>8} tokens")
     for name, use in used.items():
@@ -35,7 +35,7 @@ def plan_table(plan: RunPlan, rate_at: RateAt | None = None) -> list[str]:
     return lines
 
 
-def _headline(stage: StagePlan, rate_at: RateAt | None) -> str:
+def _headline(plan: RunPlan, stage: StagePlan, rate_at: RateAt | None) -> str:
     batch = f"{stage.global_batch_size:,} x {stage.sequence_length:,}"
     line = f"{stage.name:<14} {stage.steps:>9,} steps  {short_number(stage.tokens):>8} tokens  {batch}"
     if rate_at is not None:
@@ -43,7 +43,7 @@ def _headline(stage: StagePlan, rate_at: RateAt | None) -> str:
         line += f"  lr {rate_at(stage.first_step):.3g} to {rate_at(last):.3g}"
     if stage.rotary_base is not None:
         line += f"  rotary base {stage.rotary_base:,.0f}"
-    return line if stage.complete else f"{line}  ended early"
+    return f"{line}  ended early" if plan.ends(stage) and not stage.complete else line
 
 
 def _source_lines(plan: RunPlan, stage: StagePlan) -> list[str]:

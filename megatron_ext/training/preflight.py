@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ from megatron_ext.training.same_run import (
     check_same_model,
     check_same_sources,
     rereads,
+    trained_model,
 )
+from megatron_ext.training.schedule import learning_rate
+from megatron_ext.training.schedule_faults import moved_decay, schedule_faults
 from megatron_ext.training.start import OpenForeign, foreign_model
 
 
@@ -65,11 +69,15 @@ class Findings:
     room: str = ""
     """What its checkpoints take of the disk."""
 
-    def note_plan(self, plan: RunPlan | None, data: DataConfig) -> None:
-        """Keep the plan of `data`, and say what people would look at where it has stages."""
-        self.plan = plan
-        if plan is not None and data.stages:
-            self.stages = plan_table(plan)
+    def note_plan(self, plan: RunPlan, data: DataConfig, run: RunConfig | None) -> None:
+        """Keep the plan of `data`, say what people would look at where it has stages, and what its schedule lacks."""
+        self.plan, rate_at = plan, None
+        if run is not None:
+            wrong = schedule_faults(run, plan)
+            self.faults += wrong
+            rate_at = None if wrong else partial(learning_rate, run, plan)
+        if data.stages:
+            self.stages = plan_table(plan, rate_at)
             self.warnings += plan_warnings(plan, data)
 
     def lines(self) -> list[str]:
@@ -102,8 +110,8 @@ def check_run(
     found = examine(text.values, text.run, open_foreign) if files else Findings()
     if text.run is not None:
         try:
-            if not files:
-                found.note_plan(stated_plan(text.run.data, text.run.train), text.run.data)
+            if not files and (plan := stated_plan(text.run.data, text.run.train)) is not None:
+                found.note_plan(plan, text.run.data, with_planned_length(text.run, plan))
             description = describe_run(text.run, world_size, found.plan)
         except ConfigError as error:
             faults += str(error).splitlines()  # of the layout there may be several
@@ -195,10 +203,10 @@ class _Examination:
         with collecting(self.found.faults):
             where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
             plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
-            self.found.note_plan(plan, self._data)
             if self._run is not None:
                 self._run = with_planned_length(self._run, plan)
                 self._train = self._run.train
+            self.found.note_plan(plan, self._data, self._run)
 
     def _look_at_state(self) -> None:
         """Read where the run goes on, if it does."""
@@ -221,7 +229,7 @@ class _Examination:
         self.found.start = f"continues {newest} at step {done}{steps}"
         if self._model is not None:
             with collecting(faults):
-                check_same_model(self._model, newest)
+                check_same_model(trained_model(self._model, self._state, newest), newest)
         if self._data is not None and self._train is not None and self._state.consumed_samples:
             with collecting(faults):
                 check_same_data(self._data, self._train, newest)
@@ -230,6 +238,8 @@ class _Examination:
                     check_same_sources(self._fingerprints or self._state.data, self._state, newest)
         if self._run is not None:
             self.found.changes = changed_keys(self._run, newest)
+            if self.found.plan is not None and (moved := moved_decay(self._run, self.found.plan, newest, done)):
+                faults.append(moved)
         if self._train is not None and done >= self._train.train_iters:
             self.found.warnings.append(
                 f"train.train_iters = {self._train.train_iters}: all of them are done, and this run would do nothing; "

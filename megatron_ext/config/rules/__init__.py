@@ -1,6 +1,16 @@
 """Rules between configuration keys, by what they are about; importing this package registers them all."""
 
-from megatron_ext.config.rules import architecture, backend, overrides, parallel, precision, routing, stages, training
+from megatron_ext.config.rules import (
+    architecture,
+    backend,
+    overrides,
+    parallel,
+    precision,
+    routing,
+    schedule,
+    stages,
+    training,
+)
 from megatron_ext.config.rules.registry import RULES, violations
 from megatron_ext.config.rules.stages import stage_violations
 
@@ -12,6 +22,7 @@ __all__ = [
     "parallel",
     "precision",
     "routing",
+    "schedule",
     "stage_violations",
     "stages",
     "training",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_ext.config.base import fields_of
 from megatron_ext.config.data import Amount, DataSource, Stage, StagedSource
 from megatron_ext.config.rules.registry import rule, violations
 
@@ -77,12 +78,30 @@ def _said(amount: Amount) -> list[str]:
 
 
 def stage_violations(values: Mapping[str, Any]) -> list[str]:
-    """The complaints about a stage's own batches and lengths: whatever holds for a run's holds for each stage's."""
+    """The complaints about what a stage has of its own: whatever holds for a run's keys holds for each stage's."""
     found: list[str] = []
     for number, stage in enumerate(values.get("data.stages") or []):
-        own = {whose: value for key, whose in _OWN.items() if (value := getattr(stage, key)) is not None}
-        if own:
+        key = f"data.stages.{number}"
+        here = {
+            **values,
+            **{whose: getattr(stage, own) for own, whose in _OWN.items() if getattr(stage, own) is not None},
+        }
+        if number:
+            here.pop("train.batch_size_ramp", None)  # it is over with the first stage
+        if stage.schedule is not None:
+            here = {name: value for name, value in here.items() if not name.startswith("schedule.")}
+            here.update(_leaves("schedule", stage.schedule))
+            here["train.train_iters"] = 0  # its length is not the run's
+        if here != values:
             known = set(violations(values))
-            here = f"data.stages.{number} ({stage.name}): "
-            found += [here + complaint for complaint in violations({**values, **own}) if complaint not in known]
+            found += [f"{key} ({stage.name}): {fault}" for fault in violations(here) if fault not in known]
     return found
+
+
+def _leaves(key: str, section: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a section, and those of sections in it."""
+    for name in fields_of(type(section)):
+        value = getattr(section, name)
+        yield f"{key}.{name}", value
+        if hasattr(value, "__pydantic_fields__"):
+            yield from _leaves(f"{key}.{name}", value)

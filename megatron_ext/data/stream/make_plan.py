@@ -11,6 +11,7 @@ from megatron_ext.data.stream.order import WINDOW
 from megatron_ext.data.stream.pattern import PERIOD, Pattern, shares_of
 from megatron_ext.data.stream.plan import PlannedSource, RunPlan, StagePlan, pattern_of
 from megatron_ext.data.stream.progress import Part, Progress
+from megatron_ext.data.stream.spans import Span, ramp_left, spans_of
 from megatron_ext.errors import CheckpointError, ConfigError
 
 
@@ -179,22 +180,8 @@ class _Planner:
         if not same_pattern(stage, self._length(stage), last):
             if not self._begin(stage, read):
                 self._end(stage)
-        elif steps := self._steps_left(stage, read):
-            samples, offset = steps * self._batch(stage), last.offset + last.samples
-            counts = _counts(_pattern(last), offset, samples, list(last.starts))
-            self._append(
-                replace(
-                    last,
-                    stage=stage,
-                    global_batch_size=self._batch(stage),
-                    steps=steps,
-                    samples=samples,
-                    offset=offset,
-                    counts=counts,
-                    skipped={},
-                    complete=True,
-                )
-            )
+        elif spans := self._spans_left(stage, read):
+            self._append_spans(replace(last, stage=stage, offset=last.offset + last.samples, skipped={}), spans)
         else:
             self._end(stage)
 
@@ -208,19 +195,19 @@ class _Planner:
 
     def _begin(self, stage: Stage, read: Sequence[Part]) -> int:
         """Plan what is left of a stage of which `read` was read, with a pattern of its own; return its steps."""
-        length, batch = self._length(stage), self._batch(stage)
+        length = self._length(stage)
         taken = self._take_left(stage, read)
-        steps = math.ceil(sum(taken.values()) / batch) if stage.take else self._steps_left(stage, read)
-        if not steps:
+        spans = self._spans(stage, sum(taken.values())) if stage.take else self._spans_left(stage, read)
+        if not spans:
             return 0
         names = list(taken) if stage.take else self._mix_order(stage)
         skipped = {name: tokens for name in names if (tokens := self._skip(name, length))}
         part = Part(
             stage=stage,
             sequence_length=length,
-            global_batch_size=batch,
-            steps=steps,
-            samples=steps * batch,
+            global_batch_size=0,
+            steps=0,
+            samples=0,
             complete=True,
             offset=0,
             counts={},
@@ -228,8 +215,19 @@ class _Planner:
             skipped=skipped,
             taken=taken,
         )
-        self._append(replace(part, counts=_counts(_pattern(part), 0, part.samples, names)))
-        return steps
+        self._append_spans(part, spans)
+        return sum(span.steps for span in spans)
+
+    def _append_spans(self, part: Part, spans: Sequence[Span]) -> None:
+        """Append what is to come of a stage, a part for each batch size; `part` says how it begins."""
+        pattern = _pattern(part)
+        for span in spans:
+            counts = _counts(pattern, part.offset, span.samples, list(part.starts))
+            batch, steps = span.global_batch_size, span.steps
+            added = replace(part, global_batch_size=batch, steps=steps, samples=span.samples, counts=counts)
+            added = replace(added, complete=span is spans[-1])
+            self._append(added)
+            part = replace(added, offset=added.offset + added.samples, skipped={})
 
     def _mix_order(self, stage: Stage) -> list[str]:
         """The sources of a mix: of equal ones the first is read first, so that their order in a file means nothing."""
@@ -262,24 +260,40 @@ class _Planner:
                 )
         return {name: left[name] for name in sorted(left, key=lambda name: (-left[name], name)) if left[name] > 0}
 
-    def _steps_left(self, stage: Stage, read: Sequence[Part]) -> int:
-        """Steps that are left of a stage of which `read` was read."""
+    def _spans_left(self, stage: Stage, read: Sequence[Part]) -> list[Span]:
+        """What is left of a stage of which `read` was read."""
+        steps = samples = 0
         if stage.steps is not None:
-            left = stage.steps - sum(part.steps for part in read)
+            left = steps = stage.steps - sum(part.steps for part in read)
         elif stage.tokens is not None:
-            tokens = stage.tokens - sum(part.tokens for part in read)
-            left = math.ceil(tokens / (self._batch(stage) * self._length(stage)))
+            left = samples = math.ceil((stage.tokens - sum(part.tokens for part in read)) / self._length(stage))
         elif stage.samples is not None:
-            left = math.ceil((stage.samples - sum(part.samples for part in read)) / self._batch(stage))
+            left = samples = stage.samples - sum(part.samples for part in read)
         else:
-            last = read[-1]
-            left = math.ceil((sum(last.taken.values()) - last.offset - last.samples) / self._batch(stage))
-        if left < 0 and not stage.take:
+            left = samples = sum(read[-1].taken.values()) - read[-1].offset - read[-1].samples
+        # The last step may have read beyond what the stage has, which is then rounded up to it.
+        beyond = 0 if stage.steps is not None or not read else read[-1].global_batch_size - 1
+        if left < -beyond and not stage.take:
+            over = -left if stage.steps is not None else -left // self._batch(stage)
             self.faults.append(
-                f"stage {stage.name!r} is {-left:,} steps shorter than what was read of it already; to end it now, "
+                f"stage {stage.name!r} is {over:,} steps shorter than what was read of it already; to end it now, "
                 "leave it out"
             )
-        return max(left, 0)
+        return self._spans(stage, samples, steps)
+
+    def _spans(self, stage: Stage, samples: int, steps: int = 0) -> list[Span]:
+        """The steps in which `samples`, or that many steps, are read: of the ramp first, where that is not over."""
+        if samples <= 0 and steps <= 0:
+            return []
+        done = sum(part.steps for part in self.parts)
+        ramp = ramp_left(self._train, done) if stage.name == self._stages[0].name else []
+        spans = spans_of(ramp, self._batch(stage), samples=samples, steps=steps)
+        if sum(span.steps for span in spans) < sum(span.steps for span in ramp):
+            self.faults.append(
+                f"train.batch_size_ramp is longer than the {sum(span.steps for span in spans):,} steps that stage "
+                f"{stage.name!r} has for it; it is over with the first stage"
+            )
+        return spans
 
     def _skip(self, name: str, length: int) -> int:
         """Tokens passed over where a source goes on in samples of another length: the rest of a window."""

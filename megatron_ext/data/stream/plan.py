@@ -153,6 +153,10 @@ class RunPlan:
         """
         return self._holding("sample", sample, self.total_samples)
 
+    def ends(self, stage: StagePlan) -> bool:
+        """Whether no other stretch of the same stage follows."""
+        return stage is self.stages[-1] or self.stages[stage.number + 1].name != stage.name
+
     def samples_at(self, step: int) -> int:
         """Samples of the run before `step`, which may be the one after its last."""
         if step == self.total_steps:
@@ -189,7 +193,6 @@ class RunPlan:
         for stage in self.stages:
             if (read := min(sample - stage.first_sample, stage.samples)) <= 0:
                 break
-            last = stage is self.stages[-1] or self.stages[stage.number + 1].name != stage.name
             parts.append(
                 Part(
                     stage=stage.stage,
@@ -197,7 +200,7 @@ class RunPlan:
                     global_batch_size=stage.global_batch_size,
                     steps=read * stage.steps // stage.samples,
                     samples=read,
-                    complete=last and read == stage.samples and stage.complete,
+                    complete=self.ends(stage) and read == stage.samples and stage.complete,
                     offset=stage.offset,
                     counts=stage.counts_of(read),
                     starts=stage.starts,

@@ -21,7 +21,7 @@ from megatron.core.datasets.utils import Split
 from megatron_ext.config import DataConfig, DataSource, TrainConfig
 from megatron_ext.config.data import source_ids
 from megatron_ext.data.dataset import SplitSummary, check_dataset
-from megatron_ext.data.stream.blend import Blend
+from megatron_ext.data.stream.blend import Blend, BlendSource
 from megatron_ext.data.stream.index_cache import with_index
 from megatron_ext.data.stream.make_plan import SourceSize, make_plan
 from megatron_ext.data.stream.plan import RunPlan
@@ -60,15 +60,31 @@ class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
         return _UNLIMITED
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        epoch, within = divmod(int(position), self.samples_per_epoch)
-        if epoch:
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._order = np.random.default_rng((self.seed, epoch)).permutation(self.samples_per_epoch)
-            within = int(self._order[within])
-        sample: dict[str, Any] = self.dataset[within]
+        sample: dict[str, Any] = self.dataset[self._index(position)]
         self._require_known_tokens(sample)
         return sample
+
+    def where(self, position: int) -> str:
+        """The documents, and the first and last of their tokens, that the sample at `position` is made of."""
+        dataset, index = self.dataset, self._index(position)
+        dataset[index]  # which maps the indices
+        at = dataset.shuffle_index[index]
+        (first, begin), (last, end) = dataset.sample_index[at], dataset.sample_index[at + 1]
+        if first == last:
+            return f"document {dataset.document_index[first]}, tokens {begin} to {end - 1}"
+        documents = [f"document {dataset.document_index[first]} from token {begin}"]
+        documents += [f"document {dataset.document_index[n]}" for n in range(first + 1, last)]
+        if end:
+            documents.append(f"document {dataset.document_index[last]} before token {end}")
+        return ", ".join(documents)
+
+    def _index(self, position: int) -> int:
+        """What `position` is in the first epoch's order."""
+        epoch, within = divmod(int(position), self.samples_per_epoch)
+        if epoch and epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.samples_per_epoch)
+        return int(self._order[within]) if epoch else within
 
     def _require_known_tokens(self, sample: dict[str, Any]) -> None:
         """Raise DataError where a token id is out of the vocabulary: an embedding or a device would fail on it."""
@@ -103,7 +119,7 @@ def build_blend(
             raise DataError(f"{key}: {source.path}: {few}")
     if data.cache_dir is None:
         return _computed_blend(sources, sizes, data, tokenizer, num_samples, seed)
-    blended: Blend = _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
+    blended: Blend = _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed, section))
     return blended
 
 
@@ -147,10 +163,16 @@ def _computed_blend(
     return planned_samples(plan, {source.id or "": source.path for source in named}, data, tokenizer)
 
 
-def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int) -> Blend:
+def _blend(
+    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int, split: str
+) -> Blend:
     parts = [_source(source.path, data, tokenizer, seed + number) for number, source in enumerate(sources)]
+    described = [
+        BlendSource(name, part.samples_per_epoch, data.sequence_length, part.where)
+        for name, part in zip(source_ids(list(sources), split), parts, strict=True)
+    ]
     if len(parts) == 1:
-        return Blend(parts[0], num_samples)
+        return Blend(parts[0], num_samples, described)
     weights = [float(source.weight) for source in sources]
     identity = {"sources": [part.identity for part in parts], "weights": weights, "samples": num_samples}
 
@@ -160,7 +182,7 @@ def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer
         return BlendedDataset(parts, weights, num_samples, config)
 
     blended = with_index(_cache(data), identity, make)
-    return Blend(blended, num_samples, blended.dataset_index, len(parts))
+    return Blend(blended, num_samples, described, blended.dataset_index)
 
 
 def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> EpochedSource:

@@ -15,7 +15,7 @@ import torch
 
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, collate, sample_indices, sample_seed
 from megatron_ext.data.stream.plan import RunPlan
-from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.position import Consumption, Position, SamplePlace
 from megatron_ext.errors import DataError, EnvironmentFault
 
 Batch = list[MicroBatch]
@@ -41,6 +41,12 @@ class DataStream(Protocol):
 
     def position(self) -> Position:
         """What has been consumed: the batches that `next` gave out, not those that were read ahead."""
+
+    def consumption(self) -> Consumption:
+        """What `position` means for each source, exactly: it follows from the position, and is not counted beside."""
+
+    def place(self, sample: int) -> SamplePlace:
+        """Where a sample of the run comes from, wherever the stream stands."""
 
     def close(self) -> None:
         """End what reads ahead; `next` would begin anew from the same position."""
@@ -106,6 +112,12 @@ class Samples(Protocol):
 
     def stage(self, position: int) -> int:
         """Number of the stage that `position` belongs to."""
+
+    def consumption(self, position: int, counts: Sequence[int]) -> Consumption:
+        """What the samples before `position`, of which `counts` says how many each source has, are of each source."""
+
+    def place(self, position: int) -> SamplePlace:
+        """Where the sample at `position` comes from."""
 
 
 class BlendStream:
@@ -177,6 +189,14 @@ class BlendStream:
     def position(self) -> Position:
         """See `DataStream.position`."""
         return Position(self._at, self._blend.stage(self._at), tuple(self._counts))
+
+    def consumption(self) -> Consumption:
+        """See `DataStream.consumption`."""
+        return self._blend.consumption(self._at, self._counts)
+
+    def place(self, sample: int) -> SamplePlace:
+        """See `DataStream.place`."""
+        return self._blend.place(sample)
 
     def close(self) -> None:
         """See `DataStream.close`."""

@@ -1,6 +1,6 @@
 """Samples of a plan, read from the token files by position: no index, no cache, nothing that ranks must agree on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_ext.data.stream.plan import RunPlan
+from megatron_ext.data.stream.position import Consumption, SamplePlace
 from megatron_ext.errors import DataError
 
 
@@ -85,6 +86,20 @@ class PlannedSamples(torch.utils.data.Dataset[dict[str, Any]]):
     def stage(self, position: int) -> int:
         """Number of the stage that the sample at `position` belongs to; behind the last, that of the last."""
         return self.plan.stage_of_sample(min(position, self.size - 1)).number
+
+    def consumption(self, position: int, counts: Sequence[int]) -> Consumption:
+        """What the samples before `position` are of each source, and the stage of the last of them; by the plan."""
+        stage = None
+        if len({stage.name for stage in self.plan.stages}) > 1:
+            stage = self.plan.stage_of_sample(max(position - 1, 0)).name
+        return Consumption(self.plan.consumed(position), stage)
+
+    def place(self, position: int) -> SamplePlace:
+        """Where the sample at `position` comes from."""
+        place = self.plan.place(position)
+        number = self.plan.source_counts(position)[self.plan.numbers[place.source]]
+        where = f"tokens {place.start:,} to {place.start + place.length - 1:,} of {self._files[place.source].path}"
+        return SamplePlace(place.source, number, place.epoch, where)
 
     def _require_known(self, ids: np.ndarray[Any, Any], file: TokenFile) -> None:
         """Raise DataError where a token id is out of the vocabulary: an embedding or a device would fail on it."""

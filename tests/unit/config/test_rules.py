@@ -238,6 +238,67 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"schedule": {"warmup_iters": 101}}, ["schedule.warmup_iters = 101", "train.train_iters = 100"]),
     ({"schedule": {"warmup_iters": 50, "decay_iters": 50}}, ["end after the warmup"]),
     ({"schedule": {"kind": "wsd", "warmup_iters": 60, "wsd_decay_iters": 60}}, ["longer than the run"]),
+    (
+        {"schedule": {"warmup_tokens": 1e9, "decay_tokens": 5e8}},
+        ["schedule.warmup_tokens = 1000000000, schedule.decay_tokens = 500000000: the decay must end after the warmup"],
+    ),
+    (
+        {"schedule": {"warmup_iters": 5, "warmup_tokens": 9, "warmup": {"stage": "a"}}},
+        [
+            "schedule.warmup_iters = 5, schedule.warmup_tokens = 9: both say it; keep one of them",
+            "schedule.warmup_iters = 5, schedule.warmup.stage = 'a': both say it",
+            "schedule.warmup_tokens = 9, schedule.warmup.stage = 'a': both say it",
+            "schedule.warmup.stage = 'a': is no stage of this schedule: there are no data.stages",
+        ],
+    ),
+    (
+        {"schedule": {"decay_iters": 5, "decay_tokens": 9, "decay": {"stage": "a"}}},
+        ["schedule.decay_iters = 5, schedule.decay_tokens = 9: both say it"],
+    ),
+    (
+        {"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "wsd_decay_tokens": 9, "decay": {"stage": "a"}}},
+        ["schedule.wsd_decay_iters = 5, schedule.decay.stage = 'a': both say it"],
+    ),
+    (
+        {"data": ONE_STAGE, "schedule": {"warmup": {"stage": "all"}, "decay": {"stage": "all"}}},
+        ["schedule.warmup.stage = 'all', schedule.decay.stage = 'all': the decay must end after the warmup"],
+    ),
+    (
+        {
+            "data": {
+                **STAGED,
+                "stages": [
+                    {"name": "a", "mix": {"ja": 1}, "steps": 2, "global_batch_size": 7, "sequence_length": 6},
+                    {"name": "b", "mix": {"ja": 1}, "steps": 2},
+                    {
+                        "name": "c",
+                        "mix": {"ja": 1},
+                        "steps": 2,
+                        "schedule": {"kind": "linear", "min_lr": 1.0, "decay": {"stage": "b"}},
+                    },
+                ],
+            },
+            "train": {"micro_batch_size": 2},
+            "parallel": {"context_parallel_size": 2},
+            "schedule": {"kind": "wsd", "warmup": {"stage": "b"}, "decay": {"stage": "c"}},
+        },
+        [
+            "data.stages.0 (a): train.global_batch_size = 7, train.micro_batch_size = 2: the global batch must be",
+            "data.stages.0 (a): data.sequence_length = 6, parallel.tensor_model_parallel_size = 1",
+            "schedule.warmup.stage = 'b': is no stage of this schedule: it covers a, b; a warmup is the first",
+            "schedule.decay.stage = 'c': is no stage of this schedule: it covers a, b",
+            "data.stages.2 (c): schedule.min_lr = 1.0, optimizer.lr = 0.001: the final learning rate is above",
+            "data.stages.2.schedule.decay.stage = 'b': is no stage of this schedule: it covers c",
+        ],
+    ),
+    (
+        {"train": {"batch_size_ramp": [{"global_batch_size": 3, "samples": 4}, {"global_batch_size": 4}]}},
+        ["entry 0: samples = 4 is not a multiple of global_batch_size = 3"],
+    ),
+    (
+        {"train": {"micro_batch_size": 2, "batch_size_ramp": [{"global_batch_size": 3, "steps": 4}]}},
+        ["global batches of [3] are no multiples of the micro-batch"],
+    ),
     ({"schedule": {"min_lr": 0.1}}, ["schedule.min_lr = 0.1", "optimizer.lr = 0.001"]),
     ({"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "geometric"}}, ["set min_lr"]),
     (
@@ -350,7 +411,13 @@ def test_violation_names_keys_values_and_the_way_out(sections: dict[str, dict[st
         assert part in message
 
 
-WRITTEN_FOR_MANY_KEYS = ("_needs_experts", "_needs_history", "_not_with_latent_attention", "_width_fits_kernel")
+WRITTEN_FOR_MANY_KEYS = (
+    "_needs_experts",
+    "_needs_history",
+    "_is_said_once",
+    "_not_with_latent_attention",
+    "_width_fits_kernel",
+)
 
 
 def test_every_rule_can_be_violated() -> None:

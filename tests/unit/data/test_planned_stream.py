@@ -89,6 +89,34 @@ def test_every_job_reads_on_where_the_last_stopped(
         progress = stored(plan, at)
 
 
+def test_consumption_is_what_was_read_of_each_source_whoever_begins_where(files: dict[str, TokenFile]) -> None:
+    plan = planned(SAMPLES, STAGES)
+    stream, names = stream_of(plan, files), list(plan.numbers)
+    tokens = dict.fromkeys(names, 0)
+    for step in range(plan.total_steps):
+        for micro in stream.next():
+            for source in micro.sources.tolist():
+                tokens[names[source]] += micro.tokens.shape[1]
+        consumption = stream.consumption()
+        assert {name: use.tokens for name, use in consumption.sources.items()} == tokens
+        assert consumption.stage == plan.stage_of_step(step).name
+        again = stream_of(plan, files)
+        again.seek(Position(stream.position().samples))
+        assert again.consumption() == consumption
+    assert consumption.sources["a"].epochs == tokens["a"] / (SAMPLES["a"] * 8)
+
+
+def test_the_place_of_a_sample_is_where_its_tokens_stand(files: dict[str, TokenFile]) -> None:
+    plan = planned(SAMPLES, STAGES)
+    samples, seen = PlannedSamples(plan, files, vocab_size=20_000), dict.fromkeys(plan.numbers, 0)
+    for position in range(plan.total_samples):
+        place, tokens = samples.place(position), samples[position]["tokens"].tolist()
+        first = tokens[0] - FIRST[place.source]
+        assert place.where == f"tokens {first:,} to {first + len(tokens) - 1:,} of {files[place.source].path}"
+        assert place.number == seen[place.source]
+        seen[place.source] += 1
+
+
 def test_workers_read_ahead_over_the_borders_of_stages(files: dict[str, TokenFile]) -> None:
     plan = planned(SAMPLES, STAGES)
     alone, ahead = stream_of(plan, files), stream_of(plan, files, workers=2)

@@ -30,7 +30,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data, and a run of 2 steps."""
     directory = tmp_path_factory.mktemp("work")
     prepare_data(directory)
-    write_run(directory / "run.yaml", run_mapping(directory))
+    # A schedule that does not mind how long the run is.
+    write_run(directory / "run.yaml", run_mapping(directory) | {"schedule": {"kind": "wsd", "warmup_iters": 2}})
     process = train(1, directory / "run.yaml", "train.train_iters=2")
     assert process.returncode == 0, process.stderr
     (directory / "said").write_text(process.stderr)
