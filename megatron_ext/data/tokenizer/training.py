@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import sentencepiece
 
-from megatron_ext.data.prepare.corpus import corpus_files, read_documents
+from megatron_ext.data.prepare.corpus import corpus_files
+from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.prepare.workers import interruptible
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
 from megatron_ext.data.tokenizer.model_file import read_model_file
