@@ -70,3 +70,22 @@ def write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         sync(file)
     beside.replace(path)
+
+
+def read_index(path: Path) -> tuple[np.dtype[Any], np.ndarray[Any, Any]]:
+    """The dtype of the tokens beside the `.idx` at `path`, and how many tokens each document has (mapped, int32).
+
+    Raises:
+        DataError: it is missing, cut, or none of ours.
+    """
+    dtypes: dict[int, Any] = {code: dtype for dtype, code in _DTYPE_CODES.items()}
+    try:
+        with open(path, "rb") as file:
+            header = file.read(_HEADER.size)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give the dataset without .bin / .idx") from error
+    magic, version, code, documents, _ = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
+    if (magic, version) != (_MAGIC, _VERSION) or code not in dtypes or not documents:
+        raise DataError(f"{path}: not an index that tools/preprocess.py writes, or cut")
+    check_index(path, documents, dtypes[code])
+    return dtypes[code], np.memmap(path, np.int32, "r", _HEADER.size, (documents,))

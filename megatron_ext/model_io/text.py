@@ -56,9 +56,9 @@ def token_batches(
 def _tokens(source: str | Path | None, tokenizer: Tokenizer, *, most: int) -> Iterator[Iterable[int]]:
     """Token ids of `source` piece by piece; of a prepared dataset no more than `most` are read."""
     if source is None:
-        text = "\n".join(_SENTENCES)
-        while True:
-            yield tokenizer.encode(text)
+        ids = tokenizer.encode("\n".join(_SENTENCES))
+        while ids:  # a vocabulary may have none of it
+            yield ids
     elif Path(f"{source}.bin").is_file():
         check_dataset(source, tokenizer)
         yield np.fromfile(f"{source}.bin", dtype=token_dtype(tokenizer.vocab_size), count=most).tolist()

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import tokenizers
-from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megatron_ext.checkpoint.tokenizer_files import FAST_FILE, MODEL_FILE, SETTINGS_FILE, SPECIAL_FILE
+from megatron_ext.data.tokenizer.fast import fast_tokenizer
 from megatron_ext.data.tokenizer.load import load_tokenizer
+from megatron_ext.data.tokenizer.model_file import BPE, SPACE, UNIGRAM, read_model_file
 from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece, sentencepiece_of
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS, texts_of
 from megatron_ext.data.tokenizer.reading import Tokenizer
@@ -22,9 +21,6 @@ from megatron_ext.locks import exclusive_output
 
 CONTENTS = (FAST_FILE, MODEL_FILE, SETTINGS_FILE, SPECIAL_FILE)
 """What stands in a tokenizer's directory."""
-_SPACE = "▁"
-_NEVER = -1000.0
-"""Log-probability of a piece that is not to be found in text."""
 
 
 def write_tokenizer(
@@ -79,12 +75,10 @@ def export_tokenizer(model: bytes, directory: Path, source: str) -> sentencepiec
             "the SentencePiece model has no end-of-sentence piece (eos_id is -1): documents could not be told apart; "
             "train it with an eos_id"
         )
-    spec = sentencepiece_model_pb2.ModelProto.FromString(model)
-    prefix = bool(spec.normalizer_spec.add_dummy_prefix)
-    is_unigram = spec.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.UNIGRAM
-    if is_unigram and not prefix:
-        _refuse_spaces(pieces)
-        fast = _fast_tokenizer(pieces)
+    read = read_model_file(model, source)
+    prefix = bool(read.proto.normalizer_spec.add_dummy_prefix)
+    if read.proto.trainer_spec.model_type in (UNIGRAM, BPE) and not prefix:
+        fast = fast_tokenizer(read)
     else:
         # What transformers makes of it; whether that encodes alike is seen on texts.
         fast = load_tokenizer(directory).backend_tokenizer
@@ -106,55 +100,9 @@ def export_tokenizer(model: bytes, directory: Path, source: str) -> sentencepiec
     return pieces
 
 
-def _refuse_spaces(pieces: sentencepiece.SentencePieceProcessor) -> None:
-    """Raise DataError for user-defined symbols with spaces, which fast tokenizers look for before they mark spaces."""
-    for number in range(pieces.get_piece_size()):
-        if _is_user_defined(pieces, number) and _SPACE in pieces.id_to_piece(number):
-            raise DataError(
-                f"the user-defined symbol {pieces.id_to_piece(number)!r} has spaces, which a fast tokenizer would not "
-                "find in text; train the model without it (allow_whitespace_only_pieces makes pieces of spaces)"
-            )
-
-
-def _fast_tokenizer(pieces: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
-    """A fast tokenizer of a Unigram model that keeps text as it is."""
-    vocabulary = [(pieces.id_to_piece(i), _matching_score(pieces, i)) for i in range(pieces.get_piece_size())]
-    byte_fallback = any(pieces.is_byte(i) for i in range(pieces.get_piece_size()))
-    fast = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=byte_fallback))
-    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
-    fast.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    fast.add_special_tokens(
-        [
-            AddedToken(p, special=True, normalized=False)
-            for i, (p, _) in enumerate(vocabulary)
-            if pieces.is_control(i) or pieces.is_unknown(i)
-        ]
-    )
-    fast.add_tokens(
-        [AddedToken(p, normalized=False) for i, (p, _) in enumerate(vocabulary) if _is_user_defined(pieces, i)]
-    )
-    return fast
-
-
-def _matching_score(pieces: sentencepiece.SentencePieceProcessor, number: int) -> float:
-    """Log-probability of a piece.
-
-    SentencePiece never finds control and byte pieces in text ("<s>" spelt out is three characters); tokenizers would,
-    unless that is unlikely.
-    """
-    hidden = pieces.is_control(number) or pieces.is_unknown(number) or pieces.is_byte(number)
-    return _NEVER if hidden else float(pieces.get_score(number))
-
-
-def _is_user_defined(pieces: sentencepiece.SentencePieceProcessor, number: int) -> bool:
-    """User-defined pieces are cut out of the text before anything else; SentencePiece gives them score 0."""
-    plain = not (pieces.is_control(number) or pieces.is_unknown(number) or pieces.is_byte(number))
-    return plain and pieces.get_score(number) == 0.0
-
-
 def _spelt(pieces: sentencepiece.SentencePieceProcessor) -> list[str]:
     """What every piece looks like in text."""
-    return [str(pieces.id_to_piece(i)).replace(_SPACE, " ") for i in range(pieces.get_piece_size())]
+    return [str(pieces.id_to_piece(i)).replace(SPACE, " ") for i in range(pieces.get_piece_size())]
 
 
 def disagreements(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """SentencePiece models: loading, and encoding as they mean it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -10,6 +11,8 @@ from megatron_ext.foreign import LFS_POINTER
 
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 """Of a tiktoken list: a token in base64 and its rank."""
+BATCH = 10_000
+"""Lines that are encoded at once."""
 
 
 def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -51,3 +54,8 @@ def encode_lines(pieces: sentencepiece.SentencePieceProcessor, text: str) -> lis
         ids.extend(line)
         ids.append(newline)
     return ids[:-1]
+
+
+def count_tokens(pieces: sentencepiece.SentencePieceProcessor, lines: Sequence[str]) -> int:
+    """Tokens of all `lines`."""
+    return sum(len(ids) for start in range(0, len(lines), BATCH) for ids in pieces.encode(lines[start : start + BATCH]))

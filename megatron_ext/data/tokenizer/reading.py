@@ -17,7 +17,14 @@ from typing import Any
 
 import tokenizers
 
-from megatron_ext.checkpoint.tokenizer_files import ADDED_FILE, FAST_FILE, MODEL_FILE, SETTINGS_FILE, SPECIAL_FILE
+from megatron_ext.checkpoint.tokenizer_files import (
+    ADDED_FILE,
+    FAST_FILE,
+    MODEL_FILE,
+    PIECE_FILES,
+    SETTINGS_FILE,
+    SPECIAL_FILE,
+)
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
@@ -97,6 +104,11 @@ class Tokenizer:
                 "of one, and has no other way to write that text; remove it from the corpus, or use another tokenizer"
             )
         return ids
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer | None:
+        """What cuts text into tokens; None for a tokenizer that is Python code."""
+        return self._backend
 
     def spells(self, text: str) -> str | None:
         """A special token that is spelt out in `text`, if one is: `encode` takes it for text."""
@@ -275,9 +287,14 @@ def _stands_in(directory: Path, token: str) -> bool:
         return True
     if (directory / FAST_FILE).is_file():
         return tokenizers.Tokenizer.from_file(str(directory / FAST_FILE)).token_to_id(token) is not None
-    if (directory / MODEL_FILE).is_file():
-        pieces = load_sentencepiece(directory / MODEL_FILE)
-        return str(pieces.id_to_piece(pieces.piece_to_id(token))) == token
+    for name in PIECE_FILES:
+        if (directory / name).is_file():
+            pieces = load_sentencepiece(directory / name)
+            return str(pieces.id_to_piece(pieces.piece_to_id(token))) == token
+    if (directory / "vocab.json").is_file():
+        return token in read_json_object(directory / "vocab.json", DataError)
+    if (directory / "vocab.txt").is_file():
+        return token in (directory / "vocab.txt").read_text(encoding="utf-8").splitlines()
     return True  # a kind whose files are not known here
 
 

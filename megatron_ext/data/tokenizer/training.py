@@ -2,11 +2,12 @@
 
 import io
 import itertools
-import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sentencepiece
 
@@ -14,28 +15,28 @@ from megatron_ext.data.prepare.corpus import corpus_files
 from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.prepare.workers import interruptible
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
+from megatron_ext.data.tokenizer.model_file import read_model_file
+from megatron_ext.data.tokenizer.names import with_names
 from megatron_ext.data.tokenizer.reading import Tokenizer
+from megatron_ext.data.tokenizer.sample import MAX_CHARACTERS, MAX_LINES, lines_of, sample
 from megatron_ext.errors import DataError
 from megatron_ext.files import output_place
 from megatron_ext.locks import exclusive_output
 
 _UNK, _BOS, _EOS, _PAD = range(4)
-_LONGEST_LINE = 4000
 _PROOF_TEXTS = 500
+_LONGEST_PIECE = 16
+"""Characters: SentencePiece's own default."""
 CHARACTER_COVERAGE = 0.9995
 """Share of the characters of the text that get a token of their own; rarer ones are written in bytes."""
 _OPTIONS = {"character_coverage with --character_coverage option": "--character-coverage", "vocab_size": "--vocab-size"}
 """What SentencePiece's messages name, and what it is called here."""
 
 _SETTINGS: dict[str, Any] = {
-    "model_type": "unigram",
-    "byte_fallback": True,
     "normalization_rule_name": "identity",
     "add_dummy_prefix": False,
     "remove_extra_whitespaces": False,
     "allow_whitespace_only_pieces": True,
-    "split_digits": True,
-    "user_defined_symbols": ["\n"],
     # The letters of "</s>" and "<0x0A>": spelt out in a text they must have a reading as plain characters.
     "required_chars": "<>/0123456789ABCDEFxsunkpad",
     "unk_id": _UNK,
@@ -46,37 +47,74 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-def train_sentencepiece(
-    documents: Iterable[str],
-    vocab_size: int,
-    *,
-    max_lines: int = 1_000_000,
-    character_coverage: float = CHARACTER_COVERAGE,
-    seed: int = 0,
-    threads: int = 1,
-) -> bytes:
-    """Train a unigram model with byte fallback that reproduces any text exactly, and return its bytes.
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained. As it is, any text comes back from its ids: it is not normalised, spaces are kept."""
 
-    Text is not normalised, spaces and indentation are kept, digits are single tokens and a newline is a token.
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    byte_fallback: bool = True
+    """Characters without a piece are written in bytes; otherwise all of them are one unknown token."""
+    split_digits: bool = True
+    """Every digit is a token."""
+    user_symbols: Sequence[str] = ()
+    """Pieces that are cut out of the text before anything else. The newline is one always."""
+    pretokenization_delimiter: str = ""
+    """Marks, in the text to train on, where no piece may go across; the model itself knows nothing of it."""
+    names: Sequence[str] = ()
+    """Proper nouns that are whole pieces (`names.py`)."""
+    character_coverage: float = CHARACTER_COVERAGE
+    """Share of the text's characters that get a token each; the others are written in bytes."""
+    max_lines: int = MAX_LINES
+    """Lines to train on; of more an even sample is taken."""
+    max_characters: int = MAX_CHARACTERS
+    """Characters to train on, likewise."""
+    threads: int = 1
 
-    Args:
-        max_lines: lines to train on; more are sampled down evenly.
-        character_coverage: share of the text's characters that get a token each; the others are written in bytes.
+
+def train_sentencepiece(documents: Iterable[str], vocab_size: int, how: Training = Training()) -> bytes:  # noqa: B008
+    """Train a model on `documents`, and return its bytes.
 
     Raises:
-        DataError: the text cannot fill such a vocabulary.
+        DataError: the text cannot fill such a vocabulary, or the symbols or names cannot be in it.
     """
+    _check_symbols(how)
+    delimiter = how.pretokenization_delimiter
+    lines = sample(lines_of(documents, delimiter), how.max_lines, how.max_characters).texts
+    model = _trained([*lines, *_seeds(lines, how)], vocab_size, how)
+    if not how.names:
+        return model
+    lines = [line.replace(delimiter, "") for line in lines] if delimiter else lines
+    return with_names(read_model_file(model, "the model"), how.names, lines).to_bytes()
+
+
+def _seeds(lines: Sequence[str], how: Training) -> list[str]:
+    """The words between delimiters that come more than once, to be lines of their own.
+
+    SentencePiece's first pieces are strings that go on in different ways (a suffix array): without this, a word that a
+    delimiter follows each time would be none.
+    """
+    if not how.pretokenization_delimiter or how.model_type != "unigram":
+        return []
+    counts = Counter(itertools.chain.from_iterable(line.split(how.pretokenization_delimiter) for line in lines))
+    return [word for word, count in counts.items() if count > 1 and 1 < len(word) <= _LONGEST_PIECE]
+
+
+def _trained(lines: Sequence[str], vocab_size: int, how: Training) -> bytes:
     model = io.BytesIO()
-    lines = _sample_lines(documents, max_lines, seed)
 
     def train(interrupted: threading.Event) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=itertools.takewhile(lambda _: not interrupted.is_set(), lines),
             model_writer=model,
             vocab_size=vocab_size,
-            character_coverage=character_coverage,
+            model_type=how.model_type,
+            byte_fallback=how.byte_fallback,
+            split_digits=how.split_digits,
+            user_defined_symbols=["\n", *how.user_symbols],
+            pretokenization_delimiter=how.pretokenization_delimiter,
+            character_coverage=how.character_coverage,
             **_SETTINGS,
-            num_threads=threads,
+            num_threads=how.threads,
         )
 
     try:
@@ -89,47 +127,38 @@ def train_sentencepiece(
     return model.getvalue()
 
 
-def _sample_lines(documents: Iterable[str], limit: int, seed: int) -> list[str]:
-    """At most `limit` of the non-empty lines, each equally likely (reservoir sampling), in a fixed order."""
-    generator, seen = random.Random(seed), 0
-    kept: list[str] = []
-    for document in documents:
-        for line in _short_lines(document):
-            seen += 1
-            if len(kept) < limit:
-                kept.append(line)
-            elif (slot := generator.randrange(seen)) < limit:
-                kept[slot] = line
-    return kept
-
-
-def _short_lines(document: str) -> Iterator[str]:
-    for line in document.split("\n"):
-        for start in range(0, len(line), _LONGEST_LINE):
-            yield line[start : start + _LONGEST_LINE]
+def _check_symbols(how: Training) -> None:
+    """Raise DataError for symbols that no piece can be, before the text is read."""
+    if how.names and how.model_type != "unigram":
+        raise DataError(f"names need a unigram model: pieces of {how.model_type} have no probability")
+    if how.pretokenization_delimiter and not how.pretokenization_delimiter.strip():
+        raise DataError("the delimiter is white space, which text has of its own; mark boundaries by |||| or the like")
+    seen = {"\n", "<unk>", "<s>", "</s>", "<pad>"}
+    for symbol in how.user_symbols:
+        if not symbol or any(character.isspace() or character == "▁" for character in symbol):
+            raise DataError(
+                f"the symbol {symbol!r} is empty or has spaces, which a fast tokenizer would not find in text"
+            )
+        if symbol in seen:
+            raise DataError(f"the symbol {symbol!r} is a piece already; leave it out")
+        seen.add(symbol)
 
 
 def train_tokenizer(
     inputs: Sequence[str | Path],
     output: str | Path,
     vocab_size: int,
+    how: Training = Training(),  # noqa: B008
     *,
     text_key: str = "text",
-    max_lines: int = 1_000_000,
-    character_coverage: float = CHARACTER_COVERAGE,
-    threads: int = 1,
     force: bool = False,
 ) -> Tokenizer:
     """Train a tokenizer on the documents of `inputs` and write it to `output`."""
     files = corpus_files(inputs)
     output_place(output, DataError, force=force, contents=CONTENTS, inputs=files)
     with exclusive_output(output, "training a tokenizer"):
-        model = train_sentencepiece(
-            read_documents(files, text_key),
-            vocab_size,
-            max_lines=max_lines,
-            character_coverage=character_coverage,
-            threads=threads,
-        )
-        texts = itertools.islice(read_documents(files, text_key), _PROOF_TEXTS)
-        return write_tokenizer(model, output, texts, force=force)
+        model = train_sentencepiece(read_documents(files, text_key), vocab_size, how)
+        documents = itertools.islice(read_documents(files, text_key), _PROOF_TEXTS)
+        delimiter = how.pretokenization_delimiter
+        texts = (text.replace(delimiter, "") for text in documents) if delimiter else documents
+        return write_tokenizer(model, output, [*texts, *how.names], force=force)

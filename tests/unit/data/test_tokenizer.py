@@ -1,5 +1,6 @@
 """The tokenizer reproduces any text, and its Hugging Face form encodes alike."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megatron_ext.data.tokenizer import Tokenizer, disagreements, train_tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, Training, disagreements, train_tokenizer
+from megatron_ext.data.tokenizer.training import train_sentencepiece
 from megatron_ext.errors import DataError
 from tests.support.workspace import write_corpus
 
@@ -79,3 +81,42 @@ def test_a_vocabulary_for_too_many_characters_names_our_options(tmp_path: Path) 
 def test_no_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokenizer here"):
         Tokenizer(tmp_path)
+
+
+def test_what_training_offers(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl")
+    kinds = {
+        "bpe": Training(model_type="bpe", user_symbols=["<think>", "a,b"]),
+        "whole numbers": Training(split_digits=False),
+        "no bytes": Training(byte_fallback=False, max_lines=400, max_characters=100_000),
+    }
+    sizes = {"no bytes": 70}
+    made = {name: train_tokenizer([corpus], tmp_path / name, sizes.get(name, 340), how) for name, how in kinds.items()}
+    bpe = made["bpe"]
+    assert [bpe.vocabulary[symbol] for symbol in ("\n", "<think>", "a,b")] == [4, 5, 6]
+    assert bpe.encode("x<think>a,b") == [*bpe.encode("x"), 5, 6]
+    assert bpe.decode(bpe.encode("12 every\n日本語 ∰")) == "12 every\n日本語 ∰"
+    assert any(token.strip("▁").isdigit() and len(token) > 1 for token in made["whole numbers"].vocabulary)
+    assert not any(token.strip("▁").isdigit() and len(token.strip("▁")) > 1 for token in bpe.vocabulary)
+    assert made["no bytes"].encode("∰") == [0]
+    assert not any(token.startswith("<0x") for token in made["no bytes"].vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (Training(user_symbols=["a b"]), "'a b' is empty or has spaces"),
+        (Training(user_symbols=["▁x"]), "has spaces"),
+        (Training(user_symbols=["<x>", "<x>"]), "'<x>' is a piece already"),
+        (Training(user_symbols=["</s>"]), "is a piece already"),
+        (Training(pretokenization_delimiter=" "), "is white space"),
+        (Training(model_type="bpe", names=["Kyoto"]), "names need a unigram model"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_the_work(how: Training, message: str) -> None:
+    def no_text() -> Iterator[str]:
+        raise AssertionError("the text is read")
+        yield ""
+
+    with pytest.raises(DataError, match=message):
+        train_sentencepiece(no_text(), 330, how)
