@@ -146,7 +146,8 @@ def parse_command(
         else:
             flag = name if name in positional else f"--{name.replace('_', '-')}"
             parser.add_argument(flag, **_argument(name, info, is_positional=name in positional))
-    given = vars(parser.parse_args(argv))
+    # argparse gives what stands for "no default" to the type of a positional, and does not know it again.
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != argparse.SUPPRESS}
     file = given.pop("config")
     for several, last in itertools.pairwise(positional):
         if isinstance(given.get(several), list) and len(given[several]) > 1 and last not in given:

@@ -10,8 +10,11 @@ T = TypeVar("T")
 
 
 @contextmanager
-def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that is told (bytes done, bytes in all) and shows a bar with MB/s and the time left."""
+def byte_progress(what: str) -> Iterator[Callable[..., None]]:
+    """Yield a function that is told (bytes done, bytes in all) and shows a bar with MB/s and the time left.
+
+    It may be told a third thing, what else there is to say so far, which stands behind the bar.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -22,15 +25,16 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     begun, ended, total_bytes = time.perf_counter(), 0.0, 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(what, total=None, note="")
 
-        def advance(done: int, total: int) -> None:
+        def advance(done: int, total: int, note: str = "") -> None:
             nonlocal total_bytes, ended
             total_bytes, ended = total, time.perf_counter()
-            bar.update(task, completed=done, total=total)
+            bar.update(task, completed=done, total=total, note=note)
 
         yield advance
     if not console.is_terminal and total_bytes:

@@ -4,7 +4,8 @@
   python tools/prove.py RUN.yaml [section.key=value ...] [--world-size N]
 
 The run is shrunk (same layers, experts, heads, router and features; small widths), trained for 5 steps in its layout on
-Gloo processes and for 5 in one process, from the same weights. Exit code 1 if they differ.
+Gloo processes and for 5 in one process, from the same weights; where its stages have other batches, sequence lengths or
+rotary bases, for 3 steps of each. Exit code 1 if they differ.
 """
 
 import sys
@@ -25,7 +26,11 @@ def main() -> None:
     from megatron_ext.proving.prove import TOLERANCE, plan_proof, processes_that_fit, prove
 
     plan = plan_proof(run, arguments.world_size, arguments.processes or processes_that_fit())
-    print(f"training 5 steps on {plan.processes} processes, and 5 on one")
+    steps = plan.cell.steps * len(plan.shapes)
+    print(f"training {steps} steps on {plan.processes} processes, and {steps} on one")
+    for number, shape in enumerate(plan.shapes if len(plan.shapes) > 1 else ()):
+        first = number * plan.cell.steps + 1
+        print(f"  steps {first} to {first + plan.cell.steps - 1} as in {shape}")
     for change in plan.changes:
         print(f"  smaller than the run: {change}")
     proof = prove(plan)

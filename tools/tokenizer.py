@@ -219,7 +219,8 @@ def compare(argv: Sequence[str]) -> None:
 def export(argv: Sequence[str]) -> None:
     """Export a SentencePiece model for Hugging Face."""
     o = parse_command(ExportOptions, __doc__, positional=["model"], argv=argv)
-    from megatron_ext.data.corpus import corpus_files, read_documents
+    from megatron_ext.data.prepare.corpus import corpus_files
+    from megatron_ext.data.prepare.documents import read_documents
     from megatron_ext.data.tokenizer import write_tokenizer
 
     texts = itertools.islice(read_documents(corpus_files(o.text)), _PROOF_TEXTS) if o.text else []

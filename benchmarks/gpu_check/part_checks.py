@@ -13,9 +13,9 @@ def part(_: str) -> dict:
     import torch.nn.functional as F
 
     from megatron_ext.mcore.activation import gated_activation
+    from megatron_ext.mcore.attention_segments import _VARLEN_IS_COMPLETE, attend_segments, find_segments
     from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
     from megatron_ext.mcore.moe.grouped_linear import grouped_linear
-    from megatron_ext.mcore.spans import _VARLEN_IS_COMPLETE, attend_spans, find_spans
 
     where = answers.device()
     results: dict[str, object] = {"varlen_attn takes documents": _VARLEN_IS_COMPLETE}
@@ -81,8 +81,8 @@ def part(_: str) -> dict:
         q = random(256 // cp_size, 2, 8, 64, seed=5)
         compare(
             f"attention within documents, context ranks {cp_size}",
-            lambda q, k, v, size=cp_size, rank=cp_rank: attend_spans(
-                q, k, v, find_spans(lengths, rank, size, q.device), 0.125
+            lambda q, k, v, size=cp_size, rank=cp_rank: attend_segments(
+                q, k, v, find_segments(lengths, rank, size, q.device), 0.125
             ),
             [q, random(256, 2, 2, 64, seed=6), random(256, 2, 2, 64, seed=7)],
             2e-2,

@@ -13,12 +13,12 @@ def part(_: str) -> dict:
 
     from megatron_ext.config import Fp8Precision
     from megatron_ext.mcore.activation import gated_activation
+    from megatron_ext.mcore.attention_segments import attend_segments, find_segments
     from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
     from megatron_ext.mcore.fp8.experts import padded_columns
     from megatron_ext.mcore.fp8.quantize import E4M3
     from megatron_ext.mcore.fp8.scaling import Role, Scaling
     from megatron_ext.mcore.moe.grouped_linear import grouped_linear
-    from megatron_ext.mcore.spans import attend_spans, find_spans
 
     where = answers.device()
     cuda = where.type == "cuda"
@@ -293,7 +293,7 @@ def part(_: str) -> dict:
     flops = 3.5 * 4 * sum(n * n for row in lengths for n in row) / 2 * heads * 128
 
     def within(q, k, v, lengths=lengths):
-        return attend_spans(q, k, v, find_spans(lengths, 0, 1, where), 128**-0.5)
+        return attend_segments(q, k, v, find_segments(lengths, 0, 1, where), 128**-0.5)
 
     begin = time.perf_counter()
     run = both(within, *qkv)

@@ -66,7 +66,7 @@ class CheckpointManager:
 
     Args:
         directory: where they stand.
-        run: the resolved configuration, as plain mappings; saved in each.
+        run: the resolved configuration, as plain mappings; saved in each, as it is then.
         tokenizer: directory whose tokenizer each checkpoint carries.
         keep_last: remove all but this many when a newer one is complete (never the newest two); None keeps all.
         rank_state: what each rank saves of its own.
@@ -82,7 +82,7 @@ class CheckpointManager:
         rank_state: RankState | None = None,
     ) -> None:
         self.directory = Path(directory)
-        self._run, self._tokenizer, self._keep_last = run, tokenizer, keep_last
+        self.run, self._tokenizer, self._keep_last = run, tokenizer, keep_last
         self._rank_state = rank_state
         self._entries: dict[str, StateEntry] = {}
         self._staged: StagedSave | None = None
@@ -128,7 +128,7 @@ class CheckpointManager:
             raise RuntimeError("a save is staged already: finish it before the next")
         scalars = {key: value for entry in self._entries.values() for key, value in entry.scalars().items()}
         own = self._rank_state.capture() if self._rank_state is not None else None
-        content = SmallFiles(iteration, scalars, self._run, own, self._tokenizer)
+        content = SmallFiles(iteration, scalars, self.run, own, self._tokenizer)
         self._staged = stage(self.directory, self.tensors(), content)
 
     def finish(self) -> Path:
@@ -165,7 +165,7 @@ class CheckpointManager:
 
     def has_layout_of(self, which: Path) -> bool:
         """Whether `which` was saved in the parallel layout of this run."""
-        return bool(read_run(which).get("parallel") == self._run.get("parallel"))
+        return bool(read_run(which).get("parallel") == self.run.get("parallel"))
 
     def close(self) -> None:
         """Finish what is staged. Not after a failure: another rank may never come to it."""

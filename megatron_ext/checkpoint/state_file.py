@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class TrainingState:
     """Steps Adam has counted; fewer than `iteration` where the optimizer was started afresh."""
     data: tuple[str, ...] = ()
     """Fingerprints of the training sources, in which `consumed_samples` is a position."""
+    plan: Mapping[str, Any] | None = field(default=None, hash=False)
+    """What was read, stage by stage and source by source; None where the order of samples is by an index (order 1)."""
 
 
 UNTRAINED: Mapping[str, Any] = {
@@ -47,7 +49,7 @@ def read_state(checkpoint: Path) -> TrainingState:
         CheckpointError: `state.json` is missing or changed, or says something else than that.
     """
     raw = read_scalars(checkpoint)
-    return TrainingState(**{name: raw[name] for name in _COUNTS}, data=tuple(raw["data"]))
+    return TrainingState(**{name: raw[name] for name in _COUNTS}, data=tuple(raw["data"]), plan=raw.get("plan"))
 
 
 def read_scalars(checkpoint: Path) -> dict[str, Any]:
@@ -65,6 +67,8 @@ def read_scalars(checkpoint: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} is {count!r}")
         if not isinstance(raw["data"], list) or not all(isinstance(name, str) for name in raw["data"]):
             raise ValueError("data must be a list of names")
+        if not isinstance(raw.get("plan"), dict | None):
+            raise ValueError("plan must be a mapping")
     return raw
 
 

@@ -7,7 +7,7 @@ from megatron_ext.config.attention import (
     MultiLatentAttention,
     YarnRopeScaling,
 )
-from megatron_ext.config.data import DataConfig, DataSource
+from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, StagedSource
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
 from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig, WandbConfig
@@ -21,25 +21,28 @@ from megatron_ext.config.routing import (
     InputJitter,
     LearnedNoise,
 )
+from megatron_ext.config.schedule import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    Schedule,
+    WsdSchedule,
+)
 from megatron_ext.config.training import (
     AdamConfig,
     Bf16Precision,
-    ConstantSchedule,
-    CosineSchedule,
     Fp8Precision,
     Fp32Precision,
-    LinearSchedule,
     Precision,
     RecomputeConfig,
-    Schedule,
     TrainConfig,
-    WsdSchedule,
 )
 from megatron_ext.config.yaml_text import dump_yaml, read_yaml
 
 __all__ = [
     "AdamConfig",
     "AdaptiveAuxLoss",
+    "Amount",
     "Bf16Precision",
     "CheckpointConfig",
     "ConstantSchedule",
@@ -67,6 +70,8 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "Schedule",
+    "Stage",
+    "StagedSource",
     "TrainConfig",
     "WandbConfig",
     "WsdSchedule",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from megatron_ext.config.effect import shapes_function, shapes_weights, training_only
@@ -17,8 +17,17 @@ class IsPath:
     """Marks a text that is the path of a file or directory: messages then give it absolute."""
 
 
-PathName = Annotated[str, IsPath()]
+PathName = Annotated[str, IsPath(), Field(min_length=1)]
 """A path as people write it, kept so in what is written."""
+
+
+def _whole(value: Any) -> Any:
+    """2e9 as the integer that it is; anything else as it was."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_whole)]
+"""A large number of tokens or samples, which may be written 2e9."""
 
 _SETTINGS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 

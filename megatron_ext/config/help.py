@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_ext.config.base import fields_of
-from megatron_ext.config.load import item_types, section_types
+from megatron_ext.config.load import item_types, section_types, value_types
 
 _WIDTH = 110
 
@@ -28,6 +28,11 @@ def _section(cls: type, prefix: str) -> Iterator[str]:
                 f"Each entry: {summary_of(item)[0].lower()}{summary_of(item)[1:]}, with the keys", " " * 6
             )
             yield textwrap.indent(describe_keys(item, f"{prefix}{name}.N."), " " * 4)
+        for item in value_types(info.annotation):
+            yield textwrap.indent(
+                f"For each ID: {summary_of(item)[0].lower()}{summary_of(item)[1:]}, with the keys", " " * 6
+            )
+            yield textwrap.indent(describe_keys(item, f"{prefix}{name}.ID."), " " * 4)
     for name, info in fields_of(cls).items():
         for variant in section_types(info.annotation):
             kind = fields_of(variant).get("kind")

@@ -1,6 +1,7 @@
 """Where each process stands: the grid of ranks that a parallel configuration spans over a number of processes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ext.config.parallel import ParallelConfig
@@ -61,8 +62,30 @@ def smallest_world_size(parallel: ParallelConfig) -> int:
     return stage * parallel.pipeline_model_parallel_size
 
 
-def resolve_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> Layout:
+@dataclass(frozen=True)
+class StepShape:
+    """What some steps of a run have in common: those of a stage, of an entry of the batch-size ramp, or all."""
+
+    key: str
+    """The key that says the size of their global batch."""
+    size: int
+    micro_key: str
+    """The key that says the size of their micro-batches."""
+    micro_size: int
+    length: int
+    """Tokens a sample."""
+    rotary_base: float
+    stage: str | None = None
+    """Name of the stage."""
+
+
+def resolve_layout(
+    parallel: ParallelConfig, train: TrainConfig, world_size: int, shapes: Sequence[StepShape] = ()
+) -> Layout:
     """Return the layout of `parallel` on `world_size` processes.
+
+    Args:
+        shapes: of the steps, where those have other batches than `train` says.
 
     Raises:
         ConfigError: the processes cannot be split this way; every reason at once.
@@ -88,18 +111,12 @@ def resolve_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int
             f"start a multiple of {smallest_world_size(parallel)}"
         )
     dp = max(world_size // (tp * cp * pp), 1)
-    per_pass = train.micro_batch_size * dp
-    if train.global_batch_size % per_pass:
-        faults.append(
-            f"train.global_batch_size = {train.global_batch_size} is not a multiple of train.micro_batch_size = "
-            f"{train.micro_batch_size} x {dp} data-parallel ranks"
-        )
-    num_microbatches = train.global_batch_size // per_pass
-    if parallel.virtual_pipeline_model_parallel_size and num_microbatches % pp:
-        faults.append(
-            f"the interleaved schedule needs micro-batches ({num_microbatches} = train.global_batch_size / "
-            f"micro_batch_size / {dp}) in multiples of pipeline_model_parallel_size = {pp}"
-        )
+    usual = StepShape(
+        "train.global_batch_size", train.global_batch_size, "train.micro_batch_size", train.micro_batch_size, 0, 0.0
+    )
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    found = [_batch_faults(shape, dp, pp, interleaved=interleaved) for shape in (usual, *shapes)]
+    faults += dict.fromkeys(fault for batch in found for fault in batch)
     if faults:
         raise ConfigError("\n".join(faults))
     return Layout(
@@ -111,5 +128,25 @@ def resolve_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int
         etp=etp,
         ep=ep,
         edp=world_size // (etp * ep * pp),
-        num_microbatches=num_microbatches,
+        num_microbatches=train.global_batch_size // (train.micro_batch_size * dp),
     )
+
+
+def _batch_faults(shape: StepShape, dp: int, pp: int, *, interleaved: bool) -> list[str]:
+    """Why `dp` data-parallel ranks and `pp` stages cannot share a global batch."""
+    faults, per_pass = [], shape.micro_size * dp
+    # A stage that takes the run's own batch has no fault of its own.
+    own = {shape.key, shape.micro_key} != {"train.global_batch_size", "train.micro_batch_size"}
+    stage = f" (stage {shape.stage})" if own and shape.stage is not None else ""
+    if shape.size % per_pass:
+        faults.append(
+            f"{shape.key} = {shape.size} is not a multiple of {shape.micro_key} = {shape.micro_size} x {dp} "
+            f"data-parallel ranks{stage}"
+        )
+    num_microbatches = shape.size // per_pass
+    if interleaved and num_microbatches % pp:
+        faults.append(
+            f"the interleaved schedule needs micro-batches ({num_microbatches} = {shape.key} / micro_batch_size / "
+            f"{dp}) in multiples of pipeline_model_parallel_size = {pp}{stage}"
+        )
+    return faults

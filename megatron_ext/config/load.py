@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from megatron_ext.config.base import IsPath, fields_of
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.root import DERIVED, RunConfig
-from megatron_ext.config.rules import violations
+from megatron_ext.config.rules import stage_violations, violations
 from megatron_ext.config.yaml_text import parse_scalar, read_yaml
 from megatron_ext.errors import ConfigError, note_path
 
@@ -27,6 +27,8 @@ _PLAIN = {
     "bool_type": "must be true or false",
     "list_type": "must be a list",
     "dict_type": "must be a mapping",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
 }
 
 
@@ -96,7 +98,7 @@ def _read(cls: type[T], raw: Any, overrides: Sequence[str], *, source: str) -> "
         reader.override(raw, override)
     result: T = reader.section(cls, raw, prefix)
     if cls in (RunConfig, ModelConfig):
-        reader.faults += violations(reader.values)
+        reader.faults += violations(reader.values) + stage_violations(reader.values)
     return reader, result
 
 
@@ -127,6 +129,11 @@ def item_types(annotation: Any) -> list[type]:
 def kind_of(cls: type) -> str:
     """What the field `kind` of a member of a tagged union is."""
     return str(typing.get_args(fields_of(cls)["kind"].annotation)[0])
+
+
+def value_types(annotation: Any) -> list[type]:
+    """The configuration sections that the values of a mapping may be; none where it is no mapping to sections."""
+    return section_types(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else []
 
 
 def _is_path(annotation: Any) -> bool:
@@ -209,6 +216,11 @@ class _Reader:
             if None in items:
                 return None
             value = items
+        if (entry := value_types(info.annotation)) and isinstance(value, dict):
+            entries = {str(name): self._variant(entry, part, f"{where}.{name}") for name, part in value.items()}
+            if None in entries.values():
+                return None
+            value = entries
         return self._leaf(info, value, where)
 
     def _variant(self, variants: list[type], value: Any, where: str) -> Any:
@@ -259,7 +271,7 @@ class _Reader:
         elsewhere = {
             name: _nearness(key, name.rpartition(".")[2])
             for name in _every_key(self._root, self._prefix)
-            if name.rpartition(".")[0] != section
+            if name.rpartition(".")[0].rpartition(".")[2] != word
         }
         nearest, near = max(elsewhere.values(), default=0.0), max(here.values(), default=0.0)
         meant = [name for name, nearness in elsewhere.items() if nearness == nearest]
@@ -300,3 +312,5 @@ def _every_key(cls: type, prefix: str = "") -> Iterator[str]:
             yield from _every_key(section, f"{prefix}{name}.")
         for section in item_types(info.annotation):
             yield from _every_key(section, f"{prefix}{name}.0.")
+        for section in value_types(info.annotation):
+            yield from _every_key(section, f"{prefix}{name}.ID.")

@@ -1,22 +1,43 @@
-"""How the model is trained: steps and batches, precision, optimizer, learning-rate schedule, activation recompute."""
+"""How the model is trained: steps and batches, precision, optimizer, activation recompute."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import config
+from megatron_ext.config.base import Count, config
+
+
+@config
+class RampStep:
+    """A smaller global batch at the beginning of a run."""
+
+    global_batch_size: int = Field(ge=1)
+    """Sequences an optimizer step."""
+    steps: int | None = Field(default=None, ge=1)
+    """For how many steps."""
+    samples: Count | None = Field(default=None, ge=1)
+    """For how many sequences, in place of steps."""
+
+    @property
+    def num_steps(self) -> int:
+        """For how many steps, whichever says it."""
+        return self.steps or (self.samples or 0) // self.global_batch_size
 
 
 @config
 class TrainConfig:
     """Length of the run and shape of its batches."""
 
-    train_iters: int = Field(ge=1)
-    """Optimizer steps of the whole run, however many times it is interrupted. Learning rate and data follow it."""
+    train_iters: int = Field(default=0, ge=0)
+    """Optimizer steps of the whole run, however many times it is interrupted. Learning rate and data follow it.
+    Default: the steps of data.stages."""
     stop_at_iteration: int | None = Field(default=None, ge=1)
     """Save and end after this step, to go on later; the plan of the run stays what it is."""
     global_batch_size: int = Field(ge=1)
     """Sequences an optimizer step."""
+    batch_size_ramp: list[RampStep] = Field(default_factory=list)
+    """Smaller global batches at the beginning, one after the other: [{global_batch_size: 16, steps: 10},
+    {global_batch_size: 32, samples: 320}]. Their steps are steps of the run like any other."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences a forward pass on one data-parallel rank."""
     seed: int = Field(default=1234, ge=0, lt=2**31)
@@ -91,63 +112,6 @@ class AdamConfig:
     """Added to the root of the second moment."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
-
-
-@config
-class ConstantSchedule:
-    """Linear warmup, then the peak learning rate."""
-
-    kind: Literal["constant"]
-    warmup_iters: int = Field(default=0, ge=0)
-    """Steps from 0 to the peak."""
-
-
-@config
-class LinearSchedule:
-    """Linear warmup, then a straight line to `min_lr`."""
-
-    kind: Literal["linear"]
-    warmup_iters: int = Field(default=0, ge=0)
-    """Steps from 0 to the peak."""
-    decay_iters: int | None = Field(default=None, ge=1)
-    """Step at which `min_lr` is reached. Default: train.train_iters."""
-    min_lr: float = Field(default=0.0, ge=0)
-    """Final learning rate."""
-
-
-@config
-class CosineSchedule:
-    """Linear warmup, then half a cosine to `min_lr`."""
-
-    kind: Literal["cosine"]
-    warmup_iters: int = Field(default=0, ge=0)
-    """Steps from 0 to the peak."""
-    decay_iters: int | None = Field(default=None, ge=1)
-    """Step at which `min_lr` is reached. Default: train.train_iters."""
-    min_lr: float = Field(default=0.0, ge=0)
-    """Final learning rate."""
-
-
-@config
-class WsdSchedule:
-    """Warmup, stable, decay (MiniCPM, arXiv 2404.06395, section 4): the peak is held until the final decay."""
-
-    kind: Literal["wsd"]
-    warmup_iters: int = Field(default=0, ge=0)
-    """Steps from 0 to the peak."""
-    wsd_decay_iters: int = Field(ge=1)
-    """Length of the final decay, ending at train.train_iters."""
-    decay_style: Literal["linear", "cosine", "geometric", "exponential_megatron", "minus_sqrt", "exponential"] = (
-        "minus_sqrt"
-    )
-    """Shape of the final decay over its share x: geometric divides the rate by the same factor at each step, to reach
-    min_lr, lr * (min_lr / lr)**x; exponential_megatron is Megatron-LM's `exponential`, min_lr + (lr - min_lr) *
-    (2 * 0.5**x - 1). `exponential` alone is refused: it has meant both."""
-    min_lr: float = Field(default=0.0, ge=0)
-    """Final learning rate."""
-
-
-Schedule = Annotated[ConstantSchedule | LinearSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
 
 Recomputable = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act"]

@@ -20,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.mcore.spans import AttentionSegments, attend_spans, find_spans
+from megatron_ext.mcore.attention_segments import AttentionSegments, attend_segments, find_segments
 from megatron_ext.runtime.zigzag import zigzag_restore
 
 
@@ -68,15 +68,15 @@ class ScaledDotProductAttention(MegatronModule):
         """
         assert attention_bias is None, "no attention bias here"
         assert packed_seq_params is None, "no packed sequences here"
-        spans = self._spans(query_SBND, attention_mask)
+        segments = self._segments(query_SBND, attention_mask)
         dropout = self.config.attention_dropout if self.training else 0.0
         with self._random_numbers(dropout):
-            if spans is None:
+            if segments is None:
                 return self._attend_rows(query_SBND, key_SBGD, value_SBGD, dropout)
             key_SBGD, value_SBGD = gather_sequence(key_SBGD, value_SBGD, self.context_group)
-            return attend_spans(query_SBND, key_SBGD, value_SBGD, spans, self.scale, dropout)
+            return attend_segments(query_SBND, key_SBGD, value_SBGD, segments, self.scale, dropout)
 
-    def _spans(self, query_SBND: Tensor, document_lengths: Tensor | None) -> AttentionSegments | None:
+    def _segments(self, query_SBND: Tensor, document_lengths: Tensor | None) -> AttentionSegments | None:
         """What this rank's queries may see; None where that is simply all tokens of the row before them."""
         size = self.context_group.size()
         whole, batch = query_SBND.shape[0] * size, query_SBND.shape[1]
@@ -87,7 +87,7 @@ class ScaledDotProductAttention(MegatronModule):
             lengths = ((whole,),) * batch
         else:
             return None
-        return find_spans(lengths, self.context_group.rank(), size, query_SBND.device)
+        return find_segments(lengths, self.context_group.rank(), size, query_SBND.device)
 
     def _attend_rows(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, dropout: float) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))

@@ -3,6 +3,8 @@
 #   S sequence of the whole context-parallel group, R rotated width of a head
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,6 +109,12 @@ class RotaryEmbedding(CoreRotaryEmbedding):
         self.device = torch.get_default_device()
         self._angles: dict[tuple[int, int, bool], Tensor] = {}
 
+    def set_base(self, base: float) -> None:
+        """Turn with the base `base` from now on."""
+        if base != self.model.rotary_base:
+            self.model = replace(self.model, rotary_base=base)
+            self._angles.clear()
+
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
         """Angles [S, 1, 1, R] of `max_seq_len` positions from `offset` on; under CP those of this rank's tokens.
 
@@ -137,3 +145,11 @@ class LatentRotaryEmbedding(RotaryEmbedding):
     ) -> tuple[Tensor, float]:
         """The angles, and what cosine and sine are multiplied by."""
         return super().forward(max_seq_len, offset, packed_seq, cp_group), self.attention_factor
+
+
+def set_rotary_base(chunks: Iterable[torch.nn.Module], base: float) -> None:
+    """Have every rotary embedding of `chunks` turn with the base `base`, as a stage of a run asks for."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, RotaryEmbedding):
+                module.set_base(base)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
-from megatron_ext.data.corpus import corpus_files, read_documents
+from megatron_ext.data.dataset import check_dataset
 from megatron_ext.data.indexed import token_dtype
-from megatron_ext.data.preprocess import check_dataset
+from megatron_ext.data.prepare.corpus import corpus_files
+from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.model_io.checkpoint_model import tokenizer_directory

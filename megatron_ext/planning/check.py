@@ -3,6 +3,7 @@
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
+from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.errors import ConversionError
 from megatron_ext.planning.amounts import flops
 from megatron_ext.planning.flops import training_flops_per_token
@@ -12,11 +13,12 @@ from megatron_ext.runtime.core_guard import versions
 _MOST_ROWS = 32
 
 
-def describe_run(run: RunConfig, world_size: int | None) -> str:
+def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = None) -> str:
     """The resolved configuration, the rank grid, parameters, FLOPs and state memory of `run`.
 
     Args:
         world_size: processes; None takes the fewest the layout needs.
+        plan: of its data, where the sizes of that are known.
 
     Raises:
         ConfigError: an override would not do what it says.
@@ -30,13 +32,12 @@ def describe_run(run: RunConfig, world_size: int | None) -> str:
     counts = count_parameters(run.model)
     memory = state_memory(run, layout)
     each = training_flops_per_token(run.model, run.data.sequence_length)
-    tokens = run.planned_samples * run.data.sequence_length
     lines = [
         dump_yaml(to_mapping(run)),
         _grid(layout, assumed=world_size is None),
         "",
         f"parameters      {counts.total:,} in all, {counts.active:,} active for each token",
-        f"training        {tokens:,} tokens, {flops(each)} a token, {flops(each * tokens)} in all",
+        f"training        {_work(run, each, plan)}",
         f"state memory    {memory.bytes / 2**30:,.3g} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
         f"Hugging Face    {_export(run)}",
@@ -45,6 +46,17 @@ def describe_run(run: RunConfig, world_size: int | None) -> str:
         f"installed       {versions()}",
     ]
     return "\n".join(lines)
+
+
+def _work(run: RunConfig, each: float, plan: RunPlan | None) -> str:
+    """Tokens, and floating-point operations a token and in all."""
+    if plan is None and run.data.stages:
+        return f"{flops(each)} a token; how many tokens the stages have, their sources say"
+    if plan is None:
+        tokens = run.planned_samples * run.data.sequence_length
+        return f"{tokens:,} tokens, {flops(each)} a token, {flops(each * tokens)} in all"
+    total = sum(training_flops_per_token(run.model, s.sequence_length) * s.tokens for s in plan.stages)
+    return f"{plan.total_tokens:,} tokens, {flops(total / plan.total_tokens)} a token, {flops(total)} in all"
 
 
 def _export(run: RunConfig) -> str:

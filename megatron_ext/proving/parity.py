@@ -17,12 +17,25 @@ from megatron_ext.config import (
 from megatron_ext.config.machine import Backend
 from megatron_ext.mcore.build import Trainable, build_trainable
 from megatron_ext.mcore.optimizer import set_learning_rate
+from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import Groups, split_process_group
 from megatron_ext.testing.pool import GlooPool
-from megatron_ext.testing.tiny import SEQUENCE_LENGTH, random_batch
+from megatron_ext.testing.tiny import SEQUENCE_LENGTH, SOURCES, random_batch
 from megatron_ext.training.step import train_step
 from megatron_ext.training.tasks.pretrain import Pretrain
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the steps of a stage have of their own."""
+
+    samples: int
+    """Global batch size."""
+    micro_batch: int
+    length: int
+    rotary_base: float
+    """Of rotary embedding, where the model has that."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,13 @@ class Cell:
     documents: bool = False
     """Samples hold several documents, and attention stays within them."""
     backend: Backend = "torch"
+    stages: tuple[Shape, ...] = ()
+    """What comes after `steps` of the above, each for as many steps."""
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of all stages, in order."""
+        return Shape(self.samples, self.micro_batch, self.length, self.model.rotary_base), *self.stages
 
     @property
     def optimizer(self) -> AdamConfig:
@@ -64,10 +84,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Loss and gradient norm of each step."""
+    """Loss and gradient norm of each step, and what its sources add to it."""
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
+    sources: tuple[tuple[float, int], ...] = ()
+    """Loss and units of each source, step after step."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,7 @@ class Difference:
     """How far two trajectories are apart, relative to the second."""
 
     loss: float
+    """In all, and of any source."""
     norm: float
 
     @property
@@ -93,22 +116,24 @@ def build_cell(cell: Cell) -> tuple[Trainable, Groups]:
 def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
     """Train the steps of `cell` on random batches, the same in every layout."""
     set_learning_rate(trainable.optimizer, cell.lr)
-    task, losses, norms = Pretrain.of(cell.model), [], []
-    for step in range(cell.steps):
+    task, losses, norms, sources = Pretrain.of(cell.model), list[float](), list[float](), list[tuple[float, int]]()
+    for step, shape in enumerate(shape for shape in cell.shapes for _ in range(cell.steps)):
+        set_rotary_base(trainable.chunks, shape.rotary_base)
         batch = random_batch(
             step,
-            samples=cell.samples,
-            micro_batch=cell.micro_batch,
+            samples=shape.samples,
+            micro_batch=shape.micro_batch,
             dp_rank=groups.dp.rank(),
             dp_size=groups.dp.size(),
             vocabulary=cell.model.vocab_size,
-            length=cell.length,
+            length=shape.length,
             documents=cell.documents,
         )
-        result = train_step(trainable, task, batch, groups, max_norm=cell.optimizer.clip_grad)
+        result = train_step(trainable, task, batch, groups, max_norm=cell.optimizer.clip_grad, num_sources=SOURCES)
         losses.append(float(result.loss))
         norms.append(result.grad_norm)
-    return Trajectory(tuple(losses), tuple(norms))
+        sources += [(mean, units) for mean, units in result.sources.read() if mean is not None]
+    return Trajectory(tuple(losses), tuple(norms), tuple(sources))
 
 
 def run_cell(cell: Cell) -> Trajectory:
@@ -128,7 +153,15 @@ def run_layout(pool: GlooPool, cell: Cell, world_size: int) -> Trajectory:
 
 def compare(measured: Trajectory, reference: Trajectory) -> Difference:
     """Largest relative differences over all steps."""
-    return Difference(_relative(measured.losses, reference.losses), _relative(measured.norms, reference.norms))
+    return Difference(
+        _relative(_losses(measured), _losses(reference)),
+        _relative(measured.norms, reference.norms),
+    )
+
+
+def _losses(trajectory: Trajectory) -> list[float]:
+    """All that was summed up: the loss, and of each source its loss and the number of its units."""
+    return [*trajectory.losses, *(value for source in trajectory.sources for value in source)]
 
 
 def _relative(measured: Sequence[float], reference: Sequence[float]) -> float:

@@ -24,6 +24,7 @@ from megatron_ext.config.rules import violations
 from megatron_ext.config.rules.backend import ONLY_WITH_TE
 from megatron_ext.errors import ConfigError
 from megatron_ext.proving.parity import Cell, Difference, Trajectory, compare, run_layout
+from megatron_ext.proving.shapes import shrink_shapes
 from megatron_ext.testing.pool import GlooPool
 
 # Measured: a forked process that trains the shrunk model needs 80 to 150 MB of its own, and shares its libraries.
@@ -31,6 +32,7 @@ _BYTES_A_PROCESS = 250 * 2**20
 _MOST_PROCESSES = 32
 _MOST_LAYERS = 16
 _STEPS = 5
+_STEPS_A_STAGE = 3
 # Adam's first step moves every weight by this, also one whose gradient is rounding alone. In a deep model of small
 # random weights ten times as much lets such differences grow a thousandfold in five steps.
 _LEARNING_RATE = 1e-4
@@ -46,6 +48,8 @@ class ProofPlan:
     cell: Cell
     processes: int
     changes: tuple[str, ...]
+    shapes: tuple[str, ...]
+    """What the steps are like that the run has: those of the stages, where it has some."""
 
 
 @dataclass(frozen=True)
@@ -93,24 +97,25 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
     model, layer_changes = _shrink_model(run.model, parallel)
     model, loss_changes = _comparable_losses(model)
     data_ranks = processes // _model_ranks(parallel)
-    # Enough micro-batches for the pipeline to be full once, and a number that the interleaved schedule takes.
-    micro_batch = min(run.train.micro_batch_size, 2)
-    samples = data_ranks * micro_batch * 2 * parallel.pipeline_model_parallel_size
+    shapes, names = shrink_shapes(run, parallel, data_ranks)
+    longest = max(shape.length for shape in shapes)
+    model = replace(model, max_position_embeddings=longest, rotary_base=shapes[0].rotary_base)
     cell = Cell(
         model,
         parallel,
         Fp32Precision(kind="fp32"),
         _fit_recompute(run, model, parallel),
-        steps=_STEPS,
+        steps=_STEPS if len(shapes) == 1 else _STEPS_A_STAGE,
         lr=_LEARNING_RATE,
-        samples=samples,
-        micro_batch=micro_batch,
-        length=model.max_position_embeddings,
+        samples=shapes[0].samples,
+        micro_batch=shapes[0].micro_batch,
+        length=shapes[0].length,
         seed=run.train.seed,
         documents=run.data.reset_attention_mask,
+        stages=tuple(shapes[1:]),
     )
     _require_legal(cell)
-    return ProofPlan(cell, processes, tuple(changes + layer_changes + loss_changes))
+    return ProofPlan(cell, processes, tuple(changes + layer_changes + loss_changes), tuple(names))
 
 
 def prove(plan: ProofPlan) -> Proof:
@@ -118,12 +123,14 @@ def prove(plan: ProofPlan) -> Proof:
     model = plan.cell.model
     parallel = plan.cell.parallel
     data_ranks = plan.processes // _model_ranks(parallel)
+    # The global balance loss sees the micro-batches of all data-parallel ranks at once: one process sees them so as one
+    # larger micro-batch.
+    together = data_ranks if "global_aux_loss" in model.balance_losses else 1
     single = replace(
         plan.cell,
         model=replace(model, transformer_overrides=model.function_overrides),
-        # The global balance loss sees the micro-batches of all data-parallel ranks at once: one process sees them so
-        # as one larger micro-batch.
-        micro_batch=plan.cell.micro_batch * (data_ranks if "global_aux_loss" in model.balance_losses else 1),
+        micro_batch=plan.cell.micro_batch * together,
+        stages=tuple(replace(shape, micro_batch=shape.micro_batch * together) for shape in plan.cell.stages),
         parallel=ParallelConfig(
             use_distributed_optimizer=False, moe_token_dispatcher_type=parallel.moe_token_dispatcher_type
         ),
@@ -220,8 +227,6 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         ffn_hidden_size=24 * tp,
         vocab_size=30 * tp - 1,
         make_vocab_size_divisible_by=2 * tp,
-        # The sequence too: each rank has some tokens, under sequence and context parallelism alike.
-        max_position_embeddings=16 * tp * parallel.context_parallel_size,
         moe_ffn_hidden_size=12 * etp if model.num_moe_experts else None,
         moe_shared_expert_intermediate_size=16 * tp if model.moe_shared_expert_intermediate_size else None,
         transformer_overrides=overrides,
@@ -284,7 +289,7 @@ def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig)
 
 def _require_legal(cell: Cell) -> None:
     """The shrunk model must obey the same rules; a violation here is a fault of the shrinking."""
-    values: dict[str, object] = {"data.sequence_length": cell.length}
+    values: dict[str, object] = {"data.sequence_length": max(shape.length for shape in cell.shapes)}
     for section, config in (("model", cell.model), ("parallel", cell.parallel)):
         names = (*config.__dataclass_fields__, *DERIVED[section])
         values.update({f"{section}.{name}": getattr(config, name) for name in names})

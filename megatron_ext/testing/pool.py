@@ -2,10 +2,14 @@
 
 import contextlib
 import datetime
+import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -38,12 +42,14 @@ class GlooPool:
         if not transformer_engine:
             self._context.set_forkserver_preload(["megatron_ext.testing.preload"])
         self._workers: list[tuple[Any, Connection]] = []
+        self._stacks = tempfile.TemporaryDirectory(prefix="stacks-")
 
-    def run(self, world_size: int, function: Callable[..., T], *args: Any, timeout: float = 180.0) -> list[T]:
+    def run(self, world_size: int, function: Callable[..., T], *args: Any, timeout: float = 600.0) -> list[T]:
         """Call `function(*args)` on ranks 0 to `world_size` - 1 and return their results in order of rank.
 
         Raises:
-            WorkerFailure: a rank raised or died, or `timeout` seconds passed. The workers are replaced.
+            WorkerFailure: a rank raised or died, or `timeout` seconds passed; the message then says where each of the
+                ranks that did not answer stands. The workers are replaced.
         """
         assert world_size <= self.size, f"the pool has {self.size} processes"
         self._start(world_size)
@@ -60,7 +66,8 @@ class GlooPool:
     def _start(self, count: int) -> None:
         while len(self._workers) < count:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(theirs, self._transformer_engine), daemon=True)
+            stacks = Path(self._stacks.name) / f"{len(self._workers)}"
+            process = self._context.Process(target=_work, args=(theirs, stacks, self._transformer_engine), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -74,7 +81,9 @@ class GlooPool:
             waiting = [connection for connection, rank in rank_of.items() if rank not in results]
             ready = wait(waiting, timeout=max(left, 0))
             if not ready:
-                raise WorkerFailure(f"no answer within {timeout:.0f} s from ranks {[rank_of[c] for c in waiting]}")
+                ranks = [rank_of[connection] for connection in waiting]
+                stacks = "\n".join(f"rank {rank}:\n{self._stack(rank)}" for rank in ranks)
+                raise WorkerFailure(f"no answer within {timeout:.0f} s from ranks {ranks}\n{stacks}")
             for connection in ready:
                 rank = rank_of[connection]
                 try:
@@ -84,6 +93,14 @@ class GlooPool:
                 if not succeeded:
                     raise WorkerFailure(f"rank {rank}:\n{results[rank]}")
         return [results[rank] for rank in range(world_size)]
+
+    def _stack(self, rank: int) -> str:
+        """What the threads of a rank are doing now; empty where it cannot say so within a second."""
+        process, _ = self._workers[rank]
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(1)
+        return (Path(self._stacks.name) / f"{rank}").read_text(errors="replace")
 
     def close(self) -> None:
         """End all workers."""
@@ -102,8 +119,9 @@ class GlooPool:
         self.close()
 
 
-def _work(connection: Connection, transformer_engine: bool) -> None:
-    """Serve calls until the pool closes the connection."""
+def _work(connection: Connection, stacks: Path, transformer_engine: bool) -> None:
+    """Serve calls until the pool closes the connection; write the stacks of all threads to `stacks` on SIGUSR1."""
+    faulthandler.register(signal.SIGUSR1, file=stacks.open("w"))
     if transformer_engine:
         import torch  # noqa: F401 - brings the libraries that Transformer Engine links to
 
@@ -129,7 +147,7 @@ def _call(function: Callable[..., T], args: tuple[Any, ...], rank: int, world_si
 
     choose_device(RuntimeConfig(device="cpu", threads=1))
     torch.manual_seed(0)
-    timeout = datetime.timedelta(seconds=120)
+    timeout = datetime.timedelta(seconds=300)
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout
     )
@@ -137,3 +155,6 @@ def _call(function: Callable[..., T], args: tuple[Any, ...], rank: int, world_si
         return function(*args)
     finally:
         end_process_groups()
+        # A group's threads and sockets end with its last reference, and models hold theirs in cycles: hundreds of
+        # calls would leave thousands of threads to a worker, and a machine has 32,768 by default.
+        gc.collect()

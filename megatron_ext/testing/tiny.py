@@ -7,12 +7,15 @@ import torch
 
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, complete_columns, sample_indices, sample_seed
-from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.plan import Consumed
+from megatron_ext.data.stream.position import Consumption, Position, SamplePlace
 from megatron_ext.data.stream.stream import BatchShape
 
 VOCABULARY = 250
 SEQUENCE_LENGTH = 32
 EOD = 0
+SOURCES = 3
+"""The samples of a random batch are in turn from so many sources."""
 
 
 def tiny_model(*, moe: bool = False, **changes: Any) -> ModelConfig:
@@ -66,7 +69,8 @@ def random_batch(
         resets = DocumentResets(EOD, attention=True, positions=True)
     rows: Sequence[list[int]] = sample_indices(0, dp_rank, dp_size, micro_batch, samples // (micro_batch * dp_size))
     seeds = torch.tensor([sample_seed(0, step * samples + row) for row in range(samples)])
-    return [complete_columns(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r], resets) for r in rows]
+    sources = torch.arange(samples) % SOURCES
+    return [complete_columns(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r], resets, sources[r]) for r in rows]
 
 
 class RandomStream:
@@ -96,6 +100,20 @@ class RandomStream:
         """What was given out."""
         samples = self._step * self._shape.global_batch
         return Position(samples, sources=(samples,))
+
+    def consumption(self) -> Consumption:
+        """What was given out of each source, of which a sample is an epoch."""
+        batch = self._shape.global_batch
+        each = {f"source {n}": self._step * len(range(n, batch, SOURCES)) for n in range(SOURCES)}
+        return Consumption({name: Consumed(count, count * SEQUENCE_LENGTH, count) for name, count in each.items()})
+
+    def place(self, sample: int) -> SamplePlace:
+        """A random sample comes from nowhere."""
+        batch = self._shape.global_batch
+        step, row = divmod(sample, batch)
+        source = row % SOURCES
+        number = step * len(range(source, batch, SOURCES)) + row // SOURCES
+        return SamplePlace(f"source {source}", number, number, "drawn at random")
 
     def close(self) -> None:
         """Nothing reads ahead."""

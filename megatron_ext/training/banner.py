@@ -14,8 +14,6 @@ def banner(run: RunConfig, layout: Layout, device: torch.device, found: Findings
     model, counts = run.model, count_parameters(run.model)
     experts = f", {model.num_moe_experts} experts of which {model.moe_router_topk} work" if model.is_moe else ""
     active = f", {short_number(counts.active)} active for each token" if model.is_moe else ""
-    train, length = run.train, run.data.sequence_length
-    tokens = run.planned_samples * length
     degrees = {
         "TP": layout.tp,
         "CP": layout.cp,
@@ -34,12 +32,23 @@ def banner(run: RunConfig, layout: Layout, device: torch.device, found: Findings
     return [
         f"model        {short_number(counts.total)} parameters{active}: {model.num_layers} layers of "
         f"{model.hidden_size}{experts}",
-        f"length       {train.train_iters:,} steps of {train.global_batch_size:,} x {length:,} tokens, "
-        f"{short_number(tokens)} tokens in all",
+        f"length       {_length(run, found)}",
         f"layout       {processes} on {device.type}, {run.precision.kind}: {split}",
-        *(f"data         {use.line()}" for use in found.sources),
+        *(f"data         {line}" for line in [*found.stages, *(use.line() for use in found.sources)]),
         f"start        {found.start}",
         f"checkpoints  {run.checkpoint.directory}, {saved}" + (f"; {found.room}" if found.room else ""),
         f"metrics      {metrics_path(run)}" + (f", and W&B {wandb.mode}" if wandb.mode != "off" else ""),
         *said,
     ]
+
+
+def _length(run: RunConfig, found: Findings) -> str:
+    """Steps, batches and tokens."""
+    train, tokens = run.train, run.planned_samples * run.data.sequence_length
+    of_what = f"{train.global_batch_size:,} x {run.data.sequence_length:,} tokens"
+    if found.plan is not None:
+        tokens = found.plan.total_tokens
+        shapes = {(stage.global_batch_size, stage.sequence_length) for stage in found.plan.stages}
+        if len(shapes) > 1:
+            of_what = "as many tokens as their stage says"
+    return f"{train.train_iters:,} steps of {of_what}, {short_number(tokens)} tokens in all"

@@ -8,12 +8,15 @@ import torch.distributed as dist
 
 from megatron_ext.checkpoint.state_file import TrainingState
 from megatron_ext.config import DataSource, RunConfig
-from megatron_ext.data.preprocess import dataset_fingerprint
+from megatron_ext.data.dataset import dataset_fingerprint
 from megatron_ext.data.stream.batches import DocumentResets
-from megatron_ext.data.stream.sources import build_blend
-from megatron_ext.data.stream.stream import BatchShape, BlendStream, DataStream
+from megatron_ext.data.stream.make_plan import SourceSize
+from megatron_ext.data.stream.plan import RunPlan
+from megatron_ext.data.stream.sources import build_blend, planned_samples, source_size
+from megatron_ext.data.stream.stream import BatchShape, BlendStream, DataStream, PlannedShapes, Samples, ShapeOfBatches
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
+from megatron_ext.training.planned import plan_data, source_paths
 from megatron_ext.training.same_run import check_same_sources
 
 
@@ -26,6 +29,8 @@ class RunData:
     """None where the run never validates."""
     fingerprints: tuple[str, ...]
     """Of each training source: positions in `train` count samples of these."""
+    plan: RunPlan
+    """Which stage each step belongs to, and how much of each source has been read at any point."""
 
     def close(self) -> None:
         """End what reads ahead, also where the run failed: its processes would keep this one from ending."""
@@ -54,20 +59,31 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     resets = None
     if data.reset_attention_mask or data.reset_position_ids:
         resets = DocumentResets(tokenizer.eod, data.reset_attention_mask, data.reset_position_ids)
-    shape = BatchShape(train.global_batch_size, train.micro_batch_size, dp.rank(), dp.size())
+    named = source_paths(data)
+    sizes = {
+        name: SourceSize(source_size(path, tokenizer, key).tokens, dataset_fingerprint(path))
+        for name, (key, path) in named.items()
+    }
+    plan = plan_data(data, train, sizes, state, run.checkpoint.directory)
 
-    def opened(sources: Sequence[DataSource], num_samples: int, seed: int) -> DataStream:
-        blend = build_blend(sources, data, tokenizer, num_samples=num_samples, seed=seed)
+    def opened(samples: Samples, shape: ShapeOfBatches) -> DataStream:
         # What is drawn for a sample is the run's own in validation too.
-        return BlendStream(blend, shape, seed=train.seed, device=device, num_workers=data.num_workers, resets=resets)
+        return BlendStream(samples, shape, seed=train.seed, device=device, num_workers=data.num_workers, resets=resets)
 
-    # The batch size may have changed on the way: what is left counts in today's, what is done is what it was.
-    remaining = max(train.train_iters - state.iteration, 0) * train.global_batch_size
-    stream = opened(data.train, state.consumed_samples + remaining, train.seed)
-    fingerprints = tuple(dataset_fingerprint(source.path) for source in data.train)
-    check_same_sources(fingerprints, state, run.checkpoint.directory)
+    def blend(sources: Sequence[DataSource], num_samples: int, seed: int) -> Samples:
+        return build_blend(sources, data, tokenizer, num_samples=num_samples, seed=seed)
+
+    if data.order == 1:
+        samples = blend(data.train, plan.total_samples, train.seed)
+    else:
+        samples = planned_samples(plan, {name: path for name, (_, path) in named.items()}, data, tokenizer)
+    stream = opened(samples, PlannedShapes(plan, dp.rank(), dp.size()))
+    fingerprints = tuple(size.fingerprint for size in sizes.values())
+    if data.order == 1:
+        check_same_sources(fingerprints, state, run.checkpoint.directory)
     validation = None
     if train.eval_interval is not None:
         # Whatever a run's seed is, it is validated on the same samples: losses of different runs can be compared.
-        validation = opened(data.validation, train.eval_iters * train.global_batch_size, 0)
-    return RunData(stream, validation, fingerprints)
+        shape = BatchShape(train.global_batch_size, train.micro_batch_size, dp.rank(), dp.size())
+        validation = opened(blend(data.validation, train.eval_iters * train.global_batch_size, 0), shape)
+    return RunData(stream, validation, fingerprints, plan)

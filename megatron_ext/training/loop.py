@@ -22,6 +22,7 @@ from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.validation import Validation
+from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.preflight import Findings, examine_run
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session, open_session, starting_state
@@ -71,8 +72,9 @@ def open_and_train(
     """
     # The data first: what is wrong with it is said before minutes go into building the model.
     data = open_data(run, starting_state(run), groups.dp, device)
+    run = with_planned_length(run, data.plan)
     hooks = build_hooks(run, layout, data)
-    session = open_session(run, layout, groups, device, data.train, open_foreign=open_foreign, hooks=hooks)
+    session = open_session(run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks)
     session.state = replace(session.state, data=data.fingerprints)
     with closing(data), telling_hooks(session, hooks):
         for line in banner(run, layout, device, found) if found is not None else ():
@@ -135,13 +137,15 @@ def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness)
     first = session.stream.position().samples
     if session.skips_next():
         session.pass_over()
-        return StepDone(session.state.iteration, last, Skip("train.skip_steps"), first)
+        skip = Skip("train.skip_steps")
+        return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     batch = session.stream.next()
     with others.step():
         result = session.step(batch, stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
     if isinstance(result.verdict, Rollback):
         session.roll_back()
-    elif session.state.iteration == last:
+        return StepDone(session.state.iteration, last, result.verdict, first, result, signal)
+    if session.state.iteration == last:
         signal = 0  # it ends as planned
-    return StepDone(session.state.iteration, last, result.verdict, first, result, signal)
+    return StepDone(session.state.iteration, last, result.verdict, first, result, signal, session.ends_stage())

@@ -1,11 +1,11 @@
 """What a run finds on this machine, looked at before anything starts: files, what it goes on from, room on the disk."""
 
-import contextlib
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,23 @@ from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokeni
 from megatron_ext.config import (
     CheckpointConfig,
     DataConfig,
-    DataSource,
     ModelConfig,
     RunConfig,
     TrainConfig,
 )
 from megatron_ext.config.load import raise_faults, read_run_text, values_of
-from megatron_ext.data.preprocess import check_dataset, check_dataset_sums, dataset_fingerprint
+from megatron_ext.data.stream.make_plan import SourceSize
+from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import CheckpointError, ConfigError, DataError, MegatronExtError, named
+from megatron_ext.errors import CheckpointError, ConfigError, DataError, named
 from megatron_ext.planning.amounts import size
 from megatron_ext.planning.check import describe_run
+from megatron_ext.planning.data_table import plan_table, plan_warnings
 from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.runtime.cpu_speed import slow_precision
+from megatron_ext.training.data_files import DataFiles, collecting
+from megatron_ext.training.planned import plan_data, stated_plan, with_planned_length
 from megatron_ext.training.same_run import (
     changed_keys,
     check_holds_weights,
@@ -38,11 +41,11 @@ from megatron_ext.training.same_run import (
     check_same_model,
     check_same_sources,
     rereads,
+    trained_model,
 )
+from megatron_ext.training.schedule import learning_rate
+from megatron_ext.training.schedule_faults import moved_decay, schedule_faults
 from megatron_ext.training.start import OpenForeign, foreign_model
-
-_READ_AT_ONCE = 2 * 10**9
-"""Bytes of data that are read before each start to compare their checksums: a second or two."""
 
 
 @dataclass
@@ -55,6 +58,10 @@ class Findings:
     """Keys that were changed since the checkpoint that the run goes on from, as `key: old -> new`."""
     sources: list[SourceUse] = field(default_factory=list)
     """How often each source of data.train is read."""
+    plan: RunPlan | None = None
+    """Which stage each step belongs to."""
+    stages: list[str] = field(default_factory=list)
+    """A table of the stages and their sources."""
     start: str = ""
     """What the run starts from."""
     sums: str = ""
@@ -62,12 +69,19 @@ class Findings:
     room: str = ""
     """What its checkpoints take of the disk."""
 
+    def note_plan(self, plan: RunPlan | None, data: DataConfig, rate_at: Callable[[int], float] | None = None) -> None:
+        """Keep the plan of `data`, and say what people would look at where it has stages."""
+        self.plan = plan
+        if plan is not None and data.stages:
+            self.stages = plan_table(plan, rate_at)
+            self.warnings += plan_warnings(plan, data)
+
     def lines(self) -> list[str]:
         """For people."""
         return [
-            *(f"data            {use.line()}" for use in self.sources),
+            *(f"data            {line}" for line in [*self.stages, *(use.line() for use in self.sources)]),
             *([f"data            {self.sums}"] if self.sums else []),
-            f"start           {self.start}",
+            *([f"start           {self.start}"] if self.start else []),
             *(f"changed         {change}" for change in self.changes),
             *([f"checkpoints     {self.room}"] if self.room else []),
             *(f"warning         {warning}" for warning in self.warnings),
@@ -89,14 +103,16 @@ def check_run(
     """
     text = read_run_text(path, overrides)
     faults, description = list(text.faults), ""
+    found = examine(text.values, text.run, open_foreign) if files else Findings()
     if text.run is not None:
         try:
-            description = describe_run(text.run, world_size)
+            if not files:
+                found.note_plan(stated_plan(text.run.data, text.run.train), text.run.data)
+            description = describe_run(text.run, world_size, found.plan)
         except ConfigError as error:
             faults += str(error).splitlines()  # of the layout there may be several
-    found = examine(text.values, text.run, open_foreign) if files else None
-    raise_faults(path, faults + (found.faults if found else []))
-    return "\n".join([description, *(found.lines() if found else [])])
+    raise_faults(path, faults + found.faults)
+    return "\n".join([description, *found.lines()])
 
 
 def examine_run(run: RunConfig, source: str, open_foreign: OpenForeign) -> Findings:
@@ -136,19 +152,21 @@ class _Examination:
         self._tokenizer: Tokenizer | None = None
         self._fingerprints: list[str] | None = None
         self._state = TrainingState()
-        self._whole: dict[str, str] = {}
-        """Sources whose files have their sizes, and the key of each."""
 
     def look(self) -> None:
         """Look at everything."""
         self._look_at_tokenizer()
-        tokens = self._look_at_data()
+        sizes = self._look_at_data()
+        with collecting(self.found.faults):
+            self._look_at_state()
+            if sizes is not None:
+                self._plan(sizes)
         if self._checkpoint is not None:
-            with _collecting(self.found.faults):
+            with collecting(self.found.faults):
                 self._look_at_start(self._checkpoint)
             self._look_at_folders()
-        if tokens is not None:
-            self._count_epochs(tokens)
+        if sizes is not None:
+            self._count_epochs([size.tokens for size in sizes.values()])
         if self._run is not None:
             self._look_at_room(self._run)
             if slow := slow_precision(self._run.runtime, self._run.precision):
@@ -157,7 +175,7 @@ class _Examination:
     def _look_at_tokenizer(self) -> None:
         if (directory := self._values.get("data.tokenizer")) is None:
             return
-        with _collecting(self.found.faults, "data.tokenizer", directory):
+        with collecting(self.found.faults, "data.tokenizer", directory):
             self._tokenizer = Tokenizer(directory)
             rows = self._values.get("model.vocab_size")
             if rows is not None and self._tokenizer.vocab_size > rows:
@@ -165,73 +183,42 @@ class _Examination:
                     f"it has {self._tokenizer.vocab_size} tokens, more than model.vocab_size = {rows}; raise that"
                 )
 
-    def _look_at_data(self) -> list[int] | None:
-        """Tokens of each source of data.train; None where one is not as it must be."""
-        before = len(self.found.faults)
-        train = self._sources("train")
-        tokens = [self._look_at_source(f"data.train.{number}", source) for number, source in train.items()]
-        whole = len(self.found.faults) == before and self._tokenizer is not None
-        if whole:
-            with contextlib.suppress(OSError):
-                self._fingerprints = [dataset_fingerprint(source.path) for source in train.values()]
-        if self._values.get("train.eval_interval") is not None:
-            for number, source in self._sources("validation").items():
-                self._look_at_source(f"data.validation.{number}", source)
-        self._sum_data()
-        return tokens if whole else None
+    def _look_at_data(self) -> dict[str, SourceSize] | None:
+        """Size of each source that is trained on, by id; None where one is not as it must be."""
+        files = DataFiles(self._values, self._tokenizer, self.found.faults)
+        sizes = files.look()
+        self.found.sums = files.sums
+        if sizes is not None:
+            self._fingerprints = [size.fingerprint for size in sizes.values()]
+        return sizes
 
-    def _sum_data(self) -> None:
-        """Read the files of the data and compare their checksums, where that takes seconds."""
-        total = sum(_data_bytes(path) for path in self._whole)
-        if total > _READ_AT_ONCE:
-            folders = sorted({str(Path(path).parent) for path in self._whole})
-            self.found.sums = (
-                f"files have their sizes; {size(total)} are too much to read at each start: "
-                f"tools/verify_checkpoint.py {folders[0]} compares checksums{' of each folder' * (len(folders) > 1)}"
-            )
+    def _plan(self, sizes: Mapping[str, SourceSize]) -> None:
+        """Plan the data, as far as the configuration is right."""
+        if self._data is None or self._train is None:
             return
-        for path, key in self._whole.items():
-            with _collecting(self.found.faults, f"{key}.path", path):
-                check_dataset_sums(path)
-        if self._whole:
-            self.found.sums = "files have their sizes and checksums"
+        with collecting(self.found.faults):
+            where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
+            plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
+            rate_at = None
+            if self._run is not None:
+                self._run = with_planned_length(self._run, plan)
+                self._train = self._run.train
+                wrong = schedule_faults(self._run, plan)
+                self.found.faults += wrong
+                rate_at = None if wrong else partial(learning_rate, self._run, plan)
+            self.found.note_plan(plan, self._data, rate_at)
 
-    def _sources(self, blend: str) -> dict[int, DataSource]:
-        """The sources of a blend by their number; of one with faults, those that have none."""
-        key = f"data.{blend}"
-        if (whole := self._values.get(key)) is not None:
-            return dict(enumerate(whole))
-        numbered = ((name.removeprefix(f"{key}."), value) for name, value in self._values.items())
-        return {int(number): value for number, value in numbered if number.isdecimal()}
-
-    def _look_at_source(self, key: str, source: DataSource) -> int:
-        """Tokens of a source, once its faults are noted."""
-        with _collecting(self.found.faults, f"{key}.path", source.path):
-            missing = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
-            if missing and Path(source.path).is_dir():
-                raise DataError("is a folder; name a split in it, such as train")
-            if missing:
-                what = "is not there" if len(missing) == 2 else f"has no {missing[0]}"
-                raise DataError(f"{what}; prepare it with tools/preprocess.py")
-            if self._tokenizer is None:
-                return 0
-            tokens, length = (
-                check_dataset(source.path, self._tokenizer).tokens,
-                self._values.get("data.sequence_length"),
-            )
-            self._whole[source.path] = key
-            if length is not None and tokens <= length:
-                raise DataError(f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}")
-            return tokens
-        return 0
+    def _look_at_state(self) -> None:
+        """Read where the run goes on, if it does."""
+        if self._checkpoint is not None and (newest := find_checkpoint(self._checkpoint.directory)) is not None:
+            self._state = read_state(newest)
 
     def _look_at_start(self, checkpoint: CheckpointConfig) -> None:
         """Find what the run would go on or start from."""
         if (newest := find_checkpoint(checkpoint.directory)) is not None:
-            self._state = read_state(newest)
             self._look_at_resume(newest)
         elif checkpoint.initialize_from is not None:
-            with _collecting(self.found.faults, "checkpoint.initialize_from", checkpoint.initialize_from):
+            with collecting(self.found.faults, "checkpoint.initialize_from", checkpoint.initialize_from):
                 self._look_at_weights(Path(checkpoint.initialize_from))
         else:
             self.found.start = "a new run, from fresh weights"
@@ -241,15 +228,18 @@ class _Examination:
         steps = f" of {self._train.train_iters}" if self._train is not None else ""
         self.found.start = f"continues {newest} at step {done}{steps}"
         if self._model is not None:
-            with _collecting(faults):
-                check_same_model(self._model, newest)
+            with collecting(faults):
+                check_same_model(trained_model(self._model, self._state, newest), newest)
         if self._data is not None and self._train is not None and self._state.consumed_samples:
-            with _collecting(faults):
+            with collecting(faults):
                 check_same_data(self._data, self._train, newest)
-            with _collecting(faults):
-                check_same_sources(self._fingerprints or self._state.data, self._state, newest)
+            if self._data.order == 1:
+                with collecting(faults):
+                    check_same_sources(self._fingerprints or self._state.data, self._state, newest)
         if self._run is not None:
             self.found.changes = changed_keys(self._run, newest)
+            if self.found.plan is not None and (moved := moved_decay(self._run, self.found.plan, newest, done)):
+                faults.append(moved)
         if self._train is not None and done >= self._train.train_iters:
             self.found.warnings.append(
                 f"train.train_iters = {self._train.train_iters}: all of them are done, and this run would do nothing; "
@@ -284,7 +274,7 @@ class _Examination:
         if self._tokenizer is None:
             return
         faults: list[str] = []
-        with _collecting(faults, "the tokenizer of checkpoint.initialize_from cannot be read"):
+        with collecting(faults, "the tokenizer of checkpoint.initialize_from cannot be read"):
             if Tokenizer(other).fingerprint != self._tokenizer.fingerprint:
                 faults.append(
                     f"data.tokenizer = {named(self._tokenizer.directory)} is not {other}, with which the weights of "
@@ -321,10 +311,9 @@ class _Examination:
             ]
 
     def _count_epochs(self, tokens: Sequence[int]) -> None:
-        if self._data is None or self._train is None:
+        if self._data is None or self._data.stages or self.found.plan is None:
             return
-        remaining = max(self._train.train_iters - self._state.iteration, 0) * self._train.global_batch_size
-        samples = self._state.consumed_samples + remaining
+        samples = self.found.plan.total_samples
         self.found.sources = source_uses(self._data.train, tokens, self._data.sequence_length, samples)
         self.found.warnings += [
             f"{use.path} is read {use.epochs:,.3g} times; beyond about {MANY_EPOCHS} epochs repeated data is worth "
@@ -358,23 +347,6 @@ class _Examination:
                 f"{where}: {coming:,} checkpoints of about {size(each)} will stand there ({keep}), but only "
                 f"{size(free)} are free; set a smaller checkpoint.keep_last, or make room"
             )
-
-
-def _data_bytes(path: str) -> int:
-    return Path(f"{path}.bin").stat().st_size + Path(f"{path}.idx").stat().st_size
-
-
-@contextlib.contextmanager
-def _collecting(faults: list[str], subject: str = "", path: str = "") -> Iterator[None]:
-    """Turn an error inside into a fault beside others, of `subject`, whose value is `path`, if those are given."""
-    try:
-        yield
-    except MegatronExtError as error:
-        text = str(error).replace("\n", "\n  ")
-        if path:
-            subject = f"{subject} = {named(path)}"
-            text = text.removeprefix(f"{Path(path)}: ")  # it is said already
-        faults.append(f"{subject}: {text}" if subject else text)
 
 
 def _existing(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint.run_file import RUN_FILE, read_run
 from megatron_ext.checkpoint.shape_faults import shape_faults, shown
-from megatron_ext.checkpoint.state_file import TrainingState, read_state
+from megatron_ext.checkpoint.state_file import STATE_FILE, TrainingState, read_state
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.config.model_fields import TRAINING_FIELDS
+from megatron_ext.data.stream.progress import from_json
 from megatron_ext.errors import CheckpointError, ConfigError
 
 OTHER_SAMPLES = (
@@ -27,6 +29,27 @@ def check_same_model(model: ModelConfig, checkpoint: Path) -> None:
     """Raise CheckpointError naming every field in which `checkpoint` holds another model than `model`."""
     raw = read_run(checkpoint).get("model") or {}
     check_models_agree(model, load_config(ModelConfig, raw, source=str(checkpoint / RUN_FILE)), checkpoint)
+
+
+def trained_model(model: ModelConfig, state: TrainingState, checkpoint: Path) -> ModelConfig:
+    """`model` with the rotary base of the stage that `checkpoint`, whose state is `state`, was trained in last."""
+    if state.plan is None or not (parts := from_json(state.plan, checkpoint / STATE_FILE).parts):
+        return model
+    base = parts[-1].stage.rotary_base
+    return model if base is None else replace(model, rotary_base=base)
+
+
+def recorded_run(run: RunConfig, rotary_base: float) -> dict[str, Any]:
+    """`run` as a checkpoint has it: the model turns with the base that it was trained with last.
+
+    Every stage then says its own, so that the record read as a run means the same stages.
+    """
+    mapping = to_mapping(run)
+    if any(stage.rotary_base is not None for stage in run.data.stages):
+        mapping["model"]["rotary_base"] = rotary_base
+        for stage in mapping["data"]["stages"]:
+            stage["rotary_base"] = run.model.rotary_base if stage["rotary_base"] is None else stage["rotary_base"]
+    return mapping
 
 
 def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path) -> None:
@@ -58,8 +81,12 @@ def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> N
     saved = read_run(checkpoint)
     then, now = saved.get("data") or {}, to_mapping(data)
     old_seed = (saved.get("train") or {}).get("seed")
+    # Where the order is computed, the plan tells what may change.
+    by_index = (
+        [("data.sequence_length", then.get("sequence_length"), now["sequence_length"])] if data.order == 1 else []
+    )
     compared = [
-        ("data.sequence_length", then.get("sequence_length"), now["sequence_length"]),
+        *by_index,
         ("train.seed", old_seed, train.seed),
         # The tokens would be the same, but not what is computed from them: as little as another model may this change
         # unnoticed on the way. Checkpoints older than these keys had them off.
@@ -67,7 +94,7 @@ def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> N
     ]
     different = [f"  {key}: {old!r} in the checkpoint, {new!r} in this run" for key, old, new in compared if old != new]
     weights = [[source.get("weight", 1.0) for source in mapping.get("train") or []] for mapping in (then, now)]
-    if _shares(weights[0]) != _shares(weights[1]):
+    if data.order == 1 and _shares(weights[0]) != _shares(weights[1]):
         different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
     if different:
         raise CheckpointError(OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
@@ -82,7 +109,9 @@ def check_same_sources(fingerprints: Sequence[str], state: TrainingState, where:
 
 def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
     """Every key whose value in `run` is not the one `checkpoint` was saved with, as `key: old -> new`."""
-    now = to_mapping(run)
+    base = (read_run(checkpoint).get("model") or {}).get("rotary_base", run.model.rotary_base)
+    # Whether the base is that of the stage trained last, `trained_model` says.
+    now = recorded_run(run, base)
     saved = {**now, **read_run(checkpoint)}  # weights that were converted come with the section model alone
     with contextlib.suppress(ConfigError):  # keys that are newer than the checkpoint get their defaults
         saved = to_mapping(load_config(RunConfig, saved, source=str(checkpoint)))

@@ -12,20 +12,24 @@ import torch
 from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
-from megatron_ext.config import Layout, RunConfig, to_mapping
+from megatron_ext.config import Layout, RunConfig
+from megatron_ext.data.stream.plan import RunPlan, StagePlan
 from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.progress import to_json
 from megatron_ext.data.stream.stream import Batch, DataStream
 from megatron_ext.errors import TrainingError
 from megatron_ext.mcore.build import Trainable, build_trainable
 from megatron_ext.mcore.model import gather_parameters, routers
 from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
+from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.mcore.state import model_shards, optimizer_shards
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state
 from megatron_ext.training.hooks.base import Hook
-from megatron_ext.training.same_run import check_same_data, check_same_model
+from megatron_ext.training.same_run import check_same_data, check_same_model, recorded_run, trained_model
 from megatron_ext.training.schedule import learning_rate
+from megatron_ext.training.schedule_faults import schedule_end
 from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_weights
 from megatron_ext.training.step import StepResult, never, train_step, validation_loss
 from megatron_ext.training.tasks.base import TrainTask
@@ -50,6 +54,8 @@ class Session:
     task: TrainTask
     stream: DataStream
     """What it trains on; its position is the run's."""
+    plan: RunPlan
+    """The plan of `stream`: which stage each step belongs to."""
     checkpoints: CheckpointManager
     hooks: Sequence[Hook] = ()
     """Their state is saved with the rest."""
@@ -58,6 +64,8 @@ class Session:
     """Whether a step is taken."""
 
     def __post_init__(self) -> None:
+        self._num_sources = len(self.stream.consumption().sources)
+        self._rotary_base = self.run.model.rotary_base
         self._register_states()
 
     @property
@@ -81,7 +89,8 @@ class Session:
         Raises:
             TrainingError: the run cannot go on, such as with a gradient that is not finite.
         """
-        set_learning_rate(self.optimizer, learning_rate(self.run, self.state.iteration))
+        self._set_rotary_base(self.plan.stage_of_step(self.state.iteration))
+        set_learning_rate(self.optimizer, learning_rate(self.run, self.plan, self.state.iteration))
         try:
             result = train_step(
                 self.trainable,
@@ -89,6 +98,7 @@ class Session:
                 batch,
                 self.groups,
                 max_norm=self.run.optimizer.clip_grad,
+                num_sources=self._num_sources,
                 judge=self.judge,
                 asks_to_stop=asks_to_stop,
             )
@@ -105,8 +115,22 @@ class Session:
 
     def pass_over(self) -> None:
         """Advance by one step without reading its samples."""
-        self.stream.seek(self.stream.position().after(self.run.train.global_batch_size))
+        at, stage = self.stream.position(), self.plan.stage_of_step(self.state.iteration)
+        self._set_rotary_base(stage)
+        self.stream.seek(at.after(stage.global_batch_size))
         self._advance()
+
+    def ends_stage(self) -> bool:
+        """Whether the last step was that of a stage."""
+        stage = self.plan.stage_of_step(self.state.iteration - 1)
+        return self.plan.ends(stage) and self.state.iteration == stage.first_step + stage.steps
+
+    def _set_rotary_base(self, stage: StagePlan) -> None:
+        """Have the model turn as `stage` asks for; checkpoints say it."""
+        base = self.run.model.rotary_base if stage.rotary_base is None else stage.rotary_base
+        if base != self._rotary_base:
+            set_rotary_base(self.chunks, base)
+            self._rotary_base, self.checkpoints.run = base, recorded_run(self.run, base)
 
     def _advance(self) -> None:
         self.state = dataclasses.replace(
@@ -115,9 +139,10 @@ class Session:
             consumed_samples=self.stream.position().samples,
         )
 
-    def validate(self, batches: Iterable[Batch]) -> float:
-        """The task's loss over `batches`."""
-        return float(validation_loss(self.trainable, self.task, batches, self.groups))
+    def validate(self, batches: Iterable[Batch], num_sources: int = 1) -> tuple[float, list[tuple[float | None, int]]]:
+        """The task's loss over `batches`; and of each source its loss, None where it has no unit, and its units."""
+        loss, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
+        return float(loss), sources.read() if sources is not None else [(None, 0)] * num_sources
 
     def save(self) -> Path:
         """Save a checkpoint."""
@@ -126,8 +151,9 @@ class Session:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`, saved in any layout."""
-        check_same_model(self.run.model, checkpoint)
-        if read_state(checkpoint).consumed_samples:
+        state = read_state(checkpoint)
+        check_same_model(trained_model(self.run.model, state, checkpoint), checkpoint)
+        if state.consumed_samples:
             check_same_data(self.run.data, self.run.train, checkpoint)
         if self.run.checkpoint.load_optimizer:
             self.checkpoints.restore(checkpoint)
@@ -135,6 +161,7 @@ class Session:
             hooks = [hook.name for hook in self.hooks if hook.name]
             self.checkpoints.restore(checkpoint, only=["model", "progress", *hooks])
             self._take_over_weights()
+        self._set_rotary_base(self.plan.stage_of_step(max(self.state.iteration - 1, 0)))
         layout = "" if self.checkpoints.has_layout_of(checkpoint) else ", in another layout"
         log.info("continuing %s at step %d%s", checkpoint, self.state.iteration, layout)
 
@@ -176,10 +203,15 @@ class Session:
 
     def _progress(self) -> dict[str, Any]:
         at = self.stream.position()
+        place: dict[str, Any] = {"position": {"stage": at.stage, "source_samples": list(at.sources)}}
+        if self.plan.order == 2:
+            # Sources and stages may be others when the run goes on: the record knows them by name.
+            place = {"plan": to_json(self.plan.progress(at.samples))}
         return {
             "iteration": self.state.iteration,
             "consumed_samples": at.samples,
-            "position": {"stage": at.stage, "source_samples": list(at.sources)},
+            **place,
+            "schedule_end": schedule_end(self.run, self.plan, self.state.iteration),
             "data": self.state.data,
         }
 
@@ -187,7 +219,12 @@ class Session:
         self.state = TrainingState(saved["iteration"], saved["consumed_samples"], data=tuple(saved["data"]))
         # Older checkpoints have the number of samples alone, from which the rest follows.
         place = saved.get("position", {"stage": 0, "source_samples": []})
-        self.stream.seek(Position(saved["consumed_samples"], place["stage"], tuple(place["source_samples"])))
+        samples = saved["consumed_samples"]
+        self.stream.seek(Position(samples, place["stage"], tuple(place["source_samples"])))
+        if "plan" in saved:
+            expected = to_json(self.plan.progress(samples))["sources"]
+            if saved["plan"]["sources"] != expected:
+                raise ValueError(f"of {samples} samples {saved['plan']['sources']} were read, by the plan {expected}")
 
 
 def starting_state(run: RunConfig) -> TrainingState:
@@ -202,6 +239,7 @@ def open_session(
     groups: Groups,
     device: torch.device,
     stream: DataStream,
+    plan: RunPlan,
     *,
     open_foreign: OpenForeign = no_foreign_weights,
     hooks: Sequence[Hook] = (),
@@ -210,18 +248,19 @@ def open_session(
 
     Args:
         stream: what it trains on; it is put to where the run goes on.
+        plan: that of `stream`.
         open_foreign: opens weights to start from that are no Megatron checkpoint.
         hooks: their state is saved and restored with the rest.
     """
     trainable, task = build_trainable(run, groups, device), Pretrain.of(run.model)
     checkpoints = CheckpointManager(
         run.checkpoint.directory,
-        to_mapping(run),
+        recorded_run(run, run.model.rotary_base),
         tokenizer=Path(run.data.tokenizer),
         keep_last=run.checkpoint.keep_last,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
     )
-    session = Session(run, layout, groups, device, trainable, task, stream, checkpoints, hooks)
+    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks)
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:

@@ -1,7 +1,8 @@
 """One optimizer step, and one validation, over the micro-batches of a global batch."""
 
 #   M micro-batches of this rank, D data-parallel ranks, C context-parallel ranks,
-#   N units of the global batch that count: in pretraining, tokens
+#   B samples of a micro-batch, N samples of this rank, K sums of the task, S sources of the data
+#   units are what counts of the global batch: in pretraining, tokens
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.data.stream.batches import MicroBatch
@@ -31,6 +31,24 @@ def never() -> bool:
 
 
 @dataclass(frozen=True)
+class SourceSums:
+    """What became of the samples of each source; on the device, so that nobody waits for it before it is reported."""
+
+    losses_S: Tensor
+    """The loss by which the run is judged, summed over the units that count."""
+    units_S: Tensor
+    """Those units."""
+
+    def __add__(self, other: "SourceSums") -> "SourceSums":
+        return SourceSums(self.losses_S + other.losses_S, self.units_S + other.units_S)
+
+    def read(self) -> list[tuple[float | None, int]]:
+        """Of each source the mean loss and the number of units; None where no unit counted."""
+        losses, units = torch.stack([self.losses_S, self.units_S]).tolist()
+        return [(loss / count if count else None, round(count)) for loss, count in zip(losses, units, strict=True)]
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step reports, the same on every rank."""
 
@@ -42,6 +60,8 @@ class StepResult:
     """Whether the weights were updated."""
     asking_to_stop: int
     """How many ranks ask to stop after this step."""
+    sources: SourceSums
+    """The same loss by source, over the whole global batch."""
 
     @property
     def loss(self) -> Tensor:
@@ -56,12 +76,14 @@ def train_step(
     groups: Groups,
     *,
     max_norm: float,
+    num_sources: int = 1,
     judge: Judge = take_finite,
     asks_to_stop: Callable[[], bool] = never,
 ) -> StepResult:
     """Forward, backward and, if `judge` takes it, update over this rank's micro-batches of one global batch.
 
     Args:
+        num_sources: samples of sources from this number on are trained on, but reported of none.
         max_norm: the gradient is scaled down to this norm; 0 leaves it.
         asks_to_stop: asked late in the step; the answers of all ranks travel with the loss.
 
@@ -75,7 +97,7 @@ def train_step(
     optimizer.zero_grad()
     for participant in participants:
         participant.begin()
-    sums = _run(trainable.wrapped, task, batch, groups, forward_only=False, asks_to_stop=asks_to_stop)
+    sums = _run(trainable.wrapped, task, batch, groups, num_sources, forward_only=False, asks_to_stop=asks_to_stop)
     norm = gradient_norm(optimizer)
     # Here, where the device has just been waited for, and before it is given more to do.
     asking_to_stop = int(sums.stops)
@@ -92,24 +114,30 @@ def train_step(
         # After the update, so that a refused step moves neither biases nor coefficients nor scales.
         for participant in participants:
             participant.commit(groups.stage)
-    return StepResult(sums.losses, norm, verdict, asking_to_stop)
+    return StepResult(sums.losses, norm, verdict, asking_to_stop, sums.sources)
 
 
 @torch.no_grad()
 def validation_loss(
-    trainable: Trainable, task: TrainTask, batches: Iterable[Sequence[MicroBatch]], groups: Groups
-) -> Tensor:
-    """The task's loss over all `batches`, on every rank."""
+    trainable: Trainable,
+    task: TrainTask,
+    batches: Iterable[Sequence[MicroBatch]],
+    groups: Groups,
+    num_sources: int = 1,
+) -> tuple[Tensor, SourceSums | None]:
+    """The task's loss over all `batches`, in all and by source, on every rank; no sources without a batch."""
     for chunk in trainable.wrapped:
         chunk.eval()
     total = units = torch.zeros(())
+    sources: SourceSums | None = None
     for batch in batches:
-        sums = _run(trainable.wrapped, task, batch, groups, forward_only=True)
+        sums = _run(trainable.wrapped, task, batch, groups, num_sources, forward_only=True)
         loss = sums.losses[task.sums[0]]
         total, units = total.to(loss) + loss * sums.units, units.to(loss) + sums.units
+        sources = sums.sources if sources is None else sources + sums.sources
     if not float(units):
         log.warning("no label of the validation samples counts: there is no validation loss")
-    return total / units
+    return total / units, sources
 
 
 @dataclass(frozen=True)
@@ -119,7 +147,8 @@ class _Sums:
     losses: dict[str, Tensor]
     """The task's sums, each divided by `units`."""
     units: Tensor
-    """N."""
+    """All that count."""
+    sources: SourceSums
     stops: Tensor
     """Ranks that ask to stop."""
 
@@ -129,6 +158,7 @@ def _run(
     task: TrainTask,
     batch: Sequence[MicroBatch],
     groups: Groups,
+    num_sources: int,
     *,
     forward_only: bool,
     asks_to_stop: Callable[[], bool] = never,
@@ -136,38 +166,49 @@ def _run(
     """Run the pipeline schedule over a global batch."""
     rows, length = batch[0].tokens.shape
     batch = [micro.context_share(groups.cp.rank(), groups.cp.size()) for micro in batch]
-    units = task.units(batch)
-    dist.all_reduce(units, group=groups.dp_cp)
+    units_N, sources_N = torch.cat([task.units(micro) for micro in batch]), torch.cat([m.sources for m in batch])
+    counted = torch.cat([units_N.sum().view(1), _by_source(units_N, sources_N, num_sources)])
+    dist.all_reduce(counted, group=groups.dp_cp)
+    units = counted[0]
     # The schedule multiplies each rank's loss by C / M (in every version, for a loss function that returns a pair) and
-    # gradients are averaged over D * C, so that this weight leaves sum / N: the mean over all units of the global
+    # gradients are averaged over D * C, so that this weight leaves sum / units: the mean over all units of the global
     # batch in every layout. Balance losses, which the schedule scales by C / M too, are left divided by M * D alone:
-    # the mean over micro-batches, as on one process. (megatron-core's own per-token mode divides them by N too, and
+    # the mean over micro-batches, as on one process. (megatron-core's own per-token mode divides them by units too, and
     # its correction is wrong under TP and CP in 0.16.)
     weight = len(batch) * groups.dp.size() / units
-    forward = partial(_forward, task, weight)
+    forward = partial(_forward, task, weight, num_sources)
     sums = run_schedule(wrapped, forward, batch, rows=rows, length=length, forward_only=forward_only)
     # Every TP rank of the last stage has the same sums; one of them contributes, and everyone learns the result. Each
     # context-parallel rank contributes the sum over its own tokens.
-    contributes = groups.is_last_stage and groups.tp.rank() == 0
-    if contributes:
-        # A column more, since torch adds up one alone in another order: a sum does not depend on how many there are.
-        totals = F.pad(torch.stack(sums), (0, 1)).sum(dim=0)
-    else:
-        totals = torch.zeros(len(task.sums) + 1, device=units.device)
-    totals[-1] += float(asks_to_stop())
+    totals = torch.zeros(len(task.sums) + num_sources + 1, device=units.device)
+    if groups.is_last_stage and groups.tp.rank() == 0:
+        totals[:-1] = torch.stack(sums).sum(dim=0)
+    totals[-1] = float(asks_to_stop())
     dist.all_reduce(totals, group=groups.world)
-    means = totals[:-1] / units.clamp(min=1)
-    return _Sums(dict(zip(task.sums, means, strict=True)), units, totals[-1])
+    losses, by_source, stops = totals.split([len(task.sums), num_sources, 1])
+    means = dict(zip(task.sums, losses / units.clamp(min=1), strict=True))
+    return _Sums(means, units, SourceSums(by_source, counted[1:]), stops)
 
 
-def _forward(task: TrainTask, weight: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+def _forward(
+    task: TrainTask, weight: Tensor, num_sources: int, batches: Iterator[MicroBatch], model: Any
+) -> tuple[Tensor, Any]:
     micro = next(batches)
     output = task.forward(model, micro)
 
     def loss(output: Tensor) -> tuple[Tensor, Tensor]:
         sums = task.loss(output, micro)
-        none = torch.zeros((), device=weight.device)
-        minimised = sum((total for total in sums.values() if total.requires_grad), start=none)
-        return minimised * weight, torch.stack([sums.get(name, none).detach() for name in task.sums])
+        none_B = torch.zeros(len(micro.tokens), device=weight.device)
+        minimised = sum((rows_B.sum() for rows_B in sums.values() if rows_B.requires_grad), start=none_B.sum())
+        rows_KB = torch.stack([sums.get(name, none_B).detach() for name in task.sums])
+        return minimised * weight, torch.cat([rows_KB.sum(dim=1), _by_source(rows_KB[0], micro.sources, num_sources)])
 
     return output, loss
+
+
+def _by_source(values_N: Tensor, sources_N: Tensor, num_sources: int) -> Tensor:
+    """The sum of the values of each source's samples: [S]."""
+    # Not multiplied by a mask, so that a sample whose loss is not finite shows in its own source alone; no scattered
+    # adding, whose order, and so the result, a GPU leaves open.
+    is_its_SN = sources_N == torch.arange(num_sources, device=sources_N.device)[:, None]
+    return torch.where(is_its_SN, values_N, 0.0).sum(dim=1)

@@ -36,7 +36,7 @@ def clustered_routers(plan: UpcyclePlan) -> RouterOf:
     """
     assert plan.moe.num_moe_experts is not None
     rows = plan.moe.num_moe_experts // plan.method.group_size(plan.moe)
-    source, options = plan.opened[0].directory, plan.options
+    source, options = plan.checkpoints[0].directory, plan.options
     require_memory(plan.dense, source)
     count = math.ceil(rows * _TOKENS_A_ROW / (_ROWS * _LENGTH))
     batches = comparison_batches(source, options.text, options.tokenizer, batches=count, rows=_ROWS, length=_LENGTH)

@@ -46,7 +46,7 @@ def function_check(plan: UpcyclePlan, made: Path, batches: Sequence[Tensor]) -> 
     Raises:
         ConversionError: the function should be kept, and it was not; or the dense model's logits are not numbers.
     """
-    dense, moe, source = dense_logits(plan, batches), checkpoint_logits(made, batches), plan.opened[0].directory
+    dense, moe, source = dense_logits(plan, batches), checkpoint_logits(made, batches), plan.checkpoints[0].directory
     if not all(bool(logits.isfinite().all()) for logits in dense):
         raise ConversionError(f"{source}: its logits are not numbers; is it a model that diverged?")
     if plan.inexact is None:
@@ -65,4 +65,4 @@ def dense_logits(plan: UpcyclePlan, batches: Sequence[Tensor], weights_as: torch
     """Of the first source, as its own library computes them; with other layers than it has, as Megatron does."""
     if plan.options.layers:
         return stream_logits(plan.dense, dense_streams(plan)[0], batches, weights_as=weights_as)
-    return checkpoint_logits(plan.opened[0].directory, batches, weights_as=weights_as)
+    return checkpoint_logits(plan.checkpoints[0].directory, batches, weights_as=weights_as)

@@ -37,10 +37,10 @@ def drawn_routers(plan: UpcyclePlan) -> RouterOf:
 
 def dense_streams(plan: UpcyclePlan) -> list[TensorSource]:
     """The tensors of each source, its layers repeated if that was asked for."""
-    streams = streams_of_one_shape(plan.opened)
+    streams = streams_of_one_shape(plan.checkpoints)
     if not plan.options.layers:
         return streams
-    layers = parse_layers(plan.options.layers, plan.opened[0].model.num_layers)
+    layers = parse_layers(plan.options.layers, plan.checkpoints[0].model.num_layers)
     return [RepeatedLayers(stream, layers) for stream in streams]
 
 
@@ -71,13 +71,13 @@ def content_of(plan: UpcyclePlan, router_of: RouterOf) -> ModelToWrite:
         )
     else:
         made = map(copied, specs)
-    first, names = plan.opened[0], ", ".join(opened.directory.name for opened in plan.opened)
+    first, names = plan.checkpoints[0], ", ".join(checkpoint.directory.name for checkpoint in plan.checkpoints)
     return ModelToWrite(
         model=plan.moe,
         tasks=list(made),
         specs=specs,
         stream=Sources(streams, dense_stream(plan)),
-        inputs=[opened.directory for opened in plan.opened],
+        inputs=[checkpoint.directory for checkpoint in plan.checkpoints],
         tokenizer=first.tokenizer,
         hf_config=first.hf_config,
         run=first.run,
@@ -114,7 +114,7 @@ def write(plan: UpcyclePlan, router_of: RouterOf, check: Check, output: Output) 
     def check_numbers(partial: Path) -> Examined | None:
         if watched.not_finite:
             names = {name.partition("/")[2] for name in watched.not_finite}
-            found = describe(names, len(plan.opened[0].tensors.specs))
+            found = describe(names, len(plan.checkpoints[0].tensors.specs))
             raise ConversionError(
                 f"{', '.join(plan.options.sources)}: {found}; take a checkpoint from before it diverged"
             )

@@ -16,16 +16,16 @@ _NUMBERED = re.compile(r"(layers|experts)\.(\d+)")
 
 def describe_plan(plan: UpcyclePlan) -> str:
     """The origin of every tensor, parameter counts, memory and the expected exactness."""
-    before, after = count_parameters(plan.opened[0].model), count_parameters(plan.moe)
+    before, after = count_parameters(plan.checkpoints[0].model), count_parameters(plan.moe)
     content = content_of(plan, drawn_routers(plan))
-    largest = max(spec.bytes for opened in plan.opened for spec in opened.tensors.specs.values())
+    largest = max(spec.bytes for checkpoint in plan.checkpoints for spec in checkpoint.tensors.specs.values())
     written = after.total * plan.dtype.itemsize
     experts = f", of which {sum(plan.moe.moe_layer_pattern)} become MoE" if plan.adds_experts else ""
     repeated = f" ({plan.options.layers} of the source)" if plan.options.layers else ""
     taken = obstacle(plan)
     lines = [
         *([f"method       {plan.method.kind}: {summary_of(type(plan.method))}"] if plan.adds_experts else []),
-        *(f"source {number}     {opened.directory}" for number, opened in enumerate(plan.opened)),
+        *(f"source {number}     {checkpoint.directory}" for number, checkpoint in enumerate(plan.checkpoints)),
         f"target       {plan.options.target} ({plan.options.to}, {str(plan.dtype).removeprefix('torch.')})",
         *([f"             {taken}"] if taken else []),
         f"layers       {plan.moe.num_layers}{repeated}{experts}",
@@ -36,7 +36,7 @@ def describe_plan(plan: UpcyclePlan) -> str:
         ),
         f"function     {plan.expectation}",
         "tensors",
-        *origins(content.tasks, several=len(plan.opened) > 1),
+        *origins(content.tasks, several=len(plan.checkpoints) > 1),
     ]
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ def recipe_of(plan: UpcyclePlan) -> Path | None:
 
 def require_places(plan: UpcyclePlan) -> None:
     """Raise ConversionError where the target, or a file beside it, may not be written."""
-    require_place(plan.options.to, output_of(plan), [opened.directory for opened in plan.opened])
+    require_place(plan.options.to, output_of(plan), [checkpoint.directory for checkpoint in plan.checkpoints])
     recipe, figures = recipe_of(plan), plan.options.figures
     if recipe is not None:
         require_recipe_place(recipe, force=plan.options.force)

@@ -34,7 +34,7 @@ class UpcyclePlan:
     """What an upcycling will do."""
 
     options: UpcycleOptions
-    opened: Sequence[Checkpoint]
+    checkpoints: Sequence[Checkpoint]
     dense: ModelConfig
     """The dense model, its layers repeated if that was asked for."""
     moe: ModelConfig
@@ -74,22 +74,22 @@ def make_plan(options: UpcycleOptions) -> UpcyclePlan:
     """
     options = replace(options, target=_named(options.target))
     _check_options(options)
-    opened = [open_checkpoint(source) for source in options.sources]
-    _check_sources(opened, options)
-    streams_of_one_shape(opened)
-    require_one_tokenizer(opened)
-    shallow = opened[0].model
+    checkpoints = [open_checkpoint(source) for source in options.sources]
+    _check_sources(checkpoints, options)
+    streams_of_one_shape(checkpoints)
+    require_one_tokenizer(checkpoints)
+    shallow = checkpoints[0].model
     dense = deepened_model(shallow, parse_layers(options.layers, shallow.num_layers)) if options.layers else shallow
     moe = options.model_of(dense)
     if options.num_experts is not None:
         check_models(dense, moe, options.method)
-    own = opened[0].tensors.specs["decoder.layers.0.self_attention.linear_proj.weight"].dtype
+    own = checkpoints[0].tensors.specs["decoder.layers.0.self_attention.linear_proj.weight"].dtype
     dtype = DTYPES.get(options.dtype or "", own)
     inexact = options.method.inexact(moe, dtype) if options.num_experts is not None else None
     if inexact is not None and options.tolerance is not None:
         raise ConfigError(f"tolerance = {options.tolerance}: has no effect, since the function changes: {inexact}")
     rounds = dtype != own and dtype.itemsize <= own.itemsize
-    return UpcyclePlan(options, opened, dense, moe, dtype, rounds, inexact)
+    return UpcyclePlan(options, checkpoints, dense, moe, dtype, rounds, inexact)
 
 
 def _named(target: str) -> str:
@@ -129,14 +129,14 @@ def _check_options(options: UpcycleOptions) -> None:
             raise ConfigError(f"{name} = {value}: has no effect with {why}; remove it")
 
 
-def _check_sources(opened: Sequence[Checkpoint], options: UpcycleOptions) -> None:
+def _check_sources(checkpoints: Sequence[Checkpoint], options: UpcycleOptions) -> None:
     """Raise ConfigError where there are too few or too many sources, or they are MoE models already."""
     if options.num_experts is None:
-        if len(opened) > 1:
-            raise ConfigError(f"sources: {len(opened)} given; without num_experts one is made deeper")
+        if len(checkpoints) > 1:
+            raise ConfigError(f"sources: {len(checkpoints)} given; without num_experts one is made deeper")
         return
-    options.method.check_sources(len(opened), options.num_experts)
-    for one in opened:
+    options.method.check_sources(len(checkpoints), options.num_experts)
+    for one in checkpoints:
         if one.model.is_moe:
             raise ConfigError(f"{one.directory}: the source is a MoE model already; upcycling starts from a dense one")
 

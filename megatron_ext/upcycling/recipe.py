@@ -28,8 +28,8 @@ def upcycling_recipe(plan: UpcyclePlan) -> Recipe:
             plan.options.target,
             _balanced(plan.moe),
             f"upcycled by {plan.method.kind}" if plan.adds_experts else "deepened",
-            plan.opened[0].run,
-            plan.opened[0].tokenizer,
+            plan.checkpoints[0].run,
+            plan.checkpoints[0].tokenizer,
             _COMMENTS if plan.adds_experts else {},
         )
     )

@@ -45,7 +45,7 @@ def upcycle(plan: UpcyclePlan, progress: Progress = lambda done, total: None) ->
         require_memory(plan.moe, options.target)
     training = upcycling_recipe(plan) if recipe is not None else None
     router_of = clustered_routers(plan) if options.router_init == "activations" else drawn_routers(plan)
-    source = plan.opened[0].directory
+    source = plan.checkpoints[0].directory
     batches = comparison_batches(source, options.text, options.tokenizer) if options.logits else []
     function: list[FunctionCheck] = []
 

@@ -18,6 +18,7 @@ from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.tiny import RandomStream
 from megatron_ext.training.session import Session, open_session
+from tests.unit.training.plans import plan_of_run
 
 GLOBAL_BATCH = 8
 
@@ -65,7 +66,7 @@ def open_part(part: Part) -> Iterator[Session]:
     groups = split_process_group(run.parallel, run.runtime)
     device, layout = choose_device(run.runtime), run.resolve(dist.get_world_size())
     stream = RandomStream(BatchShape(GLOBAL_BATCH, 1, groups.dp.rank(), groups.dp.size()), device)
-    session = open_session(run, layout, groups, device, stream, open_foreign=open_hugging_face)
+    session = open_session(run, layout, groups, device, stream, plan_of_run(run), open_foreign=open_hugging_face)
     yield session
     session.close()
 

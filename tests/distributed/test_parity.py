@@ -19,7 +19,7 @@ from megatron_ext.config import (
 )
 from megatron_ext.proving.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
-from megatron_ext.testing.tiny import random_batch, tiny_model
+from megatron_ext.testing.tiny import SOURCES, random_batch, tiny_model
 from tests.support.product import alternating
 
 # fp32 rounds to 6e-8. Splitting a matrix product or a batch changes the order of additions, and Adam turns a relative
@@ -150,6 +150,17 @@ def test_layout_equals_one_process(
     table.setdefault((kind, entry.name), {})[column_of(*option)] = difference
     print(f"{kind} {entry.name}, {column_of(*option)}: {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
     assert difference.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_losses_of_the_sources_make_up_the_loss(kind: str, references: dict[str, Trajectory]) -> None:
+    """Each layout reports what one process does of every source: `compare` has their losses and units too."""
+    one = references[kind]
+    for step, loss in enumerate(one.losses):
+        sources = one.sources[step * SOURCES : (step + 1) * SOURCES]
+        units = sum(count for _, count in sources)
+        assert len({mean for mean, _ in sources}) == SOURCES
+        assert sum(mean * count for mean, count in sources) / units == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["dense", "MoE"])

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.state_file import read_state
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.monitoring.metrics_file import read_metrics
 from tests.support.commands import TOOLS, train
 from tests.support.workspace import prepare_data, reported_losses, run_mapping, write_run
@@ -34,6 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mapping = run_mapping(directory, moe=True)
     mapping["train"] |= {"train_iters": STEPS, "eval_interval": 10, "eval_iters": 2}
     mapping["checkpoint"] |= {"save_interval": 5}
+    mapping["data"]["train"].append({"path": str(directory / "data" / "test"), "weight": 0.2, "id": "rare"})
     write_run(directory / "run.yaml", mapping)
     return directory
 
@@ -48,6 +49,7 @@ def reports(directory: Path) -> list[tuple[Any, ...]]:
         "learning_rate",
         "grad_norm",
         "consumed_samples",
+        "sources",
         "moe",
     )
     return [tuple(record.get(name) for name in names) for record in records]
@@ -158,6 +160,10 @@ def test_a_blend_goes_on_with_a_smaller_batch(work: Path) -> None:
     process = train(1, *options, "train.global_batch_size=4")
     assert process.returncode == 0, process.stderr
     assert [r["consumed_samples"] for r in read_metrics(directory / "metrics.jsonl")] == [16, 32, 48, 64, 68, 72]
+    process = train(1, *options, "train.train_iters=8")
+    assert process.returncode == 2
+    assert "it decays to the end of what it covers, which was 6 steps in the checkpoint and is 8" in process.stderr
+    options += ("schedule.decay_iters=6",)  # the way out that it names
     process = train(1, *options, "data.sequence_length=32", "train.train_iters=8")
     assert process.returncode == 2
     assert "data.sequence_length: 64 in the checkpoint, 32 in this run" in process.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from tests.support.commands import TOOLS, command, train
 from tests.support.workspace import reported_losses, write_corpus

@@ -55,6 +55,7 @@ SCRIPT = """
 import json, sys, traceback
 from pathlib import Path
 from megatron_ext.config import load_run
+from megatron_ext.data.stream.make_plan import SourceSize, make_plan
 from megatron_ext.data.stream.stream import BatchShape
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
@@ -65,7 +66,9 @@ def train(run):
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device, alone=True)
     groups = split_process_group(run.parallel, run.runtime)
-    session = open_session(run, run.resolve(1), groups, device, RandomStream(BatchShape(4, 2), device))
+    stream = RandomStream(BatchShape(4, 2), device)
+    plan = make_plan(run.data, run.train, {"p": SourceSize(10**9)})
+    session = open_session(run, run.resolve(1), groups, device, stream, plan)
     steps = []
     for _ in range(3):
         result = session.step(session.stream.next())

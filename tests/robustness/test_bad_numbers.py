@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.data.stream.batches import MicroBatch
 from megatron_ext.errors import CheckpointError, TrainingError
 from megatron_ext.testing.pool import GlooPool
-from megatron_ext.testing.tiny import random_batch, tiny_model
+from megatron_ext.testing.tiny import SOURCES, random_batch, tiny_model
 from tests.distributed.runs import GLOBAL_BATCH, Part, open_part, train_steps
 from tests.robustness.runs import train_here
 
@@ -51,8 +51,14 @@ def meet_masked_batches(part: Part) -> tuple[str, float, float, float]:
         batch = random_batch(
             1, samples=GLOBAL_BATCH, micro_batch=1, dp_rank=dist.get_rank(), dp_size=dist.get_world_size()
         )
-        alone, beside = session.validate(iter([batch])), session.validate(iter([batch, masked_batch()]))
-        return str(refusal.value), alone, beside, session.validate(iter([masked_batch()]))
+        alone, _ = session.validate(iter([batch]))
+        beside, sources = session.validate(iter([batch, masked_batch()]), SOURCES)
+        assert sum(mean * units for mean, units in sources if mean is not None) == pytest.approx(
+            alone * sum(units for _, units in sources), rel=1e-6
+        )
+        nothing, sources = session.validate(iter([masked_batch()]), SOURCES)
+        assert sources == [(None, 0)] * SOURCES
+        return str(refusal.value), alone, beside, nothing
 
 
 def test_a_batch_without_labels_says_so(pool: GlooPool, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_ext.data.preprocess import check_dataset, preprocess
+from megatron_ext.data.dataset import check_dataset
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError, MegatronExtError
 from tests.support.commands import TOOLS

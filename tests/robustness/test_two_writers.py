@@ -9,7 +9,7 @@ import torch
 
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSink
 from megatron_ext.checkpoint.streams import MegatronSink, TensorSpec
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.files import publish_directory

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import dump_yaml
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.monitoring.metrics_file import read_metrics
 

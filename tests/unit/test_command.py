@@ -56,6 +56,21 @@ class Options:
     """How."""
 
 
+@config
+class Numbered:
+    """Options of which a number may come without its name."""
+
+    name: str
+    """A name."""
+    number: int
+    """A number."""
+
+
+def test_a_number_that_is_missing_is_said_to_be() -> None:
+    with pytest.raises(ConfigError, match="number: is required"):
+        parse_command(Numbered, "A test.", positional=["name", "number"], argv=["x"])
+
+
 def parse(*argv: str) -> Options:
     return parse_command(Options, "A test.", positional=["sources", "target"], argv=argv)
 

@@ -23,7 +23,7 @@ def keys_of(kind: object) -> set[str]:
 
 def options() -> set[str]:
     """The options of all command lines, as they are written there."""
-    sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("megatron_ext/*/options.py"), ROOT / "megatron_ext" / "command.py"]
+    sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("megatron_ext/**/options.py"), ROOT / "megatron_ext" / "command.py"]
     sources += [*ROOT.glob("megatron_ext/upcycling/methods/*.py"), *ROOT.glob("megatron_ext/merging/*.py")]
     text = "\n".join(path.read_text() for path in sources)
     fields = {name.replace("_", "-") for name in re.findall(r"^    (\w+): ", text, re.MULTILINE)}

@@ -1,7 +1,18 @@
 """Rules between configuration keys, by what they are about; importing this package registers them all."""
 
-from megatron_ext.config.rules import architecture, backend, overrides, parallel, precision, routing, training
+from megatron_ext.config.rules import (
+    architecture,
+    backend,
+    overrides,
+    parallel,
+    precision,
+    routing,
+    schedule,
+    stages,
+    training,
+)
 from megatron_ext.config.rules.registry import RULES, violations
+from megatron_ext.config.rules.stages import stage_violations
 
 __all__ = [
     "RULES",
@@ -11,6 +22,9 @@ __all__ = [
     "parallel",
     "precision",
     "routing",
+    "schedule",
+    "stage_violations",
+    "stages",
     "training",
     "violations",
 ]

@@ -8,28 +8,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Check = Callable[..., str | None]
+Check = Callable[..., str | list[str] | None]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`check` takes the values of `keys`, then of `given`, and returns a complaint or None.
+    """`check` takes the values of `keys`, then of `given`, and returns a complaint, several, or None.
 
-    `keys` are named with their values in the complaint; `given` are only read.
+    `keys` are named with their values in the complaint; `given` are only read. A complaint of a rule without `keys`
+    names its own.
     """
 
     keys: tuple[str, ...]
     given: tuple[str, ...]
     check: Check
 
-    def violation(self, values: Mapping[str, Any]) -> str | None:
-        """The complaint about `values` (leaf key to value), or None. A rule with an unknown key says nothing."""
+    def violations(self, values: Mapping[str, Any]) -> list[str]:
+        """The complaints about `values` (leaf key to value). A rule with an unknown key says nothing."""
         if any(key not in values for key in self.keys + self.given):
-            return None
-        complaint = self.check(*(values[key] for key in self.keys + self.given))
-        if complaint is None:
-            return None
-        return ", ".join(f"{key} = {values[key]!r}" for key in self.keys) + f": {complaint}"
+            return []
+        found = self.check(*(values[key] for key in self.keys + self.given)) or []
+        named = ", ".join(f"{key} = {values[key]!r}" for key in self.keys)
+        return [f"{named}: {one}" if named else one for one in ([found] if isinstance(found, str) else found)]
 
 
 RULES: list[Rule] = []
@@ -47,7 +47,7 @@ def rule(*keys: str, given: tuple[str, ...] = ()) -> Callable[[Check], Check]:
 
 def violations(values: Mapping[str, Any]) -> list[str]:
     """Every rule's complaint about `values`, in the order the rules are written."""
-    return [complaint for r in RULES if (complaint := r.violation(values)) is not None]
+    return [complaint for r in RULES for complaint in r.violations(values)]
 
 
 HEADS = "model.num_attention_heads"

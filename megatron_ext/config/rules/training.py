@@ -1,8 +1,9 @@
-"""Rules of batches, data, schedule and recompute."""
+"""Rules of batches, data and recompute."""
 
 from typing import Any
 
 from megatron_ext.config.rules.registry import BACKEND, PP, VPP, rule
+from megatron_ext.config.training import RampStep
 
 
 @rule("data.reset_attention_mask", BACKEND)
@@ -36,10 +37,27 @@ def _micro_divides_global(global_batch: int, micro: int) -> str | None:
     return "the global batch must be a multiple of the micro-batch" if global_batch % micro else None
 
 
+@rule("train.batch_size_ramp")
+def _ramp_is_whole(ramp: list[RampStep]) -> str | None:
+    for number, step in enumerate(ramp):
+        size, samples = step.global_batch_size, step.samples
+        if (step.steps is None) == (samples is None):
+            return f"entry {number} has {'both' if step.steps else 'neither'} steps and samples; set one of them"
+        if samples is not None and samples % size:
+            return f"entry {number}: samples = {samples} is not a multiple of global_batch_size = {size}"
+    return None
+
+
+@rule("train.batch_size_ramp", "train.micro_batch_size")
+def _micro_divides_ramp(ramp: list[RampStep], micro: int) -> str | None:
+    odd = [step.global_batch_size for step in ramp if step.global_batch_size % micro]
+    return f"global batches of {odd} are no multiples of the micro-batch" if odd else None
+
+
 @rule("train.skip_steps", "train.train_iters")
 def _skips_are_ranges(skips: list[list[int]], iters: int) -> str | None:
     for skip in skips:
-        if len(skip) != 2 or not 1 <= skip[0] <= skip[1] <= iters:
+        if len(skip) != 2 or not 1 <= skip[0] <= skip[1] or skip[1] > iters > 0:
             return f"{skip} is no range [first, last] of steps of this run"
     return None
 
@@ -47,41 +65,6 @@ def _skips_are_ranges(skips: list[list[int]], iters: int) -> str | None:
 @rule("train.eval_interval", given=("data.validation",))
 def _eval_needs_data(interval: int | None, validation: list[Any]) -> str | None:
     return "validation needs data.validation" if interval and not validation else None
-
-
-@rule("schedule.warmup_iters", "train.train_iters")
-def _warmup_fits(warmup: int, iters: int) -> str | None:
-    return "warmup is longer than the run" if warmup > iters else None
-
-
-@rule("schedule.warmup_iters", "schedule.decay_iters")
-def _decay_after_warmup(warmup: int, decay: int | None) -> str | None:
-    return "the decay must end after the warmup" if decay and decay <= warmup else None
-
-
-@rule("schedule.wsd_decay_iters", "schedule.warmup_iters", "train.train_iters")
-def _wsd_fits(decay: int, warmup: int, iters: int) -> str | None:
-    return "warmup and final decay together are longer than the run" if decay + warmup > iters else None
-
-
-@rule("schedule.min_lr", "optimizer.lr")
-def _floor_below_peak(floor: float, peak: float) -> str | None:
-    return "the final learning rate is above the peak" if floor > peak else None
-
-
-@rule("schedule.decay_style", "schedule.min_lr")
-def _geometric_needs_floor(style: str, floor: float) -> str | None:
-    return "a geometric decay never reaches 0; set min_lr" if style == "geometric" and floor == 0 else None
-
-
-@rule("schedule.decay_style")
-def _exponential_has_two_meanings(style: str) -> str | None:
-    if style != "exponential":
-        return None
-    return (
-        "geometric is what this name meant here until now (the rate falls by the same factor at each step), "
-        "exponential_megatron what it means in Megatron-LM; set one of them"
-    )
 
 
 @rule("recompute.granularity", "recompute.num_layers", given=("model.num_layers", PP, VPP))

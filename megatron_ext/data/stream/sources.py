@@ -5,7 +5,8 @@ is planned, on the number of ranks or on where a run was interrupted, so resumin
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_ext.config import DataConfig, DataSource
-from megatron_ext.data.preprocess import check_dataset
-from megatron_ext.data.stream.blend import Blend
+from megatron_ext.config import DataConfig, DataSource, TrainConfig
+from megatron_ext.config.data import source_ids
+from megatron_ext.data.dataset import SplitSummary, check_dataset
+from megatron_ext.data.stream.blend import Blend, BlendSource
 from megatron_ext.data.stream.index_cache import with_index
+from megatron_ext.data.stream.make_plan import SourceSize, make_plan
+from megatron_ext.data.stream.plan import RunPlan
+from megatron_ext.data.stream.stream import Samples
+from megatron_ext.data.stream.units import PlannedSamples, TokenFile
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 
@@ -54,15 +60,31 @@ class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
         return _UNLIMITED
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        epoch, within = divmod(int(position), self.samples_per_epoch)
-        if epoch:
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._order = np.random.default_rng((self.seed, epoch)).permutation(self.samples_per_epoch)
-            within = int(self._order[within])
-        sample: dict[str, Any] = self.dataset[within]
+        sample: dict[str, Any] = self.dataset[self._index(position)]
         self._require_known_tokens(sample)
         return sample
+
+    def where(self, position: int) -> str:
+        """The documents, and the first and last of their tokens, that the sample at `position` is made of."""
+        dataset, index = self.dataset, self._index(position)
+        dataset[index]  # which maps the indices
+        at = dataset.shuffle_index[index]
+        (first, begin), (last, end) = dataset.sample_index[at], dataset.sample_index[at + 1]
+        if first == last:
+            return f"document {dataset.document_index[first]}, tokens {begin} to {end - 1}"
+        documents = [f"document {dataset.document_index[first]} from token {begin}"]
+        documents += [f"document {dataset.document_index[n]}" for n in range(first + 1, last)]
+        if end:
+            documents.append(f"document {dataset.document_index[last]} before token {end}")
+        return ", ".join(documents)
+
+    def _index(self, position: int) -> int:
+        """What `position` is in the first epoch's order."""
+        epoch, within = divmod(int(position), self.samples_per_epoch)
+        if epoch and epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.samples_per_epoch)
+        return int(self._order[within]) if epoch else within
 
     def _require_known_tokens(self, sample: dict[str, Any]) -> None:
         """Raise DataError where a token id is out of the vocabulary: an embedding or a device would fail on it."""
@@ -79,32 +101,78 @@ class EpochedSource(torch.utils.data.Dataset[dict[str, Any]]):
 
 def build_blend(
     sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int
-) -> Blend:
+) -> Samples:
     """Return `num_samples` samples drawn from `sources` by weight.
 
-    Indices are built by rank 0 and read by the others from `data.cache_dir`; every rank must call this.
+    With `data.cache_dir`, indices are built by rank 0 and read by the others from there; every rank must call this.
 
     Raises:
         DataError: a source is missing, damaged, too short or was made with another tokenizer.
     """
     section = "validation" if sources is data.validation else "train"
+    sizes = []
     for number, source in enumerate(sources):
         key = f"data.{section}.{number}.path"
-        try:
-            counts = check_dataset(source.path, tokenizer)
-        except DataError as error:
-            raise DataError(f"{key}: {error}") from error
+        sizes.append(counts := source_size(source.path, tokenizer, key))
         if counts.tokens <= data.sequence_length:
             few = f"{counts.tokens} tokens are not one sample of data.sequence_length = {data.sequence_length}"
             raise DataError(f"{key}: {source.path}: {few}")
-    blended: Blend = _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed))
+    if data.cache_dir is None:
+        return _computed_blend(sources, sizes, data, tokenizer, num_samples, seed)
+    blended: Blend = _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed, section))
     return blended
 
 
-def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int) -> Blend:
+def source_size(path: str, tokenizer: Tokenizer, key: str) -> SplitSummary:
+    """Size of the prepared dataset at `path`, which `key` of the configuration names.
+
+    Raises:
+        DataError: it is missing, damaged or was made with another tokenizer.
+    """
+    try:
+        return check_dataset(path, tokenizer)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+
+
+def planned_samples(plan: RunPlan, paths: Mapping[str, str], data: DataConfig, tokenizer: Tokenizer) -> PlannedSamples:
+    """The samples of `plan`, in order 2.
+
+    Args:
+        paths: of each source of the configuration, by id.
+    """
+    files = {s.id: TokenFile(paths[s.id], s.tokens) for s in plan.sources if s.tokens is not None}
+    eod = tokenizer.eod if data.eod_mask_loss else None
+    return PlannedSamples(plan, files, vocab_size=tokenizer.vocab_size, eod=eod)
+
+
+def _computed_blend(
+    sources: Sequence[DataSource],
+    sizes: Sequence[SplitSummary],
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    num_samples: int,
+    seed: int,
+) -> Samples:
+    """The blend in order 2: one stage of single samples, of those of `data` alone."""
+    ids = source_ids(list(sources), "validation" if sources is data.validation else "train")
+    named = [replace(source, id=name) for source, name in zip(sources, ids, strict=True)]
+    alone = replace(data, train=named, sources={}, stages=[], unit_tokens=None)
+    train = TrainConfig(train_iters=num_samples, global_batch_size=1, seed=seed)
+    plan = make_plan(alone, train, {name: SourceSize(size.tokens) for name, size in zip(ids, sizes, strict=True)})
+    return planned_samples(plan, {source.id or "": source.path for source in named}, data, tokenizer)
+
+
+def _blend(
+    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, num_samples: int, seed: int, split: str
+) -> Blend:
     parts = [_source(source.path, data, tokenizer, seed + number) for number, source in enumerate(sources)]
+    described = [
+        BlendSource(name, part.samples_per_epoch, data.sequence_length, part.where)
+        for name, part in zip(source_ids(list(sources), split), parts, strict=True)
+    ]
     if len(parts) == 1:
-        return Blend(parts[0], num_samples)
+        return Blend(parts[0], num_samples, described)
     weights = [float(source.weight) for source in sources]
     identity = {"sources": [part.identity for part in parts], "weights": weights, "samples": num_samples}
 
@@ -113,8 +181,8 @@ def _blend(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer
         config.path_to_cache = folder
         return BlendedDataset(parts, weights, num_samples, config)
 
-    blended = with_index(Path(data.cache_dir), identity, make)
-    return Blend(blended, num_samples, blended.dataset_index, len(parts))
+    blended = with_index(_cache(data), identity, make)
+    return Blend(blended, num_samples, described, blended.dataset_index)
 
 
 def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> EpochedSource:
@@ -146,7 +214,13 @@ def _source(path: str, data: DataConfig, tokenizer: Tokenizer, seed: int) -> Epo
         )
         return GPTDataset(indexed, path, documents, None, Split.train, config)
 
-    return EpochedSource(with_index(Path(data.cache_dir), identity, make), seed, identity)
+    return EpochedSource(with_index(_cache(data), identity, make), seed, identity)
+
+
+def _cache(data: DataConfig) -> Path:
+    if data.cache_dir is None:
+        raise ValueError("without data.cache_dir there are no indices")
+    return Path(data.cache_dir)
 
 
 def _first_on_rank_zero(build: Callable[[], Blend]) -> Blend:

@@ -6,7 +6,7 @@ often a stream was begun: in a run that was interrupted, as in one that was not.
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, collate, sample_indices, sample_seed
-from megatron_ext.data.stream.blend import Blend
-from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.plan import RunPlan
+from megatron_ext.data.stream.position import Consumption, Position, SamplePlace
 from megatron_ext.errors import DataError, EnvironmentFault
 
 Batch = list[MicroBatch]
@@ -42,6 +42,12 @@ class DataStream(Protocol):
     def position(self) -> Position:
         """What has been consumed: the batches that `next` gave out, not those that were read ahead."""
 
+    def consumption(self) -> Consumption:
+        """What `position` means for each source, exactly: it follows from the position, and is not counted beside."""
+
+    def place(self, sample: int) -> SamplePlace:
+        """Where a sample of the run comes from, wherever the stream stands."""
+
     def close(self) -> None:
         """End what reads ahead; `next` would begin anew from the same position."""
 
@@ -57,6 +63,10 @@ class BatchShape:
     dp_rank: int = 0
     dp_size: int = 1
 
+    def at(self, position: int) -> "BatchShape":
+        """The same at every position of a run."""
+        return self
+
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of one rank."""
@@ -67,8 +77,51 @@ class BatchShape:
         return sample_indices(first_sample, self.dp_rank, self.dp_size, self.micro_batch, self.num_microbatches)
 
 
+class ShapeOfBatches(Protocol):
+    """The shape of the global batch that begins at each position."""
+
+    def at(self, position: int) -> BatchShape:
+        """That of the batch whose first sample is number `position` of the run; at its end, that of the last."""
+
+
+@dataclass(frozen=True)
+class PlannedShapes:
+    """Batches as the stages of a plan have them."""
+
+    plan: RunPlan
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    def at(self, position: int) -> BatchShape:
+        """See `ShapeOfBatches`."""
+        stage = self.plan.stage_of_sample(min(position, self.plan.total_samples - 1))
+        return BatchShape(stage.global_batch_size, stage.micro_batch_size, self.dp_rank, self.dp_size)
+
+
+class Samples(Protocol):
+    """Samples of several sources in one fixed order."""
+
+    size: int
+    num_sources: int
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """The sample at `position`: tokens, labels, loss_mask, and the number of its source."""
+
+    def counts(self, first: int, last: int) -> Sequence[int]:
+        """How many of the positions from `first` to before `last` are read from each source."""
+
+    def stage(self, position: int) -> int:
+        """Number of the stage that `position` belongs to."""
+
+    def consumption(self, position: int, counts: Sequence[int]) -> Consumption:
+        """What the samples before `position`, of which `counts` says how many each source has, are of each source."""
+
+    def place(self, position: int) -> SamplePlace:
+        """Where the sample at `position` comes from."""
+
+
 class BlendStream:
-    """Global batches of a blend, read ahead by `num_workers` processes.
+    """Global batches of samples, read ahead by `num_workers` processes.
 
     Args:
         seed: of what is drawn for a sample (router noise).
@@ -77,8 +130,8 @@ class BlendStream:
 
     def __init__(
         self,
-        blend: Blend,
-        shape: BatchShape,
+        blend: Samples,
+        shape: ShapeOfBatches,
         *,
         seed: int,
         device: torch.device,
@@ -99,7 +152,8 @@ class BlendStream:
 
     def next(self) -> Batch:
         """See `DataStream.next`."""
-        after = self._at + self._shape.global_batch
+        shape = self._shape.at(self._at)
+        after = self._at + shape.global_batch
         if after > self._blend.size:
             raise DataError(f"the stream was opened for {self._blend.size} samples, and sample {after - 1} is wanted")
         if self._read_ahead is None:
@@ -108,7 +162,7 @@ class BlendStream:
             self._read_ahead = iter(self._loader(batch_sampler=plan, generator=torch.Generator()))
         try:
             with _faults_as_here():
-                micro_batches = [next(self._read_ahead) for _ in range(self._shape.num_microbatches)]
+                micro_batches = [next(self._read_ahead) for _ in range(shape.num_microbatches)]
         except BaseException:
             self.close()
             raise
@@ -122,18 +176,27 @@ class BlendStream:
                 f"sample {position.samples} is beyond the {self._blend.size} that the stream was opened for"
             )
         counts = tuple(self._blend.counts(0, position.samples))
-        if position.stage or position.sources not in ((), counts):
+        stage = self._blend.stage(position.samples)
+        if (position.sources or position.stage) and (position.stage, position.sources) != (stage, counts):
             raise DataError(
                 f"the checkpoint says that of {position.samples} samples {list(position.sources)} were read from the "
                 f"sources of data.train, stage {position.stage}; the sources of this run would have given "
-                f"{list(counts)}, stage 0: state.json or data.train was changed; tools/verify_checkpoint.py tells"
+                f"{list(counts)}, stage {stage}: state.json or data.train was changed; tools/verify_checkpoint.py tells"
             )
         self.close()
         self._at, self._counts = position.samples, list(counts)
 
     def position(self) -> Position:
         """See `DataStream.position`."""
-        return Position(self._at, sources=tuple(self._counts))
+        return Position(self._at, self._blend.stage(self._at), tuple(self._counts))
+
+    def consumption(self) -> Consumption:
+        """See `DataStream.consumption`."""
+        return self._blend.consumption(self._at, self._counts)
+
+    def place(self, sample: int) -> SamplePlace:
+        """See `DataStream.place`."""
+        return self._blend.place(sample)
 
     def close(self) -> None:
         """See `DataStream.close`."""
@@ -148,16 +211,17 @@ class BlendStream:
         self._at = after
 
 
-def _plan(shape: BatchShape, first: int, size: int) -> Iterator[list[int]]:
+def _plan(shapes: ShapeOfBatches, first: int, size: int) -> Iterator[list[int]]:
     """The rows of each micro-batch of this rank, from sample `first` on, for as long as there are whole batches."""
-    for start in range(first, size - shape.global_batch + 1, shape.global_batch):
-        yield from shape.rows(start)
+    while first < size and first + (shape := shapes.at(first)).global_batch <= size:
+        yield from shape.rows(first)
+        first += shape.global_batch
 
 
 class _Seeded(torch.utils.data.Dataset[dict[str, Any]]):
     """A blend whose samples carry the seed of their position."""
 
-    def __init__(self, blend: Blend, seed: int) -> None:
+    def __init__(self, blend: Samples, seed: int) -> None:
         self.blend, self.seed = blend, seed
 
     def __getitem__(self, position: int) -> dict[str, Any]:

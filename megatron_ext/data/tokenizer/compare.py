@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.data.corpus import corpus_files, read_documents
+from megatron_ext.data.prepare.corpus import corpus_files
+from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.tokenizer.fertility import Fertility, measure_tokenizer
 from megatron_ext.data.tokenizer.fertility_report import consequence_lines, fertility_lines
 from megatron_ext.data.tokenizer.reading import Tokenizer

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ext.checkpoint.tokenizer_files import MODEL_FILE
-from megatron_ext.data.corpus import corpus_files, read_documents
+from megatron_ext.data.prepare.corpus import corpus_files
+from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
 from megatron_ext.data.tokenizer.fertility import Fertility, kinds_of, measure
 from megatron_ext.data.tokenizer.merge import Merged, Part, check_compatible, merge_models, without_spaces

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import sentencepiece
 
-from megatron_ext.data.corpus import corpus_files, read_documents
+from megatron_ext.data.prepare.corpus import corpus_files
+from megatron_ext.data.prepare.documents import read_documents
+from megatron_ext.data.prepare.workers import interruptible
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
 from megatron_ext.data.tokenizer.model_file import read_model_file
 from megatron_ext.data.tokenizer.names import with_names
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.data.tokenizer.sample import MAX_CHARACTERS, MAX_LINES, lines_of, sample
-from megatron_ext.data.workers import interruptible
 from megatron_ext.errors import DataError
 from megatron_ext.files import output_place
 from megatron_ext.locks import exclusive_output

@@ -15,6 +15,7 @@ from megatron_ext.foreign import reading
 from megatron_ext.monitoring.report.figures import number, read_figures
 from megatron_ext.monitoring.report.phases import SUMMARY_HEADER, Phase, summary_rows
 from megatron_ext.monitoring.report.plots import plot_data, silent
+from megatron_ext.monitoring.report.sources import SOURCES_HEADER, has_sources, source_rows
 
 
 def write_report(
@@ -28,6 +29,7 @@ def write_report(
     """
     sections = [
         _section("Training", _table(SUMMARY_HEADER, summary_rows(phases)) + '<div id="curves"></div>'),
+        *(_sources_section(index, phase) for index, phase in enumerate(phases) if has_sources(phase)),
         *(_experts_section(index, phase) for index, phase in enumerate(phases) if _is_moe(phase)),
         *(_figures_section(Path(path)) for path in figures),
     ]
@@ -60,6 +62,13 @@ def _experts_section(index: int, phase: Phase) -> str:
     zero = silent(phase)
     note = f"<p>Zero in every layer at every step: {html.escape('; '.join(zero))}.</p>" if zero else ""
     return _section(f"Experts, {phase.name}", f'{note}<div class="experts" data-phase="{index}"></div>')
+
+
+def _sources_section(index: int, phase: Phase) -> str:
+    plots = f'<div class="sources" data-phase="{index}"></div>'
+    stages = ", ".join(dict.fromkeys(step["stage"] for step in phase.steps if isinstance(step.get("stage"), str)))
+    note = f"<p>Stages: {html.escape(stages)}. A dashed line: the next one.</p>" if stages else ""
+    return _section(f"Sources, {phase.name}", _table(SOURCES_HEADER, source_rows(phase)) + note + plots)
 
 
 def _figures_section(path: Path) -> str:

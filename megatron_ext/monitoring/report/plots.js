@@ -195,12 +195,35 @@ function drawExperts(parent) {
   }
 }
 
+// Of each source its loss in training and validation, and how much of it was read; a dashed line where a stage begins.
+function drawSources(parent) {
+  const sources = data.phases[Number(parent.dataset.phase)].sources;
+  parent.replaceChildren();
+  const plots = element("div", "plots", parent);
+  const names = [...new Set([...Object.keys(sources.loss), ...Object.keys(sources.validation)])];
+  const color = (name) => {
+    const at = names.indexOf(name);
+    return names.length <= palette.length ? palette[at] : `hsl(${(360 * at) / names.length}, 55%, 52%)`;
+  };
+  const draw = (title, steps, bySource) => {
+    const curves = Object.entries(bySource).filter(([, y]) => y.some((value) => value !== null))
+      .map(([name, y]) => ({ name, x: steps, y, color: color(name) }));
+    if (curves.length) plot(plots, title, curves, { marks: sources.stages, group: `sources ${parent.dataset.phase}` });
+  };
+  draw("training loss of each source", sources.step, sources.loss);
+  draw("validation loss of each source", sources.validation_step, sources.validation);
+  draw("epochs read of each source", sources.step, sources.epochs);
+}
+
 const redrawCurves = drawCurves(document.getElementById("curves"));
 const expertSections = [...document.querySelectorAll(".experts")];
 expertSections.forEach(drawExperts);
+const sourceSections = [...document.querySelectorAll(".sources")];
+sourceSections.forEach(drawSources);
 // Colours come from the style sheet, which follows the reader's light or dark mode.
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   redrawCurves();
   expertSections.forEach(drawExperts);
+  sourceSections.forEach(drawSources);
 });
 document.documentElement.dataset.drawn = String(document.querySelectorAll("canvas").length);

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_ext.monitoring.report.phases import Phase
+from megatron_ext.monitoring.report.sources import has_sources, source_data, stretches
 
 MOST_POINTS = 2000
 """Points of a curve: about as many as a screen has columns."""
@@ -76,6 +77,8 @@ def _phase_data(phase: Phase, scales: dict[str, float]) -> dict[str, Any]:
         if any(values):
             scale = scales.get(name, 1.0)
             data["curves"][name] = [None if value is None else value * scale for value in values]
+    if has_sources(phase):
+        data["sources"] = source_data(phase)
     routed = [step for step in phase.steps if step.get("moe")]
     if routed:
         data["experts"] = _experts_data(routed, list(_health(phase)), begin)
@@ -90,7 +93,7 @@ def _experts_data(steps: Sequence[dict[str, Any]], names: Sequence[str], begin: 
         curves = [[_finite(step["moe"][layer].get(name)) for step in shown] for layer in layers]
         if any(any(curve) for curve in curves):
             health[name] = curves
-    columns = [steps[begin:end] for begin, end in _buckets(len(steps), MOST_COLUMNS)]
+    columns = [steps[begin:end] for begin, end in stretches(len(steps), MOST_COLUMNS)]
     return {
         "layers": layers,
         "step": [step["iteration"] for step in shown],
@@ -115,19 +118,12 @@ def thin(
     if len(records) <= most:
         return list(records)
     kept = {0, len(records) - 1}
-    for begin, end in _buckets(len(records), most // 2 - 1):
+    for begin, end in stretches(len(records), most // 2 - 1):
         stretch = range(begin, end)
         # What is no number counts as the highest: it must be seen.
         key = {i: v if math.isfinite(v := value(records[i])) else math.inf for i in stretch}
         kept |= {min(stretch, key=key.__getitem__), max(stretch, key=key.__getitem__)}
     return [records[i] for i in sorted(kept)]
-
-
-def _buckets(count: int, most: int) -> list[tuple[int, int]]:
-    """`count` things in at most `most` stretches of about one length."""
-    number = min(count, most)
-    bounds = [count * i // number for i in range(number + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 def _hours(step: dict[str, Any], begin: float | None) -> float | None:

@@ -16,7 +16,7 @@ _MOST = 1 << 63
 def drawable(records: Sequence[dict[str, Any]], source: str) -> list[dict[str, Any]]:
     """The reports of training steps and validations among `records`; a warning says how many others there are.
 
-    A step whose MoE layers are not those of most other steps is kept without them.
+    A step whose MoE layers are not those of most other steps is kept without them, and so is what is no source.
     """
     kept = [record for record in records if _is_step(record) or _is_validation(record)]
     if len(kept) < len(records):
@@ -26,6 +26,7 @@ def drawable(records: Sequence[dict[str, Any]], source: str) -> list[dict[str, A
     for record in kept:
         if record.get("moe") and _shape_of_experts(record["moe"]) != usual:
             record["moe"] = None
+        record["sources"] = _whole_sources(record.get("sources"))
     return kept
 
 
@@ -60,6 +61,17 @@ def _shape_of_experts(moe: Any) -> tuple[tuple[str, int], ...] | None:
         if not all(_is_number(value) for key, value in layer.items() if key != "load"):
             return None
     return tuple((name, len(layer["load"])) for name, layer in sorted(moe.items()))
+
+
+def _whole_sources(sources: Any) -> dict[str, dict[str, Any]]:
+    """What was reported of each source, as far as it is numbers; nothing of what older versions reported none of."""
+    if not isinstance(sources, dict):
+        return {}
+    return {
+        name: values
+        for name, values in sources.items()
+        if isinstance(values, dict) and all(value is None or _is_number(value) for value in values.values())
+    }
 
 
 def _is_whole(value: Any) -> bool:

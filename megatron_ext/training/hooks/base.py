@@ -27,6 +27,8 @@ class StepDone:
     """What it computed; None where it was passed over unseen (train.skip_steps)."""
     signal: int = 0
     """The signal after which the run saves and stops now; 0 for none."""
+    ends_stage: bool = False
+    """The next step is of another stage of the data, or there is none."""
 
     def is_due(self, interval: int | None) -> bool:
         """Whether what happens every `interval` steps and after the last one happens now."""

@@ -9,14 +9,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config import Layout, RunConfig
+from megatron_ext.data.stream.plan import Consumed
+from megatron_ext.data.stream.position import Consumption
 from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.monitor import Monitor, StepReport
+from megatron_ext.monitoring.sources import SourceReport, ValidationReport
 from megatron_ext.monitoring.wandb_run import new_run_id
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.session import Session
+from megatron_ext.training.step import SourceSums
 from megatron_ext.training.verdict import Skip, Take
 
 
@@ -30,13 +34,21 @@ class Reports(Hook):
         self._run_id = new_run_id()
         self._monitor: Monitor | None = None
         """On rank 0, while the run goes on."""
-        self._trained = 0
-        """Steps computed since the last report, over which it averages."""
+        self._micro_batches = 0
+        """Those of all ranks computed since the last report, over which it averages."""
+        self._sources: SourceSums | None = None
+        self._taken = 0
+        """What the sources gave to the steps taken since the last report, and how many those are."""
+        self._read: Mapping[str, Consumed] = {}
+        """What was read of them until the last report."""
 
     def on_start(self, session: Session) -> None:
         """Open the metrics file and W&B."""
+        self._read = session.stream.consumption().sources
         if dist.get_rank() == 0:
-            self._monitor = Monitor(self._run, self._layout, session.state.iteration, self._run_id, self._clock)
+            self._monitor = Monitor(
+                self._run, self._layout, session.plan, session.state.iteration, self._run_id, self._clock
+            )
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Report where it is time to, and every step that was skipped."""
@@ -45,14 +57,19 @@ class Reports(Hook):
             self._monitor.skipped(done.iteration, done.first_sample, last_sample, done.verdict.reason)
         if done.result is None:
             return
-        self._trained += 1
+        stage = session.plan.stage_of_sample(done.first_sample)
+        self._micro_batches += stage.global_batch_size // stage.micro_batch_size
+        if isinstance(done.verdict, Take):
+            seen = done.result.sources
+            self._sources = seen if self._sources is None else self._sources + seen
+            self._taken += 1
         if isinstance(done.verdict, Take) and (done.signal or done.is_due(self._run.logging.log_interval)):
             self._report(session, done)
 
-    def validation(self, iteration: int, loss: float) -> None:
+    def validation(self, iteration: int, report: ValidationReport) -> None:
         """Report a validation; on every rank."""
         if self._monitor is not None:
-            self._monitor.validation(iteration, loss)
+            self._monitor.validation(iteration, report)
 
     def on_error(self, error: BaseException) -> None:
         """Finish all records as those of a run that failed."""
@@ -78,19 +95,43 @@ class Reports(Hook):
         """Bring together what all ranks know and hand it to the monitor; every rank must call this."""
         assert done.result is not None
         losses = {name: float(mean) for name, mean in done.result.losses.items()}
-        experts = expert_statistics(session, self._trained)
+        experts = expert_statistics(session, self._micro_batches)
         memory = peak_memory(session)
-        self._trained = 0
+        consumed, steps = session.stream.consumption(), self._taken
+        sources = self._source_reports(consumed)
+        self._micro_batches = self._taken = 0
         if self._monitor is not None:
-            rate = learning_rate(self._run, done.iteration - 1)
-            consumed = session.state.consumed_samples
-            report = StepReport(done.iteration, losses, rate, done.result.grad_norm, consumed, memory, experts)
+            rate = learning_rate(self._run, session.plan, done.iteration - 1)
+            report = StepReport(
+                iteration=done.iteration,
+                losses=losses,
+                learning_rate=rate,
+                grad_norm=done.result.grad_norm,
+                consumed_samples=session.state.consumed_samples,
+                memory_bytes=memory,
+                experts=experts,
+                sources=sources,
+                steps=steps,
+                stage=consumed.stage,
+            )
             self._monitor.step(report)
 
+    def _source_reports(self, consumed: Consumption) -> dict[str, SourceReport]:
+        """What there is to say of the sources that were read since the last report; it begins anew."""
+        assert self._sources is not None
+        now, before = consumed.sources, self._read
+        trained = zip(now.items(), self._sources.read(), strict=True)
+        self._sources, self._read = None, now
+        return {
+            name: SourceReport(loss, units / self._taken, use.tokens, use.epochs)
+            for (name, use), (loss, units) in trained
+            if units or use != before.get(name)
+        }
 
-def expert_statistics(session: Session, steps: int) -> ExpertStatistics | None:
-    """Routing over the last `steps` steps; None in a dense model. Every rank must call this."""
-    model, layout = session.run.model, session.layout
+
+def expert_statistics(session: Session, micro_batches: int) -> ExpertStatistics | None:
+    """Routing over the last `micro_batches` of all ranks; None in a dense model. Every rank must call this."""
+    model = session.run.model
     if not model.is_moe:
         return None
     assert model.num_moe_experts is not None
@@ -98,7 +139,7 @@ def expert_statistics(session: Session, steps: int) -> ExpertStatistics | None:
         routers(session.chunks),
         num_layers=model.num_layers,
         num_experts=model.num_moe_experts,
-        num_microbatches=steps * layout.num_microbatches * layout.dp,
+        num_microbatches=micro_batches,
         group=session.groups.world,
         device=session.device,
     )

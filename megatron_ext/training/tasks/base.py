@@ -1,6 +1,6 @@
 """What a training step asks of a task: which loss of which outputs, and what it is divided by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -26,11 +26,11 @@ class TrainTask(Protocol):
         """The output of a model chunk for `micro`: on the last pipeline stage what `loss` takes."""
 
     def loss(self, output: Tensor, micro: MicroBatch) -> Mapping[str, Tensor]:
-        """Sums over `micro`, by name; scalars in fp32. One that is left out counts as zero.
+        """Sums over each sample of `micro`, by name: [B] in fp32. One that is left out counts as zero.
 
         Those that carry a gradient are minimised together, each divided by the units of the global batch; detached
-        ones are only reported.
+        ones are only reported. The first, `loss`, is also reported for each source of the data.
         """
 
-    def units(self, batch: Sequence[MicroBatch]) -> Tensor:
-        """How many units (tokens, pairs) of `batch` count: what the sums of a global batch are divided by."""
+    def units(self, micro: MicroBatch) -> Tensor:
+        """How many units (tokens, pairs) of each sample count, [B]: what the sums of a global batch are divided by."""

@@ -1,10 +1,9 @@
 """Pretraining: the mean cross-entropy of the next token over all tokens whose label counts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig
@@ -39,9 +38,9 @@ class Pretrain:
 
     def loss(self, output: Tensor, micro: MicroBatch) -> Mapping[str, Tensor]:
         """Sums over the tokens that count."""
-        totals = (output.float() * micro.loss_mask).sum(dim=(-2, -1)).view(-1)
-        return dict(zip((LOSS, OUTPUT_Z_LOSS), totals, strict=False))
+        sums_B = (output.float() * micro.loss_mask).sum(dim=-1).view(-1, len(micro.tokens))
+        return dict(zip((LOSS, OUTPUT_Z_LOSS), sums_B, strict=False))
 
-    def units(self, batch: Sequence[MicroBatch]) -> Tensor:
+    def units(self, micro: MicroBatch) -> Tensor:
         """Tokens whose label counts."""
-        return torch.stack([micro.loss_mask.sum() for micro in batch]).sum()
+        return micro.loss_mask.sum(dim=-1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_ext.config import DataConfig, DataSource
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.stream.batches import DocumentResets, sample_indices
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.sources import build_blend

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.data.preprocess import check_dataset, dataset_fingerprint, preprocess
+from megatron_ext.data.dataset import check_dataset, dataset_fingerprint
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.record import check_record, record_of
 from megatron_ext.errors import DataError

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.data.stream.blend import Blend
-from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.blend import Blend, BlendSource
+from megatron_ext.data.stream.plan import Consumed
+from megatron_ext.data.stream.position import Position, SamplePlace
 from megatron_ext.data.stream.stream import BatchShape, BlendStream
 from megatron_ext.errors import DataError, MegatronExtError
 
 ORDER = np.array([0, 1, 0, 0, 1, 0, 0, 0] * 3, dtype=np.int16)
+
+SOURCES = [BlendSource("ja", 4, 2, "sample {}".format), BlendSource("en", 8, 2, "sample {}".format)]
 
 
 class Counting(torch.utils.data.Dataset[dict[str, Any]]):
@@ -31,7 +34,7 @@ class Counting(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def stream(dataset: Counting | None = None, shape: BatchShape | None = None, num_workers: int = 0) -> BlendStream:
-    blend = Blend(dataset or Counting(), len(ORDER), ORDER, num_sources=2)
+    blend = Blend(dataset or Counting(), len(ORDER), SOURCES, ORDER)
     device = torch.device("cpu")
     return BlendStream(blend, shape or BatchShape(4, 2), seed=7, device=device, num_workers=num_workers)
 
@@ -46,8 +49,12 @@ def test_batches_come_in_order_and_the_position_is_what_was_given_out(num_worker
     assert data.position() == Position(0, sources=(0, 0))
     assert [first_tokens(data.next()) for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert data.position() == Position(8, sources=(6, 2))
+    assert data.consumption().sources == {"ja": Consumed(6, 12, 1.5), "en": Consumed(2, 4, 0.25)}
+    assert data.place(9) == SamplePlace("en", 2, 0, "sample 2")
+    assert data.place(8) == SamplePlace("ja", 6, 1, "sample 6")
     data.seek(Position(4))
     assert data.position() == Position(4, sources=(3, 1))
+    assert data.consumption().sources == {"ja": Consumed(3, 6, 0.75), "en": Consumed(1, 2, 0.125)}
     assert first_tokens(data.next()) == [4, 5, 6, 7]
     data.close()
 

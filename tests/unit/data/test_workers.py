@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from megatron_ext.data import workers
-from megatron_ext.data.workers import interruptible, run_in_processes
+from megatron_ext.data.prepare import workers
+from megatron_ext.data.prepare.workers import interruptible, run_in_processes
 from megatron_ext.errors import DataError, EnvironmentFault
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.model_io.text import token_batches

@@ -1,6 +1,7 @@
 """Reports of a run: throughput and FLOP/s from the clock and the formula, in the metrics file and on the console."""
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.monitoring.monitor import Monitor, StepReport
+from megatron_ext.monitoring.sources import SourceReport, ValidationReport, step_panels, validation_panels
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.config.test_load import load, mapping
+from tests.unit.training.plans import part, plan_of, plan_of_run
 
 
 class Time:
@@ -24,7 +27,7 @@ class Time:
 
 def test_the_output_z_loss_is_reported_beside_the_loss(tmp_path: Path) -> None:
     run = load(mapping(checkpoint={"directory": str(tmp_path)}))
-    monitor = Monitor(run, run.resolve(1), 0, "abcd1234", Clock())
+    monitor = Monitor(run, run.resolve(1), plan_of_run(run), 0, "abcd1234", Clock())
     monitor.step(step(1))
     monitor.step(replace(step(2), losses={"loss": 2.5, "output_z_loss": 0.125}))
     monitor.close()
@@ -37,6 +40,39 @@ def step(iteration: int, experts: ExpertStatistics | None = None) -> StepReport:
     return StepReport(iteration, {"loss": 2.5}, 1e-3, 0.7, iteration * 8, 3 * 2**20, experts)
 
 
+def test_sources_and_the_stage_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run = load(mapping(checkpoint={"directory": str(tmp_path)}))
+    monitor = Monitor(run, run.resolve(1), plan_of_run(run), 0, "abcd1234", Clock())
+    sources = {f"s{n}": SourceReport(2.0 + n, 10.0 * (n + 1), 640 * n, n / 2) for n in range(6)}
+    sources["masked"] = SourceReport(None, 0.0, 64, 0.1)
+    monitor.step(replace(step(1), sources=sources, stage="english", steps=4))
+    monitor.step(replace(step(2), sources={"s0": sources["s0"]}))
+    monitor.close()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["stage"], first["supervised_tokens"]) == ("english", 210)
+    assert "stage" not in second
+    assert first["sources"]["s1"] == {"loss": 3.0, "supervised_tokens": 20, "consumed_tokens": 640, "epochs": 0.5}
+    assert first["sources"]["masked"]["loss"] is None
+    assert (
+        "step 1/100 | stage english | loss 2.5000 | 4 steps: s2 4.000, s3 5.000, s4 6.000, s5 7.000 and 2 more | lr"
+        in caplog.text
+    )
+    assert "step 2/100 | loss 2.5000 | lr" in caplog.text
+    assert step_panels({"ja": sources["masked"]}) == {
+        "sources/supervised_tokens/ja": 0.0,
+        "sources/consumed_tokens/ja": 64,
+        "sources/epochs/ja": 0.1,
+    }
+    panels = validation_panels(ValidationReport(0.0, {"ja": 1000.0}))
+    assert panels == {
+        "validation/loss": 0.0,
+        "validation/perplexity": 1.0,
+        "validation/loss/ja": 1000.0,
+        "validation/perplexity/ja": math.inf,
+    }
+
+
 def test_throughput_leaves_out_what_is_not_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -45,11 +81,11 @@ def test_throughput_leaves_out_what_is_not_training(
     raw = mapping(checkpoint={"directory": str(tmp_path)}, logging={"log_interval": 4, "peak_tflops": 1e-3})
     raw["model"] = to_mapping(tiny_model(moe=True))
     run = load(raw)
-    monitor = Monitor(run, run.resolve(2), 0, "abcd1234", watch)
+    monitor = Monitor(run, run.resolve(2), plan_of_run(run), 0, "abcd1234", watch)
     clock.now += 20  # two steps
     with watch.stopped():
         clock.now += 1000
-        monitor.validation(2, 3.25)
+        monitor.validation(2, ValidationReport(3.25, {"ja": 3.0, "en": 3.5}))
     clock.now += 20  # two more
     busy = LayerHealth([0.4, 0.3, 0.3, 0.0], 0.1, 0.9, 0.5, 2.0, {"aux_loss": 1.1})
     even = LayerHealth([0.25] * 4, 0.0, 1.0, 0.25, 1.0, {"aux_loss": 1.0})
@@ -57,6 +93,8 @@ def test_throughput_leaves_out_what_is_not_training(
     monitor.close()
     validation, report = read_metrics(tmp_path / "metrics.jsonl")
     assert validation["validation_loss"] == 3.25
+    assert validation["sources"]["en"] == {"loss": 3.5, "perplexity": pytest.approx(33.115, abs=1e-3)}
+    assert "validation loss 3.2500, perplexity 25.79 | ja 3.0000 (20.09), en 3.5000 (33.12)" in caplog.text
     assert report["seconds_per_step"] == 10
     rate = 8 * 64 / 10
     assert report["tokens_per_second"] == pytest.approx(rate)
@@ -69,7 +107,7 @@ def test_throughput_leaves_out_what_is_not_training(
     assert [layer[name] for name in names] == pytest.approx([0.6, 1, 0.1, 0.9, 0.5, 2.0, 1.1])
     assert report["moe"]["2"]["max_violation"] == 0
     assert report["consumed_tokens"] == 4 * 8 * 64
-    assert "step 4/100 | loss 2.5000 | lr 1.00e-03 | norm 0.700 | 51 tok/s" in caplog.text
+    assert "step 4/100 | loss 2.5000 | lr 1.00e-03 | norm 0.700 | 2.05K of 51.2K tokens | 51 tok/s" in caplog.text
     # 40 s for 4 steps, of which 96 are left; the unit of a rate is one that has digits.
     assert f"| {tflops * 1e6:.1f} MFLOP/s/device | 3 MiB |" in caplog.text
     assert "MaxVio 0.60 | 1 dead expert | 16 min left" in caplog.text
@@ -81,7 +119,7 @@ def test_the_time_left_is_that_of_the_steps_after_the_first_report(
     clock, watch = Time(monkeypatch), Clock()
     caplog.set_level(logging.INFO)
     run = load(mapping(checkpoint={"directory": str(tmp_path)}, train={"stop_at_iteration": 50}))
-    monitor = Monitor(run, run.resolve(1), 0, "abcd1234", watch)
+    monitor = Monitor(run, run.resolve(1), plan_of_run(run), 0, "abcd1234", watch)
     clock.now += 500  # compiling, filling caches
     monitor.step(step(1))
     for done in (2, 3, 50):
@@ -92,3 +130,29 @@ def test_the_time_left_is_that_of_the_steps_after_the_first_report(
     monitor.close()
     ends = [message.rpartition(" | ")[2] for message in caplog.messages]
     assert ends == ["6 h 48 min left", "12 min left", "11 min left", "3 MiB"]
+
+
+def test_steps_of_stages_count_with_their_own_tokens_and_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """4 steps of 512 tokens, then 2 of 2,048 that attend four times as far."""
+    clock, watch = Time(monkeypatch), Clock()
+    caplog.set_level(logging.INFO)
+    run = load(mapping(checkpoint={"directory": str(tmp_path)}))
+    plan = plan_of(part("short", 4), part("long", 2, 8, 256))
+    monitor = Monitor(run, run.resolve(1), plan, 0, "abcd1234", watch)
+    for iteration, seconds in ((3, 30), (5, 50), (6, 10)):
+        clock.now += seconds
+        monitor.step(step(iteration))
+    monitor.close()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["consumed_tokens"] for record in records] == [1536, 2048 + 2048, 2048 + 2 * 2048]
+    assert {record["planned_tokens"] for record in records} == {6144}
+    assert [record["tokens_per_second"] for record in records] == [51.2, (512 + 2048) / 50, 204.8]
+    short, long = (tokens * training_flops_per_token(run.model, length) for tokens, length in ((512, 64), (2048, 256)))
+    work = [3 * short / 30, (short + long) / 50, long / 10]
+    assert [record["tflops_per_device"] * 1e12 for record in records] == pytest.approx(work)
+    assert "step 5/6 |" in caplog.text
+    # What is left is counted by its work, at the rate of what came after the first report.
+    left = long * 50 / (short + long)
+    assert caplog.messages[1].endswith(f"| {left:.0f} s left")

@@ -14,6 +14,7 @@ from megatron_ext.errors import DataError
 from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.monitoring.report import figure_lines, read_phases, summary_rows, write_report
 from megatron_ext.monitoring.report.plots import MOST_POINTS, plot_data, thin
+from megatron_ext.monitoring.report.sources import mean_loss, source_rows
 
 LOADS = {"1": [0.5, 0.25, 0.25], "2": [0.4, 0.3, 0.3]}
 HEALTH = {"max_violation": 0.5, "dead_experts": 0, "entropy": 0.9, "top1": 0.4, "max1_max2": 1.5, "drop_rate": 0.0}
@@ -37,10 +38,23 @@ def write_metrics(path: Path, steps: int, *, loss: float, experts: bool = False)
         }
         if experts:
             record["moe"] = {layer: {**HEALTH, "load": load} for layer, load in LOADS.items()}
+            record |= sources_of(step)
         file.write(record)
-    file.write({"iteration": steps, "validation_loss": loss})
+    file.write({"iteration": steps, "validation_loss": loss, **(VALIDATED if experts else {})})
     file.close()
     return str(path)
+
+
+def sources_of(step: int) -> dict[str, object]:
+    """Two sources, of which the second comes with the second stage, in every other step."""
+    values = {"supervised_tokens": 100.0, "consumed_tokens": step * 900, "epochs": step / 10}
+    sources = {"en": {"loss": 4.0 - step / 10, **values}}
+    if step % 2 == 0:
+        sources["ja"] = {"loss": 5.0 - step, **values}
+    return {"stage": "first" if step < 3 else "second", "sources": sources}
+
+
+VALIDATED = {"sources": {"en": {"loss": 3.5, "perplexity": 33.1}, "ja": {"loss": 4.5, "perplexity": 90.0}}}
 
 
 class Page(HTMLParser):
@@ -181,6 +195,45 @@ def test_a_continued_run_is_one_curve_with_a_mark(tmp_path: Path) -> None:
     assert data["curves"]["loss"][3:] == pytest.approx([4.6, 3.0, 3.0, 3.0])
 
 
+def test_sources_have_their_curves_and_a_row_each(named: list[str], tmp_path: Path) -> None:
+    phases = read_phases(named)
+    dense, moe = plot_data(phases)["phases"]
+    assert "sources" not in dense
+    sources = moe["sources"]
+    assert sources["loss"] == {
+        "en": pytest.approx([3.9, 3.8, 3.7, 3.6, 3.5]),
+        "ja": [None, pytest.approx(3.0), None, pytest.approx(1.0), None],
+    }
+    assert sources["validation"] == {"en": [3.5], "ja": [4.5]}
+    assert (sources["stages"], sources["epochs"]["en"][-1]) == ([3], 0.5)
+    assert source_rows(phases[1]) == [
+        ("en", "4,500", "0.500", "3.500", "3.500", "3.500", "33.12"),
+        ("ja", "3,600", "0.400", "1.000", "4.500", "4.500", "90.02"),
+    ]
+    write_report(tmp_path / "r.html", "x", phases, [], None)
+    text = (tmp_path / "r.html").read_text()
+    assert "Sources, MoE" in text
+    assert "Stages: first, second." in text
+
+
+def test_a_rare_source_counts_by_its_tokens_where_steps_are_drawn_as_one() -> None:
+    source = {"loss": 4.0, "supervised_tokens": 30.0}
+    steps = [{"sources": {"ja": {**source, "loss": loss}}} for loss in (4.0, None)]
+    steps += [{"sources": {}}, {"sources": {"ja": {"loss": 1.0, "supervised_tokens": 10.0}}}, {}]
+    assert mean_loss(steps, "ja") == pytest.approx((4.0 * 30 + 1.0 * 10) / 40)
+    assert mean_loss(steps, "en") is None
+
+
+def test_what_is_no_source_is_left_out(tmp_path: Path) -> None:
+    path = write_metrics(tmp_path / "m.jsonl", 2, loss=9.0)
+    text = (tmp_path / "m.jsonl").read_text()
+    (tmp_path / "m.jsonl").write_text(
+        text.replace('"loss": 8.9', '"sources": {"a": 7, "b": {"loss": []}}, "loss": 8.9')
+    )
+    (phase,) = read_phases([f"a={path}"])
+    assert [step["sources"] for step in phase.steps] == [{}, {}]
+
+
 def test_a_long_run_keeps_its_spikes_in_few_points() -> None:
     records = [{"iteration": step, "loss": 3.0} for step in range(100_000)]
     records[54_321]["loss"], records[77_777]["loss"] = 9.0, float("nan")
@@ -202,6 +255,6 @@ def test_a_browser_draws_it(width: int, named: list[str], tmp_path: Path) -> Non
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=2000"]
     command += ["--enable-logging=stderr", "--dump-dom", (tmp_path / "r.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    # Six curves for both runs; two heat maps and four curves for the experts of one.
-    assert re.search(r'data-drawn="12"', done.stdout), done.stderr
+    # Six curves for both runs; three of the sources of one, two heat maps and four curves for its experts.
+    assert re.search(r'data-drawn="15"', done.stdout), done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr

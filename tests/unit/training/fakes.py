@@ -8,16 +8,23 @@ from typing import Any
 import torch
 
 from megatron_ext.checkpoint.manager import CheckpointManager
-from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.plan import Consumed
+from megatron_ext.data.stream.position import Consumption, Position, SamplePlace
 from megatron_ext.data.stream.stream import Batch
 from megatron_ext.training.hooks.base import Hook
 from megatron_ext.training.session import Session
-from megatron_ext.training.step import StepResult, never
+from megatron_ext.training.step import SourceSums, StepResult, never
 from megatron_ext.training.tasks.pretrain import Pretrain
 from megatron_ext.training.verdict import Rollback, Take, Verdict
 from tests.unit.config.test_load import load, mapping
+from tests.unit.training.plans import plan_of_run
 
 BATCH = 8
+
+
+def sources(*units: float, loss: float = 2.5) -> SourceSums:
+    """What a step says of its sources: each has the loss, over so many units."""
+    return SourceSums(torch.tensor([loss * count for count in units]), torch.tensor([float(count) for count in units]))
 
 
 class Numbers:
@@ -37,6 +44,12 @@ class Numbers:
     def position(self) -> Position:
         return Position(self.at)
 
+    def consumption(self) -> Consumption:
+        return Consumption({"ja": Consumed(self.at, 3 * self.at, 0.5), "en": Consumed(0, 0, 0.0)})
+
+    def place(self, sample: int) -> SamplePlace:
+        return SamplePlace("ja", sample, 0, "")
+
     def close(self) -> None:
         """Nothing reads ahead."""
 
@@ -48,7 +61,7 @@ class FakeSession(Session):
 
     def step(self, batch: Batch, asks_to_stop: Callable[[], bool] = never) -> StepResult:
         verdict = self.verdicts.pop(self.state.iteration + 1, Take())
-        result = StepResult({"loss": torch.tensor(2.5)}, 0.7, verdict, int(asks_to_stop()))
+        result = StepResult({"loss": torch.tensor(2.5)}, 0.7, verdict, int(asks_to_stop()), sources(1, 0))
         if not isinstance(verdict, Rollback):
             self._advance()
         return result
@@ -71,6 +84,7 @@ def fake_session(directory: Path, hooks: Sequence[Hook] = (), **sections: Any) -
         trainable,  # type: ignore[arg-type]
         Pretrain(),
         Numbers(),
+        plan_of_run(run),
         CheckpointManager(directory, {}),
         hooks,
     )

@@ -1,6 +1,7 @@
 """Reports, validation and saving, each alone with a session that computes nothing."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch.distributed as dist
 
 from megatron_ext.data.stream.position import Position
 from megatron_ext.monitoring.clock import Clock
+from megatron_ext.monitoring.sources import ValidationReport
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.verdict import Skip, Take
-from tests.unit.training.fakes import FakeSession, Numbers, fake_session
+from tests.unit.training.fakes import FakeSession, Numbers, fake_session, sources
 
 VALIDATED = {"validation": [{"path": "b"}]}
 
@@ -38,7 +40,8 @@ def done(session: FakeSession, verdict: Any = None, signal: int = 0, **losses: f
         session.pass_over()
         return StepDone(session.state.iteration, 6, verdict, first)
     session.step(session.stream.next())
-    result = StepResult({name: torch.tensor(value) for name, value in losses.items()}, 0.7, Take(), 0)
+    named = {name: torch.tensor(value) for name, value in losses.items()}
+    result = StepResult(named, 0.7, Take(), 0, sources(12, 4 * (session.state.iteration % 2), loss=losses["loss"]))
     return StepDone(session.state.iteration, 6, Take(), first, result, signal)
 
 
@@ -52,13 +55,19 @@ def test_reports_name_every_sum_of_the_task_and_every_skip(tmp_path: Path) -> No
     reports.after_step(session, done(session, loss=2.0, accuracy=0.5))
     reports.after_step(session, done(session, Skip("a spike")))
     reports.after_step(session, done(session, signal=15, loss=1.0, accuracy=1.0))
-    reports.validation(4, 1.5)
+    reports.validation(4, ValidationReport(1.5, {}))
     reports.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     _, first, skip, second, validation = map(json.loads, lines)
     assert [first[key] for key in ("iteration", "loss", "accuracy", "consumed_samples")] == [2, 2.0, 0.5, 16]
     assert [skip[key] for key in ("event", "iteration", "first_sample", "last_sample")] == ["skip", 3, 16, 23]
     assert (second["iteration"], second["loss"]) == (4, 1.0)
+    # Over both steps since the start; then over the one that was computed. Numbers counts three tokens a sample.
+    assert first["sources"] == {
+        "ja": {"loss": 2.5, "supervised_tokens": 12, "consumed_tokens": 48, "epochs": 0.5},
+        "en": {"loss": 3.0, "supervised_tokens": 2, "consumed_tokens": 0, "epochs": 0},
+    }
+    assert second["sources"] == {"ja": {"loss": 1.0, "supervised_tokens": 12, "consumed_tokens": 96, "epochs": 0.5}}
     assert validation["validation_loss"] == 1.5
 
 
@@ -75,17 +84,24 @@ def test_the_w_and_b_run_goes_on_where_a_checkpoint_has_one(tmp_path: Path) -> N
         reports.restore({"wandb_run_id": 7})
 
 
-def test_validation_reads_the_same_batches_each_time_and_none_before_a_stop(tmp_path: Path) -> None:
+def test_validation_reads_the_same_batches_each_time_and_none_before_a_stop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     session = fake_session(tmp_path, train={"eval_interval": 2, "eval_iters": 3}, data=VALIDATED)
     read: list[list[int]] = []
-    session.validate = lambda batches: read.append([b[0].number for b in batches]) or 1.5  # type: ignore[func-returns-value]
-    told: list[tuple[int, float]] = []
+    losses = 1.5, [(1.5, 12), (None, 0)]
+    session.validate = lambda batches, _: read.append([b[0].number for b in batches]) or losses  # type: ignore[func-returns-value]
+    told: list[tuple[int, ValidationReport]] = []
     stream = Numbers()
-    hook = Validation(session.run.train, stream, Clock(), lambda iteration, loss: told.append((iteration, loss)))
+    hook = Validation(session.run.train, stream, Clock(), lambda iteration, report: told.append((iteration, report)))
+    caplog.set_level(logging.INFO)
+    hook.on_start(session)
     steps = [done(session, loss=1.0) for _ in range(6)]
     for step in (*steps[:4], replace(steps[3], signal=15)):
         hook.after_step(session, step)
-    assert told == [(2, 1.5), (4, 1.5)]
+    assert told == [(step, ValidationReport(1.5, {"ja": 1.5})) for step in (2, 4)]
+    assert "validation on 24 ja, 0 en samples" in caplog.text
+    assert "validation says nothing of en, whose share of 24 samples is none: raise train.eval_iters" in caplog.text
     assert read == [[0, 1, 2]] * 2
     assert stream.position() == Position()
 

@@ -13,13 +13,13 @@ from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import load_run, read_yaml
 from megatron_ext.config.load import values_of
-from megatron_ext.data.preprocess import preprocess
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.planning.memory import checkpoint_bytes
-from megatron_ext.training import preflight
+from megatron_ext.training import data_files
 from megatron_ext.training.preflight import Findings, check_run, examine
 from tests.support.commands import TOOLS, command, train
 from tests.support.workspace import prepare_data, run_mapping, write_run
@@ -30,7 +30,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data, and a run of 2 steps."""
     directory = tmp_path_factory.mktemp("work")
     prepare_data(directory)
-    write_run(directory / "run.yaml", run_mapping(directory))
+    # A schedule that does not mind how long the run is.
+    write_run(directory / "run.yaml", run_mapping(directory) | {"schedule": {"kind": "wsd", "warmup_iters": 2}})
     process = train(1, directory / "run.yaml", "train.train_iters=2")
     assert process.returncode == 0, process.stderr
     (directory / "said").write_text(process.stderr)
@@ -185,7 +186,7 @@ def test_a_flipped_byte_of_the_data_is_found(work: Path, tmp_path: Path, monkeyp
     (fault,) = found(work, new(work), data).faults
     assert fault.startswith(f"data.train.0.path = {tmp_path}/data/train: {tmp_path}/data is damaged")
     assert "train.bin: the right size, but other content" in fault
-    monkeypatch.setattr(preflight, "_READ_AT_ONCE", 1000)
+    monkeypatch.setattr(data_files, "_READ_AT_ONCE", 1000)
     said = found(work, new(work), data)
     assert said.faults == []
     assert f"tools/verify_checkpoint.py {tmp_path}/data compares checksums" in said.sums

@@ -1,7 +1,7 @@
-"""Causal attention over spans: the queries that a rank holds against just the keys that they may see, without a mask.
+"""Causal attention over segments: the queries of a rank against just the keys that they may see, without a mask.
 
-A span is a stretch of one row's queries and a stretch of its keys that ends with them: the last query sees all keys,
-the one before it all but the last, and so on. A document is a span whose queries and keys are the same tokens; a
+A segment is a stretch of one row's queries and a stretch of its keys that ends with them: the last query sees all keys,
+the one before it all but the last, and so on. A document is a segment whose queries and keys are the same tokens; a
 zigzag chunk of a context-parallel rank is one whose keys begin earlier than its queries; a chunk that documents cut
 into pieces is several. So one description covers intra-document attention, context parallelism and both.
 """
@@ -25,49 +25,49 @@ from torch.nn.attention.varlen import varlen_attn
 
 from megatron_ext.runtime.zigzag import zigzag_chunks
 
-# Rows of queries that meet a mask at a time, where a span has more keys than queries and no kernel knows that mask.
+# Rows of queries that meet a mask at a time, where a segment has more keys than queries and no kernel knows that mask.
 _MASKED_QUERIES = 128
 
-# torch 2.10 lacks a free scale; there spans are computed one by one. Up to 2.11 FlashAttention takes fewer key heads
+# torch 2.10 lacks a free scale; there segments are computed one by one. Up to 2.11 FlashAttention takes fewer key heads
 # than query heads as they are; from 2.12 on it has to be told.
 _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 _VARLEN_IS_COMPLETE = {"scale", "window_size"} <= _VARLEN_PARAMETERS
 
 # cuDNN, scaled_dot_product_attention's first choice on Hopper, builds a graph for each new length, and with a mask
 # gives NaN in the queries' gradient at some lengths (pytorch#196678).
-_KERNELS_OF_ONE_SPAN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_KERNELS_OF_ONE_SEGMENT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
 class AttentionSegments:
-    """All spans of a micro-batch on one rank, in the order of its packed queries: by row, then by position."""
+    """All segments of a micro-batch on one rank, in the order of its packed queries: by row, then by position."""
 
     key_ranges: tuple[tuple[int, int, int], ...]
     """(row, first, end): keys that are needed, as few contiguous ranges; together they are the packed keys."""
     query_lengths: tuple[int, ...]
-    """Queries of each span. Together they are the packed queries."""
+    """Queries of each segment. Together they are the packed queries."""
     key_lengths: tuple[int, ...]
-    """Keys of each span. Together they are the packed keys."""
+    """Keys of each segment. Together they are the packed keys."""
     cu_seqlens_q: Tensor
-    """[spans + 1] int32: where each span begins and ends in the packed queries, for the kernel."""
+    """[segments + 1] int32: where each segment begins and ends in the packed queries, for the kernel."""
     cu_seqlens_k: Tensor
     """The same for the packed keys."""
 
 
 # One micro-batch is asked for by every layer, forward and in recompute, while others of the pipeline are in flight.
 @functools.lru_cache(maxsize=64)
-def find_spans(
+def find_segments(
     lengths: tuple[tuple[int, ...], ...], context_rank: int, context_size: int, device: torch.device
 ) -> AttentionSegments:
-    """The spans of a micro-batch on one context-parallel rank.
+    """The segments of a micro-batch on one context-parallel rank.
 
     Args:
         lengths: of each row its documents' lengths, in order, over the sequence of all ranks.
     """
     found = [
-        (row, *span)
+        (row, *segment)
         for row, documents in enumerate(lengths)
-        for span in _row_spans(documents, context_rank, context_size)
+        for segment in _row_segments(documents, context_rank, context_size)
     ]
     queries = tuple(end - first for _, first, _, end in found)
     keys = tuple(end - begin for _, _, begin, end in found)
@@ -80,7 +80,7 @@ def find_spans(
     return AttentionSegments(tuple(ranges), queries, keys, _ends(queries, device), _ends(keys, device))
 
 
-def _row_spans(documents: Sequence[int], context_rank: int, context_size: int) -> Iterator[tuple[int, int, int]]:
+def _row_segments(documents: Sequence[int], context_rank: int, context_size: int) -> Iterator[tuple[int, int, int]]:
     """Yield (first query, first key, end of both), as positions of the whole row."""
     chunks = zigzag_chunks(context_rank, context_size)
     width = sum(documents) // (len(chunks) * context_size)
@@ -98,27 +98,27 @@ def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def attend_spans(
+def attend_segments(
     query_SBND: Tensor,
     key_SBGD: Tensor,
     value_SBGD: Tensor,
-    spans: AttentionSegments,
+    segments: AttentionSegments,
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
     """Return the context [S, B, N * Dv] of this rank's queries.
 
     Keys and values are those of the whole sequence; `dropout` is the share of attention weights to drop. On CUDA in
-    half precision and without dropout this is one FlashAttention call for all spans; elsewhere one
+    half precision and without dropout this is one FlashAttention call for all segments; elsewhere one
     scaled_dot_product_attention for each.
     """
     seq, batch = query_SBND.shape[:2]
     query_QND = query_SBND.transpose(0, 1).flatten(0, 1)
-    key_KGD, value_KGD = (_pack(x, spans.key_ranges) for x in (key_SBGD, value_SBGD))
+    key_KGD, value_KGD = (_pack(x, segments.key_ranges) for x in (key_SBGD, value_SBGD))
     if dropout == 0.0 and _has_kernel(query_QND, value_KGD):
-        context_QND = _one_call(query_QND, key_KGD, value_KGD, spans, scale)
+        context_QND = _one_call(query_QND, key_KGD, value_KGD, segments, scale)
     else:
-        context_QND = _one_by_one(query_QND, key_KGD, value_KGD, spans, scale, dropout)
+        context_QND = _one_by_one(query_QND, key_KGD, value_KGD, segments, scale, dropout)
     return context_QND.view(batch, seq, -1).transpose(0, 1).contiguous()
 
 
@@ -141,7 +141,9 @@ def _has_kernel(query_QND: Tensor, value_KGD: Tensor) -> bool:
     )
 
 
-def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: AttentionSegments, scale: float) -> Tensor:
+def _one_call(
+    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: AttentionSegments, scale: float
+) -> Tensor:
     grouped: dict[str, Any] = (
         {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in _VARLEN_PARAMETERS else {}
     )
@@ -149,10 +151,10 @@ def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Atte
         query_QND,
         key_KGD,
         value_KGD,
-        spans.cu_seqlens_q,
-        spans.cu_seqlens_k,
-        max(spans.query_lengths),
-        max(spans.key_lengths),
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_k,
+        max(segments.query_lengths),
+        max(segments.key_lengths),
         scale=scale,
         # Causal; FlashAttention aligns the last query with the last key.
         window_size=(-1, 0),
@@ -163,26 +165,26 @@ def _one_call(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: Atte
 
 
 def _one_by_one(
-    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, spans: AttentionSegments, scale: float, dropout: float
+    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: AttentionSegments, scale: float, dropout: float
 ) -> Tensor:
     # Split, not sliced: a split's gradient is one concatenation, that of each slice a tensor as large as the whole.
     parts = zip(
-        query_QND.split(spans.query_lengths),
-        key_KGD.split(spans.key_lengths),
-        value_KGD.split(spans.key_lengths),
+        query_QND.split(segments.query_lengths),
+        key_KGD.split(segments.key_lengths),
+        value_KGD.split(segments.key_lengths),
         strict=True,
     )
-    with sdpa_kernel(_KERNELS_OF_ONE_SPAN) if query_QND.is_cuda else contextlib.nullcontext():
-        return torch.cat([_attend_span(*part, scale, dropout) for part in parts])
+    with sdpa_kernel(_KERNELS_OF_ONE_SEGMENT) if query_QND.is_cuda else contextlib.nullcontext():
+        return torch.cat([_attend_segment(*part, scale, dropout) for part in parts])
 
 
-def _attend_span(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: float, dropout: float) -> Tensor:
-    """Attention of one span.
+def _attend_segment(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: float, dropout: float) -> Tensor:
+    """Attention of one segment.
 
-    With more keys than queries the mask is a parallelogram, which scaled_dot_product_attention takes only as a tensor.
+    With more keys than queries the mask is a parallelogram, which scaled_dot_product_attention takes as a tensor only.
     It is made for a few queries at a time, so that its size is linear in the sequence. (Attending to the keys before
-    the span without a mask and to those within it causally, and merging both by their log-sum-exp, needs no mask, but
-    that sum is known only to functions private to each device's kernel, and has no gradient there.)
+    the segment without a mask and to those within it causally, and merging both by their log-sum-exp, needs no mask,
+    but that sum is known only to functions private to each device's kernel, and has no gradient there.)
     """
     queries, keys = query_QND.shape[0], key_KGD.shape[0]
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Attention over spans against a masked softmax in float64: documents, zigzag chunks, both; what kernels are given."""
+"""Attention over segments against a masked softmax in float64: documents, zigzag chunks, both; what kernels get."""
 
 #   S sequence of all ranks, B rows, N query heads, G key/value heads, D head width
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.mcore import spans
-from megatron_ext.mcore.spans import attend_spans, find_spans
+from megatron_ext.mcore import attention_segments
+from megatron_ext.mcore.attention_segments import attend_segments, find_segments
 from megatron_ext.runtime.zigzag import zigzag_slice
 
 SCALE = 0.3
@@ -51,8 +51,8 @@ def largest_errors(
     query, key, value = inputs
     context, objective = [], torch.zeros((), dtype=torch.float64, device=device)
     for rank in range(size):
-        found = find_spans(ROWS, rank, size, device)
-        part = attend_spans(zigzag_slice(query, rank, size, 0), key, value, found, SCALE)
+        found = find_segments(ROWS, rank, size, device)
+        part = attend_segments(zigzag_slice(query, rank, size, 0), key, value, found, SCALE)
         objective = objective + (part.double() * zigzag_slice(upstream, rank, size, 0)).sum()
         context.append((part, zigzag_slice(expected, rank, size, 0)))
     measured = torch.autograd.grad(objective, inputs)
@@ -65,7 +65,7 @@ def largest_errors(
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", [1, 2, 4], ids=lambda size: f"CP{size}")
 @pytest.mark.parametrize(("groups", "value_width"), [(2, 16), (4, 16), (4, 8)], ids=["gqa", "mha", "narrow values"])
-def test_spans_are_the_masked_softmax(
+def test_segments_are_the_masked_softmax(
     dtype: torch.dtype, tolerance: float, size: int, groups: int, value_width: int
 ) -> None:
     errors = largest_errors(dtype, size, groups, value_width)
@@ -83,8 +83,12 @@ def reference_kernel(
     most_keys: int,
     **options: Any,
 ) -> Tensor:
-    """What torch documents of varlen_attn with a causal window, span by span in float64."""
-    grouped = {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in spans._VARLEN_PARAMETERS else {}
+    """What torch documents of varlen_attn with a causal window, segment by segment in float64."""
+    grouped = (
+        {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]}
+        if "enable_gqa" in attention_segments._VARLEN_PARAMETERS
+        else {}
+    )
     assert options == {"scale": SCALE, "window_size": (-1, 0), **grouped}
     assert (cu_seqlens_q.dtype, cu_seqlens_k.dtype) == (torch.int32, torch.int32)
     assert (most_queries, most_keys) == (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max()))
@@ -101,14 +105,14 @@ def reference_kernel(
 
 @pytest.mark.parametrize("knows_groups", [True, False], ids=["enable_gqa", "torch 2.11"])
 @pytest.mark.parametrize("size", [1, 2, 4], ids=lambda size: f"CP{size}")
-def test_the_cuda_kernel_is_given_the_same_spans(
+def test_the_cuda_kernel_is_given_the_same_segments(
     size: int, knows_groups: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FlashAttention runs on CUDA only; here its documented meaning, in plain torch, takes its place."""
     parameters = {"scale", "window_size"} | ({"enable_gqa"} if knows_groups else set())
-    monkeypatch.setattr(spans, "_VARLEN_PARAMETERS", parameters)
-    monkeypatch.setattr(spans, "varlen_attn", reference_kernel)
-    monkeypatch.setattr(spans, "_has_kernel", lambda query, value: True)
+    monkeypatch.setattr(attention_segments, "_VARLEN_PARAMETERS", parameters)
+    monkeypatch.setattr(attention_segments, "varlen_attn", reference_kernel)
+    monkeypatch.setattr(attention_segments, "_has_kernel", lambda query, value: True)
     assert max(largest_errors(torch.float32, size)) < 2e-6
 
 
@@ -118,13 +122,13 @@ def test_the_cuda_kernel_is_given_the_same_spans(
 def test_the_cuda_kernel_is_the_masked_softmax(size: int, dtype: torch.dtype) -> None:
     device = torch.device("cuda")
     query, _, value = (x.to(device) for x in tensors(dtype, 2, 16))
-    assert spans._has_kernel(query.flatten(0, 1), value.flatten(0, 1))
+    assert attention_segments._has_kernel(query.flatten(0, 1), value.flatten(0, 1))
     assert max(largest_errors(dtype, size, device=device)) < 2e-2
 
 
-def test_spans_of_two_ranks() -> None:
+def test_segments_of_two_ranks() -> None:
     """Eight tokens, documents of 3 and 5: rank 0 holds tokens 0 1 and 6 7, rank 1 tokens 2 to 5."""
-    outer, inner = (find_spans(((3, 5),), rank, 2, CPU) for rank in range(2))
+    outer, inner = (find_segments(((3, 5),), rank, 2, CPU) for rank in range(2))
     assert outer.query_lengths == (2, 2)
     assert outer.key_lengths == (2, 5)
     assert outer.key_ranges == ((0, 0, 2), (0, 3, 8))
@@ -134,6 +138,6 @@ def test_spans_of_two_ranks() -> None:
 
 
 def test_whole_rows_need_every_key_before_them() -> None:
-    found = find_spans(((16,), (16,)), 1, 2, CPU)
+    found = find_segments(((16,), (16,)), 1, 2, CPU)
     assert found.key_ranges == ((0, 0, 8), (0, 0, 12), (1, 0, 8), (1, 0, 12))
     assert found.query_lengths == (4, 4, 4, 4)

@@ -1,0 +1,311 @@
+"""Turns documents into token files for training: in parallel, resumable, split into train, validation and test.
+
+Every document gets an end-of-document token and is assigned to a split by a hash of its text, so that the split does
+not depend on order or number of processes, and copies of a document never stand in two splits.
+"""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
+from megatron_ext.data.indexed import token_dtype, write_synced
+from megatron_ext.data.prepare.corpus import corpus_files, is_compressed, split_into_shards
+from megatron_ext.data.prepare.filters import fingerprint_of
+from megatron_ext.data.prepare.join import check_parts, find_copies, join_split
+from megatron_ext.data.prepare.parts import Part, Told
+from megatron_ext.data.prepare.shard_work import SPLITS, ShardWorker, Task, TextOptions
+from megatron_ext.data.prepare.workers import run_in_processes
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer.record import record_of
+from megatron_ext.errors import DataError
+from megatron_ext.files import (
+    OURS,
+    output_place,
+    publish_directory,
+    read_json_object,
+    remove_unfinished,
+    start_directory,
+    unfinished_place,
+)
+from megatron_ext.locks import exclusive_output
+from megatron_ext.manifest import MANIFEST_FILE as SUMS_FILE
+from megatron_ext.manifest import FileSum, check_manifest, write_manifest
+
+DROPPED_FILE = "dropped.jsonl"
+_CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE, DROPPED_FILE)
+_PLAN_FILE, _JOINED = "plan.json", "joined"
+_SHARD_BYTES, _LARGEST_SHARD_BYTES, _SHARDS = 4 << 20, 1 << 26, 256
+_BUCKET_BYTES = 1 << 26
+_EXPANDS = 5
+"""How many times its size a compressed file is about."""
+_SAMPLES = 100
+"""Documents of each reason that are kept of those left out."""
+_RESULTS = ("splits", "files", "left_out", "first_bad_lines")
+"""What dataset.json says of the result, beside what that depends on."""
+
+Progress = Callable[[int, int, str], None]
+
+
+def preprocess(
+    inputs: Sequence[str | Path],
+    tokenizer_directory: str | Path,
+    output: str | Path,
+    *,
+    options: TextOptions | None = None,
+    text_key: str = "text",
+    split: Sequence[float] = (0.98, 0.01, 0.01),
+    workers: int = 1,
+    force: bool = False,
+    progress: Progress = lambda done, total, note: None,
+) -> dict[str, SplitSummary]:
+    """Tokenize the documents of `inputs` into `<output>/{train,validation,test}.{bin,idx}`.
+
+    Interrupted, it continues with the shards that are missing; the output appears when it is complete.
+
+    Args:
+        options: all choices about the text; `text_key` and `split` are two of them, for short, and stand above it.
+        split: shares of the three splits; a split without documents is not written.
+        progress: told (bytes read, bytes in all, documents and tokens so far).
+
+    Raises:
+        DataError: bad input, or an output that exists and `force` is not set.
+    """
+    files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
+    options = options or TextOptions(text_key=text_key, split=tuple(split))
+    options = replace(options, split=_checked_fractions(options.split))
+    plan = _plan(files, tokenizer, options)
+    if (done := _published(Path(output), plan)) is not None:
+        return done
+    output = output_place(output, DataError, force=force, contents=_CONTENTS, inputs=[*files, tokenizer.directory])
+    work = unfinished_place(output)
+    tasks = _tasks(files)
+    with exclusive_output(output, "preparing data"):
+        _continue_or_restart(output, plan)
+        with _writing(work):
+            _run_shards(work, options, tokenizer, tasks, workers, progress)
+            summary = _join(work, tasks, plan, options, token_dtype(tokenizer.vocab_size))
+        publish_directory(work / _JOINED, output, replace=force)
+        remove_unfinished(work)
+    return summary
+
+
+def _tasks(files: Sequence[Path]) -> list[Task]:
+    total = sum(path.stat().st_size for path in files)
+    shards = split_into_shards(files, min(max(_SHARD_BYTES, total // _SHARDS), _LARGEST_SHARD_BYTES))
+    number_of = {path: number for number, path in enumerate(files)}
+    return [Task(number, number_of[shard.path], shard) for number, shard in enumerate(shards)]
+
+
+def _checked_fractions(split: Sequence[float]) -> tuple[float, ...]:
+    # Shares that are not numbers make a total that is not either.
+    if len(split) != len(SPLITS) or any(share < 0 for share in split) or not 0 < sum(split) < math.inf:
+        raise DataError(f"split = {list(split)}: expected three shares, of 0 or more, for {', '.join(SPLITS)}")
+    return tuple(share / sum(split) for share in split)
+
+
+@contextmanager
+def _writing(work: Path) -> Iterator[None]:
+    """Inside, a disk that is full or faulty ends with one message."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.filename or work}: cannot be written ({error.strerror or error})"
+        raise DataError(f"{why}; what is done is kept in {work}: start the same command again to go on") from error
+
+
+def _plan(files: Sequence[Path], tokenizer: Tokenizer, options: TextOptions) -> dict[str, Any]:
+    """Everything the result depends on."""
+    chosen = asdict(options)
+    filters = [{"filter": name, "code": fingerprint_of(name)} for name in options.filters]
+    return {
+        "sources": [
+            {"path": str(p.resolve()), "bytes": p.stat().st_size, "modified": p.stat().st_mtime_ns} for p in files
+        ],
+        **record_of(tokenizer),
+        **chosen,
+        "split": list(options.split),
+        "filters": filters,
+    }
+
+
+def _continue_or_restart(output: Path, plan: dict[str, Any]) -> None:
+    """Keep finished shards of an interrupted preparation if nothing it depends on has changed."""
+    work = unfinished_place(output)
+    plan = {**plan, "shard_bytes": _SHARD_BYTES, "parts": 2}
+    if (work / OURS).is_file() and not work.is_symlink():
+        if (begun := _plan_of(work)) == plan:
+            shutil.rmtree(work / _JOINED, ignore_errors=True)
+            return
+        if begun is not None:
+            print(f"{work}: begun with other text, tokenizer or options; starts anew", file=sys.stderr)
+    start_directory(output)
+    write_synced(work / _PLAN_FILE, json.dumps(plan).encode())
+
+
+def _published(output: Path, plan: dict[str, Any]) -> dict[str, SplitSummary] | None:
+    """What a preparation of the same `plan` made that was killed when all was published but its parts not yet removed.
+
+    They are removed. None where there is no such thing: a complete output alone is none of our business.
+    """
+    work = unfinished_place(output.resolve() if output.is_symlink() else output)
+    if not (output / MANIFEST_FILE).is_file() or not (work / OURS).is_file():
+        return None
+    with exclusive_output(output, "preparing data"):
+        content = read_json_object(output / MANIFEST_FILE, DataError)
+        splits = content.get("splits")
+        for key in _RESULTS:
+            content.pop(key, None)
+        if content != plan or not isinstance(splits, dict):
+            return None
+        check_manifest(output, DataError, checksums=True, advice=PREPARE_AGAIN)
+        remove_unfinished(work)
+    return {name: described(output / MANIFEST_FILE, name)[1] for name in splits}
+
+
+def _plan_of(work: Path) -> dict[str, Any] | None:
+    if not (work / _PLAN_FILE).is_file():
+        return None
+    try:
+        return read_json_object(work / _PLAN_FILE, DataError)
+    except DataError:
+        return {}  # damaged: nothing there can be believed
+
+
+def _run_shards(
+    work: Path, options: TextOptions, tokenizer: Tokenizer, tasks: list[Task], workers: int, progress: Progress
+) -> None:
+    total = sum(task.shard.stop - task.shard.start for task in tasks)
+    missing, done, counts = [], 0, np.zeros(2, dtype=np.int64)
+    for task in tasks:
+        if not Part(work, task.number).is_done():
+            missing.append(task)
+            continue
+        done += task.shard.stop - task.shard.start
+        counts += Part(work, task.number).size(SPLITS)
+    progress(done, total, _note(counts))
+    start = partial(_start, work, options, tokenizer)
+    if workers == 1 or len(missing) <= 1:
+        start()
+        finished: Iterator[Task] = (_done(work, task) for task in missing)
+    else:
+        finished = run_in_processes(partial(_done, work), missing, workers, start=start, describe=_description)
+    for task in finished:
+        done += task.shard.stop - task.shard.start
+        counts += Part(work, task.number).size(SPLITS)
+        progress(done, total, _note(counts))
+
+
+def _note(counts: np.ndarray) -> str:
+    documents, tokens = counts.tolist()
+    return f"{documents:,} documents, {tokens:,} tokens"
+
+
+def _description(task: Task) -> str:
+    shard = task.shard
+    return f"{shard.path}, bytes {shard.start} to {shard.stop}; start the same command again to go on"
+
+
+_worker: ShardWorker | None = None
+
+
+def _start(work: Path, options: TextOptions, tokenizer: Tokenizer) -> None:
+    """Give this process the tokenizer that was loaded once: that takes seconds."""
+    global _worker
+    _worker = ShardWorker(work, options, tokenizer)
+
+
+def _done(work: Path, task: Task) -> Task:
+    assert _worker is not None
+    with _writing(work):
+        _worker.do(task)
+    return task
+
+
+def _join(
+    work: Path, tasks: Sequence[Task], plan: dict[str, Any], options: TextOptions, dtype: np.dtype[np.generic]
+) -> dict[str, SplitSummary]:
+    """Join the parts of every split to the finished directory, and describe it."""
+    parts = [Part(work, task.number) for task in tasks]
+    check_parts(parts)
+    output = work / _JOINED
+    output.mkdir()
+    told = [part.told() for part in parts]
+    left_out = _left_out(told)
+    if options.deduplicate:
+        left_out["copy of another document"] = sum(find_copies(parts, split) for split in SPLITS)
+    buckets = _buckets(plan) if options.order == "random" else 0
+    files, splits = np.zeros((len(plan["sources"]), 3), dtype=np.int64), {}
+    sums: dict[str, FileSum] = {}
+    for name in SPLITS:
+        counts = np.zeros_like(files)
+        total = join_split(parts, name, output, dtype, buckets=buckets, counts=counts)
+        if total.bytes:
+            sums[f"{name}.bin"] = total
+            splits[name] = dict(zip(_COUNTED, counts.sum(axis=0).tolist(), strict=True))
+        files += counts
+    if not splits:
+        names = [source["path"] for source in plan["sources"]]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "no document"
+        raise DataError(f"{names[0]}{more}: no text there is left ({why})")
+    results = {
+        "splits": splits,
+        "files": [
+            {"path": source["path"], **dict(zip(_COUNTED, row.tolist(), strict=True))}
+            for source, row in zip(plan["sources"], files, strict=True)
+        ],
+        "left_out": left_out,
+        "first_bad_lines": [line for one in told for line in one.bad_lines][:_SAMPLES],
+    }
+    _write_samples(output / DROPPED_FILE, told)
+    write_synced(output / MANIFEST_FILE, (json.dumps({**plan, **results}, indent=2) + "\n").encode())
+    write_manifest(output, sums)
+    _say_left_out(results)
+    return {name: SplitSummary(counts["documents"], counts["tokens"]) for name, counts in splits.items()}
+
+
+_COUNTED = ("documents", "tokens", "bytes")
+
+
+def _buckets(plan: dict[str, Any]) -> int:
+    """Stretches of the random order, so that the documents of one fit into memory."""
+    size = sum(source["bytes"] * (_EXPANDS if is_compressed(Path(source["path"])) else 1) for source in plan["sources"])
+    return 1 + int(size) // _BUCKET_BYTES
+
+
+def _left_out(told: Sequence[Told]) -> dict[str, int]:
+    result = {"empty": sum(one.empty for one in told), "bad line": sum(one.bad for one in told)}
+    for one in told:
+        for reason, count in one.dropped.items():
+            result[reason] = result.get(reason, 0) + count
+    return result
+
+
+def _write_samples(path: Path, told: Sequence[Told]) -> None:
+    kept: dict[str, int] = {}
+    lines = []
+    for reason, file, text in (sample for one in told for sample in one.samples):
+        kept[reason] = kept.get(reason, 0) + 1
+        if kept[reason] <= _SAMPLES:
+            lines.append(json.dumps({"reason": reason, "file": file, "text": text}, ensure_ascii=False) + "\n")
+    if lines:
+        write_synced(path, "".join(lines).encode())
+
+
+def _say_left_out(results: dict[str, Any]) -> None:
+    counts = {reason: count for reason, count in results["left_out"].items() if count}
+    if counts:
+        total = sum(counts.values())
+        print(f"{total:,} left out: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}", file=sys.stderr)
+    for line in results["first_bad_lines"][:3]:
+        print(f"  {line}", file=sys.stderr)

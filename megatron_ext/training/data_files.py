@@ -1,0 +1,117 @@
+"""The prepared data that a run names, looked at before anything starts: there, whole, of its tokenizer, long enough."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config import DataSource, StagedSource
+from megatron_ext.config.data import source_ids
+from megatron_ext.data.dataset import check_dataset, check_dataset_sums, dataset_fingerprint
+from megatron_ext.data.stream.make_plan import SourceSize
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.errors import DataError, MegatronExtError, named
+from megatron_ext.planning.amounts import size
+
+_READ_AT_ONCE = 2 * 10**9
+"""Bytes of data that are read before each start to compare their checksums: a second or two."""
+
+
+class DataFiles:
+    """Looks at the files of every source.
+
+    Args:
+        values: every valid value and section of the run's configuration, by name.
+        tokenizer: that of the run, where it is right.
+        faults: what is found is noted there.
+    """
+
+    def __init__(self, values: Mapping[str, Any], tokenizer: Tokenizer | None, faults: list[str]) -> None:
+        self._values, self._tokenizer, self._faults = values, tokenizer, faults
+        self._whole: dict[str, str] = {}
+        """Sources whose files have their sizes, and the key of each."""
+        self.sums = ""
+        """How the files were compared with what was written."""
+
+    def look(self) -> dict[str, SourceSize] | None:
+        """Size of each source that is trained on, by id; None where one is not as it must be."""
+        before = len(self._faults)
+        train = self._sources("train")
+        staged = self._sources("sources")
+        tokens = [self._look_at_source(f"data.train.{number}", source) for number, source in train.items()]
+        tokens += [self._look_at_source(f"data.sources.{name}", source) for name, source in staged.items()]
+        sizes = None
+        if len(self._faults) == before and self._tokenizer is not None:
+            ids = [*source_ids(list(train.values())), *staged]
+            paths = [source.path for source in (*train.values(), *staged.values())]
+            sizes = {
+                name: SourceSize(count, dataset_fingerprint(path))
+                for name, path, count in zip(ids, paths, tokens, strict=True)
+            }
+        if self._values.get("train.eval_interval") is not None:
+            for number, source in self._sources("validation").items():
+                self._look_at_source(f"data.validation.{number}", source)
+        self._sum_data()
+        return sizes
+
+    def _sum_data(self) -> None:
+        """Read the files of the data and compare their checksums, where that takes seconds."""
+        total = sum(_data_bytes(path) for path in self._whole)
+        if total > _READ_AT_ONCE:
+            folders = sorted({str(Path(path).parent) for path in self._whole})
+            self.sums = (
+                f"files have their sizes; {size(total)} are too much to read at each start: "
+                f"tools/verify_checkpoint.py {folders[0]} compares checksums{' of each folder' * (len(folders) > 1)}"
+            )
+            return
+        for path, key in self._whole.items():
+            with collecting(self._faults, f"{key}.path", path):
+                check_dataset_sums(path)
+        if self._whole:
+            self.sums = "files have their sizes and checksums"
+
+    def _sources(self, blend: str) -> dict[str, Any]:
+        """The sources of a blend by number, or id; of one with faults, those that have none."""
+        key = f"data.{blend}"
+        if (whole := self._values.get(key)) is not None:
+            return dict(whole) if isinstance(whole, dict) else {str(n): source for n, source in enumerate(whole)}
+        below = ((name.removeprefix(f"{key}."), value) for name, value in self._values.items() if name.startswith(key))
+        return {name: value for name, value in below if isinstance(value, DataSource | StagedSource)}
+
+    def _look_at_source(self, key: str, source: DataSource | StagedSource) -> int:
+        """Tokens of a source, once its faults are noted."""
+        with collecting(self._faults, f"{key}.path", source.path):
+            missing = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
+            if missing and Path(source.path).is_dir():
+                raise DataError("is a folder; name a split in it, such as train")
+            if missing:
+                what = "is not there" if len(missing) == 2 else f"has no {missing[0]}"
+                raise DataError(f"{what}; prepare it with tools/preprocess.py")
+            if self._tokenizer is None:
+                return 0
+            tokens, length = (
+                check_dataset(source.path, self._tokenizer).tokens,
+                self._values.get("data.sequence_length"),
+            )
+            self._whole[source.path] = key
+            if length is not None and tokens <= length:
+                raise DataError(f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}")
+            return tokens
+        return 0
+
+
+def _data_bytes(path: str) -> int:
+    return Path(f"{path}.bin").stat().st_size + Path(f"{path}.idx").stat().st_size
+
+
+@contextlib.contextmanager
+def collecting(faults: list[str], subject: str = "", path: str = "") -> Iterator[None]:
+    """Turn an error inside into a fault beside others, of `subject`, whose value is `path`, if those are given."""
+    try:
+        yield
+    except MegatronExtError as error:
+        text = str(error).replace("\n", "\n  ")
+        if path:
+            subject = f"{subject} = {named(path)}"
+            text = text.removeprefix(f"{Path(path)}: ")  # it is said already
+        faults.append(f"{subject}: {text}" if subject else text)

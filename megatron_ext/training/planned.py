@@ -1,0 +1,110 @@
+"""The plan of a run's data, made of its configuration, the files it names and the checkpoint that it goes on from."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_ext.checkpoint.state_file import STATE_FILE, TrainingState
+from megatron_ext.config import DataConfig, RunConfig, TrainConfig
+from megatron_ext.config.data import source_ids
+from megatron_ext.data.stream.make_plan import SourceSize, make_plan, stages_of
+from megatron_ext.data.stream.plan import RunPlan, pattern_of
+from megatron_ext.data.stream.progress import Part, Progress, from_json
+from megatron_ext.errors import CheckpointError, ConfigError
+
+
+def source_paths(data: DataConfig) -> dict[str, tuple[str, str]]:
+    """The key and the path of each source that is trained on, by id."""
+    if data.sources:
+        return {name: (f"data.sources.{name}.path", source.path) for name, source in data.sources.items()}
+    ids = source_ids(data.train)
+    return {
+        name: (f"data.train.{number}.path", source.path)
+        for number, (name, source) in enumerate(zip(ids, data.train, strict=True))
+    }
+
+
+def plan_data(
+    data: DataConfig,
+    train: TrainConfig,
+    sizes: Mapping[str, SourceSize],
+    state: TrainingState,
+    checkpoint: str | Path,
+) -> RunPlan:
+    """The plan of a run that goes on from `state`.
+
+    Args:
+        sizes: of each source, by id.
+        checkpoint: where `state` is from.
+
+    Raises:
+        ConfigError: the stages cannot be read from these sources; every fault at once.
+        CheckpointError: what was read already is not the beginning of these stages.
+    """
+    try:
+        return make_plan(data, train, sizes, progress_of(data, train, state, checkpoint))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint}: the run cannot go on with these data:\n{error}\nSet them back, or start a new run from its "
+            "weights: another checkpoint.directory, and checkpoint.initialize_from"
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"data.stages: {error}" if data.stages else str(error)) from error
+
+
+def stated_sizes(data: DataConfig) -> dict[str, SourceSize]:
+    """Sizes of the sources of which the configuration says how many tokens they will have."""
+    return {
+        name: SourceSize(round(source.tokens)) for name, source in data.sources.items() if source.tokens is not None
+    }
+
+
+def stated_plan(data: DataConfig, train: TrainConfig) -> RunPlan | None:
+    """The plan of a new run by the tokens that the configuration says of its sources; None where it does not of all.
+
+    Raises:
+        ConfigError: as `plan_data`.
+    """
+    sizes = stated_sizes(data)
+    if not data.stages or set(sizes) != set(data.sources):
+        return None
+    return plan_data(data, train, sizes, TrainingState(), "the beginning")
+
+
+def progress_of(data: DataConfig, train: TrainConfig, state: TrainingState, checkpoint: str | Path) -> Progress | None:
+    """What a run in `state` has read; None where that is nothing."""
+    if not state.consumed_samples:
+        return None
+    if state.plan is not None:
+        progress = from_json(state.plan, Path(checkpoint, STATE_FILE))
+        if (progress.steps, progress.samples) != (state.iteration, state.consumed_samples):
+            raise CheckpointError(f"{checkpoint}: {STATE_FILE}: the stages read are not the samples consumed")
+        return progress
+    if data.order == 2:
+        raise CheckpointError(
+            "  order of samples: by data.cache_dir in the checkpoint, computed in this run; keep data.train and "
+            "data.cache_dir as they were"
+        )
+    # Checkpoints of order 1 know how many samples were read, from which all else follows.
+    stage = stages_of(data, train)[0]
+    names = list(stage.mix)
+    counts = pattern_of(stage, names, {}).counts(state.consumed_samples)
+    part = Part(
+        stage=stage,
+        sequence_length=data.sequence_length,
+        global_batch_size=max(state.consumed_samples // max(state.iteration, 1), 1),
+        steps=state.iteration,
+        samples=state.consumed_samples,
+        complete=state.iteration >= train.train_iters,
+        offset=0,
+        counts=dict(zip(names, counts, strict=True)),
+        starts=dict.fromkeys(names, 0),
+        skipped={},
+    )
+    marks = dict.fromkeys(names, "")
+    return Progress(1, data.sequence_length, train.seed, marks, dict.fromkeys(names, "shuffled"), (part,))
+
+
+def with_planned_length(run: RunConfig, plan: RunPlan) -> RunConfig:
+    """`run` with the number of steps that its stages have."""
+    return replace(run, train=replace(run.train, train_iters=plan.total_steps))

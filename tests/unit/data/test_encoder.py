@@ -1,0 +1,115 @@
+"""Encoding by segments gives the ids of the tokenizer's library, on any text."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers as hugging_face
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, trainers
+
+from megatron_ext.data.prepare import encoder as module
+from megatron_ext.data.prepare import segment_table
+from megatron_ext.data.prepare.encoder import BatchEncoder, SegmentEncoder, encoder_for
+from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from tests.unit.data import tokenizers as kinds
+
+SAMPLES = os.environ.get("MEGATRON_EXT_SAMPLE_DATA")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("t")
+    corpus = directory / "c.jsonl"
+    words = "the quick brown fox 吾輩は猫である。ハハハ へへへへ --- ==== aaaa      \t() सूरज पूरब </s> 1234".split(" ")
+    rows = [" ".join(words[(i * k) % len(words)] for i in range(9)) + "\n" for k in range(1, 40)]
+    corpus.write_text("".join(json.dumps({"text": row * 3}, ensure_ascii=False) + "\n" for row in rows))
+    return train_tokenizer([corpus], directory / "t", 330)
+
+
+@pytest.fixture(scope="module")
+def both(tokenizer: Tokenizer) -> tuple[SegmentEncoder, BatchEncoder]:
+    encoder = encoder_for(tokenizer)
+    assert isinstance(encoder, SegmentEncoder)
+    return encoder, BatchEncoder(tokenizer)
+
+
+ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+RUNS = st.lists(st.sampled_from([" ", "a", "ハ", "へ", "-", "=", "\n", "▁", "\0", "</s>", "fox", "吾輩は", "。"])).map(
+    "".join
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists((ANY | RUNS | st.tuples(RUNS, ANY).map("".join)).filter(bool), min_size=1, max_size=6))
+def test_ids_are_those_of_the_library(both: tuple[SegmentEncoder, BatchEncoder], texts: list[str]) -> None:
+    fast, plain = both
+    assert fast.encode(texts).tolist() == plain.encode(texts).tolist()
+
+
+def test_long_documents_and_a_table_that_fills_up(
+    both: tuple[SegmentEncoder, BatchEncoder], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plain = both
+    monkeypatch.setattr(module, "_BATCH", 64)
+    monkeypatch.setattr(segment_table, "_MOST_SEGMENTS", 20)
+    draw = np.random.default_rng(1)
+    words = ["fox ", "ハハハハ", "\n", "猫である", "a" * 300, " ", "é", "x\n\n", "</s>"]
+    texts = ["".join(words[i] for i in draw.integers(len(words), size=n)) for n in (1, 90, 2, 400, 7, 3, 60)]
+    texts += ["no line end " * 40, "ば" * 500]
+    encoder = encoder_for(tokenizer)
+    for _ in range(3):
+        assert encoder.encode(texts).tolist() == plain.encode(texts).tolist()
+        assert encoder.encode([]).tolist() == []
+
+
+def test_what_is_new_is_noticed_once(tokenizer: Tokenizer) -> None:
+    seen: list[str] = []
+    encoder = encoder_for(tokenizer, lambda texts: seen.extend(texts))
+    encoder.encode(["fox </s> fox", "fox"])
+    encoder.encode(["fox </s> fox"])
+    assert any("</s>" in text for text in seen)
+    assert len(seen) == len(set(seen))
+
+
+def merging(directory: Path) -> Tokenizer:
+    """As Llama 2 without its space in front: merges, and bytes for what is unknown."""
+    found = hugging_face.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    found.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    special = ["<unk>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    found.train_from_iterator(kinds.LINES, trainers.BpeTrainer(vocab_size=420, special_tokens=special))
+    content = json.loads(found.to_str())
+    content["added_tokens"] = content["added_tokens"][:2]  # bytes are pieces of the model alone
+    return Tokenizer(kinds.write(hugging_face.Tokenizer.from_str(json.dumps(content)), directory))
+
+
+def test_merges_are_read_by_segments_too(tmp_path: Path) -> None:
+    tokenizer = merging(tmp_path)
+    fast, plain = encoder_for(tokenizer), BatchEncoder(tokenizer)
+    assert isinstance(fast, SegmentEncoder)
+    texts = [*kinds.LINES, "aaaaaaa  é日本語本日 <|endoftext|> <0x0A>", "ハ\n\n\nハハ"]
+    for _ in range(2):
+        assert fast.encode(texts).tolist() == plain.encode(texts).tolist()
+
+
+@pytest.mark.parametrize("make", [kinds.byte_level, kinds.unigram, kinds.word_piece], ids=lambda make: make.__name__)
+def test_tokenizers_that_look_around_them_are_read_by_the_library(
+    make: Callable[[], hugging_face.Tokenizer], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(kinds.write(make(), tmp_path, unk_token=None))
+    encoder = encoder_for(tokenizer)
+    assert isinstance(encoder, BatchEncoder)
+    expected = [ids for line in kinds.LINES for ids in (*tokenizer.encode(line), tokenizer.eod)]
+    assert encoder.encode(kinds.LINES).tolist() == expected
+
+
+@pytest.mark.skipif(SAMPLES is None, reason="needs the sample corpora")
+def test_sample_corpora(tokenizer: Tokenizer, both: tuple[SegmentEncoder, BatchEncoder]) -> None:
+    fast, plain = both
+    for path in sorted(Path(SAMPLES or "", "corpus").glob("*.jsonl")):
+        texts = [json.loads(line)["text"] for line in path.read_text().splitlines()[:150]]
+        assert np.array_equal(fast.encode(texts), plain.encode(texts)), path
