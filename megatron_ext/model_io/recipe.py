@@ -143,7 +143,6 @@ def _defaults(target: Target) -> dict[str, Any]:
     data = {
         "sequence_length": min(target.model.max_position_embeddings, 4096),
         "tokenizer": str(target.tokenizer or "TOKENIZER"),
-        "cache_dir": f"{target.checkpoint}-cache",
         "train": [{"path": "DATA/train"}],
     }
     return {**_UNKNOWN, "data": data, "checkpoint": {"save_interval": 1000}}
@@ -170,6 +169,8 @@ def _without_defaults(section: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return _without_defaults(value) if hasattr(value, "__dataclass_fields__") else value
 
 
