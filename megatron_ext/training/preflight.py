@@ -62,6 +62,8 @@ class Findings:
     """Which stage each step belongs to."""
     stages: list[str] = field(default_factory=list)
     """A table of the stages and their sources."""
+    packed: list[str] = field(default_factory=list)
+    """What packing saves of each source."""
     start: str = ""
     """What the run starts from."""
     sums: str = ""
@@ -83,7 +85,10 @@ class Findings:
     def lines(self) -> list[str]:
         """For people."""
         return [
-            *(f"data            {line}" for line in [*self.stages, *(use.line() for use in self.sources)]),
+            *(
+                f"data            {line}"
+                for line in [*self.stages, *(use.line() for use in self.sources), *self.packed]
+            ),
             *([f"data            {self.sums}"] if self.sums else []),
             *([f"start           {self.start}"] if self.start else []),
             *(f"changed         {change}" for change in self.changes),
@@ -191,7 +196,7 @@ class _Examination:
         """Size of each source that is trained on, by id; None where one is not as it must be."""
         files = DataFiles(self._values, self._tokenizer, self.found.faults)
         sizes = files.look()
-        self.found.sums = files.sums
+        self.found.sums, self.found.packed = files.sums, files.packed
         if sizes is not None:
             self._fingerprints = [size.fingerprint for size in sizes.values()]
         return sizes
