@@ -281,8 +281,11 @@ _COUNTED = ("documents", "tokens", "bytes")
 
 def _buckets(plan: dict[str, Any]) -> int:
     """Stretches of the random order, so that the documents of one fit into memory."""
-    size = sum(source["bytes"] * (_EXPANDS if is_compressed(Path(source["path"])) else 1) for source in plan["sources"])
-    return 1 + int(size) // _BUCKET_BYTES
+    size = 0
+    for source in plan["sources"]:
+        path = Path(source["path"])
+        size += source["bytes"] * (_EXPANDS if is_compressed(path) or path.suffix.lower() == ".parquet" else 1)
+    return 1 + size // _BUCKET_BYTES
 
 
 def _left_out(told: Sequence[Told]) -> dict[str, int]:
