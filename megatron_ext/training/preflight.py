@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -69,10 +69,14 @@ class Findings:
     room: str = ""
     """What its checkpoints take of the disk."""
 
-    def note_plan(self, plan: RunPlan | None, data: DataConfig, rate_at: Callable[[int], float] | None = None) -> None:
-        """Keep the plan of `data`, and say what people would look at where it has stages."""
-        self.plan = plan
-        if plan is not None and data.stages:
+    def note_plan(self, plan: RunPlan, data: DataConfig, run: RunConfig | None) -> None:
+        """Keep the plan of `data`, say what people would look at where it has stages, and what its schedule lacks."""
+        self.plan, rate_at = plan, None
+        if run is not None:
+            wrong = schedule_faults(run, plan)
+            self.faults += wrong
+            rate_at = None if wrong else partial(learning_rate, run, plan)
+        if data.stages:
             self.stages = plan_table(plan, rate_at)
             self.warnings += plan_warnings(plan, data)
 
@@ -106,8 +110,8 @@ def check_run(
     found = examine(text.values, text.run, open_foreign) if files else Findings()
     if text.run is not None:
         try:
-            if not files:
-                found.note_plan(stated_plan(text.run.data, text.run.train), text.run.data)
+            if not files and (plan := stated_plan(text.run.data, text.run.train)) is not None:
+                found.note_plan(plan, text.run.data, with_planned_length(text.run, plan))
             description = describe_run(text.run, world_size, found.plan)
         except ConfigError as error:
             faults += str(error).splitlines()  # of the layout there may be several
@@ -199,14 +203,10 @@ class _Examination:
         with collecting(self.found.faults):
             where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
             plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
-            rate_at = None
             if self._run is not None:
                 self._run = with_planned_length(self._run, plan)
                 self._train = self._run.train
-                wrong = schedule_faults(self._run, plan)
-                self.found.faults += wrong
-                rate_at = None if wrong else partial(learning_rate, self._run, plan)
-            self.found.note_plan(plan, self._data, rate_at)
+            self.found.note_plan(plan, self._data, self._run)
 
     def _look_at_state(self) -> None:
         """Read where the run goes on, if it does."""
