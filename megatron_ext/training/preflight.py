@@ -44,7 +44,7 @@ from megatron_ext.training.same_run import (
     trained_model,
 )
 from megatron_ext.training.schedule import learning_rate
-from megatron_ext.training.schedule_faults import moved_decay, schedule_faults
+from megatron_ext.training.schedule_faults import moved_decay, schedule_faults, schedule_warnings
 from megatron_ext.training.start import OpenForeign, foreign_model
 
 
@@ -197,7 +197,9 @@ class _Examination:
                 self._train = self._run.train
                 wrong = schedule_faults(self._run, plan)
                 self.found.faults += wrong
-                rate_at = None if wrong else partial(learning_rate, self._run, plan)
+                if not wrong:
+                    rate_at = partial(learning_rate, self._run, plan)
+                    self.found.warnings += schedule_warnings(self._run, plan)
             if self._data.stages:
                 self.found.stages = plan_table(plan, rate_at)
                 self.found.warnings += plan_warnings(plan, self._data)

@@ -9,7 +9,7 @@ from megatron_ext.checkpoint.run_file import read_run
 from megatron_ext.checkpoint.state_file import read_scalars
 from megatron_ext.config import ConstantSchedule, RunConfig, WsdSchedule
 from megatron_ext.data.stream.plan import RunPlan
-from megatron_ext.training.schedule import Stretch, stretches
+from megatron_ext.training.schedule import Stretch, rates_at_ends, stretches
 
 _WARMUP = ("warmup_tokens", "warmup", "warmup_iters")
 _DECAY = ("decay", "decay_tokens", "wsd_decay_tokens", "decay_iters", "wsd_decay_iters")
@@ -27,6 +27,20 @@ def schedule_faults(run: RunConfig, plan: RunPlan) -> list[str]:
         if transition > tokens:
             faults.append(f"data.stages: transition_tokens = {transition} of {name} are more than its {tokens} tokens")
     return faults
+
+
+def schedule_warnings(run: RunConfig, plan: RunPlan) -> list[str]:
+    """Stages at whose beginning the learning rate jumps up because they say no factor where the one before did."""
+    warnings, ends = [], rates_at_ends(run, plan)
+    for (_, before), (after, _), stage in zip(ends, ends[1:], plan.stages[1:], strict=False):
+        previous = plan.stages[stage.number - 1]
+        own = stage.stage.schedule is not None and stage.name != previous.name
+        if stage.lr_scale > previous.lr_scale and not stage.stage.transition_tokens and not own:
+            warnings.append(
+                f"the learning rate jumps from {before:.3g} to {after:.3g} as stage {stage.name} begins: its lr_scale "
+                f"is {stage.lr_scale:g}, after {previous.lr_scale:g}; set lr_scale, or transition_tokens"
+            )
+    return warnings
 
 
 def _faults_of(stretch: Stretch) -> Iterator[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ext.config import RunConfig
 from megatron_ext.training.schedule import learning_rate, rates_at_ends
-from megatron_ext.training.schedule_faults import decay_moved, schedule_end, schedule_faults
+from megatron_ext.training.schedule_faults import decay_moved, schedule_end, schedule_faults, schedule_warnings
 from tests.unit.config.test_load import load, mapping
 from tests.unit.training.plans import Part, part, plan_of, plan_of_run
 
@@ -190,6 +190,12 @@ def test_rates_at_both_ends_of_each_stage() -> None:
     run, plan = staged(STAGES, kind="linear"), plan_of(*STAGES)
     ends = [rate for rates in rates_at_ends(run, plan) for rate in rates]
     assert ends == pytest.approx([0.98, 0.8, 0.76, 0.4, 0.32, 0.0])
+
+
+def test_a_rate_that_jumps_up_for_want_of_a_factor_is_warned_of() -> None:
+    parts = [part("a", 4, lr_scale=0.5), part("b", 4), part("c", 2, lr_scale=2.0, transition_tokens=512)]
+    (warning,) = schedule_warnings(staged(parts, kind="constant"), plan_of(*parts))
+    assert warning.startswith("the learning rate jumps from 0.5 to 1 as stage b begins: its lr_scale is 1, after 0.5")
 
 
 def test_a_schedule_that_does_not_fit_its_stages_names_both_keys() -> None:
