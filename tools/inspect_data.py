@@ -4,6 +4,7 @@
 python tools/inspect_data.py documents data/ja/train --tokenizer tok           documents as text
 python tools/inspect_data.py lengths data/*/train.bin --plot lengths.png       how long they are
 python tools/inspect_data.py mix data/*/train.bin --tokenizer tok              tokens and scripts of each dataset
+python tools/inspect_data.py plan RUN.yaml [section.key=value ...]             what each stage of a run will read
 python tools/inspect_data.py step RUN.yaml 1200 [section.key=value ...]        what that step of a run reads
 
 A dataset is given as in `data.train`, or by its .bin, so that a shell can list them.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from megatron_ext.command import parse_command, run_command
 from megatron_ext.config import load_run
 from megatron_ext.config.base import fields_of
-from megatron_ext.data.inspect.options import DocumentsOptions, LengthsOptions, MixOptions, StepOptions
+from megatron_ext.data.inspect.options import DocumentsOptions, LengthsOptions, MixOptions, PlanOptions, StepOptions
 from megatron_ext.errors import ConfigError
 
 
@@ -41,6 +42,14 @@ def _mix(argv: Sequence[str]) -> Iterator[str]:
     return show_mix(o)
 
 
+def _plan(argv: Sequence[str]) -> Iterator[str]:
+    o = parse_command(PlanOptions, __doc__, positional=["run", "overrides"], argv=argv)
+    run = load_run(o.run, o.overrides)
+    from megatron_ext.training.show_plan import show_plan
+
+    return show_plan(run, o.run)
+
+
 def _step(argv: Sequence[str]) -> Iterator[str]:
     o = parse_command(StepOptions, __doc__, positional=["run", "step", "overrides"], argv=argv)
     run = load_run(o.run, o.overrides)
@@ -53,10 +62,17 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Iterator[str]]] = {
     "documents": _documents,
     "lengths": _lengths,
     "mix": _mix,
+    "plan": _plan,
     "step": _step,
 }
 """Each reads its own arguments, and gives out what is printed line by line."""
-OPTIONS = {"documents": DocumentsOptions, "lengths": LengthsOptions, "mix": MixOptions, "step": StepOptions}
+OPTIONS = {
+    "documents": DocumentsOptions,
+    "lengths": LengthsOptions,
+    "mix": MixOptions,
+    "plan": PlanOptions,
+    "step": StepOptions,
+}
 
 
 def main() -> None:

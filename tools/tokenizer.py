@@ -5,10 +5,11 @@ python tools/tokenizer.py train corpus.jsonl ... --output DIR --vocab-size 8192
 python tools/tokenizer.py merge ja=tok-ja en=tok-en --output DIR --quota ja=43000,en=13000 --text ja=ja/ en=en/
 python tools/tokenizer.py compare tok-a tok-b --text ja=ja/ en=en/ --plot fertility.png
 python tools/tokenizer.py export tokenizer.model --output DIR
+python tools/tokenizer.py extend MODEL MODEL-2 --tokens '<|im_start|>' '<|im_end|>' --special
 
-All but compare write a directory that tools/preprocess.py takes (--tokenizer DIR), and training too (data.tokenizer):
-the SentencePiece model beside a fast tokenizer for Hugging Face, written only once both were seen to encode texts
-alike. The tokenizer of a published model needs neither: give its directory to tools/preprocess.py as it is.
+train, merge and export write a directory that tools/preprocess.py takes (--tokenizer DIR), and training too
+(data.tokenizer): the SentencePiece model beside a fast tokenizer for Hugging Face, written only once both were seen to
+encode texts alike. The tokenizer of a published model needs neither: give its directory to tools/preprocess.py.
 """
 
 import difflib
@@ -21,9 +22,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_ext.command import ending_on_sigterm, parse_command, run_command
+from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
 from megatron_ext.config.base import PathName, config, fields_of
 from megatron_ext.errors import ConfigError, note_path
+from megatron_ext.files import require_writable
+from megatron_ext.model_io.options import ExtendOptions
 
 
 @config
@@ -133,6 +136,7 @@ class ExportOptions:
 
 
 _PROOF_TEXTS = 500
+_PLOTS = (".png", ".svg", ".pdf")
 
 
 def train(argv: Sequence[str]) -> None:
@@ -193,6 +197,10 @@ def compare(argv: Sequence[str]) -> None:
     """Measure tokenizers side by side."""
     o = parse_command(CompareOptions, __doc__, positional=["tokenizers"], argv=argv)
     texts = _by_name("text", o.text)
+    if o.plot is not None:
+        if Path(o.plot).suffix not in _PLOTS:
+            raise ConfigError(f"plot = {o.plot}: expected a name that ends in {', '.join(_PLOTS)}")
+        require_writable(o.plot)
     from megatron_ext.data.tokenizer import compare_tokenizers, read_names, write_plot
 
     compared = compare_tokenizers(
@@ -211,7 +219,8 @@ def compare(argv: Sequence[str]) -> None:
 def export(argv: Sequence[str]) -> None:
     """Export a SentencePiece model for Hugging Face."""
     o = parse_command(ExportOptions, __doc__, positional=["model"], argv=argv)
-    from megatron_ext.data.prepare.corpus import corpus_files, read_documents
+    from megatron_ext.data.prepare.corpus import corpus_files
+    from megatron_ext.data.prepare.documents import read_documents
     from megatron_ext.data.tokenizer import write_tokenizer
 
     texts = itertools.islice(read_documents(corpus_files(o.text)), _PROOF_TEXTS) if o.text else []
@@ -219,11 +228,30 @@ def export(argv: Sequence[str]) -> None:
         _say(write_tokenizer(Path(o.model).read_bytes(), o.output, texts, force=o.force, source=o.model))
 
 
+def extend(argv: Sequence[str]) -> None:
+    """Add tokens to a model and its tokenizer."""
+    o = parse_command(ExtendOptions, __doc__, positional=["source", "target"], argv=argv)
+    prefer_huge_pages()
+    from megatron_ext.model_io.extend import extend as extend_model
+    from megatron_ext.progress import byte_progress
+
+    with ending_on_sigterm(), byte_progress("extending") as progress:
+        made = extend_model(o, progress)
+    first, last = min(made.added.ids.values()), max(made.added.ids.values())
+    print(f"{o.target}: {len(made.added.ids)} tokens more, with the ids {first} to {last}")
+    print(*made.lines, sep="\n", end="\n" if made.lines else "")
+    if made.model is not None:
+        print(f"model.vocab_size is {made.model.vocab_size}; a new row is the mean of its text's old ones: train them")
+    if made.recipe is not None:
+        print(f"training configuration: {made.recipe}")
+
+
 COMMANDS: dict[str, Any] = {
     "train": (train, TrainOptions),
     "merge": (merge, MergeOptions),
     "compare": (compare, CompareOptions),
     "export": (export, ExportOptions),
+    "extend": (extend, ExtendOptions),
 }
 
 

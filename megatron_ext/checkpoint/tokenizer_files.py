@@ -12,7 +12,11 @@ from megatron_ext.files import read_json_object
 FAST_FILE, MODEL_FILE = "tokenizer.json", "tokenizer.model"
 SETTINGS_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TOKENIZERS = (FAST_FILE, MODEL_FILE)
-"""Files of which a tokenizer that data is prepared with has at least one."""
+"""Files of which a tokenizer mostly has at least one."""
+PIECE_FILES = (MODEL_FILE, "spiece.model", "sentencepiece.bpe.model")
+"""Names of SentencePiece models."""
+_READABLE = (*((name,) for name in (FAST_FILE, *PIECE_FILES, "vocab.txt")), ("vocab.json", "merges.txt"))
+"""Files that are a tokenizer together, which transformers reads with a class of its own."""
 TOKENIZER_FOLDER = "tokenizer"
 """Where a Megatron checkpoint has them."""
 GENERATION_FILE = "generation_config.json"
@@ -41,8 +45,8 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether `directory` holds a tokenizer in a file that needs no class of its own."""
-    return any((directory / name).is_file() for name in TOKENIZERS)
+    """Whether `directory` holds a tokenizer in files that need no code beside them."""
+    return any(all((directory / name).is_file() for name in names) for names in _READABLE)
 
 
 def says_of_tokens(directory: Path) -> bool:

@@ -13,6 +13,8 @@ from megatron_ext.files import UNFINISHED
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
+_BLOCK = 1 << 20
+"""Documents that are described at once."""
 _DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 
 
@@ -23,14 +25,18 @@ def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
 
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype[np.generic]) -> None:
     """Write the `.idx` of a `.bin` whose documents have `lengths` tokens of `dtype`, one sequence a document."""
-    lengths = lengths.astype(np.int32)
-    pointers = np.zeros(len(lengths), dtype=np.int64)
-    np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
-    documents = np.arange(len(lengths) + 1, dtype=np.int64)
+    count = len(lengths)
     with open(path, "wb") as file:
-        file.write(_HEADER.pack(_MAGIC, _VERSION, _DTYPE_CODES[dtype], len(lengths), len(documents)))
-        for array in (lengths, pointers, documents):
-            file.write(array.tobytes())
+        file.write(_HEADER.pack(_MAGIC, _VERSION, _DTYPE_CODES[dtype], count, count + 1))
+        for start in range(0, count, _BLOCK):
+            file.write(lengths[start : start + _BLOCK].astype(np.int32).tobytes())
+        pointer = 0
+        for start in range(0, count, _BLOCK):
+            sizes = lengths[start : start + _BLOCK].astype(np.int64) * dtype.itemsize
+            file.write((pointer + np.cumsum(sizes) - sizes).tobytes())
+            pointer += int(sizes.sum())
+        for start in range(0, count + 1, _BLOCK):
+            file.write(np.arange(start, min(start + _BLOCK, count + 1), dtype=np.int64).tobytes())
         sync(file)
 
 

@@ -10,14 +10,14 @@ from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.config import ModelConfig
-from megatron_ext.errors import ConfigError, ConversionError
+from megatron_ext.errors import ConversionError
 from megatron_ext.files import write_text
 from megatron_ext.model_io.compare import Comparison, comparison_input
 from megatron_ext.model_io.compare import verify as compare
 from megatron_ext.model_io.figures import lines_of
 from megatron_ext.model_io.finite import WatchedSource, describe
 from megatron_ext.model_io.open import Checkpoint, is_hugging_face, open_checkpoint, warn_of_what_stays
-from megatron_ext.model_io.recipe import Recipe, Target, recipe_path, require_recipe_place, training_recipe
+from megatron_ext.model_io.recipe import Recipe, Target, recipe_if_trainable, recipe_path, require_recipe_place
 from megatron_ext.model_io.write import (
     DTYPES,
     Examined,
@@ -115,13 +115,9 @@ def convert(
 
 
 def _recipe(opened: Checkpoint, target: str, tokenizer: Path | None) -> Recipe | None:
-    """A run that trains the model; None, with a warning, where no run of ours can."""
+    """A run that trains the model; None where no run of ours can."""
     made = f"converted from {opened.directory}"
-    try:
-        return training_recipe(Target(target, opened.model, made, opened.run, tokenizer))
-    except ConfigError as error:
-        log.warning("no training configuration for %s: %s", target, error)
-        return None
+    return recipe_if_trainable(Target(target, opened.model, made, opened.run, tokenizer))
 
 
 def goes_to_hugging_face(source: str | Path, to: str | None, hf_class: str | None) -> bool:

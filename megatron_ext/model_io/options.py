@@ -1,4 +1,4 @@
-"""Options of tools/convert.py."""
+"""Options of tools/convert.py, and of the other tools that write a model with new tokens."""
 
 import os
 from typing import Literal
@@ -58,6 +58,34 @@ class ConvertOptions:
     taken from HF_TOKEN, or from the login of the hub's own command line."""
     private: bool = True
     """Create the repository as a private one, where it is not there yet."""
+
+
+@config
+class ExtendOptions:
+    """Options of `tools/tokenizer.py extend`."""
+
+    source: PathName
+    """What gets more tokens: a Megatron checkpoint (of a directory of them the newest), a Hugging Face directory, or a
+    tokenizer alone."""
+    target: PathName
+    """Directory to write, in the source's format."""
+    tokens: list[str] = Field(default_factory=list)
+    """Tokens to add, such as <|im_start|> <|im_end|>. They get the ids behind those that are there."""
+    tokens_file: PathName | None = None
+    """File of more tokens, one a line."""
+    special: bool = False
+    """They are control tokens, which no text is read as, though it spells them; chat templates write them."""
+    tokenizer: PathName | None = None
+    """Tokenizer to extend. Default: the model's own."""
+    logits: bool = True
+    """Compare the logits of the tokens that were there, before and after; the model is loaded in fp32. --no-logits
+    compares weights alone."""
+    trust_remote_code: bool = False
+    """Run modelling code inside a Hugging Face directory for that."""
+    workers: int = Field(default_factory=default_workers, ge=1)
+    """Threads. The result does not depend on them. Default: one for each core, up to 4."""
+    force: bool = False
+    """Replace an existing target."""
 
 
 def refuse_unused(o: ConvertOptions, *, to_hugging_face: bool) -> None:

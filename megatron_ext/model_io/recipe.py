@@ -100,6 +100,15 @@ def training_recipe(target: Target) -> Recipe:
     return Recipe(_commented(dump_yaml(_without_defaults(run)), target, comments, changes), notes)
 
 
+def recipe_if_trainable(target: Target) -> Recipe | None:
+    """The same; None, with a warning, where no run of ours can train the model."""
+    try:
+        return training_recipe(target)
+    except ConfigError as error:
+        log.warning("no training configuration for %s: %s", target.checkpoint, error)
+        return None
+
+
 def _trainable(raw: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
     """The run, without what a dense run may have and a MoE run may not; and a comment on each section that changed."""
     try:

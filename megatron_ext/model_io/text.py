@@ -10,7 +10,8 @@ from torch import Tensor
 from megatron_ext.checkpoint.tokenizer_files import has_tokenizer
 from megatron_ext.data.dataset import check_dataset
 from megatron_ext.data.indexed import token_dtype
-from megatron_ext.data.prepare.corpus import corpus_files, read_documents
+from megatron_ext.data.prepare.corpus import corpus_files
+from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.model_io.checkpoint_model import tokenizer_directory
@@ -55,9 +56,9 @@ def token_batches(
 def _tokens(source: str | Path | None, tokenizer: Tokenizer, *, most: int) -> Iterator[Iterable[int]]:
     """Token ids of `source` piece by piece; of a prepared dataset no more than `most` are read."""
     if source is None:
-        text = "\n".join(_SENTENCES)
-        while True:
-            yield tokenizer.encode(text)
+        ids = tokenizer.encode("\n".join(_SENTENCES))
+        while ids:  # a vocabulary may have none of it
+            yield ids
     elif Path(f"{source}.bin").is_file():
         check_dataset(source, tokenizer)
         yield np.fromfile(f"{source}.bin", dtype=token_dtype(tokenizer.vocab_size), count=most).tolist()

@@ -62,7 +62,17 @@ def _source_lines(plan: RunPlan, stage: StagePlan) -> list[str]:
 
 def plan_warnings(plan: RunPlan, data: DataConfig) -> list[str]:
     """What of the plan is seldom meant."""
-    return [*_repeated(plan, data), *_forgotten(plan, data), *_handfuls(plan), *_coarse(plan)]
+    return [*_misjudged(plan, data), *_repeated(plan, data), *_forgotten(plan, data), *_handfuls(plan), *_coarse(plan)]
+
+
+def _misjudged(plan: RunPlan, data: DataConfig) -> list[str]:
+    """A source that has far more or fewer tokens than the configuration says."""
+    stated = {name: source.tokens for name, source in data.sources.items()}
+    return [
+        f"data.sources.{source.id}.tokens = {tokens:,.0f}, but its files have {source.tokens:,}"
+        for source in plan.sources
+        if source.tokens and (tokens := stated.get(source.id)) and abs(source.tokens - tokens) > tokens / 10
+    ]
 
 
 def _repeated(plan: RunPlan, data: DataConfig) -> list[str]:

@@ -32,7 +32,7 @@ from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.runtime.cpu_speed import slow_precision
 from megatron_ext.training.data_files import DataFiles, collecting
-from megatron_ext.training.planned import plan_data, with_planned_length
+from megatron_ext.training.planned import plan_data, stated_plan, with_planned_length
 from megatron_ext.training.same_run import (
     changed_keys,
     check_holds_weights,
@@ -69,12 +69,25 @@ class Findings:
     room: str = ""
     """What its checkpoints take of the disk."""
 
+    def note_plan(self, plan: RunPlan, data: DataConfig, run: RunConfig | None) -> None:
+        """Keep the plan of `data`, say what people would look at where it has stages, and what its schedule lacks."""
+        self.plan, rate_at = plan, None
+        if run is not None:
+            wrong = schedule_faults(run, plan)
+            self.faults += wrong
+            if not wrong:
+                rate_at = partial(learning_rate, run, plan)
+                self.warnings += schedule_warnings(run, plan)
+        if data.stages:
+            self.stages = plan_table(plan, rate_at)
+            self.warnings += plan_warnings(plan, data)
+
     def lines(self) -> list[str]:
         """For people."""
         return [
             *(f"data            {line}" for line in [*self.stages, *(use.line() for use in self.sources)]),
             *([f"data            {self.sums}"] if self.sums else []),
-            f"start           {self.start}",
+            *([f"start           {self.start}"] if self.start else []),
             *(f"changed         {change}" for change in self.changes),
             *([f"checkpoints     {self.room}"] if self.room else []),
             *(f"warning         {warning}" for warning in self.warnings),
@@ -96,14 +109,16 @@ def check_run(
     """
     text = read_run_text(path, overrides)
     faults, description = list(text.faults), ""
-    found = examine(text.values, text.run, open_foreign) if files else None
+    found = examine(text.values, text.run, open_foreign) if files else Findings()
     if text.run is not None:
         try:
-            description = describe_run(text.run, world_size, found.plan if found else None)
+            if not files and (plan := stated_plan(text.run.data, text.run.train)) is not None:
+                found.note_plan(plan, text.run.data, with_planned_length(text.run, plan))
+            description = describe_run(text.run, world_size, found.plan)
         except ConfigError as error:
             faults += str(error).splitlines()  # of the layout there may be several
-    raise_faults(path, faults + (found.faults if found else []))
-    return "\n".join([description, *(found.lines() if found else [])])
+    raise_faults(path, faults + found.faults)
+    return "\n".join([description, *found.lines()])
 
 
 def examine_run(run: RunConfig, source: str, open_foreign: OpenForeign) -> Findings:
@@ -190,19 +205,10 @@ class _Examination:
         with collecting(self.found.faults):
             where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
             plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
-            self.found.plan = plan
-            rate_at = None
             if self._run is not None:
                 self._run = with_planned_length(self._run, plan)
                 self._train = self._run.train
-                wrong = schedule_faults(self._run, plan)
-                self.found.faults += wrong
-                if not wrong:
-                    rate_at = partial(learning_rate, self._run, plan)
-                    self.found.warnings += schedule_warnings(self._run, plan)
-            if self._data.stages:
-                self.found.stages = plan_table(plan, rate_at)
-                self.found.warnings += plan_warnings(plan, self._data)
+            self.found.note_plan(plan, self._data, self._run)
 
     def _look_at_state(self) -> None:
         """Read where the run goes on, if it does."""

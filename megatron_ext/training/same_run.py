@@ -118,7 +118,8 @@ def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
     old, new = ({key: repr(value) for key, value in _leaves(one)} for one in (saved, now))
     keys = dict.fromkeys([*new, *old])
     pairs = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
-    return [f"{key}: {before} -> {after}" for key, before, after in pairs if before != after]
+    # A key that is unset says as much as one that is not there.
+    return [f"{key}: {b} -> {a}" for key, b, a in pairs if b != a and {b, a} != {"nothing", "None"}]
 
 
 def rereads(

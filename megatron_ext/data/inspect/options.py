@@ -51,6 +51,16 @@ class MixOptions:
 
 
 @config
+class PlanOptions:
+    """Options of `plan`."""
+
+    run: PathName
+    """The run's configuration."""
+    overrides: list[str] = Field(default_factory=list)
+    """Replace single keys of the run: section.key=value."""
+
+
+@config
 class StepOptions:
     """Options of `step`."""
 

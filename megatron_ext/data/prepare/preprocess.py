@@ -4,15 +4,13 @@ Every document gets an end-of-document token and is assigned to a split by a has
 not depend on order or number of processes, and copies of a document never stand in two splits.
 """
 
-import hashlib
 import json
-import logging
 import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
-from megatron_ext.data.indexed import token_dtype, write_index, write_synced
-from megatron_ext.data.prepare.corpus import Shard, corpus_files, read_shard, split_into_shards
-from megatron_ext.data.prepare.encoder import Encoder, encoder_for
-from megatron_ext.data.prepare.parts import Part, join_lengths, join_tokens
+from megatron_ext.data.indexed import token_dtype, write_synced
+from megatron_ext.data.prepare.corpus import corpus_files, is_compressed, split_into_shards
+from megatron_ext.data.prepare.filters import fingerprint_of
+from megatron_ext.data.prepare.join import check_parts, find_copies, join_split
+from megatron_ext.data.prepare.parts import Part, Told
+from megatron_ext.data.prepare.shard_work import SPLITS, ShardWorker, Task, TextOptions
 from megatron_ext.data.prepare.workers import run_in_processes
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.record import record_of
@@ -41,22 +41,19 @@ from megatron_ext.locks import exclusive_output
 from megatron_ext.manifest import MANIFEST_FILE as SUMS_FILE
 from megatron_ext.manifest import FileSum, check_manifest, write_manifest
 
-log = logging.getLogger(__name__)
-
-SPLITS = ("train", "validation", "test")
-_CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE)
+DROPPED_FILE = "dropped.jsonl"
+_CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE, DROPPED_FILE)
 _PLAN_FILE, _JOINED = "plan.json", "joined"
-_SHARD_BYTES = 4 * 1024 * 1024
-_BATCH_CHARACTERS = 1 << 18
+_SHARD_BYTES, _LARGEST_SHARD_BYTES, _SHARDS = 4 << 20, 1 << 26, 256
+_BUCKET_BYTES = 1 << 26
+_EXPANDS = 5
+"""How many times its size a compressed file is about."""
+_SAMPLES = 100
+"""Documents of each reason that are kept of those left out."""
+_RESULTS = ("splits", "files", "left_out", "first_bad_lines")
+"""What dataset.json says of the result, beside what that depends on."""
 
-
-@dataclass(frozen=True)
-class _Job:
-    """What every shard of one preparation has in common."""
-
-    work: Path
-    text_key: str
-    fractions: tuple[float, ...]
+Progress = Callable[[int, int, str], None]
 
 
 def preprocess(
@@ -64,40 +61,49 @@ def preprocess(
     tokenizer_directory: str | Path,
     output: str | Path,
     *,
+    options: TextOptions | None = None,
     text_key: str = "text",
     split: Sequence[float] = (0.98, 0.01, 0.01),
     workers: int = 1,
     force: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total, note: None,
 ) -> dict[str, SplitSummary]:
     """Tokenize the documents of `inputs` into `<output>/{train,validation,test}.{bin,idx}`.
 
     Interrupted, it continues with the shards that are missing; the output appears when it is complete.
 
     Args:
+        options: all choices about the text; `text_key` and `split` are two of them, for short, and stand above it.
         split: shares of the three splits; a split without documents is not written.
-        progress: told (bytes read, bytes in all).
+        progress: told (bytes read, bytes in all, documents and tokens so far).
 
     Raises:
         DataError: bad input, or an output that exists and `force` is not set.
     """
     files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
-    fractions = _checked_fractions(split)
-    plan = _plan(files, tokenizer, text_key, fractions)
+    options = options or TextOptions(text_key=text_key, split=tuple(split))
+    options = replace(options, split=_checked_fractions(options.split))
+    plan = _plan(files, tokenizer, options)
     if (done := _published(Path(output), plan)) is not None:
         return done
     output = output_place(output, DataError, force=force, contents=_CONTENTS, inputs=[*files, tokenizer.directory])
     work = unfinished_place(output)
-    job = _Job(work, text_key, fractions)
-    shards = split_into_shards(files, _SHARD_BYTES)
+    tasks = _tasks(files)
     with exclusive_output(output, "preparing data"):
         _continue_or_restart(output, plan)
         with _writing(work):
-            _run_shards(job, tokenizer, shards, workers, progress)
-            summary = _join(work, len(shards), plan, token_dtype(tokenizer.vocab_size))
+            _run_shards(work, options, tokenizer, tasks, workers, progress)
+            summary = _join(work, tasks, plan, options, token_dtype(tokenizer.vocab_size))
         publish_directory(work / _JOINED, output, replace=force)
         remove_unfinished(work)
     return summary
+
+
+def _tasks(files: Sequence[Path]) -> list[Task]:
+    total = sum(path.stat().st_size for path in files)
+    shards = split_into_shards(files, min(max(_SHARD_BYTES, total // _SHARDS), _LARGEST_SHARD_BYTES))
+    number_of = {path: number for number, path in enumerate(files)}
+    return [Task(number, number_of[shard.path], shard) for number, shard in enumerate(shards)]
 
 
 def _checked_fractions(split: Sequence[float]) -> tuple[float, ...]:
@@ -117,22 +123,25 @@ def _writing(work: Path) -> Iterator[None]:
         raise DataError(f"{why}; what is done is kept in {work}: start the same command again to go on") from error
 
 
-def _plan(files: Sequence[Path], tokenizer: Tokenizer, text_key: str, fractions: tuple[float, ...]) -> dict[str, Any]:
+def _plan(files: Sequence[Path], tokenizer: Tokenizer, options: TextOptions) -> dict[str, Any]:
     """Everything the result depends on."""
+    chosen = asdict(options)
+    filters = [{"filter": name, "code": fingerprint_of(name)} for name in options.filters]
     return {
         "sources": [
             {"path": str(p.resolve()), "bytes": p.stat().st_size, "modified": p.stat().st_mtime_ns} for p in files
         ],
         **record_of(tokenizer),
-        "text_key": text_key,
-        "split": list(fractions),
+        **chosen,
+        "split": list(options.split),
+        "filters": filters,
     }
 
 
 def _continue_or_restart(output: Path, plan: dict[str, Any]) -> None:
     """Keep finished shards of an interrupted preparation if nothing it depends on has changed."""
     work = unfinished_place(output)
-    plan = {**plan, "shard_bytes": _SHARD_BYTES}
+    plan = {**plan, "shard_bytes": _SHARD_BYTES, "parts": 2}
     if (work / OURS).is_file() and not work.is_symlink():
         if (begun := _plan_of(work)) == plan:
             shutil.rmtree(work / _JOINED, ignore_errors=True)
@@ -153,7 +162,9 @@ def _published(output: Path, plan: dict[str, Any]) -> dict[str, SplitSummary] | 
         return None
     with exclusive_output(output, "preparing data"):
         content = read_json_object(output / MANIFEST_FILE, DataError)
-        splits = content.pop("splits", None)
+        splits = content.get("splits")
+        for key in _RESULTS:
+            content.pop(key, None)
         if content != plan or not isinstance(splits, dict):
             return None
         check_manifest(output, DataError, checksums=True, advice=PREPARE_AGAIN)
@@ -171,120 +182,130 @@ def _plan_of(work: Path) -> dict[str, Any] | None:
 
 
 def _run_shards(
-    job: _Job, tokenizer: Tokenizer, shards: list[Shard], workers: int, progress: Callable[[int, int], None]
+    work: Path, options: TextOptions, tokenizer: Tokenizer, tasks: list[Task], workers: int, progress: Progress
 ) -> None:
-    total = sum(shard.stop - shard.start for shard in shards)
-    missing = [(n, shard) for n, shard in enumerate(shards) if not Part(job.work, n).is_done()]
-    done = total - sum(shard.stop - shard.start for _, shard in missing)
-    progress(done, total)
+    total = sum(task.shard.stop - task.shard.start for task in tasks)
+    missing, done, counts = [], 0, np.zeros(2, dtype=np.int64)
+    for task in tasks:
+        if not Part(work, task.number).is_done():
+            missing.append(task)
+            continue
+        done += task.shard.stop - task.shard.start
+        counts += Part(work, task.number).size(SPLITS)
+    progress(done, total, _note(counts))
+    start = partial(_start, work, options, tokenizer)
     if workers == 1 or len(missing) <= 1:
-        _open_tokenizer(tokenizer, job.work)
-        finished: Iterator[tuple[int, Shard]] = (_tokenized(job, task) for task in missing)
+        start()
+        finished: Iterator[Task] = (_done(work, task) for task in missing)
     else:
-        finished = run_in_processes(
-            partial(_tokenized, job),
-            missing,
-            workers,
-            start=partial(_open_tokenizer, tokenizer, job.work),
-            describe=_description,
-        )
-    for _, shard in finished:
-        done += shard.stop - shard.start
-        progress(done, total)
+        finished = run_in_processes(partial(_done, work), missing, workers, start=start, describe=_description)
+    for task in finished:
+        done += task.shard.stop - task.shard.start
+        counts += Part(work, task.number).size(SPLITS)
+        progress(done, total, _note(counts))
 
 
-def _description(task: tuple[int, Shard]) -> str:
-    shard = task[1]
+def _note(counts: np.ndarray) -> str:
+    documents, tokens = counts.tolist()
+    return f"{documents:,} documents, {tokens:,} tokens"
+
+
+def _description(task: Task) -> str:
+    shard = task.shard
     return f"{shard.path}, bytes {shard.start} to {shard.stop}; start the same command again to go on"
 
 
-_tokenizer: Tokenizer | None = None
-_encoder: Encoder | None = None
+_worker: ShardWorker | None = None
 
 
-def _open_tokenizer(tokenizer: Tokenizer, work: Path) -> None:
+def _start(work: Path, options: TextOptions, tokenizer: Tokenizer) -> None:
     """Give this process the tokenizer that was loaded once: that takes seconds."""
-    global _tokenizer, _encoder
-    _tokenizer, _encoder = tokenizer, encoder_for(tokenizer, partial(_say_spelt, tokenizer, work / "spelt"))
+    global _worker
+    _worker = ShardWorker(work, options, tokenizer)
 
 
-def _tokenized(job: _Job, task: tuple[int, Shard]) -> tuple[int, Shard]:
-    with _writing(job.work):
-        _tokenize_shard(job, *task)
+def _done(work: Path, task: Task) -> Task:
+    assert _worker is not None
+    with _writing(work):
+        _worker.do(task)
     return task
 
 
-def _tokenize_shard(job: _Job, number: int, shard: Shard) -> None:
-    """Write the tokens and document lengths of one shard, split by split."""
-    texts = (text for text in read_shard(shard, job.text_key) if text)
-    Part(job.work, number).write(_documents(job, texts), SPLITS)
-
-
-def _documents(job: _Job, texts: Iterator[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Split and token ids, with the end, of each text."""
-    assert _tokenizer is not None
-    assert _encoder is not None
-    while batch := _batch(texts):
-        ids = _encoder.encode(batch)
-        ends = np.flatnonzero(ids == _tokenizer.eod) + 1
-        assert len(ends) == len(batch), "the token that ends documents is in no text"
-        for text, document in zip(batch, np.split(ids, ends[:-1]), strict=True):
-            yield _split_of(text, job.fractions), document
-
-
-def _batch(texts: Iterator[str]) -> list[str]:
-    """The next texts, about as many as are encoded at once."""
-    batch: list[str] = []
-    size = 0
-    while size < _BATCH_CHARACTERS and (text := next(texts, None)) is not None:
-        batch.append(text)
-        size += len(text)
-    return batch
-
-
-def _say_spelt(tokenizer: Tokenizer, said: Path, texts: Sequence[str]) -> None:
-    """Say once that a text spells out a special token, in whichever process meets it first."""
-    if said.exists():
-        return
-    for text in texts:
-        if mark := tokenizer.spells(text):
-            said.touch()
-            log.warning(
-                "a document spells out the special token %r: in documents that is text, not the token itself. A corpus "
-                "of conversations needs them as tokens; plain text does not",
-                mark,
-            )
-            return
-
-
-def _split_of(text: str, fractions: tuple[float, ...]) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    draw = int.from_bytes(digest, "little") / 2**64
-    for name, share in zip(SPLITS, fractions, strict=True):
-        if draw < share:
-            return name
-        draw -= share
-    return next(name for name, share in zip(reversed(SPLITS), reversed(fractions), strict=True) if share > 0)
-
-
-def _join(work: Path, num_shards: int, plan: dict[str, Any], dtype: np.dtype[np.generic]) -> dict[str, SplitSummary]:
+def _join(
+    work: Path, tasks: Sequence[Task], plan: dict[str, Any], options: TextOptions, dtype: np.dtype[np.generic]
+) -> dict[str, SplitSummary]:
     """Join the parts of every split to the finished directory, and describe it."""
-    parts = [Part(work, number) for number in range(num_shards)]
+    parts = [Part(work, task.number) for task in tasks]
+    check_parts(parts)
     output = work / _JOINED
     output.mkdir()
-    summary: dict[str, SplitSummary] = {}
+    told = [part.told() for part in parts]
+    left_out = _left_out(told)
+    if options.deduplicate:
+        left_out["copy of another document"] = sum(find_copies(parts, split) for split in SPLITS)
+    buckets = _buckets(plan) if options.order == "random" else 0
+    files, splits = np.zeros((len(plan["sources"]), 3), dtype=np.int64), {}
     sums: dict[str, FileSum] = {}
     for name in SPLITS:
-        lengths = join_lengths(parts, name)
-        if len(lengths):
-            sums[f"{name}.bin"] = join_tokens(parts, name, output / f"{name}.bin")
-            write_index(output / f"{name}.idx", lengths, dtype)
-            summary[name] = SplitSummary(len(lengths), int(lengths.sum()))
-    if not summary:
-        files = [source["path"] for source in plan["sources"]]
-        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        raise DataError(f"{files[0]}{more}: no text there, all documents are empty")
-    splits = {name: asdict(counts) for name, counts in summary.items()}
-    write_synced(output / MANIFEST_FILE, (json.dumps({**plan, "splits": splits}, indent=2) + "\n").encode())
+        counts = np.zeros_like(files)
+        total = join_split(parts, name, output, dtype, buckets=buckets, counts=counts)
+        if total.bytes:
+            sums[f"{name}.bin"] = total
+            splits[name] = dict(zip(_COUNTED, counts.sum(axis=0).tolist(), strict=True))
+        files += counts
+    if not splits:
+        names = [source["path"] for source in plan["sources"]]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "no document"
+        raise DataError(f"{names[0]}{more}: no text there is left ({why})")
+    results = {
+        "splits": splits,
+        "files": [
+            {"path": source["path"], **dict(zip(_COUNTED, row.tolist(), strict=True))}
+            for source, row in zip(plan["sources"], files, strict=True)
+        ],
+        "left_out": left_out,
+        "first_bad_lines": [line for one in told for line in one.bad_lines][:_SAMPLES],
+    }
+    _write_samples(output / DROPPED_FILE, told)
+    write_synced(output / MANIFEST_FILE, (json.dumps({**plan, **results}, indent=2) + "\n").encode())
     write_manifest(output, sums)
-    return summary
+    _say_left_out(results)
+    return {name: SplitSummary(counts["documents"], counts["tokens"]) for name, counts in splits.items()}
+
+
+_COUNTED = ("documents", "tokens", "bytes")
+
+
+def _buckets(plan: dict[str, Any]) -> int:
+    """Stretches of the random order, so that the documents of one fit into memory."""
+    size = sum(source["bytes"] * (_EXPANDS if is_compressed(Path(source["path"])) else 1) for source in plan["sources"])
+    return 1 + int(size) // _BUCKET_BYTES
+
+
+def _left_out(told: Sequence[Told]) -> dict[str, int]:
+    result = {"empty": sum(one.empty for one in told), "bad line": sum(one.bad for one in told)}
+    for one in told:
+        for reason, count in one.dropped.items():
+            result[reason] = result.get(reason, 0) + count
+    return result
+
+
+def _write_samples(path: Path, told: Sequence[Told]) -> None:
+    kept: dict[str, int] = {}
+    lines = []
+    for reason, file, text in (sample for one in told for sample in one.samples):
+        kept[reason] = kept.get(reason, 0) + 1
+        if kept[reason] <= _SAMPLES:
+            lines.append(json.dumps({"reason": reason, "file": file, "text": text}, ensure_ascii=False) + "\n")
+    if lines:
+        write_synced(path, "".join(lines).encode())
+
+
+def _say_left_out(results: dict[str, Any]) -> None:
+    counts = {reason: count for reason, count in results["left_out"].items() if count}
+    if counts:
+        total = sum(counts.values())
+        print(f"{total:,} left out: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}", file=sys.stderr)
+    for line in results["first_bad_lines"][:3]:
+        print(f"  {line}", file=sys.stderr)

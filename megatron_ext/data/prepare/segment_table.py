@@ -27,14 +27,24 @@ class SegmentHash:
 
     def __call__(self, codes_C: np.ndarray, starts_S: np.ndarray) -> np.ndarray:
         """uint64 [S] of the segments that begin at `starts_S`."""
+        sums = self._sums(codes_C)
+        before_S = sums[starts_S]
+        result: np.ndarray = (np.append(before_S[1:], sums[-1]) - before_S) * self._inverse_powers[starts_S]
+        return result
+
+    def of_windows(self, codes_C: np.ndarray, size: int) -> np.ndarray:
+        """uint64 [C - size + 1] of all runs of `size` characters."""
+        sums = self._sums(codes_C)
+        result: np.ndarray = (sums[size:] - sums[:-size]) * self._inverse_powers[: len(sums) - size]
+        return result
+
+    def _sums(self, codes_C: np.ndarray) -> np.ndarray:
         if len(codes_C) > len(self._powers):
             self._set_powers(2 * len(codes_C))
         sums = np.empty(len(codes_C) + 1, dtype=np.uint64)
         sums[0] = 0
         np.cumsum((codes_C + np.uint32(1)) * self._powers[: len(codes_C)], out=sums[1:])
-        before_S = sums[starts_S]
-        result: np.ndarray = (np.append(before_S[1:], sums[-1]) - before_S) * self._inverse_powers[starts_S]
-        return result
+        return sums
 
 
 def _powers(base: int, count: int) -> np.ndarray:

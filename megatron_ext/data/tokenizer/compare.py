@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.data.prepare.corpus import corpus_files, read_documents
+from megatron_ext.data.prepare.corpus import corpus_files
+from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.tokenizer.fertility import Fertility, measure_tokenizer
 from megatron_ext.data.tokenizer.fertility_report import consequence_lines, fertility_lines
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.data.tokenizer.sample import sample
 from megatron_ext.errors import DataError
+from megatron_ext.progress import counted
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def compare_tokenizers(
     fertility: dict[str, dict[str, Fertility]] = {name: {} for name in tokenizers}
     text_bytes = {}
     for language, of_language in files.items():
-        documents = sample(read_documents(of_language, text_key), max_characters=max_characters)
+        documents = sample(
+            counted(read_documents(of_language, text_key), "documents read"), max_characters=max_characters
+        )
         if not documents.characters:
             raise DataError(f"{', '.join(map(str, texts[language]))}: has no text to measure {language} on")
         text_bytes[language] = documents.of_bytes

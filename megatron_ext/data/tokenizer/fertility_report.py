@@ -1,5 +1,6 @@
 """Tokenizers side by side: fertility of each language as a table and a plot, and what it means for a corpus."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_plot(measured: Measured, path: str | Path) -> None:
-    """Draw the figures of the table, a bar for each tokenizer in each language; the ending of `path` says the format.
-
-    Raises:
-        DataError: matplotlib knows no such format.
-    """
-    import io
-
+    """Draw the figures of the table, a bar for each tokenizer in each language, as .png, .svg or .pdf."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,6 +104,6 @@ def write_plot(measured: Measured, path: str | Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(measured), 4))
     content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
+    figure.savefig(content, format=Path(path).suffix.lstrip("."), dpi=150)
     pyplot.close(figure)
     write_bytes(path, content.getbuffer())

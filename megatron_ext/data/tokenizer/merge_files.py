@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ext.checkpoint.tokenizer_files import MODEL_FILE
-from megatron_ext.data.prepare.corpus import corpus_files, read_documents
+from megatron_ext.data.prepare.corpus import corpus_files
+from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
 from megatron_ext.data.tokenizer.fertility import Fertility, kinds_of, measure
 from megatron_ext.data.tokenizer.merge import Merged, Part, check_compatible, merge_models, without_spaces
@@ -19,6 +20,7 @@ from megatron_ext.data.tokenizer.sample import MAX_CHARACTERS, MAX_LINES, Sample
 from megatron_ext.errors import DataError
 from megatron_ext.files import output_place
 from megatron_ext.locks import exclusive_output
+from megatron_ext.progress import counted
 
 _HELD_OUT = 20
 """Each so many documents, one is not counted, but measured on."""
@@ -107,7 +109,7 @@ def _read(language: Language) -> Model:
 
 def _documents(files: Sequence[Path], text_key: str, *, held_out: bool) -> Iterator[str]:
     """The documents that are counted, or those that are held out."""
-    for number, document in enumerate(read_documents(files, text_key)):
+    for number, document in enumerate(counted(read_documents(files, text_key), "documents read")):
         if (number % _HELD_OUT == _HELD_OUT - 1) == held_out:
             yield document
 

@@ -17,7 +17,14 @@ from typing import Any
 
 import tokenizers
 
-from megatron_ext.checkpoint.tokenizer_files import ADDED_FILE, FAST_FILE, MODEL_FILE, SETTINGS_FILE, SPECIAL_FILE
+from megatron_ext.checkpoint.tokenizer_files import (
+    ADDED_FILE,
+    FAST_FILE,
+    MODEL_FILE,
+    PIECE_FILES,
+    SETTINGS_FILE,
+    SPECIAL_FILE,
+)
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
@@ -280,9 +287,14 @@ def _stands_in(directory: Path, token: str) -> bool:
         return True
     if (directory / FAST_FILE).is_file():
         return tokenizers.Tokenizer.from_file(str(directory / FAST_FILE)).token_to_id(token) is not None
-    if (directory / MODEL_FILE).is_file():
-        pieces = load_sentencepiece(directory / MODEL_FILE)
-        return str(pieces.id_to_piece(pieces.piece_to_id(token))) == token
+    for name in PIECE_FILES:
+        if (directory / name).is_file():
+            pieces = load_sentencepiece(directory / name)
+            return str(pieces.id_to_piece(pieces.piece_to_id(token))) == token
+    if (directory / "vocab.json").is_file():
+        return token in read_json_object(directory / "vocab.json", DataError)
+    if (directory / "vocab.txt").is_file():
+        return token in (directory / "vocab.txt").read_text(encoding="utf-8").splitlines()
     return True  # a kind whose files are not known here
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.data.prepare import corpus, json_stream
-from megatron_ext.data.prepare.corpus import corpus_files, read_documents, read_shard, split_into_shards
+from megatron_ext.data.prepare import documents, json_stream
+from megatron_ext.data.prepare.corpus import corpus_files, split_into_shards
+from megatron_ext.data.prepare.documents import read_documents, read_shard
 from megatron_ext.data.prepare.json_stream import NotJson, json_values
 from megatron_ext.data.python_corpus import write_python_corpus
 from megatron_ext.errors import DataError
@@ -25,7 +26,7 @@ def test_shards_of_any_size_hold_every_document_once(
 ) -> None:
     path = tmp_path_factory.mktemp("corpus") / "c.jsonl"
     path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
-    read = [text for shard in split_into_shards([path], size) for text in read_shard(shard)]
+    read = [text for shard in split_into_shards([path], size) for _, text in read_shard(shard)]
     assert read == texts
 
 
@@ -65,10 +66,10 @@ def test_bad_inputs_are_named(tmp_path: Path) -> None:
         corpus_files([tmp_path / "nowhere.jsonl"])
     with pytest.raises(DataError, match=r"nothing to read below \(no files\); expected \.jsonl"):
         corpus_files([tmp_path])
-    (tmp_path / "x.parquet").touch()
+    (tmp_path / "x.csv").touch()
     with pytest.raises(DataError, match=r"expected \.jsonl"):
-        corpus_files([tmp_path / "x.parquet"])
-    with pytest.raises(DataError, match=r"nothing to read below \(1 \.parquet \(x\.parquet\)\)"):
+        corpus_files([tmp_path / "x.csv"])
+    with pytest.raises(DataError, match=r"nothing to read below \(1 \.csv \(x\.csv\)\)"):
         corpus_files([tmp_path])
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="neither a file nor a folder"):
@@ -131,12 +132,12 @@ def test_what_a_folder_leaves_out_is_said(tmp_path: Path, capsys: pytest.Capture
     (folder / "again.txt").symlink_to(elsewhere / "linked.txt")
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
     (folder / "notes").touch()
-    for name in ("b.parquet", "c.parquet", "d.csv.gz"):
+    for name in ("b.xml", "c.xml", "d.csv.gz"):
         (folder / name).touch()
     assert list(read_documents(corpus_files([folder]))) == ["x", "linked"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        f"{folder}: 2 files are read, 7 left out: 1 .csv.gz (d.csv.gz), 2 .parquet (such as b.parquet), "
+        f"{folder}: 2 files are read, 7 left out: 1 .csv.gz (d.csv.gz), 2 .xml (such as b.xml), "
         "2 already read by another name (such as deep/loop), 1 broken link (gone.txt), 1 without ending (notes)"
     )
 
@@ -179,7 +180,7 @@ def test_json_is_read_in_blocks_of_any_size(values: list[object], block: int, in
 
 
 def test_a_long_line_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 1 << 20)
+    monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 1 << 20)
     path = tmp_path / "c.jsonl"
     with open(path, "wb") as file:
         file.write(b'{"text": "a"}\n')
@@ -189,7 +190,7 @@ def test_a_long_line_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert list(read_shard(shard)) == []
     with pytest.raises(DataError, match=r"c\.jsonl:2: a document longer than 1 MiB; cut it into several"):
         list(read_documents([path]))
-    assert corpus._line_at(path, 1 << 26) == f"{path}:2"
+    assert documents._line_at(path, 1 << 26) == f"{path}:2"
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20, "the line has 128 MiB"

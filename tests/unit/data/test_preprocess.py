@@ -11,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 import megatron_ext.data.prepare.preprocess as module
 from megatron_ext.data.dataset import check_dataset, dataset_fingerprint
 from megatron_ext.data.prepare.preprocess import preprocess
+from megatron_ext.data.prepare.shard_work import ShardWorker, Task
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import OURS
@@ -56,7 +57,7 @@ def test_number_of_workers_and_shards_changes_nothing(
         tmp_path / "d",
         split=(0.7, 0.2, 0.1),
         workers=workers,
-        progress=lambda a, b: seen.append((a, b)),
+        progress=lambda a, b, note: seen.append((a, b)),
     )
     assert files(tmp_path / "d") == files(prepared / "d")
     assert seen[0][0] == 0
@@ -65,21 +66,19 @@ def test_number_of_workers_and_shards_changes_nothing(
 
 def test_an_interrupted_preparation_goes_on(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SHARD_BYTES", 5000)
-    real, done = module._tokenize_shard, []
+    real, done = ShardWorker.do, []
 
-    def breaks_off(job: module._Job, number: int, shard: module.Shard) -> None:
-        if number == 4:
+    def breaks_off(worker: ShardWorker, task: Task) -> None:
+        if task.number == 4:
             raise KeyboardInterrupt
-        done.append(number)
-        real(job, number, shard)
+        done.append(task.number)
+        real(worker, task)
 
-    monkeypatch.setattr(module, "_tokenize_shard", breaks_off)
+    monkeypatch.setattr(ShardWorker, "do", breaks_off)
     with pytest.raises(KeyboardInterrupt):
         preprocess([prepared / "c.jsonl"], prepared / "t", tmp_path / "d", split=(0.7, 0.2, 0.1))
     assert not (tmp_path / "d").exists()
-    monkeypatch.setattr(
-        module, "_tokenize_shard", lambda job, number, shard: (done.append(number), real(job, number, shard))
-    )
+    monkeypatch.setattr(ShardWorker, "do", lambda worker, task: (done.append(task.number), real(worker, task)))
     preprocess([prepared / "c.jsonl"], prepared / "t", tmp_path / "d", split=(0.7, 0.2, 0.1))
     assert sorted(done) == sorted(set(done)), "a finished shard was done again"
     assert files(tmp_path / "d") == files(prepared / "d")
@@ -146,12 +145,12 @@ def test_an_interruption_before_the_last_step_loses_nothing(
         raise KeyboardInterrupt
 
     arguments = ([prepared / "c.jsonl"], prepared / "t", tmp_path / "d")
-    for place in ("publish_directory", "write_manifest", "join_tokens"):
+    for place in ("publish_directory", "write_manifest", "join_split"):
         with monkeypatch.context() as patch:
             patch.setattr(module, place, breaks_off)
             with pytest.raises(KeyboardInterrupt):
                 preprocess(*arguments, split=(0.7, 0.2, 0.1))
-        monkeypatch.setattr(module, "_tokenize_shard", breaks_off)
+        monkeypatch.setattr(ShardWorker, "do", breaks_off)
     preprocess(*arguments, split=(0.7, 0.2, 0.1))
     assert files(tmp_path / "d") == files(prepared / "d")
     assert not (tmp_path / "d.partial").exists()
@@ -174,7 +173,7 @@ def test_killed_after_its_output_was_published_it_is_done(
     with pytest.raises(DataError, match="exists; choose another place"):
         prepare(share=0.6)  # something else
     counts = json.loads((tmp_path / "d" / "dataset.json").read_text())["splits"]
-    assert {name: vars(split) for name, split in prepare().items()} == counts
+    assert {name: split.tokens for name, split in prepare().items()} == {n: c["tokens"] for n, c in counts.items()}
     assert files(tmp_path / "d") == files(prepared / "d")
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
     with pytest.raises(DataError, match="exists; choose another place"):

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
+from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer, has_tokenizer
 from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
@@ -217,3 +218,36 @@ def test_a_text_that_only_the_end_of_documents_can_write_is_refused(tmp_path: Pa
     with pytest.raises(DataError, match=r"reads token 1 \('<\|endoftext\|>'\), which ends documents, out of"):
         Tokenizer(directory).encode("日")
     shutil.rmtree(directory)
+
+
+def files_of_gpt2(directory: Path) -> str:
+    byte_level().model.save(str(directory))
+    return "GPT2Tokenizer"
+
+
+def files_of_bert(directory: Path) -> str:
+    word_piece().model.save(str(directory))
+    return "BertTokenizer"
+
+
+def files_of_t5(directory: Path) -> str:
+    special = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "eos_piece": "<|endoftext|>"}
+    options = {"add_dummy_prefix": True, "byte_fallback": False, "vocab_size": 120, "remove_extra_whitespaces": True}
+    (directory / "spiece.model").write_bytes(sentencepiece_model(**options, **special))
+    return "T5Tokenizer"
+
+
+@pytest.mark.parametrize("files", [files_of_gpt2, files_of_bert, files_of_t5], ids=lambda files: files.__name__)
+def test_a_tokenizer_of_other_files_is_one_everywhere(files: Any, tmp_path: Path) -> None:
+    settings = {"tokenizer_class": files(tmp_path), "eos_token": "<|endoftext|>"}
+    write_settings(tmp_path, settings)
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode(LINES[0]) == theirs(LINES[0], add_special_tokens=False, split_special_tokens=True).input_ids
+    assert ours.eod == theirs.eos_token_id
+    assert has_tokenizer(tmp_path)
+    (tmp_path / "copy").mkdir()
+    assert copy_tokenizer(tmp_path, tmp_path / "copy")
+    assert Tokenizer(tmp_path / "copy").fingerprint == ours.fingerprint
+    write_settings(tmp_path, settings | {"eos_token": "<|nowhere|>"})
+    with pytest.raises(DataError, match=r"names '<\|nowhere\|>' as eos_token, which is no token"):
+        Tokenizer(tmp_path)

@@ -151,7 +151,7 @@ def test_how_to_stop_and_sample_survives_both_ways(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_two_files_is_carried_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """GPT-2's vocab.json and merges.txt: nothing here reads them, transformers does."""
+    """GPT-2's vocab.json and merges.txt, which transformers reads."""
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
     edit_config(tmp_path / "hf", eos_token_id=2)
     beside = {
@@ -172,7 +172,7 @@ def test_a_tokenizer_of_two_files_is_carried_both_ways(tmp_path: Path, caplog: p
     )
     assert kept == {name: content for name, content in beside.items() if name in kept}
     assert AutoTokenizer.from_pretrained(tmp_path / "again").encode("ab") == [3]
-    assert "a tokenizer of vocab.json without tokenizer.json or tokenizer.model is not read here" in caplog.text
+    assert "is not read here" not in caplog.text
     assert "carries no tokenizer" not in caplog.text
 
 

@@ -25,7 +25,6 @@ def test_every_changed_key_is_told_with_both_values(tmp_path: Path) -> None:
         "data.train.0.weight: 1.0 -> 2.0",
         "data.train.1.path: nothing -> 'b'",
         "data.train.1.weight: nothing -> 1.0",
-        "data.train.1.id: nothing -> None",
         "schedule.wsd_decay_iters: 5 -> nothing",
         "schedule.decay_style: 'minus_sqrt' -> nothing",
     ]

@@ -1,0 +1,44 @@
+"""What is done about a line that cannot be read: it ends the command, or is counted and left out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatron_ext.errors import DataError
+
+_KEPT = 10
+"""Faults of a shard whose place is said: finding the number of a line means reading all before it."""
+
+
+class BadDocument(Exception):
+    """A document that cannot be read; `why` says it in words."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+@dataclass
+class Faults:
+    """The faults met while reading.
+
+    Attributes:
+        are_fatal: the first one ends the reading.
+        count: all that were met.
+        messages: file, line and reason of the first of them.
+    """
+
+    are_fatal: bool = True
+    count: int = 0
+    messages: list[str] = field(default_factory=list)
+
+    def meet(self, where: Callable[[], str], why: str) -> None:
+        """Count a fault.
+
+        Raises:
+            DataError: faults are fatal.
+        """
+        if self.are_fatal:
+            raise DataError(f"{where()}: {why}")
+        self.count += 1
+        if len(self.messages) < _KEPT:
+            self.messages.append(f"{where()}: {why}")
