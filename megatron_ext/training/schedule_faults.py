@@ -46,6 +46,14 @@ def schedule_warnings(run: RunConfig, plan: RunPlan) -> list[str]:
 def _faults_of(stretch: Stretch) -> Iterator[str]:
     schedule, end = stretch.schedule, stretch.tokens(stretch.last_step)
     warmup, decay = (_said(stretch, names) for names in (_WARMUP, _DECAY))
+    for name in ("warmup", "decay"):
+        named = getattr(schedule, name, None)
+        if named is not None and named.stage not in [stage.name for stage in stretch.stages]:
+            yield (
+                f"{stretch.key}.{name}.stage = {named.stage!r}: a stage that was ended began a schedule that goes on "
+                "over it; begin another one there"
+            )
+            return
     if stretch.warmed_up > end:
         yield f"{warmup}: the warmup is longer than the {end - stretch.first_token} tokens that the schedule covers"
         return
@@ -104,7 +112,11 @@ def decay_moved(run: RunConfig, plan: RunPlan, step: int, saved: Mapping[str, An
     """`moved_decay`, given what `schedule_end` said when the run was saved."""
     stretch, now = _of_step(run, plan, step), schedule_end(run, plan, step)
     unit, name = ("steps", "decay_iters") if stretch.in_steps else ("tokens", "decay_tokens")
-    if not (now["follows_end"] and saved["follows_end"]) or now["kind"] != saved["kind"] or now[unit] == saved[unit]:
+    # A length in tokens or samples is rounded up to whole batches, which may be others by now.
+    rounded = [stage for stage in stretch.stages if stage.stage.steps is None]
+    rounding = sum(stage.global_batch_size * stage.sequence_length for stage in rounded)
+    unmoved = now["kind"] != saved["kind"] or abs(now[unit] - saved[unit]) <= rounding
+    if unmoved or not (now["follows_end"] and saved["follows_end"]):
         return None
     first = stretch.first_step if stretch.in_steps else stretch.first_token
     return (

@@ -219,6 +219,19 @@ def test_a_schedule_that_does_not_fit_its_stages_names_both_keys() -> None:
     assert "transition_tokens = 2000 of b are more than its 1024 tokens" in faults
 
 
+def test_a_schedule_of_tokens_does_not_mind_another_batch_on_the_way() -> None:
+    """48 steps of 512 tokens; or 24 of them, and 12 of twice as many."""
+
+    def pieces(*batches: tuple[int, int]) -> list[Part]:
+        return [Part("a", steps, size, 64, (("tokens", 48 * 512.0), ("steps", None))) for steps, size in batches]
+
+    run, wide = staged(pieces((48, 8)), kind="cosine", warmup_iters=4), plan_of(*pieces((24, 8), (12, 16)))
+    values = [learning_rate(run, plan_of(*pieces((48, 8))), step) for step in range(48)]
+    changed = [learning_rate(run, wide, step) for step in range(36)]
+    assert changed == values[:24] + values[25::2]
+    assert decay_moved(run, wide, 24, schedule_end(run, plan_of(*pieces((49, 8))), 24)) is None  # rounded up
+
+
 def test_a_decay_that_moves_with_the_end_of_the_run_is_said_or_refused() -> None:
     def moved(parts: list[Part], saved: dict[str, Any], **schedule: Any) -> str | None:
         before = schedule_end(staged(STAGES, **saved), plan_of(*STAGES), 12)
