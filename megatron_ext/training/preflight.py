@@ -44,7 +44,7 @@ from megatron_ext.training.same_run import (
     trained_model,
 )
 from megatron_ext.training.schedule import learning_rate
-from megatron_ext.training.schedule_faults import moved_decay, schedule_faults
+from megatron_ext.training.schedule_faults import moved_decay, schedule_faults, schedule_warnings
 from megatron_ext.training.start import OpenForeign, foreign_model
 
 
@@ -77,7 +77,9 @@ class Findings:
         if run is not None:
             wrong = schedule_faults(run, plan)
             self.faults += wrong
-            rate_at = None if wrong else partial(learning_rate, run, plan)
+            if not wrong:
+                rate_at = partial(learning_rate, run, plan)
+                self.warnings += schedule_warnings(run, plan)
         if data.stages:
             self.stages = plan_table(plan, rate_at)
             self.warnings += plan_warnings(plan, data)
