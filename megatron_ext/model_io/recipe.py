@@ -88,6 +88,9 @@ def training_recipe(target: Target) -> Recipe:
         )
     raw["model"] = to_mapping(target.model)
     raw["schedule"] = _rewarmed(raw)
+    if raw["data"].get("stages"):
+        # They say how long the run is; what was cut short on the way may be longer now.
+        raw["train"] = {key: value for key, value in raw["train"].items() if key != "train_iters"}
     raw["checkpoint"] = {
         **raw.get("checkpoint", {}),
         "directory": f"{target.checkpoint}-trained",
@@ -170,6 +173,8 @@ def _without_defaults(section: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return _without_defaults(value) if hasattr(value, "__dataclass_fields__") else value
 
 
