@@ -5,8 +5,11 @@
     ours   tools/preprocess.py's work, from the text to finished files
     peer   as Megatron-LM's preprocess_data.py: a pool encodes line by line, the main process writes each document
 
-Text: a corpus that is drawn from the sample corpora (MEGATRON_EXT_SAMPLE_DATA), half Japanese, half English by documents,
-in lines of which none comes twice in a document; or `--corpus FILE.jsonl` of your own, which tells more.
+Imports, reading (raw) and loading the tokenizer are the start; processes that begin, and segments of text that no
+worker knows yet, count as work.
+
+Text: a corpus that is drawn from the sample corpora (MEGATRON_EXT_SAMPLE_DATA), half Japanese, half English by
+documents; their 2.4 MB come again and again, so `--corpus FILE.jsonl` of your own tells more.
 """
 
 import argparse
@@ -14,15 +17,16 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import sentencepiece
 
 from megatron_ext.data.prepare.preprocess import preprocess
@@ -36,10 +40,8 @@ def main() -> None:
     """Run every way in a process of its own, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", metavar="FILE", help="a .jsonl file (default: drawn from the sample corpora)")
-    parser.add_argument(
-        "--megabytes", type=int, default=200, metavar="N", help="size of the drawn corpus (default 200)"
-    )
-    parser.add_argument("--vocab-size", type=int, default=16_000, metavar="N", help="of the tokenizer (default 16,000)")
+    parser.add_argument("--megabytes", type=int, default=200, metavar="N", help="of the drawn corpus (default 200)")
+    parser.add_argument("--vocab-size", type=int, default=16_000, metavar="N", help="pieces (default 16,000)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads and processes (default 2)")
     parser.add_argument("--tiny", action="store_true", help="one MB, to see that it runs")
     parser.add_argument("--job", nargs=2, metavar=("ROW", "FOLDER"), help=argparse.SUPPRESS)
@@ -52,12 +54,15 @@ def main() -> None:
         prepare(folder, o)
         size = (folder / "c.jsonl").stat().st_size
         print(f"{amount_of_bytes(size)} of JSON Lines, {o.workers} workers")
-        print(f"{'':6}{'MB/s':>8}{'of raw':>8}{'x peer':>8}{'CPU s':>8}{'memory, most of a process':>28}")
+        print(
+            f"{'':6}{'MB/s':>8}{'of raw':>8}{'x peer':>8}{'start s':>9}{'CPU s':>8}{'most of a process':>20}",
+            flush=True,
+        )
         found = {row: measured(row, folder, o.workers) for row in ROWS}
-        for row, (seconds, cpu, memory) in found.items():
-            speed = size / 1e6 / seconds
-            share, times = (found[other][0] / seconds for other in ("raw", "peer"))
-            print(f"{row:6}{speed:8.1f}{share:8.0%}{times:8.1f}{cpu:8.1f}{amount_of_bytes(memory):>28}")
+        for row, (start, seconds, cpu, memory) in found.items():
+            share, times = (found[other][1] / seconds for other in ("raw", "peer"))
+            speeds = f"{row:6}{size / 1e6 / seconds:8.1f}{share:8.0%}{times:8.1f}"
+            print(f"{speeds}{start:9.1f}{cpu:8.1f}{amount_of_bytes(memory):>20}")
 
 
 def prepare(folder: Path, o: argparse.Namespace) -> None:
@@ -73,7 +78,7 @@ def prepare(folder: Path, o: argparse.Namespace) -> None:
             Path(str(samples), "corpus", f"{name}.jsonl") for name in ("ja_novel", "ja_tldr", "en_novel", "en_tldr")
         ]
         draw_corpus(folder / "c.jsonl", files, 1_000_000 if o.tiny else o.megabytes * 1_000_000)
-    train_tokenizer(files, folder / "t", 2000 if o.tiny else o.vocab_size)
+    train_tokenizer(files, folder / "t", 4000 if o.tiny else o.vocab_size)
 
 
 def draw_corpus(path: Path, files: list[Path], size: int) -> None:
@@ -89,44 +94,56 @@ def draw_corpus(path: Path, files: list[Path], size: int) -> None:
             written += out.write(json.dumps({"text": "\n".join(lines)}, ensure_ascii=False).encode() + b"\n")
 
 
-def measured(row: str, folder: Path, workers: int) -> tuple[float, float, int]:
-    """Seconds, seconds of CPU and bytes of the largest process of one way."""
+def measured(row: str, folder: Path, workers: int) -> tuple[float, float, float, int]:
+    """Seconds of start and of work, seconds of CPU, and bytes of the largest process of one way."""
     call = [sys.executable, __file__, "--job", row, str(folder), "--workers", str(workers)]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr)
-    seconds, cpu, memory = json.loads(done.stdout.splitlines()[-1])
-    return seconds, cpu, memory
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
+    cpu: dict[int, float] = {}
+    memory = 0
+    while process.poll() is None:
+        with suppress(psutil.Error):
+            ours = psutil.Process(process.pid)
+            for one in [ours, *ours.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    times = one.cpu_times()
+                    cpu[one.pid], memory = times.user + times.system, max(memory, one.memory_info().rss)
+        time.sleep(0.05)
+    if process.returncode != 0:
+        raise SystemExit(process.returncode)
+    assert process.stdout is not None
+    start, seconds = json.loads(process.stdout.read().splitlines()[-1])
+    return start, seconds, sum(cpu.values()), memory
 
 
 def run_job(row: str, name: str, workers: int) -> None:
-    """Do one way and print its figures."""
-    folder = Path(name)
-    texts = [json.loads(line)["text"] for line in open(folder / "c.jsonl", "rb")] if row == "raw" else []
-    begin = time.perf_counter()
+    """Do one way and print how long its start and its work took."""
+    folder, begin = Path(name), time.perf_counter()
+    begun = []
     if row == "raw":
+        lines = (folder / "c.jsonl").read_bytes().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "t" / "tokenizer.model"))
+        begun.append(time.perf_counter())
         pieces.encode(texts, num_threads=workers)
     elif row == "ours":
-        preprocess([folder / "c.jsonl"], folder / "t", folder / "ours", workers=workers)
+        told = lambda *_: begun.append(time.perf_counter())  # noqa: E731
+        preprocess([folder / "c.jsonl"], folder / "t", folder / "ours", workers=workers, progress=told)
     else:
-        as_the_peer(folder, workers)
-    seconds = time.perf_counter() - begin
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu = sum(one.ru_utime + one.ru_stime for one in used)
-    print(json.dumps([seconds, cpu, max(one.ru_maxrss for one in used) * 1024]))
+        eod = Tokenizer(folder / "t").eod
+        begun.append(time.perf_counter())
+        as_the_peer(folder, workers, eod)
+    print(json.dumps([begun[0] - begin, time.perf_counter() - begun[0]]))
 
 
 _pieces: sentencepiece.SentencePieceProcessor | None = None
 
 
-def as_the_peer(folder: Path, workers: int) -> None:
+def as_the_peer(folder: Path, workers: int, eod: int) -> None:
     """Encode and write as Megatron-LM's tools/preprocess_data.py does."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    eod, dtype = Tokenizer(folder / "t").eod, np.uint16
-    builder = IndexedDatasetBuilder(str(folder / "peer.bin"), dtype=dtype)
+    builder = IndexedDatasetBuilder(str(folder / "peer.bin"), dtype=np.uint16)
     start = partial(start_peer, str(folder / "t" / "tokenizer.model"))
     with multiprocessing.Pool(workers, initializer=start) as pool, open(folder / "c.jsonl", encoding="utf-8") as lines:
         for ids in pool.imap(encode_line, lines, 32):

@@ -2,8 +2,11 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -38,6 +41,21 @@ def byte_progress(what: str) -> Iterator[Callable[..., None]]:
         seconds = max(ended - begun, 1e-3)
         rate = amount_of_bytes(total_bytes / seconds)
         print(f"{what}: {amount_of_bytes(total_bytes)} in {seconds:.3g} s ({rate}/s)", file=sys.stderr)
+
+
+def counted(items: Iterable[T], what: str) -> Iterator[T]:
+    """Yield `items`, of which nobody knows how many there are, showing on a terminal how many have come."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} {task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        for number, item in enumerate(items, start=1):
+            yield item
+            if number % 100 == 0:
+                bar.update(task, completed=number)
 
 
 def amount_of_bytes(count: float) -> str:

@@ -1,6 +1,7 @@
-"""Japanese web text by HojiChar's filters, telephone numbers and e-mail addresses masked: pip install hojichar.
+r"""Japanese web text by HojiChar's filters, telephone numbers and e-mail addresses masked: pip install hojichar.
 
-python tools/preprocess.py corpus --tokenizer tok --output data/ja --filters examples.filters.japanese:Japanese --deduplicate
+python tools/preprocess.py corpus --tokenizer tok --output data/ja --deduplicate \
+    --filters examples.filters.japanese:Japanese
 
 Run it where `examples` is a folder, or copy this file beside your own and give its name. What a filter leaves out is
 counted under the filter's name; dropped.jsonl beside the data keeps some of it to look at.

@@ -1,9 +1,10 @@
-"""Web text as FineWeb filtered it, by datatrove, e-mail and IP addresses masked: pip install "datatrove[processing]".
+r"""Web text as FineWeb filtered it, by datatrove, e-mail and IP addresses masked: pip install "datatrove[processing]".
 
-python tools/preprocess.py corpus --tokenizer tok --output data/en --filters examples.filters.web:Web --deduplicate
+python tools/preprocess.py corpus --tokenizer tok --output data/en --deduplicate \
+    --filters examples.filters.web:Web
 
 LANGUAGE says how words are told apart: with English, a Japanese document is a handful of words. FineWeb also left out
-near copies (MinHash), which needs all documents at once: run datatrove's own pipeline before, and give its .jsonl.gz here.
+near copies (MinHash), which needs all documents at once: run datatrove's own pipeline before, and give its output here.
 """
 
 from datatrove.data import Document

@@ -17,7 +17,7 @@ class IsPath:
     """Marks a text that is the path of a file or directory: messages then give it absolute."""
 
 
-PathName = Annotated[str, IsPath(), Field(min_length=1)]
+PathName = Annotated[str, IsPath()]
 """A path as people write it, kept so in what is written."""
 
 

@@ -13,7 +13,7 @@ Backend = Literal["torch", "transformer_engine"]
 class CheckpointConfig:
     """Where training state is saved and continued from."""
 
-    directory: PathName
+    directory: PathName = Field(min_length=1)
     """Checkpoints are written here, by one run at a time. A run that finds a complete one here continues it."""
     save_interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. Unset: only the last step is saved."""

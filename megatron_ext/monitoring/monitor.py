@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ext.config import Layout, RunConfig, to_mapping
 from megatron_ext.data.stream.plan import RunPlan
+from megatron_ext.data.stream.position import Consumption
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.description import describe_start
@@ -17,6 +18,7 @@ from megatron_ext.monitoring.metrics_file import METRICS_FILE, MetricsFile
 from megatron_ext.monitoring.sources import (
     SourceReport,
     ValidationReport,
+    consumption_line,
     step_line,
     step_panels,
     step_values,
@@ -114,6 +116,11 @@ class Monitor:
         record = {"iteration": iteration, "validation_loss": report.loss, "sources": validation_values(report)}
         self._file.write({**record, "time": time.time()})
         self._wandb.log(validation_panels(report), iteration)
+
+    def stage_ended(self, iteration: int, consumption: Consumption) -> None:
+        """Say what was read of each source until the end of a stage; nothing where there is one only."""
+        if consumption.stage is not None:
+            log.info("step %d | stage %s is over: %s", iteration, consumption.stage, consumption_line(consumption))
 
     def skipped(self, iteration: int, first_sample: int, last_sample: int, reason: str) -> None:
         """Note a step whose samples were passed over."""

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ext.data.stream.position import Consumption
+from megatron_ext.planning.amounts import short_number
+
 _MOST_ON_A_LINE = 4
 
 
@@ -56,6 +59,12 @@ def step_line(sources: Mapping[str, SourceReport], steps: int) -> str:
     left_out = len(losses) - len(shown)
     over = f"{steps} steps: " if steps > 1 else ""
     return over + ", ".join(shown) + (f" and {left_out} more" if left_out else "")
+
+
+def consumption_line(consumption: Consumption) -> str:
+    """For the console: how much was read of each source since the run began."""
+    read = consumption.sources.items()
+    return ", ".join(f"{name} {short_number(use.tokens)} tokens ({use.epochs:.3g} epochs)" for name, use in read)
 
 
 def validation_values(report: ValidationReport) -> dict[str, Any]:

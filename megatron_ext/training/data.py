@@ -1,5 +1,6 @@
 """The data streams of a run, opened and checked before its model is built."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,16 +9,17 @@ import torch.distributed as dist
 
 from megatron_ext.checkpoint.state_file import TrainingState
 from megatron_ext.config import DataSource, RunConfig
-from megatron_ext.data.dataset import dataset_fingerprint
 from megatron_ext.data.stream.batches import DocumentResets
-from megatron_ext.data.stream.make_plan import SourceSize
+from megatron_ext.data.stream.packing import packs_of
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.stream.sources import build_blend, planned_samples, source_size
 from megatron_ext.data.stream.stream import BatchShape, BlendStream, DataStream, PlannedShapes, Samples, ShapeOfBatches
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
-from megatron_ext.training.planned import plan_data, source_paths
+from megatron_ext.training.planned import pack_length, plan_data, size_of_source, source_paths
 from megatron_ext.training.same_run import check_same_sources
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,14 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     if data.reset_attention_mask or data.reset_position_ids:
         resets = DocumentResets(tokenizer.eod, data.reset_attention_mask, data.reset_position_ids)
     named = source_paths(data)
+    packed_to = pack_length(data.pack_documents, data.stages, data.sequence_length)
     sizes = {
-        name: SourceSize(source_size(path, tokenizer, key).tokens, dataset_fingerprint(path))
+        name: size_of_source(path, source_size(path, tokenizer, key).tokens, packed_to)
         for name, (key, path) in named.items()
     }
+    if packed_to is not None:
+        for name, (_, path) in named.items():
+            log.info("%s is %s", name, packs_of(path, packed_to).saved())
     plan = plan_data(data, train, sizes, state, run.checkpoint.directory)
 
     def opened(samples: Samples, shape: ShapeOfBatches) -> DataStream:
@@ -76,7 +82,8 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     if data.order == 1:
         samples = blend(data.train, plan.total_samples, train.seed)
     else:
-        samples = planned_samples(plan, {name: path for name, (_, path) in named.items()}, data, tokenizer)
+        paths = {name: path for name, (_, path) in named.items()}
+        samples = planned_samples(plan, paths, data, tokenizer, packed=data.pack_documents)
     stream = opened(samples, PlannedShapes(plan, dp.rank(), dp.size()))
     fingerprints = tuple(size.fingerprint for size in sizes.values())
     if data.order == 1:

@@ -7,11 +7,12 @@ from typing import Any
 
 from megatron_ext.config import DataSource, StagedSource
 from megatron_ext.config.data import source_ids
-from megatron_ext.data.dataset import check_dataset, check_dataset_sums, dataset_fingerprint
+from megatron_ext.data.dataset import check_dataset, check_dataset_sums
 from megatron_ext.data.stream.make_plan import SourceSize
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError, MegatronExtError, named
 from megatron_ext.planning.amounts import size
+from megatron_ext.training.planned import pack_length, size_of_source
 
 _READ_AT_ONCE = 2 * 10**9
 """Bytes of data that are read before each start to compare their checksums: a second or two."""
@@ -44,8 +45,13 @@ class DataFiles:
         if len(self._faults) == before and self._tokenizer is not None:
             ids = [*source_ids(list(train.values())), *staged]
             paths = [source.path for source in (*train.values(), *staged.values())]
+            packed_to = pack_length(
+                self._values.get("data.pack_documents", False),
+                self._values.get("data.stages") or [],
+                self._values.get("data.sequence_length", 0),
+            )
             sizes = {
-                name: SourceSize(count, dataset_fingerprint(path))
+                name: size_of_source(path, count, packed_to)
                 for name, path, count in zip(ids, paths, tokens, strict=True)
             }
         if self._values.get("train.eval_interval") is not None:

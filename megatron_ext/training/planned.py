@@ -1,13 +1,15 @@
 """The plan of a run's data, made of its configuration, the files it names and the checkpoint that it goes on from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext.checkpoint.state_file import STATE_FILE, TrainingState
 from megatron_ext.config import DataConfig, RunConfig, TrainConfig
-from megatron_ext.config.data import source_ids
+from megatron_ext.config.data import Stage, source_ids
+from megatron_ext.data.dataset import dataset_fingerprint
 from megatron_ext.data.stream.make_plan import SourceSize, make_plan, stages_of
+from megatron_ext.data.stream.packing import packs_of
 from megatron_ext.data.stream.plan import RunPlan, pattern_of
 from megatron_ext.data.stream.progress import Part, Progress, from_json
 from megatron_ext.errors import CheckpointError, ConfigError
@@ -22,6 +24,20 @@ def source_paths(data: DataConfig) -> dict[str, tuple[str, str]]:
         name: (f"data.train.{number}.path", source.path)
         for number, (name, source) in enumerate(zip(ids, data.train, strict=True))
     }
+
+
+def pack_length(packed: bool, stages: Sequence[Stage], sequence_length: int) -> int | None:
+    """Tokens of the packs that documents are read in, where they are packed: those of every stage."""
+    return (stages[0].sequence_length if stages else None) or sequence_length if packed else None
+
+
+def size_of_source(path: str, tokens: int, packed_to: int | None) -> SourceSize:
+    """What the plan must know of a source of so many tokens, of which packs may be read."""
+    mark = dataset_fingerprint(path)
+    if packed_to is None:
+        return SourceSize(tokens, mark)
+    # As if the packs stood one after the other in a file, and a token behind them.
+    return SourceSize(len(packs_of(path, packed_to)) * packed_to + 1, f"{mark}-packed-{packed_to}")
 
 
 def plan_data(
@@ -49,7 +65,8 @@ def plan_data(
             "weights: another checkpoint.directory, and checkpoint.initialize_from"
         ) from error
     except ConfigError as error:
-        raise ConfigError(f"data.stages: {error}" if data.stages else str(error)) from error
+        key = "data.stages: " if data.stages else ""
+        raise ConfigError("\n".join(f"{key}{line}" for line in str(error).splitlines())) from error
 
 
 def stated_sizes(data: DataConfig) -> dict[str, SourceSize]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.progress import amount_of_bytes, byte_progress
+from megatron_ext.progress import amount_of_bytes, byte_progress, counted
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,8 @@ def test_short_work_has_a_speed(capsys: pytest.CaptureFixture[str]) -> None:
     with byte_progress("reading") as progress:
         progress(300, 300)
     assert capsys.readouterr().err.startswith("reading: 300 bytes in 0.001 s (300 kB/s)")
+
+
+def test_counting_changes_nothing_and_is_silent_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(counted(iter(range(250)), "documents read")) == list(range(250))
+    assert capsys.readouterr().err.strip() == ""

@@ -44,6 +44,32 @@ def _computed_order_needs_ids(train: Sequence[DataSource], cache_dir: str | None
     return None
 
 
+@rule(given=("data.pack_documents", "data.stages", "data.train", "data.cache_dir", "data.sequence_length"))
+def _packs_are_samples(
+    packed: bool, stages: Sequence[Stage], train: Sequence[DataSource], cache_dir: str | None, length: int
+) -> list[str]:
+    if not packed:
+        return []
+    faults = []
+    if train and cache_dir is not None:
+        faults.append(
+            f"data.pack_documents = true, data.cache_dir = {cache_dir!r}: megatron-core's order is not packed; leave "
+            "data.cache_dir out"
+        )
+    lengths = {stage.sequence_length or length for stage in stages}
+    if len(lengths) > 1:
+        shown = ", ".join(map(str, sorted(lengths)))
+        faults.append(f"data.pack_documents = true: the stages have the sequence lengths {shown}; packs are of one")
+    return faults
+
+
+@rule(given=("data.pack_documents", "data.unit_tokens"))
+def _a_pack_is_a_unit(packed: bool, unit: int | None) -> str | None:
+    if packed and unit is not None:
+        return f"data.pack_documents = true, data.unit_tokens = {unit}: a pack is a unit; leave data.unit_tokens out"
+    return None
+
+
 @rule(given=("data.stages",))
 def _stages_are_whole(stages: Sequence[Stage]) -> list[str]:
     # That their sources are there is said by the plan: a finished stage may have read one that is gone since.

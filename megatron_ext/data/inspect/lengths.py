@@ -8,6 +8,7 @@ import numpy as np
 from megatron_ext.data.inspect.documents import Documents, prefix_of
 from megatron_ext.data.inspect.options import LengthsOptions
 from megatron_ext.data.inspect.plot import check_plot, new_axes, save
+from megatron_ext.data.stream.packing import best_fit, cut_in_samples
 
 _PERCENTILES = (0, 1, 10, 50, 90, 99, 100)
 _BAR = 40
@@ -37,13 +38,6 @@ def histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
     return [(2**n, int(documents[n]), int(tokens[n])) for n in range(int(exponents.min()), len(documents))]
 
 
-def cut(lengths: np.ndarray[Any, Any], sequence_length: int) -> int:
-    """How many documents stand in more than one sample where they follow each other without a gap."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    begins = ends - lengths
-    return int(np.count_nonzero(begins // sequence_length != (ends - 1) // sequence_length))
-
-
 def _described(prefix: str, lengths: np.ndarray[Any, Any], sequence_length: int | None) -> Iterator[str]:
     total = int(lengths.sum(dtype=np.int64))
     yield f"{prefix}: {len(lengths):,} documents, {total:,} tokens, {total / len(lengths):,.1f} each on average"
@@ -62,11 +56,12 @@ def _described(prefix: str, lengths: np.ndarray[Any, Any], sequence_length: int 
             f"  longer than {sequence_length:,}: {len(longer):,} documents ({len(longer) / len(lengths):.2%}), "
             f"with {share:.2%} of the tokens"
         )
-        parts = cut(lengths, sequence_length)
+        parts = cut_in_samples(lengths, sequence_length)
         yield (
             f"  one after the other in samples of {sequence_length:,}: {parts:,} documents are cut "
             f"({parts / len(lengths):.2%})"
         )
+        yield f"  with data.pack_documents: {best_fit(lengths, sequence_length).saved()}"
 
 
 def _draw(found: dict[str, np.ndarray[Any, Any]], o: LengthsOptions) -> None:

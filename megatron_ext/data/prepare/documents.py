@@ -18,7 +18,7 @@ from megatron_ext.data.prepare.json_stream import NotJson, json_values, too_long
 from megatron_ext.data.prepare.zstandard_file import ZstandardFile
 from megatron_ext.errors import DataError
 
-LONGEST_DOCUMENT = 1 << 25
+LONGEST_DOCUMENT = 1 << 24
 """Bytes of the longest document: reading it takes up to nine times its size in memory (characters of four bytes)."""
 _BLOCK = 1 << 20
 _BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
@@ -96,14 +96,16 @@ def _documents_of_lines(file: IO[bytes], shard: Shard, text_key: str, faults: Fa
             return
     offset = shard.start if shard.start == 0 else file.tell()
     while offset < stop and (line := file.readline(LONGEST_DOCUMENT + 1)):
-        size = len(line)
+        size, is_whole, text = len(line), line.endswith(b"\n"), ""
         try:
             if line.strip():
-                yield offset, _text_of(_parse(_decode(line)), text_key)
+                text = _text_of(_parse(_decode(line)), text_key)
+                line = b""  # long ones need not be held twice while their text is used
+                yield offset, text
         except BadDocument as error:
+            line = b""
             faults.meet(partial(_line_at, path, offset), error.why)
-            if size > LONGEST_DOCUMENT and not line.endswith(b"\n"):
-                line = b""
+            if size > LONGEST_DOCUMENT and not is_whole:
                 _skip_line(file, sys.maxsize)
                 size = file.tell() - offset
         offset += size

@@ -21,6 +21,8 @@ from megatron_ext.data.tokenizer.probe import HARD_TEXTS
 
 _BATCH = 1 << 16
 """Characters that are encoded at once: their arrays stay in the processor's cache."""
+_LONG, _AROUND, _TRIES = 1 << 19, 1 << 12, 1000
+"""Characters of a text that the library is given at once, those around a cut, and lines that are tried for one."""
 _PAIR_BITS = 20
 _LONGEST_SEGMENT = 255
 """Characters of the longest segment that is read by itself."""
@@ -58,19 +60,48 @@ def encoder_for(tokenizer: Tokenizer, notice: Notice = lambda texts: None) -> En
 
 
 class BatchEncoder:
-    """Encodes by the tokenizer's library."""
+    """Encodes by the tokenizer's library.
+
+    That takes a hundred times the size of a text in memory, so long ones are cut where a line begins with a letter and
+    the library, given the thousands of characters around, ends a token: no pre-tokenizer looks further than one word.
+    Sums of scores reach further (see `segment_reading`): texts are read whole by unigram models.
+    """
 
     def __init__(self, tokenizer: Tokenizer, notice: Notice = lambda texts: None) -> None:
         self._tokenizer, self._notice, self._dtype = tokenizer, notice, token_dtype(tokenizer.vocab_size)
+        self._cuts = tokenizer.fast is not None and type(tokenizer.fast.model).__name__ != "Unigram"
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """See `Encoder`."""
         self._notice(texts)
+        if any(len(text) > _LONG for text in texts):
+            return np.concatenate([ids for text in texts for ids in self._ids_of_long(text)])
         ids: list[int] = []
         for read in self._tokenizer.encode_batch(texts):
             ids += read
             ids.append(self._tokenizer.eod)
         return np.array(ids, dtype=self._dtype)
+
+    def _ids_of_long(self, text: str) -> Iterator[np.ndarray]:
+        start = 0
+        while (stop := self._cut_of(text, start)) is not None:
+            yield np.array(self._tokenizer.encode(text[start:stop]), dtype=self._dtype)
+            start = stop
+        yield np.array([*self._tokenizer.encode(text[start:]), self._tokenizer.eod], dtype=self._dtype)
+
+    def _cut_of(self, text: str, start: int) -> int | None:
+        """Where `text`, from `start` on, is cut next; None: nowhere."""
+        at = start + _LONG
+        for _ in range(_TRIES if self._cuts else 0):
+            at = text.find("\n", at) + 1
+            if at == 0 or at == len(text):
+                return None
+            around = text[max(start, at - _AROUND) : at], text[at : at + _AROUND]
+            if text[at].isalpha():
+                left, right, both = self._tokenizer.encode_batch([*around, "".join(around)])
+                if left + right == both:
+                    return at
+        return None
 
 
 class SegmentEncoder:

@@ -24,9 +24,10 @@ from megatron_ext.data.dataset import SplitSummary, check_dataset
 from megatron_ext.data.stream.blend import Blend, BlendSource
 from megatron_ext.data.stream.index_cache import with_index
 from megatron_ext.data.stream.make_plan import SourceSize, make_plan
+from megatron_ext.data.stream.packing import packs_of
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.stream.stream import Samples
-from megatron_ext.data.stream.units import PlannedSamples, TokenFile
+from megatron_ext.data.stream.units import PackedFile, PlannedSamples, TokenFile
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 
@@ -135,13 +136,24 @@ def source_size(path: str, tokenizer: Tokenizer, key: str) -> SplitSummary:
         raise DataError(f"{key}: {error}") from error
 
 
-def planned_samples(plan: RunPlan, paths: Mapping[str, str], data: DataConfig, tokenizer: Tokenizer) -> PlannedSamples:
+def planned_samples(
+    plan: RunPlan, paths: Mapping[str, str], data: DataConfig, tokenizer: Tokenizer, *, packed: bool = False
+) -> PlannedSamples:
     """The samples of `plan`, in order 2.
 
     Args:
         paths: of each source of the configuration, by id.
+        packed: the units of the plan are packs of documents.
     """
-    files = {s.id: TokenFile(paths[s.id], s.tokens) for s in plan.sources if s.tokens is not None}
+    read = {s.id: s.tokens for s in plan.sources if s.tokens is not None}
+    if packed:
+        files: dict[str, TokenFile] = {
+            name: PackedFile(paths[name], source_size(paths[name], tokenizer, name).tokens, packs, tokenizer.eod)
+            for name in read
+            if (packs := packs_of(paths[name], plan.unit))
+        }
+    else:
+        files = {name: TokenFile(paths[name], tokens) for name, tokens in read.items()}
     eod = tokenizer.eod if data.eod_mask_loss else None
     return PlannedSamples(plan, files, vocab_size=tokenizer.vocab_size, eod=eod)
 

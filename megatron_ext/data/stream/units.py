@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_ext.data.stream.plan import RunPlan
+from megatron_ext.data.stream.packing import Packs
+from megatron_ext.data.stream.plan import Place, RunPlan
 from megatron_ext.data.stream.position import Consumption, SamplePlace
 from megatron_ext.errors import DataError
 
@@ -23,6 +24,19 @@ class TokenFile:
     def __init__(self, prefix: str | Path, tokens: int) -> None:
         self.path, self.tokens = Path(f"{prefix}.bin"), tokens
         self._stored: np.memmap[Any, Any] | None = None
+
+    def sample(self, place: Place) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Tokens, labels (int64), and which of these count (bool), of the sample at `place`.
+
+        Raises:
+            DataError: they are not there.
+        """
+        ids = self.read(place.start, place.length + 1)
+        return ids[:-1], ids[1:], np.ones(place.length, dtype=bool)
+
+    def where(self, place: Place) -> str:
+        """Where the sample at `place` stands, for people."""
+        return f"tokens {place.start:,} to {place.start + place.length - 1:,} of {self.path}"
 
     def read(self, start: int, count: int) -> np.ndarray[Any, Any]:
         """`count` tokens from number `start` on, as int64.
@@ -49,6 +63,36 @@ class TokenFile:
         return {**self.__dict__, "_stored": None}
 
 
+class PackedFile(TokenFile):
+    """The same, read by packs: their number is that of the unit.
+
+    Args:
+        eod: fills up what no piece of a document does.
+    """
+
+    def __init__(self, prefix: str | Path, tokens: int, packs: Packs, eod: int) -> None:
+        super().__init__(prefix, tokens)
+        self._packs, self._eod = packs, eod
+
+    def sample(self, place: Place) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """See `TokenFile.sample`. No loss on what is filled up, nor where nothing follows."""
+        tokens = np.full(place.length + 1, self._eod, dtype=np.int64)
+        end = 0
+        for start, length in self._packs.pieces(place.unit):
+            tokens[end : end + length] = self.read(start, length)
+            end += length
+        counts = np.arange(place.length) < end - 1
+        if end == place.length and tokens[end - 1] != self._eod:  # a document that is cut here goes on
+            tokens[end] = self.read(start + length, 1)[0]
+            counts[-1] = True
+        return tokens[:-1], tokens[1:], counts
+
+    def where(self, place: Place) -> str:
+        """See `TokenFile.where`."""
+        pieces = (f"{start:,} to {start + length - 1:,}" for start, length in self._packs.pieces(place.unit))
+        return f"tokens {', '.join(pieces)} of {self.path}"
+
+
 class PlannedSamples(torch.utils.data.Dataset[dict[str, Any]]):
     """The samples of `plan`, each with the number of its source.
 
@@ -71,12 +115,17 @@ class PlannedSamples(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         place = self.plan.place(position)
         file = self._files[place.source]
-        ids = file.read(place.start, place.length + 1)
-        self._require_known(ids, file)
-        stretch = torch.from_numpy(ids)
-        tokens, labels = stretch[:-1], stretch[1:]
-        mask = torch.ones(place.length) if self._eod is None else (tokens != self._eod).float()
-        return {"tokens": tokens, "labels": labels, "loss_mask": mask, "source": self.plan.numbers[place.source]}
+        tokens, labels, counts = file.sample(place)
+        self._require_known(tokens, file)
+        self._require_known(labels, file)
+        if self._eod is not None:
+            counts = counts & (tokens != self._eod)
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
+            "loss_mask": torch.from_numpy(counts).float(),
+            "source": self.plan.numbers[place.source],
+        }
 
     def counts(self, first: int, last: int) -> list[int]:
         """How many of the samples from `first` to before `last` are read from each source."""
@@ -98,8 +147,7 @@ class PlannedSamples(torch.utils.data.Dataset[dict[str, Any]]):
         """Where the sample at `position` comes from."""
         place = self.plan.place(position)
         number = self.plan.source_counts(position)[self.plan.numbers[place.source]]
-        where = f"tokens {place.start:,} to {place.start + place.length - 1:,} of {self._files[place.source].path}"
-        return SamplePlace(place.source, number, place.epoch, where)
+        return SamplePlace(place.source, number, place.epoch, self._files[place.source].where(place))
 
     def _require_known(self, ids: np.ndarray[Any, Any], file: TokenFile) -> None:
         """Raise DataError where a token id is out of the vocabulary: an embedding or a device would fail on it."""

@@ -11,6 +11,7 @@ from megatron_ext.data.tokenizer.fertility_report import consequence_lines, fert
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.data.tokenizer.sample import sample
 from megatron_ext.errors import DataError
+from megatron_ext.progress import counted
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ def compare_tokenizers(
     fertility: dict[str, dict[str, Fertility]] = {name: {} for name in tokenizers}
     text_bytes = {}
     for language, of_language in files.items():
-        documents = sample(read_documents(of_language, text_key), max_characters=max_characters)
+        documents = sample(
+            counted(read_documents(of_language, text_key), "documents read"), max_characters=max_characters
+        )
         if not documents.characters:
             raise DataError(f"{', '.join(map(str, texts[language]))}: has no text to measure {language} on")
         text_bytes[language] = documents.of_bytes

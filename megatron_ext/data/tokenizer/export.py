@@ -13,7 +13,7 @@ from megatron_ext.data.tokenizer.fast import fast_tokenizer
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.data.tokenizer.model_file import BPE, SPACE, UNIGRAM, read_model_file
 from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece, sentencepiece_of
-from megatron_ext.data.tokenizer.probe import HARD_TEXTS, texts_of
+from megatron_ext.data.tokenizer.probe import HARD_TEXTS, nasty_texts, texts_of
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import output_place, publish_directory, remove_unfinished, start_directory
@@ -42,11 +42,12 @@ def write_tokenizer(
         beside = start_directory(output)
         try:
             pieces = export_tokenizer(model, beside, source)
-            texts = [*HARD_TEXTS, *texts_of(_spelt(pieces)), *texts]
+            texts = [*HARD_TEXTS, *nasty_texts(), *texts_of(_spelt(pieces)), *texts]
             if different := disagreements(Tokenizer(beside), texts):
                 raise DataError(
                     f"{len(different)} of {len(texts)} texts, such as {different[0][:60]!r}, are encoded otherwise by "
-                    f"the fast tokenizer that Hugging Face would use: this model cannot be exported. {_KINDS}"
+                    f"the fast tokenizer that Hugging Face would use{_why(model, source)}: this model cannot be "
+                    f"exported. {_KINDS}"
                 )
         except BaseException:
             remove_unfinished(beside)
@@ -60,6 +61,18 @@ _KINDS = (
     "can; tools/tokenizer.py train makes such a one. A published model needs no export: give its directory, with the "
     "tokenizer.json or tokenizer_config.json that came with it, to tools/preprocess.py as it is"
 )
+
+
+def _why(model: bytes, source: str) -> str:
+    """What the model does that a fast tokenizer does not do alike, as far as its settings say."""
+    rules = read_model_file(model, source).proto.normalizer_spec
+    reasons = {
+        f"it normalises text by {rules.name}": bool(rules.precompiled_charsmap),
+        "it removes spaces (remove_extra_whitespaces)": rules.remove_extra_whitespaces,
+        "it puts a space in front (add_dummy_prefix)": rules.add_dummy_prefix,
+    }
+    found = [reason for reason, does in reasons.items() if does]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def export_tokenizer(model: bytes, directory: Path, source: str) -> sentencepiece.SentencePieceProcessor:
@@ -108,18 +121,19 @@ def _spelt(pieces: sentencepiece.SentencePieceProcessor) -> list[str]:
 def disagreements(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
     """Those of `texts` that the SentencePiece model in the directory of `tokenizer` reads otherwise than `tokenizer`.
 
-    Segmentations of equal probability count as the same: the two break such ties differently ("***" may be "*", "**"
-    or "**", "*"). Both read a special token that is spelt out in the text (`</s>`) as plain text here, as data
-    preparation does; by default transformers would take it for the token itself.
+    Segmentations of equal probability, of a unigram model, count as the same: the two break such ties differently
+    ("***" may be "*", "**" or "**", "*"). Both read a special token that is spelt out in the text (`</s>`) as plain
+    text here, as data preparation does; by default transformers would take it for the token itself.
     """
-    pieces = load_sentencepiece(tokenizer.directory / MODEL_FILE)
+    path = tokenizer.directory / MODEL_FILE
+    pieces, has_ties = load_sentencepiece(path), read_model_file(path.read_bytes(), str(path)).is_unigram
     different = []
     for text in texts:
         ours, theirs = encode_lines(pieces, text), tokenizer.encode(text)
         if ours != theirs:
             scores = [math.fsum(pieces.get_score(i) for i in ids) for ids in (ours, theirs)]
             # A tie in single precision: sums of a line are below 1e3, where fp32 resolves 6e-5, and lines add up.
-            is_tie = abs(scores[0] - scores[1]) < 1e-4 * (1 + text.count("\n"))
+            is_tie = has_ties and abs(scores[0] - scores[1]) < 1e-4 * (1 + text.count("\n"))
             if not is_tie or pieces.decode(theirs) != pieces.decode(ours):
                 different.append(text)
     return different

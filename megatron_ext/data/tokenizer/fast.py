@@ -1,7 +1,7 @@
 """The fast tokenizer, for Hugging Face, of a SentencePiece model that keeps text as it is."""
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from megatron_ext.data.tokenizer.model_file import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Model
 from megatron_ext.errors import DataError
@@ -18,20 +18,23 @@ def fast_tokenizer(model: Model) -> tokenizers.Tokenizer:
     Raises:
         DataError: it could not.
     """
-    symbols = model.of(USER_DEFINED)
-    for symbol in symbols:
-        if SPACE in symbol.text:
-            raise DataError(
-                f"the user-defined symbol {symbol.text!r} has spaces, which a fast tokenizer would not find in text; "
-                "train the model without it (allow_whitespace_only_pieces makes pieces of spaces)"
-            )
+    symbols = [piece.text for piece in model.of(USER_DEFINED)]
     fast = tokenizers.Tokenizer(_unigram(model) if model.is_unigram else _bpe(model))
-    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
+    spaced = [symbol for symbol in symbols if SPACE in symbol]
+    if spaced and model.is_unigram:  # which weighs them against pieces that begin with a space
+        raise DataError(
+            f"the user-defined symbol {spaced[0]!r} has spaces, which a fast tokenizer would not find where this one "
+            "does; train the model without it (allow_whitespace_only_pieces makes pieces of spaces)"
+        )
+    if spaced:  # they are looked for once spaces are written as pieces have them: all of them, so that the longest wins
+        fast.normalizer = normalizers.Replace(" ", SPACE)
+    else:
+        fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens(
         [AddedToken(piece.text, special=True, normalized=False) for piece in model.of(CONTROL, UNKNOWN)]
     )
-    fast.add_tokens([AddedToken(piece.text, normalized=False) for piece in symbols])
+    fast.add_tokens([AddedToken(symbol, normalized=bool(spaced)) for symbol in symbols])
     return fast
 
 

@@ -20,6 +20,7 @@ from megatron_ext.data.tokenizer.sample import MAX_CHARACTERS, MAX_LINES, Sample
 from megatron_ext.errors import DataError
 from megatron_ext.files import output_place
 from megatron_ext.locks import exclusive_output
+from megatron_ext.progress import counted
 
 _HELD_OUT = 20
 """Each so many documents, one is not counted, but measured on."""
@@ -108,7 +109,7 @@ def _read(language: Language) -> Model:
 
 def _documents(files: Sequence[Path], text_key: str, *, held_out: bool) -> Iterator[str]:
     """The documents that are counted, or those that are held out."""
-    for number, document in enumerate(read_documents(files, text_key)):
+    for number, document in enumerate(counted(read_documents(files, text_key), "documents read")):
         if (number % _HELD_OUT == _HELD_OUT - 1) == held_out:
             yield document
 

@@ -27,6 +27,31 @@ HARD_TEXTS = (
 """Spaces, line ends, digits, scripts, joiners, code points that normalisation changes, special tokens spelt out."""
 
 
+def nasty_texts(count: int = 300) -> list[str]:
+    """More of the same, for proofs that may take their time: runs of spaces of every length, random Unicode.
+
+    Half of the random texts are of characters that are near each other, as in words; the texts are always the same.
+    """
+    spaces = [text for n in range(1, 31) for text in (" " * n, f"a{' ' * n}b", f"{' ' * n}\n{' ' * n}x")]
+    ends = ["\t", "\t\t x", "a\r\nb\r\n", "\r", "\n \n", " \t ", "x \n", "0123456789", "３．１４ ²", "１２३ १२३"]
+    generator = random.Random(0)
+    return [*spaces, *ends, *(_random_text(generator) for _ in range(count))]
+
+
+_PLANES = ((0x0, 0x300), (0x300, 0x3100), (0x3000, 0xA000), (0xA000, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000))
+
+
+def _random_text(generator: random.Random) -> str:
+    plane = generator.choice(_PLANES)
+    first = generator.randrange(*plane)
+    near = (max(first - 16, plane[0]), min(first + 16, plane[1]))
+    characters = [
+        chr(generator.randrange(*generator.choice((near, near, (0x20, 0x7F), generator.choice(_PLANES)))))
+        for _ in range(generator.randrange(1, 24))
+    ]
+    return "".join(characters)
+
+
 def texts_of(pieces: Iterable[str], *, seed: int = 0, words: int = 12) -> list[str]:
     """Every piece of a vocabulary in `pieces`, by itself and among others, `words` of them to a text."""
     pieces = list(pieces)

@@ -22,6 +22,7 @@ from megatron_ext.data.tokenizer.sample import MAX_CHARACTERS, MAX_LINES, lines_
 from megatron_ext.errors import DataError
 from megatron_ext.files import output_place
 from megatron_ext.locks import exclusive_output
+from megatron_ext.progress import counted
 
 _UNK, _BOS, _EOS, _PAD = range(4)
 _PROOF_TEXTS = 500
@@ -157,7 +158,7 @@ def train_tokenizer(
     files = corpus_files(inputs)
     output_place(output, DataError, force=force, contents=CONTENTS, inputs=files)
     with exclusive_output(output, "training a tokenizer"):
-        model = train_sentencepiece(read_documents(files, text_key), vocab_size, how)
+        model = train_sentencepiece(counted(read_documents(files, text_key), "documents read"), vocab_size, how)
         documents = itertools.islice(read_documents(files, text_key), _PROOF_TEXTS)
         delimiter = how.pretokenization_delimiter
         texts = (text.replace(delimiter, "") for text in documents) if delimiter else documents

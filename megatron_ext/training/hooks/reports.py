@@ -21,11 +21,14 @@ from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.session import Session
 from megatron_ext.training.step import SourceSums
-from megatron_ext.training.verdict import Skip, Take
+from megatron_ext.training.verdict import Rollback, Skip, Take
 
 
 class Reports(Hook):
-    """Reports every logging.log_interval steps; its state is the W&B run that a run goes on with."""
+    """Reports every logging.log_interval steps and after the last one of each stage.
+
+    Its state is the W&B run that a run goes on with.
+    """
 
     name = "reports"
 
@@ -55,16 +58,23 @@ class Reports(Hook):
         if isinstance(done.verdict, Skip) and self._monitor is not None:
             last_sample = session.state.consumed_samples - 1
             self._monitor.skipped(done.iteration, done.first_sample, last_sample, done.verdict.reason)
-        if done.result is None:
-            return
+        if done.result is not None:
+            self._note(session, done)
+            due = done.signal or done.ends_stage or done.is_due(self._run.logging.log_interval)
+            if isinstance(done.verdict, Take) and due:
+                self._report(session, done)
+        if self._monitor is not None and done.ends_stage and not isinstance(done.verdict, Rollback):
+            self._monitor.stage_ended(done.iteration, session.stream.consumption())
+
+    def _note(self, session: Session, done: StepDone) -> None:
+        """Count what a step computed, over which the next report averages."""
+        assert done.result is not None
         stage = session.plan.stage_of_sample(done.first_sample)
         self._micro_batches += stage.global_batch_size // stage.micro_batch_size
         if isinstance(done.verdict, Take):
             seen = done.result.sources
             self._sources = seen if self._sources is None else self._sources + seen
             self._taken += 1
-        if isinstance(done.verdict, Take) and (done.signal or done.is_due(self._run.logging.log_interval)):
-            self._report(session, done)
 
     def validation(self, iteration: int, report: ValidationReport) -> None:
         """Report a validation; on every rank."""

@@ -26,6 +26,23 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"data": {"train": []}}, ["data.train: is required, or data.sources with data.stages"]),
     ({"data": {**ONE_STAGE, "train": [{"path": "a"}]}}, ["data.train: one blend for the whole run"]),
     ({"data": {**ONE_STAGE, "cache_dir": "c"}}, ["data.cache_dir = 'c'", "computed, not kept"]),
+    (
+        {"data": {"pack_documents": True, "cache_dir": "c", "unit_tokens": 64}},
+        ["data.pack_documents = true, data.cache_dir = 'c'", "data.pack_documents = true, data.unit_tokens = 64"],
+    ),
+    (
+        {
+            "data": {
+                **STAGED,
+                "pack_documents": True,
+                "stages": [
+                    {"name": "A", "mix": {"ja": 1}, "steps": 2},
+                    {"name": "B", "mix": {"ja": 1}, "steps": 2, "sequence_length": 32},
+                ],
+            }
+        },
+        ["the stages have the sequence lengths 32, 64; packs are of one"],
+    ),
     ({"train": {"train_iters": 0}}, ["train.train_iters = 0: must be greater than or equal to 1"]),
     ({"data": {"train": [{"path": "a"}, {"path": "a"}], "cache_dir": None}}, ["data.train: 'a' is there twice"]),
     (

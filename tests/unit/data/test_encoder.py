@@ -107,6 +107,21 @@ def test_tokenizers_that_look_around_them_are_read_by_the_library(
     assert encoder.encode(kinds.LINES).tolist() == expected
 
 
+def test_long_texts_are_cut_where_the_library_ends_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(kinds.write(kinds.byte_level(), tmp_path))
+    draw = np.random.default_rng(2)
+    parts = ["fox", "\n", "\n", "  ", "a", "日本", "=", "<|im_end|>", "1"]
+    text = "".join(parts[i] for i in draw.integers(len(parts), size=3000))
+    whole = [*tokenizer.encode(text), tokenizer.eod]
+    monkeypatch.setattr(module, "_LONG", 50)
+    monkeypatch.setattr(module, "_AROUND", 40)
+    encoder = BatchEncoder(tokenizer)
+    assert len(list(encoder._ids_of_long(text))) > 50
+    assert encoder.encode(["short", text, "x" * 99]).tolist() == [
+        *(*tokenizer.encode("short"), tokenizer.eod, *whole, *tokenizer.encode("x" * 99), tokenizer.eod)
+    ]
+
+
 @pytest.mark.skipif(SAMPLES is None, reason="needs the sample corpora")
 def test_sample_corpora(tokenizer: Tokenizer, both: tuple[SegmentEncoder, BatchEncoder]) -> None:
     fast, plain = both

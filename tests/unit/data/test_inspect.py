@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.data.indexed import token_dtype, write_index
 from megatron_ext.data.inspect.documents import Documents, show_documents, text_of
-from megatron_ext.data.inspect.lengths import cut, histogram, show_lengths
+from megatron_ext.data.inspect.lengths import histogram, show_lengths
 from megatron_ext.data.inspect.mix import NO_LETTERS, read_mix, script_of, show_mix
 from megatron_ext.data.inspect.options import DocumentsOptions, LengthsOptions, MixOptions
 from megatron_ext.data.prepare.preprocess import preprocess
@@ -61,12 +61,6 @@ def test_a_cut_file_is_named(place: Path, tmp_path: Path) -> None:
 
 def test_lengths_fall_into_powers_of_two() -> None:
     assert histogram(np.array([2, 3, 4, 7, 8, 17])) == [(2, 2, 5), (4, 2, 11), (8, 1, 8), (16, 1, 17)]
-
-
-def test_documents_that_are_cut_are_counted() -> None:
-    assert cut(np.array([4, 4, 6, 2, 9]), 8) == 1
-    assert cut(np.array([4, 5, 7, 8]), 8) == 1
-    assert cut(np.array([8, 3, 5]), 8) == 0
 
 
 def test_lengths_and_mix_are_drawn(place: Path, tmp_path: Path) -> None:

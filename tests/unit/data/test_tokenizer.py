@@ -8,13 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megatron_ext.data.tokenizer import Tokenizer, Training, disagreements, train_tokenizer
+from megatron_ext.data.tokenizer import (
+    Language,
+    Tokenizer,
+    Training,
+    disagreements,
+    merge_tokenizers,
+    train_tokenizer,
+)
 from megatron_ext.data.tokenizer.training import train_sentencepiece
 from megatron_ext.errors import DataError
 from tests.support.workspace import write_corpus
 
 TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.sampled_from(
-    ["", " ", "\n", "a\n\n  b", "</s><s>", "<0x0A>", "日本語 123", "\t x", "***", "▁"]
+    [
+        "",
+        " ",
+        "\n",
+        "a\n\n  b",
+        "</s><s>",
+        "<0x0A>",
+        "<unk>",
+        "日本語 123",
+        "\t x",
+        "***",
+        "▁",
+        "<think>",
+        "<0xED><0xA0>",
+    ]
 )
 
 
@@ -24,16 +45,23 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer([write_corpus(directory / "c.jsonl")], directory / "t", 330)
 
 
-@settings(max_examples=200)
-@given(text=TEXTS)
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
+@pytest.fixture(scope="module")
+def others(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
+    """Of BPE, and merged, with a name."""
+    directory = tmp_path_factory.mktemp("others")
+    corpus = write_corpus(directory / "c.jsonl")
+    bpe = train_tokenizer([corpus], directory / "bpe", 330, Training(model_type="bpe", user_symbols=["<think>"]))
+    model = tokenizer.directory / "tokenizer.model"
+    languages = {name: Language(model, quota, [corpus]) for name, quota in (("a", 50), ("b", 5))}
+    return [bpe, merge_tokenizers(languages, directory / "merged", names=["日本語"]).tokenizer]
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(text=TEXTS)
-def test_hugging_face_form_encodes_alike(tokenizer: Tokenizer, text: str) -> None:
-    assert disagreements(tokenizer, [text]) == []
+def test_hugging_face_form_encodes_alike(tokenizer: Tokenizer, others: list[Tokenizer], text: str) -> None:
+    for one in (tokenizer, *others):
+        assert disagreements(one, [text]) == []
+        assert one.decode(one.encode(text)) == text.replace("▁", " ")
 
 
 def test_transformers_loads_it(tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "no bytes": {"byte_fallback": False},
     "other names": {"eos_piece": "<eos>", "bos_piece": "<bos>", "pad_id": 3, "pad_piece": "<Fill>"},
     "BPE": {"model_type": "bpe"},
+    "BPE, symbols": {"model_type": "bpe", "user_defined_symbols": ["\n", "<think>", "▁▁", "▁▁▁▁"]},
     "BPE, dummy prefix": {"model_type": "bpe", "add_dummy_prefix": True, "allow_whitespace_only_pieces": True},
 }
 
@@ -35,9 +36,12 @@ def test_what_encodes_alike_is_exported(kind: str, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "normalisation": ({"normalization_rule_name": "nmt_nfkc"}, "this model cannot be exported"),
-    "removed spaces": ({"remove_extra_whitespaces": True}, "this model cannot be exported"),
-    "unigram, dummy prefix": ({"add_dummy_prefix": True}, "this model cannot be exported"),
+    "normalisation": (
+        {"normalization_rule_name": "nmt_nfkc"},
+        r"\(it normalises text by nmt_nfkc\): this model cannot",
+    ),
+    "removed spaces": ({"remove_extra_whitespaces": True}, r"\(it removes spaces .*\): this model cannot be exported"),
+    "unigram, dummy prefix": ({"add_dummy_prefix": True}, r"\(it puts a space in front .*\): this model cannot be"),
     "symbols of spaces": ({"user_defined_symbols": ["▁▁▁"]}, "user-defined symbol '▁▁▁' has spaces"),
     "no end": ({"eos_id": -1}, "has no end-of-sentence piece"),
     "words": ({"model_type": "word"}, "this model cannot be exported"),

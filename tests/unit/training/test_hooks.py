@@ -71,6 +71,23 @@ def test_reports_name_every_sum_of_the_task_and_every_skip(tmp_path: Path) -> No
     assert validation["validation_loss"] == 1.5
 
 
+@pytest.mark.usefixtures("alone")
+def test_a_stage_ends_with_a_report_and_what_was_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    session = fake_session(tmp_path, logging={"log_interval": 5})
+    session.groups.world = dist.group.WORLD
+    read = session.stream.consumption
+    session.stream.consumption = lambda: replace(read(), stage="first")  # type: ignore[method-assign]
+    reports = Reports(session.run, session.layout, Clock())
+    reports.on_start(session)
+    reports.after_step(session, done(session, loss=3.0))
+    reports.after_step(session, replace(done(session, loss=2.0), ends_stage=True))
+    reports.close()
+    _, step = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (step["iteration"], step["stage"]) == (2, "first")
+    assert caplog.messages[-1] == "step 2 | stage first is over: ja 48 tokens (0.5 epochs), en 0 tokens (0 epochs)"
+
+
 def test_the_w_and_b_run_goes_on_where_a_checkpoint_has_one(tmp_path: Path) -> None:
     session = fake_session(tmp_path)
     reports = Reports(session.run, session.layout, Clock())
