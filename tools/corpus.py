@@ -19,8 +19,8 @@ class CorpusOptions:
     output: PathName = Field()
     """JSONL file to write."""
     kind: Kind = "all"
-    """documentation: the topics of help() and what the sources say of themselves (docstrings); code: the sources; all: the
-    topics and the sources."""
+    """documentation: the topics of help() and what the sources say of themselves (docstrings); code: the sources; all:
+    the topics and the sources."""
 
 
 def main() -> None:

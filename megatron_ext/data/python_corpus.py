@@ -2,7 +2,6 @@
 
 import ast
 import io
-import itertools
 import json
 import sysconfig
 import warnings
@@ -54,8 +53,11 @@ def _documents(kind: Kind, with_tests: bool) -> Iterator[tuple[str, str]]:
         from pydoc_data import topics
 
         yield from ((f"help({name!r})", topics.topics[name]) for name in sorted(topics.topics))
-    files = _files(with_tests)
-    yield from itertools.chain.from_iterable(itertools.starmap(_docstrings, files)) if kind == "documentation" else files
+    for name, text in _files(with_tests):
+        if kind == "documentation":
+            yield from _docstrings(name, text)
+        else:
+            yield name, text
 
 
 def _files(with_tests: bool) -> Iterator[tuple[str, str]]:

@@ -88,6 +88,9 @@ def training_recipe(target: Target) -> Recipe:
         )
     raw["model"] = to_mapping(target.model)
     raw["schedule"] = _rewarmed(raw)
+    if raw["data"].get("stages"):
+        # They say how long the run is; what was cut short on the way may be longer now.
+        raw["train"] = {key: value for key, value in raw["train"].items() if key != "train_iters"}
     raw["checkpoint"] = {
         **raw.get("checkpoint", {}),
         "directory": f"{target.checkpoint}-trained",

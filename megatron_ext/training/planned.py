@@ -65,7 +65,8 @@ def plan_data(
             "weights: another checkpoint.directory, and checkpoint.initialize_from"
         ) from error
     except ConfigError as error:
-        raise ConfigError(f"data.stages: {error}" if data.stages else str(error)) from error
+        key = "data.stages: " if data.stages else ""
+        raise ConfigError("\n".join(f"{key}{line}" for line in str(error).splitlines())) from error
 
 
 def stated_sizes(data: DataConfig) -> dict[str, SourceSize]:

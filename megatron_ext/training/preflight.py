@@ -209,7 +209,11 @@ class _Examination:
             return
         with collecting(self.found.faults):
             where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
-            plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
+            try:
+                plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
+            except ConfigError as error:
+                self.found.faults += str(error).splitlines()
+                return
             if self._run is not None:
                 self._run = with_planned_length(self._run, plan)
                 self._train = self._run.train

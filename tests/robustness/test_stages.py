@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.robustness.runs import train_here
 from tests.support.workspace import write_run
 
 BATCH = 8
+SPLITS = {"main": "train", "small": "validation", "tiny": "test"}
 STAGES: list[dict[str, Any]] = [
     {"name": "first", "mix": {"main": 0.6, "small": 0.4}, "steps": 4},
     {"name": "second", "take": {"tiny": {"samples": 10}, "main": {"samples": 22}}},
@@ -31,8 +33,7 @@ def write_stages(work: Path, path: Path, stages: list[dict[str, Any]], **train: 
     mapping["train"] = {"global_batch_size": BATCH, "micro_batch_size": 2, **train}
     mapping["schedule"] = {"kind": "constant"}
     data = {key: mapping["data"][key] for key in ("sequence_length", "tokenizer")}
-    names = {"main": "train", "small": "validation", "tiny": "test"}
-    sources = {name: {"path": str(work / "data" / split)} for name, split in names.items()}
+    sources = {name: {"path": str(work / "data" / split)} for name, split in SPLITS.items()}
     mapping["data"] = {**data, "sources": sources, "stages": stages}
     mapping["checkpoint"] = {"directory": str(path.with_suffix("")), "save_interval": 1}
     return write_run(path, mapping)
@@ -86,6 +87,9 @@ def test_other_files_under_the_same_id_are_refused(work: Path, pool: GlooPool, t
     other = [f"data.sources.main.path={work}/data/validation", f"data.sources.small.path={work}/data/train"]
     with pytest.raises(WorkerFailure, match="source 'main': its files are not those that the run has read from"):
         pool.run(1, train_here, path, other)
+    shutil.copytree(work / "data", tmp_path / "moved")
+    moved = [f"data.sources.{name}.path={tmp_path}/moved/{split}" for name, split in SPLITS.items()]
+    pool.run(1, train_here, path, [*moved, "train.stop_at_iteration=2"])
     with pytest.raises(
         WorkerFailure, match=r"order of samples \(1 with data.cache_dir, 2 without\): 2 in the checkpoint, 1"
     ):

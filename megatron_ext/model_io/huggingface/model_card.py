@@ -56,7 +56,10 @@ def _facts(architecture: Architecture, why: str, content: ModelToWrite) -> str:
         rows.append(("made of", content.made_of))
     if state.iteration:
         length = content.run.get("data", {}).get("sequence_length")
-        tokens = f", {state.consumed_samples * length:,} tokens" if length else ""
+        count = state.consumed_samples * length if length else 0
+        if state.plan is not None:  # its stages may have lengths of their own
+            count = sum(part["samples"] * part["sequence_length"] for part in state.plan["stages"])
+        tokens = f", {count:,} tokens" if count else ""
         rows.append(("trained", f"{state.iteration:,} steps{tokens}"))
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows)])
 

@@ -1,6 +1,7 @@
 """What a stream reads of real files is what the plan says: over ranks, micro-batches, workers, kills and lengths."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_ext.config import DataConfig, DataSource
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.stream.position import Position
+from megatron_ext.data.stream.sources import build_blend
 from megatron_ext.data.stream.stream import BlendStream, PlannedShapes
 from megatron_ext.data.stream.units import PlannedSamples, TokenFile
+from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
+from tests.support.workspace import write_corpus
 from tests.unit.data.plans import planned, stored
 
 SAMPLES = {"a": 30, "b": 7}
@@ -153,3 +159,23 @@ def test_damaged_files_are_one_clear_error(files: dict[str, TokenFile], tmp_path
         PlannedSamples(plan, short, vocab_size=20_000)[0]
     with pytest.raises(DataError, match=r"gone\.bin: cannot be read"):
         TokenFile(tmp_path / "gone", 8).read(0, 1)
+
+
+def test_a_plain_blend_without_a_cache_needs_neither_index_nor_other_ranks(tmp_path: Path) -> None:
+    for n in range(2):
+        corpus = write_corpus(tmp_path / f"{n}.jsonl", documents=30, seed=n)
+        if n == 0:
+            train_tokenizer([corpus], tmp_path / "t", 320)
+        preprocess([corpus], tmp_path / "t", tmp_path / f"d{n}", split=(1, 0, 0))
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    sources = [DataSource(path=str(tmp_path / f"d{n}" / "train"), weight=n + 1) for n in range(2)]
+    data = DataConfig(sequence_length=16, train=sources, tokenizer=str(tmp_path / "t"))
+    tokenizer = Tokenizer(data.tokenizer)
+    blend = build_blend(data.train, data, tokenizer, num_samples=90, seed=3)
+    assert list(blend.counts(0, 90)) == [30, 60]
+    again = build_blend(data.train, data, tokenizer, num_samples=5000, seed=3)
+    assert all(torch.equal(blend[n]["tokens"], again[n]["tokens"]) for n in range(90))
+    turned = replace(data, train=sources[::-1])
+    other = build_blend(turned.train, turned, tokenizer, num_samples=90, seed=3)
+    assert all(torch.equal(blend[n]["tokens"], other[n]["tokens"]) for n in range(90))
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before

@@ -451,3 +451,22 @@ def test_a_run_in_another_dtype_goes_on_from_its_own_configuration_with_another_
         "train.seed is 1005: with the source's, 5, the same samples would be read again from the first"
     ]
     assert f"# {done.notes[0]}." in done.recipe.read_text()
+
+
+def test_a_run_of_stages_goes_on_as_a_run_of_its_stages(tmp_path: Path) -> None:
+    stages = [{"name": "A", "mix": {"ja": 1.0}, "steps": 5}, {"name": "B", "take": {"ja": {"epochs": 1.0}}}]
+    run = {
+        "precision": {"kind": "fp32"},
+        "train": {"train_iters": 500, "global_batch_size": 8},
+        "optimizer": {"kind": "adam", "lr": 4e-4},
+        "data": {"sequence_length": 32, "tokenizer": "T", "sources": {"ja": {"path": "D"}}, "stages": stages},
+        "checkpoint": {"directory": "R"},
+    }
+    done = convert(
+        write_checkpoint(tmp_path / "run", MODELS["dense"], run=run), tmp_path / "o", to="megatron", dtype="bf16"
+    )
+    assert done.recipe is not None
+    again = load_run(done.recipe)
+    assert (again.train.train_iters, again.data.sources["ja"].path) == (0, "D")
+    assert [stage.name for stage in again.data.stages] == ["A", "B"]
+    assert again.data.stages[1].take["ja"].epochs == 1
