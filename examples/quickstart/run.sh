@@ -58,36 +58,50 @@ share=$(cat $out/share)
 of_steps() { echo $(($1 * share / 100)); }
 iteration() { printf 'iter_%07d' "$1"; }
 dense_steps=$(of_steps 200)
-dense_length=("train.train_iters=$dense_steps" "schedule.warmup_iters=$(of_steps 20)" "schedule.wsd_decay_iters=$(of_steps 40)")
 
 # --- text -> tokens ----------------------------------------------------------------------------------------------------
-overrides=()
+prepare() { step "preprocess ($1)" $out/data/"$1" tool preprocess "${@:2}" --output $out/data/"$1" --config "$here/preprocess.yaml"; }
+# What a blend of `name=weight ...` is in YAML: of the stages, and of a list of prepared data.
+mix() { local pairs=("${@/=/: }"); local IFS=,; echo "{${pairs[*]}}"; }
+blend() {
+  local split=$1 list=() pair
+  for pair in "${@:2}"; do list+=("{path: $out/data/${pair%=*}/$split, weight: ${pair#*=}}"); done
+  local IFS=,
+  echo "[${list[*]}]"
+}
+
+# The shares of the sources in the first stage of the dense model, and in its last and the MoE model.
 if [ "$source" = python ]; then
-  step corpus $out/corpus.jsonl tool corpus --config "$here/corpus.yaml"
+  step "corpus (code)" $out/corpus/code.jsonl tool corpus --config "$here/corpus.yaml"
+  step "corpus (documentation)" $out/corpus/documentation.jsonl tool corpus --config "$here/corpus.yaml" \
+    --output $out/corpus/documentation.jsonl --kind documentation
   step tokenizer $out/tokenizer tool tokenizer train --config "$here/tokenizer.yaml"
-  step preprocess $out/data/python tool preprocess --config "$here/preprocess.yaml"
-  text=$out/data/python/validation
+  for kind in code documentation; do prepare $kind $out/corpus/$kind.jsonl; done
+  broad=(code=0.8 documentation=0.2) anneal=(code=0.5 documentation=0.5)
   prompts=()
 elif [ -n "${CORPUS:-}" ]; then
   step tokenizer $out/tokenizer tool tokenizer train "$CORPUS" --config "$here/tokenizer.yaml"
-  step preprocess $out/data/python tool preprocess "$CORPUS" --config "$here/preprocess.yaml"
-  text=$out/data/python/validation
+  prepare text "$CORPUS"
+  broad=(text=1) anneal=(text=1)
   prompts=(--prompts "The ")
 else
   step tokenizer $out/tokenizer tool tokenizer train "$source"/corpus/*.jsonl --config "$here/tokenizer.yaml"
-  for language in ja en hi; do
-    step "preprocess ($language)" $out/data/$language tool preprocess "$source"/corpus/${language}_*.jsonl \
-      --output $out/data/$language --split 0.96 0.02 0.02 --config "$here/preprocess.yaml"
-  done
-  blend() { echo "[{path: $out/data/ja/$1, weight: 0.45}, {path: $out/data/en/$1, weight: 0.4}, {path: $out/data/hi/$1, weight: 0.15}]"; }
-  overrides=("data.train=$(blend train)" "data.validation=$(blend validation)")
-  text=$out/data/ja/validation
+  for language in ja en hi; do prepare $language "$source"/corpus/${language}_*.jsonl --split 0.96 0.02 0.02; done
+  broad=(ja=0.4 en=0.45 hi=0.15) anneal=(ja=0.5 en=0.3 hi=0.2)
   prompts=(--prompts "吾輩は" "The " "- किसी ")
 fi
+names=("${broad[@]%=*}") sources=()
+for name in "${names[@]}"; do sources+=("$name: {path: $out/data/$name/train}"); done
+text=$out/data/${names[0]}/validation
+stage() { echo "{name: $1, mix: $(mix "${@:3}"), steps: $(of_steps "$2")}"; }
+validation=data.validation=$(blend validation "${names[@]/%/=1}")
+dense_data=("data.sources={$(IFS=,; echo "${sources[*]}")}" "$validation"
+  "data.stages=[$(stage broad 160 "${broad[@]}"), $(stage anneal 40 "${anneal[@]}")]" "schedule.warmup_iters=$(of_steps 20)")
+moe_data=("data.train=$(blend train "${anneal[@]}")" "$validation")
 
 # --- dense -> MoE ------------------------------------------------------------------------------------------------------
 step "dense pretraining" $out/dense/"$(iteration $dense_steps)" \
-  train 2 "$here/dense.yaml" "${dense_length[@]}" "${overrides[@]}"
+  train 2 "$here/dense.yaml" "${dense_data[@]}"
 if [ ! -e $out/moe_share ]; then
   if [ -z "${QUICKSTART_SHARE:-}" ]; then share=$("$python" "$here/measure.py" "$share" $SECONDS); fi
   echo "$share" > $out/moe_share
@@ -104,11 +118,11 @@ half=$((moe_steps / 2)) all=$out/moe/$(iteration $moe_steps)
 if [ ! -e "$all" ]; then
   step "MoE pretraining, first half (${first_half[0]} processes)" $out/moe/"$(iteration $half)" \
     train "${first_half[0]}" "$here/moe.yaml" train.stop_at_iteration=$half "${first_half[@]:1}" \
-    "${moe_length[@]}" "${overrides[@]}"
+    "${moe_length[@]}" "${moe_data[@]}"
 fi
 step "MoE pretraining, second half in another layout" "$all" \
   train 4 "$here/moe.yaml" parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false \
-  "${moe_length[@]}" "${overrides[@]}"
+  "${moe_length[@]}" "${moe_data[@]}"
 
 # --- MoE -> Hugging Face -----------------------------------------------------------------------------------------------
 step export $out/hf tool convert --config "$here/convert.yaml"

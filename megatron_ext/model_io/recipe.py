@@ -146,7 +146,6 @@ def _defaults(target: Target) -> dict[str, Any]:
     data = {
         "sequence_length": min(target.model.max_position_embeddings, 4096),
         "tokenizer": str(target.tokenizer or "TOKENIZER"),
-        "cache_dir": f"{target.checkpoint}-cache",
         "train": [{"path": "DATA/train"}],
     }
     return {**_UNKNOWN, "data": data, "checkpoint": {"save_interval": 1000}}

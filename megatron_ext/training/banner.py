@@ -34,7 +34,7 @@ def banner(run: RunConfig, layout: Layout, device: torch.device, found: Findings
         f"{model.hidden_size}{experts}",
         f"length       {_length(run, found)}",
         f"layout       {processes} on {device.type}, {run.precision.kind}: {split}",
-        *(f"data         {line}" for line in [*found.stages, *(use.line() for use in found.sources)]),
+        *(f"data         {line}" for line in [*found.stages, *(use.line() for use in found.sources), *found.packed]),
         f"start        {found.start}",
         f"checkpoints  {run.checkpoint.directory}, {saved}" + (f"; {found.room}" if found.room else ""),
         f"metrics      {metrics_path(run)}" + (f", and W&B {wandb.mode}" if wandb.mode != "off" else ""),

@@ -1,6 +1,5 @@
 """The data streams of a run, opened and checked before its model is built."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,6 @@ import torch.distributed as dist
 from megatron_ext.checkpoint.state_file import TrainingState
 from megatron_ext.config import DataSource, RunConfig
 from megatron_ext.data.stream.batches import DocumentResets
-from megatron_ext.data.stream.packing import packs_of
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.stream.sources import build_blend, planned_samples, source_size
 from megatron_ext.data.stream.stream import BatchShape, BlendStream, DataStream, PlannedShapes, Samples, ShapeOfBatches
@@ -18,8 +16,6 @@ from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.training.planned import pack_length, plan_data, size_of_source, source_paths
 from megatron_ext.training.same_run import check_same_sources
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,6 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
         name: size_of_source(path, source_size(path, tokenizer, key).tokens, packed_to)
         for name, (key, path) in named.items()
     }
-    if packed_to is not None:
-        for name, (_, path) in named.items():
-            log.info("%s is %s", name, packs_of(path, packed_to).saved())
     plan = plan_data(data, train, sizes, state, run.checkpoint.directory)
 
     def opened(samples: Samples, shape: ShapeOfBatches) -> DataStream:

@@ -9,6 +9,7 @@ from megatron_ext.config import DataSource, StagedSource
 from megatron_ext.config.data import source_ids
 from megatron_ext.data.dataset import check_dataset, check_dataset_sums
 from megatron_ext.data.stream.make_plan import SourceSize
+from megatron_ext.data.stream.packing import packs_of
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError, MegatronExtError, named
 from megatron_ext.planning.amounts import size
@@ -33,6 +34,8 @@ class DataFiles:
         """Sources whose files have their sizes, and the key of each."""
         self.sums = ""
         """How the files were compared with what was written."""
+        self.packed: list[str] = []
+        """What packing saves of each source, where documents are packed."""
 
     def look(self) -> dict[str, SourceSize] | None:
         """Size of each source that is trained on, by id; None where one is not as it must be."""
@@ -50,6 +53,10 @@ class DataFiles:
                 self._values.get("data.stages") or [],
                 self._values.get("data.sequence_length", 0),
             )
+            if packed_to is not None:
+                self.packed = [
+                    f"{name}: {packs_of(path, packed_to).saved()}" for name, path in zip(ids, paths, strict=True)
+                ]
             sizes = {
                 name: size_of_source(path, count, packed_to)
                 for name, path, count in zip(ids, paths, tokens, strict=True)

@@ -44,7 +44,7 @@ from megatron_ext.training.same_run import (
     trained_model,
 )
 from megatron_ext.training.schedule import learning_rate
-from megatron_ext.training.schedule_faults import moved_decay, schedule_faults
+from megatron_ext.training.schedule_faults import moved_decay, schedule_faults, schedule_warnings
 from megatron_ext.training.start import OpenForeign, foreign_model
 
 
@@ -62,6 +62,8 @@ class Findings:
     """Which stage each step belongs to."""
     stages: list[str] = field(default_factory=list)
     """A table of the stages and their sources."""
+    packed: list[str] = field(default_factory=list)
+    """What packing saves of each source."""
     start: str = ""
     """What the run starts from."""
     sums: str = ""
@@ -75,7 +77,9 @@ class Findings:
         if run is not None:
             wrong = schedule_faults(run, plan)
             self.faults += wrong
-            rate_at = None if wrong else partial(learning_rate, run, plan)
+            if not wrong:
+                rate_at = partial(learning_rate, run, plan)
+                self.warnings += schedule_warnings(run, plan)
         if data.stages:
             self.stages = plan_table(plan, rate_at)
             self.warnings += plan_warnings(plan, data)
@@ -83,7 +87,10 @@ class Findings:
     def lines(self) -> list[str]:
         """For people."""
         return [
-            *(f"data            {line}" for line in [*self.stages, *(use.line() for use in self.sources)]),
+            *(
+                f"data            {line}"
+                for line in [*self.stages, *(use.line() for use in self.sources), *self.packed]
+            ),
             *([f"data            {self.sums}"] if self.sums else []),
             *([f"start           {self.start}"] if self.start else []),
             *(f"changed         {change}" for change in self.changes),
@@ -191,7 +198,7 @@ class _Examination:
         """Size of each source that is trained on, by id; None where one is not as it must be."""
         files = DataFiles(self._values, self._tokenizer, self.found.faults)
         sizes = files.look()
-        self.found.sums = files.sums
+        self.found.sums, self.found.packed = files.sums, files.packed
         if sizes is not None:
             self._fingerprints = [size.fingerprint for size in sizes.values()]
         return sizes

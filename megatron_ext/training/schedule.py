@@ -31,7 +31,7 @@ def stretches(run: RunConfig, plan: RunPlan) -> list["Stretch"]:
     # A stage that was changed on the way is several, of one name; the last says what it is now.
     own = {stage.name: stage.stage.schedule for stage in stages}
     begins = [n for n, stage in enumerate(stages) if n == 0 or (own[stage.name] and stage.name != stages[n - 1].name)]
-    in_steps = len(run.step_tokens) == 1
+    in_steps = len(run.step_tokens) == 1 and all(stage.steps is not None for stage in run.data.stages)
     found = []
     for first, last in zip(begins, [*begins[1:], len(stages)], strict=True):
         name = stages[first].name
@@ -50,8 +50,8 @@ class Stretch:
     plan: RunPlan
     stages: Sequence[StagePlan]
     in_steps: bool
-    """Every step has the same tokens, so that what is said in steps is counted in steps: a run of one stage, whose
-    global batch size may be changed on the way, keeps its schedule."""
+    """Every step has the same tokens and the run so many steps, so that what is said in steps is counted in steps: its
+    global batch size may then be changed on the way, and the schedule stays."""
 
     @property
     def first_step(self) -> int:

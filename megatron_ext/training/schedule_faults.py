@@ -9,7 +9,7 @@ from megatron_ext.checkpoint.run_file import read_run
 from megatron_ext.checkpoint.state_file import read_scalars
 from megatron_ext.config import ConstantSchedule, RunConfig, WsdSchedule
 from megatron_ext.data.stream.plan import RunPlan
-from megatron_ext.training.schedule import Stretch, stretches
+from megatron_ext.training.schedule import Stretch, rates_at_ends, stretches
 
 _WARMUP = ("warmup_tokens", "warmup", "warmup_iters")
 _DECAY = ("decay", "decay_tokens", "wsd_decay_tokens", "decay_iters", "wsd_decay_iters")
@@ -29,9 +29,31 @@ def schedule_faults(run: RunConfig, plan: RunPlan) -> list[str]:
     return faults
 
 
+def schedule_warnings(run: RunConfig, plan: RunPlan) -> list[str]:
+    """Stages at whose beginning the learning rate jumps up because they say no factor where the one before did."""
+    warnings, ends = [], rates_at_ends(run, plan)
+    for (_, before), (after, _), stage in zip(ends, ends[1:], plan.stages[1:], strict=False):
+        previous = plan.stages[stage.number - 1]
+        own = stage.stage.schedule is not None and stage.name != previous.name
+        if stage.lr_scale > previous.lr_scale and not stage.stage.transition_tokens and not own:
+            warnings.append(
+                f"the learning rate jumps from {before:.3g} to {after:.3g} as stage {stage.name} begins: its lr_scale "
+                f"is {stage.lr_scale:g}, after {previous.lr_scale:g}; set lr_scale, or transition_tokens"
+            )
+    return warnings
+
+
 def _faults_of(stretch: Stretch) -> Iterator[str]:
     schedule, end = stretch.schedule, stretch.tokens(stretch.last_step)
     warmup, decay = (_said(stretch, names) for names in (_WARMUP, _DECAY))
+    for name in ("warmup", "decay"):
+        named = getattr(schedule, name, None)
+        if named is not None and named.stage not in [stage.name for stage in stretch.stages]:
+            yield (
+                f"{stretch.key}.{name}.stage = {named.stage!r}: a stage that was ended began a schedule that goes on "
+                "over it; begin another one there"
+            )
+            return
     if stretch.warmed_up > end:
         yield f"{warmup}: the warmup is longer than the {end - stretch.first_token} tokens that the schedule covers"
         return
@@ -90,7 +112,11 @@ def decay_moved(run: RunConfig, plan: RunPlan, step: int, saved: Mapping[str, An
     """`moved_decay`, given what `schedule_end` said when the run was saved."""
     stretch, now = _of_step(run, plan, step), schedule_end(run, plan, step)
     unit, name = ("steps", "decay_iters") if stretch.in_steps else ("tokens", "decay_tokens")
-    if not (now["follows_end"] and saved["follows_end"]) or now["kind"] != saved["kind"] or now[unit] == saved[unit]:
+    # A length in tokens or samples is rounded up to whole batches, which may be others by now.
+    rounded = [stage for stage in stretch.stages if stage.stage.steps is None]
+    rounding = sum(stage.global_batch_size * stage.sequence_length for stage in rounded)
+    unmoved = now["kind"] != saved["kind"] or abs(now[unit] - saved[unit]) <= rounding
+    if unmoved or not (now["follows_end"] and saved["follows_end"]):
         return None
     first = stretch.first_step if stretch.in_steps else stretch.first_token
     return (

@@ -132,6 +132,30 @@ def test_context_parallelism_and_documents_are_part_of_the_proof(tmp_path: Path)
     assert proof.holds
 
 
+def test_the_steps_of_every_stage_are_proven(tmp_path: Path) -> None:
+    mapping = run_mapping(tmp_path, moe=True)
+    stage = {"mix": {"ja": 1.0}, "steps": 100}
+    mapping["data"] = {"sequence_length": 64, "tokenizer": "t", "sources": {"ja": {"path": "ja"}}} | {
+        "stages": [
+            {"name": "short", **stage},
+            {"name": "long", **stage, "sequence_length": 128, "global_batch_size": 4, "rotary_base": 50000.0},
+            {"name": "again", **stage},
+        ]
+    }
+    mapping["train"] = {"global_batch_size": 8, "micro_batch_size": 2}
+    mapping["parallel"] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    path = write_run(tmp_path / "run.yaml", mapping)
+    process = new_process(TOOLS / "prove.py", path, "--world-size", "2", "--processes", "2")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "training 6 steps on 2 processes" in process.stdout
+    assert "steps 1 to 3 as in short: 8 x 64, rotary base 10000" in process.stdout
+    assert "steps 4 to 6 as in long: 4 x 128, rotary base 50000" in process.stdout
+    assert "verdict: this layout trains what one process trains" in process.stdout
+    first, second = plan_proof(load_run(path), 2, 2).cell.shapes
+    assert second.length == 2 * first.length
+    assert first.samples == 2 * second.samples
+
+
 def test_a_models_features_survive_the_shrinking(tmp_path: Path) -> None:
     mapping = run_mapping(tmp_path, moe=True)
     mapping["model"] |= {

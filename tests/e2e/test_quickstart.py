@@ -104,6 +104,20 @@ def test_both_phases_learn_and_the_second_goes_on_from_the_first(done: tuple[Pat
     assert after < before
 
 
+def test_two_stages_are_read_and_each_source_has_its_losses(done: tuple[Path, str, int], share: int) -> None:
+    out, _, _ = done
+    steps = [r for r in read_metrics(out / "dense" / "metrics.jsonl") if "loss" in r]
+    stages = [step["stage"] for step in steps]
+    assert stages == ["broad"] * (160 * share // 100) + ["anneal"] * (40 * share // 100)
+    shares = [sum(s["supervised_tokens"] for s in step["sources"].values()) for step in steps]
+    assert [step["supervised_tokens"] for step in steps] == shares
+    last = steps[-1]
+    assert sum(s["consumed_tokens"] for s in last["sources"].values()) == len(steps) * 16 * 256
+    validation = [r for r in read_metrics(out / "dense" / "metrics.jsonl") if "validation_loss" in r]
+    assert len(validation[-1]["validation_sources"]) == len(last["sources"]) > 1
+    print(f"last step: {last['sources']}; validation: {validation[-1]}")
+
+
 def test_the_other_layout_trains_what_the_first_would_have(done: tuple[Path, str, int], share: int) -> None:
     """From the checkpoint in the middle, the layout of the first half repeats the first losses of the second half."""
     out, _, _ = done

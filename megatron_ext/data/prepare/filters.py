@@ -96,8 +96,18 @@ class Chain:
                 return result
             if not isinstance(result, str):
                 raise DataError(f"filters: {name} returned {type(result).__name__}; expected a text, None or Dropped")
+            if result is not text and not _is_utf8(result):
+                raise DataError(f"filters: {name} returned half a character, which UTF-8 has not, for {text[:60]!r}")
             text = result
         return text
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def chain_of(names: Sequence[str], fewest: int, most: int | None, repetition: float | None) -> Chain:

@@ -17,6 +17,7 @@ from megatron_ext.manifest import FileSum
 
 FILE_SHIFT = 44
 """Where the number of its file stands in a document's place."""
+MOST_FILES = 1 << (64 - FILE_SHIFT)
 _COMPARED = 1 << 22
 """Documents whose hashes are compared at once."""
 

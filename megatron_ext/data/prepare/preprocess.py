@@ -21,7 +21,7 @@ from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary
 from megatron_ext.data.indexed import token_dtype, write_synced
 from megatron_ext.data.prepare.corpus import corpus_files, is_compressed, split_into_shards
 from megatron_ext.data.prepare.filters import fingerprint_of
-from megatron_ext.data.prepare.join import check_parts, find_copies, join_split
+from megatron_ext.data.prepare.join import MOST_FILES, check_parts, find_copies, join_split
 from megatron_ext.data.prepare.parts import Part, Told
 from megatron_ext.data.prepare.shard_work import SPLITS, ShardWorker, Task, TextOptions
 from megatron_ext.data.prepare.workers import run_in_processes
@@ -101,9 +101,11 @@ def preprocess(
 
 def _tasks(files: Sequence[Path]) -> list[Task]:
     total = sum(path.stat().st_size for path in files)
-    shards = split_into_shards(files, min(max(_SHARD_BYTES, total // _SHARDS), _LARGEST_SHARD_BYTES))
-    number_of = {path: number for number, path in enumerate(files)}
-    return [Task(number, number_of[shard.path], shard) for number, shard in enumerate(shards)]
+    size = min(max(_SHARD_BYTES, total // _SHARDS), _LARGEST_SHARD_BYTES)
+    if len(files) > MOST_FILES:
+        raise DataError(f"{len(files):,} files: expected at most {MOST_FILES:,}; join some, or prepare them in turns")
+    shards = [(file, shard) for file, path in enumerate(files) for shard in split_into_shards([path], size)]
+    return [Task(number, file, shard) for number, (file, shard) in enumerate(shards)]
 
 
 def _checked_fractions(split: Sequence[float]) -> tuple[float, ...]:
@@ -279,8 +281,11 @@ _COUNTED = ("documents", "tokens", "bytes")
 
 def _buckets(plan: dict[str, Any]) -> int:
     """Stretches of the random order, so that the documents of one fit into memory."""
-    size = sum(source["bytes"] * (_EXPANDS if is_compressed(Path(source["path"])) else 1) for source in plan["sources"])
-    return 1 + int(size) // _BUCKET_BYTES
+    size = 0
+    for source in plan["sources"]:
+        path = Path(source["path"])
+        size += source["bytes"] * (_EXPANDS if is_compressed(path) or path.suffix.lower() == ".parquet" else 1)
+    return 1 + size // _BUCKET_BYTES
 
 
 def _left_out(told: Sequence[Told]) -> dict[str, int]:

@@ -80,10 +80,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def write_plot(measured: Measured, path: str | Path) -> None:
     """Draw the figures of the table, a bar for each tokenizer in each language, as .png, .svg or .pdf."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # seconds to import, seldom needed
 
     panels: dict[str, Any] = {
         "characters a token": lambda one: one.characters_a_token,
@@ -93,7 +90,8 @@ def write_plot(measured: Measured, path: str | Path) -> None:
     if any(one.names for languages in measured.values() for one in languages.values()):
         panels["% of names kept whole"] = lambda one: 100 * one.names_whole / max(one.names, 1)
     languages = list(dict.fromkeys(name for of_one in measured.values() for name in of_one))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     width = 0.8 / len(measured)
     for axis, (title, value) in zip(axes, panels.items(), strict=True):
         for number, (tokenizer, of_one) in enumerate(measured.items()):
@@ -105,5 +103,4 @@ def write_plot(measured: Measured, path: str | Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(measured), 4))
     content = io.BytesIO()
     figure.savefig(content, format=Path(path).suffix.lstrip("."), dpi=150)
-    pyplot.close(figure)
     write_bytes(path, content.getbuffer())

@@ -9,6 +9,7 @@ from megatron_ext.config.layout import Layout, resolve_layout, smallest_world_si
 from megatron_ext.errors import ConfigError
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool
+from tests.unit.config.test_load import load, mapping
 
 GRIDS = [
     ParallelConfig(),
@@ -82,3 +83,31 @@ def test_sizes() -> None:
 def test_impossible_grids_are_refused(parallel: ParallelConfig, world_size: int, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         resolve_layout(parallel, TRAIN, world_size)
+
+
+def test_batches_of_every_stage_and_of_the_ramp_are_split_too() -> None:
+    raw = mapping(
+        train={"global_batch_size": 8, "train_iters": 0, "batch_size_ramp": [{"global_batch_size": 6, "steps": 1}]},
+        parallel={"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    )
+    raw["data"] |= {"train": [], "cache_dir": None, "sources": {"a": {"path": "a"}}}
+    stage = {"mix": {"a": 1.0}, "steps": 2}
+    raw["data"]["stages"] = [
+        {"name": "one", **stage},
+        {"name": "two", **stage, "global_batch_size": 10, "sequence_length": 32},
+        {"name": "three", **stage, "micro_batch_size": 4},
+    ]
+    run = load(raw)
+    assert run.resolve(2).num_microbatches == 8
+    with pytest.raises(ConfigError) as caught:
+        run.resolve(8)
+    said = str(caught.value).splitlines()
+    expected = (
+        ("train.batch_size_ramp.0.global_batch_size = 6", "train.micro_batch_size = 1 x 4", "(stage one)"),
+        ("(1 = train.batch_size_ramp.0.global_batch_size / micro_batch_size / 4)", "(stage one)"),
+        ("data.stages.1.global_batch_size = 10", "train.micro_batch_size = 1 x 4", "(stage two)"),
+        ("train.global_batch_size = 8", "data.stages.2.micro_batch_size = 4 x 4", "(stage three)"),
+    )
+    assert len(said) == len(expected)
+    assert all(part in line for line, parts in zip(said, expected, strict=True) for part in parts)
+    assert run.step_tokens == {6 * 64, 8 * 64, 10 * 32}

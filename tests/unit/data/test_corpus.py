@@ -204,3 +204,12 @@ def test_python_corpus_is_large_and_repeats(tmp_path: Path) -> None:
     assert first == (tmp_path / "two.jsonl").read_text()
     texts = [json.loads(line)["text"] for line in first.splitlines()]
     assert len(texts) == len(set(texts)) == documents
+
+
+def test_documentation_of_python_is_no_code(tmp_path: Path) -> None:
+    documents, size = write_python_corpus(tmp_path / "documentation.jsonl", "documentation")
+    rows = [json.loads(line) for line in (tmp_path / "documentation.jsonl").read_text().splitlines()]
+    assert (len(rows), sum(len(row["text"].encode()) for row in rows)) == (documents, size)
+    (argparse,) = (row["text"] for row in rows if row["source"] == "argparse.py: module")
+    assert argparse.startswith("Command-line parsing library")
+    assert "import os" not in argparse

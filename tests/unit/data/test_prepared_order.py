@@ -96,6 +96,12 @@ def test_copies_are_left_out(
     assert counts["bytes"] == sum(len(text.encode()) for text in texts[:60])
 
 
+def test_a_file_that_is_given_twice_is_two(place: Path, texts: list[str], tmp_path: Path) -> None:
+    source = write(tmp_path / "c.jsonl", texts[:9])
+    preprocess([source, source], place / "t", tmp_path / "d", split=ALL)
+    assert [file["documents"] for file in described(tmp_path / "d")["files"]] == [9, 9]
+
+
 def test_copies_that_stay_are_no_neighbours(place: Path, texts: list[str], tmp_path: Path) -> None:
     write(tmp_path / "c.jsonl", texts[:40] * 5)
     preprocess([tmp_path / "c.jsonl"], place / "t", tmp_path / "d", split=ALL)
@@ -154,6 +160,11 @@ class Fails:
         raise ValueError("why")
 
 
+class Halves:
+    def __call__(self, text: str) -> str:
+        return "\ud83d"
+
+
 def test_filters_work_in_the_workers_and_what_they_drop_is_counted(place: Path, tmp_path: Path) -> None:
     kept = ["call 090 or not at all"[:11], "fine text here"]
     write(tmp_path / "c.jsonl", [*kept, "a secret", "no", "ab", "x" * 500, "abcdefgh " * 40])
@@ -178,6 +189,7 @@ def test_filters_work_in_the_workers_and_what_they_drop_is_counted(place: Path, 
         (__name__, "expected module:Class"),
         ("collections:Counter", "cannot be called with a text"),
         (f"{__name__}:Fails", "failed on 'some text': ValueError: why"),
+        (f"{__name__}:Halves", "returned half a character"),
     ],
 )
 def test_filters_that_are_none_are_named(place: Path, tmp_path: Path, name: str, expected: str) -> None:

@@ -1,8 +1,10 @@
 """Inverse frequencies and attention factors against transformers' ROPE_INIT_FUNCTIONS, at the sizes of real models."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -13,7 +15,14 @@ from megatron_ext.config import (
     ModelConfig,
     YarnRopeScaling,
 )
-from megatron_ext.mcore.rotary import attention_factor, inverse_frequencies
+from megatron_ext.mcore.rotary import (
+    LatentRotaryEmbedding,
+    RotaryEmbedding,
+    attention_factor,
+    inverse_frequencies,
+    set_rotary_base,
+)
+from megatron_ext.testing.tiny import tiny_model
 
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 DEEPSEEK = {"factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -54,3 +63,21 @@ def test_frequencies_and_factor_are_transformers(name: str) -> None:
     # Products in another order: a few roundings of fp32.
     assert error < 3e-7
     assert attention_factor(model) == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [RotaryEmbedding, LatentRotaryEmbedding])
+def test_another_base_turns_every_length_anew(kind: Any) -> None:
+    def embedding(base: float) -> Any:
+        alone: Any = SimpleNamespace(size=lambda: 1)
+        return kind(tiny_model(rotary_base=base), SimpleNamespace(rotary_interleaved=False), alone)
+
+    def angles(embedding: Any) -> torch.Tensor:
+        return torch.cat([RotaryEmbedding.forward(embedding, length) for length in (16, 32)])
+
+    changed, low, high = embedding(1e4), angles(embedding(1e4)), angles(embedding(5e5))
+    assert torch.equal(angles(changed), low)  # and kept from call to call
+    set_rotary_base([torch.nn.Sequential(changed)], 5e5)
+    assert torch.equal(angles(changed), high)
+    set_rotary_base([torch.nn.Sequential(changed)], 1e4)
+    assert torch.equal(angles(changed), low)
+    assert not torch.equal(low, high)

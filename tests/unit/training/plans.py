@@ -32,7 +32,9 @@ def plan_of(*parts: Part) -> RunPlan:
     for number, one in enumerate(parts):
         samples = one.steps * one.global_batch_size
         tokens = samples * one.sequence_length
-        stage: Stage = load_config(Stage, {"name": one.name, "mix": {"a": 1.0}, **dict(one.keys)}, source="stage")
+        stage: Stage = load_config(
+            Stage, {"name": one.name, "mix": {"a": 1.0}, "steps": one.steps, **dict(one.keys)}, source="stage"
+        )
         stages.append(
             StagePlan(
                 number, one.name, step, one.steps, sample, samples, token, tokens,

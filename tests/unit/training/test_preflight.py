@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -231,3 +232,23 @@ def test_the_whole_of_a_check(work: Path) -> None:
     assert config["train"]["train_iters"] == 6
     alone = check(work, "data.tokenizer=gone", files=False)
     assert "start  " not in alone
+
+
+def test_a_check_of_stages_shows_their_rates_and_what_does_not_fit(work: Path, tmp_path: Path) -> None:
+    mapping = run_mapping(work)
+    sources = {"main": {"path": f"{work}/data/train"}}
+    stages = [{"name": "first", "mix": {"main": 1}, "steps": 4}, {"name": "last", "mix": {"main": 1}, "steps": 2}]
+    stages[1] |= {"sequence_length": 32, "lr_scale": 0.5}
+    kept = {key: mapping["data"][key] for key in ("sequence_length", "tokenizer")}
+    mapping["data"] = {**kept, "sources": sources, "stages": stages}
+    mapping["train"] = {"global_batch_size": 8}
+    mapping["schedule"] = {"kind": "wsd", "warmup_iters": 2, "decay": {"stage": "last"}, "decay_style": "linear"}
+    mapping["checkpoint"]["directory"] = str(tmp_path / "run")
+    path = str(write_run(tmp_path / "run.yaml", mapping))
+    text = check_run(path, [], None, files=True, open_foreign=open_hugging_face)
+    assert re.search(r"first +4 steps +2.05K tokens  8 x 64  lr 0.0005 to 0.001", text)
+    assert re.search(r"last +2 steps +512 tokens  8 x 32  lr 0.00025 to 0", text)
+    assert re.search(r"in all +6 steps +2.56K tokens", text)
+    longer = ["schedule.warmup_tokens=3000", "schedule.warmup_iters=0"]
+    with pytest.raises(ConfigError, match=r"schedule\.warmup_tokens = 3000: the warmup is longer than the 2560 tokens"):
+        check_run(path, longer, None, files=True, open_foreign=open_hugging_face)

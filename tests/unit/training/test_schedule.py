@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ext.config import RunConfig
 from megatron_ext.training.schedule import learning_rate, rates_at_ends
-from megatron_ext.training.schedule_faults import decay_moved, schedule_end, schedule_faults
+from megatron_ext.training.schedule_faults import decay_moved, schedule_end, schedule_faults, schedule_warnings
 from tests.unit.config.test_load import load, mapping
 from tests.unit.training.plans import Part, part, plan_of, plan_of_run
 
@@ -192,6 +192,12 @@ def test_rates_at_both_ends_of_each_stage() -> None:
     assert ends == pytest.approx([0.98, 0.8, 0.76, 0.4, 0.32, 0.0])
 
 
+def test_a_rate_that_jumps_up_for_want_of_a_factor_is_warned_of() -> None:
+    parts = [part("a", 4, lr_scale=0.5), part("b", 4), part("c", 2, lr_scale=2.0, transition_tokens=512)]
+    (warning,) = schedule_warnings(staged(parts, kind="constant"), plan_of(*parts))
+    assert warning.startswith("the learning rate jumps from 0.5 to 1 as stage b begins: its lr_scale is 1, after 0.5")
+
+
 def test_a_schedule_that_does_not_fit_its_stages_names_both_keys() -> None:
     def said(parts: list[Part], **schedule: Any) -> str:
         return "\n".join(schedule_faults(staged(parts, **schedule), plan_of(*parts)))
@@ -211,6 +217,19 @@ def test_a_schedule_that_does_not_fit_its_stages_names_both_keys() -> None:
     faults = said(parts, kind="constant")
     assert "data.stages: schedule of b.warmup_iters = 3: the warmup is longer than the 1024 tokens" in faults
     assert "transition_tokens = 2000 of b are more than its 1024 tokens" in faults
+
+
+def test_a_schedule_of_tokens_does_not_mind_another_batch_on_the_way() -> None:
+    """48 steps of 512 tokens; or 24 of them, and 12 of twice as many."""
+
+    def pieces(*batches: tuple[int, int]) -> list[Part]:
+        return [Part("a", steps, size, 64, (("tokens", 48 * 512.0), ("steps", None))) for steps, size in batches]
+
+    run, wide = staged(pieces((48, 8)), kind="cosine", warmup_iters=4), plan_of(*pieces((24, 8), (12, 16)))
+    values = [learning_rate(run, plan_of(*pieces((48, 8))), step) for step in range(48)]
+    changed = [learning_rate(run, wide, step) for step in range(36)]
+    assert changed == values[:24] + values[25::2]
+    assert decay_moved(run, wide, 24, schedule_end(run, plan_of(*pieces((49, 8))), 24)) is None  # rounded up
 
 
 def test_a_decay_that_moves_with_the_end_of_the_run_is_said_or_refused() -> None:
