@@ -48,12 +48,7 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
         CheckpointError: the sources are not those in which `state` counts its samples.
     """
     data, train = run.data, run.train
-    tokenizer = Tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > run.model.vocab_size:
-        raise DataError(
-            f"{data.tokenizer} makes token ids up to {tokenizer.vocab_size - 1}, more than "
-            f"model.vocab_size = {run.model.vocab_size}; set that to {tokenizer.vocab_size} or more"
-        )
+    tokenizer = _tokenizer_of(run)
     resets = None
     if data.reset_attention_mask or data.reset_position_ids:
         resets = DocumentResets(tokenizer.eod, data.reset_attention_mask, data.reset_position_ids)
@@ -87,3 +82,14 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
         shape = BatchShape(train.global_batch_size, train.micro_batch_size, dp.rank(), dp.size())
         validation = opened(blend(data.validation, train.eval_iters * train.global_batch_size, 0), shape)
     return RunData(stream, validation, fingerprints, plan)
+
+
+def _tokenizer_of(run: RunConfig) -> Tokenizer:
+    """The tokenizer of the data, once the model has a row for each of its tokens."""
+    tokenizer = Tokenizer(run.data.tokenizer)
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise DataError(
+            f"{run.data.tokenizer} makes token ids up to {tokenizer.vocab_size - 1}, more than "
+            f"model.vocab_size = {run.model.vocab_size}; set that to {tokenizer.vocab_size} or more"
+        )
+    return tokenizer
