@@ -41,6 +41,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()  # it may be a file on a full disk
     except MegatronExtError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head`. Python would say so again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.filename is None and error.errno not in _NO_ROOM:
             raise  # not about a file: a fault of ours, or of the network

@@ -1,6 +1,9 @@
 """Options of a command: tagged unions chosen by kind, several sources and one target, files and what wins over them."""
 
 import errno
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -159,3 +162,14 @@ def test_what_the_system_says_of_files_is_one_message(
         run_command(fail)
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_fault() -> None:
+    code = "from megatron_ext.command import run_command; run_command(lambda: print('line\\n' * 10**6))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 128 + signal.SIGPIPE
