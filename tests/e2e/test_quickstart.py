@@ -114,7 +114,7 @@ def test_two_stages_are_read_and_each_source_has_its_losses(done: tuple[Path, st
     last = steps[-1]
     assert sum(s["consumed_tokens"] for s in last["sources"].values()) == len(steps) * 16 * 256
     validation = [r for r in read_metrics(out / "dense" / "metrics.jsonl") if "validation_loss" in r]
-    assert len(validation[-1]["validation_sources"]) == len(last["sources"]) > 1
+    assert len(validation[-1]["sources"]) == len(last["sources"]) > 1
     print(f"last step: {last['sources']}; validation: {validation[-1]}")
 
 
