@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron_ext.model_io.open import (
     open_checkpoint,
     read_any_model,
 )
+from megatron_ext.model_io.routing_ties import settle_ties
 from megatron_ext.model_io.text import comparison_batches
 
 
@@ -61,6 +62,8 @@ class LogitComparison:
     """Share of positions where both models predict the same token, from logits that are finite."""
     mean_kl: float
     """Mean KL divergence from the first model's distribution, in nats."""
+    ties: int = 0
+    """Rows in which rounding decides which experts are taken; there the second has decided as the first."""
 
     @property
     def relative(self) -> float:
@@ -142,16 +145,20 @@ def verify(a: str | Path, b: str | Path, how: Comparison) -> Verification:
         return Verification(weights, None, how.tolerance, compare_fields(a, b))
     narrow = getattr(torch, weights.rounded_to[0]) if len(weights.rounded_to) == 1 else None
     examined = 1 if is_hugging_face(b) else 0
-    computed, generation, why_not = [], None, ""
+    computed, network, generation, why_not = [], None, None, ""
     for number, path in enumerate((a, b)):
         if not is_hugging_face(path) or (how.first_by_megatron and number == 0):
             computed.append(megatron_logits(path, batches, weights_as=narrow))
             continue
+        network = None  # one model at a time is in memory
         network = load_hugging_face(path, trust_remote_code=how.trust_remote_code, weights_as=narrow)
         computed.append(network_logits(network, batches))
         if how.generation and number == examined:
             generation, why_not = _generated(path, network, batches[0])
     logits = compare_logits(*computed)
+    if network is not None and examined and logits.relative > how.tolerance and read_any_model(b).is_moe:
+        settled, ties = settle_ties(network, batches, computed[0], computed[1], how.tolerance)
+        logits = replace(compare_logits(computed[0], settled), ties=ties)
     return Verification(weights, logits, how.tolerance, compare_fields(a, b), generation, why_not)
 
 

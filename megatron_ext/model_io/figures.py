@@ -22,6 +22,11 @@ def logit_lines(comparison: LogitComparison) -> list[str]:
         f"  max |d|           {c.max_abs_difference:.3g}  ({c.relative:.1e} of the largest logit, {c.scale:.3g})",
         f"  argmax agreement  {c.argmax_agreement:.2%}",
         f"  mean KL           {c.mean_kl:.2e} nats",
+        *(
+            [f"  experts           in {c.ties} rows rounding decides which are taken, and was followed"]
+            if c.ties
+            else []
+        ),
     ]
 
 
@@ -84,7 +89,7 @@ def write_figures(path: str | Path, verification: Verification) -> None:
     comparisons = {"weights": v.weights, "logits": v.logits, "generation": v.generation}
     made = {name: asdict(comparison) for name, comparison in comparisons.items() if comparison is not None}
     content: dict[str, Any] = {
-        name: {key: value for key, value in figures.items() if key not in ("rounded_to", "not_finite") or value}
+        name: {key: value for key, value in figures.items() if key not in ("rounded_to", "not_finite", "ties") or value}
         for name, figures in made.items()
     }
     content["verification"] = {"verdict": verdict(v)}

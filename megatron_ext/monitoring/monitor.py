@@ -48,7 +48,7 @@ class StepReport:
     """Peak memory of the process that used most: device memory on CUDA, resident memory on CPU."""
     experts: ExpertStatistics | None
     sources: Mapping[str, SourceReport] = field(default_factory=dict)
-    """Those that were read since the report before."""
+    """Those that the run has read; what they say is of the time since the report before."""
     steps: int = 1
     """Steps taken since then, of which the sources say the mean; all else is that of the last."""
     stage: str | None = None

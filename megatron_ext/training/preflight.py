@@ -207,6 +207,8 @@ class _Examination:
         """Plan the data, as far as the configuration is right."""
         if self._data is None or self._train is None:
             return
+        if any(weight <= 0 for stage in self._data.stages for weight in stage.mix.values()):
+            return  # a rule of the configuration says so
         with collecting(self.found.faults):
             where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
             try:

@@ -14,6 +14,9 @@ from megatron_ext.data.stream.progress import Part, Progress
 from megatron_ext.data.stream.spans import Span, ramp_left, spans_of
 from megatron_ext.errors import CheckpointError, ConfigError
 
+_MOST_SAMPLES = 1 << 36
+"""Of a stage: 2.8e14 tokens at 4096, more than there are to read."""
+
 
 @dataclass(frozen=True)
 class SourceSize:
@@ -99,6 +102,8 @@ class _Planner:
             self.mismatches += continued.faults
         current = [continued.current] if continued.current is not None else []
         for stage in [*current, *continued.coming]:
+            if wrong := [name for name, weight in stage.mix.items() if weight <= 0]:
+                self.faults.append(f"stage {stage.name!r}: the weight of {', '.join(wrong)} must be greater than 0")
             if unknown := [name for name in (*stage.mix, *stage.take) if name not in self._sizes]:
                 known = ", ".join(self._sizes)
                 self.faults.append(f"stage {stage.name!r} reads {', '.join(unknown)}, none of the sources ({known})")
@@ -284,6 +289,12 @@ class _Planner:
     def _spans(self, stage: Stage, samples: int, steps: int = 0) -> list[Span]:
         """The steps in which `samples`, or that many steps, are read: of the ramp first, where that is not over."""
         if samples <= 0 and steps <= 0:
+            return []
+        if (most := max(samples, steps * self._batch(stage))) > _MOST_SAMPLES:
+            self.faults.append(
+                f"stage {stage.name!r} has {min(most, 10**300):.3g} samples of {self._length(stage)} tokens: no run "
+                "reads so many; is a count of tokens one of steps, or of samples?"
+            )
             return []
         done = sum(part.steps for part in self.parts)
         ramp = ramp_left(self._train, done) if stage.name == self._stages[0].name else []

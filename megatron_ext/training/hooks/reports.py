@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config import Layout, RunConfig
-from megatron_ext.data.stream.plan import Consumed
 from megatron_ext.data.stream.position import Consumption
 from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
@@ -42,12 +41,9 @@ class Reports(Hook):
         self._sources: SourceSums | None = None
         self._taken = 0
         """What the sources gave to the steps taken since the last report, and how many those are."""
-        self._read: Mapping[str, Consumed] = {}
-        """What was read of them until the last report."""
 
     def on_start(self, session: Session) -> None:
         """Open the metrics file and W&B."""
-        self._read = session.stream.consumption().sources
         if dist.get_rank() == 0:
             self._monitor = Monitor(
                 self._run, self._layout, session.plan, session.state.iteration, self._run_id, self._clock
@@ -127,15 +123,14 @@ class Reports(Hook):
             self._monitor.step(report)
 
     def _source_reports(self, consumed: Consumption) -> dict[str, SourceReport]:
-        """What there is to say of the sources that were read since the last report; it begins anew."""
+        """What there is to say of the sources that the run has read, since the last report; it begins anew."""
         assert self._sources is not None
-        now, before = consumed.sources, self._read
-        trained = zip(now.items(), self._sources.read(), strict=True)
-        self._sources, self._read = None, now
+        trained = zip(consumed.sources.items(), self._sources.read(), strict=True)
+        self._sources = None
         return {
             name: SourceReport(loss, units / self._taken, use.tokens, use.epochs)
             for (name, use), (loss, units) in trained
-            if units or use != before.get(name)
+            if use.samples
         }
 
 

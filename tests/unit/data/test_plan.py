@@ -188,6 +188,22 @@ def test_every_fault_is_said_at_once() -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ({"mix": {"ja": 0, "en": 0}, "steps": 1}, "the weight of ja, en must be greater than 0"),
+        ({"mix": {"ja": 1, "en": -1}, "steps": 1}, "the weight of en must be greater than 0"),
+        ({"mix": {"ja": 1}, "steps": 10**400}, "no run reads so many"),
+        ({"mix": {"ja": 1, "en": 1}, "tokens": 1e300}, "no run reads so many"),
+        ({"take": {"ja": {"tokens": 1e18}, "en": {"epochs": 1}}}, "no run reads so many"),
+    ],
+    ids=["no weight", "negative", "steps", "tokens", "take"],
+)
+def test_what_cannot_be_read_is_no_plan(stage: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        planned(SOURCES, [{"name": "A", **stage}])
+
+
 def test_the_order_in_a_file_means_nothing() -> None:
     plan = planned(SOURCES, [A, B])
     turned = dict(reversed(list(SOURCES.items())))

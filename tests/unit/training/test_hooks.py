@@ -65,7 +65,6 @@ def test_reports_name_every_sum_of_the_task_and_every_skip(tmp_path: Path) -> No
     # Over both steps since the start; then over the one that was computed. Numbers counts three tokens a sample.
     assert first["sources"] == {
         "ja": {"loss": 2.5, "supervised_tokens": 12, "consumed_tokens": 48, "epochs": 0.5},
-        "en": {"loss": 3.0, "supervised_tokens": 2, "consumed_tokens": 0, "epochs": 0},
     }
     assert second["sources"] == {"ja": {"loss": 1.0, "supervised_tokens": 12, "consumed_tokens": 96, "epochs": 0.5}}
     assert validation["validation_loss"] == 1.5
