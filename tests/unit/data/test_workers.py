@@ -26,8 +26,13 @@ def test_a_signal_ends_the_wait_for_a_thread() -> None:
         interrupted.wait()
         left.set()
 
-    with pytest.raises(KeyboardInterrupt):
-        interruptible(work)
+    # Processes of a job in the background ignore Ctrl-C, and with them this one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interruptible(work)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert left.wait(10)
 
 
