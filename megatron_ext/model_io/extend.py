@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT
 from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.checkpoint.find import checkpoint_name, find_checkpoint
-from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
+from megatron_ext.checkpoint.streams import TensorSource
 from megatron_ext.checkpoint.tokenizer_files import (
     FAST_FILE,
     TEMPLATE_FOLDERS,
@@ -29,7 +29,7 @@ from megatron_ext.model_io.compare import checkpoint_logits, compare_logits, req
 from megatron_ext.model_io.engine import copies
 from megatron_ext.model_io.figures import logit_lines
 from megatron_ext.model_io.model_to_write import ModelToWrite
-from megatron_ext.model_io.open import Checkpoint, open_checkpoint
+from megatron_ext.model_io.open import Checkpoint, Repadded, open_checkpoint
 from megatron_ext.model_io.options import ExtendOptions
 from megatron_ext.model_io.recipe import Target, recipe_if_trainable, recipe_path, require_recipe_place
 from megatron_ext.model_io.text import comparison_batches
@@ -164,29 +164,22 @@ class ExtendedRows:
         self, source: TensorSource, before: ModelConfig, after: ModelConfig, pieces: Mapping[int, Sequence[int]]
     ) -> None:
         """`pieces`: the old ids whose mean the row of each new id is."""
-        self._source, self._pieces, self._known = source, pieces, before.vocab_size
+        self._padded, self._pieces = Repadded(source, before.vocab_size, after.padded_vocab_size), pieces
         beyond = sorted({piece for of_one in pieces.values() for piece in of_one if piece >= before.vocab_size})
         if beyond:
             raise ConversionError(
                 f"the tokenizer makes token {beyond[0]} of a new one, which the model has no row for (vocab_size "
                 f"{before.vocab_size}): it is another model's"
             )
-        rows = after.padded_vocab_size
-        self.specs = {
-            name: TensorSpec((rows, *spec.shape[1:]), spec.dtype) if name in (EMBEDDING, OUTPUT) else spec
-            for name, spec in source.specs.items()
-        }
+        self.specs = self._padded.specs
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
-        tensor = self._source.read(name)
-        if name not in (EMBEDDING, OUTPUT):
-            return tensor
-        extended = tensor.new_zeros(self.specs[name].shape)
-        extended[: self._known] = tensor[: self._known]
-        for number, pieces in self._pieces.items():
-            extended[number] = tensor[list(pieces)].double().mean(0).to(tensor.dtype)
-        return extended
+        tensor = self._padded.read(name)
+        if name in (EMBEDDING, OUTPUT):
+            for number, pieces in self._pieces.items():
+                tensor[number] = tensor[list(pieces)].double().mean(0).to(tensor.dtype)
+        return tensor
 
 
 def _logits(opened: Checkpoint, options: ExtendOptions) -> tuple[list[Tensor], list[Tensor]] | None:

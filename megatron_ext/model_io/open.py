@@ -144,10 +144,10 @@ def with_padding(checkpoint: Checkpoint, rows: int) -> TensorSource:
     """The tensors of a model with the vocabulary padded to `rows`."""
     if checkpoint.model.padded_vocab_size == rows:
         return checkpoint.tensors
-    return _Repadded(checkpoint.tensors, checkpoint.model.vocab_size, rows)
+    return Repadded(checkpoint.tensors, checkpoint.model.vocab_size, rows)
 
 
-class _Repadded:
+class Repadded:
     """A model's tensors with another vocabulary padding."""
 
     def __init__(self, source: TensorSource, vocab_size: int, rows: int) -> None:

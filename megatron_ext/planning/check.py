@@ -1,5 +1,7 @@
 """What a run would be: the text that `--check` prints before anything is started."""
 
+from dataclasses import replace
+
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
@@ -31,6 +33,8 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
     layout = run.resolve(processes)
     counts = count_parameters(run.model)
     memory = state_memory(run, layout)
+    if plan is not None and run.data.stages:
+        run = replace(run, train=replace(run.train, train_iters=plan.total_steps))
     each = training_flops_per_token(run.model, run.data.sequence_length)
     lines = [
         dump_yaml(to_mapping(run)),
@@ -41,8 +45,7 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
         f"state memory    {memory.bytes / 2**30:,.3g} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
         f"Hugging Face    {_export(run)}",
-        f"micro-batches   {layout.num_microbatches} of {run.train.micro_batch_size} x {run.data.sequence_length} "
-        "tokens a rank and step",
+        f"micro-batches   {_micro_batches(run, layout)} tokens a rank and step",
         f"installed       {versions()}",
     ]
     return "\n".join(lines)
@@ -57,6 +60,12 @@ def _work(run: RunConfig, each: float, plan: RunPlan | None) -> str:
         return f"{tokens:,} tokens, {flops(each)} a token, {flops(each * tokens)} in all"
     total = sum(training_flops_per_token(run.model, s.sequence_length) * s.tokens for s in plan.stages)
     return f"{plan.total_tokens:,} tokens, {flops(total / plan.total_tokens)} a token, {flops(total)} in all"
+
+
+def _micro_batches(run: RunConfig, layout: Layout) -> str:
+    """How many of which size a rank computes in a step; of every kind of step that the run has."""
+    shapes = ((s.size // (s.micro_size * layout.dp), s.micro_size, s.length) for s in run.step_shapes)
+    return ", ".join(f"{number} of {size} x {length}" for number, size, length in dict.fromkeys(shapes))
 
 
 def _export(run: RunConfig) -> str:

@@ -117,6 +117,8 @@ def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
         saved = to_mapping(load_config(RunConfig, saved, source=str(checkpoint)))
     old, new = ({key: repr(value) for key, value in _leaves(one)} for one in (saved, now))
     keys = dict.fromkeys([*new, *old])
+    if run.data.stages:
+        keys.pop("train.train_iters", None)  # it follows from them
     pairs = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
     # A key that is unset says as much as one that is not there.
     return [f"{key}: {b} -> {a}" for key, b, a in pairs if b != a and {b, a} != {"nothing", "None"}]

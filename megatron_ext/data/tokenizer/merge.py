@@ -177,11 +177,12 @@ def _choose(parts: Sequence[Part]) -> tuple[set[str], dict[str, int]]:
     """The normal pieces of the merged model, and how many each part brought."""
     chosen: set[str] = set()
     brought: dict[str, int] = {}
+    faults = []
     for part in parts:
         ranked = by_score(part.model.of(NORMAL))
         new = [piece.text for piece in ranked if piece.text not in chosen]
         if len(new) < part.quota:
-            raise DataError(
+            faults.append(
                 f"{part.name}: has {len(new)} pieces that the models before it have not brought, {part.quota} are "
                 f"wanted; train a larger model, or set its quota to {len(new)}"
             )
@@ -190,6 +191,8 @@ def _choose(parts: Sequence[Part]) -> tuple[set[str], dict[str, int]]:
         taken = {*single, *itertools.islice((text for text in new if len(text) > 1), room)}
         chosen |= taken
         brought[part.name] = len(taken)
+    if faults:
+        raise DataError("\n".join(faults))
     return chosen, brought
 
 

@@ -63,6 +63,8 @@ def test_a_quota_counts_new_pieces_and_is_filled_from_the_next_ranks() -> None:
     assert probabilities(merged.model).keys() == {"a", "b", "c", "ab", "x", "y", "xy", "yx"}
     with pytest.raises(DataError, match=r"b: has 5 pieces .*, 6 are wanted; .* set its quota to 5"):
         merge_models([parts[0], replace(parts[1], quota=6)])
+    with pytest.raises(DataError, match=r"a: has 5 pieces (?s:.*)b: has"):
+        merge_models([replace(parts[0], quota=9), replace(parts[1], quota=9)])
 
 
 def test_single_characters_stay_whatever_the_quota() -> None:

@@ -22,6 +22,7 @@ from megatron_ext.planning.memory import state_memory
 from megatron_ext.runtime.core_guard import versions
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.training.planned import stated_plan
 from tests.unit.config.test_load import load, mapping
 
 TANUKI_8X8B = ModelConfig(
@@ -139,6 +140,25 @@ def test_check_prints_grid_and_counts_and_reloads() -> None:
     assert f"installed       {versions()}" in text
     resolved = text.split("rank grid")[0]
     assert load_config(RunConfig, parse_yaml(resolved, source="t"), source="t") == run
+
+
+def test_check_prints_the_length_and_the_micro_batches_of_stages() -> None:
+    stages = [
+        {"name": "short", "mix": {"ja": 1}, "steps": 3},
+        {"name": "long", "mix": {"ja": 1}, "samples": 20, "sequence_length": 64, "global_batch_size": 4},
+    ]
+    sources = {"ja": {"path": "a", "tokens": 10_000}}
+    run = load(
+        mapping(data={"train": [], "cache_dir": None, "sources": sources, "stages": stages}, train={"train_iters": 0})
+    )
+    text = describe_run(run, 2, stated_plan(run.data, run.train))
+    assert "train_iters: 8" in text
+    train, data = run.train, run.data
+    each = [(train.global_batch_size, data.sequence_length), (4, 64)]
+    shapes = [
+        f"{batch // (train.micro_batch_size * 2)} of {train.micro_batch_size} x {length}" for batch, length in each
+    ]
+    assert f"micro-batches   {', '.join(shapes)} tokens" in text
 
 
 LATENT = MultiLatentAttention(kv_lora_rank=512, qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128)

@@ -36,6 +36,16 @@ def test_keys_that_are_newer_than_the_checkpoint_have_their_defaults(tmp_path: P
     assert changes(tmp_path, saved, "train.seed=5") == ["train.seed: 1234 -> 5"]
 
 
+def test_the_length_of_stages_is_no_key_of_its_own(tmp_path: Path) -> None:
+    staged = {"train": [], "cache_dir": None, "sources": {"a": {"path": "a"}}}
+    longer = {**staged, "stages": [{"name": "all", "mix": {"a": 1}, "steps": 9}]}
+    saved = to_mapping(load(mapping(data={**staged, "stages": [{"name": "all", "mix": {"a": 1}, "steps": 5}]})))
+    saved["train"]["train_iters"] = 5
+    write_run(tmp_path, saved)
+    now = load(mapping(data=longer, train={"train_iters": 9}))
+    assert changed_keys(now, tmp_path) == ["data.stages.0.steps: 5 -> 9"]
+
+
 def test_a_checkpoint_of_weights_alone_says_nothing_of_training(tmp_path: Path) -> None:
     assert changes(tmp_path, {"model": mapping()["model"]}) == []
 
