@@ -37,7 +37,7 @@ def continue_stages(config: Sequence[Stage], progress: Progress, length_of: Call
         if not parts[-1].complete:  # it was ended early, by a configuration without it
             faults += _none_of_that_name(rest, name)
         elif rest and rest[0].name == name:
-            faults += _differences(rest.pop(0), parts[-1], length_of)
+            faults += changed(rest.pop(0), parts[-1], length_of)
         else:
             faults.append(_missing(parts[-1], rest))
             rest = [stage for stage in rest if stage.name != name]
@@ -61,11 +61,7 @@ def same_pattern(stage: Stage, sequence_length: int, part: Part) -> bool:
 
 
 def changed(stage: Stage, part: Part, length_of: Callable[[Stage], int]) -> list[str]:
-    """The fault of a stage that is over and was changed."""
-    return _differences(stage, part, length_of)
-
-
-def _differences(stage: Stage, part: Part, length_of: Callable[[Stage], int]) -> list[str]:
+    """The fault of a stage that is over and is not what `part` was read by; none where it is."""
     if definition_hash(stage, length_of(stage)) == definition_hash(part.stage, part.sequence_length):
         return []
     return [
