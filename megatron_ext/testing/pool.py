@@ -152,7 +152,12 @@ def _call(function: Callable[..., T], args: tuple[Any, ...], rank: int, world_si
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout
     )
     try:
-        return function(*args)
+        answer = function(*args)
+        if dist.is_initialized():
+            # Nobody leaves before all have come: with nothing to do together, a rank could end its groups while another
+            # was still connecting to it.
+            dist.barrier()
+        return answer
     finally:
         end_process_groups()
         # A group's threads and sockets end with its last reference, and models hold theirs in cycles: hundreds of
