@@ -14,6 +14,7 @@ from megatron_ext.data.stream.position import Consumption
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.description import describe_start
+from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.metrics_file import METRICS_FILE, MetricsFile
 from megatron_ext.monitoring.sources import (
     SourceReport,
@@ -122,11 +123,10 @@ class Monitor:
         if consumption.stage is not None:
             log.info("step %d | stage %s is over: %s", iteration, consumption.stage, consumption_line(consumption))
 
-    def skipped(self, iteration: int, first_sample: int, last_sample: int, reason: str) -> None:
-        """Note a step whose samples were passed over."""
-        log.info("step %d: passed over, with samples %d to %d (%s)", iteration, first_sample, last_sample, reason)
-        event = {"event": "skip", "iteration": iteration, "first_sample": first_sample, "last_sample": last_sample}
-        self._file.write({**event, "time": time.time()})
+    def event(self, event: Event) -> None:
+        """Note what happened besides steps."""
+        log.info("step %d: %s", event.iteration, event.text)
+        self._file.write({**event.record(), "time": time.time()})
 
     def close(self, *, failed: bool = False) -> None:
         """Finish all records."""

@@ -13,6 +13,7 @@ from megatron_ext.data.stream.position import Consumption
 from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.monitoring.clock import Clock
+from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.monitor import Monitor, StepReport
 from megatron_ext.monitoring.sources import SourceReport, ValidationReport
 from megatron_ext.monitoring.wandb_run import new_run_id
@@ -51,9 +52,10 @@ class Reports(Hook):
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Report where it is time to, and every step that was skipped."""
-        if isinstance(done.verdict, Skip) and self._monitor is not None:
-            last_sample = session.state.consumed_samples - 1
-            self._monitor.skipped(done.iteration, done.first_sample, last_sample, done.verdict.reason)
+        if isinstance(done.verdict, Skip):
+            samples = {"first_sample": done.first_sample, "last_sample": session.state.consumed_samples - 1}
+            passed = "passed over, with samples {first_sample} to {last_sample}".format(**samples)
+            self.event(Event("skip", done.iteration, f"{passed} ({done.verdict.reason})", samples))
         if done.result is not None:
             self._note(session, done)
             due = done.signal or done.ends_stage or done.is_due(self._run.logging.log_interval)
@@ -76,6 +78,11 @@ class Reports(Hook):
         """Report a validation; on every rank."""
         if self._monitor is not None:
             self._monitor.validation(iteration, report)
+
+    def event(self, event: Event) -> None:
+        """Note what happened besides steps; may be called on any rank."""
+        if self._monitor is not None:
+            self._monitor.event(event)
 
     def on_error(self, error: BaseException) -> None:
         """Finish all records as those of a run that failed."""
