@@ -314,7 +314,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     (
         {"train": {"micro_batch_size": 2, "batch_size_ramp": [{"global_batch_size": 3, "steps": 4}]}},
-        ["global batches of [3] are no multiples of the micro-batch"],
+        [
+            "train.batch_size_ramp = [{'global_batch_size': 3, 'steps': 4}]",
+            "global batches of [3] are no multiples of the micro-batch",
+        ],
     ),
     ({"schedule": {"min_lr": 0.1}}, ["schedule.min_lr = 0.1", "optimizer.lr = 0.001"]),
     ({"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "geometric"}}, ["set min_lr"]),
