@@ -154,5 +154,7 @@ def carries_our_code(directory: str | Path) -> bool:
     # transformers runs code of some subfolders unasked; an export has none. Hidden ones are download tools' own.
     if any(path.is_dir() and not path.name.startswith(".") for path in directory.iterdir()):
         return False
-    files = sorted(path.name for path in directory.glob("*.py"))
-    return files == sorted(ours.code) and all((directory / name).read_text() == shipped_code(name) for name in files)
+    files = sorted(path.name for path in directory.glob("*.py") if path.is_file())
+    return files == sorted(ours.code) and all(
+        (directory / name).read_text(encoding="utf-8", errors="replace") == shipped_code(name) for name in files
+    )
