@@ -8,6 +8,7 @@ from megatron_ext.config.attention import (
     YarnRopeScaling,
 )
 from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, StagedSource
+from megatron_ext.config.guard import GuardConfig
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
 from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig, WandbConfig, WatchdogConfig
@@ -55,6 +56,7 @@ __all__ = [
     "Fp32Precision",
     "Fp8Precision",
     "GatingNormalization",
+    "GuardConfig",
     "GumbelNoise",
     "InputJitter",
     "Layout",

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from megatron_ext.config.base import config
 from megatron_ext.config.data import DataConfig
+from megatron_ext.config.guard import GuardConfig
 from megatron_ext.config.layout import Layout, StepShape, resolve_layout
 from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig
 from megatron_ext.config.model import ModelConfig
@@ -36,6 +37,8 @@ class RunConfig:
     """Training and validation data."""
     checkpoint: CheckpointConfig
     """Where training state is saved and continued from."""
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    """Steps that go wrong."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     """Reports."""
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)

@@ -23,6 +23,7 @@ from megatron_ext.runtime.watchdog import STALLS
 from megatron_ext.training.banner import banner
 from megatron_ext.training.data import RunData, open_data
 from megatron_ext.training.exit_at import ended_by_plan, exit_moment
+from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
@@ -79,8 +80,10 @@ def open_and_train(
     # The data first: what is wrong with it is said before minutes go into building the model.
     data = open_data(run, starting_state(run), groups.dp, device)
     run = with_planned_length(run, data.plan)
-    hooks = build_hooks(run, layout, data)
-    session = open_session(run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks)
+    guard, hooks = build_hooks(run, layout, data)
+    session = open_session(
+        run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, judge=guard
+    )
     session.state = replace(session.state, data=data.fingerprints)
     with closing(data), telling_hooks(session, hooks):
         for line in banner(run, layout, device, found) if found is not None else ():
@@ -110,14 +113,15 @@ def _tell_of_end(session: Session, hooks: Sequence[Hook], kind: str, text: str, 
                 hook.on_error(TrainingError(text))
 
 
-def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> list[Hook]:
-    """What happens around the steps of a run, in this order."""
+def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, list[Hook]]:
+    """The judge of the steps of a run; and what happens around them, in this order."""
     clock = Clock()
     reports = Reports(run, layout, clock)
-    hooks: list[Hook] = [reports]
+    guard = Guard(run.guard, reports.event)
+    hooks: list[Hook] = [reports, guard]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
-    return [*hooks, Saving(run.checkpoint.save_interval, clock, hooks)]
+    return guard, [*hooks, Saving(run.checkpoint.save_interval, clock, hooks)]
 
 
 @contextmanager

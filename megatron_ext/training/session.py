@@ -243,6 +243,7 @@ def open_session(
     *,
     open_foreign: OpenForeign = no_foreign_weights,
     hooks: Sequence[Hook] = (),
+    judge: Judge = take_finite,
 ) -> Session:
     """Build the model and optimizer with fresh weights, or those that the run continues or starts from.
 
@@ -251,6 +252,7 @@ def open_session(
         plan: that of `stream`.
         open_foreign: opens weights to start from that are no Megatron checkpoint.
         hooks: their state is saved and restored with the rest.
+        judge: decides whether a step is taken.
     """
     trainable, task = build_trainable(run, groups, device), Pretrain.of(run.model)
     checkpoints = CheckpointManager(
@@ -260,7 +262,7 @@ def open_session(
         keep_last=run.checkpoint.keep_last,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
     )
-    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks)
+    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, judge=judge)
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:

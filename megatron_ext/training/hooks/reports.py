@@ -65,11 +65,11 @@ class Reports(Hook):
             self._monitor.stage_ended(done.iteration, session.stream.consumption())
 
     def _note(self, session: Session, done: StepDone) -> None:
-        """Count what a step computed, over which the next report averages."""
+        """Count what a step that was taken computed, over which the next report averages."""
         assert done.result is not None
-        stage = session.plan.stage_of_sample(done.first_sample)
-        self._micro_batches += stage.global_batch_size // stage.micro_batch_size
-        if isinstance(done.verdict, Take):
+        if isinstance(done.verdict, Take):  # routers forget what they counted in others
+            stage = session.plan.stage_of_sample(done.first_sample)
+            self._micro_batches += stage.global_batch_size // stage.micro_batch_size
             seen = done.result.sources
             self._sources = seen if self._sources is None else self._sources + seen
             self._taken += 1
