@@ -1,5 +1,6 @@
 """What a run is: typed, validated, and imported without torch or megatron."""
 
+from megatron_ext.config.alerts import AlertsConfig, EmailConfig, WebhookConfig
 from megatron_ext.config.attention import (
     DynamicRopeScaling,
     LinearRopeScaling,
@@ -10,9 +11,10 @@ from megatron_ext.config.attention import (
 from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, StagedSource
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
-from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig, WandbConfig
+from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.reports import LoggingConfig, WandbConfig
 from megatron_ext.config.root import RunConfig
 from megatron_ext.config.routing import (
     AdaptiveAuxLoss,
@@ -42,6 +44,7 @@ from megatron_ext.config.yaml_text import dump_yaml, read_yaml
 __all__ = [
     "AdamConfig",
     "AdaptiveAuxLoss",
+    "AlertsConfig",
     "Amount",
     "Bf16Precision",
     "CheckpointConfig",
@@ -50,6 +53,7 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "DynamicRopeScaling",
+    "EmailConfig",
     "Fp32Precision",
     "Fp8Precision",
     "GatingNormalization",
@@ -74,6 +78,7 @@ __all__ = [
     "StagedSource",
     "TrainConfig",
     "WandbConfig",
+    "WebhookConfig",
     "WsdSchedule",
     "YarnRopeScaling",
     "check_model",

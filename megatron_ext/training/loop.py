@@ -19,6 +19,7 @@ from megatron_ext.runtime.process_groups import Groups, end_process_groups, spli
 from megatron_ext.training.banner import banner
 from megatron_ext.training.data import RunData, open_data
 from megatron_ext.training.hooks.base import Hook, StepDone
+from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.validation import Validation
@@ -97,6 +98,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> list[Hook]:
     hooks: list[Hook] = [reports]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
+    hooks.append(DiskRoom(run, reports.event))
     return [*hooks, Saving(run.checkpoint.save_interval, clock, hooks)]
 
 
@@ -125,6 +127,7 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
         done = _next_step(session, last, stop, others)
         for hook in hooks:
             hook.after_step(session, done)
+            session.mark(type(hook).__name__.lower())
         if done.signal:
             name = Signals(done.signal).name
             log.info("stopped by %s after step %d; the same command goes on from there", name, done.iteration)
@@ -140,6 +143,7 @@ def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness)
         skip = Skip("train.skip_steps")
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     batch = session.stream.next()
+    session.mark("data")
     with others.step():
         result = session.step(batch, stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
