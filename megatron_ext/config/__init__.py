@@ -1,5 +1,6 @@
 """What a run is: typed, validated, and imported without torch or megatron."""
 
+from megatron_ext.config.alerts import AlertsConfig, EmailConfig, WebhookConfig
 from megatron_ext.config.attention import (
     DynamicRopeScaling,
     LinearRopeScaling,
@@ -11,9 +12,10 @@ from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, Stag
 from megatron_ext.config.guard import GuardConfig
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
-from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig, WandbConfig, WatchdogConfig
+from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig, WatchdogConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.reports import LoggingConfig, WandbConfig
 from megatron_ext.config.root import RunConfig
 from megatron_ext.config.routing import (
     AdaptiveAuxLoss,
@@ -44,6 +46,7 @@ from megatron_ext.config.yaml_text import dump_yaml, read_yaml
 __all__ = [
     "AdamConfig",
     "AdaptiveAuxLoss",
+    "AlertsConfig",
     "Amount",
     "Bf16Precision",
     "CheckpointConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "DynamicRopeScaling",
+    "EmailConfig",
     "ExitAt",
     "Fp32Precision",
     "Fp8Precision",
@@ -79,6 +83,7 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "WatchdogConfig",
+    "WebhookConfig",
     "WsdSchedule",
     "YarnRopeScaling",
     "check_model",

@@ -25,6 +25,7 @@ from megatron_ext.training.data import RunData, open_data
 from megatron_ext.training.exit_at import ended_by_plan, exit_moment
 from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook, StepDone
+from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.validation import Validation
@@ -121,6 +122,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
     hooks: list[Hook] = [reports, guard]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
+    hooks.append(DiskRoom(run, reports.event))
     return guard, [*hooks, Saving(run.checkpoint.save_interval, clock, hooks)]
 
 
@@ -149,6 +151,7 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
         done = ended_by_plan(plan.exit_at, _next_step(session, last, stop, others))
         for hook in hooks:
             hook.after_step(session, done)
+            session.mark(type(hook).__name__.lower())
         if done.signal:
             what = stop_name(done.signal)
             log.info("stopped by %s after step %d; the same command goes on from there", what, done.iteration)
@@ -164,7 +167,9 @@ def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness)
         skip = Skip("train.skip_steps")
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     with others.step():
-        result = session.step(session.stream.next(), stop.is_noted)
+        batch = session.stream.next()
+        session.mark("data")
+        result = session.step(batch, stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
     if isinstance(result.verdict, Rollback):
         session.roll_back()

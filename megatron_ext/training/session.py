@@ -31,7 +31,7 @@ from megatron_ext.training.same_run import check_same_data, check_same_model, re
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.schedule_faults import schedule_end
 from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_weights
-from megatron_ext.training.step import StepResult, never, train_step, validation_loss
+from megatron_ext.training.step import StepResult, never, train_step, unmarked, validation_loss
 from megatron_ext.training.tasks.base import TrainTask
 from megatron_ext.training.tasks.pretrain import Pretrain
 from megatron_ext.training.verdict import Judge, Rollback, take_finite
@@ -62,6 +62,8 @@ class Session:
     state: TrainingState = TrainingState()
     judge: Judge = take_finite
     """Whether a step is taken."""
+    mark: Callable[[str], None] = unmarked
+    """Told of each part of a step when it is over."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
@@ -101,6 +103,7 @@ class Session:
                 num_sources=self._num_sources,
                 judge=self.judge,
                 asks_to_stop=asks_to_stop,
+                mark=self.mark,
             )
         except TrainingError as error:
             raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error
