@@ -1,6 +1,7 @@
 """Rules between configuration keys, by what they are about; importing this package registers them all."""
 
 from megatron_ext.config.rules import (
+    adapters,
     architecture,
     backend,
     overrides,
@@ -16,6 +17,7 @@ from megatron_ext.config.rules.stages import stage_violations
 
 __all__ = [
     "RULES",
+    "adapters",
     "architecture",
     "backend",
     "overrides",
