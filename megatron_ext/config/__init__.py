@@ -1,5 +1,6 @@
 """What a run is: typed, validated, and imported without torch or megatron."""
 
+from megatron_ext.config.adapters import LoraConfig, LoraTarget
 from megatron_ext.config.alerts import AlertsConfig, EmailConfig, WebhookConfig
 from megatron_ext.config.attention import (
     DynamicRopeScaling,
@@ -69,6 +70,8 @@ __all__ = [
     "LinearSchedule",
     "Llama3RopeScaling",
     "LoggingConfig",
+    "LoraConfig",
+    "LoraTarget",
     "ModelConfig",
     "MultiLatentAttention",
     "ParallelConfig",

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
+from megatron_ext.config.adapters import LoraConfig
 from megatron_ext.config.alerts import AlertsConfig
 from megatron_ext.config.base import config
 from megatron_ext.config.data import DataConfig
@@ -25,6 +26,8 @@ class RunConfig:
     """The architecture."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """How it is split over processes."""
+    adapters: LoraConfig | None = None
+    """Low-rank adapters, trained in place of the weights. Unset: all weights are trained."""
     precision: Precision
     """Number formats."""
     train: TrainConfig

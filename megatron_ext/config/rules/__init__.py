@@ -1,6 +1,7 @@
 """Rules between configuration keys, by what they are about; importing this package registers them all."""
 
 from megatron_ext.config.rules import (
+    adapters,
     alerts,
     architecture,
     backend,
@@ -18,6 +19,7 @@ from megatron_ext.config.rules.stages import stage_violations
 __all__ = [
     "RULES",
     "alerts",
+    "adapters",
     "architecture",
     "backend",
     "overrides",
