@@ -4,10 +4,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from signal import Signals
 
 import torch
 
+from megatron_ext.checkpoint.both_places import prepare_directory
+from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.launcher import launched_rank, launched_world_size
 from megatron_ext.monitoring.clock import Clock
@@ -70,6 +73,10 @@ def open_and_train(
     Args:
         found: what to say of the run before its first step; on the rank that says it.
     """
+    settings = run.checkpoint
+    on_first_rank_slowly(
+        lambda: prepare_directory(Path(settings.directory), settings.copy_to), "the run cannot go on from where it was"
+    )
     # The data first: what is wrong with it is said before minutes go into building the model.
     data = open_data(run, starting_state(run), groups.dp, device)
     run = with_planned_length(run, data.plan)
@@ -97,7 +104,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> list[Hook]:
     hooks: list[Hook] = [reports]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
-    return [*hooks, Saving(run.checkpoint.save_interval, clock, hooks)]
+    return [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def test_each_rank_holds_what_the_catalogue_places_there(
                 on_this_rank = int(name.split(".")[5]) * layout.ep // (model.num_moe_experts or 1) == here.ep
             else:
                 on_this_rank = True
-            if here.pp not in stages_of(tensor, model, layout.pp, chunks=2) or not on_this_rank:
+            if here.pp not in stages_of(tensor, model, parallel) or not on_this_rank:
                 continue
             seen.add(name)
             count, shape = mine[name]
