@@ -10,7 +10,7 @@ from megatron_ext.config.attention import (
 from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, StagedSource
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
-from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig, WandbConfig
+from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig, WandbConfig, WatchdogConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.root import RunConfig
@@ -31,6 +31,7 @@ from megatron_ext.config.schedule import (
 from megatron_ext.config.training import (
     AdamConfig,
     Bf16Precision,
+    ExitAt,
     Fp8Precision,
     Fp32Precision,
     Precision,
@@ -50,6 +51,7 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "DynamicRopeScaling",
+    "ExitAt",
     "Fp32Precision",
     "Fp8Precision",
     "GatingNormalization",
@@ -74,6 +76,7 @@ __all__ = [
     "StagedSource",
     "TrainConfig",
     "WandbConfig",
+    "WatchdogConfig",
     "WsdSchedule",
     "YarnRopeScaling",
     "check_model",

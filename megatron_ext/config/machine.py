@@ -72,6 +72,24 @@ class LoggingConfig:
 
 
 @config
+class WatchdogConfig:
+    """Ends a run that no longer moves.
+
+    With exit code 2, and every rank's stack in a file below `stalls/` of the checkpoint directory.
+    """
+
+    enabled: bool = True
+    """False leaves it to wait, until a collective runs into distributed_timeout_minutes."""
+    factor: float = Field(default=10.0, ge=2)
+    """A step may take so many times the median of the last 32."""
+    minimum_minutes: float = Field(default=5.0, gt=0)
+    """But always so long."""
+    first_step_minutes: float = Field(default=30.0, gt=0)
+    """Each of the first three steps of a process may take so long, and what is no step (validation, saving) stand
+    still for so long."""
+
+
+@config
 class RuntimeConfig:
     """The machine."""
 
@@ -81,5 +99,7 @@ class RuntimeConfig:
     """What layers are built from: plain PyTorch (CPU and CUDA), or NVIDIA Transformer Engine (CUDA)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
+    """Ends a run that no longer moves."""
     distributed_timeout_minutes: int = Field(default=10, ge=1, le=10**6)
     """A collective that takes longer ends the run."""

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_ext.files import UNFINISHED
+from megatron_ext.files import write_bytes
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 """Its name, where the run gives none."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_LONGEST = 1 << 24
+"""Bytes of a line: what a disk full of zeros left is read in bounded memory."""
 
 
 class MetricsFile:
@@ -101,16 +103,13 @@ def _cut(path: Path, iteration: int) -> None:
             aside.writelines(void)
     elif not is_torn:
         return
-    beside = path.with_name(path.name + UNFINISHED)
-    with open(beside, "wb") as file:
-        file.writelines(line for at, line in kept if at <= iteration)
-    beside.replace(path)
+    write_bytes(path, b"".join(line for at, line in kept if at <= iteration))
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Any]]:
-    """Every line with the record in it; None where there is none."""
+    """Every line with the record in it; None where there is none. Longer ones than any record come in pieces."""
     with open(path, "rb") as file:
-        for line in file:
+        while line := file.readline(_LONGEST):
             try:
                 yield line, json.loads(line, object_pairs_hook=_numbers)
             except (ValueError, RecursionError):
