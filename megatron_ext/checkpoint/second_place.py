@@ -17,6 +17,7 @@ from typing import IO, Any
 import fsspec
 
 from megatron_ext.checkpoint.find import TRACKER_FILE
+from megatron_ext.checkpoint.publish import remove_leftovers
 from megatron_ext.errors import CheckpointError
 from megatron_ext.files import UNFINISHED
 from megatron_ext.manifest import MANIFEST_FILE, FileSum, read_manifest
@@ -63,6 +64,8 @@ class SecondPlace:
             raise CheckpointError(f"{checkpoint} has no {MANIFEST_FILE}, so that a copy could not be told complete")
         unfinished = checkpoint.name + (UNFINISHED if self._is_directory else "")
         with self._named(f"{checkpoint.name} was not copied"):
+            if self._is_directory:
+                remove_leftovers(Path(self._root))
             self._remove(unfinished)
             self._makedirs(unfinished, manifest)
 
