@@ -5,8 +5,8 @@ python benchmarks/overhead.py --folder DIR            five rounds (a quarter of 
 python benchmarks/overhead.py --folder DIR --record   and append the table to benchmarks/RESULTS.md
 
 The same MoE model of 8 layers trains the same steps in jobs that take turns, on one thread of computation: `bare`
-reports every 40th step and saves nothing; the others add one thing after the other. Seconds are those from the report of
-step 40 to the last one, with everything between; a round's ratio compares jobs that ran one after the other.
+reports every 40th step and saves nothing; the others add one thing after the other. Seconds are those between report
+40 and the last one, with everything between; a round's ratio compares jobs that ran one after the other.
 """
 
 import argparse

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.both_places import prepare_directory
+from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.errors import TrainingError
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size
@@ -78,6 +80,10 @@ def open_and_train(
     Args:
         found: what to say of the run before its first step; on the rank that says it.
     """
+    settings = run.checkpoint
+    on_first_rank_slowly(
+        lambda: prepare_directory(Path(settings.directory), settings.copy_to), "the run cannot go on from where it was"
+    )
     # The data first: what is wrong with it is said before minutes go into building the model.
     data = open_data(run, starting_state(run), groups.dp, device)
     run = with_planned_length(run, data.plan)
@@ -123,7 +129,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
     hooks.append(DiskRoom(run, reports.event))
-    return guard, [*hooks, Saving(run.checkpoint.save_interval, clock, hooks)]
+    return guard, [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
 
 
 @contextmanager

@@ -11,8 +11,10 @@ import torch
 
 from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
+from megatron_ext.checkpoint.retention import Retention
+from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
-from megatron_ext.config import Layout, RunConfig
+from megatron_ext.config import CheckpointConfig, Layout, RunConfig
 from megatron_ext.data.stream.plan import RunPlan, StagePlan
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.progress import to_json
@@ -149,8 +151,13 @@ class Session:
 
     def save(self) -> Path:
         """Save a checkpoint."""
+        self.stage()
+        return self.checkpoints.finish()
+
+    def stage(self) -> None:
+        """Take what a checkpoint is made of, which `checkpoints` then completes while the run goes on."""
         gather_parameters(self.wrapped, self.run.parallel)
-        return self.checkpoints.save(self.state.iteration)
+        self.checkpoints.stage(self.state.iteration)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`, saved in any layout."""
@@ -170,6 +177,7 @@ class Session:
 
     def roll_back(self) -> None:
         """Go back to the newest checkpoint of the run. Hooks, which may count that, stay as they are."""
+        self.checkpoints.settle()  # so that every rank finds the same
         checkpoint = require_checkpoint(self.checkpoints.directory)
         self.checkpoints.restore(checkpoint, only=_OWN_STATE)
         log.info("back to %s", checkpoint)
@@ -236,6 +244,15 @@ def starting_state(run: RunConfig) -> TrainingState:
     return read_state(newest) if newest is not None else TrainingState()
 
 
+def _retention(settings: CheckpointConfig) -> Retention:
+    return Retention(
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        keep_matching=settings.keep_matching,
+        keep_initial=settings.save_initial,
+    )
+
+
 def open_session(
     run: RunConfig,
     layout: Layout,
@@ -262,8 +279,10 @@ def open_session(
         run.checkpoint.directory,
         recorded_run(run, run.model.rotary_base),
         tokenizer=Path(run.data.tokenizer),
-        keep_last=run.checkpoint.keep_last,
+        retention=_retention(run.checkpoint),
+        second_place=SecondPlace(run.checkpoint.copy_to) if run.checkpoint.copy_to is not None else None,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
+        asynchronous=run.checkpoint.async_save,
     )
     session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, judge=judge)
     if (checkpoint := checkpoints.newest()) is not None:

@@ -68,6 +68,28 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ],
     ),
     ({"model": {"num_query_groups": 3}}, ["model.num_attention_heads = 4", "model.num_query_groups = 3"]),
+    (
+        {"checkpoint": {"keep_every": 5}},
+        ["checkpoint.keep_every = 5, checkpoint.keep_last = None", "set it, such as 3"],
+    ),
+    (
+        {"checkpoint": {"keep_every": 5, "keep_last": 2, "save_interval": 2}},
+        ["checkpoint.keep_every = 5, checkpoint.save_interval = 2", "must be a multiple of it"],
+    ),
+    ({"checkpoint": {"keep_matching": "5"}}, ["checkpoint.keep_matching = '5', checkpoint.keep_last = None"]),
+    ({"checkpoint": {"copy_to": "d/"}}, ["checkpoint.copy_to = 'd/', checkpoint.directory = 'd'", "both are one"]),
+    ({"checkpoint": {"keep_last": 2, "keep_matching": "(5"}}, ["checkpoint.keep_matching = '(5'", "no regular expre"]),
+    (
+        {
+            "model": {"num_layers": 2},
+            "parallel": {
+                "pipeline_model_parallel_size": 4,
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            },
+        },
+        ["model.num_layers = 2, parallel.pipeline_model_parallel_size = 4", "has no layer left"],
+    ),
     ({"train": {"skip_steps": [[3, 2]]}}, ["train.skip_steps = [[3, 2]]", "[3, 2] is no range [first, last]"]),
     ({"train": {"skip_steps": [[1, 2, 3]]}}, ["[1, 2, 3] is no range [first, last]"]),
     ({"model": {"hidden_size": 66}}, ["model.hidden_size = 66", "kv_channels"]),
