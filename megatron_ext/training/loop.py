@@ -29,7 +29,7 @@ from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
-from megatron_ext.training.verdict import Rollback, Skip
+from megatron_ext.training.verdict import Skip
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def open_and_train(
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
     session = open_session(
-        run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, judge=guard
+        run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
     )
     session.state = replace(session.state, data=data.fingerprints)
     with closing(data), telling_hooks(session, hooks):
@@ -147,9 +147,6 @@ def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness)
     with others.step():
         result = session.step(batch, stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
-    if isinstance(result.verdict, Rollback):
-        session.roll_back()
-        return StepDone(session.state.iteration, last, result.verdict, first, result, signal)
-    if session.state.iteration == last:
+    if session.state.iteration >= last:
         signal = 0  # it ends as planned
     return StepDone(session.state.iteration, last, result.verdict, first, result, signal, session.ends_stage())

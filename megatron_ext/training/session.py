@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
 from megatron_ext.config import Layout, RunConfig
@@ -26,8 +26,9 @@ from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.mcore.state import model_shards, optimizer_shards
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state
+from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook
-from megatron_ext.training.same_run import check_same_data, check_same_model, recorded_run, trained_model
+from megatron_ext.training.same_run import check_same_data, check_same_model, levers, recorded_run, trained_model
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.schedule_faults import schedule_end
 from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_weights
@@ -38,8 +39,13 @@ from megatron_ext.training.verdict import Judge, Rollback, take_finite
 
 log = logging.getLogger(__name__)
 
-_OWN_STATE = ("model", "optimizer", "participants", "progress")
-"""What of a checkpoint is the session's own."""
+_TRAINED_STATE = ("model", "optimizer", "participants")
+"""What of a checkpoint training changes, besides where it stands."""
+
+
+def unscaled(step: int) -> float:
+    """The learning rate of `step` is that of the schedule."""
+    return 1.0
 
 
 @dataclass
@@ -62,6 +68,11 @@ class Session:
     state: TrainingState = TrainingState()
     judge: Judge = take_finite
     """Whether a step is taken."""
+    rate_factor: Callable[[int], float] = unscaled
+    """What the learning rate of a step, counted from 0, is multiplied by besides the schedule."""
+
+    levers: Sequence[tuple[str, str, str]] = ()
+    """Keys that bear on what is computed and were changed since the last checkpoint, with their old and new values."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
@@ -84,13 +95,13 @@ class Session:
         return self.trainable.optimizer
 
     def step(self, batch: Batch, asks_to_stop: Callable[[], bool] = never) -> StepResult:
-        """Train on a global batch that `stream` gave out; unless it is rolled back, that step is behind the run.
+        """Train on a global batch that `stream` gave out; that step is behind the run then.
 
         Raises:
             TrainingError: the run cannot go on, such as with a gradient that is not finite.
         """
         self._set_rotary_base(self.plan.stage_of_step(self.state.iteration))
-        set_learning_rate(self.optimizer, learning_rate(self.run, self.plan, self.state.iteration))
+        set_learning_rate(self.optimizer, self.learning_rate(self.state.iteration))
         try:
             result = train_step(
                 self.trainable,
@@ -104,9 +115,15 @@ class Session:
             )
         except TrainingError as error:
             raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error
-        if not isinstance(result.verdict, Rollback):
+        if isinstance(result.verdict, Rollback):
+            self._roll_back(result.verdict)
+        else:
             self._advance()
         return result
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of `step`, counted from 0: the schedule, and how far it is warmed up after a rollback."""
+        return learning_rate(self.run, self.plan, step) * self.rate_factor(step)
 
     def skips_next(self) -> bool:
         """Whether the configuration says to pass over the next step."""
@@ -162,14 +179,24 @@ class Session:
             self.checkpoints.restore(checkpoint, only=["model", "progress", *hooks])
             self._take_over_weights()
         self._set_rotary_base(self.plan.stage_of_step(max(self.state.iteration - 1, 0)))
+        self.levers = levers(self.run, checkpoint)
         layout = "" if self.checkpoints.has_layout_of(checkpoint) else ", in another layout"
         log.info("continuing %s at step %d%s", checkpoint, self.state.iteration, layout)
 
-    def roll_back(self) -> None:
-        """Go back to the newest checkpoint of the run. Hooks, which may count that, stay as they are."""
-        checkpoint = require_checkpoint(self.checkpoints.directory)
-        self.checkpoints.restore(checkpoint, only=_OWN_STATE)
-        log.info("back to %s", checkpoint)
+    def _roll_back(self, verdict: Rollback) -> None:
+        """Take weights and optimizer from the checkpoint that `verdict` names, and pass over the data until then.
+
+        The run never counts backwards: what follows is as if it had gone on from that checkpoint and passed over all
+        steps since.
+        """
+        self.checkpoints.close()
+        self.checkpoints.restore(verdict.checkpoint, only=_TRAINED_STATE)
+        self.stream.seek(Position(self.plan.samples_at(verdict.resume_at)))
+        self.state = dataclasses.replace(
+            self.state, iteration=verdict.resume_at, consumed_samples=self.stream.position().samples
+        )
+        self._set_rotary_base(self.plan.stage_of_step(self.state.iteration - 1))
+        log.info("weights and optimizer of %s, at step %d", verdict.checkpoint, verdict.resume_at)
 
     def initialize_from(self, path: str | Path, open_foreign: OpenForeign) -> None:
         """Take the weights at `path`, and start at step 0."""
@@ -243,7 +270,7 @@ def open_session(
     *,
     open_foreign: OpenForeign = no_foreign_weights,
     hooks: Sequence[Hook] = (),
-    judge: Judge = take_finite,
+    guard: Guard | None = None,
 ) -> Session:
     """Build the model and optimizer with fresh weights, or those that the run continues or starts from.
 
@@ -252,7 +279,7 @@ def open_session(
         plan: that of `stream`.
         open_foreign: opens weights to start from that are no Megatron checkpoint.
         hooks: their state is saved and restored with the rest.
-        judge: decides whether a step is taken.
+        guard: decides whether a step is taken; one of the hooks. Without one, the first bad step ends the run.
     """
     trainable, task = build_trainable(run, groups, device), Pretrain.of(run.model)
     checkpoints = CheckpointManager(
@@ -262,7 +289,8 @@ def open_session(
         keep_last=run.checkpoint.keep_last,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
     )
-    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, judge=judge)
+    judged: dict[str, Any] = {} if guard is None else {"judge": guard, "rate_factor": guard.rate_factor}
+    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, **judged)
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:

@@ -3,6 +3,7 @@
 from megatron_ext.config.rules import (
     architecture,
     backend,
+    guard,
     overrides,
     parallel,
     precision,
@@ -18,6 +19,7 @@ __all__ = [
     "RULES",
     "architecture",
     "backend",
+    "guard",
     "overrides",
     "parallel",
     "precision",

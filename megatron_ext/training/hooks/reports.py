@@ -18,10 +18,9 @@ from megatron_ext.monitoring.monitor import Monitor, StepReport
 from megatron_ext.monitoring.sources import SourceReport, ValidationReport
 from megatron_ext.monitoring.wandb_run import new_run_id
 from megatron_ext.training.hooks.base import Hook, StepDone
-from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.session import Session
 from megatron_ext.training.step import SourceSums
-from megatron_ext.training.verdict import Rollback, Skip, Take
+from megatron_ext.training.verdict import Skip, Take
 
 
 class Reports(Hook):
@@ -61,7 +60,7 @@ class Reports(Hook):
             due = done.signal or done.ends_stage or done.is_due(self._run.logging.log_interval)
             if isinstance(done.verdict, Take) and due:
                 self._report(session, done)
-        if self._monitor is not None and done.ends_stage and not isinstance(done.verdict, Rollback):
+        if self._monitor is not None and done.ends_stage:
             self._monitor.stage_ended(done.iteration, session.stream.consumption())
 
     def _note(self, session: Session, done: StepDone) -> None:
@@ -114,7 +113,7 @@ class Reports(Hook):
         sources = self._source_reports(consumed)
         self._micro_batches = self._taken = 0
         if self._monitor is not None:
-            rate = learning_rate(self._run, session.plan, done.iteration - 1)
+            rate = session.learning_rate(done.iteration - 1)
             report = StepReport(
                 iteration=done.iteration,
                 losses=losses,

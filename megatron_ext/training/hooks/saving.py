@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.session import Session
+from megatron_ext.training.verdict import Rollback
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ class Saving(Hook):
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Save where it is time to."""
-        if not done.signal and not done.is_due(self._interval):
+        # A run that went back says so on disk at once: it would go on from what it went back from.
+        if not (done.signal or isinstance(done.verdict, Rollback) or done.is_due(self._interval)):
             return
         with self._clock.stopped():
             checkpoint = session.save()
