@@ -58,7 +58,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_skipped(loss: float, norm: f
     # Micro-batch 2 of the second global batch of 8, one sample each.
     assert (event.details["samples"], event.details["sources"]) == ([10, 10], ["ja"])
     kinds = [(entry["kind"], entry["step"]) for entry in run.guard.state()["audit"]]
-    assert kinds == [("nonfinite", 2), ("skip", 2)]
+    assert kinds == [("start", 0), ("nonfinite", 2), ("skip", 2)]
 
 
 @pytest.mark.parametrize("most", [0, 1, 3])
@@ -97,10 +97,10 @@ SPIKES = SpikeConfig()
 FINITE = st.floats(0.0, 10.0, allow_nan=False)
 
 
-@given(st.lists(st.tuples(FINITE, FINITE), min_size=80, max_size=200), st.sampled_from([4, 16, 128]))
+@given(st.lists(st.tuples(FINITE, FINITE), min_size=80, max_size=150), st.sampled_from([4, 16, 128]))
+@settings(max_examples=20)
 def test_what_stands_out_is_what_olmo_core_skips(steps: list[tuple[float, float]], window: int) -> None:
-    settings = SpikeConfig(window=window, min_steps=max(window // 2, 2), sigma=1.5)
-    ours = SpikeWindow(settings)
+    ours = SpikeWindow(SpikeConfig(window=window, min_steps=max(window // 2, 2), sigma=1.5))
     for count, (loss, norm) in enumerate(steps, start=1):
         takes = True
         if count >= max(window // 2, 3):
@@ -175,9 +175,9 @@ def test_a_loss_that_stays_too_high_goes_back_far_enough_and_the_second_time_sto
     assert [run.guard.rate_factor(step) for step in (399, 400, 449, 499, 500)] == [1.0, 0.01, 0.5, 1.0, 1.0]
     run.session.stream.seek(Position(400 * 8))
     run.session.state = replace(run.session.state, iteration=400, consumed_samples=3200)
+    losses = [wave(step) + (1.0 if step >= 500 else 0.0) for step in range(400, 600)]
     with pytest.raises(TrainingError, match=f"The run went back at step {at} already") as stop:
-        for step in range(400, 600):
-            run.step(wave(step) + (1.0 if step >= 500 else 0.0))
+        list(map(run.step, losses))
     assert "half the optimizer.lr" in str(stop.value)
     assert run.events[-1].kind == "guard_stop"
 
@@ -210,7 +210,7 @@ def test_without_a_checkpoint_old_enough_it_stops_and_one_it_left_is_not_taken(t
     st.lists(st.sampled_from([2.0, 2.1, 1.9, 2.05, 1.95, 9.0, math.nan]), min_size=150, max_size=400),
     st.lists(st.integers(0, 400), max_size=4),
 )
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_run_that_is_interrupted_decides_as_one_that_is_not(losses: list[float], stops: list[int]) -> None:
     def verdicts(stops: list[int]) -> list[str]:
         said = []
