@@ -32,7 +32,7 @@ from megatron_ext.training.same_run import check_same_data, check_same_model, le
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.schedule_faults import schedule_end
 from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_weights
-from megatron_ext.training.step import StepResult, never, train_step, validation_loss
+from megatron_ext.training.step import StepResult, never, train_step, unmarked, validation_loss
 from megatron_ext.training.tasks.base import TrainTask
 from megatron_ext.training.tasks.pretrain import Pretrain
 from megatron_ext.training.verdict import Judge, Rollback, take_finite
@@ -70,9 +70,10 @@ class Session:
     """Whether a step is taken."""
     rate_factor: Callable[[int], float] = unscaled
     """What the learning rate of a step, counted from 0, is multiplied by besides the schedule."""
-
     levers: Sequence[tuple[str, str, str]] = ()
     """Keys that bear on what is computed and were changed since the last checkpoint, with their old and new values."""
+    mark: Callable[[str], None] = unmarked
+    """Told of each part of a step when it is over."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
@@ -112,6 +113,7 @@ class Session:
                 num_sources=self._num_sources,
                 judge=self.judge,
                 asks_to_stop=asks_to_stop,
+                mark=self.mark,
             )
         except TrainingError as error:
             raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error

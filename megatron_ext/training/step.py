@@ -27,6 +27,10 @@ from megatron_ext.training.verdict import Figures, FirstNonFinite, Judge, Take, 
 log = logging.getLogger(__name__)
 
 
+def unmarked(part: str) -> None:
+    """Nobody wants to know what took how long."""
+
+
 def never() -> bool:
     """Nobody asks to stop."""
     return False
@@ -81,6 +85,7 @@ def train_step(
     num_sources: int = 1,
     judge: Judge = take_finite,
     asks_to_stop: Callable[[], bool] = never,
+    mark: Callable[[str], None] = unmarked,
 ) -> StepResult:
     """Forward, backward and, if `judge` takes it, update over this rank's micro-batches of one global batch.
 
@@ -88,6 +93,7 @@ def train_step(
         num_sources: samples of sources from this number on are trained on, but reported of none.
         max_norm: the gradient is scaled down to this norm; 0 leaves it.
         asks_to_stop: asked late in the step; the answers of all ranks travel with the loss.
+        mark: told of each part of the step when it is over.
 
     Raises:
         TrainingError: `judge` says that the run cannot go on; on every rank, with weights and optimizer as before.
@@ -103,6 +109,7 @@ def train_step(
     before = random_state(device)
     run = partial(_run, trainable.wrapped, task, batch, groups, num_sources, forward_only=False)
     sums = run(asks_to_stop=asks_to_stop)
+    mark("forward_backward")
     norm = gradient_norm(optimizer)
     # Here, where the device has just been waited for, and before it is given more to do.
     asking_to_stop = int(sums.stops)
@@ -122,6 +129,7 @@ def train_step(
         # After the update, so that a refused step moves neither biases nor coefficients nor scales.
         for participant in participants:
             participant.commit(groups.stage)
+    mark("optimizer")
     return StepResult(sums.losses, norm, verdict, asking_to_stop, sums.sources)
 
 
