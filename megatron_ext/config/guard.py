@@ -50,6 +50,9 @@ class GuardConfig:
     max_nonfinite_in_row: int = Field(default=3, ge=0)
     """A step whose loss or gradient is not finite is skipped on every rank before anything moves; its samples count as
     consumed. So many in a row are, the next one ends the run (with guard.rollback: the run goes back); 0: the first."""
+    gradient_statistics_interval: int | None = Field(default=None, ge=1)
+    """Every so many steps, the gradients of each layer and group of weights (embedding, norm, attention, mlp, router,
+    experts, shared_experts, output) before clipping: norm, largest and mean magnitude, share of zeros. Unset: never."""
     spikes: SpikeConfig | None = None
     """Skip steps that stand out. Unset: none."""
     rollback: RollbackConfig | None = None

@@ -162,9 +162,9 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
 def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness) -> StepDone:
     """Do the next step, or pass over it."""
     first = session.stream.position().samples
-    if session.skips_next():
+    if (key := session.skips_next()) is not None:
         session.pass_over()
-        skip = Skip("train.skip_steps")
+        skip = Skip(key)
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     with others.step():
         batch = session.stream.next()

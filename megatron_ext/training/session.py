@@ -24,6 +24,7 @@ from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
 from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.mcore.state import model_shards, optimizer_shards
+from megatron_ext.runtime.deterministic import naming_what_is_not
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state
 from megatron_ext.training.guard.guard import Guard
@@ -104,17 +105,18 @@ class Session:
         self._set_rotary_base(self.plan.stage_of_step(self.state.iteration))
         set_learning_rate(self.optimizer, self.learning_rate(self.state.iteration))
         try:
-            result = train_step(
-                self.trainable,
-                self.task,
-                batch,
-                self.groups,
-                max_norm=self.run.optimizer.clip_grad,
-                num_sources=self._num_sources,
-                judge=self.judge,
-                asks_to_stop=asks_to_stop,
-                mark=self.mark,
-            )
+            with naming_what_is_not():
+                result = train_step(
+                    self.trainable,
+                    self.task,
+                    batch,
+                    self.groups,
+                    max_norm=self.run.optimizer.clip_grad,
+                    num_sources=self._num_sources,
+                    judge=self.judge,
+                    asks_to_stop=asks_to_stop,
+                    mark=self.mark,
+                )
         except TrainingError as error:
             raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error
         if isinstance(result.verdict, Rollback):
@@ -127,10 +129,14 @@ class Session:
         """The learning rate of `step`, counted from 0: the schedule, and how far it is warmed up after a rollback."""
         return learning_rate(self.run, self.plan, step) * self.rate_factor(step)
 
-    def skips_next(self) -> bool:
-        """Whether the configuration says to pass over the next step."""
-        step = self.state.iteration + 1
-        return any(first <= step <= last for first, last in self.run.train.skip_steps)
+    def skips_next(self) -> str | None:
+        """Which key of the configuration says to pass over the next step; None where none does."""
+        train, step, sample = self.run.train, self.state.iteration + 1, self.state.consumed_samples
+        if any(first <= step <= last for first, last in train.skip_steps):
+            return "train.skip_steps"
+        size = self.plan.stage_of_step(self.state.iteration).global_batch_size if train.skip_samples else 0
+        reads_one = any(first < sample + size and sample <= last for first, last in train.skip_samples)
+        return "train.skip_samples" if reads_one else None
 
     def pass_over(self) -> None:
         """Advance by one step without reading its samples."""

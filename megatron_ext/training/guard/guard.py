@@ -8,6 +8,7 @@ from megatron_ext.config import Fp8Precision, GuardConfig, ParallelConfig, Rollb
 from megatron_ext.errors import TrainingError
 from megatron_ext.monitoring.events import Event, Tell
 from megatron_ext.training.guard.audit import AUDIT_KEY, AuditLog
+from megatron_ext.training.guard.gradient_event import gradient_event
 from megatron_ext.training.guard.rollbacks import PastRollback, choose_checkpoint, step_of
 from megatron_ext.training.guard.spikes import Excess, SpikeWindow
 from megatron_ext.training.hooks.base import Hook, StepDone
@@ -73,6 +74,8 @@ class Guard(Hook):
         if stage != self._stage:
             self._stage = stage
             self._begin_figures()
+        if (interval := self._settings.gradient_statistics_interval) and self._step % interval == 0:
+            self._tell(gradient_event(self._session, self._step))
         losses = figures.values()
         if not all(map(math.isfinite, (*losses.values(), figures.grad_norm))) or not float(figures.units):
             return self._nonfinite(losses, figures)
