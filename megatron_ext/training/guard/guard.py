@@ -56,7 +56,8 @@ class Guard(Hook):
         self._session = session
         step, run = session.state.iteration, session.run
         layout = {"world_size": session.layout.world_size, "parallel": layout_of(run.parallel)}
-        text = f"{'goes on' if step else 'starts'} on {session.layout.world_size} processes, {layout['parallel']}"
+        processes = f"{session.layout.world_size} process{'es' if session.layout.world_size > 1 else ''}"
+        text = f"{'goes on' if step else 'starts'} with {processes}, {layout['parallel']}"
         self._audit.add("start", step, text, layout)
         for key, old, new in session.levers:
             details = {"key": key, "old": old, "new": new}
