@@ -69,6 +69,9 @@ class RuntimeConfig:
     """What layers are built from: plain PyTorch (CPU and CUDA), or NVIDIA Transformer Engine (CUDA)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""
+    deterministic: bool = False
+    """The same run computes the same bits again. On CUDA only kernels are used that add up in a fixed order, which is
+    slower, and an operation that has none ends the run by name; on CPU it is so anyway."""
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     """Ends a run that no longer moves."""
     distributed_timeout_minutes: int = Field(default=10, ge=1, le=10**6)

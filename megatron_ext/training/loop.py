@@ -37,7 +37,7 @@ from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
-from megatron_ext.training.verdict import Rollback, Skip
+from megatron_ext.training.verdict import Skip
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def open_and_train(
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
     session = open_session(
-        run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, judge=guard
+        run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
     )
     session.state = replace(session.state, data=data.fingerprints)
     with closing(data), telling_hooks(session, hooks):
@@ -168,18 +168,15 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
 def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness) -> StepDone:
     """Do the next step, or pass over it."""
     first = session.stream.position().samples
-    if session.skips_next():
+    if (key := session.skips_next()) is not None:
         session.pass_over()
-        skip = Skip("train.skip_steps")
+        skip = Skip(key)
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     with others.step():
         batch = session.stream.next()
         session.mark("data")
         result = session.step(batch, stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
-    if isinstance(result.verdict, Rollback):
-        session.roll_back()
-        return StepDone(session.state.iteration, last, result.verdict, first, result, signal)
-    if session.state.iteration == last:
+    if session.state.iteration >= last:
         signal = 0  # it ends as planned
     return StepDone(session.state.iteration, last, result.verdict, first, result, signal, session.ends_stage())
