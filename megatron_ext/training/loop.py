@@ -26,6 +26,7 @@ from megatron_ext.training.exit_at import ended_by_plan, exit_moment
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
+from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.preflight import Findings, examine_run
@@ -114,7 +115,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> list[Hook]:
     """What happens around the steps of a run, in this order."""
     clock = Clock()
     reports = Reports(run, layout, clock)
-    hooks: list[Hook] = [reports]
+    hooks: list[Hook] = [reports, SlowRanks(run.logging.log_interval, reports.event)]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
     return [*hooks, Saving(run.checkpoint.save_interval, clock, hooks)]
@@ -160,6 +161,7 @@ def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness)
         skip = Skip("train.skip_steps")
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     with others.step():
+        session.pace.begin(session.device)
         result = session.step(session.stream.next(), stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
     if isinstance(result.verdict, Rollback):

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
 from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.mcore.state import model_shards, optimizer_shards
+from megatron_ext.runtime.pace import Pace
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state
 from megatron_ext.training.hooks.base import Hook
@@ -62,6 +63,8 @@ class Session:
     state: TrainingState = TrainingState()
     judge: Judge = take_finite
     """Whether a step is taken."""
+    pace: Pace = field(default_factory=Pace)
+    """How long this rank needs for its own part of a step."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
