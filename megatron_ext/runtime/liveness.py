@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -197,27 +198,32 @@ class Liveness:
                 said = self._store.compare_set(_STALL, "", said).decode()
         finder, why, named = json.loads(said)
         folder = self._directory / named
-        host = self._peers[self._rank]["host"]
-        write_stack(folder, self._rank, f"rank {self._rank} (process {os.getpid()} on {host}): {why}")
+        write_stack(folder, self._rank, f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()}): {why}")
+        alone = f"{why}. It is at {standing.place}. Its stacks are in {folder}"
         try:
-            standings = self._all_standings(standing)
-            # A launcher ends all once one has ended: nobody ends before rank 0 has told those who are told.
-            said_by_first = self._rank != 0 and self._wait_for([_STALL_SAID], 2 * STACKS + TELLING)
-            if self._rank == 0 or (self._rank == finder and not said_by_first):
-                text = f"{why}. {self._who(standings)}. Every rank's stack is in {folder}"
-                self._speak(text)
-                self._tell("stall", text)
-                if self._store is not None:
-                    self._store.set(_STALL_SAID, "1")
+            if self._store is None:
+                self._speak(alone)
+                self._tell("stall", alone)
+            else:
+                self._say_stalled(why, finder, standing, folder)
         except RuntimeError:  # the store is gone
-            self._speak(f"{why}. Stacks are in {folder}")
+            self._speak(alone)
         release_all()
         os._exit(2)
 
+    def _say_stalled(self, why: str, finder: int, standing: Standing, folder: Path) -> None:
+        """Say once for all ranks where they stand, as rank 0 or, where that does not answer, as the one that saw it."""
+        standings = self._all_standings(standing)
+        # A launcher ends all once one has ended: nobody ends before rank 0 has told those who are told.
+        is_said = self._rank != 0 and self._wait_for([_STALL_SAID], 2 * STACKS + TELLING)
+        if self._rank == 0 or (self._rank == finder and not is_said):
+            text = f"{why}. {self._who(standings)}. Every rank's stack is in {folder}"
+            self._speak(text)
+            self._tell("stall", text)
+            self._store.set(_STALL_SAID, "1")
+
     def _all_standings(self, own: Standing) -> list[Standing | None]:
         """What all ranks are at once they have written their stacks; None for one that does not answer."""
-        if self._store is None:
-            return [own]
         keys = [f"stack/{rank}" for rank in range(self._size)]
         self._store.set(keys[self._rank], json.dumps(dataclasses.astuple(own)))
         if self._rank == 0:
