@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, logs and a Weights & Biases run."""
+"""Where a run keeps its state, and the machine it runs on."""
 
 from typing import Literal
 
@@ -25,36 +25,6 @@ class CheckpointConfig:
     any layout."""
     load_optimizer: bool = True
     """When continuing: False starts the optimizer afresh and keeps weights, step and data position."""
-
-
-@config
-class WandbConfig:
-    """Weights & Biases. A resumed run continues the same W&B run; a failing network never stops training."""
-
-    mode: Literal["off", "offline", "online"] = "off"
-    """offline writes to `directory` for a later `wandb sync`."""
-    project: str = "megatron_ext"
-    """W&B project."""
-    entity: str | None = None
-    """W&B user or team."""
-    name: str | None = None
-    """Display name. Default: the checkpoint directory's name."""
-    directory: PathName | None = None
-    """Where W&B keeps its files. Default: the checkpoint directory."""
-
-
-@config
-class LoggingConfig:
-    """What is reported, and how often."""
-
-    log_interval: int = Field(default=1, ge=1)
-    """Steps between reports. Loss and expert load are read from the device only then."""
-    metrics_file: PathName | None = None
-    """JSONL file of all metrics. Default: metrics.jsonl in the checkpoint directory."""
-    peak_tflops: float | None = Field(default=None, gt=0)
-    """Dense peak of one device in TFLOP/s; when set, model FLOPs utilisation (MFU) is reported."""
-    wandb: WandbConfig = Field(default_factory=WandbConfig)
-    """Weights & Biases."""
 
 
 @config
