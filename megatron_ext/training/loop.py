@@ -30,6 +30,7 @@ from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
+from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.preflight import Findings, examine_run
@@ -125,7 +126,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
     clock = Clock()
     reports = Reports(run, layout, clock)
     guard = Guard(run.guard, reports.event)
-    hooks: list[Hook] = [reports, guard]
+    hooks: list[Hook] = [reports, guard, SlowRanks(run.logging.log_interval, reports.event)]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
     hooks.append(DiskRoom(run, reports.event))
@@ -173,6 +174,7 @@ def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness)
         skip = Skip(key)
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     with others.step():
+        session.pace.begin(session.device)
         batch = session.stream.next()
         session.mark("data")
         result = session.step(batch, stop.is_noted)

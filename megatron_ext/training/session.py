@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set
 from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.mcore.state import model_shards, optimizer_shards
 from megatron_ext.runtime.deterministic import naming_what_is_not
+from megatron_ext.runtime.pace import Pace
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state
 from megatron_ext.training.guard.guard import Guard
@@ -75,6 +76,8 @@ class Session:
     """What the learning rate of a step, counted from 0, is multiplied by besides the schedule."""
     levers: Sequence[tuple[str, str, str]] = ()
     """Keys that bear on what is computed and were changed since the last checkpoint, with their old and new values."""
+    pace: Pace = field(default_factory=Pace)
+    """How long this rank needs for its own part of a step."""
     mark: Callable[[str], None] = unmarked
     """Told of each part of a step when it is over."""
 
