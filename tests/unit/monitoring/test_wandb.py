@@ -33,11 +33,6 @@ def recorded(directory: Path) -> list[str]:
     )
 
 
-def test_off_leaves_nothing(tmp_path: Path) -> None:
-    report(tmp_path, "off")
-    assert not (tmp_path / "run").exists()
-
-
 def test_offline_keeps_the_run_for_a_later_sync_under_its_id(tmp_path: Path) -> None:
     report(tmp_path, "offline")
     assert recorded(tmp_path) == ["offline-"]
@@ -59,8 +54,12 @@ def test_without_credentials_it_goes_offline(tmp_path: Path) -> None:
 
 
 def test_without_network_it_goes_offline(tmp_path: Path) -> None:
-    assert "could not start in mode online" in report(tmp_path, "online")
+    said = report(tmp_path, "online")
+    assert "could not start in mode online" in said
     assert recorded(tmp_path) == ["offline-"]
+    # What to type once the network is back: the folder of this run.
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert f"send it later with: wandb sync {folder}" in said
 
 
 def test_the_network_may_go_away_for_good(tmp_path: Path) -> None:
