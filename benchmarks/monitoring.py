@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from report import hardware, markdown_table, record, versions
+
 from megatron_ext.mcore.moe.metrics import LayerHealth
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.report import read_phases, write_report

@@ -189,7 +189,7 @@ def test_a_terminal_shows_columns_and_as_many_as_it_has_room_for(
     ][:6]
     assert len(narrow) <= 80
     assert narrow.startswith("step  11/100  11% | loss 12.5000 | ")
-    assert re.search(r"left \d+ min$", narrow)
+    assert re.search(r"left 6 h 18 min$", narrow)
 
 
 def test_a_console_that_is_off_still_says_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

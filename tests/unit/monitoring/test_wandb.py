@@ -45,6 +45,8 @@ def test_online_reports_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     server.go_away()
     assert set(server.started) == {"abcd1234"}
     assert [(line["_step"], line["loss"]) for line in server.history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    told = [(alert["title"], alert["text"], alert["severity"]) for alert in server.alerts]
+    assert told == [("moe: skip", "step 1: a spike", "WARN")] * 2
     assert server.history[0]["load"]["values"] == [0.5, 0.25, 0.25]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from megatron_ext.config import WandbConfig
+from megatron_ext.monitoring.alerts.message import Message
 from megatron_ext.monitoring.sinks import wandb as wandb_sink
 from megatron_ext.monitoring.sinks.wandb import WandbSink
 
@@ -25,6 +26,7 @@ def main(directory: str, mode: str, first: str, last: str, kill: str = "") -> No
             process.kill()
     for step in range(int(first), int(last) + 1):
         run.log({"loss": 1.0 / step, "load": wandb_sink._load([0.5, 0.25, 0.25])}, step)
+    run.send(Message("moe: skip", "step 1: a spike", "warning"))
     run.close()
     print("training went on to its end")
 
