@@ -335,7 +335,7 @@ def browse(address: str, folder: Path, width: int = 1280) -> subprocess.Complete
 USED = """<script>
 const over = document.querySelector("#curves .u-over"), place = over.getBoundingClientRect();
 const at = (target, kind, share) => target.dispatchEvent(new MouseEvent(kind, {
-  clientX: place.left + share * place.width, clientY: place.top + 20, bubbles: true, button: 0 }));
+  clientX: place.left + share * place.width, clientY: place.top + 20, bubbles: true, button: 0, movementX: 9 }));
 document.querySelectorAll("input[type=checkbox]")[1].click();  // smoothed
 const results = document.documentElement.dataset;
 results.smoothed = document.querySelectorAll("#curves .plot")[0].textContent.includes("dense, smoothed");

@@ -17,7 +17,7 @@ from megatron_ext.monitoring.sinks.wandb import WandbSink
 
 def main(directory: str, mode: str, first: str, last: str, kill: str = "") -> None:
     logging.basicConfig(level=logging.INFO)
-    wandb_sink._FINISH_SECONDS = 3
+    wandb_sink._FINISH_SECONDS = wandb_sink._FINISH_MARGIN_SECONDS = 3
     run = WandbSink(WandbConfig(mode=mode), "abcd1234", Path(directory), {"model": {"num_layers": 4}})
     if kill:
         service = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb")]
