@@ -171,6 +171,16 @@ def open_sinks(run: RunConfig, iteration: int, run_id: str) -> list[Sink]:
     return sinks
 
 
+def tell_of_failed_start(run: RunConfig, error: BaseException) -> None:
+    """Alert of a run that ends with `error` before it has a monitor, as far as that needs no W&B run."""
+    if run.alerts.webhook is not None or run.alerts.email is not None:
+        from megatron_ext.monitoring.sinks.alerts import AlertsSink
+
+        alerts = AlertsSink(run.alerts, Path(run.checkpoint.directory))
+        alerts.event(Event("failed", 0, f"failed before its first step: {described(error)}"))
+        alerts.close(failed=True)
+
+
 def described(error: BaseException) -> str:
     """An error in one text: what was written for people, or its type and what it says."""
     said = str(error).strip()
