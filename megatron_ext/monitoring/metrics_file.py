@@ -5,10 +5,11 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_ext.files import write_bytes
+from megatron_ext.files import open_regular, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def _cut(path: Path, iteration: int) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Any]]:
     """Every line with the record in it; None where there is none. Longer ones than any record come in pieces."""
-    with open(path, "rb") as file:
+    with BufferedReader(open_regular(path)) as file:
         while line := file.readline(_LONGEST):
             yield line, parsed(line)
 
