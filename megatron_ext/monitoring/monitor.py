@@ -75,7 +75,7 @@ class Monitor:
         started = {"event": "start", "iteration": iteration, "time": time.time(), "world_size": layout.world_size}
         self._file.write(started | describe_start(run, layout))
         lengths = {stage.sequence_length for stage in plan.stages}
-        self._flops = {length: training_flops_per_token(run.model, length) for length in lengths}
+        self._flops = {length: training_flops_per_token(run.model, length, run.adapters) for length in lengths}
         """Of a token, by the sequence length."""
         self._last_iteration, self._last_time = iteration, clock.now()
         self._first: tuple[int, float] | None = None

@@ -23,9 +23,10 @@ from megatron_ext.mcore.model import gather_parameters, routers
 from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
 from megatron_ext.mcore.rotary import set_rotary_base
-from megatron_ext.mcore.state import model_shards, optimizer_shards
+from megatron_ext.mcore.state import optimizer_shards
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state
+from megatron_ext.training.frozen_base import FrozenBase
 from megatron_ext.training.hooks.base import Hook
 from megatron_ext.training.same_run import check_same_data, check_same_model, recorded_run, trained_model
 from megatron_ext.training.schedule import learning_rate
@@ -62,6 +63,8 @@ class Session:
     state: TrainingState = TrainingState()
     judge: Judge = take_finite
     """Whether a step is taken."""
+    base: FrozenBase | None = None
+    """The weights that are not trained, where only what is beside them is."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
@@ -159,7 +162,8 @@ class Session:
             self.checkpoints.restore(checkpoint)
         else:
             hooks = [hook.name for hook in self.hooks if hook.name]
-            self.checkpoints.restore(checkpoint, only=["model", "progress", *hooks])
+            base = [] if self.base is None else ["base"]
+            self.checkpoints.restore(checkpoint, only=[*base, "model", "progress", *hooks])
             self._take_over_weights()
         self._set_rotary_base(self.plan.stage_of_step(max(self.state.iteration - 1, 0)))
         layout = "" if self.checkpoints.has_layout_of(checkpoint) else ", in another layout"
@@ -187,7 +191,9 @@ class Session:
     def _register_states(self) -> None:
         """Say what a checkpoint of this run holds."""
         register = self.checkpoints.register
-        register("model", tensors=lambda: model_shards(self.chunks))
+        register("model", tensors=self.trainable.saved_weights)
+        if self.base is not None:
+            register("base", scalars=self.base.record, restore=self.base.check)
         register(
             "optimizer",
             tensors=lambda: optimizer_shards(self.chunks, self.optimizer),
@@ -260,10 +266,11 @@ def open_session(
         keep_last=run.checkpoint.keep_last,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
     )
-    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks)
+    base = FrozenBase(run, trainable, open_foreign, device) if trainable.has_frozen_base else None
+    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, base=base)
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
-    elif run.checkpoint.initialize_from is not None:
+    elif base is None and run.checkpoint.initialize_from is not None:
         session.initialize_from(run.checkpoint.initialize_from, open_foreign)
     require_directions(routers(session.chunks))
     return session

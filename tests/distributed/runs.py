@@ -33,12 +33,14 @@ class Part:
     precision: str | dict[str, Any] = "fp32"
     seed: int = 1234
     checkpoint: tuple[tuple[str, Any], ...] = ()
+    adapters: dict[str, Any] | None = None
 
     def run_config(self) -> RunConfig:
         raw = {
             "model": to_mapping(self.model),
             "parallel": to_mapping(self.parallel),
             "precision": {"kind": self.precision} if isinstance(self.precision, str) else self.precision,
+            "adapters": self.adapters,
             "train": {"train_iters": 8, "global_batch_size": GLOBAL_BATCH, "seed": self.seed},
             "optimizer": {"kind": "adam", "lr": 1e-3},
             "schedule": {"kind": "constant"},
