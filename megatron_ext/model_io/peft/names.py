@@ -40,6 +40,15 @@ class HuggingFaceNames:
         Raises:
             ConversionError: the class has no such module of its own.
         """
+        if (module := self.module_or_none(pair)) is None:
+            raise ConversionError(
+                f"{self._architecture.hf_class} has no linear layer of its own for {pair.projection} of "
+                f"{pair.weight}, so PEFT can have no adapter there; merge the adapters instead (tools/merge_lora.py)"
+            )
+        return module
+
+    def module_or_none(self, pair: AdapterPair) -> str | None:
+        """The same, None where there is none."""
         rule, holes = self._rules[pair.weight]
         names = rule.hf_names()
         if isinstance(rule, Qkv | GateUp):
@@ -47,10 +56,7 @@ class HuggingFaceNames:
         elif isinstance(rule, Rename):
             name = names["tensor"]
         else:
-            raise ConversionError(
-                f"{self._architecture.hf_class} has no linear layer of its own for {pair.projection} of "
-                f"{pair.weight}, so PEFT can have no adapter there; merge the adapters instead (tools/merge_lora.py)"
-            )
+            return None
         return name.format(**holes).removesuffix(".weight")
 
     def experts(self) -> Mapping[int, Experts]:
