@@ -28,6 +28,7 @@ from megatron_ext.config.schedule import (
     Schedule,
     WsdSchedule,
 )
+from megatron_ext.config.task import PRETRAIN, PretrainTask, SftTask, TaskConfig
 from megatron_ext.config.training import (
     AdamConfig,
     Bf16Precision,
@@ -65,13 +66,17 @@ __all__ = [
     "MultiLatentAttention",
     "ParallelConfig",
     "Position",
+    "PRETRAIN",
     "Precision",
+    "PretrainTask",
     "RecomputeConfig",
     "RunConfig",
     "RuntimeConfig",
     "Schedule",
+    "SftTask",
     "Stage",
     "StagedSource",
+    "TaskConfig",
     "TrainConfig",
     "WandbConfig",
     "WsdSchedule",

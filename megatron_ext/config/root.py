@@ -11,6 +11,7 @@ from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, Runtime
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.schedule import Schedule
+from megatron_ext.config.task import PRETRAIN, TaskConfig
 from megatron_ext.config.training import AdamConfig, Precision, RecomputeConfig, TrainConfig
 
 
@@ -26,6 +27,8 @@ class RunConfig:
     """Number formats."""
     train: TrainConfig
     """Length and batches."""
+    task: TaskConfig = Field(default_factory=lambda: PRETRAIN)
+    """What is trained, on which kind of data."""
     optimizer: AdamConfig
     """The optimizer."""
     schedule: Schedule

@@ -27,13 +27,19 @@ from megatron_ext.mcore.state import model_shards, optimizer_shards
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state
 from megatron_ext.training.hooks.base import Hook
-from megatron_ext.training.same_run import check_same_data, check_same_model, recorded_run, trained_model
+from megatron_ext.training.same_run import (
+    check_same_data,
+    check_same_model,
+    check_same_task,
+    recorded_run,
+    trained_model,
+)
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.schedule_faults import schedule_end
 from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_weights
 from megatron_ext.training.step import StepResult, never, train_step, validation_loss
 from megatron_ext.training.tasks.base import TrainTask
-from megatron_ext.training.tasks.pretrain import Pretrain
+from megatron_ext.training.tasks.choose import task_of
 from megatron_ext.training.verdict import Judge, Rollback, take_finite
 
 log = logging.getLogger(__name__)
@@ -154,6 +160,7 @@ class Session:
         state = read_state(checkpoint)
         check_same_model(trained_model(self.run.model, state, checkpoint), checkpoint)
         if state.consumed_samples:
+            check_same_task(self.run.task, checkpoint)
             check_same_data(self.run.data, self.run.train, checkpoint)
         if self.run.checkpoint.load_optimizer:
             self.checkpoints.restore(checkpoint)
@@ -252,7 +259,7 @@ def open_session(
         open_foreign: opens weights to start from that are no Megatron checkpoint.
         hooks: their state is saved and restored with the rest.
     """
-    trainable, task = build_trainable(run, groups, device), Pretrain.of(run.model)
+    trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model)
     checkpoints = CheckpointManager(
         run.checkpoint.directory,
         recorded_run(run, run.model.rotary_base),

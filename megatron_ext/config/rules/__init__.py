@@ -9,6 +9,7 @@ from megatron_ext.config.rules import (
     routing,
     schedule,
     stages,
+    task,
     training,
 )
 from megatron_ext.config.rules.registry import RULES, violations
@@ -25,6 +26,7 @@ __all__ = [
     "schedule",
     "stage_violations",
     "stages",
+    "task",
     "training",
     "violations",
 ]
