@@ -148,8 +148,11 @@ def parse_command(
         if name in unions:
             _add_union(parser, name, info)
         else:
-            flag = name if name in positional else f"--{name.replace('_', '-')}"
-            parser.add_argument(flag, **_argument(name, info, is_positional=name in positional))
+            settings, option = _argument(name, info, is_positional=False), f"--{name.replace('_', '-')}"
+            if name in positional:
+                parser.add_argument(name, **_argument(name, info, is_positional=True))
+                settings |= {"dest": name, "help": argparse.SUPPRESS}
+            parser.add_argument(option, **settings)
     # argparse gives what stands for "no default" to the type of a positional, and does not know it again.
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != argparse.SUPPRESS}
     file = given.pop("config")

@@ -22,11 +22,17 @@ UNFINISHED = ".partial"
 OURS = f".megatron_ext{UNFINISHED}"
 """An empty file in each folder that we write or take away: a folder of this name without it is somebody else's."""
 
+_LARGEST_JSON = 1 << 28
+"""Bytes. The largest that people have (tokenizer.json, the index of a thousand shards) take a tenth of it."""
+
 
 def read_json_object(path: str | Path, error: type[MegatronExtError], *, unique: bool = False) -> dict[str, Any]:
     """The JSON object in the file at `path`; raises `error` where there is none, or, if `unique`, a key comes twice."""
     with reading(path, error, kind="JSON"):
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > _LARGEST_JSON:
+                raise ValueError(f"it has {size:,} bytes, more than any such file")
+            text = file.readall().decode("utf-8-sig")  # some editors begin a file with a byte order mark
         content = json.loads(text, object_pairs_hook=json_pairs if unique else None)
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}")

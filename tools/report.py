@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Write one self-contained HTML page about one or more training runs, and print their summary.
 
-python tools/report.py --metrics dense=runs/dense/metrics.jsonl moe=runs/moe/metrics.jsonl --output report.html
+python tools/report.py runs/moe --output report.html
+python tools/report.py dense=runs/dense/metrics.jsonl moe=runs/moe --output report.html
 """
 
 from pydantic import Field
@@ -28,7 +29,7 @@ class ReportOptions:
 
 def main() -> None:
     """Parse the command line and write the page."""
-    o = parse_command(ReportOptions, __doc__)
+    o = parse_command(ReportOptions, __doc__, positional=["metrics"])
     from rich.console import Console
     from rich.table import Table
 

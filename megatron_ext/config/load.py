@@ -136,6 +136,22 @@ def value_types(annotation: Any) -> list[type]:
     return section_types(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else []
 
 
+def paths_of(configuration: Any, prefix: str = "") -> dict[str, str]:
+    """Every path that a configuration names, by its key."""
+    if isinstance(configuration, list | dict):
+        items = configuration.items() if isinstance(configuration, dict) else enumerate(configuration)
+        return {key: path for name, item in items for key, path in paths_of(item, f"{prefix}{name}.").items()}
+    found = dict[str, str]()
+    for name, info in getattr(type(configuration), "__pydantic_fields__", {}).items():
+        value = getattr(configuration, name)
+        if value is not None and _is_path(typing.Annotated[(info.annotation, *info.metadata, None)]):
+            paths = value if isinstance(value, list) else [value]
+            found |= {f"{prefix}{name}": path for path in paths if isinstance(path, str)}
+        else:
+            found |= paths_of(value, f"{prefix}{name}.")
+    return found
+
+
 def _is_path(annotation: Any) -> bool:
     """Whether a leaf is a path, or a list of them."""
     arguments = typing.get_args(annotation)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, logs and a Weights & Biases run."""
+"""Where a run keeps its state, and the machine it runs on."""
 
 from typing import Literal
 
@@ -28,33 +28,21 @@ class CheckpointConfig:
 
 
 @config
-class WandbConfig:
-    """Weights & Biases. A resumed run continues the same W&B run; a failing network never stops training."""
+class WatchdogConfig:
+    """Ends a run that no longer moves.
 
-    mode: Literal["off", "offline", "online"] = "off"
-    """offline writes to `directory` for a later `wandb sync`."""
-    project: str = "megatron_ext"
-    """W&B project."""
-    entity: str | None = None
-    """W&B user or team."""
-    name: str | None = None
-    """Display name. Default: the checkpoint directory's name."""
-    directory: PathName | None = None
-    """Where W&B keeps its files. Default: the checkpoint directory."""
+    With exit code 2, and every rank's stack in a file below `stalls/` of the checkpoint directory.
+    """
 
-
-@config
-class LoggingConfig:
-    """What is reported, and how often."""
-
-    log_interval: int = Field(default=1, ge=1)
-    """Steps between reports. Loss and expert load are read from the device only then."""
-    metrics_file: PathName | None = None
-    """JSONL file of all metrics. Default: metrics.jsonl in the checkpoint directory."""
-    peak_tflops: float | None = Field(default=None, gt=0)
-    """Dense peak of one device in TFLOP/s; when set, model FLOPs utilisation (MFU) is reported."""
-    wandb: WandbConfig = Field(default_factory=WandbConfig)
-    """Weights & Biases."""
+    enabled: bool = True
+    """False leaves it to wait, until a collective runs into distributed_timeout_minutes."""
+    factor: float = Field(default=10.0, ge=2)
+    """A step may take so many times the median of the last 32."""
+    minimum_minutes: float = Field(default=5.0, gt=0)
+    """But always so long."""
+    first_step_minutes: float = Field(default=30.0, gt=0)
+    """Each of the first three steps of a process may take so long, and what is no step (validation, saving) stand
+    still for so long."""
 
 
 @config
@@ -67,5 +55,7 @@ class RuntimeConfig:
     """What layers are built from: plain PyTorch (CPU and CUDA), or NVIDIA Transformer Engine (CUDA)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
+    """Ends a run that no longer moves."""
     distributed_timeout_minutes: int = Field(default=10, ge=1, le=10**6)
     """A collective that takes longer ends the run."""

@@ -1,7 +1,7 @@
 """Logits of a checkpoint on given tokens: megatron-core's own forward pass, and transformers', each in one process."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,22 +98,21 @@ def load_hugging_face(
         raise ConversionError(
             f"{directory}: transformers does not load it: {reason[:1000]}{_of_byte_order_mark(Path(directory))}"
         ) from error
-    # transformers fills in what is missing with random numbers, and says it in a table.
+    _require_every_weight(Path(directory), found)
+    _round_weights(network, weights_as)
+    return network.eval()
+
+
+def _require_every_weight(directory: Path, found: Mapping[str, Any]) -> None:
+    """Raise where `found`, what transformers says of its loading, names a fault: it fills gaps with random numbers."""
+    kinds = {"lacks": "missing_keys", "has unknown": "unexpected_keys", "has misshapen": "mismatched_keys"}
     faults = [
-        f"{what} {', '.join(sorted(map(str, names))[:5])}"
-        for what, key in (
-            ("lacks", "missing_keys"),
-            ("has unknown", "unexpected_keys"),
-            ("has misshapen", "mismatched_keys"),
-        )
-        if (names := found.get(key))
+        f"{what} {', '.join(sorted(map(str, names))[:5])}" for what, key in kinds.items() if (names := found.get(key))
     ]
     if faults:
         raise ConversionError(
             f"{directory}: does not hold the model that its config.json describes: it {'; '.join(faults)}"
         )
-    _round_weights(network, weights_as)
-    return network.eval()
 
 
 def _of_byte_order_mark(directory: Path) -> str:
@@ -155,5 +154,7 @@ def carries_our_code(directory: str | Path) -> bool:
     # transformers runs code of some subfolders unasked; an export has none. Hidden ones are download tools' own.
     if any(path.is_dir() and not path.name.startswith(".") for path in directory.iterdir()):
         return False
-    files = sorted(path.name for path in directory.glob("*.py"))
-    return files == sorted(ours.code) and all((directory / name).read_text() == shipped_code(name) for name in files)
+    files = sorted(path.name for path in directory.glob("*.py") if path.is_file())
+    return files == sorted(ours.code) and all(
+        (directory / name).read_text(encoding="utf-8", errors="replace") == shipped_code(name) for name in files
+    )

@@ -37,7 +37,7 @@ from megatron_ext.training.same_run import (
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.schedule_faults import schedule_end
 from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_weights
-from megatron_ext.training.step import StepResult, never, train_step, validation_loss
+from megatron_ext.training.step import StepResult, never, train_step, unmarked, validation_loss
 from megatron_ext.training.tasks.base import TrainTask
 from megatron_ext.training.tasks.choose import task_of
 from megatron_ext.training.verdict import Judge, Rollback, take_finite
@@ -68,6 +68,8 @@ class Session:
     state: TrainingState = TrainingState()
     judge: Judge = take_finite
     """Whether a step is taken."""
+    mark: Callable[[str], None] = unmarked
+    """Told of each part of a step when it is over."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
@@ -107,6 +109,7 @@ class Session:
                 num_sources=self._num_sources,
                 judge=self.judge,
                 asks_to_stop=asks_to_stop,
+                mark=self.mark,
             )
         except TrainingError as error:
             raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error
@@ -250,6 +253,7 @@ def open_session(
     *,
     open_foreign: OpenForeign = no_foreign_weights,
     hooks: Sequence[Hook] = (),
+    judge: Judge = take_finite,
 ) -> Session:
     """Build the model and optimizer with fresh weights, or those that the run continues or starts from.
 
@@ -258,6 +262,7 @@ def open_session(
         plan: that of `stream`.
         open_foreign: opens weights to start from that are no Megatron checkpoint.
         hooks: their state is saved and restored with the rest.
+        judge: decides whether a step is taken.
     """
     trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model)
     checkpoints = CheckpointManager(
@@ -267,7 +272,7 @@ def open_session(
         keep_last=run.checkpoint.keep_last,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
     )
-    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks)
+    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, judge=judge)
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif run.checkpoint.initialize_from is not None:

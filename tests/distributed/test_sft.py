@@ -196,6 +196,6 @@ def test_interrupted_it_goes_on_bit_for_bit(work: Path, tmp_path: Path, pool: Gl
     pool.run(1, train_here, work / "run.yaml", places("parts"))
     whole, parts = (list(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts"))
     for key in ("loss", "grad_norm", "validation_loss"):
-        expected, found = ({r["step"]: r[key] for r in records if key in r} for records in (whole, parts))
+        expected, found = ({r["iteration"]: r[key] for r in records if key in r} for records in (whole, parts))
         assert expected
         assert expected.items() <= found.items()  # its last step before the interruption is validated too

@@ -1,5 +1,6 @@
 """A rank that dies or stops is named by one message, and all others end; one that hangs is named, and awaited."""
 
+import ast
 import contextlib
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext.config import WatchdogConfig
 from megatron_ext.runtime import liveness
 from tests.support import forkserver
 
@@ -58,6 +60,24 @@ def be_late(rank: int, port: int, errors: Path) -> None:
                     if not works:
                         time.sleep(0.5 if times_said else seconds)
                 dist.all_reduce(torch.ones(1))
+    dist.barrier()  # as a run does: nobody is gone while another one still looks
+
+
+def hang(rank: int, port: int, errors: Path, hangs_in_step: bool) -> None:
+    """Train at a pace of 0.05 s, until rank 1 does not go on; in its step, or in what it does between two."""
+    join_the_others(rank, port, errors)
+    limits = WatchdogConfig(minimum_minutes=0.03, first_step_minutes=0.03 if hangs_in_step else 0.05)
+    others = liveness.Liveness(
+        limits, errors / "stalls", lambda *said: (errors / f"told {rank}").write_text(repr(said))
+    )
+    with others:
+        for step in range(9):
+            hangs = rank == 1 and step == 8
+            if hangs and not hangs_in_step:
+                time.sleep(60)
+            with others.step():
+                time.sleep(60 if hangs else 0.05)
+                dist.barrier()
 
 
 # Rank, whether in a training step, whether it works; how often somebody is named then, None where nobody is.
@@ -101,6 +121,30 @@ def test_the_lost_rank_is_named(lost: int, number: int, what: str, tmp_path: Pat
     print(message)
     assert f"error: rank {lost} (process {ranks[lost].pid} on " in message
     assert what in message
+
+
+@pytest.mark.parametrize("in_step", [True, False], ids=["in a step", "between steps"])
+def test_a_run_that_no_longer_moves_ends_with_every_ranks_stack(in_step: bool, tmp_path: Path) -> None:
+    ranks, _store = started(hang, tmp_path, in_step)
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 2
+    said = [(tmp_path / str(rank)).read_text() for rank in range(RANKS)]
+    [message] = [line for text in said for line in text.splitlines() if line.startswith("error: ")]
+    print(message)
+    assert "step 9 of this job has not ended within 2 s (the last ones took" in message
+    assert f"rank 1 (process {ranks[1].pid} on " in message
+    assert "in hang: time.sleep(60" in message
+    assert "the others wait. Every rank's stack is in " in message
+    [folder] = (tmp_path / "stalls").iterdir()
+    stacks = {path.name: path.read_text() for path in folder.iterdir()}
+    assert sorted(stacks) == [f"rank_{rank}.txt" for rank in range(RANKS)]
+    assert all("in hang" in stack for stack in stacks.values())
+    assert "barrier" in stacks["rank_0.txt"]
+    kind, text, ends = ast.literal_eval((tmp_path / "told 0").read_text())
+    assert (kind, ends) == ("stall", True)
+    assert text in message
+    assert not (tmp_path / "told 2").exists()
 
 
 def test_a_late_rank_is_named_and_awaited(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Rules between configuration keys, by what they are about; importing this package registers them all."""
 
 from megatron_ext.config.rules import (
+    adapters,
+    alerts,
     architecture,
     backend,
     overrides,
@@ -17,6 +19,8 @@ from megatron_ext.config.rules.stages import stage_violations
 
 __all__ = [
     "RULES",
+    "alerts",
+    "adapters",
     "architecture",
     "backend",
     "overrides",

@@ -1,9 +1,9 @@
-"""Rules of batches, data and recompute."""
+"""Rules of batches, data and recompute, and of when a job ends."""
 
 from typing import Any
 
 from megatron_ext.config.rules.registry import BACKEND, PP, VPP, rule
-from megatron_ext.config.training import RampStep
+from megatron_ext.config.training import ExitAt, RampStep
 
 
 @rule("data.reset_attention_mask", BACKEND)
@@ -84,3 +84,11 @@ def _modules_are_selective(modules: list[str], granularity: str | None) -> str |
 def _method_is_full(method: str, layers: int, granularity: str | None) -> str | None:
     given = (method, layers) != ("uniform", 1)
     return "have no effect; set granularity: full" if given and granularity != "full" else None
+
+
+@rule("train.exit_at.time")
+def _time_is_one(time: str | float | None) -> str | None:
+    try:
+        return None if (ExitAt(time=time).seconds or 0) >= 0 else "lies before 1970"
+    except ValueError:
+        return "is no time; write 2026-12-01T09:00 or 2026-12-01T09:00+09:00, or seconds since 1970"

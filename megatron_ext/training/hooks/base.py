@@ -62,6 +62,10 @@ class Hook:
     def close(self) -> None:
         """The run ends as it should."""
 
+    def figures(self) -> Mapping[str, float]:
+        """Numbers that reports add under their names, such as how far something lags; asked on rank 0 alone."""
+        return {}
+
     def state(self) -> Mapping[str, Any]:
         """What a checkpoint keeps of it: values of JSON by their keys in `state.json`. Rank 0's are saved."""
         return {}

@@ -75,7 +75,7 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": {"rotary_percent": 0.2}}, ["model.rotary_width = 3", "model.rotary_percent = 0.2"]),
     (
         {"model": {"position_embedding_type": "learned_absolute", "rope_scaling": {"kind": "linear", "factor": 2.0}}},
-        ["model.rope_scaling = LinearRopeScaling", "only rotary embedding has that"],
+        ["model.rope_scaling = {'kind': 'linear', 'factor': 2.0}", "only rotary embedding has that"],
     ),
     ({"model": {"position_embedding_type": "learned_absolute", "rotary_percent": 0.5}}, ["only rotary embedding"]),
     ({"model": {"position_embedding_type": "learned_absolute", "multi_latent_attention": LATENT}}, ["only rotary"]),
@@ -314,7 +314,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     (
         {"train": {"micro_batch_size": 2, "batch_size_ramp": [{"global_batch_size": 3, "steps": 4}]}},
-        ["global batches of [3] are no multiples of the micro-batch"],
+        [
+            "train.batch_size_ramp = [{'global_batch_size': 3, 'steps': 4}]",
+            "global batches of [3] are no multiples of the micro-batch",
+        ],
     ),
     ({"schedule": {"min_lr": 0.1}}, ["schedule.min_lr = 0.1", "optimizer.lr = 0.001"]),
     ({"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "geometric"}}, ["set min_lr"]),
