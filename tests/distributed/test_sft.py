@@ -14,7 +14,9 @@ from megatron_ext.data.prepare.chat import ChatPreparation
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.supervised import Supervised
+from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.mcore.embedding_noise import add_noise
+from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.open import read_any_model
 from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.monitoring.metrics_file import read_metrics
@@ -177,6 +179,16 @@ def test_losses_are_those_of_transformers(work: Path, tmp_path: Path, weighting:
         losses.append(float(loss.detach()))
     assert losses_of(tmp_path) == pytest.approx(losses, rel=2e-6)
     assert losses[-1] < losses[0]
+
+
+def test_an_export_carries_the_template_and_stops_where_answers_end(work: Path, tmp_path: Path, pool: GlooPool) -> None:
+    overrides = [f"checkpoint.directory={tmp_path / 'run'}", "train.train_iters=1", "logging.metrics_file=null"]
+    pool.run(1, train_here, work / "run.yaml", overrides)
+    convert(tmp_path / "run", tmp_path / "hf")
+    exported = load_tokenizer(tmp_path / "hf")
+    assert exported.chat_template == load_tokenizer(work / "t").chat_template
+    stops = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == sorted(exported.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
 
 
 def test_interrupted_it_goes_on_bit_for_bit(work: Path, tmp_path: Path, pool: GlooPool) -> None:

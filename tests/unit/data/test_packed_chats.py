@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.config import DataConfig, DataSource, TrainConfig, load_config
+from megatron_ext.config import DataConfig, DataSource, PretrainTask, SftTask, TrainConfig, load_config
 from megatron_ext.data.indexed import write_index
 from megatron_ext.data.prepare.chat import ChatPreparation
 from megatron_ext.data.prepare.chat_files import RECORD, chat_record, unpack_split
@@ -24,6 +24,7 @@ from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.stream import BlendStream, PlannedShapes
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
+from megatron_ext.training.data_files import DataFiles
 from tests.unit.data.chats import chat_tokenizer, turns
 
 LENGTH = 64
@@ -143,6 +144,25 @@ def test_validation_reads_the_same_packs_for_every_run(chats: Path) -> None:
     tokenizer = Tokenizer(chats / "d" / "tokenizer")
     first, second = (chat_validation(data.validation, data, tokenizer, "token", 6) for _ in range(2))
     assert all(first[n]["tokens"].equal(second[n]["tokens"]) for n in range(6))
+
+
+def test_a_task_reads_data_of_its_kind(chats: Path) -> None:
+    tokenizer = Tokenizer(chats / "d" / "tokenizer")
+
+    def looked_at(task: dict[str, str]) -> tuple[DataFiles, list[str]]:
+        faults: list[str] = []
+        section = load_config(SftTask if task["kind"] == "sft" else PretrainTask, task, source="test")
+        source = DataSource(path=str(chats / "d" / "train"))
+        values = {"task": section, "data.train": [source], "data.sequence_length": LENGTH}
+        files = DataFiles(values, tokenizer, faults)
+        files.look()
+        return files, faults
+
+    files, faults = looked_at({"kind": "sft"})
+    assert not faults
+    assert "samples packed into" in files.packed[0]
+    _, (fault,) = looked_at({"kind": "pretrain"})
+    assert "task.kind = pretrain reads data of tools/preprocess.py, and this is of tools/preprocess.py --chat" in fault
 
 
 def test_what_cannot_be_read_is_said(chats: Path, tmp_path: Path) -> None:
