@@ -44,6 +44,7 @@ from megatron_ext.training.same_run import (
     check_same_data,
     check_same_model,
     check_same_sources,
+    check_same_task,
     rereads,
     trained_model,
 )
@@ -264,6 +265,8 @@ class _Examination:
                 check_same_model(trained_model(self._model, self._state, newest), newest)
         if self._data is not None and self._train is not None and self._state.consumed_samples:
             with collecting(faults):
+                if (task := self._values.get("task")) is not None:
+                    check_same_task(task, newest)
                 check_same_data(self._data, self._train, newest)
             if self._data.order == 1:
                 with collecting(faults):

@@ -33,13 +33,20 @@ from megatron_ext.runtime.seeds import random_state, restore_random_state
 from megatron_ext.training.frozen_base import FrozenBase
 from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook
-from megatron_ext.training.same_run import check_same_data, check_same_model, levers, recorded_run, trained_model
+from megatron_ext.training.same_run import (
+    check_same_data,
+    check_same_model,
+    check_same_task,
+    levers,
+    recorded_run,
+    trained_model,
+)
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.schedule_faults import schedule_end
 from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_weights
 from megatron_ext.training.step import StepResult, never, train_step, unmarked, validation_loss
 from megatron_ext.training.tasks.base import TrainTask
-from megatron_ext.training.tasks.pretrain import Pretrain
+from megatron_ext.training.tasks.choose import task_of
 from megatron_ext.training.verdict import Judge, Rollback, take_finite
 
 log = logging.getLogger(__name__)
@@ -192,6 +199,7 @@ class Session:
         state = read_state(checkpoint)
         check_same_model(trained_model(self.run.model, state, checkpoint), checkpoint)
         if state.consumed_samples:
+            check_same_task(self.run.task, checkpoint)
             check_same_data(self.run.data, self.run.train, checkpoint)
         if self.run.checkpoint.load_optimizer:
             self.checkpoints.restore(checkpoint)
@@ -313,7 +321,7 @@ def open_session(
         hooks: their state is saved and restored with the rest.
         guard: decides whether a step is taken; one of the hooks. Without one, the first bad step ends the run.
     """
-    trainable, task = build_trainable(run, groups, device), Pretrain.of(run.model)
+    trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model)
     checkpoints = CheckpointManager(
         run.checkpoint.directory,
         recorded_run(run, run.model.rotary_base),

@@ -71,6 +71,32 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {"train": {"exit_at": {"time": "tomorrow"}}},
         ["train.exit_at.time = 'tomorrow': is no time; write 2026-12-01T09:00 or"],
     ),
+    (
+        {"task": {"kind": "sft"}, "data": {**ONE_STAGE, "eod_mask_loss": True, "pack_documents": True}},
+        ["data.eod_mask_loss = true: is of documents of text", "data.pack_documents = true: is of documents of text"],
+    ),
+    (
+        {"task": {"kind": "sft"}, "data": {"cache_dir": "c"}},
+        ["data.cache_dir = 'c': megatron-core's order is of texts"],
+    ),
+    (
+        {
+            "task": {"kind": "sft"},
+            "data": {
+                **STAGED,
+                "unit_tokens": 64,
+                "stages": [
+                    {"name": "A", "mix": {"ja": 1}, "steps": 2},
+                    {"name": "B", "mix": {"ja": 1}, "steps": 2, "sequence_length": 32},
+                ],
+            },
+        },
+        ["lengths 32, 64; packs of conversations are of one", "data.unit_tokens = 64: a pack is a unit"],
+    ),
+    (
+        {"task": {"kind": "sft"}, "runtime": TE, "data": ONE_STAGE},
+        ["attention would not keep packed samples apart; set runtime.backend: torch"],
+    ),
     ({"train": {"train_iters": 0}}, ["train.train_iters = 0: must be greater than or equal to 1"]),
     ({"data": {"train": [{"path": "a"}, {"path": "a"}], "cache_dir": None}}, ["data.train: 'a' is there twice"]),
     (
