@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, logs and a Weights & Biases run."""
+"""Where a run keeps its state, and the machine it runs on."""
 
 from typing import Literal
 
@@ -42,36 +42,6 @@ class CheckpointConfig:
 
 
 @config
-class WandbConfig:
-    """Weights & Biases. A resumed run continues the same W&B run; a failing network never stops training."""
-
-    mode: Literal["off", "offline", "online"] = "off"
-    """offline writes to `directory` for a later `wandb sync`."""
-    project: str = "megatron_ext"
-    """W&B project."""
-    entity: str | None = None
-    """W&B user or team."""
-    name: str | None = None
-    """Display name. Default: the checkpoint directory's name."""
-    directory: PathName | None = None
-    """Where W&B keeps its files. Default: the checkpoint directory."""
-
-
-@config
-class LoggingConfig:
-    """What is reported, and how often."""
-
-    log_interval: int = Field(default=1, ge=1)
-    """Steps between reports. Loss and expert load are read from the device only then."""
-    metrics_file: PathName | None = None
-    """JSONL file of all metrics. Default: metrics.jsonl in the checkpoint directory."""
-    peak_tflops: float | None = Field(default=None, gt=0)
-    """Dense peak of one device in TFLOP/s; when set, model FLOPs utilisation (MFU) is reported."""
-    wandb: WandbConfig = Field(default_factory=WandbConfig)
-    """Weights & Biases."""
-
-
-@config
 class WatchdogConfig:
     """Ends a run that no longer moves.
 
@@ -99,6 +69,9 @@ class RuntimeConfig:
     """What layers are built from: plain PyTorch (CPU and CUDA), or NVIDIA Transformer Engine (CUDA)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""
+    deterministic: bool = False
+    """The same run computes the same bits again. On CUDA only kernels are used that add up in a fixed order, which is
+    slower, and an operation that has none ends the run by name; on CPU it is so anyway."""
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     """Ends a run that no longer moves."""
     distributed_timeout_minutes: int = Field(default=10, ge=1, le=10**6)

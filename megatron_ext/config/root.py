@@ -4,12 +4,16 @@ from dataclasses import replace
 
 from pydantic import Field
 
+from megatron_ext.config.adapters import LoraConfig
+from megatron_ext.config.alerts import AlertsConfig
 from megatron_ext.config.base import config
 from megatron_ext.config.data import DataConfig
+from megatron_ext.config.guard import GuardConfig
 from megatron_ext.config.layout import Layout, StepShape, resolve_layout
-from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig
+from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.reports import LoggingConfig
 from megatron_ext.config.schedule import Schedule
 from megatron_ext.config.training import AdamConfig, Precision, RecomputeConfig, TrainConfig
 
@@ -22,6 +26,8 @@ class RunConfig:
     """The architecture."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """How it is split over processes."""
+    adapters: LoraConfig | None = None
+    """Low-rank adapters, trained in place of the weights. Unset: all weights are trained."""
     precision: Precision
     """Number formats."""
     train: TrainConfig
@@ -36,8 +42,12 @@ class RunConfig:
     """Training and validation data."""
     checkpoint: CheckpointConfig
     """Where training state is saved and continued from."""
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    """Steps that go wrong."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     """Reports."""
+    alerts: AlertsConfig = Field(default_factory=AlertsConfig)
+    """Who is told of what happens."""
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     """The machine."""
 

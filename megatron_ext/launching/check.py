@@ -139,15 +139,20 @@ def _look_at_places(job: Job, run: RunConfig, found: Findings) -> None:
         paths["python"] = str(job.python)
     if job.nodes == 1:
         return
-    shared = [Path(folder) for folder in job.profile.shared]
+    shared, local = [Path(folder) for folder in job.profile.shared], []
     for key, text in paths.items():
         place = Path(os.path.abspath(text))
         if shared:
             if not any(place.is_relative_to(folder) or place.resolve().is_relative_to(folder) for folder in shared):
                 folders = ", ".join(map(str, shared))
                 found.faults.append(f"{key} = {place}: not every node sees it; below {folders} it would be (shared)")
-        elif (kind := _file_system(place)) in _LOCAL_DISKS:
-            found.warnings.append(f"{key} = {place} is on {kind} here: does every node see it? (the profile's shared)")
+        elif _file_system(place) in _LOCAL_DISKS:
+            local.append(f"{key} = {place}")
+    if local:
+        found.warnings.append(
+            f"on a disk of this machine alone, as it seems, unseen by other nodes: {', '.join(local)} (say in "
+            "the profile what is shared)"
+        )
 
 
 def _file_system(place: Path) -> str:

@@ -83,27 +83,42 @@ def _is_torn(path: Path) -> bool:
         return size > 0 and file.read() != b"\n"
 
 
+_OF_STEPS = ("start", "skip", "nonfinite", "spike", "stage")
+"""Events that happen again where steps are made again; others, such as a failure, have happened once for all."""
+
+
 def _cut(path: Path, iteration: int) -> None:
     """Leave in the file at `path` what led to step `iteration`, each step once; the rest goes to a file beside it."""
-    kept: list[tuple[int, bytes]] = []
+    kept: list[tuple[int, bytes, bool]] = []
     void: list[bytes] = []
     is_torn = False
+
+    def drop_after(step: int) -> None:
+        nonlocal kept
+        void.extend(line for at, line, is_of_steps in kept if is_of_steps and at > step)
+        kept = [(at, line, is_of_steps) for at, line, is_of_steps in kept if not is_of_steps or at <= step]
+
+    newest = -1
     for line, record in _lines(path):
         at = record.get("iteration") if isinstance(record, dict) else None
         if not isinstance(at, int) or not line.endswith(b"\n"):
             is_torn = True
             continue
-        if record.get("event") == "start":
-            void += [old for step, old in kept if step > at]
-            kept = [(step, old) for step, old in kept if step <= at]
-        kept.append((at, line))
-    void += [line for at, line in kept if at > iteration]
+        event = record.get("event")
+        if event == "start":
+            drop_after(at)
+        elif event is None and "loss" in record:
+            if at <= newest:  # the run had gone back
+                drop_after(at - 1)
+            newest = at
+        kept.append((at, line, event is None or event in _OF_STEPS))
+    drop_after(iteration)
     if void:
         with open(path.with_name(f"{path.stem}.superseded.jsonl"), "ab") as aside:
             aside.writelines(void)
     elif not is_torn:
         return
-    write_bytes(path, b"".join(line for at, line in kept if at <= iteration))
+    write_bytes(path, b"".join(line for _, line, _ in kept))
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Any]]:
@@ -150,6 +165,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         if record.get("event") == "start":
             kept = [r for r in kept if r["iteration"] <= at]
         elif "event" not in record:
+            if "loss" in record and kept and kept[-1]["iteration"] >= at:  # the run had gone back
+                kept = [r for r in kept if r["iteration"] < at]
             kept.append(record)
     return kept
 

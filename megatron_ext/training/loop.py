@@ -25,9 +25,12 @@ from megatron_ext.runtime.watchdog import STALLS
 from megatron_ext.training.banner import banner
 from megatron_ext.training.data import RunData, open_data
 from megatron_ext.training.exit_at import ended_by_plan, exit_moment
+from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook, StepDone
+from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
+from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.preflight import Findings, examine_run
@@ -35,7 +38,7 @@ from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
-from megatron_ext.training.verdict import Rollback, Skip
+from megatron_ext.training.verdict import Skip
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +88,10 @@ def open_and_train(
     # The data first: what is wrong with it is said before minutes go into building the model.
     data = open_data(run, starting_state(run), groups.dp, device)
     run = with_planned_length(run, data.plan)
-    hooks = build_hooks(run, layout, data)
-    session = open_session(run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks)
+    guard, hooks = build_hooks(run, layout, data)
+    session = open_session(
+        run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
+    )
     session.state = replace(session.state, data=data.fingerprints)
     with closing(data), telling_hooks(session, hooks):
         for line in banner(run, layout, device, found) if found is not None else ():
@@ -116,14 +121,16 @@ def _tell_of_end(session: Session, hooks: Sequence[Hook], kind: str, text: str, 
                 hook.on_error(TrainingError(text))
 
 
-def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> list[Hook]:
-    """What happens around the steps of a run, in this order."""
+def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, list[Hook]]:
+    """The judge of the steps of a run; and what happens around them, in this order."""
     clock = Clock()
     reports = Reports(run, layout, clock)
-    hooks: list[Hook] = [reports]
+    guard = Guard(run.guard, reports.event)
+    hooks: list[Hook] = [reports, guard, SlowRanks(run.logging.log_interval, reports.event)]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
-    return [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
+    hooks.append(DiskRoom(run, reports.event))
+    return guard, [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
 
 
 @contextmanager
@@ -151,6 +158,7 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
         done = ended_by_plan(plan.exit_at, _next_step(session, last, stop, others))
         for hook in hooks:
             hook.after_step(session, done)
+            session.mark(type(hook).__name__.lower())
         if done.signal:
             what = stop_name(done.signal)
             log.info("stopped by %s after step %d; the same command goes on from there", what, done.iteration)
@@ -161,16 +169,16 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
 def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness) -> StepDone:
     """Do the next step, or pass over it."""
     first = session.stream.position().samples
-    if session.skips_next():
+    if (key := session.skips_next()) is not None:
         session.pass_over()
-        skip = Skip("train.skip_steps")
+        skip = Skip(key)
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     with others.step():
-        result = session.step(session.stream.next(), stop.is_noted)
+        session.pace.begin(session.device)
+        batch = session.stream.next()
+        session.mark("data")
+        result = session.step(batch, stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
-    if isinstance(result.verdict, Rollback):
-        session.roll_back()
-        return StepDone(session.state.iteration, last, result.verdict, first, result, signal)
-    if session.state.iteration == last:
+    if session.state.iteration >= last:
         signal = 0  # it ends as planned
     return StepDone(session.state.iteration, last, result.verdict, first, result, signal, session.ends_stage())

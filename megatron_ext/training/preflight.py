@@ -26,11 +26,14 @@ from megatron_ext.data.stream.make_plan import SourceSize
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, named
+from megatron_ext.monitoring.alerts.environment import missing_secrets
+from megatron_ext.monitoring.sinks.tensorboard import require_tensorboard
 from megatron_ext.planning.amounts import size
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.data_table import plan_table, plan_warnings
 from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses
 from megatron_ext.planning.memory import checkpoint_bytes
+from megatron_ext.planning.room import checkpoints_to_come
 from megatron_ext.runtime.cpu_speed import slow_precision
 from megatron_ext.training.data_files import DataFiles, collecting
 from megatron_ext.training.planned import plan_data, stated_plan, with_planned_length
@@ -181,6 +184,7 @@ class _Examination:
             with collecting(self.found.faults):
                 self._look_at_start(self._checkpoint)
             self._look_at_folders()
+        self._look_at_monitoring()
         if sizes is not None:
             self._count_epochs([size.tokens for size in sizes.values()])
         if self._run is not None:
@@ -317,6 +321,7 @@ class _Examination:
             "data.cache_dir": self._values.get("data.cache_dir"),
             "logging.metrics_file": str(Path(metrics).parent) if metrics else None,
             "logging.wandb.directory": self._values.get("logging.wandb.directory"),
+            "logging.tensorboard_directory": self._values.get("logging.tensorboard_directory"),
         }
         for key, folder in folders.items():
             if folder is None:
@@ -335,6 +340,14 @@ class _Examination:
                 "and was not left by one (a link, or files of yours); move it away"
                 for path in in_the_way(Path(self._checkpoint.directory))
             ]
+
+    def _look_at_monitoring(self) -> None:
+        """Note what alerts and reports need and is not there."""
+        if (alerts := self._values.get("alerts")) is not None:
+            self.found.faults += missing_secrets(alerts)
+        if self._values.get("logging.tensorboard_directory") is not None:
+            with collecting(self.found.faults):
+                require_tensorboard()
 
     def _count_epochs(self, tokens: Sequence[int]) -> None:
         if self._data is None or self._data.stages or self.found.plan is None:
@@ -356,10 +369,7 @@ class _Examination:
         if steps <= 0:
             return
         saves = math.ceil(steps / settings.save_interval) if settings.save_interval else 1
-        kept = len(complete_checkpoints(Path(settings.directory)))
-        # An old one goes once a newer one is complete, so that one more than keep_last stand there for a moment.
-        stays = steps // settings.keep_every if settings.keep_every else 0
-        coming = saves if settings.keep_last is None else max(min(settings.keep_last + 1 - kept + stays, saves), 1)
+        coming = checkpoints_to_come(settings, steps, len(complete_checkpoints(Path(settings.directory))))
         free = shutil.disk_usage(_existing(Path(settings.directory))).free
         each = checkpoint_bytes(run.model, run.precision)
         keep = f"keep_last = {settings.keep_last}" if settings.keep_last else "all are kept"

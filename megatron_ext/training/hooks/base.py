@@ -32,9 +32,9 @@ class StepDone:
 
     def is_due(self, interval: int | None) -> bool:
         """Whether what happens every `interval` steps and after the last one happens now."""
-        if isinstance(self.verdict, Rollback):
-            return False
-        return self.iteration == self.last or (interval is not None and self.iteration % interval == 0)
+        if self.iteration >= self.last:  # a rollback passes over steps, beyond the last of this job too
+            return True
+        return not isinstance(self.verdict, Rollback) and interval is not None and self.iteration % interval == 0
 
 
 class Hook:
@@ -61,6 +61,10 @@ class Hook:
 
     def close(self) -> None:
         """The run ends as it should."""
+
+    def figures(self) -> Mapping[str, float]:
+        """Numbers that reports add under their names, such as how far something lags; asked on rank 0 alone."""
+        return {}
 
     def state(self) -> Mapping[str, Any]:
         """What a checkpoint keeps of it: values of JSON by their keys in `state.json`. Rank 0's are saved."""

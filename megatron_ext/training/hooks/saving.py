@@ -11,6 +11,7 @@ from megatron_ext.monitoring.events import Event, Tell
 from megatron_ext.planning.amounts import size
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.session import Session
+from megatron_ext.training.verdict import Rollback
 
 
 class Saving(Hook):
@@ -41,7 +42,8 @@ class Saving(Hook):
         if (outcome := session.checkpoints.outcome()) is not None:
             self._tell_once(outcome, done.iteration)
         self._tell_copies(session, done.iteration)
-        if done.signal or done.is_due(self._settings.save_interval):
+        # A run that went back says so on disk at once: it would go on from what it went back from.
+        if done.signal or isinstance(done.verdict, Rollback) or done.is_due(self._settings.save_interval):
             with self._clock.stopped():
                 self._save(session, done.iteration, is_last=bool(done.signal) or done.iteration == done.last)
         self._tell_settled(session, done.iteration)

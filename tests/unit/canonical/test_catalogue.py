@@ -66,7 +66,7 @@ LAYOUTS = [
 
 def held(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Of each tensor that this rank has some of: how many elements, and the shape of one piece."""
-    known, mine = tensors_by_location(model), {}
+    known, mine = tensors_by_location(model_tensors(model)), {}
     for chunk in build(model, parallel):
         for piece in (piece for pieces in shards_of(chunk).values() for piece in pieces):
             stacked = len(piece.global_shape) - piece.data.dim()
@@ -127,4 +127,4 @@ def shard(key: str, shape: tuple[int, ...]) -> ParameterShard:
 )
 def test_a_parameter_that_the_catalogue_lacks_is_an_error(piece: ParameterShard, complaint: str) -> None:
     with pytest.raises(TrainingError, match=complaint):
-        _entry(tensors_by_location(tiny_model()), piece)
+        _entry(tensors_by_location(model_tensors(tiny_model())), piece)

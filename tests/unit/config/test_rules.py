@@ -43,6 +43,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         },
         ["the stages have the sequence lengths 32, 64; packs are of one"],
     ),
+    (
+        {"train": {"exit_at": {"time": "tomorrow"}}},
+        ["train.exit_at.time = 'tomorrow': is no time; write 2026-12-01T09:00 or"],
+    ),
     ({"train": {"train_iters": 0}}, ["train.train_iters = 0: must be greater than or equal to 1"]),
     ({"data": {"train": [{"path": "a"}, {"path": "a"}], "cache_dir": None}}, ["data.train: 'a' is there twice"]),
     (

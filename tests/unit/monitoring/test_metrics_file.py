@@ -75,6 +75,19 @@ def test_the_file_is_never_written_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "precious"
 
 
+def test_what_happened_once_for_all_stays_and_steps_made_again_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    steps = [{"iteration": n, "loss": 0.5} for n in (1, 2, 3, 4)]
+    skip, rollback = ({"event": kind, "iteration": n} for kind, n in (("skip", 4), ("rollback", 4)))
+    # Gone back to step 2 within one job, which then failed at step 5.
+    again = [{"iteration": n, "loss": float(n)} for n in (3, 4, 5)]
+    write(path, *steps, skip, rollback, *again, {"event": "failed", "iteration": 5})
+    assert [(r["iteration"], r["loss"]) for r in read_metrics(path)] == [(1, 0.5), (2, 0.5), (3, 3), (4, 4), (5, 5)]
+    MetricsFile(path, 3).close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("event", line.get("loss")) for line in lines] == [0.5, 0.5, "rollback", 3.0, "failed"]
+
+
 def test_a_full_disk_costs_reports_and_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)

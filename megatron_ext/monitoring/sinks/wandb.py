@@ -1,12 +1,15 @@
 """Weights & Biases: one run across interruptions, and no way for it to stop training."""
 
 import logging
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.config import WandbConfig
+from megatron_ext.monitoring.alerts.message import Message
+from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.sources import ValidationReport, validation_panels
+from megatron_ext.monitoring.step_report import StepRecord, step_panels_of
 
 log = logging.getLogger(__name__)
 
@@ -14,26 +17,42 @@ log = logging.getLogger(__name__)
 _FINISH_SECONDS = 60
 
 
-def new_run_id() -> str:
-    """An identifier for a W&B run."""
-    return secrets.token_hex(4)
+class WandbSink:
+    """A W&B run; nothing more where it failed. Credentials come from WANDB_API_KEY or `wandb login`."""
 
-
-class WandbRun:
-    """A W&B run, or nothing where W&B is off or failed. Credentials come from WANDB_API_KEY or `wandb login`."""
+    name = "W&B"
 
     def __init__(self, settings: WandbConfig, run_id: str, directory: Path, configuration: Mapping[str, Any]) -> None:
         self._run: Any = None
-        if settings.mode == "off":
-            return
         modes: list[Literal["online", "offline"]] = ["offline"] if settings.mode == "offline" else ["online", "offline"]
         for mode in modes:
             try:
                 self._run = _start(settings, mode, run_id, directory, configuration)
-                return
             except Exception as error:  # noqa: BLE001 - whatever W&B does, training goes on
                 log.warning("W&B could not start in mode %s: %s", mode, error)
+                continue
+            if mode != settings.mode:
+                kept = Path(self._run.dir).parent  # the folder of this run, above that of its files
+                log.warning("W&B is recorded offline; send it later with: wandb sync %s", kept)
+            return
         log.warning("training goes on without W&B; everything is in the metrics file")
+
+    def step(self, record: StepRecord) -> None:
+        """Everything that is drawn."""
+        panels = step_panels_of(record).items()
+        self.log(
+            {name: _load(value) if isinstance(value, list) else value for name, value in panels},
+            record.report.iteration,
+        )
+
+    def validation(self, iteration: int, report: ValidationReport) -> None:
+        """Loss and perplexity, in all and by source."""
+        self.log(validation_panels(report), iteration)
+
+    def event(self, event: Event) -> None:
+        """Its numbers; of the rest W&B is told by alerts."""
+        if event.panels:
+            self.log(event.panels, event.iteration)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Report `values` for `step`."""
@@ -45,16 +64,16 @@ class WandbRun:
             log.warning("W&B stopped taking reports (%s); everything is in the metrics file", error)
             self._run = None
 
-    def load(self, shares: list[float]) -> Any:
-        """A load over experts as W&B draws it over time: a heat map with one row an expert."""
-        if self._run is None:
-            return None
-        import numpy
-        import wandb
+    def send(self, message: Message) -> None:
+        """Alert by `message`. W&B's own process sends it, also when the network is back.
 
-        if len(shares) > wandb.Histogram.MAX_LENGTH:
-            return None  # W&B draws no more; the metrics file has it
-        return wandb.Histogram(np_histogram=(numpy.array(shares), numpy.arange(len(shares) + 1)))
+        Raises:
+            Exception: whatever W&B does.
+        """
+        if self._run is not None:
+            levels = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
+            # Rates are limited before: W&B itself would drop what comes too soon.
+            self._run.alert(message.title[:63], message.text, level=levels[message.severity], wait_duration=0.001)
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the run."""
@@ -64,6 +83,16 @@ class WandbRun:
             self._run.finish(exit_code=int(failed))
         except Exception as error:  # noqa: BLE001 - whatever W&B does, training goes on
             log.warning("W&B could not finish: %s", error)
+
+
+def _load(shares: list[float]) -> Any:
+    """A load over experts as W&B draws it over time: a heat map with one row an expert."""
+    import numpy
+    import wandb
+
+    if len(shares) > wandb.Histogram.MAX_LENGTH:
+        return None  # W&B draws no more; the metrics file has it
+    return wandb.Histogram(np_histogram=(numpy.array(shares), numpy.arange(len(shares) + 1)))
 
 
 def _start(
@@ -83,6 +112,8 @@ def _start(
         project=settings.project,
         entity=settings.entity,
         name=settings.name or directory.name,
+        group=settings.group,
+        tags=settings.tags or None,
         id=run_id,
         resume="allow" if mode == "online" else None,
         mode=mode,
