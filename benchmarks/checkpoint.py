@@ -107,6 +107,16 @@ def save_by_turns(folder: Path, megabytes: int, rounds: int) -> dict[str, tuple[
     # megatron-core's writer starts processes, which a daemon (every worker of the pool) may not do.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     tensors = {f"{dist.get_rank()}.{n}": torch.randn(SIDE, SIDE) for n in range(megabytes * 10**6 // (4 * SIDE**2))}
+    save_rounds(folder / "warming up", dict([next(iter(tensors.items()))]), 1)
+    measured = save_rounds(folder, tensors, rounds)
+    filesystem_async._results_queue._manager.shutdown()
+    filesystem_async._results_queue = None
+    return measured
+
+
+def save_rounds(folder: Path, tensors: dict[str, torch.Tensor], rounds: int) -> dict[str, tuple[float, float, float]]:
+    """Save these tensors by all ways in turn, once more than `rounds`."""
+    folder.mkdir(exist_ok=True)
     managers = {way: manager(folder / way, tensors, asynchronous=way == OURS) for way in (OURS, OURS_SYNCHRONOUS)}
     ways: dict[str, Callable[[int], tuple[float, float]]] = {
         CORE: lambda n: with_core(tensors, folder / f"core {n}", asynchronous=False),
@@ -125,11 +135,8 @@ def save_by_turns(folder: Path, megabytes: int, rounds: int) -> dict[str, tuple[
             memory[way] = max(memory[way], used[0])
             if dist.get_rank() == 0 and (target := folder / f"core {number}").is_dir():
                 shutil.rmtree(target)
-            if number > 1:  # the first one makes memory and modules
+            if number > 1:  # the first one makes memory, which later ones have
                 taken[way].append(times)
-    if filesystem_async._results_queue is not None:
-        filesystem_async._results_queue._manager.shutdown()
-        filesystem_async._results_queue = None
     medians = {way: [statistics.median(one) for one in zip(*times, strict=True)] for way, times in taken.items()}
     return {way: (stall, total, memory[way]) for way, (stall, total) in medians.items()}
 
