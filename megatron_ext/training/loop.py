@@ -89,11 +89,13 @@ def open_and_train(
     data = open_data(run, starting_state(run), groups.dp, device)
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
-    session = open_session(
-        run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
-    )
-    session.state = replace(session.state, data=data.fingerprints)
-    with closing(data), telling_hooks(session, hooks):
+    with closing(data), telling_hooks(hooks):
+        session = open_session(
+            run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
+        )
+        session.state = replace(session.state, data=data.fingerprints)
+        for hook in hooks:
+            hook.on_start(session)
         for line in banner(run, layout, device, found) if found is not None else ():
             log.info(line)
         # With an eye on the other ranks: one that is missing is named, where the backend only knows a socket.
@@ -134,10 +136,8 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
 
 
 @contextmanager
-def telling_hooks(session: Session, hooks: Sequence[Hook]) -> Iterator[None]:
-    """Tell the hooks that the run begins, and how it ends."""
-    for hook in hooks:
-        hook.on_start(session)
+def telling_hooks(hooks: Sequence[Hook]) -> Iterator[None]:
+    """Tell the hooks how the run ends, also where it ends before it has begun."""
     try:
         yield
     except BaseException as error:
