@@ -30,6 +30,7 @@ from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
+from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.preflight import Findings, examine_run
@@ -88,11 +89,13 @@ def open_and_train(
     data = open_data(run, starting_state(run), groups.dp, device)
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
-    session = open_session(
-        run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
-    )
-    session.state = replace(session.state, data=data.fingerprints)
-    with closing(data), telling_hooks(session, hooks):
+    with closing(data), telling_hooks(hooks):
+        session = open_session(
+            run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
+        )
+        session.state = replace(session.state, data=data.fingerprints)
+        for hook in hooks:
+            hook.on_start(session)
         for line in banner(run, layout, device, found) if found is not None else ():
             log.info(line)
         # With an eye on the other ranks: one that is missing is named, where the backend only knows a socket.
@@ -125,7 +128,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
     clock = Clock()
     reports = Reports(run, layout, clock)
     guard = Guard(run.guard, reports.event)
-    hooks: list[Hook] = [reports, guard]
+    hooks: list[Hook] = [reports, guard, SlowRanks(run.logging.log_interval, reports.event)]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
     hooks.append(DiskRoom(run, reports.event))
@@ -133,10 +136,8 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
 
 
 @contextmanager
-def telling_hooks(session: Session, hooks: Sequence[Hook]) -> Iterator[None]:
-    """Tell the hooks that the run begins, and how it ends."""
-    for hook in hooks:
-        hook.on_start(session)
+def telling_hooks(hooks: Sequence[Hook]) -> Iterator[None]:
+    """Tell the hooks how the run ends, also where it ends before it has begun."""
     try:
         yield
     except BaseException as error:
@@ -173,6 +174,7 @@ def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness)
         skip = Skip(key)
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     with others.step():
+        session.pace.begin(session.device)
         batch = session.stream.next()
         session.mark("data")
         result = session.step(batch, stop.is_noted)

@@ -57,7 +57,7 @@ class Hook:
         """`checkpoint` is complete."""
 
     def on_error(self, error: BaseException) -> None:
-        """The run ends with `error`. No collective: another rank may never join it."""
+        """The run ends with `error`, maybe before `on_start`. No collective: another rank may never join it."""
 
     def close(self) -> None:
         """The run ends as it should."""

@@ -16,7 +16,7 @@ from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
-from megatron_ext.monitoring.monitor import Monitor, StepReport, new_run_id
+from megatron_ext.monitoring.monitor import Monitor, StepReport, new_run_id, tell_of_failed_start
 from megatron_ext.monitoring.sources import SourceReport, ValidationReport
 from megatron_ext.monitoring.step_times import StepTimes
 from megatron_ext.training.hooks.base import Hook, StepDone
@@ -123,6 +123,8 @@ class Reports(Hook):
         """Say so, and finish all records as those of a run that failed."""
         if self._monitor is not None:
             self._monitor.failed(error)
+        elif dist.get_rank() == 0:
+            tell_of_failed_start(self._run, error)
 
     def close(self) -> None:
         """Say how the run ended and finish all records."""
