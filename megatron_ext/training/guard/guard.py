@@ -140,8 +140,7 @@ class Guard(Hook):
             last = self._rollbacks[-1].step
             raise self._stopped(f"{stop}. The run went back at step {last} already (guard.rollback.horizon)", advice)
         newest = before - settings.min_steps_back
-        session.checkpoints.settle()  # whether one is still on its way must not decide
-        session.checkpoints.settle()  # what is on its way to the disk may be what to go back to
+        session.checkpoints.settle()  # what is on its way to the disk may be it, and must not decide by when it arrives
         checkpoint = choose_checkpoint(session.checkpoints.directory, newest, self._rollbacks, session.groups.world)
         if checkpoint is None:
             back = f"guard.rollback.min_steps_back = {settings.min_steps_back}"
