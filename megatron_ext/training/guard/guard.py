@@ -79,7 +79,8 @@ class Guard(Hook):
         if (interval := self._settings.gradient_statistics_interval) and self._step % interval == 0:
             self._tell(gradient_event(self._session, self._step))
         losses = figures.values()
-        if not all(map(math.isfinite, (*losses.values(), figures.grad_norm))) or not float(figures.units):
+        # A batch without a label has no finite gradient either.
+        if not all(map(math.isfinite, (*losses.values(), figures.grad_norm))):
             return self._nonfinite(losses, figures)
         self._nonfinite_in_row = 0
         loss = next(iter(losses.values()))
