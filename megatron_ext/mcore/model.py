@@ -11,20 +11,33 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.config.adapters import EMBEDDING_MODULE, OUTPUT_MODULE
 from megatron_ext.mcore.adapters import NO_ADAPTERS, AdapterPlan, with_adapters
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.mcore.embedding_noise import add_noise
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.moe import sample_seeds
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.rotary import RotaryEmbedding
 from megatron_ext.mcore.transformer_config import LayerConfig
+
+_OUTSIDE_LAYERS = frozenset((EMBEDDING_MODULE, OUTPUT_MODULE))
+
+
+def _of_layers(adapters: AdapterPlan) -> AdapterPlan:
+    return {name: change for name, change in adapters.items() if name not in _OUTSIDE_LAYERS}
+
+
+def _as_it_is(part: type) -> type:
+    return part
 
 
 class LanguageModel(LanguageModule):
@@ -45,6 +58,8 @@ class LanguageModel(LanguageModule):
     ) -> None:
         super().__init__(config=config)
         self.model, self.vp_stage = model, vp_stage
+        self._outside_layers = {name: adapters[name] for name in _OUTSIDE_LAYERS & adapters.keys()}
+        first_layer = get_transformer_layer_offset(config, vp_stage=vp_stage)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -56,7 +71,7 @@ class LanguageModel(LanguageModule):
             self.rotary_pos_emb = RotaryEmbedding(model, config, self.pg_collection.cp)
         self.decoder = TransformerBlock(
             config=config,
-            spec=with_adapters(block_spec(model, config, vp_stage), adapters),
+            spec=with_adapters(block_spec(model, config, vp_stage), _of_layers(adapters), first_layer),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=self.pg_collection,
@@ -81,6 +96,16 @@ class LanguageModel(LanguageModule):
         )
         if model.position_embedding_type == "learned_absolute":
             embedding.position_embeddings.to(self.config.params_dtype)  # megatron-core leaves it in fp32
+        if EMBEDDING_MODULE in self._outside_layers:
+            # megatron-core builds this class and no other; what the spec says of layers, nothing says of it.
+            embedding.word_embeddings = self._outside_layers[EMBEDDING_MODULE](VocabParallelEmbedding)(
+                num_embeddings=model.padded_vocab_size,
+                embedding_dim=model.hidden_size,
+                init_method=self.config.embedding_init_method,
+                reduce_scatter_embeddings=embedding.reduce_scatter_embeddings,
+                config=self.config,
+                tp_group=self.pg_collection.tp,
+            )
         if model.embedding_scale != 1.0:
             embedding.word_embeddings.register_forward_hook(
                 lambda module, tokens, embedded: embedded * model.embedding_scale
@@ -92,7 +117,8 @@ class LanguageModel(LanguageModule):
         late = self.config.defer_embedding_wgrad_compute
         self.embedding_activation_buffer: list[Tensor] | None = [] if late else None
         self.grad_output_buffer: list[Tensor] | None = [] if late else None
-        return ColumnParallelLinear(
+        adapted = self._outside_layers.get(OUTPUT_MODULE, _as_it_is)
+        return adapted(ColumnParallelLinear)(
             self.config.hidden_size,
             self.model.padded_vocab_size,
             config=self.config,
@@ -117,6 +143,7 @@ class LanguageModel(LanguageModule):
         document_lengths: Tensor | None,
         labels: Tensor | None = None,
         sample_seeds_B: Tensor | None = None,
+        embedding_noise: float = 0.0,
     ) -> Tensor:
         """Return the hidden state [S, B, H] for the next stage; on the last the logits, or given labels the losses.
 
@@ -126,14 +153,18 @@ class LanguageModel(LanguageModule):
             document_lengths: None, or of each row the documents that tokens attend within (mcore/attention.py).
             labels: [B, S]
             sample_seeds_B: [B] int64, of which a noisy router draws in training.
+            embedding_noise: NEFTune's alpha, in training with `sample_seeds_B` (mcore/embedding_noise.py).
 
         Returns:
             Logits are [B, S, V / TP], losses as `compute_language_model_loss` returns them.
         """
         if sample_seeds_B is not None:
             sample_seeds.hand_down(sample_seeds_B)
+        embedded = self.embedding(tokens, position_ids) if self.pre_process else None
+        if embedded is not None and embedding_noise and self.training and sample_seeds_B is not None:
+            embedded = self._with_noise(embedded, embedding_noise, sample_seeds_B, document_lengths)
         hidden_SBH = self.decoder(
-            hidden_states=self.embedding(tokens, position_ids) if self.pre_process else None,
+            hidden_states=embedded,
             attention_mask=document_lengths,
             rotary_pos_emb=self._angles(tokens.shape[1]),
         )
@@ -144,6 +175,15 @@ class LanguageModel(LanguageModule):
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
+
+    def _with_noise(self, embedded: Tensor, alpha: float, seeds_B: Tensor, document_lengths: Tensor | None) -> Tensor:
+        context, tensor = self.pg_collection.cp, self.pg_collection.tp if self.config.sequence_parallel else None
+        if document_lengths is None:
+            length = embedded.shape[0] * context.size() * (tensor.size() if tensor is not None else 1)
+            documents = [[length]] * embedded.shape[1]
+        else:
+            documents = [list(filter(None, row)) for row in document_lengths.tolist()]
+        return add_noise(embedded, alpha, seeds_B, documents, context=context, tensor=tensor)
 
     def _angles(self, length: int) -> Tensor | None:
         """Angles of rotary embedding for `length` tokens of this rank; latent attention makes its own."""
@@ -182,7 +222,7 @@ def build_chunks(
     """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights.
 
     Args:
-        adapters: which parts of its layers are built from other classes (mcore/adapters.py).
+        adapters: which of its parts are built from other classes (mcore/adapters/).
     """
     stages = parallel.virtual_pipeline_model_parallel_size
     vp_stages = range(stages) if stages else [None]

@@ -2,20 +2,28 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from megatron_ext.canonical.adapters import adapter_tensors
+from megatron_ext.canonical.catalogue import Normal
 from megatron_ext.config import (
+    PRETRAIN,
     AdamConfig,
     Fp32Precision,
+    LoraConfig,
     ModelConfig,
     ParallelConfig,
     Precision,
     RecomputeConfig,
     RuntimeConfig,
+    TaskConfig,
     TrainConfig,
 )
 from megatron_ext.config.machine import Backend
 from megatron_ext.mcore.build import Trainable, build_trainable
+from megatron_ext.mcore.initialization import draw_tensors
 from megatron_ext.mcore.optimizer import set_learning_rate
 from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.runtime.device import choose_device
@@ -23,7 +31,9 @@ from megatron_ext.runtime.process_groups import Groups, split_process_group
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SEQUENCE_LENGTH, SOURCES, random_batch
 from megatron_ext.training.step import train_step
-from megatron_ext.training.tasks.pretrain import Pretrain
+from megatron_ext.training.tasks.choose import task_of
+
+_ADAPTER_STD = 0.05
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,10 @@ class Cell:
     documents: bool = False
     """Samples hold several documents, and attention stays within them."""
     backend: Backend = "torch"
+    task: TaskConfig = PRETRAIN
+    adapters: LoraConfig | None = None
+    """What is trained in place of the weights. Their output halves, zero in a run, begin at random:
+    otherwise a fault in the gradient of the others would not show."""
     stages: tuple[Shape, ...] = ()
     """What comes after `steps` of the above, each for as many steps."""
 
@@ -110,13 +124,31 @@ def build_cell(cell: Cell) -> tuple[Trainable, Groups]:
     """What `cell` trains, as one rank of the process group that is running."""
     device = choose_device(cell.runtime)
     groups = split_process_group(cell.parallel, cell.runtime)
-    return build_trainable(cell, groups, device), groups
+    trainable = build_trainable(cell, groups, device)
+    if cell.adapters is not None:
+        _begin_at_random(cell, trainable)
+    return trainable, groups
+
+
+def _begin_at_random(cell: Cell, trainable: Trainable) -> None:
+    """Draw all of the adapters' tensors, by name as initial weights are."""
+    assert cell.adapters is not None
+    begin = Normal(0.0, _ADAPTER_STD)
+    drawn = {name: replace(one, initial=begin) for name, one in adapter_tensors(cell.model, cell.adapters).items()}
+    chunks = list[torch.nn.Module](trainable.chunks)
+    draw_tensors(drawn, [p for chunk in chunks for p in chunk.parameters() if p.requires_grad], chunks, cell.seed)
+    trainable.optimizer.reload_model_params()
 
 
 def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
     """Train the steps of `cell` on random batches, the same in every layout."""
     set_learning_rate(trainable.optimizer, cell.lr)
-    task, losses, norms, sources = Pretrain.of(cell.model), list[float](), list[float](), list[tuple[float, int]]()
+    task, losses, norms, sources = (
+        task_of(cell.task, cell.model),
+        list[float](),
+        list[float](),
+        list[tuple[float, int]](),
+    )
     for step, shape in enumerate(shape for shape in cell.shapes for _ in range(cell.steps)):
         set_rotary_base(trainable.chunks, shape.rotary_base)
         batch = random_batch(
@@ -128,6 +160,7 @@ def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
             vocabulary=cell.model.vocab_size,
             length=shape.length,
             documents=cell.documents,
+            weighted=cell.task.kind == "sft",
         )
         result = train_step(trainable, task, batch, groups, max_norm=cell.optimizer.clip_grad, num_sources=SOURCES)
         losses.append(float(result.loss))

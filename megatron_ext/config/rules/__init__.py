@@ -1,14 +1,19 @@
 """Rules between configuration keys, by what they are about; importing this package registers them all."""
 
 from megatron_ext.config.rules import (
+    adapters,
+    alerts,
     architecture,
     backend,
+    checkpoint,
+    guard,
     overrides,
     parallel,
     precision,
     routing,
     schedule,
     stages,
+    task,
     training,
 )
 from megatron_ext.config.rules.registry import RULES, violations
@@ -16,8 +21,12 @@ from megatron_ext.config.rules.stages import stage_violations
 
 __all__ = [
     "RULES",
+    "alerts",
+    "adapters",
     "architecture",
     "backend",
+    "checkpoint",
+    "guard",
     "overrides",
     "parallel",
     "precision",
@@ -25,6 +34,7 @@ __all__ = [
     "schedule",
     "stage_violations",
     "stages",
+    "task",
     "training",
     "violations",
 ]
