@@ -188,8 +188,8 @@ def rereads(
         same = bool(set(state.data) & set(fingerprints))
     else:
         before = [*(then.get("train") or []), *(then.get("sources") or {}).values()]
-        now = [*data.train, *data.sources.values()]
-        same = bool({_place(source["path"]) for source in before} & {_place(source.path) for source in now})
+        now = [*(source.path for source in data.train), *(source.path for source in data.sources.values())]
+        same = bool({_place(source["path"]) for source in before} & set(map(_place, now)))
     if not same or seed != train.seed:
         return None
     return (

@@ -19,16 +19,27 @@ JAPANESE = (
 )
 
 
+MAIL = "Write to anna.schmidt@library-of-town.org, or look at the server 85.214.132.117 for more, not at 192.168.0.1.\n"
+
+
+def test_personal_data_of_web_text_is_masked_by_datatrove() -> None:
+    pytest.importorskip("datatrove")
+    from examples.filters.web import PIIFormatter
+
+    masked = PIIFormatter().format(WEB + MAIL)
+    assert masked.startswith(WEB + "Write to ")
+    for secret in ("anna.schmidt", "library-of-town", "85.214.132.117"):
+        assert secret not in masked
+    assert masked.endswith("for more, not at 192.168.0.1.\n")  # an address that is nobody's
+
+
 def test_web_text_by_datatrove() -> None:
     pytest.importorskip("datatrove")
     pytest.importorskip("spacy")
     keep = chain_of(["examples.filters.web:Web"], 0, None, None)
-    masked = keep(WEB + "Write to anna.schmidt@library-of-town.org, or look at the server 85.214.132.117 for more.\n")
+    masked = keep(WEB + MAIL)
     assert isinstance(masked, str)
-    assert masked.startswith(WEB)
-    for secret in ("anna.schmidt", "library-of-town", "85.214.132.117"):
-        assert secret not in masked
-    assert "Write to " in masked
+    assert "anna.schmidt" not in masked
     assert keep(WEB) == WEB
     assert isinstance(keep("buy now! " * 50), Dropped)
 
