@@ -141,7 +141,15 @@ def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
 
 def levers(run: RunConfig, checkpoint: Path) -> list[tuple[str, str, str]]:
     """Of the changed keys with their old and new values those that bear on what is computed."""
-    apart = ("logging.", "runtime.", "checkpoint.", "guard.", "train.stop_at_iteration", "train.eval_")
+    apart = (
+        "logging.",
+        "runtime.",
+        "checkpoint.",
+        "guard.gradient_",
+        "train.stop_at_iteration",
+        "train.eval_",
+        "train.exit_at",
+    )
     return [change for change in changed_values(run, checkpoint) if not change[0].startswith(apart)]
 
 
