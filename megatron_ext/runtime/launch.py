@@ -67,8 +67,8 @@ def _run(options: argparse.Namespace) -> None:
         place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
         first_line = str(error).strip().partition("\n")[0]
         print(
-            f"error: the nodes did not meet at {place}: {first_line}; every node starts the same command with the same "
-            "MASTER_ADDR, MASTER_PORT and NNODES, a NODE_RANK of its own, and reaches that port",
+            f"error: the nodes did not meet at {place}, or lost that node: {first_line}; every node starts the same "
+            "command with the same MASTER_ADDR, MASTER_PORT and NNODES, a NODE_RANK of its own, and reaches that port",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -20,17 +20,28 @@ STEPS = 40
 QUICK = "last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=4"
 
 
-def node(work: Path, options: list[str], port: int) -> subprocess.Popen[str]:
-    """The launcher of one of at most two nodes, both this machine, with the options of launch/torchrun.sh."""
+def node(work: Path, options: list[str], port: int, *, is_host: bool) -> subprocess.Popen[str]:
+    """The launcher of one of at most two nodes, both this machine, with the options of launch/torchrun.sh.
+
+    Args:
+        is_host: it is that of MASTER_ADDR, without which the others cannot meet again.
+    """
     elastic = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
-    meeting = ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", f"127.0.0.1:{port}", "--rdzv-conf", QUICK]
+    meeting = [
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv-id",
+        f"127.0.0.1:{port}",
+        "--rdzv-conf",
+        f"{QUICK},is_host={is_host}",
+    ]
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_ext.runtime.launch", *elastic, *meeting, "--local-addr", "127.0.0.1"]
         + [str(TOOLS / "train.py"), str(work / "run.yaml"), *options],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
 
 
@@ -60,7 +71,7 @@ def test_a_lost_rank_and_a_lost_node_cost_a_restart_each(
     def starts() -> list[int]:
         return [start["world_size"] for start in read_starts(metrics)] if metrics.is_file() else []
 
-    first, second = node(work, options, port), node(work, options, port)
+    first, second = (node(work, options, port, is_host=is_host) for is_host in (True, False))
     request.addfinalizer(lambda: [launcher.kill() for launcher in (first, second)])  # their ranks end with them
     wait_until(lambda: 2 in starts())
     at = steps()
