@@ -10,7 +10,7 @@ from megatron_ext.config.attention import (
     YarnRopeScaling,
 )
 from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, StagedSource
-from megatron_ext.config.guard import GuardConfig
+from megatron_ext.config.guard import GuardConfig, RollbackConfig, SpikeConfig
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
 from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig, WatchdogConfig
@@ -32,6 +32,7 @@ from megatron_ext.config.schedule import (
     Schedule,
     WsdSchedule,
 )
+from megatron_ext.config.task import PRETRAIN, PretrainTask, SftTask, TaskConfig
 from megatron_ext.config.training import (
     AdamConfig,
     Bf16Precision,
@@ -76,13 +77,19 @@ __all__ = [
     "MultiLatentAttention",
     "ParallelConfig",
     "Position",
+    "PRETRAIN",
     "Precision",
+    "PretrainTask",
     "RecomputeConfig",
+    "RollbackConfig",
     "RunConfig",
     "RuntimeConfig",
     "Schedule",
+    "SftTask",
+    "SpikeConfig",
     "Stage",
     "StagedSource",
+    "TaskConfig",
     "TrainConfig",
     "WandbConfig",
     "WatchdogConfig",

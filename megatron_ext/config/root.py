@@ -15,6 +15,7 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.reports import LoggingConfig
 from megatron_ext.config.schedule import Schedule
+from megatron_ext.config.task import PRETRAIN, TaskConfig
 from megatron_ext.config.training import AdamConfig, Precision, RecomputeConfig, TrainConfig
 
 
@@ -32,6 +33,8 @@ class RunConfig:
     """Number formats."""
     train: TrainConfig
     """Length and batches."""
+    task: TaskConfig = Field(default_factory=lambda: PRETRAIN)
+    """What is trained, on which kind of data."""
     optimizer: AdamConfig
     """The optimizer."""
     schedule: Schedule
@@ -99,6 +102,6 @@ class RunConfig:
 
 DERIVED: dict[str, tuple[str, ...]] = {
     "model": ("head_dim", "rotary_width", "has_dense_layers", "expert_ffn_hidden_size", "padded_vocab_size", "is_moe"),
-    "parallel": ("etp",),
+    "parallel": ("etp", "counted_as_layers"),
 }
 """Properties that rules read like keys."""

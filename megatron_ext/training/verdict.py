@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +26,13 @@ class Skip:
 
 @dataclass(frozen=True)
 class Rollback:
-    """Nothing is updated, and the run goes back to its newest checkpoint."""
+    """Nothing is updated; weights and optimizer become those of an earlier checkpoint, and the run goes on later."""
 
     reason: str
+    checkpoint: Path
+    """Where they are from."""
+    resume_at: int
+    """Steps that are behind the run then: the data up to there count as consumed."""
 
 
 Verdict = Take | Skip | Rollback
@@ -55,7 +60,7 @@ class Figures:
     """What of the global batch counted."""
     first_nonfinite: Callable[[], FirstNonFinite]
     """Finds out, by computing the step once more, where it first met a number that is not finite. Every rank must call
-    it, or none; before the verdict."""
+    it, or none; the step cannot be taken afterwards."""
 
     def values(self) -> dict[str, float]:
         """The losses as numbers, by name."""

@@ -5,12 +5,15 @@ from megatron_ext.config.rules import (
     alerts,
     architecture,
     backend,
+    checkpoint,
+    guard,
     overrides,
     parallel,
     precision,
     routing,
     schedule,
     stages,
+    task,
     training,
 )
 from megatron_ext.config.rules.registry import RULES, violations
@@ -22,6 +25,8 @@ __all__ = [
     "adapters",
     "architecture",
     "backend",
+    "checkpoint",
+    "guard",
     "overrides",
     "parallel",
     "precision",
@@ -29,6 +34,7 @@ __all__ = [
     "schedule",
     "stage_violations",
     "stages",
+    "task",
     "training",
     "violations",
 ]

@@ -1,7 +1,12 @@
 """Weights & Biases: runs are recorded and continued, and nothing that happens to it reaches training."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+from megatron_ext.config import WandbConfig
+from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.sinks.wandb import WandbSink
 from tests.support.commands import new_process
 from tests.unit.monitoring import wandb_client
 from tests.unit.monitoring.wandb_server import WandbServer
@@ -33,11 +38,6 @@ def recorded(directory: Path) -> list[str]:
     )
 
 
-def test_off_leaves_nothing(tmp_path: Path) -> None:
-    report(tmp_path, "off")
-    assert not (tmp_path / "run").exists()
-
-
 def test_offline_keeps_the_run_for_a_later_sync_under_its_id(tmp_path: Path) -> None:
     report(tmp_path, "offline")
     assert recorded(tmp_path) == ["offline-"]
@@ -50,6 +50,8 @@ def test_online_reports_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     server.go_away()
     assert set(server.started) == {"abcd1234"}
     assert [(line["_step"], line["loss"]) for line in server.history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    told = [(alert["title"], alert["text"], alert["severity"]) for alert in server.alerts]
+    assert told == [("moe: skip", "step 1: a spike", "WARN")] * 2
     assert server.history[0]["load"]["values"] == [0.5, 0.25, 0.25]
 
 
@@ -59,8 +61,12 @@ def test_without_credentials_it_goes_offline(tmp_path: Path) -> None:
 
 
 def test_without_network_it_goes_offline(tmp_path: Path) -> None:
-    assert "could not start in mode online" in report(tmp_path, "online")
+    said = report(tmp_path, "online")
+    assert "could not start in mode online" in said
     assert recorded(tmp_path) == ["offline-"]
+    # What to type once the network is back: the folder of this run.
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert f"send it later with: wandb sync {folder}" in said
 
 
 def test_the_network_may_go_away_for_good(tmp_path: Path) -> None:
@@ -72,3 +78,12 @@ def test_the_network_may_go_away_for_good(tmp_path: Path) -> None:
 
 def test_wandb_may_die(tmp_path: Path) -> None:
     assert "W&B stopped taking reports" in report(tmp_path, "offline", "1", "20", "kill")
+
+
+def test_numbers_of_events_are_drawn() -> None:
+    drawn: list[tuple[dict[str, Any], int]] = []
+    sink = WandbSink(WandbConfig(mode="off"), "id", Path("unused"), {})
+    sink._run = SimpleNamespace(log=lambda values, step: drawn.append((values, step)))
+    sink.event(Event("skip", 3, "a skip"))
+    sink.event(Event("gradients", 4, "gradients", {}, {"gradients/norm/layer_000/mlp": 0.5}))
+    assert drawn == [({"gradients/norm/layer_000/mlp": 0.5}, 4)]
