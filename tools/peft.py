@@ -4,9 +4,9 @@
   python tools/peft.py runs/sft adapters --base BASE_HF
   python tools/peft.py PEFT_DIRECTORY runs/on --base BASE_HF
 
-What is imported is a checkpoint of adapters: tools/merge_lora.py merges it, and a run with checkpoint.directory: runs/on,
-checkpoint.load_optimizer: false, the base as checkpoint.initialize_from and the section adapters that
-runs/on/iter_0000000/run.yaml has trains it on.
+What is imported is a checkpoint of adapters: tools/merge_lora.py merges it, and a run trains it on that has
+checkpoint.directory: runs/on, checkpoint.load_optimizer: false, the base as checkpoint.initialize_from and the section
+adapters of runs/on/iter_0000000/run.yaml.
 """
 
 from pathlib import Path
