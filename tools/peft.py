@@ -4,9 +4,9 @@
   python tools/peft.py runs/sft adapters --base BASE_HF
   python tools/peft.py PEFT_DIRECTORY runs/on --base BASE_HF
 
-What is imported is a checkpoint of adapters: tools/merge_lora.py merges it, and a run trains it on that has
+What is imported is a checkpoint of adapters: tools/merge_lora.py merges it. A run trains it on with
 checkpoint.directory: runs/on, checkpoint.load_optimizer: false, the base as checkpoint.initialize_from and the section
-adapters of runs/on/iter_0000000/run.yaml.
+adapters that runs/on/iter_0000000/run.yaml has.
 """
 
 from pathlib import Path

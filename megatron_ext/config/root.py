@@ -5,13 +5,17 @@ from dataclasses import replace
 from pydantic import Field
 
 from megatron_ext.config.adapters import LoraConfig
+from megatron_ext.config.alerts import AlertsConfig
 from megatron_ext.config.base import config
 from megatron_ext.config.data import DataConfig
+from megatron_ext.config.guard import GuardConfig
 from megatron_ext.config.layout import Layout, StepShape, resolve_layout
-from megatron_ext.config.machine import CheckpointConfig, LoggingConfig, RuntimeConfig
+from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.reports import LoggingConfig
 from megatron_ext.config.schedule import Schedule
+from megatron_ext.config.task import PRETRAIN, TaskConfig
 from megatron_ext.config.training import AdamConfig, Precision, RecomputeConfig, TrainConfig
 
 
@@ -29,6 +33,8 @@ class RunConfig:
     """Number formats."""
     train: TrainConfig
     """Length and batches."""
+    task: TaskConfig = Field(default_factory=lambda: PRETRAIN)
+    """What is trained, on which kind of data."""
     optimizer: AdamConfig
     """The optimizer."""
     schedule: Schedule
@@ -39,8 +45,12 @@ class RunConfig:
     """Training and validation data."""
     checkpoint: CheckpointConfig
     """Where training state is saved and continued from."""
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    """Steps that go wrong."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     """Reports."""
+    alerts: AlertsConfig = Field(default_factory=AlertsConfig)
+    """Who is told of what happens."""
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     """The machine."""
 
@@ -92,6 +102,6 @@ class RunConfig:
 
 DERIVED: dict[str, tuple[str, ...]] = {
     "model": ("head_dim", "rotary_width", "has_dense_layers", "expert_ffn_hidden_size", "padded_vocab_size", "is_moe"),
-    "parallel": ("etp",),
+    "parallel": ("etp", "counted_as_layers"),
 }
 """Properties that rules read like keys."""

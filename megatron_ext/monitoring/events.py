@@ -2,7 +2,27 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Severity = Literal["info", "warning", "error"]
+
+STARTED = "started"
+
+_SEVERITIES: dict[str, Severity] = {
+    "failed": "error",
+    "guard_stop": "error",
+    "stall": "error",
+    "lost_rank": "error",
+    "nonfinite": "warning",
+    "spike": "warning",
+    "skip": "warning",
+    "rollback": "warning",
+    "slow_rank": "warning",
+    "disk": "warning",
+    "checkpoint_failed": "warning",
+    "checkpoint_lag": "warning",
+    "copy_failed": "warning",
+}
 
 
 @dataclass(frozen=True)
@@ -17,10 +37,19 @@ class Event:
     """One line for people."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """More for the records: values of JSON by name."""
+    panels: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that are drawn over the steps of the run, by the name of their panel."""
+
+    @property
+    def severity(self) -> Severity:
+        """error: the run ends with it; warning: somebody should look; info: as planned."""
+        return _SEVERITIES.get(self.kind, "info")
 
     def record(self) -> dict[str, Any]:
         """The line of the metrics file."""
-        return {"event": self.kind, "iteration": self.iteration, "text": self.text, **self.details}
+        # The start of a run is called so since the first metrics files.
+        kind = "start" if self.kind == STARTED else self.kind
+        return {"event": kind, "iteration": self.iteration, "text": self.text, **self.details}
 
 
 Tell = Callable[[Event], None]

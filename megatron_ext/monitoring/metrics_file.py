@@ -5,16 +5,19 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_ext.files import UNFINISHED
+from megatron_ext.files import open_regular, write_bytes
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 """Its name, where the run gives none."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_LONGEST = 1 << 24
+"""Bytes of a line: what a disk full of zeros left is read in bounded memory."""
 
 
 class MetricsFile:
@@ -81,40 +84,49 @@ def _is_torn(path: Path) -> bool:
         return size > 0 and file.read() != b"\n"
 
 
+_OF_STEPS = ("start", "skip", "nonfinite", "spike", "stage")
+"""Events that happen again where steps are made again; others, such as a failure, have happened once for all."""
+
+
 def _cut(path: Path, iteration: int) -> None:
     """Leave in the file at `path` what led to step `iteration`, each step once; the rest goes to a file beside it."""
-    kept: list[tuple[int, bytes]] = []
+    kept: list[tuple[int, bytes, bool]] = []
     void: list[bytes] = []
     is_torn = False
+
+    def drop_after(step: int) -> None:
+        nonlocal kept
+        void.extend(line for at, line, is_of_steps in kept if is_of_steps and at > step)
+        kept = [(at, line, is_of_steps) for at, line, is_of_steps in kept if not is_of_steps or at <= step]
+
+    newest = -1
     for line, record in _lines(path):
         at = record.get("iteration") if isinstance(record, dict) else None
         if not isinstance(at, int) or not line.endswith(b"\n"):
             is_torn = True
             continue
-        if record.get("event") == "start":
-            void += [old for step, old in kept if step > at]
-            kept = [(step, old) for step, old in kept if step <= at]
-        kept.append((at, line))
-    void += [line for at, line in kept if at > iteration]
+        event = record.get("event")
+        if event == "start":
+            drop_after(at)
+        elif event is None and "loss" in record:
+            if at <= newest:  # the run had gone back
+                drop_after(at - 1)
+            newest = at
+        kept.append((at, line, event is None or event in _OF_STEPS))
+    drop_after(iteration)
     if void:
         with open(path.with_name(f"{path.stem}.superseded.jsonl"), "ab") as aside:
             aside.writelines(void)
     elif not is_torn:
         return
-    beside = path.with_name(path.name + UNFINISHED)
-    with open(beside, "wb") as file:
-        file.writelines(line for at, line in kept if at <= iteration)
-    beside.replace(path)
+    write_bytes(path, b"".join(line for _, line, _ in kept))
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Any]]:
-    """Every line with the record in it; None where there is none."""
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                yield line, json.loads(line, object_pairs_hook=_numbers)
-            except (ValueError, RecursionError):
-                yield line, None
+    """Every line with the record in it; None where there is none. Longer ones than any record come in pieces."""
+    with BufferedReader(open_regular(path)) as file:
+        while line := file.readline(_LONGEST):
+            yield line, parsed(line)
 
 
 def _finite(value: Any) -> Any:
@@ -134,27 +146,57 @@ def _numbers(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: float(value) if isinstance(value, str) and value in words else value for key, value in pairs}
 
 
-def _records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every record of a step with the step; lines that are none (a process was killed while writing) are left out."""
-    for _, record in _lines(Path(path)):
-        if isinstance(record, dict) and isinstance(at := record.get("iteration"), int):
-            yield at, record
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The reports of a run in order of steps: of a step that was repeated after an interruption, the last one.
+class RunHistory:
+    """What a metrics file says of a run, in order of steps: of a step that was repeated, the last report.
 
     Reports are told apart by what they hold: training steps have `loss`, validations `validation_loss`.
     """
-    kept: list[dict[str, Any]] = []
-    for at, record in _records(path):
-        if record.get("event") == "start":
-            kept = [r for r in kept if r["iteration"] <= at]
-        elif "event" not in record:
-            kept.append(record)
-    return kept
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, Any]] = []
+        self.starts: list[dict[str, Any]] = []
+        """What was recorded each time the run was started or continued, in order of time."""
+        self.events: list[dict[str, Any]] = []
+        """What else happened, in order of time."""
+
+    def add(self, record: Any) -> None:
+        """Take the next line; one that is none (a process was killed while writing) is left out."""
+        at = record.get("iteration") if isinstance(record, dict) else None
+        if not isinstance(at, int):
+            return
+        event = record.get("event")
+        if event == "start":
+            self.starts.append(record)
+            self._go_back(at + 1)
+        elif event is not None:
+            self.events.append(record)
+        else:
+            if "loss" in record and self.reports and self.reports[-1]["iteration"] >= at:  # the run had gone back
+                self._go_back(at)
+            self.reports.append(record)
+
+    def _go_back(self, step: int) -> None:
+        """Forget what is made again: everything from `step` on."""
+        self.reports = [r for r in self.reports if r["iteration"] < step]
+        self.events = [e for e in self.events if e["iteration"] < step or e["event"] not in _OF_STEPS]
 
 
-def read_starts(path: str | Path) -> list[dict[str, Any]]:
-    """What a run recorded each time it was started or continued, in order of time."""
-    return [record for _, record in _records(path) if record.get("event") == "start"]
+def read_history(path: str | Path) -> RunHistory:
+    """What the metrics file at `path` says."""
+    history = RunHistory()
+    for _, record in _lines(Path(path)):
+        history.add(record)
+    return history
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The reports of a run in order of steps, as `RunHistory` has them."""
+    return read_history(path).reports
+
+
+def parsed(line: bytes) -> Any:
+    """The record in a line; None where there is none."""
+    try:
+        return json.loads(line, object_pairs_hook=_numbers)
+    except (ValueError, RecursionError):
+        return None

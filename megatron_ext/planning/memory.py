@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_ext.canonical.adapters import adapter_tensors
 from megatron_ext.canonical.catalogue import CanonicalTensor, model_tensors
 from megatron_ext.canonical.placement import elements_held, stages_of
-from megatron_ext.config import Layout, LoraConfig, ModelConfig, Precision, RunConfig
+from megatron_ext.config import Layout, LoraConfig, ModelConfig, ParallelConfig, Precision, RunConfig
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
     """
     tensors = model_tensors(run.model)
     trained, frozen = (tensors, {}) if run.adapters is None else (adapter_tensors(run.model, run.adapters), tensors)
-    chunks = run.parallel.virtual_pipeline_model_parallel_size or 1
-    stages = zip(*(_stages(run.model, some, layout, chunks) for some in (trained, frozen)), strict=True)
+    stages = zip(*(_stages(run.model, some, layout, run.parallel) for some in (trained, frozen)), strict=True)
     weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
     dense_share = layout.dp * layout.cp if run.parallel.use_distributed_optimizer else 1
     expert_share = layout.edp if run.parallel.use_distributed_optimizer else 1
@@ -44,12 +43,12 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
 
 
 def _stages(
-    model: ModelConfig, tensors: Mapping[str, CanonicalTensor], layout: Layout, chunks: int
+    model: ModelConfig, tensors: Mapping[str, CanonicalTensor], layout: Layout, parallel: ParallelConfig
 ) -> list[tuple[int, int]]:
     """Dense and expert parameters among `tensors` that a rank of each pipeline stage holds."""
     dense, expert = [0] * layout.pp, [0] * layout.pp
     for tensor in tensors.values():
-        for stage in stages_of(tensor, model, layout.pp, chunks):
+        for stage in stages_of(tensor, model, parallel):
             (expert if tensor.is_expert else dense)[stage] += elements_held(tensor, layout)
     return list(zip(dense, expert, strict=True))
 

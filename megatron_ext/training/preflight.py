@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint.both_places import Ahead, ahead_of
 from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.publish import in_the_way
 from megatron_ext.checkpoint.state_file import TrainingState, read_state, require_whole_model
@@ -25,11 +26,14 @@ from megatron_ext.data.stream.make_plan import SourceSize
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, named
+from megatron_ext.monitoring.alerts.environment import missing_secrets
+from megatron_ext.monitoring.sinks.tensorboard import require_tensorboard
 from megatron_ext.planning.amounts import size
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.data_table import plan_table, plan_warnings
 from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses
 from megatron_ext.planning.memory import checkpoint_bytes
+from megatron_ext.planning.room import checkpoints_to_come
 from megatron_ext.runtime.cpu_speed import slow_precision
 from megatron_ext.training.data_files import DataFiles, collecting
 from megatron_ext.training.planned import plan_data, stated_plan, with_planned_length
@@ -40,6 +44,7 @@ from megatron_ext.training.same_run import (
     check_same_data,
     check_same_model,
     check_same_sources,
+    check_same_task,
     rereads,
     trained_model,
 )
@@ -163,12 +168,16 @@ class _Examination:
         self._tokenizer: Tokenizer | None = None
         self._fingerprints: list[str] | None = None
         self._state = TrainingState()
+        self._ahead: Ahead | None = None
+        """What the run brings back from its second place, to go on from there."""
 
     def look(self) -> None:
         """Look at everything."""
         self._look_at_tokenizer()
         sizes = self._look_at_data()
         with collecting(self.found.faults):
+            if self._checkpoint is not None:
+                self._ahead = ahead_of(Path(self._checkpoint.directory), self._checkpoint.copy_to)
             self._look_at_state()
             if sizes is not None:
                 self._plan(sizes)
@@ -176,6 +185,7 @@ class _Examination:
             with collecting(self.found.faults):
                 self._look_at_start(self._checkpoint)
             self._look_at_folders()
+        self._look_at_monitoring()
         if sizes is not None:
             self._count_epochs([size.tokens for size in sizes.values()])
         if self._run is not None:
@@ -210,7 +220,7 @@ class _Examination:
         if any(weight <= 0 for stage in self._data.stages for weight in stage.mix.values()):
             return  # a rule of the configuration says so
         with collecting(self.found.faults):
-            where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
+            where = self._newest()
             try:
                 plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
             except ConfigError as error:
@@ -223,12 +233,20 @@ class _Examination:
 
     def _look_at_state(self) -> None:
         """Read where the run goes on, if it does."""
-        if self._checkpoint is not None and (newest := find_checkpoint(self._checkpoint.directory)) is not None:
+        if (newest := self._newest()) is not None:
             self._state = read_state(newest)
+
+    def _newest(self) -> Path | None:
+        """What is in the run's directory to go on from; None too where the run brings something newer back."""
+        if self._checkpoint is None or self._ahead is not None:
+            return None
+        return find_checkpoint(self._checkpoint.directory)
 
     def _look_at_start(self, checkpoint: CheckpointConfig) -> None:
         """Find what the run would go on or start from."""
-        if (newest := find_checkpoint(checkpoint.directory)) is not None:
+        if self._ahead is not None:
+            self.found.start = f"{self._ahead.place.url}/{self._ahead.name}, which is brought back: {self._ahead.why}"
+        elif (newest := self._newest()) is not None:
             self._look_at_resume(newest)
             if self._run is not None and self._run.adapters is not None:
                 self._look_at_base(str(checkpoint.initialize_from))
@@ -247,6 +265,8 @@ class _Examination:
                 check_same_model(trained_model(self._model, self._state, newest), newest)
         if self._data is not None and self._train is not None and self._state.consumed_samples:
             with collecting(faults):
+                if (task := self._values.get("task")) is not None:
+                    check_same_task(task, newest)
                 check_same_data(self._data, self._train, newest)
             if self._data.order == 1:
                 with collecting(faults):
@@ -314,6 +334,7 @@ class _Examination:
             "data.cache_dir": self._values.get("data.cache_dir"),
             "logging.metrics_file": str(Path(metrics).parent) if metrics else None,
             "logging.wandb.directory": self._values.get("logging.wandb.directory"),
+            "logging.tensorboard_directory": self._values.get("logging.tensorboard_directory"),
         }
         for key, folder in folders.items():
             if folder is None:
@@ -332,6 +353,14 @@ class _Examination:
                 "and was not left by one (a link, or files of yours); move it away"
                 for path in in_the_way(Path(self._checkpoint.directory))
             ]
+
+    def _look_at_monitoring(self) -> None:
+        """Note what alerts and reports need and is not there."""
+        if (alerts := self._values.get("alerts")) is not None:
+            self.found.faults += missing_secrets(alerts)
+        if self._values.get("logging.tensorboard_directory") is not None:
+            with collecting(self.found.faults):
+                require_tensorboard()
 
     def _count_epochs(self, tokens: Sequence[int]) -> None:
         if self._data is None or self._data.stages or self.found.plan is None:
@@ -353,9 +382,7 @@ class _Examination:
         if steps <= 0:
             return
         saves = math.ceil(steps / settings.save_interval) if settings.save_interval else 1
-        kept = len(complete_checkpoints(Path(settings.directory)))
-        # An old one goes once a newer one is complete, so that one more than keep_last stand there for a moment.
-        coming = saves if settings.keep_last is None else max(min(settings.keep_last + 1 - kept, saves), 1)
+        coming = checkpoints_to_come(settings, steps, len(complete_checkpoints(Path(settings.directory))))
         free = shutil.disk_usage(_existing(Path(settings.directory))).free
         each = checkpoint_bytes(run.model, run.precision, run.adapters)
         keep = f"keep_last = {settings.keep_last}" if settings.keep_last else "all are kept"

@@ -13,7 +13,16 @@ from megatron_ext.checkpoint.run_file import RUN_FILE, read_run
 from megatron_ext.checkpoint.shape_faults import shape_faults, shown
 from megatron_ext.checkpoint.state_file import STATE_FILE, TrainingState, read_state
 from megatron_ext.checkpoint.streams import MegatronSource
-from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
+from megatron_ext.config import (
+    PRETRAIN,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    load_config,
+    to_mapping,
+)
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.config.model_fields import TRAINING_FIELDS
 from megatron_ext.data.stream.progress import from_json
@@ -100,6 +109,24 @@ def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> N
         raise CheckpointError(OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
 
 
+def check_same_task(task: TaskConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError where `checkpoint` was trained for another loss than `task`."""
+    then = read_run(checkpoint).get("task") or to_mapping(PRETRAIN)  # older ones knew nothing else
+    now = to_mapping(task)
+    different = [
+        f"  task.{key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} in this run"
+        for key in ("kind", "weighting")
+        if then.get(key) != now.get(key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{checkpoint} was trained for another loss:\n"
+            + "\n".join(different)
+            + "\nSet it back, or start a new run "
+            "from its weights: another checkpoint.directory, and checkpoint.initialize_from"
+        )
+
+
 def check_same_sources(fingerprints: Sequence[str], state: TrainingState, where: str | Path) -> None:
     """Raise CheckpointError where the training data is not that in which `state` counts its samples."""
     if state.consumed_samples and state.data not in ((), tuple(fingerprints)):
@@ -109,6 +136,17 @@ def check_same_sources(fingerprints: Sequence[str], state: TrainingState, where:
 
 def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
     """Every key whose value in `run` is not the one `checkpoint` was saved with, as `key: old -> new`."""
+    return [f"{key}: {old} -> {new}" for key, old, new in changed_values(run, checkpoint)]
+
+
+def levers(run: RunConfig, checkpoint: Path) -> list[tuple[str, str, str]]:
+    """Of the changed keys with their old and new values those that bear on what is computed."""
+    apart = ("logging.", "runtime.", "checkpoint.", "guard.", "train.stop_at_iteration", "train.eval_")
+    return [change for change in changed_values(run, checkpoint) if not change[0].startswith(apart)]
+
+
+def changed_values(run: RunConfig, checkpoint: Path) -> list[tuple[str, str, str]]:
+    """Every key whose value in `run` is not the one `checkpoint` was saved with, with the old and the new one."""
     base = (read_run(checkpoint).get("model") or {}).get("rotary_base", run.model.rotary_base)
     # Whether the base is that of the stage trained last, `trained_model` says.
     now = recorded_run(run, base)
@@ -121,7 +159,7 @@ def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
         keys.pop("train.train_iters", None)  # it follows from them
     pairs = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
     # A key that is unset says as much as one that is not there.
-    return [f"{key}: {b} -> {a}" for key, b, a in pairs if b != a and {b, a} != {"nothing", "None"}]
+    return [pair for pair in pairs if pair[1] != pair[2] and {*pair[1:]} != {"nothing", "None"}]
 
 
 def rereads(

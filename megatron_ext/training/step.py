@@ -19,10 +19,16 @@ from megatron_ext.mcore.build import Trainable
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.mcore.schedules import run_schedule
 from megatron_ext.runtime.process_groups import Groups
+from megatron_ext.runtime.seeds import random_state, restore_random_state
+from megatron_ext.training.guard.trace import find_first
 from megatron_ext.training.tasks.base import TrainTask
-from megatron_ext.training.verdict import Judge, Take, Verdict, take_finite
+from megatron_ext.training.verdict import Figures, FirstNonFinite, Judge, Take, Verdict, take_finite
 
 log = logging.getLogger(__name__)
+
+
+def unmarked(part: str) -> None:
+    """Nobody wants to know what took how long."""
 
 
 def never() -> bool:
@@ -79,6 +85,7 @@ def train_step(
     num_sources: int = 1,
     judge: Judge = take_finite,
     asks_to_stop: Callable[[], bool] = never,
+    mark: Callable[[str], None] = unmarked,
 ) -> StepResult:
     """Forward, backward and, if `judge` takes it, update over this rank's micro-batches of one global batch.
 
@@ -86,6 +93,7 @@ def train_step(
         num_sources: samples of sources from this number on are trained on, but reported of none.
         max_norm: the gradient is scaled down to this norm; 0 leaves it.
         asks_to_stop: asked late in the step; the answers of all ranks travel with the loss.
+        mark: told of each part of the step when it is over.
 
     Raises:
         TrainingError: `judge` says that the run cannot go on; on every rank, with weights and optimizer as before.
@@ -97,24 +105,49 @@ def train_step(
     optimizer.zero_grad()
     for participant in participants:
         participant.begin()
-    sums = _run(trainable.wrapped, task, batch, groups, num_sources, forward_only=False, asks_to_stop=asks_to_stop)
+    device = batch[0].tokens.device
+    before = random_state(device)
+    run = partial(_run, trainable.wrapped, task, batch, groups, num_sources, forward_only=False)
+    sums = run(asks_to_stop=asks_to_stop)
+    mark("forward_backward")
     norm = gradient_norm(optimizer)
     # Here, where the device has just been waited for, and before it is given more to do.
     asking_to_stop = int(sums.stops)
     taken = False
     try:
-        verdict = judge(sums.losses, norm, sums.units)
+        first_nonfinite = partial(_first_nonfinite, trainable, groups, run, before, device)
+        verdict = judge(Figures(sums.losses, norm, sums.units, first_nonfinite))
         taken = isinstance(verdict, Take)
     finally:
         if not taken:
             for participant in participants:
                 participant.discard()
+            # What follows is as if the step had been passed over unseen.
+            restore_random_state(before, device)
     if taken:
         clip_and_step(optimizer, norm, max_norm)
         # After the update, so that a refused step moves neither biases nor coefficients nor scales.
         for participant in participants:
             participant.commit(groups.stage)
+    mark("optimizer")
     return StepResult(sums.losses, norm, verdict, asking_to_stop, sums.sources)
+
+
+def _first_nonfinite(
+    trainable: Trainable, groups: Groups, run: Callable[[], object], before: dict[str, Any], device: torch.device
+) -> FirstNonFinite:
+    """Where the step that `run` computes from the random state `before` meets a number that is not finite."""
+
+    def compute_again() -> None:
+        for chunk in trainable.wrapped:
+            chunk.zero_grad_buffer()
+        for participant in trainable.participants:
+            participant.discard()
+            participant.begin()
+        restore_random_state(before, device)
+        run()
+
+    return find_first(trainable, groups, compute_again)
 
 
 @torch.no_grad()
@@ -186,7 +219,7 @@ def _run(
     totals[-1] = float(asks_to_stop())
     dist.all_reduce(totals, group=groups.world)
     losses, by_source, stops = totals.split([len(task.sums), num_sources, 1])
-    means = dict(zip(task.sums, losses / units.clamp(min=1), strict=True))
+    means = dict(zip(task.sums, losses / torch.where(units > 0, units, 1.0), strict=True))
     return _Sums(means, units, SourceSums(by_source, counted[1:]), stops)
 
 

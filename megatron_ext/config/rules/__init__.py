@@ -2,14 +2,18 @@
 
 from megatron_ext.config.rules import (
     adapters,
+    alerts,
     architecture,
     backend,
+    checkpoint,
+    guard,
     overrides,
     parallel,
     precision,
     routing,
     schedule,
     stages,
+    task,
     training,
 )
 from megatron_ext.config.rules.registry import RULES, violations
@@ -17,9 +21,12 @@ from megatron_ext.config.rules.stages import stage_violations
 
 __all__ = [
     "RULES",
+    "alerts",
     "adapters",
     "architecture",
     "backend",
+    "checkpoint",
+    "guard",
     "overrides",
     "parallel",
     "precision",
@@ -27,6 +34,7 @@ __all__ = [
     "schedule",
     "stage_violations",
     "stages",
+    "task",
     "training",
     "violations",
 ]

@@ -2,7 +2,9 @@
 
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from signal import Signals
 from typing import Any
 
 import torch
@@ -14,11 +16,10 @@ from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
-from megatron_ext.monitoring.monitor import Monitor, StepReport
+from megatron_ext.monitoring.monitor import Monitor, StepReport, new_run_id, tell_of_failed_start
 from megatron_ext.monitoring.sources import SourceReport, ValidationReport
-from megatron_ext.monitoring.wandb_run import new_run_id
+from megatron_ext.monitoring.step_times import StepTimes
 from megatron_ext.training.hooks.base import Hook, StepDone
-from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.session import Session
 from megatron_ext.training.step import SourceSums
 from megatron_ext.training.verdict import Rollback, Skip, Take
@@ -42,34 +43,68 @@ class Reports(Hook):
         self._sources: SourceSums | None = None
         self._taken = 0
         """What the sources gave to the steps taken since the last report, and how many those are."""
+        self._times: StepTimes | None = None
+        """On rank 0, whose times are reported."""
+        self._iteration = self._signal = 0
+        """Steps done, and the signal that ends the run."""
+        self._reported, self._next, self._reported_at = 0, 0, 0.0
+        """The step of the last report, that of the next one by seconds, and when the last one was."""
 
     def on_start(self, session: Session) -> None:
-        """Open the metrics file and W&B."""
+        """Open what is reported to."""
+        self._iteration = self._reported = session.state.iteration
+        self._next = self._reported + self._run.logging.log_interval
+        self._reported_at = time.monotonic()
         if dist.get_rank() == 0:
             self._monitor = Monitor(
                 self._run, self._layout, session.plan, session.state.iteration, self._run_id, self._clock
             )
+            self._times = StepTimes(session.device)
+            session.mark = self._times.mark
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Report where it is time to, and every step that was skipped."""
+        self._iteration, self._signal = done.iteration, done.signal
         if isinstance(done.verdict, Skip):
             samples = {"first_sample": done.first_sample, "last_sample": session.state.consumed_samples - 1}
             passed = "passed over, with samples {first_sample} to {last_sample}".format(**samples)
             self.event(Event("skip", done.iteration, f"{passed} ({done.verdict.reason})", samples))
         if done.result is not None:
             self._note(session, done)
-            due = done.signal or done.ends_stage or done.is_due(self._run.logging.log_interval)
-            if isinstance(done.verdict, Take) and due:
+            if isinstance(done.verdict, Take) and self._is_due(done):
                 self._report(session, done)
-        if self._monitor is not None and done.ends_stage and not isinstance(done.verdict, Rollback):
+        if isinstance(done.verdict, Rollback):
+            self._go_back(done.iteration)
+        if self._monitor is not None and done.ends_stage:
             self._monitor.stage_ended(done.iteration, session.stream.consumption())
 
+    def _go_back(self, iteration: int) -> None:
+        """The run went back to an earlier state, and goes on behind the data that it passed over."""
+        self._reported, self._reported_at = iteration, time.monotonic()
+        self._next = iteration + self._run.logging.log_interval
+        if self._monitor is not None:
+            self._monitor.went_back(iteration)
+
+    def _is_due(self, done: StepDone) -> bool:
+        """Whether to report; the same on every rank, which has read no clock for it since the last report."""
+        if done.signal or done.ends_stage or done.is_due(None):
+            return True
+        if self._run.logging.log_interval_seconds is None:
+            return done.is_due(self._run.logging.log_interval)
+        return done.iteration >= self._next
+
+    def _agree_on_next(self, iteration: int, seconds_per_step: float) -> None:
+        """Set the step of the next report, by what a step took the slowest rank."""
+        settings = self._run.logging
+        steps = round((settings.log_interval_seconds or 0.0) / max(seconds_per_step, 1e-9))
+        self._next = iteration + max(settings.log_interval, steps)
+
     def _note(self, session: Session, done: StepDone) -> None:
-        """Count what a step computed, over which the next report averages."""
+        """Count what a step that was taken computed, over which the next report averages."""
         assert done.result is not None
-        stage = session.plan.stage_of_sample(done.first_sample)
-        self._micro_batches += stage.global_batch_size // stage.micro_batch_size
-        if isinstance(done.verdict, Take):
+        if isinstance(done.verdict, Take):  # routers forget what they counted in others
+            stage = session.plan.stage_of_sample(done.first_sample)
+            self._micro_batches += stage.global_batch_size // stage.micro_batch_size
             seen = done.result.sources
             self._sources = seen if self._sources is None else self._sources + seen
             self._taken += 1
@@ -85,14 +120,16 @@ class Reports(Hook):
             self._monitor.event(event)
 
     def on_error(self, error: BaseException) -> None:
-        """Finish all records as those of a run that failed."""
+        """Say so, and finish all records as those of a run that failed."""
         if self._monitor is not None:
-            self._monitor.close(failed=True)
+            self._monitor.failed(error)
+        elif dist.get_rank() == 0:
+            tell_of_failed_start(self._run, error)
 
     def close(self) -> None:
-        """Finish all records."""
+        """Say how the run ended and finish all records."""
         if self._monitor is not None:
-            self._monitor.close()
+            self._monitor.ended(self._iteration, Signals(self._signal).name if self._signal else None)
 
     def state(self) -> Mapping[str, Any]:
         """The W&B run."""
@@ -109,25 +146,37 @@ class Reports(Hook):
         assert done.result is not None
         losses = {name: float(mean) for name, mean in done.result.losses.items()}
         experts = expert_statistics(session, self._micro_batches)
-        memory = peak_memory(session)
+        now, done_since = time.monotonic(), max(done.iteration - self._reported, 1)
+        pace = (now - self._reported_at) / done_since
+        self._reported, self._reported_at = done.iteration, now
+        memory, (slowest,) = largest_memory(session, [pace])
+        self._agree_on_next(done.iteration, slowest)
         consumed, steps = session.stream.consumption(), self._taken
         sources = self._source_reports(consumed)
         self._micro_batches = self._taken = 0
         if self._monitor is not None:
-            rate = learning_rate(self._run, session.plan, done.iteration - 1)
+            rate = session.learning_rate(done.iteration - 1)
             report = StepReport(
                 iteration=done.iteration,
                 losses=losses,
                 learning_rate=rate,
                 grad_norm=done.result.grad_norm,
                 consumed_samples=session.state.consumed_samples,
-                memory_bytes=memory,
+                memory_bytes=memory.pop("peak"),
                 experts=experts,
                 sources=sources,
                 steps=steps,
                 stage=consumed.stage,
+                memory=memory,
+                step_seconds=self._step_seconds(done_since),
+                figures={name: value for hook in session.hooks for name, value in hook.figures().items()},
             )
             self._monitor.step(report)
+
+    def _step_seconds(self, steps: int) -> dict[str, float]:
+        """What each of the last `steps` steps took on rank 0, by part."""
+        assert self._times is not None
+        return {part: seconds / steps for part, seconds in self._times.read().items()}
 
     def _source_reports(self, consumed: Consumption) -> dict[str, SourceReport]:
         """What there is to say of the sources that the run has read, since the last report; it begins anew."""
@@ -157,13 +206,22 @@ def expert_statistics(session: Session, micro_batches: int) -> ExpertStatistics 
     )
 
 
-def peak_memory(session: Session) -> int:
-    """Bytes used at most by the rank that used most: device memory on CUDA, resident memory on CPU."""
+def largest_memory(session: Session, others: Sequence[float]) -> tuple[dict[str, int], list[float]]:
+    """The memory of the rank that uses most of it, in bytes by name, and the largest of `others` over all ranks.
+
+    On CUDA device memory: `peak`, `allocated` and `reserved`; on CPU the `peak` of resident memory. Every rank must
+    call this: one all-reduce over all of them.
+    """
     if session.device.type == "cuda":
-        used = torch.cuda.max_memory_allocated()
+        used = {
+            "peak": torch.cuda.max_memory_allocated(),
+            "allocated": torch.cuda.memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+        }
     else:
         unit = 1 if sys.platform == "darwin" else 1024
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    most = torch.tensor(float(used), device=session.device)
+        used = {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    most = torch.tensor([*used.values(), *others], dtype=torch.float64, device=session.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=session.groups.world)
-    return int(most)
+    values = most.tolist()
+    return dict(zip(used, map(int, values), strict=False)), values[len(used) :]

@@ -2,6 +2,10 @@
 
 import logging
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import pytest
 from megatron_ext.config import to_mapping
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.clock import Clock
+from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.monitoring.monitor import Monitor, StepReport
 from megatron_ext.monitoring.sources import SourceReport, ValidationReport, step_panels, validation_panels
@@ -107,10 +112,10 @@ def test_throughput_leaves_out_what_is_not_training(
     assert [layer[name] for name in names] == pytest.approx([0.6, 1, 0.1, 0.9, 0.5, 2.0, 1.1])
     assert report["moe"]["2"]["max_violation"] == 0
     assert report["consumed_tokens"] == 4 * 8 * 64
-    assert "step 4/100 | loss 2.5000 | lr 1.00e-03 | norm 0.700 | 2.05K of 51.2K tokens | 51 tok/s" in caplog.text
+    assert "step 4/100 | loss 2.5000 | lr 1.00e-03 | norm 0.700 | tokens 2.05K of 51.2K | tok/s 51" in caplog.text
     # 40 s for 4 steps, of which 96 are left; the unit of a rate is one that has digits.
-    assert f"| {tflops * 1e6:.1f} MFLOP/s/device | 3 MiB |" in caplog.text
-    assert "MaxVio 0.60 | 1 dead expert | 16 min left" in caplog.text
+    assert f"| compute {tflops * 1e6:.1f} MFLOP/s/device | mfu {tflops * 1e5:.1f}% | memory 3 MiB |" in caplog.text
+    assert "MaxVio 0.60 | dead experts 1 | left 16 min" in caplog.text
 
 
 def test_the_time_left_is_that_of_the_steps_after_the_first_report(
@@ -129,7 +134,7 @@ def test_the_time_left_is_that_of_the_steps_after_the_first_report(
         monitor.step(step(done))
     monitor.close()
     ends = [message.rpartition(" | ")[2] for message in caplog.messages]
-    assert ends == ["6 h 48 min left", "12 min left", "11 min left", "3 MiB"]
+    assert ends == ["left 6 h 48 min", "left 12 min", "left 11 min", "memory 3 MiB"]
 
 
 def test_steps_of_stages_count_with_their_own_tokens_and_work(
@@ -155,4 +160,53 @@ def test_steps_of_stages_count_with_their_own_tokens_and_work(
     assert "step 5/6 |" in caplog.text
     # What is left is counted by its work, at the rate of what came after the first report.
     left = long * 50 / (short + long)
-    assert caplog.messages[1].endswith(f"| {left:.0f} s left")
+    assert caplog.messages[1].endswith(f"| left {left:.0f} s")
+
+
+def test_a_terminal_shows_columns_and_as_many_as_it_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, watch = Time(monkeypatch), Clock()
+    caplog.set_level(logging.INFO)
+    run = load(mapping(checkpoint={"directory": str(tmp_path)}))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monitor = Monitor(run, run.resolve(1), plan_of_run(run), 0, "abcd1234", watch)
+    columns = [200]
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns[0], 30)))
+    clock.now += 0.01
+    monitor.step(step(9))
+    clock.now += 500
+    monitor.step(step(10))
+    columns[0] = 90
+    clock.now += 10
+    monitor.step(replace(step(11), losses={"loss": 12.5}))
+    monitor.close()
+    fast, slow, narrow = caplog.messages
+    assert fast.startswith("step   9/100   9% | loss 2.5000 | lr 1.00e-03 | norm 0.700 | tokens 4.61K of 51.2K | tok/s")
+    # The last columns have become wider.
+    assert [place for place, mark in enumerate(fast) if mark == "|"][:6] == [
+        place for place, mark in enumerate(slow) if mark == "|"
+    ][:6]
+    assert len(narrow) <= 80
+    assert narrow.startswith("step  11/100  11% | loss 12.5000 | ")
+    assert re.search(r"left 6 h 18 min$", narrow)
+
+
+def test_a_console_that_is_off_still_says_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run = load(mapping(checkpoint={"directory": str(tmp_path)}, logging={"console": False}))
+    monitor = Monitor(run, run.resolve(1), plan_of_run(run), 0, "abcd1234", Clock())
+    monitor.step(step(1))
+    monitor.validation(1, ValidationReport(3.25, {}))
+    monitor.event(Event("skip", 2, "passed over"))
+    monitor.close()
+    assert caplog.messages == ["step 2: passed over"]
+
+
+def test_sinks_that_are_off_are_not_imported() -> None:
+    code = (
+        "import sys, megatron_ext.monitoring.monitor; "
+        "print([m for m in ('tensorboardX', 'smtplib', 'megatron_ext.monitoring.sinks.wandb') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

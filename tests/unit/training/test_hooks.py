@@ -1,10 +1,11 @@
-"""Reports, validation and saving, each alone with a session that computes nothing."""
+"""Reports and validation, each alone with a session that computes nothing."""
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,16 @@ import torch.distributed as dist
 
 from megatron_ext.data.stream.position import Position
 from megatron_ext.monitoring.clock import Clock
+from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.monitoring.sources import ValidationReport
+from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.training.hooks.base import Hook, StepDone
+from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
-from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.step import StepResult
-from megatron_ext.training.verdict import Skip, Take
+from megatron_ext.training.verdict import Rollback, Skip, Take
 from tests.unit.training.fakes import FakeSession, Numbers, fake_session, sources
 
 VALIDATED = {"validation": [{"path": "b"}]}
@@ -58,7 +62,7 @@ def test_reports_name_every_sum_of_the_task_and_every_skip(tmp_path: Path) -> No
     reports.validation(4, ValidationReport(1.5, {}))
     reports.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    _, first, skip, second, validation = map(json.loads, lines)
+    start, first, skip, second, validation, stopped = map(json.loads, lines)
     assert [first[key] for key in ("iteration", "loss", "accuracy", "consumed_samples")] == [2, 2.0, 0.5, 16]
     assert [skip[key] for key in ("event", "iteration", "first_sample", "last_sample")] == ["skip", 3, 16, 23]
     assert (second["iteration"], second["loss"]) == (4, 1.0)
@@ -68,6 +72,9 @@ def test_reports_name_every_sum_of_the_task_and_every_skip(tmp_path: Path) -> No
     }
     assert second["sources"] == {"ja": {"loss": 1.0, "supervised_tokens": 12, "consumed_tokens": 96, "epochs": 0.5}}
     assert validation["validation_loss"] == 1.5
+    assert (start["event"], start["text"]) == ("start", "started, of 100 steps, on 1 process")
+    assert (stopped["event"], stopped["iteration"]) == ("stopped", 4)
+    assert stopped["text"].startswith("stopped by SIGTERM at step 4 of 100, after ")
 
 
 @pytest.mark.usefixtures("alone")
@@ -82,9 +89,101 @@ def test_a_stage_ends_with_a_report_and_what_was_read(tmp_path: Path, caplog: py
     reports.after_step(session, done(session, loss=3.0))
     reports.after_step(session, replace(done(session, loss=2.0), ends_stage=True))
     reports.close()
-    _, step = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    _, step, stage, _ = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (step["iteration"], step["stage"]) == (2, "first")
-    assert caplog.messages[-1] == "step 2 | stage first is over: ja 48 tokens (0.5 epochs), en 0 tokens (0 epochs)"
+    assert stage["event"] == "stage"
+    assert "step 2: stage first is over: ja 48 tokens (0.5 epochs), en 0 tokens (0 epochs)" in caplog.messages
+
+
+@pytest.mark.usefixtures("alone")
+def test_reports_by_seconds_follow_the_pace_and_say_what_the_time_went_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    class Lagging(Hook):
+        def figures(self) -> Mapping[str, float]:
+            return {"checkpoint_lag_steps": 3.0}
+
+    session = fake_session(tmp_path, [Lagging()], logging={"log_interval": 2, "log_interval_seconds": 40})
+    session.groups.world = dist.group.WORLD
+    reports = Reports(session.run, session.layout, Clock())
+    reports.on_start(session)
+    for seconds in [10.0, *[2.0] * 24]:  # the first step is slow
+        for part, share in (("data", 0.25), ("forward_backward", 0.75)):
+            now[0] += share * seconds
+            session.mark(part)
+        reports.after_step(session, replace(done(session, loss=3.0), last=100))
+    reports.close()
+    steps = read_metrics(tmp_path / "metrics.jsonl")
+    # Two steps of 6 s say that 7 take 40 s, which of 2 s are 20.
+    assert [step["iteration"] for step in steps] == [2, 9]
+    assert steps[1]["step_seconds"] == {"data": 0.5, "forward_backward": 1.5}
+    assert steps[1]["seconds_per_step"] == 2
+    assert steps[1]["figures"] == {"checkpoint_lag_steps": 3.0}
+    assert reports._next == 29
+
+
+@pytest.mark.usefixtures("alone")
+def test_after_a_rollback_throughput_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    session = fake_session(tmp_path)
+    session.groups.world = dist.group.WORLD
+    reports = Reports(session.run, session.layout, Clock())
+    reports.on_start(session)
+    for back in (False, False, True, False):
+        now[0] += 4
+        step = done(session, loss=3.0)
+        if back:
+            session.roll_back()
+            step = replace(step, iteration=0, verdict=Rollback("a spike"))
+        reports.after_step(session, step)
+    reports.close()
+    steps = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(step["iteration"], step["seconds_per_step"]) for step in steps] == [(1, 4)]
+
+
+@pytest.mark.usefixtures("alone")
+def test_too_little_room_for_checkpoints_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, told, free = fake_session(tmp_path, train={"train_iters": 6}), list[Event](), [0]
+    run = replace(session.run, checkpoint=replace(session.run.checkpoint, save_interval=2))
+    each = checkpoint_bytes(run.model, run.precision)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free[0]))
+    hook = DiskRoom(run, told.append)
+    free[0] = 3 * each
+    hook.on_start(session)
+    assert told == []
+    free[0] = 2 * each
+    hook.after_save(tmp_path)
+    free[0] = each - 1
+    for _ in range(2):
+        hook.after_save(tmp_path)
+    free[0] = 9 * each
+    hook.after_save(tmp_path)
+    assert [event.kind for event in told] == ["disk", "disk"]
+    assert "too little for the 3 checkpoints to come, of about " in told[0].text
+    assert "too little for the next checkpoint, of about " in told[1].text
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_that_fails_says_with_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    session = fake_session(tmp_path)
+    session.groups.world = dist.group.WORLD
+    reports = Reports(session.run, session.layout, Clock())
+    reports.on_start(session)
+    reports.after_step(session, done(session, loss=3.0))
+    reports.on_error(ValueError("a bad thing"))
+    *_, failed = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [failed[key] for key in ("event", "iteration", "text", "error")] == [
+        "failed",
+        1,
+        "failed: ValueError: a bad thing",
+        "ValueError",
+    ]
+    assert caplog.records[-1].levelname == "ERROR"
 
 
 def test_the_w_and_b_run_goes_on_where_a_checkpoint_has_one(tmp_path: Path) -> None:
@@ -120,20 +219,6 @@ def test_validation_reads_the_same_batches_each_time_and_none_before_a_stop(
     assert "validation says nothing of en, whose share of 24 samples is none: raise train.eval_iters" in caplog.text
     assert read == [[0, 1, 2]] * 2
     assert stream.position() == Position()
-
-
-def test_saving_happens_when_due_or_told_to_stop_and_the_others_are_told(tmp_path: Path) -> None:
-    session, told = fake_session(tmp_path), list[Path]()
-    session.save = lambda: tmp_path / f"{session.state.iteration}"
-
-    class Listener(Hook):
-        def after_save(self, checkpoint: Path) -> None:
-            told.append(checkpoint)
-
-    hook = Saving(2, Clock(), [Listener()])
-    for signal in (0, 0, 15, 0):
-        hook.after_step(session, done(session, signal=signal, loss=1.0))
-    assert [path.name for path in told] == ["2", "3", "4"]
 
 
 def test_the_clock_stands_still_inside(monkeypatch: pytest.MonkeyPatch) -> None:

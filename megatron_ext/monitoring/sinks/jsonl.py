@@ -1,0 +1,33 @@
+"""The metrics file as a sink: everything, one JSON object a line."""
+
+import time
+from pathlib import Path
+
+from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.metrics_file import MetricsFile
+from megatron_ext.monitoring.sources import ValidationReport, validation_values
+from megatron_ext.monitoring.step_report import StepRecord
+
+
+class JsonlSink:
+    """Goes on with the file at `path` where `iteration` steps are done."""
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        self._file = MetricsFile(path, iteration)
+
+    def step(self, record: StepRecord) -> None:
+        """The report as it is."""
+        self._file.write(record.values)
+
+    def validation(self, iteration: int, report: ValidationReport) -> None:
+        """Loss, in all and by source."""
+        record = {"iteration": iteration, "validation_loss": report.loss, "sources": validation_values(report)}
+        self._file.write({**record, "time": time.time()})
+
+    def event(self, event: Event) -> None:
+        """The event with its details."""
+        self._file.write({**event.record(), "time": time.time()})
+
+    def close(self, *, failed: bool) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,150 @@
+"""Weights & Biases: one run across interruptions, and no way for it to stop training."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ext.config import WandbConfig
+from megatron_ext.monitoring.alerts.message import Message
+from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.sources import ValidationReport, validation_panels
+from megatron_ext.monitoring.step_report import StepRecord, step_panels_of
+
+log = logging.getLogger(__name__)
+
+# Without a limit wandb waits at the end until the network is back, and the job with it.
+_FINISH_SECONDS = 60
+# wandb 0.31 does not hold to its own limit while an alert is on its way.
+_FINISH_MARGIN_SECONDS = 5
+
+
+class WandbSink:
+    """A W&B run; nothing more where it failed. Credentials come from WANDB_API_KEY or `wandb login`."""
+
+    name = "W&B"
+
+    def __init__(self, settings: WandbConfig, run_id: str, directory: Path, configuration: Mapping[str, Any]) -> None:
+        self._run: Any = None
+        modes: list[Literal["online", "offline"]] = ["offline"] if settings.mode == "offline" else ["online", "offline"]
+        for mode in modes:
+            try:
+                self._run = _start(settings, mode, run_id, directory, configuration)
+            except Exception as error:  # noqa: BLE001 - whatever W&B does, training goes on
+                log.warning("W&B could not start in mode %s: %s", mode, error)
+                continue
+            if mode != settings.mode:
+                kept = Path(self._run.dir).parent  # the folder of this run, above that of its files
+                log.warning("W&B is recorded offline; send it later with: wandb sync %s", kept)
+            return
+        log.warning("training goes on without W&B; everything is in the metrics file")
+
+    def step(self, record: StepRecord) -> None:
+        """Everything that is drawn."""
+        panels = step_panels_of(record).items()
+        self.log(
+            {name: _load(value) if isinstance(value, list) else value for name, value in panels},
+            record.report.iteration,
+        )
+
+    def validation(self, iteration: int, report: ValidationReport) -> None:
+        """Loss and perplexity, in all and by source."""
+        self.log(validation_panels(report), iteration)
+
+    def event(self, event: Event) -> None:
+        """Its numbers; of the rest W&B is told by alerts."""
+        if event.panels:
+            self.log(event.panels, event.iteration)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Report `values` for `step`."""
+        if self._run is None:
+            return
+        try:
+            self._run.log(dict(values), step=step)
+        except Exception as error:  # noqa: BLE001 - whatever W&B does, training goes on
+            log.warning("W&B stopped taking reports (%s); everything is in the metrics file", error)
+            self._run = None
+
+    def send(self, message: Message) -> None:
+        """Alert by `message`. W&B's own process sends it, also when the network is back.
+
+        Raises:
+            Exception: whatever W&B does.
+        """
+        if self._run is not None:
+            levels = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
+            # Rates are limited before: W&B itself would drop what comes too soon.
+            self._run.alert(message.title[:63], message.text, level=levels[message.severity], wait_duration=0.001)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the run, in a time that is limited."""
+        if self._run is None:
+            return
+        folder = Path(self._run.dir).parent
+        finishing = threading.Thread(target=self._finish, args=(int(failed),), name="W&B finishes", daemon=True)
+        finishing.start()
+        finishing.join(_FINISH_SECONDS + _FINISH_MARGIN_SECONDS)
+        if finishing.is_alive():
+            log.warning("W&B does not finish; what it has not sent goes with: wandb sync --include-online %s", folder)
+            _end_service()
+            finishing.join(_FINISH_MARGIN_SECONDS)
+
+    def _finish(self, exit_code: int) -> None:
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:  # noqa: BLE001 - whatever W&B does, training goes on
+            log.warning("W&B could not finish: %s", error)
+
+
+def _end_service() -> None:
+    """End the process in which wandb works, which would keep this one from ending."""
+    import psutil
+    import wandb
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("wandb"):
+                process.kill()
+    with contextlib.suppress(Exception):
+        wandb.teardown()  # what it would do at the end of this process, with a traceback
+
+
+def _load(shares: list[float]) -> Any:
+    """A load over experts as W&B draws it over time: a heat map with one row an expert."""
+    import numpy
+    import wandb
+
+    if len(shares) > wandb.Histogram.MAX_LENGTH:
+        return None  # W&B draws no more; the metrics file has it
+    return wandb.Histogram(np_histogram=(numpy.array(shares), numpy.arange(len(shares) + 1)))
+
+
+def _start(
+    settings: WandbConfig,
+    mode: Literal["online", "offline"],
+    run_id: str,
+    directory: Path,
+    configuration: Mapping[str, Any],
+) -> Any:
+    import wandb  # slow to import, and not needed where it is off
+
+    if mode == "online" and not wandb.login(prompt=False):
+        raise RuntimeError("no credentials: set WANDB_API_KEY or run `wandb login`")
+    where = Path(settings.directory) if settings.directory else directory
+    where.mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        name=settings.name or directory.name,
+        group=settings.group,
+        tags=settings.tags or None,
+        id=run_id,
+        resume="allow" if mode == "online" else None,
+        mode=mode,
+        dir=str(where),
+        config=dict(configuration),
+        settings=wandb.Settings(init_timeout=30, finish_timeout=_FINISH_SECONDS, console="off", silent=True),
+    )
