@@ -88,6 +88,18 @@ def test_adapters_train_as_on_one_process(
     assert difference.worst < TOLERANCE
 
 
+@pytest.mark.product
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_stage_without_adapters_trains_nothing(layer: int, pool: GlooPool) -> None:
+    """Its layers pass gradients on, recomputed or not; a tied embedding is frozen on both stages."""
+    adapters = LoraConfig(targets=[LoraTarget(match=[f"layers.{layer}.*"], rank=4)])
+    tied = tiny_model(moe=True, untie_embeddings_and_output_weights=False)
+    cell = replace(cell_of("MoE"), model=tied, adapters=adapters)
+    split = replace(cell, parallel=layout("PP2 EP2", 4, pp=2, ep=2).parallel)
+    recomputed = replace(split, recompute=RecomputeConfig(granularity="full"))
+    assert compare(run_layout(pool, recomputed, 4), run_layout(pool, cell, 1)).worst < TOLERANCE
+
+
 def train_beside_frozen(precision: Precision) -> dict[str, Any]:
     """Train adapters beside a MoE model whose expert biases would move, and look at what moved and what there is."""
     model = tiny_model(
