@@ -100,6 +100,27 @@ def test_a_stage_without_adapters_trains_nothing(layer: int, pool: GlooPool) -> 
     assert compare(run_layout(pool, recomputed, 4), run_layout(pool, cell, 1)).worst < TOLERANCE
 
 
+def first_moves(ratio: float) -> tuple[float, float]:
+    """How far the first step moves the halves A and B, on the average."""
+    adapters = replace(ADAPTERS, lr_ratio=ratio)
+    cell = replace(cell_of("dense"), parallel=ParallelConfig(), adapters=adapters, steps=1)
+    trainable, groups = build_cell(cell)
+    before = {shard.key: shard.data.clone() for shard in trainable.saved_weights()}
+    train_cell(cell, trainable, groups)
+    moves: dict[str, list[float]] = {"A": [], "B": []}
+    for shard in trainable.saved_weights():
+        moves[shard.key[-1]].append(float((shard.data - before[shard.key]).abs().mean()))
+    trainable.release()
+    return sum(moves["A"]) / len(moves["A"]), sum(moves["B"]) / len(moves["B"])
+
+
+def test_output_halves_learn_at_their_own_rate(pool: GlooPool) -> None:
+    """Also where the distributed optimizer updates shards of them."""
+    (a, b), (same, more) = (pool.run(2, first_moves, ratio)[0] for ratio in (1.0, 4.0))
+    assert same == pytest.approx(a, rel=1e-3)
+    assert more == pytest.approx(4 * b, rel=1e-3)
+
+
 def train_beside_frozen(precision: Precision) -> dict[str, Any]:
     """Train adapters beside a MoE model whose expert biases would move, and look at what moved and what there is."""
     model = tiny_model(
