@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import itertools
 import os
 import signal
@@ -36,6 +37,8 @@ class _Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main`; a fault of the user's ends with one message on stderr and exit code 2, Ctrl-C with 130."""
     _say_whose_package_runs()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     try:
         main()
         sys.stdout.flush()  # it may be a file on a full disk
@@ -148,8 +151,11 @@ def parse_command(
         if name in unions:
             _add_union(parser, name, info)
         else:
-            flag = name if name in positional else f"--{name.replace('_', '-')}"
-            parser.add_argument(flag, **_argument(name, info, is_positional=name in positional))
+            settings, option = _argument(name, info, is_positional=False), f"--{name.replace('_', '-')}"
+            if name in positional:
+                parser.add_argument(name, **_argument(name, info, is_positional=True))
+                settings |= {"dest": name, "help": argparse.SUPPRESS}
+            parser.add_argument(option, **settings)
     # argparse gives what stands for "no default" to the type of a positional, and does not know it again.
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != argparse.SUPPRESS}
     file = given.pop("config")

@@ -11,12 +11,19 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
 from megatron_ext.errors import EnvironmentFault
 from megatron_ext.locks import release_all
 
 GRACE = 30.0
 """Seconds a rank has to save once its launcher is gone."""
+JOB_START = "MEGATRON_EXT_JOB_START"
+"""When the launcher was started, in seconds since 1970; told to all ranks, also those it starts again."""
+STOP_FILE = "MEGATRON_EXT_STOP_FILE"
+"""Where a rank says to its launcher that the run was stopped, with the exit code."""
+_BEGAN = time.time()
 _PR_SET_PDEATHSIG = 1
 _LOOK = 0.5
 
@@ -100,6 +107,23 @@ def _number(name: str, default: int) -> int:
     if not text.isdecimal():
         raise EnvironmentFault(f"{name} = {text!r}: expected a whole number")
     return int(text)
+
+
+def job_start() -> float:
+    """When this job began, in seconds since 1970: its launcher, or this process without ours."""
+    text = os.environ.get(JOB_START, "")
+    return float(text) if text.replace(".", "", 1).isdecimal() else _BEGAN
+
+
+def exit_stopped(code: int) -> NoReturn:
+    """End with `code` a rank of a run that was stopped and saved. It is no failure that is to be started again.
+
+    torchrun takes any code but 0 for one. So our launcher is told the code, and ends with it.
+    """
+    if path := os.environ.get(STOP_FILE):
+        Path(path).write_text(str(code))
+        sys.exit(0)
+    sys.exit(code)
 
 
 def end_with_launcher() -> None:

@@ -113,37 +113,39 @@ def main() -> None:
     if arguments.child:
         answers.ANSWER = Path(arguments.answer)
         sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-        if arguments.child in ("checks", "steps"):
-            import gpu  # noqa: F401
-
-            import megatron_ext.training.session  # noqa: F401 - megatron-core takes seconds, and no GPU, to import
-        elif arguments.child != "tests":
-            import torch  # noqa: F401
+        module = importlib.import_module(f"part_{arguments.child}")  # takes seconds, and no GPU
         sys.stdin.readline()
-        answers.keep(importlib.import_module(f"part_{arguments.child}").part(arguments.argument))
+        answers.keep(module.part(arguments.argument))
         return
     answers.OUT.mkdir(parents=True, exist_ok=True)
     (answers.OUT / "profile.txt").unlink(missing_ok=True)
+    summarize(run(planned(arguments.parts), arguments.budget, arguments.tiny))
+
+
+def planned(wanted: str | None) -> list[tuple[str, str, str, float]]:
+    """What of the plan is to run here: key, part, argument, most seconds."""
+    plan = [(f"{part} {argument}".strip(), part, argument, limit) for part, argument, limit in PLAN]
+    if wanted:
+        plan = [entry for entry in plan if any(text in entry[0] for text in wanted.split(";"))]
+    if importlib.util.find_spec("transformer_engine") is None:
+        plan = [entry for entry in plan if "Transformer Engine" not in entry[0]]
+    return plan
+
+
+def run(plan: list[tuple[str, str, str, float]], budget: float, tiny: bool) -> dict[str, dict]:
+    """The results of every part; those for which no time is left are skipped."""
     results: dict[str, dict] = {}
     begin = time.monotonic()
-    plan = []
-    for part, argument, limit in PLAN:
-        key = f"{part} {argument}".strip()
-        if arguments.parts and not any(text in key for text in arguments.parts.split(";")):
-            continue
-        if "Transformer Engine" in key and importlib.util.find_spec("transformer_engine") is None:
-            continue
-        plan.append((key, part, argument, limit))
     ahead = 2 if (os.cpu_count() or 1) >= 8 else 1  # processes that import while another measures
     waiting: dict[int, Part] = {}
     for number, (key, _, _, limit) in enumerate(plan):
-        left = arguments.budget - (time.monotonic() - begin)
+        left = budget - (time.monotonic() - begin)
         if left < 15:
             results[key] = {"seconds": 0, "result": {"skipped": "the budget is spent"}}
             continue
         for later in range(number, min(number + ahead, len(plan))):
             if later not in waiting:
-                waiting[later] = Part(later, *plan[later][1:3], arguments.tiny)
+                waiting[later] = Part(later, *plan[later][1:3], tiny)
         answers.say(f"\n# {key} (at {time.monotonic() - begin:.0f} s)")
         started = time.monotonic()
         result = waiting[number].run(min(limit, left))
@@ -153,14 +155,16 @@ def main() -> None:
         part.end()
     write(results)
     answers.say(f"\n# done after {time.monotonic() - begin:.0f} s\n")
+    return results
+
+
+def summarize(results: dict[str, dict]) -> None:
+    """A line for each part."""
+    shown = ("TFLOP/s", "tokens/s", "peak GiB", "summary", "failed", "ended", "skipped")
     for key, value in results.items():
         part = value["result"]
-        short = {
-            k: part[k]
-            for k in ("TFLOP/s", "tokens/s", "peak GiB", "summary", "failed", "ended", "skipped")
-            if part.get(k)
-        }
-        bad = [k for k, v in part.items() if isinstance(v, dict) and (v.get("ok") is False or "error" in v)]
+        short = {name: part[name] for name in shown if part.get(name)}
+        bad = [name for name, v in part.items() if isinstance(v, dict) and (v.get("ok") is False or "error" in v)]
         answers.say(f"{key:50} {value['seconds']:5.0f} s  {short}{'  NOT OK: ' + '; '.join(bad) if bad else ''}")
 
 

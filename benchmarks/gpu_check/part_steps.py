@@ -5,16 +5,16 @@ import time
 from collections import Counter
 
 import answers
+import gpu
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_ext.canonical.counts import count_parameters
+from megatron_ext.planning.flops import training_flops_per_token
 
 
 def part(which: str) -> dict:
     """One shape and peer of benchmarks/gpu.py: timed, then a step profiled."""
-    import gpu
-    import torch
-
-    from megatron_ext.canonical.counts import count_parameters
-    from megatron_ext.planning.flops import training_flops_per_token
-
     shape, wanted = which.split("|")
     name, model = next((n, m) for n, m in gpu.SHAPES.items() if shape in n)
     peer = next(p for p in gpu.PEERS if p.name == wanted)
@@ -80,6 +80,15 @@ KINDS = {
 }
 
 
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "aten::_local_scalar_dense",
+    "cudaMemcpyAsync",
+)
+
+
 def kind_of(kernel: str) -> str:
     """What a kernel of this name computes."""
     lowered = kernel.lower()
@@ -97,9 +106,6 @@ def kind_of(kernel: str) -> str:
 
 def _profile(step, title: str) -> dict:
     """Kernels of one step by time and kind, launches, waits; the table is appended to profile.txt."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
     cuda = torch.cuda.is_available()
     # On CUDA its own activity alone: it has launches and waits, and a hundredth of the events to add up.
     activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
@@ -107,31 +113,12 @@ def _profile(step, title: str) -> dict:
         begin = time.perf_counter()
         step()
         wall = time.perf_counter() - begin
-    events = profiler.key_averages()
-    kernels, host = [], Counter()
-    for event in events:
-        is_device = str(getattr(event, "device_type", "")).endswith("CUDA")
-        if is_device or not cuda:
-            own = event.self_device_time_total if cuda else event.self_cpu_time_total
-            kernels.append((own / 1e3, event.count, event.key))
-        else:
-            host[event.key] = event.count
-    kernels.sort(reverse=True)
+    kernels, host = _kernels_and_calls(profiler.key_averages(), cuda=cuda)
     kinds: Counter = Counter()
     for ms, _, key in kernels:
         kinds[kind_of(key)] += ms
     busy = sum(kinds.values())
-    waits = {
-        key: host[key]
-        for key in (
-            "cudaStreamSynchronize",
-            "cudaDeviceSynchronize",
-            "cudaEventSynchronize",
-            "aten::_local_scalar_dense",
-            "cudaMemcpyAsync",
-        )
-        if host[key]
-    }
+    waits = {key: host[key] for key in WAITS if host[key]}
     launches = sum(n for key, n in host.items() if "launchkernel" in key.lower())
     lines = [f"== {title}; profiled {wall * 1e3:.0f} ms, device busy {busy:.0f} ms, {launches} launches, waits {waits}"]
     lines += [f"  {ms:9.2f} ms {ms / busy:6.1%} {kind}" for kind, ms in kinds.most_common()]
@@ -148,3 +135,16 @@ def _profile(step, title: str) -> dict:
         "ms by kind": {k: round(ms, 2) for k, ms in kinds.most_common()},
         "top": [[round(ms, 3), count, key[:110]] for ms, count, key in kernels[:25]],
     }
+
+
+def _kernels_and_calls(events, *, cuda: bool) -> tuple[list[tuple[float, int, str]], Counter]:
+    """Milliseconds, count and name of every kernel, longest first; and how often the host called what."""
+    kernels, host = [], Counter()
+    for event in events:
+        is_device = str(getattr(event, "device_type", "")).endswith("CUDA")
+        if is_device or not cuda:
+            own = event.self_device_time_total if cuda else event.self_cpu_time_total
+            kernels.append((own / 1e3, event.count, event.key))
+        else:
+            host[event.key] = event.count
+    return sorted(kernels, reverse=True), host

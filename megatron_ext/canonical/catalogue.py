@@ -29,6 +29,13 @@ class Normal:
     std: float
 
 
+@dataclass(frozen=True)
+class Uniform:
+    """Initial values: uniform between -bound and bound."""
+
+    bound: float
+
+
 ZEROS, ONES = Normal(0.0, 0.0), Normal(1.0, 0.0)
 
 
@@ -38,7 +45,7 @@ class CanonicalTensor:
 
     name: str
     shape: Shape
-    initial: Normal
+    initial: Normal | Uniform
     tp_dimension: int | None
     """The dimension that tensor parallelism splits (of a routed expert: expert tensor parallelism); None: replicated.
     The two matrices of a gated fc1 stand one after the other in that dimension, and each is split by itself."""

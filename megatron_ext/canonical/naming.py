@@ -9,8 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from megatron_ext.canonical.catalogue import CanonicalTensor, Shape, model_shapes, model_tensors
-from megatron_ext.config import ModelConfig
+from megatron_ext.canonical.catalogue import CanonicalTensor, Shape
 
 FUSED_NORMS = {
     "input_layernorm": "self_attention.linear_qkv",
@@ -23,8 +22,9 @@ FUSED_NORMS = {
 _LAYER = r"(decoder\.layers\.\d+)"
 _NORM = re.compile(rf"{_LAYER}\.({'|'.join(map(re.escape, FUSED_NORMS))})\.(weight|bias)")
 _FUSED_NORM = re.compile(rf"{_LAYER}\.({'|'.join(map(re.escape, FUSED_NORMS.values()))})\.layer_norm_(weight|bias)")
-_EXPERT = re.compile(r"(decoder\.layers\.\d+)\.mlp\.experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
-_STORED_EXPERTS = re.compile(r"(decoder\.layers\.\d+)\.mlp\.experts\.experts\.(linear_fc[12]\.(?:weight|bias))")
+_OF_AN_EXPERT = r"(linear_fc[12]\.(?:weight|bias|lora\.\w+\.[AB]))"
+_EXPERT = re.compile(rf"{_LAYER}\.mlp\.experts\.(\d+)\.{_OF_AN_EXPERT}")
+_STORED_EXPERTS = re.compile(rf"{_LAYER}\.mlp\.experts\.experts\.{_OF_AN_EXPERT}")
 _STACKED_LAYERS = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _NOT_WEIGHTS = ("optimizer.", "router.coefficient.", "chained_", "rng_state", "rerun_state")
 
@@ -93,7 +93,7 @@ def _expert_counts(names: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def tensors_by_location(model: ModelConfig) -> dict[StorageLocation, CanonicalTensor]:
-    """Every weight of `model` by where a checkpoint of ours stores it."""
-    tensors = model_tensors(model)
-    return {place: tensors[name] for name, (place, _) in storage_plan(model_shapes(model)).items()}
+def tensors_by_location(tensors: Mapping[str, CanonicalTensor]) -> dict[StorageLocation, CanonicalTensor]:
+    """`tensors`, by canonical name, by where a checkpoint of ours stores them."""
+    plan = storage_plan({name: tensor.shape for name, tensor in tensors.items()})
+    return {place: tensors[name] for name, (place, _) in plan.items()}

@@ -97,6 +97,16 @@ def write_random_states(checkpoint: Path, states: Sequence[dict[str, Any] | None
 
 def write_saved(path: Path, content: Any) -> None:
     """torch.save, which would say nothing useful of a full disk."""
+    write_bytes(path, saved_bytes(content))
+
+
+def saved_bytes(content: Any) -> bytes:
+    """What torch.save writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(path, buffer.getbuffer())
+    return buffer.getvalue()
+
+
+def read_saved(content: bytes) -> Any:
+    """The other way: plain values and tensors."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -102,7 +102,7 @@ def _code(directory: Path) -> set[Path]:
 def _imported_beside(path: Path) -> list[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
     return [name for node in imports for name in ([node.module] if node.module else [a.name for a in node.names])]

@@ -1,5 +1,6 @@
 """What a run is: typed, validated, and imported without torch or megatron."""
 
+from megatron_ext.config.adapters import LoraConfig, LoraTarget
 from megatron_ext.config.alerts import AlertsConfig, EmailConfig, WebhookConfig
 from megatron_ext.config.attention import (
     DynamicRopeScaling,
@@ -9,9 +10,10 @@ from megatron_ext.config.attention import (
     YarnRopeScaling,
 )
 from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, StagedSource
+from megatron_ext.config.guard import GuardConfig, RollbackConfig, SpikeConfig
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
-from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig
+from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig, WatchdogConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.reports import LoggingConfig, WandbConfig
@@ -33,6 +35,7 @@ from megatron_ext.config.schedule import (
 from megatron_ext.config.training import (
     AdamConfig,
     Bf16Precision,
+    ExitAt,
     Fp8Precision,
     Fp32Precision,
     Precision,
@@ -54,9 +57,11 @@ __all__ = [
     "DataSource",
     "DynamicRopeScaling",
     "EmailConfig",
+    "ExitAt",
     "Fp32Precision",
     "Fp8Precision",
     "GatingNormalization",
+    "GuardConfig",
     "GumbelNoise",
     "InputJitter",
     "Layout",
@@ -65,19 +70,24 @@ __all__ = [
     "LinearSchedule",
     "Llama3RopeScaling",
     "LoggingConfig",
+    "LoraConfig",
+    "LoraTarget",
     "ModelConfig",
     "MultiLatentAttention",
     "ParallelConfig",
     "Position",
     "Precision",
     "RecomputeConfig",
+    "RollbackConfig",
     "RunConfig",
     "RuntimeConfig",
     "Schedule",
+    "SpikeConfig",
     "Stage",
     "StagedSource",
     "TrainConfig",
     "WandbConfig",
+    "WatchdogConfig",
     "WebhookConfig",
     "WsdSchedule",
     "YarnRopeScaling",

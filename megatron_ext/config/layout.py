@@ -97,19 +97,7 @@ def resolve_layout(
         parallel.expert_model_parallel_size,
         parallel.etp,
     )
-    faults = []
-    if world_size % (tp * cp * pp):
-        context = f"context_parallel_size = {cp} x " if cp > 1 else ""
-        faults.append(
-            f"{world_size} processes cannot be split into tensor_model_parallel_size = {tp} x {context}"
-            f"pipeline_model_parallel_size = {pp}; start a multiple of {smallest_world_size(parallel)}"
-        )
-    elif world_size % (etp * ep * pp):
-        faults.append(
-            f"{world_size} processes cannot hold experts split over expert_tensor_parallel_size = {etp} x "
-            f"expert_model_parallel_size = {ep} x pipeline_model_parallel_size = {pp}; "
-            f"start a multiple of {smallest_world_size(parallel)}"
-        )
+    faults = _split_faults(parallel, world_size)
     dp = max(world_size // (tp * cp * pp), 1)
     usual = StepShape(
         "train.global_batch_size", train.global_batch_size, "train.micro_batch_size", train.micro_batch_size, 0, 0.0
@@ -130,6 +118,28 @@ def resolve_layout(
         edp=world_size // (etp * ep * pp),
         num_microbatches=train.global_batch_size // (train.micro_batch_size * dp),
     )
+
+
+def _split_faults(parallel: ParallelConfig, world_size: int) -> list[str]:
+    tp, cp, pp = (
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    if world_size % (tp * cp * pp):
+        context = f"context_parallel_size = {cp} x " if cp > 1 else ""
+        return [
+            f"{world_size} processes cannot be split into tensor_model_parallel_size = {tp} x {context}"
+            f"pipeline_model_parallel_size = {pp}; start a multiple of {smallest_world_size(parallel)}"
+        ]
+    ep, etp = parallel.expert_model_parallel_size, parallel.etp
+    if world_size % (etp * ep * pp):
+        return [
+            f"{world_size} processes cannot hold experts split over expert_tensor_parallel_size = {etp} x "
+            f"expert_model_parallel_size = {ep} x pipeline_model_parallel_size = {pp}; "
+            f"start a multiple of {smallest_world_size(parallel)}"
+        ]
+    return []
 
 
 def _batch_faults(shape: StepShape, dp: int, pp: int, *, interleaved: bool) -> list[str]:

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 from pydantic import Field
 
+from megatron_ext.config.adapters import LoraConfig
 from megatron_ext.config.alerts import AlertsConfig
 from megatron_ext.config.base import config
 from megatron_ext.config.data import DataConfig
+from megatron_ext.config.guard import GuardConfig
 from megatron_ext.config.layout import Layout, StepShape, resolve_layout
 from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig
 from megatron_ext.config.model import ModelConfig
@@ -24,6 +26,8 @@ class RunConfig:
     """The architecture."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """How it is split over processes."""
+    adapters: LoraConfig | None = None
+    """Low-rank adapters, trained in place of the weights. Unset: all weights are trained."""
     precision: Precision
     """Number formats."""
     train: TrainConfig
@@ -38,6 +42,8 @@ class RunConfig:
     """Training and validation data."""
     checkpoint: CheckpointConfig
     """Where training state is saved and continued from."""
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    """Steps that go wrong."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     """Reports."""
     alerts: AlertsConfig = Field(default_factory=AlertsConfig)
@@ -93,6 +99,6 @@ class RunConfig:
 
 DERIVED: dict[str, tuple[str, ...]] = {
     "model": ("head_dim", "rotary_width", "has_dense_layers", "expert_ffn_hidden_size", "padded_vocab_size", "is_moe"),
-    "parallel": ("etp",),
+    "parallel": ("etp", "counted_as_layers"),
 }
 """Properties that rules read like keys."""

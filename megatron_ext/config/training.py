@@ -1,5 +1,6 @@
 """How the model is trained: steps and batches, precision, optimizer, activation recompute."""
 
+import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -25,6 +26,32 @@ class RampStep:
 
 
 @config
+class ExitAt:
+    """Where a job ends before its run does.
+
+    The step is finished and saved, and the exit code is 142, upon which a job script queues the run again. Of several
+    the first counts. The same command goes on, with nothing changed.
+    """
+
+    iteration: int | None = Field(default=None, ge=1)
+    """After this step. A job that begins there or beyond goes on to the end."""
+    minutes: float | None = Field(default=None, gt=0)
+    """When this job has run for so long, from the start of its launcher, with restarts."""
+    time: str | float | int | None = None
+    """At this time of rank 0's clock: ISO (2026-12-01T09:00+09:00; without a zone, local), or seconds since 1970."""
+    minutes_before_limit: float | None = Field(default=None, ge=0)
+    """So long before the time of the job is over, as Slurm says (SLURM_JOB_END_TIME), or MEGATRON_EXT_JOB_END, in
+    seconds since 1970, where another scheduler's job file sets it. Give what a step and a checkpoint take."""
+
+    @property
+    def seconds(self) -> float | None:
+        """`time` in seconds since 1970; ValueError where it is none."""
+        if isinstance(self.time, str):
+            return datetime.datetime.fromisoformat(self.time).timestamp()
+        return self.time
+
+
+@config
 class TrainConfig:
     """Length of the run and shape of its batches."""
 
@@ -33,6 +60,8 @@ class TrainConfig:
     Default: the steps of data.stages."""
     stop_at_iteration: int | None = Field(default=None, ge=1)
     """Save and end after this step, to go on later; the plan of the run stays what it is."""
+    exit_at: ExitAt = Field(default_factory=ExitAt)
+    """Save and end this job before the run is over, for the next job to go on."""
     global_batch_size: int = Field(ge=1)
     """Sequences an optimizer step."""
     batch_size_ramp: list[RampStep] = Field(default_factory=list)
@@ -45,6 +74,9 @@ class TrainConfig:
     skip_steps: list[list[int]] = Field(default_factory=list)
     """Ranges [first, last] of steps that are passed over: nothing is computed, their samples count as consumed and the
     schedule goes on. The way past bad batches after going back to a checkpoint before them: [[1200, 1250]]."""
+    skip_samples: list[list[Count]] = Field(default_factory=list)
+    """The same by samples, counted from 0 over the run as reports number them: every step that would read one of
+    [first, last] is passed over. `tools/train.py --skip-data FIRST:LAST` adds a range."""
     eval_interval: int | None = Field(default=None, ge=1)
     """Steps between validations. Unset: none. The last step is always validated when this is set."""
     eval_iters: int = Field(default=10, ge=1)

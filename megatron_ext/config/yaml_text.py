@@ -40,6 +40,8 @@ _Loader.add_implicit_resolver(
 
 _MOST_UNFOLDED = 100_000
 """Values that aliases may add to a file."""
+_MOST_BYTES = 1 << 24
+"""Of a file."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -77,11 +79,15 @@ def read_yaml(path: str | Path) -> Any:
         ConfigError: it cannot be read or is not YAML; says where.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)  # what is given may never end
+        text = content.decode()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from error
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{path}: more than {_MOST_BYTES >> 20} MiB: no configuration is so long")
     return parse_yaml(text, source=str(path))
 
 

@@ -1,15 +1,17 @@
 """From a run's configuration to a model that can be trained: the one builder of training, proofs and benchmarks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
 
+from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.config import (
     AdamConfig,
+    LoraConfig,
     ModelConfig,
     ParallelConfig,
     Precision,
@@ -17,11 +19,13 @@ from megatron_ext.config import (
     RuntimeConfig,
     TrainConfig,
 )
+from megatron_ext.mcore.adapters.plan import adapter_plan, freeze_base, is_adapter
 from megatron_ext.mcore.fp8.histories import AmaxHistories, delayed_scalings
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import LanguageModel, build_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.steps import RouterSteps
-from megatron_ext.mcore.optimizer import build_optimizer
+from megatron_ext.mcore.optimizer import build_optimizer, multiply_learning_rates
+from megatron_ext.mcore.state import model_shards
 from megatron_ext.mcore.step_state import StepParticipant
 from megatron_ext.mcore.transformer_config import LayerConfig, transformer_config
 from megatron_ext.runtime.process_groups import Groups
@@ -38,6 +42,10 @@ class Buildable(Protocol):
     @property
     def parallel(self) -> ParallelConfig:
         """How it is split over processes."""
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """What is trained in place of the weights."""
 
     @property
     def precision(self) -> Precision:
@@ -74,6 +82,17 @@ class Trainable:
     participants: tuple[StepParticipant, ...]
     """What moves with the steps beside weights and optimizer; the same kinds in the same order on every rank of a
     pipeline stage."""
+    has_frozen_base: bool = False
+    """Whether only what was added to a base model is trained; its checkpoints hold no more."""
+
+    def saved_weights(self) -> list[TensorShard]:
+        """Of the model's weights, what a checkpoint of its training holds."""
+        shards = model_shards(list(self.chunks))
+        return [shard for shard in shards if is_adapter(shard.key)] if self.has_frozen_base else shards
+
+    def base_weights(self) -> list[TensorShard]:
+        """The weights that are loaded from elsewhere before training begins."""
+        return [shard for shard in model_shards(list(self.chunks)) if not is_adapter(shard.key)]
 
     def release(self) -> None:
         """Let go of the model, in a process that goes on without it; nothing here is of use afterwards.
@@ -95,17 +114,27 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
     """
     seed_everything(run.train.seed)
     config = transformer_config(run.model, run.parallel, run.precision, run.recompute, run.runtime.backend)
-    chunks = build_chunks(run.model, run.parallel, config, device)
-    initialize_weights(run.model, list(chunks), run.train.seed)
+    chunks = build_chunks(run.model, run.parallel, config, device, adapter_plan(run.model, run.adapters))
+    initialize_weights(run.model, list(chunks), run.train.seed, run.adapters)
+    if run.adapters is not None:
+        freeze_base(chunks)
     return make_trainable(run, groups, config, chunks)
 
 
 def make_trainable(run: Buildable, groups: Groups, config: LayerConfig, chunks: list[LanguageModel]) -> Trainable:
     """Make `chunks`, whose weights are drawn, trainable: the second half of `build_trainable`, for other models."""
     wrapped = wrap_chunks(chunks, config, run.parallel)
-    optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, wrapped)
+    optimizer = build_optimizer(_adam(run), run.parallel, run.precision, wrapped)
+    if run.adapters is not None:
+        multiply_learning_rates(optimizer, "is_adapter_output", run.adapters.lr_ratio)
     _tell_schedules(config, wrapped, overlap_grad_reduce=run.parallel.overlap_grad_reduce)
-    return Trainable(chunks, wrapped, optimizer, config, _participants(chunks, is_writer=groups.stage.rank() == 0))
+    participants = _participants(chunks, is_writer=groups.stage.rank() == 0)
+    return Trainable(chunks, wrapped, optimizer, config, participants, has_frozen_base=run.adapters is not None)
+
+
+def _adam(run: Buildable) -> AdamConfig:
+    """The optimizer's options for what is trained."""
+    return run.optimizer if run.adapters is None else replace(run.optimizer, weight_decay=run.adapters.weight_decay)
 
 
 def _tell_schedules(config: LayerConfig, wrapped: Sequence[Any], *, overlap_grad_reduce: bool) -> None:

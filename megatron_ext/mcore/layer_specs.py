@@ -23,7 +23,7 @@ from megatron_ext.canonical.naming import FUSED_NORMS
 from megatron_ext.config import Fp8Precision, ModelConfig
 from megatron_ext.mcore.backends import layer_provider
 from megatron_ext.mcore.layer_provider import LayerProvider
-from megatron_ext.mcore.mla import LatentAttention
+from megatron_ext.mcore.mla import DownProjection, LatentAttention
 from megatron_ext.mcore.moe.dispatcher import MoELayer
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.moe.shared_experts import BiasedSharedExperts
@@ -105,6 +105,8 @@ def _latent_attention(backend: LayerProvider, model: ModelConfig) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal, "model": model},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
+            linear_q_down_proj=DownProjection,
+            linear_kv_down_proj=DownProjection,
             linear_q_up_proj=column,
             linear_kv_up_proj=column,
             core_attention=backend.latent_core_attention(),

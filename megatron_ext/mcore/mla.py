@@ -43,13 +43,17 @@ class DownProjection(MegatronModule):
 
     def forward(self, hidden_SBH: Tensor) -> tuple[Tensor, None]:
         """Return the latent vector and, after it, the shared outputs [S, B, C + R]; and no bias."""
-        latent = F.linear(hidden_SBH, self.weight)
+        latent = self.project(hidden_SBH)
         if self.shared and self.tp_group.size() > 1 and not self.config.sequence_parallel:
             # The heads of every rank use these outputs; with sequence parallelism gathering them sums the gradient.
             latent_SBC, shared_SBR = latent.split((latent.shape[-1] - self.shared, self.shared), dim=-1)
             shared_SBR = sum_gradient_over_group(shared_SBR, self.tp_group)
             latent = torch.cat((latent_SBC, shared_SBR), dim=-1)
         return latent, None
+
+    def project(self, hidden_SBH: Tensor) -> Tensor:
+        """The product alone, [S, B, C + R]."""
+        return F.linear(hidden_SBH, self.weight)
 
     def backward_dw(self) -> None:
         """Weight gradients are computed in the backward pass; nothing was deferred."""
@@ -80,13 +84,14 @@ class LatentAttention(MLASelfAttention):
         if config.q_lora_rank is None:
             self.linear_q_proj = self._column(submodules.linear_q_proj, config.hidden_size, queries, "q_proj")
             return
-        self.linear_q_down_proj = DownProjection(config, config.q_lora_rank, 0, self.tp_group)
+        self.linear_q_down_proj = submodules.linear_q_down_proj(config, config.q_lora_rank, 0, self.tp_group)
         self.q_layernorm = submodules.q_layernorm(hidden_size=config.q_lora_rank, config=config, eps=epsilon)
         self.linear_q_up_proj = self._column(submodules.linear_q_up_proj, config.q_lora_rank, queries, "q_up_proj")
 
     def _build_keys_and_values(self, submodules: MLASelfAttentionSubmodules, epsilon: float) -> None:
         config, shared = self.config, self.config.qk_pos_emb_head_dim
-        self.linear_kv_down_proj = DownProjection(config, config.kv_lora_rank + shared, shared, self.tp_group)
+        latents = config.kv_lora_rank + shared
+        self.linear_kv_down_proj = submodules.linear_kv_down_proj(config, latents, shared, self.tp_group)
         self.kv_layernorm = submodules.kv_layernorm(hidden_size=config.kv_lora_rank, config=config, eps=epsilon)
         outputs = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
         self.linear_kv_up_proj = self._column(submodules.linear_kv_up_proj, config.kv_lora_rank, outputs, "kv_up_proj")

@@ -11,13 +11,15 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig, ParallelConfig
+from megatron_ext.config.adapters import EMBEDDING_MODULE, OUTPUT_MODULE
 from megatron_ext.mcore.adapters import NO_ADAPTERS, AdapterPlan, with_adapters
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.layer_specs import block_spec
@@ -25,6 +27,16 @@ from megatron_ext.mcore.moe import sample_seeds
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.rotary import RotaryEmbedding
 from megatron_ext.mcore.transformer_config import LayerConfig
+
+_OUTSIDE_LAYERS = frozenset((EMBEDDING_MODULE, OUTPUT_MODULE))
+
+
+def _of_layers(adapters: AdapterPlan) -> AdapterPlan:
+    return {name: change for name, change in adapters.items() if name not in _OUTSIDE_LAYERS}
+
+
+def _as_it_is(part: type) -> type:
+    return part
 
 
 class LanguageModel(LanguageModule):
@@ -45,6 +57,8 @@ class LanguageModel(LanguageModule):
     ) -> None:
         super().__init__(config=config)
         self.model, self.vp_stage = model, vp_stage
+        self._outside_layers = {name: adapters[name] for name in _OUTSIDE_LAYERS & adapters.keys()}
+        first_layer = get_transformer_layer_offset(config, vp_stage=vp_stage)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -56,7 +70,7 @@ class LanguageModel(LanguageModule):
             self.rotary_pos_emb = RotaryEmbedding(model, config, self.pg_collection.cp)
         self.decoder = TransformerBlock(
             config=config,
-            spec=with_adapters(block_spec(model, config, vp_stage), adapters),
+            spec=with_adapters(block_spec(model, config, vp_stage), _of_layers(adapters), first_layer),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=self.pg_collection,
@@ -81,6 +95,16 @@ class LanguageModel(LanguageModule):
         )
         if model.position_embedding_type == "learned_absolute":
             embedding.position_embeddings.to(self.config.params_dtype)  # megatron-core leaves it in fp32
+        if EMBEDDING_MODULE in self._outside_layers:
+            # megatron-core builds this class and no other; what the spec says of layers, nothing says of it.
+            embedding.word_embeddings = self._outside_layers[EMBEDDING_MODULE](VocabParallelEmbedding)(
+                num_embeddings=model.padded_vocab_size,
+                embedding_dim=model.hidden_size,
+                init_method=self.config.embedding_init_method,
+                reduce_scatter_embeddings=embedding.reduce_scatter_embeddings,
+                config=self.config,
+                tp_group=self.pg_collection.tp,
+            )
         if model.embedding_scale != 1.0:
             embedding.word_embeddings.register_forward_hook(
                 lambda module, tokens, embedded: embedded * model.embedding_scale
@@ -92,7 +116,8 @@ class LanguageModel(LanguageModule):
         late = self.config.defer_embedding_wgrad_compute
         self.embedding_activation_buffer: list[Tensor] | None = [] if late else None
         self.grad_output_buffer: list[Tensor] | None = [] if late else None
-        return ColumnParallelLinear(
+        adapted = self._outside_layers.get(OUTPUT_MODULE, _as_it_is)
+        return adapted(ColumnParallelLinear)(
             self.config.hidden_size,
             self.model.padded_vocab_size,
             config=self.config,
@@ -182,7 +207,7 @@ def build_chunks(
     """Return this rank's model chunks (one without virtual pipeline stages), with uninitialised weights.
 
     Args:
-        adapters: which parts of its layers are built from other classes (mcore/adapters.py).
+        adapters: which of its parts are built from other classes (mcore/adapters/).
     """
     stages = parallel.virtual_pipeline_model_parallel_size
     vp_stages = range(stages) if stages else [None]

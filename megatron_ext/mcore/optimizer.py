@@ -1,12 +1,13 @@
 """megatron-core's optimizers with our Adam inside, and the step taken apart so that a bad one can be refused."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ext.config import AdamConfig, ParallelConfig, Precision
 from megatron_ext.mcore.model import splits_optimizer
@@ -27,6 +28,8 @@ class FusedAdam:
         self.param_groups = list(param_groups)
         self.betas, self.eps = (adam.adam_beta1, adam.adam_beta2), adam.adam_eps
         self.steps = 0
+        self.lr_multipliers: dict[torch.Tensor, float] = {}
+        """Of parameters that learn with another rate than their group's: by what that is multiplied."""
         self.state = {
             param: {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
             for group in self.param_groups
@@ -38,25 +41,30 @@ class FusedAdam:
         """Update every parameter that has a gradient."""
         self.steps += 1
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            torch._fused_adamw_(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                # Filled on the device; a copy from the host would wait for it.
-                [torch.full((), float(self.steps), device=params[0].device)] * len(params),
-                lr=group["lr"],
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                weight_decay=group["weight_decay"],
-                eps=self.eps,
-                amsgrad=False,
-                maximize=False,
-            )
+            by_rate: dict[float, list[torch.Tensor]] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    by_rate.setdefault(self.lr_multipliers.get(param, 1.0), []).append(param)
+            for multiplier, params in by_rate.items():
+                self._update(params, group["lr"] * multiplier, group["weight_decay"])
+
+    def _update(self, params: list[torch.Tensor], lr: float, weight_decay: float) -> None:
+        torch._fused_adamw_(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            # Filled on the device; a copy from the host would wait for it.
+            [torch.full((), float(self.steps), device=params[0].device)] * len(params),
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def build_optimizer(
@@ -94,6 +102,35 @@ def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
     """Use `lr` from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def multiply_learning_rates(optimizer: ChainedOptimizer, attribute: str, ratio: float) -> None:
+    """Let the model's parameters that have `attribute` learn with `ratio` times the learning rate."""
+    for part in _parts(optimizer) if ratio != 1.0 else ():
+        multipliers = part.optimizer.lr_multipliers
+        multipliers |= {main: ratio for param, _, main in main_parameters(part) if hasattr(param, attribute)}
+
+
+def main_parameters(part: Any) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+    """Of one part of the optimizer: (model parameter, where this rank's shard of it starts, what Adam updates)."""
+    if getattr(part, "is_stub_optimizer", False):
+        return
+    inner = part.optimizer
+    if isinstance(part, DistributedOptimizer):
+        for param, (group, position) in part.model_param_group_index_map.items():
+            start = part._get_model_param_range_map(param)["param"].start
+            yield param, start, inner.param_groups[group]["params"][position]
+        return
+    if hasattr(part, "float16_groups"):
+        pairs = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+        for params, mains in pairs:
+            for param, main in zip(params, mains, strict=True):
+                yield param, 0, main
+        same = [param for group in part.fp32_from_fp32_groups for param in group]
+    else:
+        same = [param for group in inner.param_groups for param in group["params"]]
+    for param in same:
+        yield param, 0, param
 
 
 def optimizer_steps(optimizer: ChainedOptimizer) -> int:

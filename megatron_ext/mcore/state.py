@@ -19,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_ext.checkpoint.shards import TensorShard, shards_of_range
+from megatron_ext.mcore.optimizer import main_parameters
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,26 @@ def optimizer_shards(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer)
     return shards
 
 
+def gradient_shards(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) -> list[TensorShard]:
+    """The reduced gradients that the optimizer is about to use, by the names of their weights.
+
+    Over all ranks, those with `is_writer` are every number of every gradient once.
+    """
+    pieces = {param: p for chunk in chunks for param, p in shards_of(chunk).items()}
+    shards: list[TensorShard] = []
+    for part in optimizer.chained_optimizers:
+        distributed = isinstance(part, DistributedOptimizer)
+        for param, start, states in _parameter_states(part):
+            gradient = states["param"].grad
+            if gradient is None:
+                continue
+            for piece in pieces[param]:
+                copy = piece.replica_id[:-1] if distributed else piece.replica_id
+                flat = gradient.detach().view(-1)
+                shards.extend(_shards_of_flat(piece, "", flat, start, is_writer=not any(copy)))
+    return shards
+
+
 def _shards_of_flat(
     piece: ParameterShard, prefix: str, shard: Tensor, start: int, *, is_writer: bool
 ) -> Iterator[TensorShard]:
@@ -157,24 +178,8 @@ def _shards_of_flat(
 
 def _parameter_states(part: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
     """Yield (model parameter, where this rank's shard of it starts, fp32 weight and moments)."""
-    if getattr(part, "is_stub_optimizer", False):
-        return
-    inner = part.optimizer
-    if isinstance(part, DistributedOptimizer):
-        for param, (group, position) in part.model_param_group_index_map.items():
-            main = inner.param_groups[group]["params"][position]
-            yield param, part._get_model_param_range_map(param)["param"].start, _states(inner, main)
-        return
-    if hasattr(part, "float16_groups"):
-        pairs = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
-        for params, mains in pairs:
-            for param, main in zip(params, mains, strict=True):
-                yield param, 0, _states(inner, main)
-        same = [param for group in part.fp32_from_fp32_groups for param in group]
-    else:
-        same = [param for group in inner.param_groups for param in group["params"]]
-    for param in same:
-        yield param, 0, _states(inner, param)
+    for param, start, main in main_parameters(part):
+        yield param, start, _states(part.optimizer, main)
 
 
 def _states(inner: torch.optim.Optimizer, main: Tensor) -> dict[str, Tensor]:

@@ -16,10 +16,12 @@ from megatron_ext.model_io.compare import Comparison, comparison_input
 from megatron_ext.model_io.compare import verify as compare
 from megatron_ext.model_io.figures import lines_of
 from megatron_ext.model_io.finite import WatchedSource, describe
+from megatron_ext.model_io.model_to_write import ModelToWrite
 from megatron_ext.model_io.open import Checkpoint, is_hugging_face, open_checkpoint, warn_of_what_stays
-from megatron_ext.model_io.recipe import Recipe, Target, recipe_if_trainable, recipe_path, require_recipe_place
+from megatron_ext.model_io.recipe import Target, recipe_if_trainable, recipe_path, require_recipe_place
 from megatron_ext.model_io.write import (
     DTYPES,
+    Check,
     Examined,
     Output,
     Progress,
@@ -87,8 +89,8 @@ def convert(
     content = replace(opened.content, tokenizer=own, stream=watched)
     output = Output(Path(target), DTYPES.get(dtype or ""), shard_bytes, workers, force, name, progress)
     check_checksums(opened.directory, ConversionError)  # the result gets sums of its own: damage would look whole
+    to_hf = goes_to_hugging_face(source, to, hf_class)
     if verify is not None:
-        to_hf = goes_to_hugging_face(source, to, hf_class)
         verify = replace(verify, tokenizer=verify.tokenizer or own, generation=verify.generation and to_hf)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
 
@@ -99,25 +101,26 @@ def convert(
 
     if to == "megatron" and hf_class is not None:
         raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
-    if goes_to_hugging_face(source, to, hf_class):
+    if to_hf:
         architecture, why = _class_of(opened, hf_class, verify)
         written = write_hugging_face(content, architecture, why, output, check)
         return Conversion("to Hugging Face", why, architecture, opened.model, written)
+    return _to_megatron(opened, content, output, check)
+
+
+def _to_megatron(opened: Checkpoint, content: ModelToWrite, output: Output, check: Check) -> Conversion:
+    """Write a Megatron checkpoint, and beside it a run that trains the model; where a run of ours can."""
     why = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
-    recipe, training = recipe_path(target), _recipe(opened, str(target), own)
-    if training is not None:
-        require_recipe_place(recipe, force=force)
-    written = write_megatron(content, output, check)
-    if training is None:
-        return Conversion("to Megatron", why, opened.architecture, opened.model, written)
-    write_text(recipe, training.text)
-    return Conversion("to Megatron", why, opened.architecture, opened.model, written, recipe, training.notes)
-
-
-def _recipe(opened: Checkpoint, target: str, tokenizer: Path | None) -> Recipe | None:
-    """A run that trains the model; None where no run of ours can."""
     made = f"converted from {opened.directory}"
-    return recipe_if_trainable(Target(target, opened.model, made, opened.run, tokenizer))
+    target = Target(str(output.target), opened.model, made, opened.run, content.tokenizer)
+    recipe, place = recipe_if_trainable(target), recipe_path(output.target)
+    if recipe is not None:
+        require_recipe_place(place, force=output.force)
+    written = write_megatron(content, output, check)
+    if recipe is None:
+        return Conversion("to Megatron", why, opened.architecture, opened.model, written)
+    write_text(place, recipe.text)
+    return Conversion("to Megatron", why, opened.architecture, opened.model, written, place, recipe.notes)
 
 
 def goes_to_hugging_face(source: str | Path, to: str | None, hf_class: str | None) -> bool:

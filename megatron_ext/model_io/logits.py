@@ -1,7 +1,7 @@
 """Logits of a checkpoint on given tokens: megatron-core's own forward pass, and transformers', each in one process."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,15 @@ from megatron_ext.checkpoint.streams import TensorSource
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
+from megatron_ext.foreign import is_fault, reading
 from megatron_ext.model_io.huggingface.companion_files import shipped_code
 from megatron_ext.model_io.network import megatron_network
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.quiet import without_loading_bars
+
+A_MODEL = "a model that transformers computes with"
+SETTLE = "a value in config.json or generation_config.json may not be what its field means"
+"""The way out where transformers meets what it cannot compute with."""
 
 
 def megatron_logits(
@@ -49,8 +54,13 @@ def stream_logits(
 
 @torch.no_grad()
 def network_logits(network: Any, batches: Sequence[Tensor]) -> list[Tensor]:
-    """fp32 logits [B, S, vocab] that transformers' `network` computes for each batch of token ids [B, S]."""
-    return [network(tokens, use_cache=False).logits.float() for tokens in batches]
+    """fp32 logits [B, S, vocab] that transformers' `network` computes for each batch of token ids [B, S].
+
+    Raises:
+        ConversionError: it cannot compute with what its config.json says.
+    """
+    with reading(network.config.name_or_path, ConversionError, kind=A_MODEL, advice=SETTLE):
+        return [network(tokens, use_cache=False).logits.float() for tokens in batches]
 
 
 @torch.no_grad()
@@ -72,7 +82,6 @@ def load_hugging_face(
     Raises:
         ConversionError: its code may not be run, or transformers does not accept its config.json or weights.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM  # slow to import
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -92,28 +101,28 @@ def load_hugging_face(
                 # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
                 experts_implementation="eager",
             )
-    # What its configuration classes and its loading raise of a config.json that they do not accept.
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except BaseException as error:  # of config.json, of weights, of code: there is no end of kinds
+        if not is_fault(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConversionError(
             f"{directory}: transformers does not load it: {reason[:1000]}{_of_byte_order_mark(Path(directory))}"
         ) from error
-    # transformers fills in what is missing with random numbers, and says it in a table.
+    _require_every_weight(Path(directory), found)
+    _round_weights(network, weights_as)
+    return network.eval()
+
+
+def _require_every_weight(directory: Path, found: Mapping[str, Any]) -> None:
+    """Raise where `found`, what transformers says of its loading, names a fault: it fills gaps with random numbers."""
+    kinds = {"lacks": "missing_keys", "has unknown": "unexpected_keys", "has misshapen": "mismatched_keys"}
     faults = [
-        f"{what} {', '.join(sorted(map(str, names))[:5])}"
-        for what, key in (
-            ("lacks", "missing_keys"),
-            ("has unknown", "unexpected_keys"),
-            ("has misshapen", "mismatched_keys"),
-        )
-        if (names := found.get(key))
+        f"{what} {', '.join(sorted(map(str, names))[:5])}" for what, key in kinds.items() if (names := found.get(key))
     ]
     if faults:
         raise ConversionError(
             f"{directory}: does not hold the model that its config.json describes: it {'; '.join(faults)}"
         )
-    _round_weights(network, weights_as)
-    return network.eval()
 
 
 def _of_byte_order_mark(directory: Path) -> str:
@@ -155,5 +164,7 @@ def carries_our_code(directory: str | Path) -> bool:
     # transformers runs code of some subfolders unasked; an export has none. Hidden ones are download tools' own.
     if any(path.is_dir() and not path.name.startswith(".") for path in directory.iterdir()):
         return False
-    files = sorted(path.name for path in directory.glob("*.py"))
-    return files == sorted(ours.code) and all((directory / name).read_text() == shipped_code(name) for name in files)
+    files = sorted(path.name for path in directory.glob("*.py") if path.is_file())
+    return files == sorted(ours.code) and all(
+        (directory / name).read_text(encoding="utf-8", errors="replace") == shipped_code(name) for name in files
+    )

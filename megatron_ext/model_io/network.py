@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ext.canonical.catalogue import model_tensors
 from megatron_ext.canonical.naming import StorageLocation, tensors_by_location
 from megatron_ext.checkpoint.streams import TensorSource
 from megatron_ext.config import Fp32Precision, ModelConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
@@ -45,7 +46,7 @@ def megatron_network(model: ModelConfig, tensors: TensorSource) -> Iterator[Any]
 @torch.no_grad()
 def load_tensors(network: Any, model: ModelConfig, tensors: TensorSource) -> None:
     """Fill the one-process `network` of `model` with canonical `tensors`, each read once."""
-    known = tensors_by_location(model)
+    known = tensors_by_location(model_tensors(model))
     for pieces in shards_of(network).values():
         for piece in pieces:
             within = len(piece.global_shape) - piece.data.dim()

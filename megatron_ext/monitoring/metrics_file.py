@@ -5,16 +5,19 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_ext.files import UNFINISHED
+from megatron_ext.files import open_regular, write_bytes
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 """Its name, where the run gives none."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_LONGEST = 1 << 24
+"""Bytes of a line: what a disk full of zeros left is read in bounded memory."""
 
 
 class MetricsFile:
@@ -116,16 +119,13 @@ def _cut(path: Path, iteration: int) -> None:
             aside.writelines(void)
     elif not is_torn:
         return
-    beside = path.with_name(path.name + UNFINISHED)
-    with open(beside, "wb") as file:
-        file.writelines(line for _, line, _ in kept)
-    beside.replace(path)
+    write_bytes(path, b"".join(line for _, line, _ in kept))
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Any]]:
-    """Every line with the record in it; None where there is none."""
-    with open(path, "rb") as file:
-        for line in file:
+    """Every line with the record in it; None where there is none. Longer ones than any record come in pieces."""
+    with BufferedReader(open_regular(path)) as file:
+        while line := file.readline(_LONGEST):
             yield line, parsed(line)
 
 

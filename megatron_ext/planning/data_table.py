@@ -10,6 +10,8 @@ from megatron_ext.planning.amounts import short_number
 
 _HANDFUL = 50
 """Steps' worth of samples below which a source is hardly seen."""
+_PASSED_OVER = 0.01
+"""Of a source, above which what is passed over is worth a warning."""
 _LARGE_SHARE = 0.1
 """Of a stage's tokens, from which on a language is missed when it disappears."""
 
@@ -62,7 +64,8 @@ def _source_lines(plan: RunPlan, stage: StagePlan) -> list[str]:
 
 def plan_warnings(plan: RunPlan, data: DataConfig) -> list[str]:
     """What of the plan is seldom meant."""
-    return [*_misjudged(plan, data), *_repeated(plan, data), *_forgotten(plan, data), *_handfuls(plan), *_coarse(plan)]
+    found = [*_misjudged(plan, data), *_repeated(plan, data), *_passed_over(plan), *_forgotten(plan, data)]
+    return [*found, *_handfuls(plan), *_coarse(plan)]
 
 
 def _misjudged(plan: RunPlan, data: DataConfig) -> list[str]:
@@ -85,6 +88,17 @@ def _repeated(plan: RunPlan, data: DataConfig) -> list[str]:
                 "less"
             )
     return warnings
+
+
+def _passed_over(plan: RunPlan) -> list[str]:
+    """A source of which much is not read because the sequence length changes in the middle of a window of it."""
+    epochs = {source.id: source.epoch_tokens(plan.unit) for source in plan.sources}
+    return [
+        f"of {name} {use.skipped:,} tokens are passed over where the sequence length changes, "
+        f"{100 * use.skipped / epochs[name]:.3g}% of it: with whole epochs of it before (take) none are"
+        for name, use in plan.consumed(plan.total_samples).items()
+        if epochs[name] and use.skipped > _PASSED_OVER * epochs[name]
+    ]
 
 
 def _forgotten(plan: RunPlan, data: DataConfig) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_ext.canonical.catalogue import model_tensors
 from megatron_ext.canonical.placement import elements_held, stages_of
-from megatron_ext.config import Layout, ModelConfig, Precision, RunConfig
+from megatron_ext.config import Layout, ModelConfig, ParallelConfig, Precision, RunConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
     weight) take 8 (12) bytes, split by the distributed optimizer over the ranks that have the same
     weights: data-parallel x context-parallel ones, and for experts those of the expert grid.
     """
-    stages = _stages(run.model, layout, run.parallel.virtual_pipeline_model_parallel_size or 1)
+    stages = _stages(run.model, layout, run.parallel)
     weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
     dense_share = layout.dp * layout.cp if run.parallel.use_distributed_optimizer else 1
     expert_share = layout.edp if run.parallel.use_distributed_optimizer else 1
@@ -36,11 +36,11 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
     return StateMemory(dense + expert, size(dense, expert))
 
 
-def _stages(model: ModelConfig, layout: Layout, chunks: int) -> list[tuple[int, int]]:
+def _stages(model: ModelConfig, layout: Layout, parallel: ParallelConfig) -> list[tuple[int, int]]:
     """Dense and expert parameters that a rank of each pipeline stage holds."""
     dense, expert = [0] * layout.pp, [0] * layout.pp
     for tensor in model_tensors(model).values():
-        for stage in stages_of(tensor, model, layout.pp, chunks):
+        for stage in stages_of(tensor, model, parallel):
             (expert if tensor.is_expert else dense)[stage] += elements_held(tensor, layout)
     return list(zip(dense, expert, strict=True))
 

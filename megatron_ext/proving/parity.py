@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from megatron_ext.canonical.adapters import adapter_tensors
+from megatron_ext.canonical.catalogue import Normal
 from megatron_ext.config import (
     AdamConfig,
     Fp32Precision,
+    LoraConfig,
     ModelConfig,
     ParallelConfig,
     Precision,
@@ -16,6 +21,7 @@ from megatron_ext.config import (
 )
 from megatron_ext.config.machine import Backend
 from megatron_ext.mcore.build import Trainable, build_trainable
+from megatron_ext.mcore.initialization import draw_tensors
 from megatron_ext.mcore.optimizer import set_learning_rate
 from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.runtime.device import choose_device
@@ -24,6 +30,8 @@ from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SEQUENCE_LENGTH, SOURCES, random_batch
 from megatron_ext.training.step import train_step
 from megatron_ext.training.tasks.pretrain import Pretrain
+
+_ADAPTER_STD = 0.05
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,9 @@ class Cell:
     documents: bool = False
     """Samples hold several documents, and attention stays within them."""
     backend: Backend = "torch"
+    adapters: LoraConfig | None = None
+    """What is trained in place of the weights. Their output halves, zero in a run, begin at random:
+    otherwise a fault in the gradient of the others would not show."""
     stages: tuple[Shape, ...] = ()
     """What comes after `steps` of the above, each for as many steps."""
 
@@ -110,7 +121,20 @@ def build_cell(cell: Cell) -> tuple[Trainable, Groups]:
     """What `cell` trains, as one rank of the process group that is running."""
     device = choose_device(cell.runtime)
     groups = split_process_group(cell.parallel, cell.runtime)
-    return build_trainable(cell, groups, device), groups
+    trainable = build_trainable(cell, groups, device)
+    if cell.adapters is not None:
+        _begin_at_random(cell, trainable)
+    return trainable, groups
+
+
+def _begin_at_random(cell: Cell, trainable: Trainable) -> None:
+    """Draw all of the adapters' tensors, by name as initial weights are."""
+    assert cell.adapters is not None
+    begin = Normal(0.0, _ADAPTER_STD)
+    drawn = {name: replace(one, initial=begin) for name, one in adapter_tensors(cell.model, cell.adapters).items()}
+    chunks = list[torch.nn.Module](trainable.chunks)
+    draw_tensors(drawn, [p for chunk in chunks for p in chunk.parameters() if p.requires_grad], chunks, cell.seed)
+    trainable.optimizer.reload_model_params()
 
 
 def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:

@@ -12,6 +12,7 @@ import psutil
 
 from megatron_ext.config import (
     Fp32Precision,
+    LoraConfig,
     ModelConfig,
     MultiLatentAttention,
     ParallelConfig,
@@ -96,6 +97,7 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
     parallel, processes, changes = _fit_processes(run.parallel, run.model, wanted, limit)
     model, layer_changes = _shrink_model(run.model, parallel)
     model, loss_changes = _comparable_losses(model)
+    adapters, adapter_changes = _without_dropout(run.adapters)
     data_ranks = processes // _model_ranks(parallel)
     shapes, names = shrink_shapes(run, parallel, data_ranks)
     longest = max(shape.length for shape in shapes)
@@ -113,9 +115,10 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
         seed=run.train.seed,
         documents=run.data.reset_attention_mask,
         stages=tuple(shapes[1:]),
+        adapters=adapters,
     )
     _require_legal(cell)
-    return ProofPlan(cell, processes, tuple(changes + layer_changes + loss_changes), tuple(names))
+    return ProofPlan(cell, processes, tuple(changes + layer_changes + loss_changes + adapter_changes), tuple(names))
 
 
 def prove(plan: ProofPlan) -> Proof:
@@ -204,8 +207,9 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         model.num_layers,
         parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1),
     )
-    while layers > _MOST_LAYERS and layers % 2 == 0 and (layers // 2) % step == 0:
-        layers //= 2
+    more = parallel.counted_as_layers
+    while layers > _MOST_LAYERS and (layers + more) % 2 == 0 and (layers + more) // 2 % step == 0:
+        layers = (layers + more) // 2 - more
     if layers != model.num_layers:
         changes.append(f"model.num_layers: {model.num_layers} -> {layers}")
         overrides = {k: v for k, v in overrides.items() if k not in _SPLITS_LAYERS}
@@ -234,6 +238,14 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         **dropped,
     )
     return small, changes
+
+
+def _without_dropout(adapters: LoraConfig | None) -> tuple[LoraConfig | None, list[str]]:
+    """The run's adapters; other ranks would draw other random numbers."""
+    if adapters is None or not any(target.dropout for target in adapters.targets):
+        return adapters, []
+    targets = [replace(target, dropout=0.0) for target in adapters.targets]
+    return replace(adapters, targets=targets), ["adapters.targets: dropout -> 0.0"]
 
 
 def _shrink_latent(latent: MultiLatentAttention | None) -> MultiLatentAttention | None:
@@ -281,7 +293,7 @@ def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig)
     modules = [module for module in run.recompute.modules if module not in ONLY_WITH_TE]
     if run.recompute.granularity == "selective" and not modules:
         return RecomputeConfig()
-    chunk = model.num_layers // (
+    chunk = (model.num_layers + parallel.counted_as_layers) // (
         parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     )
     return replace(run.recompute, num_layers=min(run.recompute.num_layers, chunk), modules=modules)
@@ -289,9 +301,13 @@ def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig)
 
 def _require_legal(cell: Cell) -> None:
     """The shrunk model must obey the same rules; a violation here is a fault of the shrinking."""
-    values: dict[str, object] = {"data.sequence_length": max(shape.length for shape in cell.shapes)}
+    values: dict[str, object] = {
+        "adapters": cell.adapters,
+        "data.sequence_length": max(shape.length for shape in cell.shapes),
+    }
     for section, config in (("model", cell.model), ("parallel", cell.parallel)):
         names = (*config.__dataclass_fields__, *DERIVED[section])
+        values[section] = config
         values.update({f"{section}.{name}": getattr(config, name) for name in names})
     broken = violations(values)
     assert not broken, f"the shrunk run is illegal: {broken}"

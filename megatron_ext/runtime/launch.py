@@ -5,11 +5,16 @@
 torchrun itself ends with two tracebacks and a table under the message of the rank that met the fault.
 """
 
+import argparse
 import logging
+import os
 import signal
 import socket
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from torch.distributed import DistError
@@ -17,6 +22,8 @@ from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalExce
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
+
+from megatron_ext.launcher import JOB_START, STOP_FILE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """Handed on to the ranks. Some Slurm scripts warn with SIGUSR1: torchrun would die of it and leave its ranks."""
@@ -32,6 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     options.signals_to_handle = ",".join(number.name for number in handled)
     options.shutdown_timeout = _SECONDS_TO_SAVE
+    os.environ[JOB_START] = str(time.time())
+    with tempfile.TemporaryDirectory(prefix="megatron-ext-launch-") as directory:
+        stop_file = Path(directory) / "stopped"
+        os.environ[STOP_FILE] = str(stop_file)
+        _run(options)
+        sys.exit(int(stop_file.read_text()) if stop_file.exists() else 0)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run torchrun; end this process where that ends other than well."""
     try:
         run(options)
     except ChildFailedError as error:
@@ -51,7 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(2)
-    sys.exit(0)
 
 
 def first_to_fail(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

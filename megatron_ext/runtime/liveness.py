@@ -2,7 +2,8 @@
 
 A dead rank of this host is found by its process, one elsewhere or a stopped one by the silence of its heart. Each rank
 listens to the next one and writes down whom it misses, which all others read. A rank that lives, but for which all
-others wait, is named by rank 0 and not ended: it may come.
+others wait, is named by rank 0 and not ended: it may come. Where it does not come, the watchdog of one rank or another
+ends all of them, with every rank's stack in a file.
 """
 
 import contextlib
@@ -12,15 +13,19 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ext.config import WatchdogConfig
 from megatron_ext.locks import process_identity, release_all
 from megatron_ext.runtime.main_thread import MainThread, Standing, late_rank
+from megatron_ext.runtime.watchdog import Watchdog, write_stack
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +35,42 @@ PATIENCE = 40.0
 """Seconds that all others wait for a rank before it is called late."""
 BEAT = 4.0
 """Seconds between heartbeats."""
+STACKS = 20.0
+"""Seconds that a stalled run waits for the stacks of all ranks."""
+TELLING = 20.0
+"""Seconds that those who are told of the end have for it."""
+_SILENT_BEATS = 3
+"""Heartbeats of a rank that are missed in a row, once a collective has failed, before it is called lost."""
 _LOOK = 1.0
-_LOST, _SPOKE = "lost", "spoke"
+_LOST, _SPOKE, _STALL, _STALL_SAID = "lost", "spoke", "stall", "stall said"
+_MOST_NAMED = 4
+
+Told = Callable[[str, str, bool], None]
+"""Takes the kind of an event that ends the run (`lost_rank`, `stall`), a line on it, and whether the process ends right
+after, so that this is the last moment to finish records. Called on rank 0, by a thread of its own."""
+
+
+def tell_nobody(kind: str, text: str, ends: bool) -> None:
+    """For runs that nobody is told of."""
 
 
 class Liveness:
     """Watches the other ranks while inside. Every rank must enter and leave it together, except after a failure.
 
-    Where a rank is missed, all others end with exit code 2 and one of them says why; collectives that wait for the
-    missing one cannot be left otherwise.
+    Where a rank is missed or nothing moves, all end with exit code 2 and one of them says why; collectives that wait
+    for the missing one cannot be left otherwise.
+
+    Args:
+        directory: below which stacks are written.
+        told: of what ends the run so.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, limits: WatchdogConfig | None = None, directory: Path | None = None, told: Told = tell_nobody
+    ) -> None:
+        self._watchdog = Watchdog(limits or WatchdogConfig(enabled=False))
+        self._watches = limits is not None and limits.enabled
+        self._directory, self._told = directory or Path(), told
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._peers: list[dict[str, Any]] = [process_identity(os.getpid())]
         self._store: Any = None
@@ -51,6 +80,7 @@ class Liveness:
         self._thread: threading.Thread | None = None
         self._main = MainThread()
         self._late: int | None = None
+        self._silence = SILENCE
 
     def __enter__(self) -> "Liveness":
         if self._size > 1 and "MASTER_ADDR" in os.environ:
@@ -58,6 +88,7 @@ class Liveness:
             dist.all_gather_object(self._peers, process_identity(os.getpid()))
             self._local = [rank for rank, peer in enumerate(self._peers) if rank != self._rank and _is_alive(peer)]
             self._store = _connect()
+        if self._store is not None or self._watches:
             self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
             self._thread.start()
         return self
@@ -75,7 +106,8 @@ class Liveness:
         """A training step is inside: a rank that is late there is named, however busy it is."""
         self._main.in_step = True
         try:
-            yield
+            with self._watchdog.step():
+                yield
             self._main.steps += 1
         finally:
             self._main.in_step = False
@@ -84,21 +116,47 @@ class Liveness:
         """After a collective has failed: end with exit code 2, as above, if that is because a rank is missing.
 
         Args:
-            patience: seconds in which a rank that has just died is noticed.
+            patience: seconds in which a rank of this host that has just died is noticed.
         """
-        deadline = time.monotonic() + patience
-        while self._store is not None and time.monotonic() < deadline:
+        begun, heard = time.monotonic(), self._beats()
+        silence = _SILENT_BEATS * BEAT
+        while self._store is not None and time.monotonic() < begun + max(patience, silence):
+            lost = None
             with contextlib.suppress(RuntimeError):
-                if (lost := self._missing()) is not None and self._once.acquire(blocking=False):
-                    self._say(lost)
-                    raise SystemExit(2)
+                lost = self._missing()
+            if lost is None and time.monotonic() > begun + silence:
+                lost = self._silent_since(heard)  # of another host, where nobody else noticed
+                self._silence = silence
+            if lost is not None and self._once.acquire(blocking=False):
+                self._say(lost, ends=False)
+                raise SystemExit(2)
             time.sleep(0.2)
 
+    def _beats(self) -> list[str] | None:
+        """The heartbeat of every rank; None where the store is gone, with the host of rank 0."""
+        try:
+            return [self._read(f"beat/{rank}") for rank in range(self._size)] if self._store is not None else []
+        except RuntimeError:
+            return None
+
+    def _silent_since(self, heard: list[str] | None) -> int | None:
+        """The first rank whose heart has not beaten since `heard`, where this one's has."""
+        beats = self._beats()
+        if beats is None or heard is None:
+            return 0
+        if beats[self._rank] == heard[self._rank]:
+            return None
+        return next((rank for rank, beat in enumerate(beats) if beat == heard[rank]), None)
+
     def _watch(self) -> None:
-        """The thread: beat, listen, and end the process where somebody is missed."""
+        """The thread: beat, listen, and end the process where somebody is missed or nothing moves."""
         heard, heard_at, beats, next_beat, asleep = "", time.monotonic(), 0, 0.0, time.monotonic()
         while not self._end.wait(_LOOK):
             now, standing = time.monotonic(), self._main.look()
+            if (why := self._watchdog.overdue(standing)) is not None:
+                self._end_stalled(why, standing)
+            if self._store is None:
+                continue
             if now - asleep > _LOOK + BEAT:
                 heard_at = now  # this process itself was stopped: the others had no chance to be heard
             lost = None
@@ -106,9 +164,7 @@ class Liveness:
                 lost = self._missing(ask=now >= next_beat)
                 if lost is None and now >= next_beat:
                     beats, next_beat = beats + 1, now + BEAT
-                    self._store.set(f"beat/{self._rank}", str(beats))
-                    self._store.set(f"at/{self._rank}", json.dumps(dataclasses.astuple(standing)))
-                    self._name_late()
+                    self._beat(beats, standing)
                     neighbour = (self._rank + 1) % self._size
                     beat = self._read(f"beat/{neighbour}")
                     if beat != heard:
@@ -122,6 +178,79 @@ class Liveness:
             if lost is not None and not self._end.is_set():
                 self._leave(lost)
             asleep = time.monotonic()
+
+    def _beat(self, number: int, standing: Standing) -> None:
+        """Be heard, say where the main thread stands, and look whether others have given the run up."""
+        self._store.set(f"beat/{self._rank}", str(number))
+        self._store.set(f"at/{self._rank}", json.dumps(dataclasses.astuple(standing)))
+        self._name_late()
+        if self._read(_STALL):
+            self._end_stalled("another rank has seen that the run no longer moves", standing)
+
+    def _end_stalled(self, why: str, standing: Standing) -> None:
+        """Write this rank's stacks and end; rank 0 says what all ranks are at, or whoever saw it first."""
+        if self._end.is_set() or not self._once.acquire(blocking=False):
+            return
+        named = time.strftime("%Y%m%d-%H%M%S")
+        said = json.dumps([self._rank, why, named])
+        with contextlib.suppress(RuntimeError):
+            if self._store is not None:
+                said = self._store.compare_set(_STALL, "", said).decode()
+        finder, why, named = json.loads(said)
+        folder = self._directory / named
+        write_stack(folder, self._rank, f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()}): {why}")
+        alone = f"{why}. It is at {standing.place}. Its stacks are in {folder}"
+        try:
+            if self._store is None:
+                self._speak(alone)
+                self._tell("stall", alone)
+            else:
+                self._say_stalled(why, finder, standing, folder)
+        except RuntimeError:  # the store is gone
+            self._speak(alone)
+        release_all()
+        os._exit(2)
+
+    def _say_stalled(self, why: str, finder: int, standing: Standing, folder: Path) -> None:
+        """Say once for all ranks where they stand, as rank 0 or, where that does not answer, as the one that saw it."""
+        standings = self._all_standings(standing)
+        # A launcher ends all once one has ended: nobody ends before rank 0 has told those who are told.
+        is_said = self._rank != 0 and self._wait_for([_STALL_SAID], 2 * STACKS + TELLING)
+        if self._rank == 0 or (self._rank == finder and not is_said):
+            text = f"{why}. {self._who(standings)}. Every rank's stack is in {folder}"
+            self._speak(text)
+            self._tell("stall", text)
+            self._store.set(_STALL_SAID, "1")
+
+    def _all_standings(self, own: Standing) -> list[Standing | None]:
+        """What all ranks are at once they have written their stacks; None for one that does not answer."""
+        keys = [f"stack/{rank}" for rank in range(self._size)]
+        self._store.set(keys[self._rank], json.dumps(dataclasses.astuple(own)))
+        if self._rank == 0:
+            self._wait_for(keys, STACKS)
+        return [Standing(*json.loads(text)) if (text := self._read(key)) else None for key in keys]
+
+    def _wait_for(self, keys: list[str], seconds: float) -> bool:
+        """Whether the store has all `keys` within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not (there := self._store.check(keys)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return bool(there)
+
+    def _who(self, standings: list[Standing | None]) -> str:
+        """For whom the others wait, as far as their standings say."""
+        held = [rank for rank, standing in enumerate(standings) if standing is None or not standing.waiting]
+        if not held:
+            assert standings[0] is not None
+            return f"All ranks wait for each other, rank 0 at {standings[0].place}"
+        named = []
+        for rank in held[:_MOST_NAMED]:
+            standing, peer = standings[rank], self._peers[rank]
+            place = standing.place if standing is not None else "a place that it does not say"
+            named.append(f"rank {rank} (process {peer['pid']} on {peer['host']}) is at {place}")
+        more = f" and {len(held) - _MOST_NAMED} more" if len(held) > _MOST_NAMED else ""
+        others = ", the others wait" if len(held) < self._size else ""
+        return "; ".join(named) + more + others
 
     def _name_late(self) -> None:
         """Say once for which rank all others wait, and when it has come. Rank 0 does, if only by this thread."""
@@ -155,27 +284,42 @@ class Liveness:
         release_all()
         os._exit(2)
 
-    def _say(self, lost: int) -> None:
+    def _say(self, lost: int, *, ends: bool = True) -> None:
         """Say who is missing, unless another rank has, or the missing one itself."""
-        is_first = True
+        is_first, text = True, self._message(lost)
         with contextlib.suppress(RuntimeError):
             self._store.compare_set(_LOST, "", str(lost))
             is_first = self._store.add("said", 1) == 1 and not self._read(f"{_SPOKE}/{lost}")
         if is_first:
-            with contextlib.suppress(OSError):
-                os.write(2, f"error: {self._message(lost)}\n".encode())
-        else:
+            self._speak(text)
+        if self._rank == 0:
+            self._tell("lost_rank", text, ends=ends)
+        elif not is_first:
             time.sleep(3)  # a launcher ends all once one has ended: whoever speaks first
         if lost in self._local and _is_alive(self._peers[lost]):
             with contextlib.suppress(OSError):  # stopped, it would keep the launcher waiting
                 os.kill(self._peers[lost]["pid"], signal.SIGKILL)
 
+    def _speak(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: {text}; the same command goes on from the newest checkpoint\n".encode())
+
+    def _tell(self, kind: str, text: str, *, ends: bool = True) -> None:
+        """Tell those who are told why the run ends; they cannot hold it up."""
+        telling = threading.Thread(target=self._told, args=(kind, text, ends), name="telling", daemon=True)
+        telling.start()
+        telling.join(TELLING)
+
     def _message(self, lost: int) -> str:
         peer = self._peers[lost]
-        what = "has ended" if lost in self._local and not _is_alive(peer) else f"has not answered for {SILENCE:.0f} s"
+        what = (
+            "has ended"
+            if lost in self._local and not _is_alive(peer)
+            else f"has not answered for {self._silence:.0f} s"
+        )
         return (
             f"rank {lost} (process {peer['pid']} on {peer['host']}) {what}, without which the others cannot go on. "
-            "Look for what ended or stopped it (memory, its host); the same command goes on from the newest checkpoint"
+            "Look for what ended or stopped it (memory, its host)"
         )
 
     def _read(self, key: str) -> str:

@@ -83,6 +83,18 @@ def split_process_group(parallel: ParallelConfig, runtime: RuntimeConfig) -> Gro
     )
 
 
+def groups_by_kind() -> dict[str, dist.ProcessGroup]:
+    """This rank's group of each kind, by Megatron's abbreviation; groups of one rank are left out."""
+    groups = {
+        "TP": parallel_state.get_tensor_model_parallel_group(),
+        "CP": parallel_state.get_context_parallel_group(),
+        "EP": parallel_state.get_expert_model_parallel_group(),
+        "DP": parallel_state.get_data_parallel_group(),
+        "PP": parallel_state.get_pipeline_model_parallel_group(),
+    }
+    return {kind: group for kind, group in groups.items() if group.size() > 1}
+
+
 def end_process_groups() -> None:
     """Leave every group. After a failure the process exits instead: a collective then could wait for ever."""
     if parallel_state.model_parallel_is_initialized():

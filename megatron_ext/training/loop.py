@@ -4,32 +4,41 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from signal import Signals
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.both_places import prepare_directory
+from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
-from megatron_ext.launcher import launched_rank, launched_world_size
+from megatron_ext.errors import TrainingError
+from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size
 from megatron_ext.monitoring.clock import Clock
+from megatron_ext.monitoring.events import Event
 from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.logs import setup_logging
 from megatron_ext.runtime.process_groups import Groups, end_process_groups, split_process_group, start_process_group
+from megatron_ext.runtime.watchdog import STALLS
 from megatron_ext.training.banner import banner
 from megatron_ext.training.data import RunData, open_data
+from megatron_ext.training.exit_at import ended_by_plan, exit_moment
+from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
+from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.preflight import Findings, examine_run
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session, open_session, starting_state
-from megatron_ext.training.signals import StopSignals
+from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
-from megatron_ext.training.verdict import Rollback, Skip
+from megatron_ext.training.verdict import Skip
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +51,8 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
         open_foreign: opens weights to start from that are no Megatron checkpoint.
 
     Raises:
-        SystemExit: a signal asked it to stop, and it has saved; with the exit code of the signal (143 after SIGTERM).
+        SystemExit: a signal or train.exit_at asked it to stop, and it has saved; with the exit code of the signal (143
+            after SIGTERM, 142 for train.exit_at), which our launcher takes over.
     """
     setup_logging(launched_rank())
     layout = run.resolve(launched_world_size())
@@ -55,7 +65,7 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
         signal = open_and_train(run, layout, groups, device, open_foreign, found)
     end_process_groups()
     if signal:
-        raise SystemExit(128 + signal)
+        exit_stopped(128 + signal)
 
 
 def open_and_train(
@@ -71,13 +81,17 @@ def open_and_train(
     Args:
         found: what to say of the run before its first step; on the rank that says it.
     """
+    settings = run.checkpoint
+    on_first_rank_slowly(
+        lambda: prepare_directory(Path(settings.directory), settings.copy_to), "the run cannot go on from where it was"
+    )
     # The data first: what is wrong with it is said before minutes go into building the model.
     data = open_data(run, starting_state(run), groups.dp, device)
     run = with_planned_length(run, data.plan)
-    hooks = build_hooks(run, layout, data)
+    guard, hooks = build_hooks(run, layout, data)
     with closing(data), telling_hooks(hooks):
         session = open_session(
-            run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks
+            run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
         )
         session.state = replace(session.state, data=data.fingerprints)
         for hook in hooks:
@@ -85,7 +99,12 @@ def open_and_train(
         for line in banner(run, layout, device, found) if found is not None else ():
             log.info(line)
         # With an eye on the other ranks: one that is missing is named, where the backend only knows a socket.
-        with Liveness() as others, StopSignals(speaks=groups.world.rank() == 0) as stop:
+        is_first = groups.world.rank() == 0
+        moment = exit_moment(run.train.exit_at) if is_first else None
+        others = Liveness(
+            run.runtime.watchdog, Path(run.checkpoint.directory) / STALLS, partial(_tell_of_end, session, hooks)
+        )
+        with others, StopSignals(speaks=is_first, ends_at=moment.seconds if moment else None) as stop:
             try:
                 signal = train_steps(session, hooks, stop, others)
                 session.checkpoints.close()
@@ -95,15 +114,25 @@ def open_and_train(
     return signal
 
 
-def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> list[Hook]:
-    """What happens around the steps of a run, in this order."""
+def _tell_of_end(session: Session, hooks: Sequence[Hook], kind: str, text: str, ends: bool) -> None:
+    """Have the records say why the run ends, while its main thread waits for what does not come."""
+    for hook in hooks:
+        if isinstance(hook, Reports):
+            hook.event(Event(kind, session.state.iteration, text))
+            if ends:
+                hook.on_error(TrainingError(text))
+
+
+def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, list[Hook]]:
+    """The judge of the steps of a run; and what happens around them, in this order."""
     clock = Clock()
     reports = Reports(run, layout, clock)
-    hooks: list[Hook] = [reports]
+    guard = Guard(run.guard, reports.event)
+    hooks: list[Hook] = [reports, guard, SlowRanks(run.logging.log_interval, reports.event)]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
     hooks.append(DiskRoom(run, reports.event))
-    return [*hooks, Saving(run.checkpoint.save_interval, clock, hooks)]
+    return guard, [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
 
 
 @contextmanager
@@ -126,13 +155,13 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
     if session.state.iteration >= last:
         log.info("nothing to do: %d of %d steps are done", session.state.iteration, plan.train_iters)
     while session.state.iteration < last:
-        done = _next_step(session, last, stop, others)
+        done = ended_by_plan(plan.exit_at, _next_step(session, last, stop, others))
         for hook in hooks:
             hook.after_step(session, done)
             session.mark(type(hook).__name__.lower())
         if done.signal:
-            name = Signals(done.signal).name
-            log.info("stopped by %s after step %d; the same command goes on from there", name, done.iteration)
+            what = stop_name(done.signal)
+            log.info("stopped by %s after step %d; the same command goes on from there", what, done.iteration)
             return done.signal
     return 0
 
@@ -140,18 +169,16 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
 def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness) -> StepDone:
     """Do the next step, or pass over it."""
     first = session.stream.position().samples
-    if session.skips_next():
+    if (key := session.skips_next()) is not None:
         session.pass_over()
-        skip = Skip("train.skip_steps")
+        skip = Skip(key)
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
-    batch = session.stream.next()
-    session.mark("data")
     with others.step():
+        session.pace.begin(session.device)
+        batch = session.stream.next()
+        session.mark("data")
         result = session.step(batch, stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
-    if isinstance(result.verdict, Rollback):
-        session.roll_back()
-        return StepDone(session.state.iteration, last, result.verdict, first, result, signal)
-    if session.state.iteration == last:
+    if session.state.iteration >= last:
         signal = 0  # it ends as planned
     return StepDone(session.state.iteration, last, result.verdict, first, result, signal, session.ends_stage())

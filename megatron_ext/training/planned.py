@@ -119,7 +119,7 @@ def progress_of(data: DataConfig, train: TrainConfig, state: TrainingState, chec
         skipped={},
     )
     marks = dict.fromkeys(names, "")
-    return Progress(1, data.sequence_length, train.seed, marks, dict.fromkeys(names, "shuffled"), (part,))
+    return Progress(1, data.sequence_length, train.seed, marks, dict.fromkeys(names, "shuffled"), (part,), {})
 
 
 def with_planned_length(run: RunConfig, plan: RunPlan) -> RunConfig:

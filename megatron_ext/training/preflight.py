@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint.both_places import Ahead, ahead_of
 from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.publish import in_the_way
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
@@ -166,12 +167,16 @@ class _Examination:
         self._tokenizer: Tokenizer | None = None
         self._fingerprints: list[str] | None = None
         self._state = TrainingState()
+        self._ahead: Ahead | None = None
+        """What the run brings back from its second place, to go on from there."""
 
     def look(self) -> None:
         """Look at everything."""
         self._look_at_tokenizer()
         sizes = self._look_at_data()
         with collecting(self.found.faults):
+            if self._checkpoint is not None:
+                self._ahead = ahead_of(Path(self._checkpoint.directory), self._checkpoint.copy_to)
             self._look_at_state()
             if sizes is not None:
                 self._plan(sizes)
@@ -214,7 +219,7 @@ class _Examination:
         if any(weight <= 0 for stage in self._data.stages for weight in stage.mix.values()):
             return  # a rule of the configuration says so
         with collecting(self.found.faults):
-            where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
+            where = self._newest()
             try:
                 plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
             except ConfigError as error:
@@ -227,12 +232,20 @@ class _Examination:
 
     def _look_at_state(self) -> None:
         """Read where the run goes on, if it does."""
-        if self._checkpoint is not None and (newest := find_checkpoint(self._checkpoint.directory)) is not None:
+        if (newest := self._newest()) is not None:
             self._state = read_state(newest)
+
+    def _newest(self) -> Path | None:
+        """What is in the run's directory to go on from; None too where the run brings something newer back."""
+        if self._checkpoint is None or self._ahead is not None:
+            return None
+        return find_checkpoint(self._checkpoint.directory)
 
     def _look_at_start(self, checkpoint: CheckpointConfig) -> None:
         """Find what the run would go on or start from."""
-        if (newest := find_checkpoint(checkpoint.directory)) is not None:
+        if self._ahead is not None:
+            self.found.start = f"{self._ahead.place.url}/{self._ahead.name}, which is brought back: {self._ahead.why}"
+        elif (newest := self._newest()) is not None:
             self._look_at_resume(newest)
         elif checkpoint.initialize_from is not None:
             with collecting(self.found.faults, "checkpoint.initialize_from", checkpoint.initialize_from):

@@ -1,14 +1,20 @@
-"""Signals that ask a run to stop: all ranks finish the same step, save, and end with the exit code of the signal."""
+"""What asks a run to stop: all ranks finish the same step, save, and end with the exit code of the signal.
+
+A time that has come (train.exit_at) counts as SIGALRM, which nobody sends.
+"""
 
 import contextlib
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+EXIT_AT = signal.SIGALRM
+"""Stands for train.exit_at: exit code 142."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -19,10 +25,11 @@ class StopSignals:
 
     Args:
         speaks: whether this process says so; one of a run does.
+        ends_at: when to stop, in seconds since 1970; on one rank, whose clock counts for all.
     """
 
-    def __init__(self, *, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(self, *, speaks: bool, ends_at: float | None = None) -> None:
+        self._speaks, self._ends_at = speaks, ends_at
         self.number = 0
         """The first signal that came; 0 before one has."""
         self._before: dict[signal.Signals, Any] = {}
@@ -41,7 +48,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def is_noted(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal or the time to stop has come."""
+        if self._ends_at is not None and time.time() >= self._ends_at:
+            self.number = self.number or EXIT_AT
         return self.number != 0
 
     def agreed(self, asked: int, group: dist.ProcessGroup, device: torch.device) -> int:
@@ -70,3 +79,8 @@ class StopSignals:
             # Not through logging, which may have been interrupted within a line; nor to a terminal that is gone.
             with contextlib.suppress(OSError):
                 os.write(2, f"{signal.Signals(number).name}: finishing the step, then saving{again}\n".encode())
+
+
+def stop_name(number: int) -> str:
+    """What stopped a run, for people."""
+    return "train.exit_at" if number == EXIT_AT else signal.Signals(number).name

@@ -19,8 +19,10 @@ from megatron_ext.mcore.build import Trainable
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.mcore.schedules import run_schedule
 from megatron_ext.runtime.process_groups import Groups
+from megatron_ext.runtime.seeds import random_state, restore_random_state
+from megatron_ext.training.guard.trace import find_first
 from megatron_ext.training.tasks.base import TrainTask
-from megatron_ext.training.verdict import Judge, Take, Verdict, take_finite
+from megatron_ext.training.verdict import Figures, FirstNonFinite, Judge, Take, Verdict, take_finite
 
 log = logging.getLogger(__name__)
 
@@ -103,19 +105,25 @@ def train_step(
     optimizer.zero_grad()
     for participant in participants:
         participant.begin()
-    sums = _run(trainable.wrapped, task, batch, groups, num_sources, forward_only=False, asks_to_stop=asks_to_stop)
+    device = batch[0].tokens.device
+    before = random_state(device)
+    run = partial(_run, trainable.wrapped, task, batch, groups, num_sources, forward_only=False)
+    sums = run(asks_to_stop=asks_to_stop)
     mark("forward_backward")
     norm = gradient_norm(optimizer)
     # Here, where the device has just been waited for, and before it is given more to do.
     asking_to_stop = int(sums.stops)
     taken = False
     try:
-        verdict = judge(sums.losses, norm, sums.units)
+        first_nonfinite = partial(_first_nonfinite, trainable, groups, run, before, device)
+        verdict = judge(Figures(sums.losses, norm, sums.units, first_nonfinite))
         taken = isinstance(verdict, Take)
     finally:
         if not taken:
             for participant in participants:
                 participant.discard()
+            # What follows is as if the step had been passed over unseen.
+            restore_random_state(before, device)
     if taken:
         clip_and_step(optimizer, norm, max_norm)
         # After the update, so that a refused step moves neither biases nor coefficients nor scales.
@@ -123,6 +131,23 @@ def train_step(
             participant.commit(groups.stage)
     mark("optimizer")
     return StepResult(sums.losses, norm, verdict, asking_to_stop, sums.sources)
+
+
+def _first_nonfinite(
+    trainable: Trainable, groups: Groups, run: Callable[[], object], before: dict[str, Any], device: torch.device
+) -> FirstNonFinite:
+    """Where the step that `run` computes from the random state `before` meets a number that is not finite."""
+
+    def compute_again() -> None:
+        for chunk in trainable.wrapped:
+            chunk.zero_grad_buffer()
+        for participant in trainable.participants:
+            participant.discard()
+            participant.begin()
+        restore_random_state(before, device)
+        run()
+
+    return find_first(trainable, groups, compute_again)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.tiny import RandomStream
+from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.session import Session, open_session
 from tests.unit.training.plans import plan_of_run
 
@@ -33,6 +34,8 @@ class Part:
     precision: str | dict[str, Any] = "fp32"
     seed: int = 1234
     checkpoint: tuple[tuple[str, Any], ...] = ()
+    sections: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """Keys of other sections of the run."""
 
     def run_config(self) -> RunConfig:
         raw = {
@@ -52,6 +55,8 @@ class Part:
             "checkpoint": {"directory": str(self.directory), **dict(self.checkpoint)},
             "runtime": {"device": "cpu", "threads": 1},
         }
+        for section, keys in self.sections:
+            raw[section] = {**raw.get(section, {}), **keys}
         return load_config(RunConfig, raw, source="part")
 
 
@@ -61,12 +66,18 @@ def started_otherwise(part: Part) -> Part:
 
 
 @contextmanager
-def open_part(part: Part) -> Iterator[Session]:
+def open_part(part: Part, guard: Guard | None = None) -> Iterator[Session]:
+    """A session of `part`; with `guard`, which judges its steps."""
     run = part.run_config()
     groups = split_process_group(run.parallel, run.runtime)
     device, layout = choose_device(run.runtime), run.resolve(dist.get_world_size())
     stream = RandomStream(BatchShape(GLOBAL_BATCH, 1, groups.dp.rank(), groups.dp.size()), device)
-    session = open_session(run, layout, groups, device, stream, plan_of_run(run), open_foreign=open_hugging_face)
+    judged = {} if guard is None else {"judge": guard, "hooks": [guard]}
+    session = open_session(
+        run, layout, groups, device, stream, plan_of_run(run), open_foreign=open_hugging_face, **judged
+    )
+    if guard is not None:
+        guard.on_start(session)
     yield session
     session.close()
 

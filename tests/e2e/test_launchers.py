@@ -81,10 +81,11 @@ def test_check_goes_through_the_launcher_and_starts_nothing(tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def launch_ranks(directory: Path, script: str, processes: int = 2) -> subprocess.Popen[str]:
+def launch_ranks(directory: Path, script: str, processes: int = 2, *options: str) -> subprocess.Popen[str]:
     """Two ranks that run `script`, under the launcher that training has."""
     (directory / "rank.py").write_text(f"import os, pathlib, signal, sys, time\nrank = os.environ['RANK']\n{script}")
     launcher = [sys.executable, "-m", "megatron_ext.runtime.launch", "--standalone", "--nproc-per-node", str(processes)]
+    launcher += options
     return subprocess.Popen(
         [*launcher, "rank.py"], cwd=directory, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -143,6 +144,21 @@ def test_a_signal_reaches_the_ranks_and_they_end_in_their_own_time(number: signa
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (128 + number, "")
     assert sorted(path.name for path in tmp_path.glob("saved *")) == ["saved 0", "saved 1"]
+
+
+def test_ranks_of_a_run_that_was_stopped_are_not_started_again(tmp_path: Path) -> None:
+    script = (
+        "from megatron_ext.launcher import exit_stopped, job_start\n"
+        "pathlib.Path(f'{rank} {os.environ[\"TORCHELASTIC_RESTART_COUNT\"]}').write_text(str(job_start()))\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': sys.exit(3 if rank == '1' else 0)\n"
+        "exit_stopped(142)"
+    )
+    process = launch_ranks(tmp_path, script, 2, "--max-restarts", "5")
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (142, "")
+    starts = {path.name: path.read_text() for path in tmp_path.glob("[01] *")}
+    assert sorted(starts) == ["0 0", "0 1", "1 0", "1 1"]  # again after a failure, not after the stop
+    assert len(set(starts.values())) == 1  # the job is the launcher's
 
 
 def test_a_launcher_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:

@@ -23,17 +23,22 @@ from megatron_ext.checkpoint.hf_directory import INDEX_FILE, HuggingFaceSource
 from megatron_ext.checkpoint.run_file import read_run
 from megatron_ext.checkpoint.state_file import RNG_FILE, read_random_state, read_state
 from megatron_ext.checkpoint.streams import MegatronSource
+from megatron_ext.checkpoint.tokenizer_files import tokenizer_files
 from megatron_ext.checkpoint.torch_dist import METADATA_FILE, TorchDistReader
 from megatron_ext.config import dump_yaml, read_yaml
+from megatron_ext.data.indexed import write_synced
+from megatron_ext.data.tokenizer import write_tokenizer
 from megatron_ext.errors import CheckpointError, ConversionError, DataError, MegatronExtError
 from megatron_ext.files import OURS, output_place, publish_directory, start_directory, write_text
 from megatron_ext.manifest import MANIFEST_FILE, write_manifest
 from megatron_ext.model_io.convert import convert
+from megatron_ext.model_io.huggingface.model_card import replace_verification
 from megatron_ext.model_io.logits import load_hugging_face
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.monitoring.report import read_phases, write_report
 from megatron_ext.testing.tiny import tiny_model
 from tests.robustness.damage import damage
+from tests.unit.data.tokenizers import sentencepiece_model
 from tests.unit.model_io.own_models import write_checkpoint
 from tools import verify_checkpoint
 
@@ -313,6 +318,29 @@ def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
     assert read_yaml(tmp_path / "run.yaml") == {"a": {"b": 1}, "c": [{"b": 1}] * 2}
 
 
+def test_code_of_a_tokenizer_that_no_parser_reads_is_carried_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["deep.Tokenizer", null]}}')
+    (tmp_path / "deep.py").write_text(f"x = {'-' * 100_000}1\n")
+    assert Path("deep.py") in tokenizer_files(tmp_path)
+
+
+def test_a_card_in_another_encoding_keeps_what_people_wrote(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_bytes(b"# caf\xe9\n\n## Verification\n\nold\n\n## Notes\n\nna\xefve\n")
+    replace_verification(tmp_path, ["logits: equal"])
+    text = card.read_bytes()
+    assert text.startswith(b"# caf\xe9\n\n## Verification\n\nCompared with megatron-core's model")
+    assert b"logits: equal" in text
+    assert b"old" not in text
+    assert text.endswith(b"## Notes\n\nna\xefve\n")
+
+
+def test_a_configuration_without_an_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").symlink_to("/dev/zero")
+    with pytest.raises(MegatronExtError, match=r"run\.yaml: more than 16 MiB: no configuration is so long"):
+        read_yaml(tmp_path / "run.yaml")
+
+
 EVIL = (None, True, -1, 1.5, "x", "nan", [], {}, 10**30, float("nan"), float("inf"), "\ud800", [[]], "9" * 5000)
 
 
@@ -373,6 +401,16 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_kept(tmp_path: P
         write_text(tmp_path / "report.html", "x" * 100)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "old"
+
+
+@pytest.mark.parametrize("size", [100, 8000])  # in Python, and in Rust
+def test_a_disk_that_is_full_while_a_tokenizer_is_written_is_named(size: int, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"{tmp_path}/t"), files_of_at_most(size):
+        write_tokenizer(sentencepiece_model(), tmp_path / "t", [])
+    with pytest.raises(OSError, match=r"plan\.json"), files_of_at_most(10):
+        write_synced(tmp_path / "plan.json", b"x" * 100)
+    assert not (tmp_path / "t").exists()
+    assert not (tmp_path / "t.partial").exists()
 
 
 def test_folders_of_others_are_never_removed(made: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.locks import LOCK_FILE
@@ -97,3 +97,18 @@ def test_after_a_signal_it_goes_on_as_the_undisturbed_run(
     assert stopped_by in (0, signal.SIGTERM)  # 0: the signal came after the last of six quick steps
     assert pool.run(1, train_here, work / "run.yaml", overrides) == [0]
     assert losses(directory) == losses(undisturbed[0])
+
+
+def test_a_job_that_ends_before_its_run_goes_on_as_the_undisturbed_run(
+    work: Path, undisturbed: tuple[Path, int], pool: GlooPool
+) -> None:
+    directory = work / "jobs"
+    overrides = [f"checkpoint.directory={directory}", "checkpoint.save_interval=null", "train.exit_at.iteration=4"]
+    ends = [
+        pool.run(ranks, train_here, work / "run.yaml", [*overrides, *more])
+        for ranks, more in ((2, ["train.exit_at.time=0"]), (1, []), (1, []))  # rank 0's clock, a step, then to the end
+    ]
+    assert ends == [[signal.SIGALRM] * 2, [signal.SIGALRM], [0]]
+    assert [read_state(path).iteration for path in complete_checkpoints(directory)] == [1, 4, 6]
+    measured, expected = losses(directory), losses(undisturbed[0])
+    assert measured == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected]  # a step on two ranks

@@ -1,5 +1,6 @@
 """Files given to us are read with a clear error; output replaces only what it may."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ def test_json_that_is_no_object_is_named(content: str | None, complaint: str, tm
 def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": 1}', encoding="utf-8-sig")
     assert read_json_object(tmp_path / "x.json", DataError) == {"a": 1}
+
+
+def test_json_without_an_end_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "device.json"):
+        with pytest.raises(DataError, match=rf"{name}: is not a regular file"):
+            read_json_object(tmp_path / name, DataError)
+    with open(tmp_path / "sparse.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match=r"sparse\.json: cannot be read as JSON \(it has 1,099,511,627,776 bytes"):
+        read_json_object(tmp_path / "sparse.json", DataError)
 
 
 def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -1,13 +1,20 @@
 """README, CONTRIBUTING and docs/ speak of files, keys and options that exist."""
 
+import argparse
 import dataclasses
+import importlib
 import re
+import shlex
+import sys
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_ext.command import parse_command, run_parser
 from megatron_ext.config import RunConfig
+from megatron_ext.errors import ConfigError
 from tests.conftest import ROOT
 
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,6 +69,56 @@ def test_options_of_tools_that_are_named_exist(guide: Path) -> None:
     named = {name for line in lines for name in re.findall(r"(?<![\w-])--([a-z][\w-]+)", line)}
     not_ours = {"nproc-per-node", "dist-ckpt-strictness", "help", "config"}
     assert not named - options() - not_ours
+
+
+def _command_lines() -> list[tuple[str, list[str]]]:
+    """The tool and the arguments of every command line that guides, tools and examples give."""
+    texts = [*GUIDES, *ROOT.glob("tools/*.py"), *ROOT.glob("examples/*/*.yaml"), *ROOT.glob("examples/filters/*.py")]
+    found = []
+    for path in texts:
+        text = re.sub(r"\s*\\\n\s*", " ", path.read_text())
+        for tool, line in re.findall(r"^[# ]*(?:for .*; do )?python tools/(\w+)\.py (.*)$", text, re.MULTILINE):
+            line = re.split(r"  +|; done|\s#", line.replace("[", "").replace("]", ""))[0].rstrip("`")
+            found.append((tool, ["8" if word == "N" else word for word in shlex.split(line)]))
+    return found
+
+
+class _ReadError(Exception):
+    """A command line was read."""
+
+
+def test_command_lines_that_are_named_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = list(_command_lines())
+    assert len(lines) > 30
+    wrong = []
+
+    def read(*args: Any, **keywords: Any) -> None:
+        parse_command(*args, **keywords)
+        raise _ReadError
+
+    def reading_parser(doc: str) -> argparse.ArgumentParser:
+        parser = run_parser(doc)
+        parse = parser.parse_args
+
+        def parse_and_stop(*args: Any) -> None:
+            parse(*args)
+            raise _ReadError
+
+        monkeypatch.setattr(parser, "parse_args", parse_and_stop)
+        return parser
+
+    for tool, line in lines:
+        module = importlib.import_module(f"tools.{tool}")
+        name, reader = ("run_parser", reading_parser) if hasattr(module, "run_parser") else ("parse_command", read)
+        monkeypatch.setattr(module, name, reader)
+        monkeypatch.setattr(sys, "argv", [f"{tool}.py", *line])
+        try:
+            module.main()
+        except _ReadError:
+            continue
+        except (SystemExit, ConfigError) as error:
+            wrong.append(f"{tool}.py {' '.join(line)}: {error}")
+    assert not wrong
 
 
 def test_the_readme_is_short() -> None:

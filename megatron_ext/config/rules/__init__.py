@@ -1,9 +1,12 @@
 """Rules between configuration keys, by what they are about; importing this package registers them all."""
 
 from megatron_ext.config.rules import (
+    adapters,
     alerts,
     architecture,
     backend,
+    checkpoint,
+    guard,
     overrides,
     parallel,
     precision,
@@ -18,8 +21,11 @@ from megatron_ext.config.rules.stages import stage_violations
 __all__ = [
     "RULES",
     "alerts",
+    "adapters",
     "architecture",
     "backend",
+    "checkpoint",
+    "guard",
     "overrides",
     "parallel",
     "precision",

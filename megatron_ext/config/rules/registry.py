@@ -4,6 +4,7 @@ A rule is a pure function of leaf values, so the loader can apply it to the keys
 the same file are not, and report everything at once.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,20 @@ class Rule:
         if any(key not in values for key in self.keys + self.given):
             return []
         found = self.check(*(values[key] for key in self.keys + self.given)) or []
-        named = ", ".join(f"{key} = {values[key]!r}" for key in self.keys)
+        named = ", ".join(f"{key} = {as_written(values[key])!r}" for key in self.keys)
         return [f"{named}: {one}" if named else one for one in ([found] if isinstance(found, str) else found)]
+
+
+def as_written(value: Any) -> Any:
+    """`value` as it stands in YAML: a section as a mapping, without what is unset."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: as_written(inner) for name, inner in kept if inner is not None}
+    if isinstance(value, list):
+        return [as_written(inner) for inner in value]
+    if isinstance(value, Mapping):
+        return {key: as_written(inner) for key, inner in value.items()}
+    return value
 
 
 RULES: list[Rule] = []

@@ -1,9 +1,9 @@
-"""Rules of batches, data and recompute."""
+"""Rules of batches, data and recompute, and of when a job ends."""
 
 from typing import Any
 
 from megatron_ext.config.rules.registry import BACKEND, PP, VPP, rule
-from megatron_ext.config.training import RampStep
+from megatron_ext.config.training import ExitAt, RampStep
 
 
 @rule("data.reset_attention_mask", BACKEND)
@@ -62,6 +62,14 @@ def _skips_are_ranges(skips: list[list[int]], iters: int) -> str | None:
     return None
 
 
+@rule("train.skip_samples")
+def _skipped_samples_are_ranges(skips: list[list[int]]) -> str | None:
+    for skip in skips:
+        if len(skip) != 2 or not 0 <= skip[0] <= skip[1]:
+            return f"{skip} is no range [first, last] of samples, counted from 0"
+    return None
+
+
 @rule("train.eval_interval", given=("data.validation",))
 def _eval_needs_data(interval: int | None, validation: list[Any]) -> str | None:
     return "validation needs data.validation" if interval and not validation else None
@@ -84,3 +92,11 @@ def _modules_are_selective(modules: list[str], granularity: str | None) -> str |
 def _method_is_full(method: str, layers: int, granularity: str | None) -> str | None:
     given = (method, layers) != ("uniform", 1)
     return "have no effect; set granularity: full" if given and granularity != "full" else None
+
+
+@rule("train.exit_at.time")
+def _time_is_one(time: str | float | None) -> str | None:
+    try:
+        return None if (ExitAt(time=time).seconds or 0) >= 0 else "lies before 1970"
+    except ValueError:
+        return "is no time; write 2026-12-01T09:00 or 2026-12-01T09:00+09:00, or seconds since 1970"

@@ -1,4 +1,4 @@
-"""Reads text from tables: Parquet, and the Arrow files that the datasets library keeps or saves."""
+"""Reads rows of tables: Parquet, and the Arrow files that the datasets library keeps or saves."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +20,19 @@ def row_groups(path: Path) -> int:
     return int(_parquet(path).num_row_groups)
 
 
-def rows_of_parquet(path: Path, group: int, text_key: str) -> Iterator[Any]:
-    """The values of the column `text_key` of one row group, None where there is none."""
+def rows_of_parquet(path: Path, group: int, column: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of one row group: of `column`, which holds text, or of all columns; None where there is no value."""
     file = _parquet(path)
-    _check_column(path, file.schema_arrow, text_key)
+    if column is not None:
+        _check_column(path, file.schema_arrow, column)
     with reading(path, DataError, kind="Parquet", advice="fetch it again"):
-        for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[text_key]):
-            yield from batch.column(0).to_pylist()
+        columns = None if column is None else [column]
+        for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns):
+            yield from batch.to_pylist()
 
 
-def rows_of_arrow(path: Path, text_key: str) -> Iterator[Any]:
-    """The values of the column `text_key` of an Arrow file, of its streaming or its file format."""
+def rows_of_arrow(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
+    """The same of an Arrow file, of its streaming or its file format."""
     pyarrow = _pyarrow(path)
     with reading(path, DataError, kind="an Arrow file", advice="fetch it again"), pyarrow.memory_map(str(path)) as file:
         try:
@@ -39,11 +41,12 @@ def rows_of_arrow(path: Path, text_key: str) -> Iterator[Any]:
         except pyarrow.ArrowInvalid:
             table = pyarrow.ipc.open_file(file)
             batches = (table.get_batch(number) for number in range(table.num_record_batches))
-        _check_column(path, table.schema, text_key)
+        if column is not None:
+            _check_column(path, table.schema, column)
         for batch in batches:
-            column = batch.column(batch.schema.get_field_index(text_key))
-            for start in range(0, len(column), _ROWS):
-                yield from column.slice(start, _ROWS).to_pylist()
+            wanted = batch if column is None else batch.select([column])
+            for start in range(0, len(wanted), _ROWS):
+                yield from wanted.slice(start, _ROWS).to_pylist()
 
 
 def _parquet(path: Path) -> Any:

@@ -5,11 +5,11 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from megatron_ext.data.prepare.columns import rows_of_arrow, rows_of_parquet
 from megatron_ext.data.prepare.corpus import Shard, ending_of, is_compressed, split_into_shards
@@ -32,6 +32,11 @@ def read_documents(files: Sequence[Path], text_key: str = "text") -> Iterator[st
             yield text
 
 
+T = TypeVar("T")
+_Take = Callable[[Any], T]
+"""What is taken of the value of a line, or of the row of a table; raises BadDocument."""
+
+
 def read_shard(shard: Shard, text_key: str = "text", faults: Faults | None = None) -> Iterator[tuple[int, str]]:
     """Yield (place in its file, text) of the documents of a shard. One document is held in memory at a time.
 
@@ -44,21 +49,44 @@ def read_shard(shard: Shard, text_key: str = "text", faults: Faults | None = Non
         DataError: the file is damaged, not UTF-8, or has no string under `text_key`; names file and line.
     """
     faults = Faults() if faults is None else faults
+    yield from _read(shard, text_key, partial(_text_of, text_key=text_key), lambda text: text, faults)
+
+
+def read_rows(shard: Shard, faults: Faults | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (place in its file, object) as `read_shard` does: whole objects, or rows of tables by column.
+
+    A file of plain text is an object with a `text`.
+    """
+    faults = Faults() if faults is None else faults
+    yield from _read(shard, None, _object_of, lambda text: {"text": text}, faults)
+
+
+def where_in(path: Path, place: int) -> str:
+    """File and line, or row, of the document that was read at `place`; reads the lines before it."""
+    if ending_of(path) == ".jsonl":
+        return _line_at(path, place)
+    group, row = divmod(place, 1 << _GROUP_SHIFT)
+    return f"{path}: row group {group}, row {row}" if ending_of(path) == ".parquet" else f"{path}: entry {row}"
+
+
+def _read(
+    shard: Shard, column: str | None, take: _Take[T], of_text: Callable[[str], T], faults: Faults
+) -> Iterator[tuple[int, T]]:
+    """What `take` makes of each value of a shard; of tables only `column` is read, if that is given."""
     ending = ending_of(shard.path)
     if ending == ".parquet":
-        rows = rows_of_parquet(shard.path, shard.group, text_key)
-        yield from _documents_of_rows(rows, shard, text_key, faults)
+        yield from _documents_of_rows(rows_of_parquet(shard.path, shard.group, column), shard, take, faults)
         return
     if ending == ".arrow":
-        yield from _documents_of_rows(rows_of_arrow(shard.path, text_key), shard, text_key, faults)
+        yield from _documents_of_rows(rows_of_arrow(shard.path, column), shard, take, faults)
         return
     with _opened(shard.path) as file:
         if ending == ".txt":
-            yield from _whole(file, shard.path, faults)
+            yield from ((place, of_text(text)) for place, text in _whole(file, shard.path, faults))
         elif ending == ".json":
-            yield from _documents_of_json(file, shard.path, text_key, faults)
+            yield from _documents_of_json(file, shard.path, take, faults)
         else:
-            yield from _documents_of_lines(file, shard, text_key, faults)
+            yield from _documents_of_lines(file, shard, take, faults)
 
 
 @contextmanager
@@ -87,7 +115,7 @@ def _whole(file: IO[bytes], path: Path, faults: Faults) -> Iterator[tuple[int, s
         faults.meet(lambda: f"{path}:1", error.why)
 
 
-def _documents_of_lines(file: IO[bytes], shard: Shard, text_key: str, faults: Faults) -> Iterator[tuple[int, str]]:
+def _documents_of_lines(file: IO[bytes], shard: Shard, take: _Take[T], faults: Faults) -> Iterator[tuple[int, T]]:
     path, stop = shard.path, sys.maxsize if is_compressed(shard.path) else shard.stop
     if shard.start > 0:
         file.seek(shard.start - 1)
@@ -96,12 +124,13 @@ def _documents_of_lines(file: IO[bytes], shard: Shard, text_key: str, faults: Fa
             return
     offset = shard.start if shard.start == 0 else file.tell()
     while offset < stop and (line := file.readline(LONGEST_DOCUMENT + 1)):
-        size, is_whole, text = len(line), line.endswith(b"\n"), ""
+        size, is_whole = len(line), line.endswith(b"\n")
         try:
             if line.strip():
-                text = _text_of(_parse(_decode(line)), text_key)
+                taken = take(_parse(_decode(line)))
                 line = b""  # long ones need not be held twice while their text is used
-                yield offset, text
+                yield offset, taken
+                del taken
         except BadDocument as error:
             line = b""
             faults.meet(partial(_line_at, path, offset), error.why)
@@ -119,11 +148,11 @@ def _skip_line(file: IO[bytes], stop: int) -> bool:
     return True
 
 
-def _documents_of_json(file: IO[bytes], path: Path, text_key: str, faults: Faults) -> Iterator[tuple[int, str]]:
+def _documents_of_json(file: IO[bytes], path: Path, take: _Take[T], faults: Faults) -> Iterator[tuple[int, T]]:
     try:
         for number, (line, value) in enumerate(json_values(file, LONGEST_DOCUMENT)):
             try:
-                yield number, _text_of(value, text_key)
+                yield number, take(value)
             except BadDocument as error:
                 faults.meet(partial("{}:{}".format, path, line), error.why)
     except NotJson as error:
@@ -131,13 +160,15 @@ def _documents_of_json(file: IO[bytes], path: Path, text_key: str, faults: Fault
         faults.meet(partial("{}:{}".format, path, error.line), error.why + rest)
 
 
-def _documents_of_rows(rows: Iterator[Any], shard: Shard, text_key: str, faults: Faults) -> Iterator[tuple[int, str]]:
-    for number, value in enumerate(rows):
+def _documents_of_rows(
+    rows: Iterator[dict[str, Any]], shard: Shard, take: _Take[T], faults: Faults
+) -> Iterator[tuple[int, T]]:
+    for number, row in enumerate(rows):
         try:
-            text = _text_of({text_key: value}, text_key)
-            if len(text) > LONGEST_DOCUMENT:
+            taken = take(row)
+            if isinstance(taken, str) and len(taken) > LONGEST_DOCUMENT:
                 raise BadDocument(too_long(LONGEST_DOCUMENT))
-            yield shard.group << _GROUP_SHIFT | number, text
+            yield shard.group << _GROUP_SHIFT | number, taken
         except BadDocument as error:
             group = f"row group {shard.group}, " if ending_of(shard.path) == ".parquet" else ""
             faults.meet(lambda n=number, g=group: f"{shard.path}: {g}row {n}", error.why)  # type: ignore[misc]
@@ -170,6 +201,16 @@ def _text_of(row: Any, text_key: str) -> str:
     except UnicodeEncodeError as error:
         raise BadDocument(f"half a character, which UTF-8 has not ({error})") from error
     return text
+
+
+def _object_of(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise BadDocument(f"expected an object, found {_JSON_NAMES.get(type(row), 'a string')}")
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise BadDocument(f"half a character, which UTF-8 has not ({error})") from error
+    return row
 
 
 def _decode(data: bytes) -> str:

@@ -43,6 +43,7 @@ class Told:
         bad_lines: the first of them, file, line and reason.
         dropped: documents that filters left out, by reason.
         samples: some of them, (reason, file, beginning of the text).
+        read: rows of chat data by what they hold.
     """
 
     empty: int = 0
@@ -50,6 +51,7 @@ class Told:
     bad_lines: list[str] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     samples: list[tuple[str, str, str]] = field(default_factory=list)
+    read: dict[str, int] = field(default_factory=dict)
 
 
 class Part:

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
-from megatron_ext.data.indexed import token_dtype, write_synced
+from megatron_ext.data.indexed import write_synced
 from megatron_ext.data.prepare.corpus import corpus_files, is_compressed, split_into_shards
 from megatron_ext.data.prepare.filters import fingerprint_of
 from megatron_ext.data.prepare.join import MOST_FILES, check_parts, find_copies, join_split
 from megatron_ext.data.prepare.parts import Part, Told
-from megatron_ext.data.prepare.shard_work import SPLITS, ShardWorker, Task, TextOptions
+from megatron_ext.data.prepare.preparation import PLAIN_TEXT, Preparation, Worker
+from megatron_ext.data.prepare.shard_work import SPLITS, Task, TextOptions
 from megatron_ext.data.prepare.workers import run_in_processes
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.record import record_of
@@ -50,7 +51,7 @@ _EXPANDS = 5
 """How many times its size a compressed file is about."""
 _SAMPLES = 100
 """Documents of each reason that are kept of those left out."""
-_RESULTS = ("splits", "files", "left_out", "first_bad_lines")
+_RESULTS = ("splits", "files", "left_out", "first_bad_lines", "read")
 """What dataset.json says of the result, beside what that depends on."""
 
 Progress = Callable[[int, int, str], None]
@@ -61,6 +62,7 @@ def preprocess(
     tokenizer_directory: str | Path,
     output: str | Path,
     *,
+    how: Preparation = PLAIN_TEXT,
     options: TextOptions | None = None,
     text_key: str = "text",
     split: Sequence[float] = (0.98, 0.01, 0.01),
@@ -73,6 +75,7 @@ def preprocess(
     Interrupted, it continues with the shards that are missing; the output appears when it is complete.
 
     Args:
+        how: what is made of the documents.
         options: all choices about the text; `text_key` and `split` are two of them, for short, and stand above it.
         split: shares of the three splits; a split without documents is not written.
         progress: told (bytes read, bytes in all, documents and tokens so far).
@@ -83,17 +86,18 @@ def preprocess(
     files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
     options = options or TextOptions(text_key=text_key, split=tuple(split))
     options = replace(options, split=_checked_fractions(options.split))
-    plan = _plan(files, tokenizer, options)
+    plan = {**_plan(files, tokenizer, options), **how.describe(tokenizer)}
     if (done := _published(Path(output), plan)) is not None:
         return done
-    output = output_place(output, DataError, force=force, contents=_CONTENTS, inputs=[*files, tokenizer.directory])
+    contents = (*_CONTENTS, *how.contents)
+    output = output_place(output, DataError, force=force, contents=contents, inputs=[*files, tokenizer.directory])
     work = unfinished_place(output)
     tasks = _tasks(files)
     with exclusive_output(output, "preparing data"):
         _continue_or_restart(output, plan)
         with _writing(work):
-            _run_shards(work, options, tokenizer, tasks, workers, progress)
-            summary = _join(work, tasks, plan, options, token_dtype(tokenizer.vocab_size))
+            _run_shards(work, how, options, tokenizer, tasks, workers, progress)
+            summary = _join(work, tasks, plan, how, options, tokenizer)
         publish_directory(work / _JOINED, output, replace=force)
         remove_unfinished(work)
     return summary
@@ -184,7 +188,13 @@ def _plan_of(work: Path) -> dict[str, Any] | None:
 
 
 def _run_shards(
-    work: Path, options: TextOptions, tokenizer: Tokenizer, tasks: list[Task], workers: int, progress: Progress
+    work: Path,
+    how: Preparation,
+    options: TextOptions,
+    tokenizer: Tokenizer,
+    tasks: list[Task],
+    workers: int,
+    progress: Progress,
 ) -> None:
     total = sum(task.shard.stop - task.shard.start for task in tasks)
     missing, done, counts = [], 0, np.zeros(2, dtype=np.int64)
@@ -195,7 +205,7 @@ def _run_shards(
         done += task.shard.stop - task.shard.start
         counts += Part(work, task.number).size(SPLITS)
     progress(done, total, _note(counts))
-    start = partial(_start, work, options, tokenizer)
+    start = partial(_start, work, how, options, tokenizer)
     if workers == 1 or len(missing) <= 1:
         start()
         finished: Iterator[Task] = (_done(work, task) for task in missing)
@@ -217,13 +227,13 @@ def _description(task: Task) -> str:
     return f"{shard.path}, bytes {shard.start} to {shard.stop}; start the same command again to go on"
 
 
-_worker: ShardWorker | None = None
+_worker: Worker | None = None
 
 
-def _start(work: Path, options: TextOptions, tokenizer: Tokenizer) -> None:
+def _start(work: Path, how: Preparation, options: TextOptions, tokenizer: Tokenizer) -> None:
     """Give this process the tokenizer that was loaded once: that takes seconds."""
     global _worker
-    _worker = ShardWorker(work, options, tokenizer)
+    _worker = how.worker(work, options, tokenizer)
 
 
 def _done(work: Path, task: Task) -> Task:
@@ -234,9 +244,15 @@ def _done(work: Path, task: Task) -> Task:
 
 
 def _join(
-    work: Path, tasks: Sequence[Task], plan: dict[str, Any], options: TextOptions, dtype: np.dtype[np.generic]
+    work: Path,
+    tasks: Sequence[Task],
+    plan: dict[str, Any],
+    how: Preparation,
+    options: TextOptions,
+    tokenizer: Tokenizer,
 ) -> dict[str, SplitSummary]:
     """Join the parts of every split to the finished directory, and describe it."""
+    dtype = how.dtype(tokenizer)
     parts = [Part(work, task.number) for task in tasks]
     check_parts(parts)
     output = work / _JOINED
@@ -260,6 +276,8 @@ def _join(
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "no document"
         raise DataError(f"{names[0]}{more}: no text there is left ({why})")
+    if (made := how.finish(output, splits, tokenizer)) is not splits:
+        splits, sums = dict(made), {}  # other files than those that were summed
     results = {
         "splits": splits,
         "files": [
@@ -268,6 +286,7 @@ def _join(
         ],
         "left_out": left_out,
         "first_bad_lines": [line for one in told for line in one.bad_lines][:_SAMPLES],
+        **_read(told),
     }
     _write_samples(output / DROPPED_FILE, told)
     write_synced(output / MANIFEST_FILE, (json.dumps({**plan, **results}, indent=2) + "\n").encode())
@@ -294,6 +313,15 @@ def _left_out(told: Sequence[Told]) -> dict[str, int]:
         for reason, count in one.dropped.items():
             result[reason] = result.get(reason, 0) + count
     return result
+
+
+def _read(told: Sequence[Told]) -> dict[str, Any]:
+    """What rows of chat data held, if that was counted."""
+    read: dict[str, int] = {}
+    for one in told:
+        for what, count in one.read.items():
+            read[what] = read.get(what, 0) + count
+    return {"read": read} if read else {}
 
 
 def _write_samples(path: Path, told: Sequence[Told]) -> None:

@@ -86,7 +86,7 @@ class ShardWorker:
             assert len(ends) == len(batch), "the token that ends documents is in no text"
             records, hashes = self._records(batch, task.file)
             records["tokens"] = np.diff(ends, prepend=-1)
-            yield ids, _splits_of(hashes, self._options.split), records
+            yield ids, splits_of(hashes, self._options.split), records
 
     def _texts(self, task: Task, told: Told) -> Iterator[tuple[int, str]]:
         faults = Faults(are_fatal=self._options.bad_lines == "stop")
@@ -106,13 +106,13 @@ class ShardWorker:
         """Records of documents, and hashes of their texts, uint64 [D]."""
         records = np.zeros(len(batch), dtype=DOCUMENT)
         encoded = [text.encode() for _, text in batch]
-        hashes = np.array([_hash(data, 8)[0] for data in encoded], dtype=np.uint64)
+        hashes = np.array([hash_of(data, 8)[0] for data in encoded], dtype=np.uint64)
         places = np.array([place for place, _ in batch], dtype=np.uint64) | np.uint64(file << FILE_SHIFT)
         records["place"], records["bytes"] = places, [len(data) for data in encoded]
         # Copies of a text are no neighbours: its place counts too.
-        records["order"] = _mixed(hashes ^ _mixed(places ^ np.uint64(_ORDER)))
+        records["order"] = mixed(hashes ^ mixed(places ^ np.uint64(_ORDER)))
         if self._options.deduplicate:
-            both = np.array([_hash(data, 16) for data in encoded], dtype=np.uint64)
+            both = np.array([hash_of(data, 16) for data in encoded], dtype=np.uint64)
             records["high"], records["low"] = both[:, 0], both[:, 1]
         return records, hashes
 
@@ -127,13 +127,13 @@ def _batch(texts: Iterator[tuple[int, str]]) -> list[tuple[int, str]]:
     return batch
 
 
-def _hash(data: bytes, size: int) -> list[int]:
+def hash_of(data: bytes, size: int) -> list[int]:
     """The BLAKE2b hash of `size` bytes, as numbers of 64 bits."""
     digest = hashlib.blake2b(data, digest_size=size).digest()
     return [int.from_bytes(digest[at : at + 8], "little") for at in range(0, size, 8)]
 
 
-def _mixed(numbers: np.ndarray) -> np.ndarray:
+def mixed(numbers: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64, a permutation of 64 bits."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -141,7 +141,7 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
     return result
 
 
-def _splits_of(hashes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+def splits_of(hashes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
     """Number of the split of each document, by its hash alone: it stays there whatever else the corpus has."""
     draws = hashes.astype(np.float64) / 2**64
     last = max(number for number, share in enumerate(shares) if share > 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_ext.config import DataConfig, TrainConfig
 from megatron_ext.config.data import Stage, source_ids
 from megatron_ext.data.stream.continuing import Continued, changed, continue_stages, same_pattern
-from megatron_ext.data.stream.order import WINDOW
+from megatron_ext.data.stream.order import window_of
 from megatron_ext.data.stream.pattern import PERIOD, Pattern, shares_of
 from megatron_ext.data.stream.plan import PlannedSource, RunPlan, StagePlan, pattern_of
 from megatron_ext.data.stream.progress import Part, Progress
@@ -124,16 +124,18 @@ class _Planner:
     def _planned_sources(self) -> tuple[PlannedSource, ...]:
         """Those of the configuration that are there, and those that were read and are no longer in it."""
         staged = self._data.sources
-        found = {
-            name: PlannedSource(name, size.tokens, size.fingerprint, staged[name].order if staged else "shuffled")
-            for name in staged or source_ids(self._data.train)
-            if (size := self._sizes.get(name)) is not None
-        }
+        windows = self._progress.windows if self._progress else {}
+        found = {}
+        for name in staged or source_ids(self._data.train):
+            if (size := self._sizes.get(name)) is not None:
+                window = windows.get(name) or window_of((size.tokens - 1) // self.unit)
+                order = staged[name].order if staged else "shuffled"
+                found[name] = PlannedSource(name, size.tokens, size.fingerprint, order, window)
         if self._data.order == 1:
             return tuple(found.values())
         if self._progress:
             for name, mark in self._progress.fingerprints.items():
-                found.setdefault(name, PlannedSource(name, None, mark, self._progress.orders[name]))
+                found.setdefault(name, PlannedSource(name, None, mark, self._progress.orders[name], windows[name]))
         return tuple(found[name] for name in sorted(found))
 
     def _check_units(self) -> None:
@@ -314,7 +316,7 @@ class _Planner:
         source = self._by_id[name]
         epoch = source.epoch_tokens(self.unit)
         within = behind % epoch
-        step = length if source.order == "file" else WINDOW * self.unit
+        step = length if source.order == "file" else source.window * self.unit
         return min(math.ceil(within / step) * step, epoch) - within
 
     def _append(self, part: Part) -> None:

@@ -1,8 +1,8 @@
 """The order inside a source: a pure function of (seed, source, epoch, index), computed without any table.
 
 A source's tokens are cut into units of fixed length; what stands at an index of an epoch is found by a Feistel network
-that permutes the units (cycle walking keeps it among them). Where samples are shorter than units, the samples of 256
-units at a time are permuted among each other, so that those of one unit do not follow each other.
+that permutes the units (cycle walking keeps it among them). Where samples are shorter than units, the samples of a
+window of units are permuted among each other, so that those of one unit do not follow each other.
 """
 
 from functools import lru_cache
@@ -12,10 +12,17 @@ from typing import Any
 import numpy as np
 
 WINDOW = 256
-"""Units whose shorter samples are mixed with each other."""
+"""Units whose shorter samples are mixed with each other, at most."""
+_WINDOWS = 128
+"""Windows of a source, at least: where the sequence length changes, the rest of one is passed over."""
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
 _GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def window_of(units: int) -> int:
+    """Units of a window of a source that has so many: what a change of length passes over is a small part of it."""
+    return max(1, min(WINDOW, units // _WINDOWS))
 
 
 def order_key(name: str) -> int:
@@ -50,7 +57,7 @@ def permuted_all(name: str, n: int, indices: np.ndarray[Any, Any]) -> np.ndarray
     return found.astype(np.int64)
 
 
-def sample_at(source: str, epoch: int, units: int, k: int, position: int, window: int = WINDOW) -> tuple[int, int]:
+def sample_at(source: str, epoch: int, units: int, k: int, position: int, window: int) -> tuple[int, int]:
     """The unit, and the part of it, that is read at a position of an epoch of a shuffled source.
 
     Args:
@@ -58,6 +65,7 @@ def sample_at(source: str, epoch: int, units: int, k: int, position: int, window
         units: of an epoch.
         k: samples in a unit.
         position: from 0 to before units * k.
+        window: units of a window.
     """
     name = f"{source}:{epoch}"
     if k == 1:

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from megatron_ext.config.data import Stage
-from megatron_ext.data.stream.order import sample_at
+from megatron_ext.data.stream.order import WINDOW, sample_at
 from megatron_ext.data.stream.pattern import Pattern, mix_pattern, take_pattern
 from megatron_ext.data.stream.progress import Part, Progress
 
@@ -27,6 +27,8 @@ class PlannedSource:
     """Of its files."""
     order: str = "shuffled"
     """shuffled or file."""
+    window: int = WINDOW
+    """Units whose shorter samples are mixed with each other."""
 
     def epoch_tokens(self, unit: int) -> int:
         """Tokens read of it in one epoch: whole units; 0 where its size is not known."""
@@ -211,7 +213,8 @@ class RunPlan:
         read_of = {name for part in parts for name in part.starts}
         known = [source for source in self.sources if source.id in read_of]
         marks, orders = ({s.id: getattr(s, key) for s in known} for key in ("fingerprint", "order"))
-        return Progress(self.order, self.unit, self.seed, marks, orders, tuple(parts))
+        windows = {source.id: source.window for source in known}
+        return Progress(self.order, self.unit, self.seed, marks, orders, tuple(parts), windows)
 
     def place(self, sample: int) -> Place:
         """Where `sample` is read from, in order 2.
@@ -230,7 +233,7 @@ class RunPlan:
         if source.order == "file":
             unit, part = divmod(within, k)
         else:
-            unit, part = sample_at(f"{self.seed}:{name}", epoch, units, k, within)
+            unit, part = sample_at(f"{self.seed}:{name}", epoch, units, k, within, source.window)
         return Place(name, epoch, unit, unit * self.unit + part * length, length)
 
     def source_counts(self, sample: int) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_ext.config import load_config, to_mapping
 from megatron_ext.config.data import Stage
+from megatron_ext.data.stream.order import WINDOW
 from megatron_ext.errors import CheckpointError
 from megatron_ext.foreign import reading
 
@@ -63,6 +64,8 @@ class Progress:
     orders: Mapping[str, str]
     """shuffled or file, by id."""
     parts: tuple[Part, ...]
+    windows: Mapping[str, int]
+    """Units of a window of each source, by id."""
 
     @property
     def steps(self) -> int:
@@ -107,6 +110,7 @@ def to_json(progress: Progress) -> dict[str, Any]:
         "seed": progress.seed,
         "sources": {
             name: {"fingerprint": mark, "order": progress.orders[name], "position_tokens": positions[name]}
+            | {"window_units": progress.windows[name]}
             for name, mark in progress.fingerprints.items()
         },
         "stages": [
@@ -135,6 +139,8 @@ def from_json(raw: Mapping[str, Any], where: Path) -> Progress:
             fingerprints={name: source["fingerprint"] for name, source in sources.items()},
             orders={name: source["order"] for name, source in sources.items()},
             parts=tuple(_part(entry, where) for entry in raw["stages"]),
+            # Checkpoints older than this key had the largest, whatever the size of the source.
+            windows={name: source.get("window_units", WINDOW) for name, source in sources.items()},
         )
         stated = {name: source["position_tokens"] for name, source in sources.items()}
         if progress.positions() != stated:

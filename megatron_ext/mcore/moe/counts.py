@@ -17,6 +17,16 @@ class RouterCounts:
     def __init__(self, experts: int) -> None:
         self.experts = experts
         self.sums: Tensor | None = None
+        self._before: Tensor | None = None
+        """What `sums` was when the step began that is on its way."""
+
+    def begin_step(self) -> None:
+        """What is counted from now on belongs to a step that may be refused."""
+        self._before = self.sums
+
+    def discard_step(self) -> None:
+        """Forget what the refused step counted."""
+        self.sums = self._before
 
     def add(self, load_E: Tensor, dropped: Tensor, probabilities_TE: Tensor) -> None:
         """Count a micro-batch: assignments, dropped ones, and the shape of the gate's distribution without noise."""

@@ -55,10 +55,15 @@ class GroupedExperts(MegatronModule):
         weight = torch.nn.Parameter(
             torch.empty(*shape, dtype=self.config.params_dtype, device=torch.get_default_device())
         )
-        weight.allreduce = False  # type: ignore[attr-defined]
-        weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        weight.partition_dim, weight.partition_stride = split_dim, 1  # type: ignore[attr-defined]
+        self.mark_expert(weight, split_dim)
         return weight
+
+    @staticmethod
+    def mark_expert(weight: Any, split_dim: int) -> None:
+        """Tell megatron-core that `weight` is an expert's, and no other TP rank has a copy."""
+        weight.allreduce = False
+        weight.tensor_model_parallel = True
+        weight.partition_dim, weight.partition_stride = split_dim, 1
 
     def forward(self, tokens_TH: Tensor, tokens_per_expert_E: Tensor, weights_T: Tensor) -> tuple[Tensor, None]:
         """Return each token's expert output times its routing weight [T, H], and no bias left to add."""
@@ -98,7 +103,8 @@ class GroupedExperts(MegatronModule):
 
     def _no_tokens(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
         """An empty output that still depends on every parameter: gradient reduction waits for every one's hook."""
-        touched = 0 * (sum(parameter.sum() for parameter in self.parameters()) + weights_T.sum())
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        touched = 0 * sum((parameter.sum() for parameter in trained), start=weights_T.sum())
         return tokens_TH + touched.to(tokens_TH.dtype)
 
     def backward_dw(self) -> None:
@@ -108,23 +114,28 @@ class GroupedExperts(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, ShardedTensorFactory]:
         """Describe every parameter as one chunk an expert (of a gated fc1 two) of the stacked global tensors."""
+        # Of a gated fc1 the gate rows of all ETP ranks come first, then all up rows.
+        first, second = f"{prefix}experts.linear_fc1", f"{prefix}experts.linear_fc2"
+        halves = self.projections
         described = {
-            "weight1": self._sharded(f"{prefix}experts.linear_fc1.weight", self.weight1, sharded_offsets, 0),
-            "weight2": self._sharded(f"{prefix}experts.linear_fc2.weight", self.weight2, sharded_offsets, 1),
+            "weight1": self.sharded(f"{first}.weight", self.weight1, sharded_offsets, 0, halves),
+            "weight2": self.sharded(f"{second}.weight", self.weight2, sharded_offsets, 1),
         }
         if self.bias1 is not None and self.bias2 is not None:
-            described["bias1"] = self._sharded(f"{prefix}experts.linear_fc1.bias", self.bias1, sharded_offsets, 0)
-            described["bias2"] = self._sharded(f"{prefix}experts.linear_fc2.bias", self.bias2, sharded_offsets, 0)
+            described["bias1"] = self.sharded(f"{first}.bias", self.bias1, sharded_offsets, 0, halves)
+            described["bias2"] = self.sharded(f"{second}.bias", self.bias2, sharded_offsets, 0)
         return {f"{prefix}{name}": factory for name, factory in described.items()}
 
-    def _sharded(
-        self, key: str, parameter: Tensor, sharded_offsets: tuple[Any, ...], split_dim: int
+    def sharded(
+        self, key: str, parameter: Tensor, sharded_offsets: tuple[Any, ...], split_dim: int, halves: int = 1
     ) -> ShardedTensorFactory:
-        """`parameter` as chunks of the global tensor `key`; ETP splits dimension `split_dim` of one expert's part."""
+        """`parameter` as chunks of the global tensor `key`; ETP splits dimension `split_dim` of one expert's part.
+
+        Args:
+            halves: of so many matrices one after the other in that dimension, each is split by itself.
+        """
         dense_dims, experts = len(sharded_offsets), self.num_local_experts
         etp_rank, etp_size = self.etp_group.rank(), self.etp_group.size()
-        # Of a gated fc1 the gate rows of all ETP ranks come first, then all up rows.
-        halves = self.projections if "linear_fc1" in key else 1
 
         def build(key: str, stacked: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
             return [

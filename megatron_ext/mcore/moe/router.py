@@ -90,7 +90,7 @@ class Router(MegatronModule):
         self.capacity = None
         if model.moe_expert_capacity_factor is not None:
             self.capacity = Capacity(model.moe_expert_capacity_factor, model.moe_token_drop_policy)
-        self.follows_load = model.moe_router_enable_expert_bias or adapts
+        self._adapts = adapts
         self.counts = RouterCounts(self.num_experts)
         self.begin_step()
 
@@ -226,6 +226,15 @@ class Router(MegatronModule):
         if self.follows_load:
             self.step_counts = self.step_counts + torch.cat((load_E, dropped[None]))
 
+    @property
+    def follows_load(self) -> bool:
+        """Whether something here moves with the loads; the expert bias stays where the router is not trained."""
+        return self._moves_bias or self._adapts
+
+    @property
+    def _moves_bias(self) -> bool:
+        return self.model.moe_router_enable_expert_bias and self.weight.requires_grad
+
     def begin_step(self) -> None:
         """Forget what has been counted towards the step that is beginning."""
         device = self.weight.device
@@ -235,7 +244,7 @@ class Router(MegatronModule):
     @torch.no_grad()
     def update_from_load(self, counts_E: Tensor, dropped: Tensor) -> None:
         """Move the expert bias and the adaptive coefficient by the loads of a whole step."""
-        if self.expert_bias is not None:
+        if self.expert_bias is not None and self._moves_bias:
             self.expert_bias.copy_(
                 balance.moved_bias(self.expert_bias, counts_E, self.model.moe_router_bias_update_rate)
             )

@@ -20,6 +20,7 @@ class RouterSteps:
         """Forget what was counted since the last step that was taken."""
         for router in self._routers:
             router.begin_step()
+            router.counts.begin_step()
 
     @torch.no_grad()
     def commit(self, group: dist.ProcessGroup) -> None:
@@ -33,7 +34,9 @@ class RouterSteps:
 
     def discard(self) -> None:
         """Forget what the refused step counted."""
-        self.begin()
+        for router in self._routers:
+            router.begin_step()
+            router.counts.discard_step()
 
     def state(self) -> list[TensorShard]:
         """The adaptive balance-loss coefficients, `router.coefficient.<loss>.<layer>`; biases are part of the model.

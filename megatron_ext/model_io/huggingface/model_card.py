@@ -104,14 +104,15 @@ def _verified(figures: Sequence[str] | None, other: str = "the model it was made
 def replace_verification(directory: Path, figures: Sequence[str]) -> None:
     """Put newer figures into the card of `directory`, if it has one of ours; the file is replaced, not written into."""
     card = directory / MODEL_CARD
-    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    # People add to a card with any editor: what is not UTF-8 stays what it is.
+    before = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""
     after = re.sub(r"^## Verification\n.*?(?=^## |^Exported by |\Z)", "", before, flags=re.M | re.S)
     start = re.search(r"^## Verification$", before, flags=re.M)
     if start is not None:
         card.unlink()
         at = start.start()
         section = _verified(figures, "megatron-core's model of the same weights, when its modelling code was renewed")
-        card.write_text(f"{after[:at]}{section}\n\n{after[at:]}", encoding="utf-8")
+        card.write_text(f"{after[:at]}{section}\n\n{after[at:]}", encoding="utf-8", errors="surrogateescape")
 
 
 def run_of_card(directory: Path) -> dict[str, Any]:

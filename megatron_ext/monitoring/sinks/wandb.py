@@ -54,7 +54,9 @@ class WandbSink:
         self.log(validation_panels(report), iteration)
 
     def event(self, event: Event) -> None:
-        """Nothing: W&B is told of events by alerts."""
+        """Its numbers; of the rest W&B is told by alerts."""
+        if event.panels:
+            self.log(event.panels, event.iteration)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Report `values` for `step`."""

@@ -32,9 +32,9 @@ class StepDone:
 
     def is_due(self, interval: int | None) -> bool:
         """Whether what happens every `interval` steps and after the last one happens now."""
-        if isinstance(self.verdict, Rollback):
-            return False
-        return self.iteration == self.last or (interval is not None and self.iteration % interval == 0)
+        if self.iteration >= self.last:  # a rollback passes over steps, beyond the last of this job too
+            return True
+        return not isinstance(self.verdict, Rollback) and interval is not None and self.iteration % interval == 0
 
 
 class Hook:

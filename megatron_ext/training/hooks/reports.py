@@ -20,7 +20,6 @@ from megatron_ext.monitoring.monitor import Monitor, StepReport, new_run_id, tel
 from megatron_ext.monitoring.sources import SourceReport, ValidationReport
 from megatron_ext.monitoring.step_times import StepTimes
 from megatron_ext.training.hooks.base import Hook, StepDone
-from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.session import Session
 from megatron_ext.training.step import SourceSums
 from megatron_ext.training.verdict import Rollback, Skip, Take
@@ -76,11 +75,11 @@ class Reports(Hook):
                 self._report(session, done)
         if isinstance(done.verdict, Rollback):
             self._go_back(done.iteration)
-        if self._monitor is not None and done.ends_stage and not isinstance(done.verdict, Rollback):
+        if self._monitor is not None and done.ends_stage:
             self._monitor.stage_ended(done.iteration, session.stream.consumption())
 
     def _go_back(self, iteration: int) -> None:
-        """The run goes on from an earlier step."""
+        """The run went back to an earlier state, and goes on behind the data that it passed over."""
         self._reported, self._reported_at = iteration, time.monotonic()
         self._next = iteration + self._run.logging.log_interval
         if self._monitor is not None:
@@ -101,11 +100,11 @@ class Reports(Hook):
         self._next = iteration + max(settings.log_interval, steps)
 
     def _note(self, session: Session, done: StepDone) -> None:
-        """Count what a step computed, over which the next report averages."""
+        """Count what a step that was taken computed, over which the next report averages."""
         assert done.result is not None
-        stage = session.plan.stage_of_sample(done.first_sample)
-        self._micro_batches += stage.global_batch_size // stage.micro_batch_size
-        if isinstance(done.verdict, Take):
+        if isinstance(done.verdict, Take):  # routers forget what they counted in others
+            stage = session.plan.stage_of_sample(done.first_sample)
+            self._micro_batches += stage.global_batch_size // stage.micro_batch_size
             seen = done.result.sources
             self._sources = seen if self._sources is None else self._sources + seen
             self._taken += 1
@@ -156,7 +155,7 @@ class Reports(Hook):
         sources = self._source_reports(consumed)
         self._micro_batches = self._taken = 0
         if self._monitor is not None:
-            rate = learning_rate(self._run, session.plan, done.iteration - 1)
+            rate = session.learning_rate(done.iteration - 1)
             report = StepReport(
                 iteration=done.iteration,
                 losses=losses,

@@ -42,6 +42,7 @@ MODELS = [
             kv_lora_rank=24, q_lora_rank=40, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=12
         ),
     ),
+    tiny_model(moe=True, num_layers=6),
 ]
 STAGES = ParallelConfig(
     tensor_model_parallel_size=2,
@@ -54,12 +55,18 @@ STAGES = ParallelConfig(
 LAYOUTS = [
     replace(STAGES, expert_tensor_parallel_size=2),
     replace(STAGES, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+    replace(
+        STAGES,
+        expert_tensor_parallel_size=2,
+        account_for_embedding_in_pipeline_split=True,
+        account_for_loss_in_pipeline_split=True,
+    ),
 ]
 
 
 def held(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Of each tensor that this rank has some of: how many elements, and the shape of one piece."""
-    known, mine = tensors_by_location(model), {}
+    known, mine = tensors_by_location(model_tensors(model)), {}
     for chunk in build(model, parallel):
         for piece in (piece for pieces in shards_of(chunk).values() for piece in pieces):
             stacked = len(piece.global_shape) - piece.data.dim()
@@ -69,7 +76,7 @@ def held(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, t
 
 
 @pytest.mark.parametrize(
-    ("model", "parallel"), zip(MODELS, LAYOUTS, strict=True), ids=["grouped-query ETP2", "latent EP2 ETP1"]
+    ("model", "parallel"), zip(MODELS, LAYOUTS, strict=True), ids=["grouped-query ETP2", "latent EP2 ETP1", "uneven"]
 )
 def test_each_rank_holds_what_the_catalogue_places_there(
     model: ModelConfig, parallel: ParallelConfig, pool: GlooPool
@@ -82,7 +89,7 @@ def test_each_rank_holds_what_the_catalogue_places_there(
                 on_this_rank = int(name.split(".")[5]) * layout.ep // (model.num_moe_experts or 1) == here.ep
             else:
                 on_this_rank = True
-            if here.pp not in stages_of(tensor, model, layout.pp, chunks=2) or not on_this_rank:
+            if here.pp not in stages_of(tensor, model, parallel) or not on_this_rank:
                 continue
             seen.add(name)
             count, shape = mine[name]
@@ -120,4 +127,4 @@ def shard(key: str, shape: tuple[int, ...]) -> ParameterShard:
 )
 def test_a_parameter_that_the_catalogue_lacks_is_an_error(piece: ParameterShard, complaint: str) -> None:
     with pytest.raises(TrainingError, match=complaint):
-        _entry(tensors_by_location(tiny_model()), piece)
+        _entry(tensors_by_location(model_tensors(tiny_model())), piece)

@@ -43,6 +43,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         },
         ["the stages have the sequence lengths 32, 64; packs are of one"],
     ),
+    (
+        {"train": {"exit_at": {"time": "tomorrow"}}},
+        ["train.exit_at.time = 'tomorrow': is no time; write 2026-12-01T09:00 or"],
+    ),
     ({"train": {"train_iters": 0}}, ["train.train_iters = 0: must be greater than or equal to 1"]),
     ({"data": {"train": [{"path": "a"}, {"path": "a"}], "cache_dir": None}}, ["data.train: 'a' is there twice"]),
     (
@@ -68,6 +72,28 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ],
     ),
     ({"model": {"num_query_groups": 3}}, ["model.num_attention_heads = 4", "model.num_query_groups = 3"]),
+    (
+        {"checkpoint": {"keep_every": 5}},
+        ["checkpoint.keep_every = 5, checkpoint.keep_last = None", "set it, such as 3"],
+    ),
+    (
+        {"checkpoint": {"keep_every": 5, "keep_last": 2, "save_interval": 2}},
+        ["checkpoint.keep_every = 5, checkpoint.save_interval = 2", "must be a multiple of it"],
+    ),
+    ({"checkpoint": {"keep_matching": "5"}}, ["checkpoint.keep_matching = '5', checkpoint.keep_last = None"]),
+    ({"checkpoint": {"copy_to": "d/"}}, ["checkpoint.copy_to = 'd/', checkpoint.directory = 'd'", "both are one"]),
+    ({"checkpoint": {"keep_last": 2, "keep_matching": "(5"}}, ["checkpoint.keep_matching = '(5'", "no regular expre"]),
+    (
+        {
+            "model": {"num_layers": 2},
+            "parallel": {
+                "pipeline_model_parallel_size": 4,
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            },
+        },
+        ["model.num_layers = 2, parallel.pipeline_model_parallel_size = 4", "has no layer left"],
+    ),
     ({"train": {"skip_steps": [[3, 2]]}}, ["train.skip_steps = [[3, 2]]", "[3, 2] is no range [first, last]"]),
     ({"train": {"skip_steps": [[1, 2, 3]]}}, ["[1, 2, 3] is no range [first, last]"]),
     ({"model": {"hidden_size": 66}}, ["model.hidden_size = 66", "kv_channels"]),
@@ -75,7 +101,7 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": {"rotary_percent": 0.2}}, ["model.rotary_width = 3", "model.rotary_percent = 0.2"]),
     (
         {"model": {"position_embedding_type": "learned_absolute", "rope_scaling": {"kind": "linear", "factor": 2.0}}},
-        ["model.rope_scaling = LinearRopeScaling", "only rotary embedding has that"],
+        ["model.rope_scaling = {'kind': 'linear', 'factor': 2.0}", "only rotary embedding has that"],
     ),
     ({"model": {"position_embedding_type": "learned_absolute", "rotary_percent": 0.5}}, ["only rotary embedding"]),
     ({"model": {"position_embedding_type": "learned_absolute", "multi_latent_attention": LATENT}}, ["only rotary"]),
@@ -314,7 +340,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     (
         {"train": {"micro_batch_size": 2, "batch_size_ramp": [{"global_batch_size": 3, "steps": 4}]}},
-        ["global batches of [3] are no multiples of the micro-batch"],
+        [
+            "train.batch_size_ramp = [{'global_batch_size': 3, 'steps': 4}]",
+            "global batches of [3] are no multiples of the micro-batch",
+        ],
     ),
     ({"schedule": {"min_lr": 0.1}}, ["schedule.min_lr = 0.1", "optimizer.lr = 0.001"]),
     ({"schedule": {"kind": "wsd", "wsd_decay_iters": 5, "decay_style": "geometric"}}, ["set min_lr"]),

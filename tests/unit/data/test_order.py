@@ -39,7 +39,7 @@ def test_known_samples_of_units_in_windows() -> None:
     assert quarters[6:12] == [(8, 2), (5, 2), (3, 2), (0, 1), (3, 0), (5, 0)]
     assert sorted(pairs) == [(u, j) for u in range(10) for j in range(2)]
     assert sorted(quarters) == [(u, j) for u in range(10) for j in range(4)]
-    assert [sample_at("1234:wiki", 0, 10, 1, p)[0] for p in range(10)] == [5, 8, 3, 0, 4, 7, 2, 9, 1, 6]
+    assert [sample_at("1234:wiki", 0, 10, 1, p, window=4)[0] for p in range(10)] == [5, 8, 3, 0, 4, 7, 2, 9, 1, 6]
 
 
 def digits(pattern: Pattern, n: int) -> str:

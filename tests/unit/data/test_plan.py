@@ -1,6 +1,7 @@
 """The plan of a run's data: its figures, what may change when a run goes on, and what is refused."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_what_was_read_keeps_its_files_order_and_seed() -> None:
     before = planned(SOURCES, [A, B])
     progress = stored(before, 1440)
     other = {**progress.fingerprints, "ja": "other files"}
-    changed = Progress(2, 16, 7, other, {**progress.orders, "en": "file"}, progress.parts)
+    changed = Progress(2, 16, 7, other, {**progress.orders, "en": "file"}, progress.parts, progress.windows)
     with pytest.raises(CheckpointError) as caught:
         planned(SOURCES, [A, B], progress=changed, unit_tokens=8)
     for part in ("'ja': its files are not those", "'en': order: file", "train.seed: 7", "data.unit_tokens: 16"):
@@ -217,19 +218,32 @@ def test_longer_sequences_pass_over_the_rest_of_a_window() -> None:
     short = {"name": "short", "mix": {"ja": 1}, "samples": 21, "sequence_length": 2, "global_batch_size": 1}
     long = {"name": "long", "mix": {"ja": 1}, "steps": 4, "sequence_length": 8, "global_batch_size": 1}
     plan = planned({"ja": 1000}, [short, long])
-    # 21 quarters of the 256 units of the first window were read.
-    assert plan.stages[1].skipped == {"ja": 256 * 8 - 42}
-    assert plan.place(21).unit == planned({"ja": 1000}, [{**long, "steps": 300}]).place(256).unit
+    # A window is the 128th of a source: 7 units of 4 samples, of which the first 21 samples were read.
+    assert plan.stages[1].skipped == {"ja": 7 * 8 - 42}
+    assert plan.place(21).unit == planned({"ja": 1000}, [{**long, "steps": 300}]).place(7).unit
     used = plan.consumed(plan.total_samples)["ja"]
-    assert (used.tokens, used.skipped) == (42 + 32, 256 * 8 - 42)
-    whole = {**short, "samples": 1024}
+    assert (used.tokens, used.skipped) == (42 + 32, 7 * 8 - 42)
+    whole = {**short, "samples": 28}
     assert planned({"ja": 1000}, [whole, long]).stages[1].skipped == {}
-    # A source that is smaller than a window goes on with its next epoch.
-    small = planned({"ja": 10}, [short, long])
-    assert (small.place(20).epoch, small.place(21).epoch) == (0, 1)
+    # Of a source of fewer units it is one unit, and of a large one 256.
+    assert planned({"ja": 10}, [short, long]).stages[1].skipped == {"ja": 48 - 42}
+    assert planned({"ja": 40_000}, [short, long]).stages[1].skipped == {"ja": 256 * 8 - 42}
     filed = planned({"ja": 10}, [short, long], sources={"ja": {"order": "file"}})
     assert filed.stages[1].skipped == {"ja": 6}
     assert [filed.place(n).start for n in (0, 1, 21, 22)] == [0, 2, 48, 56]
+
+
+def test_a_run_keeps_the_windows_that_it_began_with() -> None:
+    short = {"name": "short", "mix": {"ja": 1}, "samples": 400, "sequence_length": 2, "global_batch_size": 1}
+    plan = planned({"ja": 1000}, [short], unit_tokens=8)
+    raw = to_json(plan.progress(21))
+    assert raw["sources"]["ja"].pop("window_units") == 7
+    older = from_json(raw, Path("state.json"))  # of a checkpoint that had 256 units for all, and did not say so
+    went_on = planned({"ja": 1000}, [short], unit_tokens=8, progress=older)
+    units = {went_on.place(n).unit for n in range(400)}
+    assert units != {plan.place(n).unit for n in range(400)}
+    assert units <= {planned({"ja": 1000}, [{**short, "sequence_length": 8}]).place(n).unit for n in range(256)}
+    assert stored(went_on, 30).windows == {"ja": 256}
 
 
 def test_a_blend_without_stages_is_one_stage() -> None:

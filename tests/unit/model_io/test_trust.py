@@ -14,9 +14,10 @@ from tests.unit.model_io.test_convert import MODELS, edit_config, write_checkpoi
 def test_changed_code_is_not_run_unasked(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["MoE"]), tmp_path / "hf")
     path = tmp_path / "hf" / "modeling_megatron_ext.py"
-    path.write_text(shipped_code(path.name) + "\nprint('changed')\n")
-    with pytest.raises(ConversionError, match="pass --trust-remote-code"):
-        load_hugging_face(tmp_path / "hf")
+    for end in (b"\nprint('changed')\n", b"\n# caf\xe9\n"):  # the second is not even UTF-8
+        path.write_bytes(shipped_code(path.name).encode() + end)
+        with pytest.raises(ConversionError, match="pass --trust-remote-code"):
+            load_hugging_face(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("place", ["../elsewhere--modeling_evil.Model", "sub/modeling_evil.Model"])

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import signal
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,37 @@ def test_what_came_after_the_checkpoint_goes_to_a_file_beside(tmp_path: Path) ->
     MetricsFile(path, 5).close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_line_of_any_length_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, {"iteration": 1, "loss": 0.5})
+    with open(path, "r+b") as file:  # what a file system leaves of a file whose size alone was written
+        file.truncate(100 << 20)
+    write(path, {"iteration": 2, "loss": 0.25})
+    tracemalloc.start()
+    MetricsFile(path, 2).close()
+    assert [record["iteration"] for record in read_metrics(path)] == [1, 2]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size < 200
+    print(f"{peak / 2**20:.0f} MiB at most")
+    assert peak < 90 << 20  # a piece, and what json makes of it
+
+
+def test_what_never_ends_is_no_metrics_file() -> None:
+    with pytest.raises(OSError, match="is not a regular file: '/dev/zero'"):
+        read_metrics("/dev/zero")
+
+
+def test_the_file_is_never_written_through_a_link(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, *({"iteration": n} for n in (1, 2)))
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "metrics.jsonl.partial").symlink_to(tmp_path / "mine")
+    MetricsFile(path, 1).close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"iteration": 1}]
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 def test_what_happened_once_for_all_stays_and_steps_made_again_do_not(tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def test_the_table_has_steps_tokens_and_epochs_of_every_stage_and_the_total() ->
         "ja 960 tokens 0.600 epochs 75.0%",
         "en 320 tokens 0.800 epochs 25.0%",
         "fine 10 steps 400 tokens 10 x 4",
-        "en 400 tokens 1.000 epochs 100.0% 80 passed over: other sequence length",
+        "en 400 tokens 1.000 epochs 100.0%",
         "in all 20 steps 1.68K tokens",
-        "en 720 tokens 1.800 epochs 80 passed over",
+        "en 720 tokens 1.800 epochs",
         "ja 960 tokens 0.600 epochs",
     ]
     rates = [line for line in plan_table(plan, lambda step: 0.5 / (step + 1)) if "lr" in line]
@@ -66,6 +66,18 @@ def test_repeated_forgotten_and_tiny_sources_are_warned_of() -> None:
     assert any(
         "of 1,048,576 samples: its share is rounded" in line for line in warned({"ja": 10**6, "en": 10**6}, rare)
     )
+
+
+def test_what_a_change_of_length_passes_over_is_said_and_warned_of_where_it_is_much() -> None:
+    first = {"name": "A", "mix": {"ja": 1}, "samples": 21, "global_batch_size": 1, "sequence_length": 2}
+    long = {"name": "B", "take": {"ja": {"samples": 5}}, "global_batch_size": 1}
+    lines = [" ".join(line.split()) for line in plan_table(planned({"ja": 60}, [first, long]))]
+    assert "ja 40 tokens 0.083 epochs 100.0% 6 passed over: other sequence length" in lines
+    assert lines[-1] == "ja 82 tokens 0.171 epochs 6 passed over"
+    assert warned({"ja": 60}, [first, long])[0].startswith("of ja 6 tokens are passed over where the sequence length")
+    assert not any("passed over" in line for line in warned({"ja": 300}, [first, long]))
+    whole = {"name": "A", "take": {"ja": {"epochs": 1}}, "global_batch_size": 1, "sequence_length": 2}
+    assert not any("passed over" in line for line in plan_table(planned({"ja": 60}, [whole, long])))
 
 
 def test_a_weight_that_is_never_drawn_is_refused() -> None:

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+{{mark}}; {{submit}} THIS_FILE queues it.
+# Altair (Univa, Sun) Grid Engine. Not run on a real one by us: bash -n is tested, the directives are not.
+#$ -N {{name}}
+#$ -cwd
+#$ -l h_rt={{time}}
+#$ -j y
+#$ -o {{logs}}/
+# It may be started again: exit code 99 asks for that.
+#$ -r y
+{{directives}}
+set -euo pipefail
+export MEGATRON_EXT_JOB_END=$(($(date +%s) + {{seconds}}))
+cd {{place}}
+
+{{prepare}}
+{{environment}}
+
+mapfile -t hosts < <(awk '{ print $1 }' "$PE_HOSTFILE" | sort -u)
+export NNODES=${#hosts[@]} NPROC_PER_NODE={{processes}} MAX_RESTARTS={{max_restarts}} PYTHON={{python}}
+export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + JOB_ID % 20000))}
+logs={{logs_quoted}}/{{name}}-$JOB_ID
+mkdir -p "$logs"
+date >> "$logs/starts"
+echo "job $JOB_ID on $NNODES nodes (${hosts[*]}); log of each node: $logs/node-N.log"
+
+# One torchrun a node, started by Open MPI, which numbers the nodes; it hands on only the variables it is told.
+on_nodes() {
+  export TOOL=$1 logs
+  local exports=() name
+  for name in $(compgen -e | grep -E '^(NCCL|GLOO|OMP|CUDA|UCX|MASTER|NNODES|NPROC|MAX_RESTARTS|PYTHON|TOOL|logs|PATH|LD_|MEGATRON_EXT|WANDB|HF_)'); do
+    exports+=(-x "$name")
+  done
+  mpirun --host "$(IFS=,; echo "${hosts[*]}")" --map-by ppr:1:node --bind-to none "${exports[@]}" \
+    bash -c 'NODE_RANK=$OMPI_COMM_WORLD_RANK exec "$@" >> "$logs/node-$OMPI_COMM_WORLD_RANK.log" 2>&1' _ \
+    {{prefix}} {{torchrun}} {{run}} train.exit_at.minutes_before_limit={{minutes_before_limit}}
+}
+
+if [ {{node_test}} = 1 ]; then
+  on_nodes tools/preflight.py || { code=$?; echo "the nodes were not found fit (exit code $code): $logs/node-0.log" >&2; exit "$code"; }
+fi
+code=0
+on_nodes tools/train.py || code=$?
+case $code in
+  0) echo "done" ;;
+  138 | 142 | 143) # stopped and saved: the same job is queued again
+    starts=$(wc -l < "$logs/starts")
+    [ "$starts" -gt {{max_requeues}} ] || code=99 ;;
+  *) echo "ended with exit code $code: $logs/node-0.log and the other nodes' say why" >&2 ;;
+esac
+exit "$code"

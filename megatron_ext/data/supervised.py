@@ -1,0 +1,147 @@
+"""Prepared chat data on disk: token files of a usual dataset, and beside them which tokens are trained on.
+
+train.bin, train.idx   samples, in megatron-core's format; of pairs the chosen and the rejected answer in turn
+train.mask             a bit for each token, whether it counts as a label; the first token of a sample never does
+train.weights          a float32 for each sample, where a row has a weight other than 1
+tokenizer/             the tokenizer with the chat template, and the tokens that end answers for generation
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, check_dataset
+from megatron_ext.data.indexed import read_index
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.errors import DataError
+from megatron_ext.files import read_json_object
+from megatron_ext.foreign import reading
+
+Kind = Literal["text", "chat", "preference"]
+PREPARED_BY = {
+    "text": "tools/preprocess.py",
+    "chat": "tools/preprocess.py --chat",
+    "preference": "tools/preprocess.py --preference",
+}
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class SupervisedSummary:
+    """One split of prepared chat data."""
+
+    samples: int
+    """Sequences: of pairs twice as many."""
+    tokens: int
+    supervised: int
+    """Tokens that count as labels."""
+    longest: int
+    """Tokens of the longest sample."""
+    has_weights: bool
+
+
+def kind_of_data(prefix: str | Path) -> Kind:
+    """What the dataset at `prefix` was prepared as.
+
+    Raises:
+        DataError: its description cannot be read.
+    """
+    path = Path(prefix).parent / MANIFEST_FILE
+    kind: Kind = read_json_object(path, DataError).get("kind", "text")
+    return kind
+
+
+def require_kind(prefix: str | Path, kind: Kind, reader: str) -> None:
+    """Raise DataError where the dataset at `prefix` is not what `reader` reads."""
+    found = kind_of_data(prefix)
+    if found != kind:
+        raise DataError(f"{prefix}: {reader} reads data of {PREPARED_BY[kind]}, and this is of {PREPARED_BY[found]}")
+
+
+def check_supervised(prefix: str | Path, tokenizer: Tokenizer, kind: Kind) -> SupervisedSummary:
+    """Check that the chat data at `prefix` is whole and was made with `tokenizer`, and return its sizes.
+
+    Raises:
+        DataError: says what does not match.
+    """
+    prefix = Path(prefix)
+    counts = check_dataset(prefix, tokenizer)
+    require_kind(prefix, kind, f"kind: {kind}")
+    manifest_file = prefix.parent / MANIFEST_FILE
+    split = read_json_object(manifest_file, DataError)
+    with reading(manifest_file, DataError, kind="what tools/preprocess.py writes", advice=PREPARE_AGAIN):
+        said = split["splits"][prefix.name]
+        found = SupervisedSummary(
+            counts.documents, counts.tokens, int(said["supervised"]), int(said["longest"]), bool(said["has_weights"])
+        )
+    sizes = {mask_file(prefix): -(-found.tokens // 8)}
+    if found.has_weights:
+        sizes[weights_file(prefix)] = 4 * found.samples
+    for path, size in sizes.items():
+        if not path.is_file() or path.stat().st_size != size:
+            raise DataError(
+                f"{path}: is missing, or has not the {size} bytes that {MANIFEST_FILE} says; {PREPARE_AGAIN}"
+            )
+    return found
+
+
+def mask_file(prefix: str | Path) -> Path:
+    """Where the mask of the dataset at `prefix` stands."""
+    return Path(f"{prefix}.mask")
+
+
+def weights_file(prefix: str | Path) -> Path:
+    """Where the weights of its samples stand, if there are any."""
+    return Path(f"{prefix}.weights")
+
+
+class Supervised:
+    """The samples of prepared chat data, mapped from their files. It can be sent to other processes.
+
+    Raises:
+        DataError: a file is missing or cut.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix)
+        self._open()
+
+    def _open(self) -> None:
+        prefix = self.prefix
+        dtype, self.lengths = read_index(Path(f"{prefix}.idx"))
+        self._ends = np.cumsum(self.lengths, dtype=np.int64)
+        weights = weights_file(prefix)
+        try:
+            self._ids = np.memmap(f"{prefix}.bin", dtype, "r")
+            self._mask = np.memmap(mask_file(prefix), np.uint8, "r")
+            self._weights = np.memmap(weights, np.float32, "r") if weights.is_file() else None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{prefix}: cannot be read ({error}); {PREPARE_AGAIN}") from error
+        if len(self._ids) != self._ends[-1] or len(self._mask) != -(-len(self._ids) // 8):
+            raise DataError(f"{prefix}: its files are of different length: damaged or cut; {PREPARE_AGAIN}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples."""
+        return int(self._ends[-1])
+
+    def sample(self, number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
+        """Token ids (int64), which of them count as labels (bool), and the weight of a sample."""
+        end = int(self._ends[number])
+        start = end - int(self.lengths[number])
+        bits = np.unpackbits(self._mask[start // 8 : -(-end // 8)], bitorder="little")
+        counts = bits[start % 8 : start % 8 + end - start].astype(bool)
+        weight = 1.0 if self._weights is None else float(self._weights[number])
+        return self._ids[start:end].astype(np.int64), counts, weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"prefix": self.prefix}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.prefix = state["prefix"]
+        self._open()

@@ -1,0 +1,1 @@
+"""What the run does by itself when a step goes wrong: a judge of steps, and its memory."""

@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""Write the job file of a run for a cluster, and check everything that can be checked before it is queued.
+
+python tools/launch.py RUN.yaml --nodes 4 --profile gcp_a3_high --time 48:00:00
+python tools/launch.py RUN.yaml --nodes 4 --profile my_cluster.yaml --submit train.global_batch_size=2048
+
+Checked are: configuration, layout on so many nodes, data, tokenizer, what the run goes on from, room on the disk,
+folders that all nodes see, memory of the training state, time; and the file itself, by bash and sbatch. What is wrong
+is said in one message, with exit code 2. A job that is stopped saves and queues itself again. The profiles are in
+launch/profiles; one of yours is a YAML like those.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_ext.command import path_name, positive_integer, run_command, run_parser
+from megatron_ext.errors import ConfigError
+
+
+def main() -> None:
+    """Parse the command line, check, write, and submit where that is asked for."""
+    parser = run_parser(__doc__)
+    parser.add_argument("--nodes", type=positive_integer, required=True, metavar="N", help="nodes of the job")
+    parser.add_argument(
+        "--profile", required=True, metavar="P", help="name in launch/profiles, or path of another profile"
+    )
+    parser.add_argument("--time", default="24:00:00", help="how long a job may take: H:MM:SS or D-HH:MM:SS (24:00:00)")
+    parser.add_argument("--name", help="of the job (default: the name of the checkpoint directory)")
+    parser.add_argument(
+        "--output", type=path_name, metavar="FILE", help="job file (default: beside the checkpoint directory)"
+    )
+    parser.add_argument("--logs", type=path_name, metavar="DIR", help="folder of the logs (default: beside it too)")
+    parser.add_argument("--submit", action="store_true", help="queue the job")
+    _launch(parser.parse_args())
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    from megatron_ext.config import load_run
+    from megatron_ext.config.load import raise_faults
+    from megatron_ext.launching.check import check_job, scheduler_says
+    from megatron_ext.launching.job_file import SUBMIT, Job, parse_time, write_job
+    from megatron_ext.launching.profile import read_profile
+    from megatron_ext.model_io.starting_weights import open_hugging_face
+    from megatron_ext.training.preflight import examine_run
+
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "launch" / "templates").is_dir():
+        raise ConfigError(
+            f"{root} has no launch/templates: jobs are written by the tool of a checkout, not of a package"
+        )
+    profile = read_profile(arguments.profile, root / "launch" / "profiles")
+    overrides = [*profile.overrides, *arguments.overrides]
+    run = load_run(arguments.run, overrides)
+    directory = Path(run.checkpoint.directory).absolute()
+    name = arguments.name or directory.name
+    job = Job(
+        run=Path(arguments.run).absolute(),
+        overrides=arguments.overrides,
+        profile=profile,
+        profile_name=arguments.profile,
+        nodes=arguments.nodes,
+        seconds=parse_time(arguments.time),
+        name=name,
+        logs=Path(arguments.logs or directory.with_name(f"{directory.name}-logs")).absolute(),
+        root=root,
+        place=Path.cwd(),
+        python=Path(sys.executable),
+        file=Path(arguments.output or directory.with_name(f"{directory.name}-job.sh")).absolute(),
+    )
+    found = examine_run(run, arguments.run, open_hugging_face)
+    steps = found.plan.total_steps if found.plan is not None else run.train.train_iters
+    about_job = check_job(job, run, steps)
+    for line in [*about_job.notes, *found.lines(), *(f"warning         {line}" for line in about_job.warnings)]:
+        print(line)
+    raise_faults(f"{arguments.run} on {arguments.nodes} nodes of {arguments.profile}", about_job.faults)
+    write_job(job)
+    if complaints := list(scheduler_says(job)):
+        raise ConfigError("\n".join([f"{job.file} was written, but would not run:", *complaints]))
+    print(f"job file        {job.file}")
+    command = [SUBMIT[profile.scheduler], str(job.file)]
+    if not arguments.submit:
+        print(f"queue it with   {' '.join(command)}")
+        return
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ConfigError(f"--submit: there is no {command[0]} here; on the cluster: {' '.join(command)}") from None
+    if done.returncode:
+        raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
+    print(f"queued          {done.stdout.strip()}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""Test every node of a run before it trains: a table of all ranks, and the bad node by name (exit code 2).
+
+TOOL=tools/preflight.py launch/torchrun.sh RUN.yaml         as launch/torchrun.sh starts training, on each node
+torchrun --nproc-per-node 8 tools/preflight.py RUN.yaml
+python tools/preflight.py RUN.yaml                          this machine alone, where the layout is of one process
+
+Looked at on each rank: GPU there and healthy (memory errors, slowed down by heat, clocks), memory in use, the rate of
+matrix products; the rate of each of the run's groups (TP, CP, EP and DP by all-reduce, PP from stage to stage), all
+groups of a kind at once; on each node the rate of the disk where checkpoints go, and whether all see the same folder;
+code, libraries, configuration, data and clock the same everywhere. What makes a node bad stands under the table. Jobs
+of tools/launch.py run this first. (What is wrong with the run itself, `tools/train.py RUN.yaml --check` says.)
+"""
+
+import sys
+import time
+
+from megatron_ext.command import run_command, run_parser
+from megatron_ext.config import RunConfig, load_run
+
+
+def main() -> None:
+    """Parse the command line, test, and judge."""
+    arguments = run_parser(__doc__).parse_args()
+    run = load_run(arguments.run, arguments.overrides)
+    from megatron_ext.launcher import adopt_launcher, end_with_launcher
+
+    adopt_launcher()
+    end_with_launcher()
+    _test(run)
+
+
+def _test(run: RunConfig) -> None:
+    import torch.distributed as dist
+
+    from megatron_ext.errors import EnvironmentFault
+    from megatron_ext.launcher import launched_rank, launched_world_size
+    from megatron_ext.launching.node_report import RULE, RankReport, bad_nodes, table
+    from megatron_ext.launching.node_test import measure_node
+    from megatron_ext.runtime.device import choose_device
+    from megatron_ext.runtime.logs import setup_logging
+    from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
+
+    setup_logging(launched_rank())
+    run.resolve(launched_world_size())
+    device = choose_device(run.runtime)
+    start_process_group(run.runtime, device)
+    split_process_group(run.parallel, run.runtime)
+    reports: list[RankReport] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(reports, measure_node(run, device))
+    bad = bad_nodes(reports)
+    if dist.get_rank() == 0:
+        print(*table(reports), RULE, sep="\n")
+    dist.barrier()
+    end_process_groups()
+    if bad and launched_rank() != 0:
+        time.sleep(5)  # rank 0 speaks, and a launcher ends all once one has ended
+        sys.exit(2)
+    if bad:
+        names = ", ".join(dict.fromkeys(one.host for one in bad))
+        reasons = "\n".join(f"  {one.host}: {one.why}" for one in bad)
+        raise EnvironmentFault(f"not fit to train: {names}\n{reasons}\nLeave it out (sbatch --exclude), or mend it")
+    if launched_rank() == 0:
+        print(f"fit to train: {len(reports)} ranks, on {', '.join(dict.fromkeys(report.host for report in reports))}")
+
+
+if __name__ == "__main__":
+    run_command(main)
