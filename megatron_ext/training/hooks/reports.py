@@ -49,6 +49,8 @@ class Reports(Hook):
         """Steps done, and the signal that ends the run."""
         self._reported, self._next, self._reported_at = 0, 0, 0.0
         """The step of the last report, that of the next one by seconds, and when the last one was."""
+        self._passed = 0
+        """Steps since the last report in which nothing was computed."""
 
     def on_start(self, session: Session) -> None:
         """Open what is reported to."""
@@ -64,6 +66,10 @@ class Reports(Hook):
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Report where it is time to, and every step that was skipped."""
+        if done.result is None or isinstance(done.verdict, Rollback):
+            self._passed += done.iteration - self._iteration
+            if self._monitor is not None:
+                self._monitor.passed_over(self._iteration, done.iteration)
         self._iteration, self._signal = done.iteration, done.signal
         if isinstance(done.verdict, Skip):
             samples = {"first_sample": done.first_sample, "last_sample": session.state.consumed_samples - 1}
@@ -73,17 +79,8 @@ class Reports(Hook):
             self._note(session, done)
             if isinstance(done.verdict, Take) and self._is_due(done):
                 self._report(session, done)
-        if isinstance(done.verdict, Rollback):
-            self._go_back(done.iteration)
         if self._monitor is not None and done.ends_stage:
             self._monitor.stage_ended(done.iteration, session.stream.consumption())
-
-    def _go_back(self, iteration: int) -> None:
-        """The run went back to an earlier state, and goes on behind the data that it passed over."""
-        self._reported, self._reported_at = iteration, time.monotonic()
-        self._next = iteration + self._run.logging.log_interval
-        if self._monitor is not None:
-            self._monitor.went_back(iteration)
 
     def _is_due(self, done: StepDone) -> bool:
         """Whether to report; the same on every rank, which has read no clock for it since the last report."""
@@ -146,9 +143,9 @@ class Reports(Hook):
         assert done.result is not None
         losses = {name: float(mean) for name, mean in done.result.losses.items()}
         experts = expert_statistics(session, self._micro_batches)
-        now, done_since = time.monotonic(), max(done.iteration - self._reported, 1)
+        now, done_since = time.monotonic(), max(done.iteration - self._reported - self._passed, 1)
         pace = (now - self._reported_at) / done_since
-        self._reported, self._reported_at = done.iteration, now
+        self._reported, self._reported_at, self._passed = done.iteration, now, 0
         memory, (slowest,) = largest_memory(session, [pace])
         self._agree_on_next(done.iteration, slowest)
         consumed, steps = session.stream.consumption(), self._taken

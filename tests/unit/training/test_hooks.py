@@ -127,23 +127,31 @@ def test_reports_by_seconds_follow_the_pace_and_say_what_the_time_went_to(
 
 
 @pytest.mark.usefixtures("alone")
-def test_after_a_rollback_throughput_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_are_passed_over_count_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     session = fake_session(tmp_path)
     session.groups.world = dist.group.WORLD
     reports = Reports(session.run, session.layout, Clock())
     reports.on_start(session)
-    for back in (False, False, True, False):
-        now[0] += 4
-        step = done(session, loss=3.0)
-        if back:
-            session.roll_back()
-            step = replace(step, iteration=0, verdict=Rollback("a spike"))
-        reports.after_step(session, step)
+
+    def take(verdict: Any = None, seconds: float = 4.0) -> None:
+        now[0] += seconds
+        reports.after_step(session, replace(done(session, verdict, loss=3.0), last=100))
+
+    take()
+    take(Skip("train.skip_steps"), seconds=0.0)
+    take()
+    # Weights of an earlier checkpoint, and over the data up to step 9: the time of the step that was bad is lost.
+    now[0] += 4
+    session.state = replace(session.state, iteration=9)
+    back = StepDone(9, 100, Rollback("a spike", tmp_path, 9), 0, StepResult({}, 0.7, Take(), 0, sources(0, 0)))
+    reports.after_step(session, back)
+    take()
     reports.close()
     steps = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(step["iteration"], step["seconds_per_step"]) for step in steps] == [(1, 4)]
+    assert [(step["iteration"], step["seconds_per_step"]) for step in steps] == [(1, 4), (3, 4), (10, 8)]
+    assert [step["tokens_per_second"] for step in steps] == [8 * 64 / 4, 8 * 64 / 4, 8 * 64 / 8]
 
 
 @pytest.mark.usefixtures("alone")
@@ -184,6 +192,8 @@ def test_a_run_that_fails_says_with_what(tmp_path: Path, caplog: pytest.LogCaptu
         "ValueError",
     ]
     assert caplog.records[-1].levelname == "ERROR"
+    reports.on_error(SystemExit(2))  # of the main thread, after the watchdog's
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_w_and_b_run_goes_on_where_a_checkpoint_has_one(tmp_path: Path) -> None:
