@@ -25,6 +25,10 @@ from megatron_ext.training.step import SourceSums
 from megatron_ext.training.verdict import Rollback, Skip, Take
 
 
+_PARTS = ("data", "forward_backward", "optimizer", "reports", "validation", "saving")
+"""What a step's time is reported by."""
+
+
 class Reports(Hook):
     """Reports every logging.log_interval steps and after the last one of each stage.
 
@@ -173,7 +177,11 @@ class Reports(Hook):
     def _step_seconds(self, steps: int) -> dict[str, float]:
         """What each of the last `steps` steps took on rank 0, by part."""
         assert self._times is not None
-        return {part: seconds / steps for part, seconds in self._times.read().items()}
+        parts: dict[str, float] = {}
+        for part, seconds in self._times.read().items():
+            name = part if part in _PARTS else "other"  # hooks that only look
+            parts[name] = parts.get(name, 0.0) + seconds / steps
+        return {name: round(seconds, 7) for name, seconds in parts.items()}
 
     def _source_reports(self, consumed: Consumption) -> dict[str, SourceReport]:
         """What there is to say of the sources that the run has read, since the last report; it begins anew."""
