@@ -2,6 +2,7 @@
 """Look at prepared data: what is in it, and what a run reads of it.
 
 python tools/inspect_data.py documents data/ja/train --tokenizer tok           documents as text
+python tools/inspect_data.py rows data/chat/train --tokenizer tok              conversations, and what is trained on
 python tools/inspect_data.py lengths data/*/train.bin --plot lengths.png       how long they are
 python tools/inspect_data.py mix data/*/train.bin --tokenizer tok              tokens and scripts of each dataset
 python tools/inspect_data.py plan RUN.yaml [section.key=value ...]             what each stage of a run will read
@@ -17,7 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from megatron_ext.command import parse_command, run_command
 from megatron_ext.config import load_run
 from megatron_ext.config.base import fields_of
-from megatron_ext.data.inspect.options import DocumentsOptions, LengthsOptions, MixOptions, PlanOptions, StepOptions
+from megatron_ext.data.inspect.options import (
+    DocumentsOptions,
+    LengthsOptions,
+    MixOptions,
+    PlanOptions,
+    RowsOptions,
+    StepOptions,
+)
 from megatron_ext.errors import ConfigError
 
 
@@ -26,6 +34,13 @@ def _documents(argv: Sequence[str]) -> Iterator[str]:
     from megatron_ext.data.inspect.documents import show_documents
 
     return show_documents(o)
+
+
+def _rows(argv: Sequence[str]) -> Iterator[str]:
+    o = parse_command(RowsOptions, __doc__, positional=["prefix"], argv=argv)
+    from megatron_ext.data.inspect.rows import show_rows
+
+    return show_rows(o, coloured=sys.stdout.isatty())
 
 
 def _lengths(argv: Sequence[str]) -> Iterator[str]:
@@ -55,11 +70,12 @@ def _step(argv: Sequence[str]) -> Iterator[str]:
     run = load_run(o.run, o.overrides)
     from megatron_ext.training.step_contents import show_step
 
-    return show_step(run, o.step, most=o.samples, characters=o.characters)
+    return show_step(run, o.step, most=o.samples, characters=o.characters, coloured=sys.stdout.isatty())
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], Iterator[str]]] = {
     "documents": _documents,
+    "rows": _rows,
     "lengths": _lengths,
     "mix": _mix,
     "plan": _plan,
@@ -68,6 +84,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Iterator[str]]] = {
 """Each reads its own arguments, and gives out what is printed line by line."""
 OPTIONS = {
     "documents": DocumentsOptions,
+    "rows": RowsOptions,
     "lengths": LengthsOptions,
     "mix": MixOptions,
     "plan": PlanOptions,

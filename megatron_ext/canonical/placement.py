@@ -1,6 +1,6 @@
 """Which ranks hold a tensor, and how much of it: pipeline stages, and the share of one rank of them."""
 
-from megatron_ext.canonical.catalogue import EMBEDDING, POSITIONS, CanonicalTensor
+from megatron_ext.canonical.catalogue import EMBEDDING, CanonicalTensor
 from megatron_ext.config import Layout, ModelConfig, ParallelConfig
 
 
@@ -15,7 +15,7 @@ def stages_of(tensor: CanonicalTensor, model: ModelConfig, parallel: ParallelCon
         # A tied output layer is a copy of the embedding on the last stage.
         tied = not model.untie_embeddings_and_output_weights
         return (0, pp - 1) if tied and pp > 1 else (0,)
-    return (0,) if tensor.name == POSITIONS else (pp - 1,)
+    return (0,) if tensor.name.startswith("embedding.") else (pp - 1,)
 
 
 def elements_held(tensor: CanonicalTensor, layout: Layout) -> int:

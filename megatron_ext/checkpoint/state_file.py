@@ -15,6 +15,9 @@ from megatron_ext.files import read_json_object, write_bytes, write_text
 from megatron_ext.foreign import reading
 
 STATE_FILE, RNG_FILE = "state.json", "rng.pt"
+BASE_KEY = "base"
+"""Under this `state.json` says beside which weights the adapters of a checkpoint were trained that holds no others:
+{path, fingerprint, adapters: their configuration}."""
 _COUNTS = ("iteration", "consumed_samples", "optimizer_steps")
 
 
@@ -70,6 +73,15 @@ def read_scalars(checkpoint: Path) -> dict[str, Any]:
         if not isinstance(raw.get("plan"), dict | None):
             raise ValueError("plan must be a mapping")
     return raw
+
+
+def require_whole_model(checkpoint: Path) -> None:
+    """Raise CheckpointError where `checkpoint` holds adapters, and not the weights beside which they are."""
+    if (checkpoint / STATE_FILE).is_file() and (base := read_scalars(checkpoint).get(BASE_KEY)) is not None:
+        raise CheckpointError(
+            f"{checkpoint}: holds adapters alone, of the weights of {base['path']}; merge both first: "
+            f"python tools/merge_lora.py {checkpoint} TARGET"
+        )
 
 
 def write_scalars(checkpoint: Path, scalars: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ from megatron_ext.config.schedule import (
     Schedule,
     WsdSchedule,
 )
+from megatron_ext.config.task import PRETRAIN, PretrainTask, SftTask, TaskConfig
 from megatron_ext.config.training import (
     AdamConfig,
     Bf16Precision,
@@ -76,15 +77,19 @@ __all__ = [
     "MultiLatentAttention",
     "ParallelConfig",
     "Position",
+    "PRETRAIN",
     "Precision",
+    "PretrainTask",
     "RecomputeConfig",
     "RollbackConfig",
     "RunConfig",
     "RuntimeConfig",
     "Schedule",
+    "SftTask",
     "SpikeConfig",
     "Stage",
     "StagedSource",
+    "TaskConfig",
     "TrainConfig",
     "WandbConfig",
     "WatchdogConfig",

@@ -15,6 +15,7 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.reports import LoggingConfig
 from megatron_ext.config.schedule import Schedule
+from megatron_ext.config.task import PRETRAIN, TaskConfig
 from megatron_ext.config.training import AdamConfig, Precision, RecomputeConfig, TrainConfig
 
 
@@ -32,6 +33,8 @@ class RunConfig:
     """Number formats."""
     train: TrainConfig
     """Length and batches."""
+    task: TaskConfig = Field(default_factory=lambda: PRETRAIN)
+    """What is trained, on which kind of data."""
     optimizer: AdamConfig
     """The optimizer."""
     schedule: Schedule

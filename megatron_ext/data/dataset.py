@@ -71,7 +71,8 @@ def check_dataset_sums(prefix: str | Path) -> None:
         DataError: they are missing or changed.
     """
     prefix = Path(prefix)
-    names = (f"{prefix.name}.bin", f"{prefix.name}.idx", MANIFEST_FILE)
+    endings = ("bin", "idx", "mask", "weights")  # the last two of chat data alone
+    names = (*(f"{prefix.name}.{ending}" for ending in endings), MANIFEST_FILE)
     only = [glob.escape(name) for name in names]
     check_manifest(prefix.parent, DataError, checksums=True, only=only, advice=PREPARE_AGAIN)
 

@@ -6,12 +6,14 @@ train.weights          a float32 for each sample, where a row has a weight other
 tokenizer/             the tokenizer with the chat template, and the tokens that end answers for generation
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_ext.checkpoint.tokenizer_files import GENERATION_FILE, SETTINGS_FILE
 from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, check_dataset
 from megatron_ext.data.indexed import read_index
 from megatron_ext.data.tokenizer import Tokenizer
@@ -25,7 +27,8 @@ PREPARED_BY = {
     "chat": "tools/preprocess.py --chat",
     "preference": "tools/preprocess.py --preference",
 }
-TOKENIZER_FOLDER = "tokenizer"
+READ_BY = {"text": "task.kind = pretrain", "chat": "task.kind = sft", "preference": "a task of preferences"}
+TOKENIZER_FOLDER, TEMPLATE_FILE = "tokenizer", "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def check_supervised(prefix: str | Path, tokenizer: Tokenizer, kind: Kind) -> Su
     """
     prefix = Path(prefix)
     counts = check_dataset(prefix, tokenizer)
-    require_kind(prefix, kind, f"kind: {kind}")
+    require_kind(prefix, kind, READ_BY[kind])
     manifest_file = prefix.parent / MANIFEST_FILE
     split = read_json_object(manifest_file, DataError)
     with reading(manifest_file, DataError, kind="what tools/preprocess.py writes", advice=PREPARE_AGAIN):
@@ -84,7 +87,44 @@ def check_supervised(prefix: str | Path, tokenizer: Tokenizer, kind: Kind) -> Su
             raise DataError(
                 f"{path}: is missing, or has not the {size} bytes that {MANIFEST_FILE} says; {PREPARE_AGAIN}"
             )
+    _check_template(prefix, split, tokenizer)
     return found
+
+
+def _check_template(prefix: Path, split: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise DataError where a model trained on the data and exported with `tokenizer` would be asked otherwise."""
+    way_out = f"give data.tokenizer = {prefix.parent / TOKENIZER_FOLDER}"
+    if (template := template_of(tokenizer.directory)) is None or fingerprint_of(template) != split["chat_template"]:
+        raise DataError(
+            f"{prefix}: {tokenizer.directory} has {'no' if template is None else 'another'} chat template than the "
+            f"data was made with: {way_out}, which has that"
+        )
+    path = tokenizer.directory / GENERATION_FILE
+    said = read_json_object(path, DataError).get("eos_token_id", []) if path.is_file() else []
+    stops = {tokenizer.eod, *(said if isinstance(said, list) else [said])}
+    if missing := [number for number in split["splits"][prefix.name]["ends"] if number not in stops]:
+        spelt = {number: token for token, number in tokenizer.vocabulary.items()}[missing[0]]
+        raise DataError(
+            f"{prefix}: its answers end with {spelt!r}, where generation by {tokenizer.directory} would not stop: "
+            f"{way_out}, or name the token in eos_token_id of its {GENERATION_FILE}"
+        )
+
+
+def template_of(directory: Path) -> str | None:
+    """The chat template of the tokenizer in `directory`, as transformers would take it; None without one."""
+    if (directory / TEMPLATE_FILE).is_file():
+        with reading(directory / TEMPLATE_FILE, DataError, kind="a chat template"):
+            return (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
+    settings = directory / SETTINGS_FILE
+    template = read_json_object(settings, DataError).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):  # several by name
+        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def fingerprint_of(template: str) -> str:
+    """Changes with the text of a chat template."""
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
 def mask_file(prefix: str | Path) -> Path:
@@ -129,6 +169,10 @@ class Supervised:
     def num_tokens(self) -> int:
         """Tokens of all samples."""
         return int(self._ends[-1])
+
+    def number_at(self, token: int) -> int:
+        """The number of the sample that `token`, counted over all of them, is of."""
+        return int(np.searchsorted(self._ends, token, side="right"))
 
     def sample(self, number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
         """Token ids (int64), which of them count as labels (bool), and the weight of a sample."""

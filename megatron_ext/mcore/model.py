@@ -22,6 +22,7 @@ from megatron_ext.config import ModelConfig, ParallelConfig
 from megatron_ext.config.adapters import EMBEDDING_MODULE, OUTPUT_MODULE
 from megatron_ext.mcore.adapters import NO_ADAPTERS, AdapterPlan, with_adapters
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.mcore.embedding_noise import add_noise
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.moe import sample_seeds
 from megatron_ext.mcore.moe.router import Router
@@ -142,6 +143,7 @@ class LanguageModel(LanguageModule):
         document_lengths: Tensor | None,
         labels: Tensor | None = None,
         sample_seeds_B: Tensor | None = None,
+        embedding_noise: float = 0.0,
     ) -> Tensor:
         """Return the hidden state [S, B, H] for the next stage; on the last the logits, or given labels the losses.
 
@@ -151,14 +153,18 @@ class LanguageModel(LanguageModule):
             document_lengths: None, or of each row the documents that tokens attend within (mcore/attention.py).
             labels: [B, S]
             sample_seeds_B: [B] int64, of which a noisy router draws in training.
+            embedding_noise: NEFTune's alpha, in training with `sample_seeds_B` (mcore/embedding_noise.py).
 
         Returns:
             Logits are [B, S, V / TP], losses as `compute_language_model_loss` returns them.
         """
         if sample_seeds_B is not None:
             sample_seeds.hand_down(sample_seeds_B)
+        embedded = self.embedding(tokens, position_ids) if self.pre_process else None
+        if embedded is not None and embedding_noise and self.training and sample_seeds_B is not None:
+            embedded = self._with_noise(embedded, embedding_noise, sample_seeds_B, document_lengths)
         hidden_SBH = self.decoder(
-            hidden_states=self.embedding(tokens, position_ids) if self.pre_process else None,
+            hidden_states=embedded,
             attention_mask=document_lengths,
             rotary_pos_emb=self._angles(tokens.shape[1]),
         )
@@ -169,6 +175,15 @@ class LanguageModel(LanguageModule):
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
+
+    def _with_noise(self, embedded: Tensor, alpha: float, seeds_B: Tensor, document_lengths: Tensor | None) -> Tensor:
+        context, tensor = self.pg_collection.cp, self.pg_collection.tp if self.config.sequence_parallel else None
+        if document_lengths is None:
+            length = embedded.shape[0] * context.size() * (tensor.size() if tensor is not None else 1)
+            documents = [[length]] * embedded.shape[1]
+        else:
+            documents = [list(filter(None, row)) for row in document_lengths.tolist()]
+        return add_noise(embedded, alpha, seeds_B, documents, context=context, tensor=tensor)
 
     def _angles(self, length: int) -> Tensor | None:
         """Angles of rotary embedding for `length` tokens of this rank; latent attention makes its own."""

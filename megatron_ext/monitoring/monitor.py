@@ -63,7 +63,7 @@ class Monitor:
         if peak is None and torch.cuda.is_available():
             peak = peak_tflops(torch.cuda.get_device_name(), run.precision)
         self._pace = Pace(
-            run.model,
+            run,
             plan,
             clock,
             devices=layout.world_size,

@@ -9,6 +9,7 @@ import torch
 from megatron_ext.canonical.adapters import adapter_tensors
 from megatron_ext.canonical.catalogue import Normal
 from megatron_ext.config import (
+    PRETRAIN,
     AdamConfig,
     Fp32Precision,
     LoraConfig,
@@ -17,6 +18,7 @@ from megatron_ext.config import (
     Precision,
     RecomputeConfig,
     RuntimeConfig,
+    TaskConfig,
     TrainConfig,
 )
 from megatron_ext.config.machine import Backend
@@ -29,7 +31,7 @@ from megatron_ext.runtime.process_groups import Groups, split_process_group
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SEQUENCE_LENGTH, SOURCES, random_batch
 from megatron_ext.training.step import train_step
-from megatron_ext.training.tasks.pretrain import Pretrain
+from megatron_ext.training.tasks.choose import task_of
 
 _ADAPTER_STD = 0.05
 
@@ -64,6 +66,7 @@ class Cell:
     documents: bool = False
     """Samples hold several documents, and attention stays within them."""
     backend: Backend = "torch"
+    task: TaskConfig = PRETRAIN
     adapters: LoraConfig | None = None
     """What is trained in place of the weights. Their output halves, zero in a run, begin at random:
     otherwise a fault in the gradient of the others would not show."""
@@ -140,7 +143,12 @@ def _begin_at_random(cell: Cell, trainable: Trainable) -> None:
 def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
     """Train the steps of `cell` on random batches, the same in every layout."""
     set_learning_rate(trainable.optimizer, cell.lr)
-    task, losses, norms, sources = Pretrain.of(cell.model), list[float](), list[float](), list[tuple[float, int]]()
+    task, losses, norms, sources = (
+        task_of(cell.task, cell.model),
+        list[float](),
+        list[float](),
+        list[tuple[float, int]](),
+    )
     for step, shape in enumerate(shape for shape in cell.shapes for _ in range(cell.steps)):
         set_rotary_base(trainable.chunks, shape.rotary_base)
         batch = random_batch(
@@ -152,6 +160,7 @@ def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
             vocabulary=cell.model.vocab_size,
             length=shape.length,
             documents=cell.documents,
+            weighted=cell.task.kind == "sft",
         )
         result = train_step(trainable, task, batch, groups, max_norm=cell.optimizer.clip_grad, num_sources=SOURCES)
         losses.append(float(result.loss))

@@ -55,10 +55,12 @@ def random_batch(
     vocabulary: int = VOCABULARY,
     length: int = SEQUENCE_LENGTH,
     documents: bool = False,
+    weighted: bool = False,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of global batch `step`, with about a third of the labels masked.
 
-    With `documents`, about every tenth token ends one, and attention and positions start anew after it.
+    With `documents`, about every tenth token ends one, and attention and positions start anew after it. Labels that
+    are `weighted` count between 0 and 1.
     """
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, vocabulary, (samples, length + 1), generator=generator)
@@ -67,6 +69,8 @@ def random_batch(
     if documents:
         tokens[torch.rand(tokens.shape, generator=generator) < 0.1] = EOD
         resets = DocumentResets(EOD, attention=True, positions=True)
+    if weighted:
+        mask = mask * torch.rand(mask.shape, generator=generator)
     rows: Sequence[list[int]] = sample_indices(0, dp_rank, dp_size, micro_batch, samples // (micro_batch * dp_size))
     seeds = torch.tensor([sample_seed(0, step * samples + row) for row in range(samples)])
     sources = torch.arange(samples) % SOURCES

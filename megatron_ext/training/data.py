@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint.state_file import TrainingState
-from megatron_ext.config import DataSource, RunConfig
+from megatron_ext.config import DataSource, RunConfig, SftTask
 from megatron_ext.data.stream.batches import DocumentResets
+from megatron_ext.data.stream.chat import chat_samples, chat_size, chat_validation
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.stream.sources import build_blend, planned_samples, source_size
 from megatron_ext.data.stream.stream import BatchShape, BlendStream, DataStream, PlannedShapes, Samples, ShapeOfBatches
@@ -53,9 +54,9 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     if data.reset_attention_mask or data.reset_position_ids:
         resets = DocumentResets(tokenizer.eod, data.reset_attention_mask, data.reset_position_ids)
     named = source_paths(data)
-    packed_to = pack_length(data.pack_documents, data.stages, data.sequence_length)
+    packed_to = pack_length(data.pack_documents or run.task.reads == "chat", data.stages, data.sequence_length)
     sizes = {
-        name: size_of_source(path, source_size(path, tokenizer, key).tokens, packed_to)
+        name: size_of_source(path, _tokens_of(run, path, tokenizer, key), packed_to)
         for name, (key, path) in named.items()
     }
     plan = plan_data(data, train, sizes, state, run.checkpoint.directory)
@@ -65,10 +66,15 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
         return BlendStream(samples, shape, seed=train.seed, device=device, num_workers=data.num_workers, resets=resets)
 
     def blend(sources: Sequence[DataSource], num_samples: int, seed: int) -> Samples:
+        if isinstance(run.task, SftTask):
+            return chat_validation(sources, data, tokenizer, run.task.weighting, num_samples)
         return build_blend(sources, data, tokenizer, num_samples=num_samples, seed=seed)
 
     if data.order == 1:
         samples = blend(data.train, plan.total_samples, train.seed)
+    elif isinstance(run.task, SftTask):
+        paths = {name: path for name, (_, path) in named.items()}
+        samples = chat_samples(plan, paths, tokenizer, run.task.weighting)
     else:
         paths = {name: path for name, (_, path) in named.items()}
         samples = planned_samples(plan, paths, data, tokenizer, packed=data.pack_documents)
@@ -82,6 +88,14 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
         shape = BatchShape(train.global_batch_size, train.micro_batch_size, dp.rank(), dp.size())
         validation = opened(blend(data.validation, train.eval_iters * train.global_batch_size, 0), shape)
     return RunData(stream, validation, fingerprints, plan)
+
+
+def _tokens_of(run: RunConfig, path: str, tokenizer: Tokenizer, key: str) -> int:
+    """Tokens of the source at `path`, which `key` names, once it is what the task reads."""
+    if run.task.reads == "chat":
+        length = pack_length(True, run.data.stages, run.data.sequence_length)
+        return chat_size(path, tokenizer, length or run.data.sequence_length, key).tokens
+    return source_size(path, tokenizer, key).tokens
 
 
 def _tokenizer_of(run: RunConfig) -> Tokenizer:

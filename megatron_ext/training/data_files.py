@@ -1,6 +1,7 @@
 """The prepared data that a run names, looked at before anything starts: there, whole, of its tokenizer, long enough."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 from megatron_ext.config import DataSource, StagedSource
 from megatron_ext.config.data import source_ids
 from megatron_ext.data.dataset import check_dataset, check_dataset_sums
+from megatron_ext.data.stream.chat import chat_size
 from megatron_ext.data.stream.make_plan import SourceSize
 from megatron_ext.data.stream.packing import packs_of
+from megatron_ext.data.supervised import require_kind
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError, MegatronExtError, named
 from megatron_ext.planning.amounts import size
@@ -49,13 +52,14 @@ class DataFiles:
             ids = [*source_ids(list(train.values())), *staged]
             paths = [source.path for source in (*train.values(), *staged.values())]
             packed_to = pack_length(
-                self._values.get("data.pack_documents", False),
+                self._values.get("data.pack_documents", False) or self._reads_chats,
                 self._values.get("data.stages") or [],
                 self._values.get("data.sequence_length", 0),
             )
             if packed_to is not None:
+                packs = {name: packs_of(path, packed_to) for name, path in zip(ids, paths, strict=True)}
                 self.packed = [
-                    f"{name}: {packs_of(path, packed_to).saved()}" for name, path in zip(ids, paths, strict=True)
+                    f"{name}: {one.filled() if self._reads_chats else one.saved()}" for name, one in packs.items()
                 ]
             sizes = {
                 name: size_of_source(path, count, packed_to)
@@ -66,6 +70,11 @@ class DataFiles:
                 self._look_at_source(f"data.validation.{number}", source)
         self._sum_data()
         return sizes
+
+    @property
+    def _reads_chats(self) -> bool:
+        task = self._values.get("task")
+        return task is not None and task.reads == "chat"
 
     def _sum_data(self) -> None:
         """Read the files of the data and compare their checksums, where that takes seconds."""
@@ -102,10 +111,13 @@ class DataFiles:
                 raise DataError(f"{what}; prepare it with tools/preprocess.py")
             if self._tokenizer is None:
                 return 0
-            tokens, length = (
-                check_dataset(source.path, self._tokenizer).tokens,
-                self._values.get("data.sequence_length"),
-            )
+            length = self._values.get("data.sequence_length")
+            if self._reads_chats:
+                size = chat_size(source.path, self._tokenizer, length or sys.maxsize)
+                self._whole[source.path] = key
+                return size.tokens
+            tokens = check_dataset(source.path, self._tokenizer).tokens
+            require_kind(source.path, "text", "task.kind = pretrain")
             self._whole[source.path] = key
             if length is not None and tokens <= length:
                 raise DataError(f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}")
@@ -114,7 +126,8 @@ class DataFiles:
 
 
 def _data_bytes(path: str) -> int:
-    return Path(f"{path}.bin").stat().st_size + Path(f"{path}.idx").stat().st_size
+    files = [Path(f"{path}.{ending}") for ending in ("bin", "idx", "mask", "weights")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @contextlib.contextmanager

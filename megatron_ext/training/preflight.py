@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ext.checkpoint.both_places import Ahead, ahead_of
 from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.publish import in_the_way
-from megatron_ext.checkpoint.state_file import TrainingState, read_state
+from megatron_ext.checkpoint.state_file import TrainingState, read_state, require_whole_model
 from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import (
     CheckpointConfig,
@@ -44,6 +44,7 @@ from megatron_ext.training.same_run import (
     check_same_data,
     check_same_model,
     check_same_sources,
+    check_same_task,
     rereads,
     trained_model,
 )
@@ -247,6 +248,8 @@ class _Examination:
             self.found.start = f"{self._ahead.place.url}/{self._ahead.name}, which is brought back: {self._ahead.why}"
         elif (newest := self._newest()) is not None:
             self._look_at_resume(newest)
+            if self._run is not None and self._run.adapters is not None:
+                self._look_at_base(str(checkpoint.initialize_from))
         elif checkpoint.initialize_from is not None:
             with collecting(self.found.faults, "checkpoint.initialize_from", checkpoint.initialize_from):
                 self._look_at_weights(Path(checkpoint.initialize_from))
@@ -262,6 +265,8 @@ class _Examination:
                 check_same_model(trained_model(self._model, self._state, newest), newest)
         if self._data is not None and self._train is not None and self._state.consumed_samples:
             with collecting(faults):
+                if (task := self._values.get("task")) is not None:
+                    check_same_task(task, newest)
                 check_same_data(self._data, self._train, newest)
             if self._data.order == 1:
                 with collecting(faults):
@@ -276,6 +281,13 @@ class _Examination:
                 "raise it to go on, or set another checkpoint.directory"
             )
 
+    def _look_at_base(self, path: str) -> None:
+        """Find whether the weights are there beside which the run goes on."""
+        start = self.found.start
+        with collecting(self.found.faults, "checkpoint.initialize_from", path):
+            self._look_at_weights(Path(path))
+        self.found.start = f"{start}, beside the weights of {path}"
+
     def _look_at_weights(self, path: Path) -> None:
         if not path.exists():
             raise CheckpointError("is not there")
@@ -287,6 +299,7 @@ class _Examination:
                 check_models_agree(self._model, foreign_model(foreign, self._model), checkpoint)
         else:
             checkpoint = require_checkpoint(path)
+            require_whole_model(checkpoint)
             folder = checkpoint / TOKENIZER_FOLDER
             tokenizer = folder if has_tokenizer(folder) else None
             if self._model is not None:
@@ -371,7 +384,7 @@ class _Examination:
         saves = math.ceil(steps / settings.save_interval) if settings.save_interval else 1
         coming = checkpoints_to_come(settings, steps, len(complete_checkpoints(Path(settings.directory))))
         free = shutil.disk_usage(_existing(Path(settings.directory))).free
-        each = checkpoint_bytes(run.model, run.precision)
+        each = checkpoint_bytes(run.model, run.precision, run.adapters)
         keep = f"keep_last = {settings.keep_last}" if settings.keep_last else "all are kept"
         self.found.room = f"about {size(each)} each, {saves:,} to come ({keep}); {size(free)} are free there"
         where = f"checkpoint.directory = {named(settings.directory)}"

@@ -13,7 +13,16 @@ from megatron_ext.checkpoint.run_file import RUN_FILE, read_run
 from megatron_ext.checkpoint.shape_faults import shape_faults, shown
 from megatron_ext.checkpoint.state_file import STATE_FILE, TrainingState, read_state
 from megatron_ext.checkpoint.streams import MegatronSource
-from megatron_ext.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_mapping
+from megatron_ext.config import (
+    PRETRAIN,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    load_config,
+    to_mapping,
+)
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.config.model_fields import TRAINING_FIELDS
 from megatron_ext.data.stream.progress import from_json
@@ -98,6 +107,24 @@ def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> N
         different.append(f"  weights of data.train: {weights[0]} in the checkpoint, {weights[1]} in this run")
     if different:
         raise CheckpointError(OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
+
+
+def check_same_task(task: TaskConfig, checkpoint: Path) -> None:
+    """Raise CheckpointError where `checkpoint` was trained for another loss than `task`."""
+    then = read_run(checkpoint).get("task") or to_mapping(PRETRAIN)  # older ones knew nothing else
+    now = to_mapping(task)
+    different = [
+        f"  task.{key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} in this run"
+        for key in ("kind", "weighting")
+        if then.get(key) != now.get(key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{checkpoint} was trained for another loss:\n"
+            + "\n".join(different)
+            + "\nSet it back, or start a new run "
+            "from its weights: another checkpoint.directory, and checkpoint.initialize_from"
+        )
 
 
 def check_same_sources(fingerprints: Sequence[str], state: TrainingState, where: str | Path) -> None:

@@ -25,20 +25,28 @@ from megatron_ext.mcore.model import gather_parameters, routers
 from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
 from megatron_ext.mcore.rotary import set_rotary_base
-from megatron_ext.mcore.state import model_shards, optimizer_shards
+from megatron_ext.mcore.state import optimizer_shards
 from megatron_ext.runtime.deterministic import naming_what_is_not
 from megatron_ext.runtime.pace import Pace
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state
+from megatron_ext.training.frozen_base import FrozenBase
 from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook
-from megatron_ext.training.same_run import check_same_data, check_same_model, levers, recorded_run, trained_model
+from megatron_ext.training.same_run import (
+    check_same_data,
+    check_same_model,
+    check_same_task,
+    levers,
+    recorded_run,
+    trained_model,
+)
 from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.schedule_faults import schedule_end
 from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_weights
 from megatron_ext.training.step import StepResult, never, train_step, unmarked, validation_loss
 from megatron_ext.training.tasks.base import TrainTask
-from megatron_ext.training.tasks.pretrain import Pretrain
+from megatron_ext.training.tasks.choose import task_of
 from megatron_ext.training.verdict import Judge, Rollback, take_finite
 
 log = logging.getLogger(__name__)
@@ -80,6 +88,8 @@ class Session:
     """How long this rank needs for its own part of a step."""
     mark: Callable[[str], None] = unmarked
     """Told of each part of a step when it is over."""
+    base: FrozenBase | None = None
+    """The weights that are not trained, where only what is beside them is."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
@@ -189,12 +199,14 @@ class Session:
         state = read_state(checkpoint)
         check_same_model(trained_model(self.run.model, state, checkpoint), checkpoint)
         if state.consumed_samples:
+            check_same_task(self.run.task, checkpoint)
             check_same_data(self.run.data, self.run.train, checkpoint)
         if self.run.checkpoint.load_optimizer:
             self.checkpoints.restore(checkpoint)
         else:
             hooks = [hook.name for hook in self.hooks if hook.name]
-            self.checkpoints.restore(checkpoint, only=["model", "progress", *hooks])
+            base = [] if self.base is None else ["base"]
+            self.checkpoints.restore(checkpoint, only=[*base, "model", "progress", *hooks])
             self._take_over_weights()
         self._set_rotary_base(self.plan.stage_of_step(max(self.state.iteration - 1, 0)))
         self.levers = levers(self.run, checkpoint)
@@ -231,7 +243,9 @@ class Session:
     def _register_states(self) -> None:
         """Say what a checkpoint of this run holds."""
         register = self.checkpoints.register
-        register("model", tensors=lambda: model_shards(self.chunks))
+        register("model", tensors=self.trainable.saved_weights)
+        if self.base is not None:
+            register("base", scalars=self.base.record, restore=self.base.check)
         register(
             "optimizer",
             tensors=lambda: optimizer_shards(self.chunks, self.optimizer),
@@ -307,7 +321,7 @@ def open_session(
         hooks: their state is saved and restored with the rest.
         guard: decides whether a step is taken; one of the hooks. Without one, the first bad step ends the run.
     """
-    trainable, task = build_trainable(run, groups, device), Pretrain.of(run.model)
+    trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model)
     checkpoints = CheckpointManager(
         run.checkpoint.directory,
         recorded_run(run, run.model.rotary_base),
@@ -318,10 +332,13 @@ def open_session(
         asynchronous=run.checkpoint.async_save,
     )
     judged: dict[str, Any] = {} if guard is None else {"judge": guard, "rate_factor": guard.rate_factor}
-    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, **judged)
+    base = FrozenBase(run, trainable, open_foreign, device) if trainable.has_frozen_base else None
+    session = Session(
+        run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, **judged, base=base
+    )
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
-    elif run.checkpoint.initialize_from is not None:
+    elif base is None and run.checkpoint.initialize_from is not None:
         session.initialize_from(run.checkpoint.initialize_from, open_foreign)
     require_directions(routers(session.chunks))
     return session

@@ -141,6 +141,7 @@ def _first_nonfinite(
     def compute_again() -> None:
         for chunk in trainable.wrapped:
             chunk.zero_grad_buffer()
+        trainable.optimizer.zero_grad()
         for participant in trainable.participants:
             participant.discard()
             participant.begin()
@@ -219,7 +220,7 @@ def _run(
     totals[-1] = float(asks_to_stop())
     dist.all_reduce(totals, group=groups.world)
     losses, by_source, stops = totals.split([len(task.sums), num_sources, 1])
-    means = dict(zip(task.sums, losses / units.clamp(min=1), strict=True))
+    means = dict(zip(task.sums, losses / torch.where(units > 0, units, 1.0), strict=True))
     return _Sums(means, units, SourceSums(by_source, counted[1:]), stops)
 
 

@@ -13,6 +13,7 @@ from megatron_ext.config.rules import (
     routing,
     schedule,
     stages,
+    task,
     training,
 )
 from megatron_ext.config.rules.registry import RULES, violations
@@ -33,6 +34,7 @@ __all__ = [
     "schedule",
     "stage_violations",
     "stages",
+    "task",
     "training",
     "violations",
 ]

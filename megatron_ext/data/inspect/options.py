@@ -25,6 +25,22 @@ class DocumentsOptions:
 
 
 @config
+class RowsOptions:
+    """Options of `rows`."""
+
+    prefix: PathName
+    """Prepared chat data, or pairs, without `.bin` / `.idx`."""
+    tokenizer: PathName
+    """Directory of the tokenizer: the one beside the data."""
+    first: int = Field(default=0, ge=0)
+    """Number of the first sample to show; they count from 0."""
+    count: int = Field(default=3, ge=1)
+    """How many to show."""
+    characters: int = Field(default=2000, ge=1)
+    """How much of each to show."""
+
+
+@config
 class LengthsOptions:
     """Options of `lengths`."""
 

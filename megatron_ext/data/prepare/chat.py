@@ -1,6 +1,5 @@
 """Prepares conversations for training: workers encode rows to samples with masks, and what they wrote becomes files."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,14 +20,13 @@ from megatron_ext.data.prepare.faults import Faults
 from megatron_ext.data.prepare.join import FILE_SHIFT
 from megatron_ext.data.prepare.parts import DOCUMENT, Part, Told
 from megatron_ext.data.prepare.shard_work import SPLITS, Task, TextOptions, hash_of, mixed, splits_of
-from megatron_ext.data.supervised import TOKENIZER_FOLDER
+from megatron_ext.data.supervised import TEMPLATE_FILE, TOKENIZER_FOLDER, fingerprint_of
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import read_json_object
 from megatron_ext.foreign import reading
 
-TEMPLATE_FILE = "chat_template.jinja"
 _BATCH_TOKENS = 1 << 16
 _SAMPLES, _SAMPLE_CHARACTERS = 5, 500
 _ORDER = np.uint64(0x6D65676174726F6E)
@@ -69,8 +67,7 @@ class ChatPreparation:
         for warning in template.warnings:
             print(f"warning: {warning}")
         chosen = {name: getattr(self, name) for name in ("turns", "strings", "max_tokens", "long")}
-        digest = hashlib.sha256(template.text.encode()).hexdigest()[:16]
-        return {"kind": self.kind, "chat_template": digest, **chosen}
+        return {"kind": self.kind, "chat_template": fingerprint_of(template.text), **chosen}
 
     def worker(self, work: Path, options: TextOptions, tokenizer: Tokenizer) -> "ChatWorker":
         """What does the shards of one process."""
@@ -98,6 +95,7 @@ class ChatPreparation:
                 "supervised": counts.supervised,
                 "longest": counts.longest,
                 "has_weights": counts.has_weights,
+                "ends": sorted(counts.ends.keys() & tokenizer.special_ids),
             }
         self._write_tokenizer(output / TOKENIZER_FOLDER, tokenizer, ends)
         return found

@@ -76,11 +76,19 @@ def sample_seed(seed: int, position: int) -> int:
 
 
 def collate(samples: Sequence[dict[str, Tensor]], resets: DocumentResets | None = None) -> MicroBatch:
-    """Stack samples: those of a megatron GPTDataset with their `seed` and `source`."""
+    """Stack samples: those of a megatron GPTDataset with their `seed` and `source`.
+
+    Samples may bring the lengths of their `documents`, which are then not looked for.
+    """
     tokens, labels, loss_mask, seeds, sources = (
         torch.stack([torch.as_tensor(sample[key]) for sample in samples])
         for key in ("tokens", "labels", "loss_mask", "seed", "source")
     )
+    if "documents" in samples[0]:
+        lengths = [torch.as_tensor(sample["documents"], dtype=torch.int64) for sample in samples]
+        positions = torch.stack([torch.cat([torch.arange(int(n)) for n in row]) for row in lengths])
+        padded = torch.nn.utils.rnn.pad_sequence(lengths, batch_first=True)
+        return MicroBatch(tokens, labels, loss_mask, positions, seeds, sources, padded)
     return complete_columns(tokens, labels, loss_mask, seeds, resets, sources)
 
 

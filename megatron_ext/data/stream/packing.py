@@ -45,6 +45,13 @@ class Packs:
         here = slice(int(self.bounds[pack]), int(self.bounds[pack + 1]))
         return list(zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True))
 
+    def filled(self) -> str:
+        """How full the packs are of samples that are never cut, for people."""
+        return (
+            f"{len(self.lengths):,} samples packed into {len(self):,} of {self.size:,} tokens, filled to "
+            f"{1 - self.padding:.2%}"
+        )
+
     def saved(self) -> str:
         """What packing saves, for people."""
         return (

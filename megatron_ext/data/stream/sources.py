@@ -28,6 +28,7 @@ from megatron_ext.data.stream.packing import packs_of
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.stream.stream import Samples
 from megatron_ext.data.stream.units import PackedFile, PlannedSamples, TokenFile
+from megatron_ext.data.supervised import require_kind
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 
@@ -128,10 +129,12 @@ def source_size(path: str, tokenizer: Tokenizer, key: str) -> SplitSummary:
     """Size of the prepared dataset at `path`, which `key` of the configuration names.
 
     Raises:
-        DataError: it is missing, damaged or was made with another tokenizer.
+        DataError: it is missing, damaged, was made with another tokenizer, or is no text.
     """
     try:
-        return check_dataset(path, tokenizer)
+        size = check_dataset(path, tokenizer)
+        require_kind(path, "text", "task.kind = pretrain")
+        return size
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
 

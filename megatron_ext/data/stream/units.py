@@ -116,8 +116,8 @@ class PlannedSamples(torch.utils.data.Dataset[dict[str, Any]]):
         place = self.plan.place(position)
         file = self._files[place.source]
         tokens, labels, counts = file.sample(place)
-        self._require_known(tokens, file)
-        self._require_known(labels, file)
+        self.require_known(tokens, file)
+        self.require_known(labels, file)
         if self._eod is not None:
             counts = counts & (tokens != self._eod)
         return {
@@ -149,7 +149,7 @@ class PlannedSamples(torch.utils.data.Dataset[dict[str, Any]]):
         number = self.plan.source_counts(position)[self.plan.numbers[place.source]]
         return SamplePlace(place.source, number, place.epoch, self._files[place.source].where(place))
 
-    def _require_known(self, ids: np.ndarray[Any, Any], file: TokenFile) -> None:
+    def require_known(self, ids: np.ndarray[Any, Any], file: TokenFile) -> None:
         """Raise DataError where a token id is out of the vocabulary: an embedding or a device would fail on it."""
         lowest, highest = int(ids.min()), int(ids.max())
         if lowest < 0 or highest >= self._vocab_size:

@@ -24,7 +24,6 @@ from megatron_ext.training.session import Session
 from megatron_ext.training.step import SourceSums
 from megatron_ext.training.verdict import Rollback, Skip, Take
 
-
 _PARTS = ("data", "forward_backward", "optimizer", "reports", "validation", "saving")
 """What a step's time is reported by."""
 

@@ -22,7 +22,31 @@ def fp8(recipe: str, **fields: Any) -> dict[str, Any]:
 STAGED = {"train": [], "cache_dir": None, "sources": {"ja": {"path": "a"}, "en": {"path": "b"}}}
 ONE_STAGE = {**STAGED, "stages": [{"name": "all", "mix": {"ja": 1}, "steps": 2}]}
 
+ADAPTED: dict[str, dict[str, Any]] = {"adapters": {}, "checkpoint": {"initialize_from": "base"}}
+EVERYTHING = {"targets": [{"match": ["*"]}]}
+
 VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
+    ({"adapters": {}}, ["checkpoint.initialize_from = None: adapters are trained beside the weights of a base model"]),
+    (
+        {**ADAPTED, "adapters": {"targets": [{"match": ["experts.*", "q"]}]}},
+        ["adapters.targets.0.match: 'experts.*' matches no projection of the model; it has"],
+    ),
+    (
+        {**ADAPTED, "model": MOE, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+        ["parallel.expert_tensor_parallel_size = 2: adapters of routed experts are not split; set it to 1"],
+    ),
+    (
+        {**ADAPTED, "adapters": EVERYTHING, "model": {"untie_embeddings_and_output_weights": False}},
+        ["adapters.targets: matches embedding.word_embeddings, which is one matrix with the other end of the model"],
+    ),
+    (
+        {**ADAPTED, "runtime": TE},
+        ["runtime.backend = 'transformer_engine': adapters are computed by the torch backend"],
+    ),
+    (
+        {**ADAPTED, "model": {**MOE, "transformer_overrides": {"moe_shared_expert_overlap": True}}},
+        ["overlapped shared experts communicate outside their linear layers, past their adapters"],
+    ),
     ({"data": {"train": []}}, ["data.train: is required, or data.sources with data.stages"]),
     ({"data": {**ONE_STAGE, "train": [{"path": "a"}]}}, ["data.train: one blend for the whole run"]),
     ({"data": {**ONE_STAGE, "cache_dir": "c"}}, ["data.cache_dir = 'c'", "computed, not kept"]),
@@ -46,6 +70,32 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     (
         {"train": {"exit_at": {"time": "tomorrow"}}},
         ["train.exit_at.time = 'tomorrow': is no time; write 2026-12-01T09:00 or"],
+    ),
+    (
+        {"task": {"kind": "sft"}, "data": {**ONE_STAGE, "eod_mask_loss": True, "pack_documents": True}},
+        ["data.eod_mask_loss = true: is of documents of text", "data.pack_documents = true: is of documents of text"],
+    ),
+    (
+        {"task": {"kind": "sft"}, "data": {"cache_dir": "c"}},
+        ["data.cache_dir = 'c': megatron-core's order is of texts"],
+    ),
+    (
+        {
+            "task": {"kind": "sft"},
+            "data": {
+                **STAGED,
+                "unit_tokens": 64,
+                "stages": [
+                    {"name": "A", "mix": {"ja": 1}, "steps": 2},
+                    {"name": "B", "mix": {"ja": 1}, "steps": 2, "sequence_length": 32},
+                ],
+            },
+        },
+        ["lengths 32, 64; packs of conversations are of one", "data.unit_tokens = 64: a pack is a unit"],
+    ),
+    (
+        {"task": {"kind": "sft"}, "runtime": TE, "data": ONE_STAGE},
+        ["attention would not keep packed samples apart; set runtime.backend: torch"],
     ),
     ({"train": {"train_iters": 0}}, ["train.train_iters = 0: must be greater than or equal to 1"]),
     ({"data": {"train": [{"path": "a"}, {"path": "a"}], "cache_dir": None}}, ["data.train: 'a' is there twice"]),
@@ -96,6 +146,19 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     ({"train": {"skip_steps": [[3, 2]]}}, ["train.skip_steps = [[3, 2]]", "[3, 2] is no range [first, last]"]),
     ({"train": {"skip_steps": [[1, 2, 3]]}}, ["[1, 2, 3] is no range [first, last]"]),
+    (
+        {"train": {"skip_samples": [[-1, 3]]}},
+        ["train.skip_samples = [[-1, 3]]", "[-1, 3] is no range [first, last] of"],
+    ),
+    (
+        {"guard": {"spikes": {"window": 16}}},
+        ["guard.spikes.window = 16, guard.spikes.min_steps = 64", "lower"],
+    ),
+    ({"guard": {"rollback": {}}}, ["checkpoint.save_interval = None", "no checkpoint to go back to"]),
+    (
+        {"guard": {"rollback": {}}, "checkpoint": {"directory": "r", "save_interval": 50, "keep_last": 3}},
+        ["guard.rollback.min_steps_back = 100", "set checkpoint.keep_last = 4 or more, or checkpoint.keep_every"],
+    ),
     ({"model": {"hidden_size": 66}}, ["model.hidden_size = 66", "kv_channels"]),
     ({"model": {"kv_channels": 7}}, ["model.rotary_width = 7", "model.head_dim = 7", "even"]),
     ({"model": {"rotary_percent": 0.2}}, ["model.rotary_width = 3", "model.rotary_percent = 0.2"]),
@@ -489,6 +552,13 @@ def test_every_rule_can_be_violated() -> None:
 
 
 def test_legal_neighbours_pass() -> None:
+    load(mapping(**{**ADAPTED, "adapters": EVERYTHING, "model": {**MOE, "moe_shared_expert_intermediate_size": 64}}))
+    whole_experts = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1}
+    whole_experts["expert_model_parallel_size"] = 2
+    load(mapping(**{**ADAPTED, "model": MOE, "parallel": whole_experts}))
+    split_experts = {**whole_experts, "expert_tensor_parallel_size": 2}
+    attention = {"targets": [{"match": ["self_attention.*", "output_layer"]}]}
+    load(mapping(**{**ADAPTED, "adapters": attention, "model": MOE, "parallel": split_experts}))
     # Where every layer is MoE nothing has the dense width.
     everywhere = MOE | {"moe_ffn_hidden_size": 64, "ffn_hidden_size": 97}
     load(mapping(model=everywhere, parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True}))

@@ -1,6 +1,7 @@
 """Preparing conversations: files, masks, counts, interruptions, and the tokenizer that goes with them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 import megatron_ext.data.prepare.preprocess as module
 from megatron_ext.data.dataset import check_dataset_sums, dataset_fingerprint
+from megatron_ext.data.inspect.options import RowsOptions
+from megatron_ext.data.inspect.rows import show_rows
 from megatron_ext.data.prepare.chat import ChatPreparation, ChatWorker, report
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.prepare.shard_work import Task, TextOptions
@@ -59,7 +62,7 @@ def test_files_masks_and_weights(tokenizer: Path, tmp_path: Path) -> None:
     said = json.loads((tmp_path / "d" / "dataset.json").read_text())
     seen: list[list[str]] = []
     for split in ("train", "validation"):
-        summary = check_supervised(tmp_path / "d" / split, Tokenizer(tokenizer), "chat")
+        summary = check_supervised(tmp_path / "d" / split, Tokenizer(tmp_path / "d" / "tokenizer"), "chat")
         check_dataset_sums(tmp_path / "d" / split)
         data = Supervised(tmp_path / "d" / split)
         samples = [data.sample(number) for number in range(len(data))]
@@ -154,7 +157,7 @@ def test_pairs_stand_together_with_the_common_prompt(tokenizer: Path, tmp_path: 
     ]
     source = write_rows(tmp_path / "p.jsonl", [*rows, {"chosen": turns("u", "a"), "rejected": turns("u", "a")}])
     preprocess([source], tokenizer, tmp_path / "d", how=ChatPreparation(kind="preference"), split=(1, 0, 0))
-    summary = check_supervised(tmp_path / "d" / "train", Tokenizer(tokenizer), "preference")
+    summary = check_supervised(tmp_path / "d" / "train", Tokenizer(tmp_path / "d" / "tokenizer"), "preference")
     assert summary.samples == 60
     data = Supervised(tmp_path / "d" / "train")
     for pair in range(30):
@@ -185,11 +188,32 @@ def test_the_tokenizer_beside_the_data_has_the_template_and_stops(tokenizer: Pat
     assert len(marks) == 2
 
 
+def test_rows_are_shown_with_what_is_trained_on(tokenizer: Path, tmp_path: Path) -> None:
+    row = {"messages": turns("1+1?", "2", system="s"), "weight": 0.5}
+    pair = {"chosen": turns("u", "a"), "rejected": turns("u", "b")}
+    for name, kind, one in (("d", "chat", row), ("p", "preference", pair)):
+        source = write_rows(tmp_path / f"{name}.jsonl", [one])
+        preprocess([source], tokenizer, tmp_path / name, how=ChatPreparation(kind=kind), split=(1, 0, 0))
+    beside = str(tmp_path / "d" / "tokenizer")
+    options = RowsOptions(prefix=str(tmp_path / "d" / "train.bin"), tokenizer=beside)
+    head, title, text = show_rows(options, coloured=False)
+    assert "1 samples for task.kind = sft" in head
+    assert title.endswith(", 2 of them trained on, weight 0.5")
+    before, behind = text.split("⟦")
+    assert before.startswith("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>")
+    assert behind == "2<|im_end|>⟧\n"
+    assert "\033[30;42m2<|im_end|>\033[0m" in list(show_rows(options, coloured=True))[-1]
+    pairs = list(show_rows(RowsOptions(prefix=str(tmp_path / "p" / "train"), tokenizer=beside), coloured=False))
+    assert [line.strip().split(":")[0] for line in pairs[1::2]] == ["pair 0, chosen 0", "pair 0, rejected 1"]
+    with pytest.raises(DataError, match="there is no sample 7; the last is 0"):
+        list(show_rows(replace(options, first=7), coloured=False))
+
+
 def test_damage_is_found(tokenizer: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "c.jsonl", conversations())
     preprocess([source], tokenizer, tmp_path / "d", how=ChatPreparation(), split=(1, 0, 0))
     mask_file(tmp_path / "d" / "train").write_bytes(b"")
     with pytest.raises(DataError, match=r"train.mask: is missing, or has not the \d+ bytes"):
-        check_supervised(tmp_path / "d" / "train", Tokenizer(tokenizer), "chat")
+        check_supervised(tmp_path / "d" / "train", Tokenizer(tmp_path / "d" / "tokenizer"), "chat")
     with pytest.raises(DataError, match="train: cannot be read"):
         Supervised(tmp_path / "d" / "train")

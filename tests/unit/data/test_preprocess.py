@@ -10,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 import megatron_ext.data.prepare.preprocess as module
 from megatron_ext.data.dataset import check_dataset, dataset_fingerprint
+from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.prepare.shard_work import ShardWorker, Task
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
@@ -132,8 +133,8 @@ def test_changes_are_noticed(prepared: Path, tmp_path: Path) -> None:
 
 
 def test_large_vocabularies_take_four_bytes() -> None:
-    assert module.token_dtype(2**16) == np.uint16
-    assert module.token_dtype(2**16 + 1) == np.int32
+    assert token_dtype(2**16) == np.uint16
+    assert token_dtype(2**16 + 1) == np.int32
 
 
 def test_an_interruption_before_the_last_step_loses_nothing(
