@@ -25,7 +25,7 @@ from megatron_ext.monitoring.throughput import Pace
 from megatron_ext.planning.amounts import duration
 from megatron_ext.planning.peaks import peak_tflops
 
-__all__ = ["Monitor", "StepReport", "metrics_path", "new_run_id"]
+__all__ = ["Monitor", "StepReport", "metrics_path", "new_run_id", "tell_of_failed_start"]
 
 _LOCK_SECONDS = 5.0
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.data.stream.position import Position
+from megatron_ext.errors import CheckpointError
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.metrics_file import read_metrics
@@ -24,6 +25,7 @@ from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.verdict import Rollback, Skip, Take
+from tests.support.webhook_server import WebhookServer
 from tests.unit.training.fakes import FakeSession, Numbers, fake_session, sources
 
 VALIDATED = {"validation": [{"path": "b"}]}
@@ -194,6 +196,17 @@ def test_a_run_that_fails_says_with_what(tmp_path: Path, caplog: pytest.LogCaptu
     assert caplog.records[-1].levelname == "ERROR"
     reports.on_error(SystemExit(2))  # of the main thread, after the watchdog's
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.usefixtures("alone")
+def test_people_are_told_of_a_run_that_fails_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = WebhookServer()
+    monkeypatch.setenv("HOOK", server.url)
+    session = fake_session(tmp_path / "moe", alerts={"webhook": {"url_variable": "HOOK"}})
+    Reports(session.run, session.layout, Clock()).on_error(CheckpointError("iter_0000004: sizes differ"))
+    server.close()
+    (text,) = server.texts
+    assert text.startswith(":x: *moe: failed*\nstep 0: failed before its first step: iter_0000004: sizes differ\n")
 
 
 def test_the_w_and_b_run_goes_on_where_a_checkpoint_has_one(tmp_path: Path) -> None:
