@@ -21,9 +21,10 @@ AlertKind = Literal[
     "slow_rank",
     "lost_rank",
     "disk",
+    "checkpoint",
     "checkpoint_failed",
-    "checkpoint_lag",
-    "copy_failed",
+    "checkpoint_copied",
+    "gradients",
     "stage",
 ]
 """Kinds of events that people can be told of."""
@@ -43,7 +44,6 @@ _USUAL: tuple[AlertKind, ...] = (
     "lost_rank",
     "disk",
     "checkpoint_failed",
-    "copy_failed",
 )
 
 

@@ -20,8 +20,6 @@ _SEVERITIES: dict[str, Severity] = {
     "slow_rank": "warning",
     "disk": "warning",
     "checkpoint_failed": "warning",
-    "checkpoint_lag": "warning",
-    "copy_failed": "warning",
 }
 
 

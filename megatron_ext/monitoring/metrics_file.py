@@ -84,7 +84,7 @@ def _is_torn(path: Path) -> bool:
         return size > 0 and file.read() != b"\n"
 
 
-_OF_STEPS = ("start", "skip", "nonfinite", "spike", "stage")
+_OF_STEPS = ("start", "skip", "nonfinite", "spike", "lever", "stage", "checkpoint", "checkpoint_copied", "gradients")
 """Events that happen again where steps are made again; others, such as a failure, have happened once for all."""
 
 

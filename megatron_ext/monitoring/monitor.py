@@ -25,7 +25,7 @@ from megatron_ext.monitoring.throughput import Pace
 from megatron_ext.planning.amounts import duration
 from megatron_ext.planning.peaks import peak_tflops
 
-__all__ = ["Monitor", "StepReport", "metrics_path", "new_run_id"]
+__all__ = ["Monitor", "StepReport", "metrics_path", "new_run_id", "tell_of_failed_start"]
 
 _LOCK_SECONDS = 5.0
 
@@ -57,7 +57,7 @@ class Monitor:
         self._plan = plan
         self._last = min(plan.total_steps, run.train.stop_at_iteration or plan.total_steps)
         self._iteration, self._began = iteration, time.monotonic()
-        self._lock = threading.Lock()
+        self._lock, self._is_closed = threading.Lock(), False
         self._sinks = open_sinks(run, iteration, run_id)
         peak = run.logging.peak_tflops
         if peak is None and torch.cuda.is_available():
@@ -86,9 +86,9 @@ class Monitor:
             for sink in self._sinks:
                 sink.step(record)
 
-    def went_back(self, iteration: int) -> None:
-        """The run goes on from step `iteration`, an earlier one."""
-        self._pace.go_back(iteration)
+    def passed_over(self, first: int, last: int) -> None:
+        """Nothing was computed in the steps from `first` to before `last`."""
+        self._pace.pass_over(first, last)
 
     def validation(self, iteration: int, report: ValidationReport) -> None:
         """Report a validation."""
@@ -102,9 +102,12 @@ class Monitor:
             self.event(Event("stage", iteration, f"stage {consumption.stage} is over: {consumption_line(consumption)}"))
 
     def event(self, event: Event) -> None:
-        """Hand on what happened besides steps; from any thread. Alerts of errors are sent when it returns."""
+        """Hand on what happened besides steps; from any thread. Alerts of errors are sent when it returns.
+
+        After the end, which the watchdog's thread may have told of before the main one, nothing more.
+        """
         with self._locked():
-            for sink in self._sinks:
+            for sink in () if self._is_closed else self._sinks:
                 sink.event(event)
 
     def ended(self, iteration: int, signal: str | None) -> None:
@@ -129,9 +132,10 @@ class Monitor:
         self.close(failed=True)
 
     def close(self, *, failed: bool = False) -> None:
-        """Finish all records."""
+        """Finish all records, once."""
         with self._locked():
-            for sink in self._sinks:
+            sinks, self._is_closed = [] if self._is_closed else self._sinks, True
+            for sink in sinks:
                 sink.close(failed=failed)
 
     @contextlib.contextmanager

@@ -46,6 +46,8 @@ class Pace:
         self._flops = {length: training_flops_per_token(run.model, length, run.adapters) for length in lengths}
         """Of a token, by the sequence length."""
         self._last_iteration, self._last_time = iteration, clock.now()
+        self._passed: list[tuple[int, int]] = []
+        """Steps since then that were passed over."""
         self._first: tuple[int, float] | None = None
         """Step and time of the first report: what came before it was warming up."""
 
@@ -54,14 +56,21 @@ class Pace:
         now, last = self._clock.now(), self._last_iteration
         elapsed = now - self._last_time
         self._last_iteration, self._last_time = iteration, now
-        tokens = self._plan.tokens_at(iteration) - self._plan.tokens_at(last)
-        tflops = self._work(last, iteration) / elapsed / self._devices / 1e12
+        passed, self._passed = self._passed, []
+        steps, tokens, work = iteration - last, self._tokens(last, iteration), self._work(last, iteration)
+        for first, end in passed:
+            steps, tokens, work = (
+                steps - (end - first),
+                tokens - self._tokens(first, end),
+                work - self._work(first, end),
+            )
+        tflops = work / elapsed / self._devices / 1e12
         mfu = tflops / self._peak if self._peak else None
-        return Throughput(elapsed / max(iteration - last, 1), tokens / elapsed, tflops, mfu)
+        return Throughput(elapsed / max(steps, 1), tokens / elapsed, tflops, mfu)
 
-    def go_back(self, iteration: int) -> None:
-        """The run goes on from an earlier step, from now on."""
-        self._last_iteration, self._last_time, self._first = iteration, self._clock.now(), None
+    def pass_over(self, first: int, last: int) -> None:
+        """Nothing was computed in the steps from `first` to before `last`."""
+        self._passed.append((first, last))
 
     def seconds_left(self, iteration: int, seconds_per_step: float) -> float | None:
         """Seconds until the last step of this job, validating and saving as until now; None after it."""
@@ -72,12 +81,14 @@ class Pace:
             done, seconds = self._work(self._first[0], iteration), now - self._first[1]
         return self._work(iteration, self._last) * seconds / done if iteration < self._last else None
 
+    def _tokens(self, first: int, last: int) -> int:
+        return self._plan.tokens_at(last) - self._plan.tokens_at(first)
+
     def _work(self, first: int, last: int) -> float:
         """Model FLOPs of the steps from `first` to before `last`, over all devices."""
         work = 0.0
         for stage in self._plan.stages:
             begin, end = max(first, stage.first_step), min(last, stage.first_step + stage.steps)
             if begin < end:
-                tokens = self._plan.tokens_at(end) - self._plan.tokens_at(begin)
-                work += tokens * self._flops[stage.sequence_length]
+                work += self._tokens(begin, end) * self._flops[stage.sequence_length]
         return work

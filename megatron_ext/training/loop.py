@@ -12,10 +12,11 @@ import torch
 from megatron_ext.checkpoint.both_places import prepare_directory
 from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
-from megatron_ext.errors import TrainingError
+from megatron_ext.errors import MegatronExtError, TrainingError
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.monitor import metrics_path, tell_of_failed_start
 from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.liveness import Liveness
@@ -57,7 +58,7 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
     setup_logging(launched_rank())
     layout = run.resolve(launched_world_size())
     accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe)
-    found = examine_run(run, source, open_foreign) if launched_rank() == 0 else None
+    found = _examined(run, source, open_foreign) if launched_rank() == 0 else None
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
     groups = split_process_group(run.parallel, run.runtime)
@@ -66,6 +67,16 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
     end_process_groups()
     if signal:
         exit_stopped(128 + signal)
+
+
+def _examined(run: RunConfig, source: str, open_foreign: OpenForeign) -> Findings:
+    """`examine_run`; people are alerted of faults where the run has reported before: nobody watches its restart."""
+    try:
+        return examine_run(run, source, open_foreign)
+    except MegatronExtError as error:
+        if metrics_path(run).is_file():
+            tell_of_failed_start(run, error)
+        raise
 
 
 def open_and_train(

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.files import open_regular
 from megatron_ext.monitoring.metrics_file import RunHistory, parsed
 
 _MOST_LOADS = 4_000_000
@@ -11,6 +12,7 @@ _MOST_LOADS = 4_000_000
 _MOST_ROUTED = 4000
 _EXPERTS = b', "moe": {'
 _AT_ONCE = 1 << 26
+_LONGEST = 1 << 24
 
 
 class RunFile:
@@ -38,7 +40,7 @@ class RunFile:
         Raises:
             OSError: it cannot be read.
         """
-        with open(self._path, "rb") as file:
+        with open_regular(self._path) as file:
             status = os.fstat(file.fileno())
             identity = status.st_dev, status.st_ino
             if self._identity is not None and (identity != self._identity or status.st_size < self._offset):
@@ -52,6 +54,7 @@ class RunFile:
                 *lines, self._rest = (self._rest + content).split(b"\n")
                 for line in lines:
                     self._take(line)
+                self._rest = self._rest[-_LONGEST:]  # longer than any record: it is none
         return True
 
     def _take(self, line: bytes) -> None:

@@ -108,8 +108,8 @@ def _end_service() -> None:
         with contextlib.suppress(psutil.Error):
             if process.name().startswith("wandb"):
                 process.kill()
-    with contextlib.suppress(Exception):
-        wandb.teardown()  # what it would do at the end of this process, with a traceback
+    with contextlib.suppress(Exception, SystemExit):  # it would exit with the code of what was killed
+        wandb.teardown()  # what it does at the end of this process otherwise, with a traceback
 
 
 def _load(shares: list[float]) -> Any:

@@ -24,6 +24,9 @@ from megatron_ext.training.session import Session
 from megatron_ext.training.step import SourceSums
 from megatron_ext.training.verdict import Rollback, Skip, Take
 
+_PARTS = ("data", "forward_backward", "optimizer", "reports", "validation", "saving")
+"""What a step's time is reported by."""
+
 
 class Reports(Hook):
     """Reports every logging.log_interval steps and after the last one of each stage.
@@ -49,6 +52,8 @@ class Reports(Hook):
         """Steps done, and the signal that ends the run."""
         self._reported, self._next, self._reported_at = 0, 0, 0.0
         """The step of the last report, that of the next one by seconds, and when the last one was."""
+        self._passed = 0
+        """Steps since the last report in which nothing was computed."""
 
     def on_start(self, session: Session) -> None:
         """Open what is reported to."""
@@ -64,6 +69,10 @@ class Reports(Hook):
 
     def after_step(self, session: Session, done: StepDone) -> None:
         """Report where it is time to, and every step that was skipped."""
+        if done.result is None or isinstance(done.verdict, Rollback):
+            self._passed += done.iteration - self._iteration
+            if self._monitor is not None:
+                self._monitor.passed_over(self._iteration, done.iteration)
         self._iteration, self._signal = done.iteration, done.signal
         if isinstance(done.verdict, Skip):
             samples = {"first_sample": done.first_sample, "last_sample": session.state.consumed_samples - 1}
@@ -73,17 +82,8 @@ class Reports(Hook):
             self._note(session, done)
             if isinstance(done.verdict, Take) and self._is_due(done):
                 self._report(session, done)
-        if isinstance(done.verdict, Rollback):
-            self._go_back(done.iteration)
         if self._monitor is not None and done.ends_stage:
             self._monitor.stage_ended(done.iteration, session.stream.consumption())
-
-    def _go_back(self, iteration: int) -> None:
-        """The run went back to an earlier state, and goes on behind the data that it passed over."""
-        self._reported, self._reported_at = iteration, time.monotonic()
-        self._next = iteration + self._run.logging.log_interval
-        if self._monitor is not None:
-            self._monitor.went_back(iteration)
 
     def _is_due(self, done: StepDone) -> bool:
         """Whether to report; the same on every rank, which has read no clock for it since the last report."""
@@ -146,9 +146,9 @@ class Reports(Hook):
         assert done.result is not None
         losses = {name: float(mean) for name, mean in done.result.losses.items()}
         experts = expert_statistics(session, self._micro_batches)
-        now, done_since = time.monotonic(), max(done.iteration - self._reported, 1)
+        now, done_since = time.monotonic(), max(done.iteration - self._reported - self._passed, 1)
         pace = (now - self._reported_at) / done_since
-        self._reported, self._reported_at = done.iteration, now
+        self._reported, self._reported_at, self._passed = done.iteration, now, 0
         memory, (slowest,) = largest_memory(session, [pace])
         self._agree_on_next(done.iteration, slowest)
         consumed, steps = session.stream.consumption(), self._taken
@@ -176,7 +176,11 @@ class Reports(Hook):
     def _step_seconds(self, steps: int) -> dict[str, float]:
         """What each of the last `steps` steps took on rank 0, by part."""
         assert self._times is not None
-        return {part: seconds / steps for part, seconds in self._times.read().items()}
+        parts: dict[str, float] = {}
+        for part, seconds in self._times.read().items():
+            name = part if part in _PARTS else "other"  # hooks that only look
+            parts[name] = parts.get(name, 0.0) + seconds / steps
+        return {name: round(seconds, 7) for name, seconds in parts.items()}
 
     def _source_reports(self, consumed: Consumption) -> dict[str, SourceReport]:
         """What there is to say of the sources that the run has read, since the last report; it begins anew."""

@@ -1,6 +1,6 @@
 """Saves every checkpoint.save_interval steps, at both ends of a run, and before a signal ends it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_ext.checkpoint.finite import NotFiniteError
 from megatron_ext.checkpoint.save import Outcome
@@ -47,6 +47,11 @@ class Saving(Hook):
             with self._clock.stopped():
                 self._save(session, done.iteration, is_last=bool(done.signal) or done.iteration >= done.last)
         self._tell_settled(session, done.iteration)
+
+    def figures(self) -> Mapping[str, float]:
+        """How many steps the second place is behind, where there is one."""
+        lag = self._session.checkpoints.lag() if self._session is not None else None
+        return {} if lag is None else {"checkpoint_lag_steps": lag}
 
     def on_error(self, error: BaseException) -> None:
         """What is on its way to the disk is the state before the failure, and worth waiting for."""

@@ -71,7 +71,8 @@ def test_without_network_it_goes_offline(tmp_path: Path) -> None:
 
 def test_the_network_may_go_away_for_good(tmp_path: Path) -> None:
     server = WandbServer(only_start=True)
-    report(tmp_path, "online", "1", "20", url=server.url)
+    said = report(tmp_path, "online", "1", "20", url=server.url)
+    assert "wandb sync --include-online" in said  # an alert on its way keeps wandb from ending by itself
     assert server.started == ["abcd1234"]
     assert recorded(tmp_path) == [""]
 

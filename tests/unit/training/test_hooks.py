@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.data.stream.position import Position
+from megatron_ext.errors import CheckpointError
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.metrics_file import read_metrics
@@ -24,6 +25,7 @@ from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.verdict import Rollback, Skip, Take
+from tests.support.webhook_server import WebhookServer
 from tests.unit.training.fakes import FakeSession, Numbers, fake_session, sources
 
 VALIDATED = {"validation": [{"path": "b"}]}
@@ -127,22 +129,31 @@ def test_reports_by_seconds_follow_the_pace_and_say_what_the_time_went_to(
 
 
 @pytest.mark.usefixtures("alone")
-def test_after_a_rollback_throughput_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_are_passed_over_count_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     session = fake_session(tmp_path)
     session.groups.world = dist.group.WORLD
     reports = Reports(session.run, session.layout, Clock())
     reports.on_start(session)
-    for back in (False, False, True, False):
-        now[0] += 4
-        step = done(session, loss=3.0)
-        if back:
-            step = replace(step, verdict=Rollback("a spike", tmp_path / "iter_0000001", step.iteration))
-        reports.after_step(session, step)
+
+    def take(verdict: Any = None, seconds: float = 4.0) -> None:
+        now[0] += seconds
+        reports.after_step(session, replace(done(session, verdict, loss=3.0), last=100))
+
+    take()
+    take(Skip("train.skip_steps"), seconds=0.0)
+    take()
+    # Weights of an earlier checkpoint, and over the data up to step 9: the time of the step that was bad is lost.
+    now[0] += 4
+    session.state = replace(session.state, iteration=9)
+    back = StepDone(9, 100, Rollback("a spike", tmp_path, 9), 0, StepResult({}, 0.7, Take(), 0, sources(0, 0)))
+    reports.after_step(session, back)
+    take()
     reports.close()
     steps = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(step["iteration"], step["seconds_per_step"]) for step in steps] == [(1, 4), (2, 4), (4, 4)]
+    assert [(step["iteration"], step["seconds_per_step"]) for step in steps] == [(1, 4), (3, 4), (10, 8)]
+    assert [step["tokens_per_second"] for step in steps] == [8 * 64 / 4, 8 * 64 / 4, 8 * 64 / 8]
 
 
 @pytest.mark.usefixtures("alone")
@@ -183,6 +194,19 @@ def test_a_run_that_fails_says_with_what(tmp_path: Path, caplog: pytest.LogCaptu
         "ValueError",
     ]
     assert caplog.records[-1].levelname == "ERROR"
+    reports.on_error(SystemExit(2))  # of the main thread, after the watchdog's
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.usefixtures("alone")
+def test_people_are_told_of_a_run_that_fails_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = WebhookServer()
+    monkeypatch.setenv("HOOK", server.url)
+    session = fake_session(tmp_path / "moe", alerts={"webhook": {"url_variable": "HOOK"}})
+    Reports(session.run, session.layout, Clock()).on_error(CheckpointError("iter_0000004: sizes differ"))
+    server.close()
+    (text,) = server.texts
+    assert text.startswith(":x: *moe: failed*\nstep 0: failed before its first step: iter_0000004: sizes differ\n")
 
 
 def test_the_w_and_b_run_goes_on_where_a_checkpoint_has_one(tmp_path: Path) -> None:
