@@ -212,8 +212,14 @@ def test_rows_are_shown_with_what_is_trained_on(tokenizer: Path, tmp_path: Path)
 def test_damage_is_found(tokenizer: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "c.jsonl", conversations())
     preprocess([source], tokenizer, tmp_path / "d", how=ChatPreparation(), split=(1, 0, 0))
+    beside, described = Tokenizer(tmp_path / "d" / "tokenizer"), tmp_path / "d" / "dataset.json"
+    whole = described.read_text()
+    described.write_text(whole.replace('"ends"', '"endz"'))
+    with pytest.raises(DataError, match="dataset.json: .*what tools/preprocess.py writes"):
+        check_supervised(tmp_path / "d" / "train", beside, "chat")
+    described.write_text(whole)
     mask_file(tmp_path / "d" / "train").write_bytes(b"")
     with pytest.raises(DataError, match=r"train.mask: is missing, or has not the \d+ bytes"):
-        check_supervised(tmp_path / "d" / "train", Tokenizer(tmp_path / "d" / "tokenizer"), "chat")
+        check_supervised(tmp_path / "d" / "train", beside, "chat")
     with pytest.raises(DataError, match="train: cannot be read"):
         Supervised(tmp_path / "d" / "train")
