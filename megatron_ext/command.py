@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import itertools
 import os
 import signal
@@ -36,6 +37,8 @@ class _Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main`; a fault of the user's ends with one message on stderr and exit code 2, Ctrl-C with 130."""
     _say_whose_package_runs()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     try:
         main()
         sys.stdout.flush()  # it may be a file on a full disk

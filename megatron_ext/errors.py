@@ -37,6 +37,8 @@ class TrainingError(MegatronExtError):
 
 def note_path(text: str) -> None:
     """Remember a path as a command was given it, on its command line or in its YAML file."""
+    if "://" in text:
+        return
     _given.update(name for name in (text, str(Path(text))) if name.strip("./ ") and not Path(name).is_absolute())
 
 

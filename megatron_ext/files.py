@@ -5,6 +5,7 @@ import errno
 import fnmatch
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -22,6 +23,7 @@ UNFINISHED = ".partial"
 OURS = f".megatron_ext{UNFINISHED}"
 """An empty file in each folder that we write or take away: a folder of this name without it is somebody else's."""
 
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)$")
 _LARGEST_JSON = 1 << 28
 """Bytes. The largest that people have (tokenizer.json, the index of a thousand shards) take a tenth of it."""
 
@@ -66,7 +68,10 @@ def open_regular(path: str | Path, *, follow_links: bool = True) -> FileIO:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Give an OSError from inside (a full disk, a quota) the name of the file being written, where it has none."""
+    """Give an OSError from inside (a full disk, a quota) the name of the file being written, where it has none.
+
+    Libraries in Rust (tokenizers, safetensors) raise a plain Exception then, which ends with the system's number.
+    """
     try:
         yield
     except OSError as fault:
@@ -75,6 +80,11 @@ def writing(path: str | Path) -> Iterator[None]:
         # numpy knows how many bytes it could not write, but not why.
         why = fault.strerror or f"cannot be written ({fault})"
         raise OSError(fault.errno or errno.ENOSPC, why, str(path)) from fault
+    except Exception as fault:
+        if (of_system := _RUST_ERROR.search(str(fault))) is None:
+            raise
+        number = int(of_system[1])
+        raise OSError(number, os.strerror(number), str(path)) from fault
 
 
 def require_writable(path: str | Path) -> None:

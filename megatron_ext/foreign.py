@@ -35,12 +35,17 @@ def reading(path: str | Path, error: type[MegatronExtError], *, kind: str = "", 
     except MegatronExtError:
         raise
     except BaseException as fault:
-        # Rust's panics arrive as PanicException, which is not even an Exception.
-        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":
+        if not is_fault(fault):
             raise
         if is_lfs_pointer(path):
             raise error(f"{path}: {IS_LFS_POINTER}") from fault
         raise error(f"{path}: {fault_of(fault, kind)}{advice and '; '}{advice}") from fault
+
+
+def is_fault(raised: BaseException) -> bool:
+    """Whether it tells of something that went wrong, and not of Ctrl-C or an exit."""
+    # Rust's panics arrive as PanicException, which is not even an Exception.
+    return isinstance(raised, Exception) or type(raised).__name__ == "PanicException"
 
 
 IS_LFS_POINTER = (

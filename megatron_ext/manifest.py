@@ -229,7 +229,7 @@ def _sum_or_fault(path: Path) -> FileSum | str:
 def _entry(path: Path, name: str, entry: Any, error: type[MegatronExtError]) -> FileSum:
     place = PurePosixPath(name)
     try:
-        if place.is_absolute() or ".." in place.parts:
+        if place.is_absolute() or ".." in place.parts or b"\0" in os.fsencode(name):  # ValueError: half a character
             raise ValueError
         size, crc = entry["bytes"], int(entry["crc32"], 16)
         if type(size) is not int or size < 0:

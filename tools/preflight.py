@@ -61,7 +61,7 @@ def _test(run: RunConfig) -> None:
         reasons = "\n".join(f"  {one.host}: {one.why}" for one in bad)
         raise EnvironmentFault(f"not fit to train: {names}\n{reasons}\nLeave it out (sbatch --exclude), or mend it")
     if launched_rank() == 0:
-        print(f"{len(reports)} ranks on {len({report.host for report in reports})} nodes are fit to train")
+        print(f"fit to train: {len(reports)} ranks, on {', '.join(dict.fromkeys(report.host for report in reports))}")
 
 
 if __name__ == "__main__":

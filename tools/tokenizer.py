@@ -126,7 +126,7 @@ class ExportOptions:
     """Options of `export`."""
 
     model: PathName
-    """SentencePiece model file."""
+    """SentencePiece model file, or the folder of a tokenizer with one."""
     output: PathName
     """Directory to write."""
     text: list[PathName] = Field(default_factory=list)
@@ -221,11 +221,12 @@ def export(argv: Sequence[str]) -> None:
     o = parse_command(ExportOptions, __doc__, positional=["model"], argv=argv)
     from megatron_ext.data.prepare.corpus import corpus_files
     from megatron_ext.data.prepare.documents import read_documents
-    from megatron_ext.data.tokenizer import write_tokenizer
+    from megatron_ext.data.tokenizer import read_model, write_tokenizer
 
+    model = read_model(o.model)
     texts = itertools.islice(read_documents(corpus_files(o.text)), _PROOF_TEXTS) if o.text else []
     with ending_on_sigterm():
-        _say(write_tokenizer(Path(o.model).read_bytes(), o.output, texts, force=o.force, source=o.model))
+        _say(write_tokenizer(model, o.output, texts, force=o.force, source=o.model))
 
 
 def extend(argv: Sequence[str]) -> None:

@@ -24,7 +24,17 @@ def main() -> None:
     )
     parser.add_argument("--world-size", type=positive_integer, metavar="N", help="with --check: number of processes")
     parser.add_argument("--config-only", action="store_true", help="with --check: leave out data, checkpoints and disk")
+    parser.add_argument(
+        "--skip-data",
+        type=_range,
+        action="append",
+        default=[],
+        metavar="FIRST:LAST",
+        help="pass over every step that would read one of these samples, counted from 0 over the run as reports number "
+        "them; added to train.skip_samples. Give it again at every start, or write it there",
+    )
     arguments = parser.parse_args()
+    _skip_data(arguments)
     if arguments.check:
         _check(arguments)
         return
@@ -40,6 +50,21 @@ def main() -> None:
     from megatron_ext.training.loop import train
 
     train(run, arguments.run, open_hugging_face)
+
+
+def _range(text: str) -> list[int]:
+    """Argument type: FIRST:LAST."""
+    first, colon, last = text.replace("_", "").partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be FIRST:LAST, two numbers of samples")
+    return [int(first), int(last)]
+
+
+def _skip_data(arguments: argparse.Namespace) -> None:
+    """Turn --skip-data into the key that says it, so that checkpoints and reports have it."""
+    if arguments.skip_data:
+        run = load_run(arguments.run, arguments.overrides)
+        arguments.overrides.append(f"train.skip_samples={[*run.train.skip_samples, *arguments.skip_data]}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

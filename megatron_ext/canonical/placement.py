@@ -1,23 +1,21 @@
 """Which ranks hold a tensor, and how much of it: pipeline stages, and the share of one rank of them."""
 
-from megatron_ext.canonical.catalogue import EMBEDDING, POSITIONS, CanonicalTensor
-from megatron_ext.config import Layout, ModelConfig
+from megatron_ext.canonical.catalogue import EMBEDDING, CanonicalTensor
+from megatron_ext.config import Layout, ModelConfig, ParallelConfig
 
 
-def stages_of(tensor: CanonicalTensor, model: ModelConfig, pp: int, chunks: int = 1) -> tuple[int, ...]:
-    """The pipeline stages that hold `tensor`.
-
-    Args:
-        pp: pipeline-parallel size.
-        chunks: virtual pipeline stages a rank; a layer's virtual stage v is on stage v modulo `pp`.
-    """
+def stages_of(tensor: CanonicalTensor, model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """The pipeline stages that hold `tensor`; a layer's virtual stage v is on stage v modulo their number."""
+    pp = parallel.pipeline_model_parallel_size
+    chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     if tensor.layer is not None:
-        return (tensor.layer * pp * chunks // model.num_layers % pp,)
+        place = tensor.layer + parallel.account_for_embedding_in_pipeline_split
+        return (place * chunks // (model.num_layers + parallel.counted_as_layers) % pp,)
     if tensor.name == EMBEDDING:
         # A tied output layer is a copy of the embedding on the last stage.
         tied = not model.untie_embeddings_and_output_weights
         return (0, pp - 1) if tied and pp > 1 else (0,)
-    return (0,) if tensor.name == POSITIONS else (pp - 1,)
+    return (0,) if tensor.name.startswith("embedding.") else (pp - 1,)
 
 
 def elements_held(tensor: CanonicalTensor, layout: Layout) -> int:

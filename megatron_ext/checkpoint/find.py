@@ -24,6 +24,12 @@ def checkpoint_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def iteration_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says; 0 where it says none."""
+    match = _COMPLETE.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
+
+
 def find_checkpoint(path: str | Path) -> Path | None:
     """The checkpoint at `path`, or the newest one inside it; None if there never was one.
 
@@ -34,7 +40,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
     if is_checkpoint(path):
         _require_complete(path, None)
         return path
-    found = _checkpoints(path)
+    found = checkpoints_of(path)
     if found:
         _require_complete(found[-1], next((older for older in reversed(found[:-1]) if not faults_of(older)), None))
     noted = _noted_iteration(path)
@@ -43,7 +49,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
             f"{path}: {TRACKER_FILE} says {noted}, but no checkpoint is here (a directory iter_* with "
             f"{METADATA_FILE}). Bring it back, or start anew in another directory or after removing {TRACKER_FILE}"
         )
-    if found and noted is not None and noted != str(_iteration(found[-1])) and _speaks():
+    if found and noted is not None and noted != str(iteration_of(found[-1])) and _speaks():
         log.warning("%s: %s says %s, but the newest checkpoint is %s", path, TRACKER_FILE, noted, found[-1].name)
     return found[-1] if found else None
 
@@ -75,7 +81,7 @@ def faults_of(checkpoint: Path) -> list[str]:
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in a directory, oldest first."""
-    return [checkpoint for checkpoint in _checkpoints(directory) if not faults_of(checkpoint)]
+    return [checkpoint for checkpoint in checkpoints_of(directory) if not faults_of(checkpoint)]
 
 
 def newest_checkpoints(directory: Path, count: int) -> list[Path]:
@@ -84,7 +90,7 @@ def newest_checkpoints(directory: Path, count: int) -> list[Path]:
     Raises:
         CheckpointError: one of them is damaged. None is passed over for an older one.
     """
-    found = _checkpoints(directory)[-count:]
+    found = checkpoints_of(directory)[-count:]
     for checkpoint in found:
         if faults := faults_of(checkpoint):
             way_out = "bring it back whole, or move it away to do without it"
@@ -92,20 +98,15 @@ def newest_checkpoints(directory: Path, count: int) -> list[Path]:
     return found
 
 
-def _checkpoints(directory: Path) -> list[Path]:
+def checkpoints_of(directory: Path) -> list[Path]:
     """Every directory with the name of a complete checkpoint, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted((entry for entry in directory.iterdir() if _COMPLETE.fullmatch(entry.name)), key=_iteration)
+    return sorted((entry for entry in directory.iterdir() if _COMPLETE.fullmatch(entry.name)), key=iteration_of)
 
 
 def _speaks() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _iteration(checkpoint: Path) -> int:
-    match = _COMPLETE.fullmatch(checkpoint.name)
-    return int(match[1]) if match else 0
 
 
 def _noted_iteration(directory: Path) -> str | None:

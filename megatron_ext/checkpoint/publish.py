@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.find import TRACKER_FILE, complete_checkpoints
+from megatron_ext.checkpoint.find import TRACKER_FILE
 from megatron_ext.checkpoint.metadata import METADATA_FILE
 from megatron_ext.checkpoint.run_file import RUN_FILE, write_run
 from megatron_ext.checkpoint.state_file import RNG_FILE, STATE_FILE, write_saved, write_scalars
 from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer
-from megatron_ext.files import UNFINISHED, publish_directory, remove_published, write_text
+from megatron_ext.files import UNFINISHED, publish_directory, write_text
 from megatron_ext.manifest import MANIFEST_FILE
 
 log = logging.getLogger(__name__)
@@ -88,14 +88,6 @@ def remove_leftovers(directory: Path) -> None:
 def in_the_way(directory: Path) -> list[Path]:
     """What stands in a run's directory where a save may have to write, but was not left by one."""
     return [path for path in _unfinished(directory) if not _is_leftover(path)]
-
-
-def remove_old(directory: Path, keep_last: int | None) -> None:
-    """Remove all but the newest `keep_last` checkpoints; None keeps all, and the newest two are always kept."""
-    if keep_last is not None:
-        # A newest one that turns out to be bad is never the only one.
-        for old in complete_checkpoints(directory)[: -max(keep_last, 2)]:
-            remove_published(old)
 
 
 def _unfinished(directory: Path) -> list[Path]:

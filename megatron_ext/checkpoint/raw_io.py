@@ -15,6 +15,8 @@ from megatron_ext.manifest import FileSum, RunningSum
 
 # Linux transfers at most 2 GiB less a page in one call.
 _MOST = 1 << 30
+# Bytes of the buffer between a file and memory that takes them otherwise.
+_BUFFER = 1 << 26
 # Bytes below which reading is cheaper than mapping.
 _MAPPED_FROM = 1 << 16
 
@@ -94,14 +96,23 @@ class TensorPlace:
     def read_box(self, descriptor: int, box: tuple[slice, ...], target: Tensor) -> None:
         """Fill `target` with the elements at `box`, converting the dtype where it differs.
 
-        Reads the shortest run of the file that holds the box; straight into `target` where the box is that run.
+        Reads the shortest run of the file that holds the box; straight into `target` where the box is that run and
+        `target` lies in the host's memory. Else through a buffer, which stays small however large the box is.
 
         Raises:
             EOFError: the file is shorter.
         """
         run = self._run(box)
-        if run.is_box and target.dtype == self.dtype and target.is_contiguous():
+        if run.is_box and target.dtype == self.dtype and target.is_contiguous() and target.device.type == "cpu":
             read_into(descriptor, run.start, target)
+            return
+        axis = next((axis for axis, size in enumerate(run.sizes) if size > 1), None)
+        if run.count * self.dtype.itemsize > _BUFFER and axis is not None:
+            start, stop = box[axis].start, box[axis].stop
+            middle = (start + stop) // 2
+            for begin, end in ((start, middle), (middle, stop)):
+                part = (*box[:axis], slice(begin, end), *box[axis + 1 :])
+                self.read_box(descriptor, part, target.narrow(axis, begin - start, end - begin))
             return
         elements = torch.empty(run.count, dtype=self.dtype)
         read_into(descriptor, run.start, elements)

@@ -15,6 +15,9 @@ from megatron_ext.files import read_json_object, write_bytes, write_text
 from megatron_ext.foreign import reading
 
 STATE_FILE, RNG_FILE = "state.json", "rng.pt"
+BASE_KEY = "base"
+"""Under this `state.json` says beside which weights the adapters of a checkpoint were trained that holds no others:
+{path, fingerprint, adapters: their configuration}."""
 _COUNTS = ("iteration", "consumed_samples", "optimizer_steps")
 
 
@@ -72,6 +75,15 @@ def read_scalars(checkpoint: Path) -> dict[str, Any]:
     return raw
 
 
+def require_whole_model(checkpoint: Path) -> None:
+    """Raise CheckpointError where `checkpoint` holds adapters, and not the weights beside which they are."""
+    if (checkpoint / STATE_FILE).is_file() and (base := read_scalars(checkpoint).get(BASE_KEY)) is not None:
+        raise CheckpointError(
+            f"{checkpoint}: holds adapters alone, of the weights of {base['path']}; merge both first: "
+            f"python tools/merge_lora.py {checkpoint} TARGET"
+        )
+
+
 def write_scalars(checkpoint: Path, scalars: Mapping[str, Any]) -> None:
     """Write `state.json`."""
     write_text(checkpoint / STATE_FILE, json.dumps(scalars, indent=2) + "\n")
@@ -97,6 +109,16 @@ def write_random_states(checkpoint: Path, states: Sequence[dict[str, Any] | None
 
 def write_saved(path: Path, content: Any) -> None:
     """torch.save, which would say nothing useful of a full disk."""
+    write_bytes(path, saved_bytes(content))
+
+
+def saved_bytes(content: Any) -> bytes:
+    """What torch.save writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(path, buffer.getbuffer())
+    return buffer.getvalue()
+
+
+def read_saved(content: bytes) -> Any:
+    """The other way: plain values and tensors."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -261,6 +261,7 @@ class MegatronSink(TensorSink):
         directory: checkpoint directory; the checkpoint becomes its `iter_0000000`.
         specs: canonical names with shapes and dtypes.
         run: the configuration to keep beside the weights, as plain mappings.
+        scalars: what its state says.
         tokenizer: directory whose tokenizer the checkpoint carries.
         force: replace what is there.
         inputs: what the tensors are made of; never replaced.
@@ -274,6 +275,7 @@ class MegatronSink(TensorSink):
         specs: Mapping[str, TensorSpec],
         run: dict[str, Any],
         *,
+        scalars: Mapping[str, Any] = UNTRAINED,
         tokenizer: Path | None = None,
         force: bool = False,
         inputs: Sequence[Path] = (),
@@ -291,7 +293,7 @@ class MegatronSink(TensorSink):
                 f"{directory} is not empty; choose another place or pass --force to replace its step 0"
             )
         super().__init__(directory / checkpoint_name(0), specs, force=force, inputs=inputs)
-        self._run, self._tokenizer = run, tokenizer
+        self._run, self._scalars, self._tokenizer = run, scalars, tokenizer
         self._plan = storage_plan({name: spec.shape for name, spec in specs.items()})
         self._writers: list[TorchDistWriter] = []
         self._starts: dict[str, tuple[TorchDistWriter, int]] = {}
@@ -323,7 +325,7 @@ class MegatronSink(TensorSink):
 
     def _complete(self) -> None:
         write_metadata(self.partial, [record for writer in self._writers for record in writer.records])
-        write_small_files(self.partial, 0, UNTRAINED, self._run, self._tokenizer)
+        write_small_files(self.partial, 0, self._scalars, self._run, self._tokenizer)
 
     def _exclusive(self) -> contextlib.AbstractContextManager[object]:
         return exclusive(self.target.parent, "writing a model")

@@ -10,7 +10,7 @@ from megatron_ext.config.attention import (
     YarnRopeScaling,
 )
 from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, StagedSource
-from megatron_ext.config.guard import GuardConfig
+from megatron_ext.config.guard import GuardConfig, RollbackConfig, SpikeConfig
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
 from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig, WatchdogConfig
@@ -81,10 +81,12 @@ __all__ = [
     "Precision",
     "PretrainTask",
     "RecomputeConfig",
+    "RollbackConfig",
     "RunConfig",
     "RuntimeConfig",
     "Schedule",
     "SftTask",
+    "SpikeConfig",
     "Stage",
     "StagedSource",
     "TaskConfig",

@@ -1,10 +1,11 @@
 """What every configuration section is: a frozen, strict pydantic dataclass whose docstrings are the help."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from megatron_ext.config.effect import shapes_function, shapes_weights, training_only
@@ -17,7 +18,17 @@ class IsPath:
     """Marks a text that is the path of a file or directory: messages then give it absolute."""
 
 
-PathName = Annotated[str, IsPath()]
+def _nameable(path: str) -> str:
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        name = b"\0"
+    if b"\0" in name:
+        raise ValueError("must be a path; a NUL and half a character are in none")
+    return path
+
+
+PathName = Annotated[str, AfterValidator(_nameable), IsPath()]
 """A path as people write it, kept so in what is written."""
 
 

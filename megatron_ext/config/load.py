@@ -73,7 +73,7 @@ def values_of(run: RunConfig) -> Mapping[str, Any]:
 
 def raise_faults(source: str, faults: Sequence[str]) -> None:
     """Raise ConfigError with all `faults`, if there are any."""
-    if faults:
+    if faults := list(dict.fromkeys(faults)):  # a file that several looks meet has one fault
         count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
         raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
 
@@ -242,7 +242,7 @@ class _Reader:
     def _variant(self, variants: list[type], value: Any, where: str) -> Any:
         """One section out of a tagged union (or the only one there is)."""
         if not isinstance(value, dict):
-            self.faults.append(f"{where} = {value!r}: must be a mapping of keys")
+            self.faults.append(f"{where} = {_shown(value)}: must be a mapping of keys")
             return None
         cls: type | None = variants[0]
         if len(variants) > 1:
@@ -267,7 +267,7 @@ class _Reader:
             self.values[where] = valid = adapter.validate_python(value)
         except ValidationError as error:
             complaints = dict.fromkeys(_complaint(e) for e in error.errors())
-            self.faults.append(f"{where} = {value!r}: {' or '.join(complaints)}")
+            self.faults.append(f"{where} = {_shown(value)}: {' or '.join(complaints)}")
             return None
         if valid is not None and _is_path(annotation):
             for path in valid if isinstance(valid, list) else [valid]:
@@ -276,7 +276,7 @@ class _Reader:
 
     def _unknown(self, key: Any, value: Any, path: str, known: list[str]) -> None:
         hint = self._suggestion(str(key), path, known) or f"known here: {', '.join(known)}"
-        self.faults.append(f"{path}{key} = {value!r}: unknown key; {hint}")
+        self.faults.append(f"{path}{key} = {_shown(value)}: unknown key; {hint}")
 
     def _suggestion(self, key: str, path: str, known: list[str]) -> str | None:
         """The key that was meant: one of this section, or of another where that is nearer."""
@@ -297,6 +297,8 @@ class _Reader:
         return f"did you mean '{max(here, key=here.__getitem__)}'?" if near >= _ALIKE else None
 
 
+_MOST_SHOWN = 300
+"""Characters of a wrong value."""
 _ALIKE = 0.6
 """How alike an unknown key and a known one of its section must be to be the same."""
 _SAME_WORD = 0.8
@@ -312,11 +314,18 @@ def _nearness(key: str, other: str) -> float:
     return difflib.SequenceMatcher(None, key, other).ratio()
 
 
+def _shown(value: Any) -> str:
+    """A wrong value as messages give it: as much as tells which it is."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
 def _complaint(error: Any) -> str:
     if error["type"] == "literal_error":
         return f"must be one of {error['ctx']['expected'].replace(' or ', ', ')}"
     plain = _PLAIN.get(error["type"])
-    text = plain or str(error["msg"]).replace("Input should", "must").replace("Value should", "must")
+    said = str(error["msg"]).removeprefix("Value error, ")
+    text = plain or said.replace("Input should", "must").replace("Value should", "must")
     item = [str(part) for part in error["loc"] if isinstance(part, int)]
     return f"entry {'.'.join(item)} {text}" if item else text
 

@@ -17,9 +17,23 @@ class CheckpointConfig:
     """Checkpoints are written here, by one run at a time. A run that finds a complete one here continues it."""
     save_interval: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. Unset: only the last step is saved."""
+    save_initial: bool = False
+    """Save a new run before its first step too. That checkpoint stays."""
     keep_last: int | None = Field(default=None, ge=1)
     """Remove older checkpoints once this many newer ones are complete. The newest and the one before it are always kept
     (1 means 2), so that there is one to go back to where the newest is bad. Unset: keep all."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Steps: the checkpoints of its multiples stay, beside the newest of `keep_last`."""
+    keep_matching: str | None = None
+    """Regular expression: checkpoints whose whole step number it matches stay too, such as '(5|25)000'. So does what
+    you rename: only directories called iter_ and a number are ever removed."""
+    async_save: bool = True
+    """Training waits only until its state is copied into the host's memory (weights and optimizer state of each rank),
+    from where a thread writes it. Without room for the copy, and with False, it waits until everything is on disk."""
+    copy_to: PathName | None = None
+    """Second place: a directory, or any URL that fsspec opens (gs://, s3://; with its package installed). The newest
+    checkpoint is copied there while training goes on, and kept there by the same rules. A run that finds a newer
+    one there than in `directory` brings it back and continues it."""
     initialize_from: PathName | None = None
     """Megatron checkpoint or Hugging Face directory whose weights (not optimizer or position) a new run starts from, in
     any layout."""
@@ -55,6 +69,9 @@ class RuntimeConfig:
     """What layers are built from: plain PyTorch (CPU and CUDA), or NVIDIA Transformer Engine (CUDA)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""
+    deterministic: bool = False
+    """The same run computes the same bits again. On CUDA only kernels are used that add up in a fixed order, which is
+    slower, and an operation that has none ends the run by name; on CPU it is so anyway."""
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     """Ends a run that no longer moves."""
     distributed_timeout_minutes: int = Field(default=10, ge=1, le=10**6)

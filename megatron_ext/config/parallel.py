@@ -19,6 +19,10 @@ class ParallelConfig:
     """PP: stages of consecutive layers."""
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2)
     """VPP: model chunks a stage (interleaved schedule)."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """The embedding counts as a layer: the first chunk of the first stage has one layer less than the others."""
+    account_for_loss_in_pipeline_split: bool = False
+    """The loss, with the output layer, counts as a layer: the last chunk of the last stage has one layer less."""
     expert_model_parallel_size: int = Field(default=1, ge=1)
     """EP: processes that share the routed experts."""
     expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
@@ -33,6 +37,11 @@ class ParallelConfig:
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass already runs. Needs the two options above."""
+
+    @property
+    def counted_as_layers(self) -> int:
+        """How many layers the embedding and the loss count for where layers are spread over stages."""
+        return self.account_for_embedding_in_pipeline_split + self.account_for_loss_in_pipeline_split
 
     @property
     def etp(self) -> int:

@@ -74,6 +74,9 @@ class TrainConfig:
     skip_steps: list[list[int]] = Field(default_factory=list)
     """Ranges [first, last] of steps that are passed over: nothing is computed, their samples count as consumed and the
     schedule goes on. The way past bad batches after going back to a checkpoint before them: [[1200, 1250]]."""
+    skip_samples: list[list[Count]] = Field(default_factory=list)
+    """The same by samples, counted from 0 over the run as reports number them: every step that would read one of
+    [first, last] is passed over. `tools/train.py --skip-data FIRST:LAST` adds a range."""
     eval_interval: int | None = Field(default=None, ge=1)
     """Steps between validations. Unset: none. The last step is always validated when this is set."""
     eval_iters: int = Field(default=10, ge=1)

@@ -8,7 +8,7 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_ext.errors import DataError
-from megatron_ext.files import UNFINISHED
+from megatron_ext.files import UNFINISHED, open_regular, writing
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -66,7 +66,7 @@ def sync(file: IO[Any]) -> None:
 def write_synced(path: Path, data: bytes) -> None:
     """Write the file at `path`: after any fault, a cut of power included, it has its old content or all of `data`."""
     beside = path.with_name(path.name + UNFINISHED)
-    with open(beside, "wb") as file:
+    with writing(path), open(beside, "wb") as file:
         file.write(data)
         sync(file)
     beside.replace(path)
@@ -80,7 +80,7 @@ def read_index(path: Path) -> tuple[np.dtype[Any], np.ndarray[Any, Any]]:
     """
     dtypes: dict[int, Any] = {code: dtype for dtype, code in _DTYPE_CODES.items()}
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             header = file.read(_HEADER.size)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give the dataset without .bin / .idx") from error

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ext.checkpoint.tokenizer_files import SETTINGS_FILE
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import CheckpointError, DataError
+from megatron_ext.foreign import reading
 from megatron_ext.model_io.checkpoint_model import tokenizer_directory
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.finite import describe, is_finite
-from megatron_ext.model_io.logits import load_hugging_face
+from megatron_ext.model_io.logits import A_MODEL, SETTLE, load_hugging_face
 from megatron_ext.model_io.open import is_hugging_face
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,8 @@ def _continue(
     positions, rows = learned_positions(network), network.get_input_embeddings().weight.shape[0]
     continuations = []
     for prompt in prompts:
-        tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        with reading(name, DataError, kind="a tokenizer", advice=f"{SETTINGS_FILE} may say what it cannot"):
+            tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         length = tokens["input_ids"].shape[1]
         if length == 0:
             raise DataError(f"the prompt {prompt!r} has no tokens to start from")
@@ -111,9 +114,10 @@ def _continue(
                 f"positions only (max_position_embeddings); give at most {positions - 1:,} tokens"
             )
         room = max_new_tokens if positions is None else min(max_new_tokens, positions - length)
-        output = network.generate(
-            **tokens, max_new_tokens=room, logits_processor=[_numbers_only(name)], **sampling.settings
-        )
+        with reading(name, CheckpointError, kind=A_MODEL, advice=SETTLE):
+            output = network.generate(
+                **tokens, max_new_tokens=room, logits_processor=[_numbers_only(name)], **sampling.settings
+            )
         if room < max_new_tokens and output.shape[1] == positions:
             log.warning(
                 "the continuation of %s ends after %d tokens: %s has learned %d positions (max_position_embeddings)",

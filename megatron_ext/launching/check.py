@@ -127,7 +127,7 @@ def _seconds_a_step(job: Job, run: RunConfig, processes: int) -> tuple[float, st
         return seconds, f"as measured in {path}, on however many GPUs that was", int(last[-1]["iteration"])
     if job.profile.peak_tflops is None:
         return None
-    work = max(run.step_tokens) * training_flops_per_token(run.model, run.data.sequence_length)
+    work = max(run.step_tokens) * training_flops_per_token(run.model, run.data.sequence_length, run.adapters)
     rate = processes * job.profile.peak_tflops * 1e12 * _USUAL_MFU
     return work / rate, f"a guess: {_USUAL_MFU:.0%} of the peak, nothing was measured", 0
 
@@ -139,15 +139,20 @@ def _look_at_places(job: Job, run: RunConfig, found: Findings) -> None:
         paths["python"] = str(job.python)
     if job.nodes == 1:
         return
-    shared = [Path(folder) for folder in job.profile.shared]
+    shared, local = [Path(folder) for folder in job.profile.shared], []
     for key, text in paths.items():
         place = Path(os.path.abspath(text))
         if shared:
             if not any(place.is_relative_to(folder) or place.resolve().is_relative_to(folder) for folder in shared):
                 folders = ", ".join(map(str, shared))
                 found.faults.append(f"{key} = {place}: not every node sees it; below {folders} it would be (shared)")
-        elif (kind := _file_system(place)) in _LOCAL_DISKS:
-            found.warnings.append(f"{key} = {place} is on {kind} here: does every node see it? (the profile's shared)")
+        elif _file_system(place) in _LOCAL_DISKS:
+            local.append(f"{key} = {place}")
+    if local:
+        found.warnings.append(
+            f"on a disk of this machine alone, as it seems, unseen by other nodes: {', '.join(local)} (say in "
+            "the profile what is shared)"
+        )
 
 
 def _file_system(place: Path) -> str:

@@ -92,13 +92,16 @@ def _alone_bad(reports: Sequence[RankReport]) -> Iterator[Bad]:
 
 
 def _slow(reports: Sequence[RankReport]) -> Iterator[Bad]:
-    usual = statistics.median(report.product for report in reports)
-    for report in reports:
-        if report.product < SLOW_PRODUCT * usual:
-            rates = f"{flops(report.product)}/s, and {flops(usual)}/s at the median"
-            yield Bad(report.host, f"rank {report.rank} ({report.device}) multiplies {rates}")
+    fastest = {report.host: max(r.product for r in reports if r.host == report.host) for report in reports}
+    # Ranks on CPU share the cores of their host, which is as fast as the fastest of them.
+    rates = [fastest[report.host] if report.device == "cpu" else report.product for report in reports]
+    usual = statistics.median(rates)
+    for report, rate in zip(reports, rates, strict=True):
+        if rate < SLOW_PRODUCT * usual:
+            both = f"{flops(rate)}/s, and {flops(usual)}/s at the median"
+            yield Bad(report.host, f"rank {report.rank} ({report.device}) multiplies {both}")
     disks = [report.disk for report in reports if report.disk is not None]
-    if disks:
+    if len(fastest) > 1 and disks:
         usual = statistics.median(disks)
         for report in reports:
             if report.disk is not None and report.disk < SLOW_DISK * usual:
@@ -109,6 +112,8 @@ def _slow(reports: Sequence[RankReport]) -> Iterator[Bad]:
 
 def _slow_groups(reports: Sequence[RankReport]) -> Iterator[Bad]:
     """Groups far slower than the others of their kind: the nodes that are in no fast one, or else all of them."""
+    if reports[0].device == "cpu" and len({report.host for report in reports}) == 1:
+        return  # their ranks share one machine
     for kind in dict.fromkeys(kind for report in reports for kind in report.links):
         groups = {report.links[kind].ranks: report.links[kind].rate for report in reports if kind in report.links}
         usual = statistics.median(groups.values())

@@ -140,6 +140,26 @@ def optimizer_shards(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer)
     return shards
 
 
+def gradient_shards(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer) -> list[TensorShard]:
+    """The reduced gradients that the optimizer is about to use, by the names of their weights.
+
+    Over all ranks, those with `is_writer` are every number of every gradient once.
+    """
+    pieces = {param: p for chunk in chunks for param, p in shards_of(chunk).items()}
+    shards: list[TensorShard] = []
+    for part in optimizer.chained_optimizers:
+        distributed = isinstance(part, DistributedOptimizer)
+        for param, start, states in _parameter_states(part):
+            gradient = states["param"].grad
+            if gradient is None:
+                continue
+            for piece in pieces[param]:
+                copy = piece.replica_id[:-1] if distributed else piece.replica_id
+                flat = gradient.detach().view(-1)
+                shards.extend(_shards_of_flat(piece, "", flat, start, is_writer=not any(copy)))
+    return shards
+
+
 def _shards_of_flat(
     piece: ParameterShard, prefix: str, shard: Tensor, start: int, *, is_writer: bool
 ) -> Iterator[TensorShard]:

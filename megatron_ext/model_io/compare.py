@@ -16,9 +16,12 @@ from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.checkpoint.examine import check_checksums
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
+from megatron_ext.foreign import reading
 from megatron_ext.model_io.finite import is_finite
 from megatron_ext.model_io.huggingface.cached_generation import GenerationComparison, compare_generation
 from megatron_ext.model_io.logits import (
+    A_MODEL,
+    SETTLE,
     carries_our_code,
     load_hugging_face,
     may_run_code,
@@ -168,7 +171,8 @@ def _generated(path: str | Path, network: Any, rows: Tensor) -> tuple[Generation
     if type(network).__module__.startswith("transformers_modules") and not carries_our_code(path):
         return None, f"the modelling code of {type(network).__name__} is not this framework's"
     positions = read_any_model(path).max_position_embeddings
-    made = compare_generation(network, rows, positions)
+    with reading(path, ConversionError, kind=A_MODEL, advice=SETTLE):
+        made = compare_generation(network, rows, positions)
     return made, "" if made else f"the model has {positions} positions only"
 
 

@@ -45,7 +45,7 @@ MEGATRON = "megatron"
 
 def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[TensorTask]:
     """Every step from Megatron's tensors of `model` to Hugging Face's."""
-    for rule, holes in _expanded(rules, model):
+    for rule, holes in expanded(rules, model):
         names = {role: name.format(**holes) for role, name in rule.hf_names().items()}
         yield TensorTask(
             {MEGATRON: rule.megatron.format(**holes)},
@@ -57,7 +57,7 @@ def tasks_to_hf(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[TensorT
 
 def tasks_to_megatron(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[TensorTask]:
     """Every step from Hugging Face's tensors to Megatron's tensors of `model`."""
-    for rule, holes in _expanded(rules, model):
+    for rule, holes in expanded(rules, model):
         names = {role: name.format(**holes) for role, name in rule.hf_names().items()}
         yield TensorTask(
             names,
@@ -81,7 +81,7 @@ def copies(source: TensorSource) -> Iterator[TensorTask]:
         yield TensorTask({MEGATRON: name}, {MEGATRON: name}, dict)
 
 
-def _expanded(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[tuple[Rule, dict[str, int]]]:
+def expanded(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[tuple[Rule, dict[str, int]]]:
     """Rules with filled holes: what stands before the layers, layer by layer, what stands after them."""
     steps = [(rule, holes) for rule in rules for holes in rule.holes(model)]
     first = next((n for n, (_, holes) in enumerate(steps) if "layer" in holes), 0)

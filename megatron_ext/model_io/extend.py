@@ -23,7 +23,7 @@ from megatron_ext.config import ModelConfig
 from megatron_ext.data.tokenizer import Tokenizer, read_names
 from megatron_ext.data.tokenizer.added import Added, write_extended
 from megatron_ext.errors import ConversionError
-from megatron_ext.files import output_place, publish_directory, remove_unfinished, start_directory, write_text
+from megatron_ext.files import output_place, publish_directory, remove_unfinished, start_directory, write_text, writing
 from megatron_ext.locks import exclusive_output
 from megatron_ext.model_io.compare import checkpoint_logits, compare_logits, require_memory
 from megatron_ext.model_io.engine import copies
@@ -95,7 +95,7 @@ def _extend_tokenizer(source: Path, options: ExtendOptions, tokens: Sequence[str
         raise ConversionError(f"{source}: neither a model (Megatron's or Hugging Face's) nor a tokenizer")
     contents = (FAST_FILE, *TOKENIZER_FILES, *TEMPLATE_FOLDERS, "config.json", "*.py")
     place = output_place(options.target, ConversionError, force=options.force, contents=contents, inputs=[source])
-    with exclusive_output(place, "extending a tokenizer"):
+    with exclusive_output(place, "extending a tokenizer"), writing(place):
         partial = start_directory(place)
         try:
             added = write_extended(source, partial, tokens, special=options.special)

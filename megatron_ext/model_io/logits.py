@@ -13,10 +13,15 @@ from megatron_ext.checkpoint.streams import TensorSource
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import read_json_object
+from megatron_ext.foreign import is_fault, reading
 from megatron_ext.model_io.huggingface.companion_files import shipped_code
 from megatron_ext.model_io.network import megatron_network
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.quiet import without_loading_bars
+
+A_MODEL = "a model that transformers computes with"
+SETTLE = "a value in config.json or generation_config.json may not be what its field means"
+"""The way out where transformers meets what it cannot compute with."""
 
 
 def megatron_logits(
@@ -49,8 +54,13 @@ def stream_logits(
 
 @torch.no_grad()
 def network_logits(network: Any, batches: Sequence[Tensor]) -> list[Tensor]:
-    """fp32 logits [B, S, vocab] that transformers' `network` computes for each batch of token ids [B, S]."""
-    return [network(tokens, use_cache=False).logits.float() for tokens in batches]
+    """fp32 logits [B, S, vocab] that transformers' `network` computes for each batch of token ids [B, S].
+
+    Raises:
+        ConversionError: it cannot compute with what its config.json says.
+    """
+    with reading(network.config.name_or_path, ConversionError, kind=A_MODEL, advice=SETTLE):
+        return [network(tokens, use_cache=False).logits.float() for tokens in batches]
 
 
 @torch.no_grad()
@@ -72,7 +82,6 @@ def load_hugging_face(
     Raises:
         ConversionError: its code may not be run, or transformers does not accept its config.json or weights.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM  # slow to import
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -92,8 +101,9 @@ def load_hugging_face(
                 # Expert after expert: transformers' grouped kernels refuse rows that are no multiple of 16 bytes.
                 experts_implementation="eager",
             )
-    # What its configuration classes and its loading raise of a config.json that they do not accept.
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except BaseException as error:  # of config.json, of weights, of code: there is no end of kinds
+        if not is_fault(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConversionError(
             f"{directory}: transformers does not load it: {reason[:1000]}{_of_byte_order_mark(Path(directory))}"

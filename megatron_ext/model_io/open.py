@@ -14,10 +14,10 @@ from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.fields import left_behind
 from megatron_ext.architectures.tables.normalized import NormalizedHfSource
 from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT, model_shapes
-from megatron_ext.checkpoint.find import find_checkpoint
+from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
 from megatron_ext.checkpoint.run_file import read_run
-from megatron_ext.checkpoint.state_file import TrainingState, read_state
+from megatron_ext.checkpoint.state_file import TrainingState, read_state, require_whole_model
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSource, TensorSpec
 from megatron_ext.checkpoint.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import ModelConfig
@@ -90,6 +90,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ConversionError(
             f"{path}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
         )
+    require_whole_model(require_checkpoint(path))
     model, stream = read_model(path), MegatronSource(path)
     check_source(stream, model_shapes(model), where=str(stream.directory))
     try:

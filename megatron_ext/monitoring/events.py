@@ -37,6 +37,8 @@ class Event:
     """One line for people."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """More for the records: values of JSON by name."""
+    panels: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that are drawn over the steps of the run, by the name of their panel."""
 
     @property
     def severity(self) -> Severity:

@@ -5,10 +5,11 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_ext.files import write_bytes
+from megatron_ext.files import open_regular, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -123,12 +124,9 @@ def _cut(path: Path, iteration: int) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Any]]:
     """Every line with the record in it; None where there is none. Longer ones than any record come in pieces."""
-    with open(path, "rb") as file:
+    with BufferedReader(open_regular(path)) as file:
         while line := file.readline(_LONGEST):
-            try:
-                yield line, json.loads(line, object_pairs_hook=_numbers)
-            except (ValueError, RecursionError):
-                yield line, None
+            yield line, parsed(line)
 
 
 def _finite(value: Any) -> Any:
@@ -148,29 +146,57 @@ def _numbers(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: float(value) if isinstance(value, str) and value in words else value for key, value in pairs}
 
 
-def _records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every record of a step with the step; lines that are none (a process was killed while writing) are left out."""
-    for _, record in _lines(Path(path)):
-        if isinstance(record, dict) and isinstance(at := record.get("iteration"), int):
-            yield at, record
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The reports of a run in order of steps: of a step that was repeated after an interruption, the last one.
+class RunHistory:
+    """What a metrics file says of a run, in order of steps: of a step that was repeated, the last report.
 
     Reports are told apart by what they hold: training steps have `loss`, validations `validation_loss`.
     """
-    kept: list[dict[str, Any]] = []
-    for at, record in _records(path):
-        if record.get("event") == "start":
-            kept = [r for r in kept if r["iteration"] <= at]
-        elif "event" not in record:
-            if "loss" in record and kept and kept[-1]["iteration"] >= at:  # the run had gone back
-                kept = [r for r in kept if r["iteration"] < at]
-            kept.append(record)
-    return kept
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, Any]] = []
+        self.starts: list[dict[str, Any]] = []
+        """What was recorded each time the run was started or continued, in order of time."""
+        self.events: list[dict[str, Any]] = []
+        """What else happened, in order of time."""
+
+    def add(self, record: Any) -> None:
+        """Take the next line; one that is none (a process was killed while writing) is left out."""
+        at = record.get("iteration") if isinstance(record, dict) else None
+        if not isinstance(at, int):
+            return
+        event = record.get("event")
+        if event == "start":
+            self.starts.append(record)
+            self._go_back(at + 1)
+        elif event is not None:
+            self.events.append(record)
+        else:
+            if "loss" in record and self.reports and self.reports[-1]["iteration"] >= at:  # the run had gone back
+                self._go_back(at)
+            self.reports.append(record)
+
+    def _go_back(self, step: int) -> None:
+        """Forget what is made again: everything from `step` on."""
+        self.reports = [r for r in self.reports if r["iteration"] < step]
+        self.events = [e for e in self.events if e["iteration"] < step or e["event"] not in _OF_STEPS]
 
 
-def read_starts(path: str | Path) -> list[dict[str, Any]]:
-    """What a run recorded each time it was started or continued, in order of time."""
-    return [record for _, record in _records(path) if record.get("event") == "start"]
+def read_history(path: str | Path) -> RunHistory:
+    """What the metrics file at `path` says."""
+    history = RunHistory()
+    for _, record in _lines(Path(path)):
+        history.add(record)
+    return history
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The reports of a run in order of steps, as `RunHistory` has them."""
+    return read_history(path).reports
+
+
+def parsed(line: bytes) -> Any:
+    """The record in a line; None where there is none."""
+    try:
+        return json.loads(line, object_pairs_hook=_numbers)
+    except (ValueError, RecursionError):
+        return None

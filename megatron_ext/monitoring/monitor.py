@@ -63,7 +63,7 @@ class Monitor:
         if peak is None and torch.cuda.is_available():
             peak = peak_tflops(torch.cuda.get_device_name(), run.precision)
         self._pace = Pace(
-            run.model,
+            run,
             plan,
             clock,
             devices=layout.world_size,
@@ -169,6 +169,16 @@ def open_sinks(run: RunConfig, iteration: int, run_id: str) -> list[Sink]:
         # Before W&B, whose run ends with its own closing, and after the files, which have what is not sent.
         sinks.insert(2, AlertsSink(run.alerts, directory, others))
     return sinks
+
+
+def tell_of_failed_start(run: RunConfig, error: BaseException) -> None:
+    """Alert of a run that ends with `error` before it has a monitor, as far as that needs no W&B run."""
+    if run.alerts.webhook is not None or run.alerts.email is not None:
+        from megatron_ext.monitoring.sinks.alerts import AlertsSink
+
+        alerts = AlertsSink(run.alerts, Path(run.checkpoint.directory))
+        alerts.event(Event("failed", 0, f"failed before its first step: {described(error)}"))
+        alerts.close(failed=True)
 
 
 def described(error: BaseException) -> str:

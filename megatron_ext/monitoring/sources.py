@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_ext.data.stream.position import Consumption
 from megatron_ext.planning.amounts import short_number
+
+if TYPE_CHECKING:  # sinks need neither torch nor megatron
+    from megatron_ext.data.stream.position import Consumption
 
 _MOST_ON_A_LINE = 4
 
@@ -61,7 +63,7 @@ def step_line(sources: Mapping[str, SourceReport], steps: int) -> str:
     return over + ", ".join(shown) + (f" and {left_out} more" if left_out else "")
 
 
-def consumption_line(consumption: Consumption) -> str:
+def consumption_line(consumption: "Consumption") -> str:
     """For the console: how much was read of each source since the run began."""
     read = consumption.sources.items()
     return ", ".join(f"{name} {short_number(use.tokens)} tokens ({use.epochs:.3g} epochs)" for name, use in read)

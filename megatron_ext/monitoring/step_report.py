@@ -4,12 +4,14 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_ext.data.stream.plan import RunPlan
-from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
 from megatron_ext.monitoring.sources import SourceReport, perplexity, step_panels, step_values
-from megatron_ext.monitoring.throughput import Throughput
+
+if TYPE_CHECKING:  # sinks need neither torch nor megatron
+    from megatron_ext.data.stream.plan import RunPlan
+    from megatron_ext.mcore.moe.metrics import ExpertStatistics, LayerHealth
+    from megatron_ext.monitoring.throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class StepReport:
     consumed_samples: int
     memory_bytes: int
     """Peak memory of the process that used most: device memory on CUDA, resident memory on CPU."""
-    experts: ExpertStatistics | None
+    experts: "ExpertStatistics | None"
     sources: Mapping[str, SourceReport] = field(default_factory=dict)
     """Those that the run has read; what they say is of the time since the report before."""
     steps: int = 1
@@ -53,7 +55,9 @@ class StepRecord:
     """Until the last step of this job; None after it."""
 
 
-def step_record(report: StepReport, plan: RunPlan, throughput: Throughput, last: int, left: float | None) -> StepRecord:
+def step_record(
+    report: StepReport, plan: "RunPlan", throughput: "Throughput", last: int, left: float | None
+) -> StepRecord:
     """`report` with what follows from it and the throughput."""
     values: dict[str, Any] = {
         "iteration": report.iteration,
@@ -86,7 +90,7 @@ def step_record(report: StepReport, plan: RunPlan, throughput: Throughput, last:
     return StepRecord(report, values, last, left)
 
 
-def health_values(health: LayerHealth) -> dict[str, Any]:
+def health_values(health: "LayerHealth") -> dict[str, Any]:
     """What is reported of a MoE layer, by name."""
     values = dataclasses.asdict(health)
     losses = values.pop("losses")

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import RunConfig
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.planning.flops import training_flops_per_token
@@ -32,7 +32,7 @@ class Pace:
 
     def __init__(
         self,
-        model: ModelConfig,
+        run: RunConfig,
         plan: RunPlan,
         clock: Clock,
         *,
@@ -43,7 +43,7 @@ class Pace:
     ) -> None:
         self._plan, self._clock, self._devices, self._peak, self._last = plan, clock, devices, peak_tflops, last
         lengths = {stage.sequence_length for stage in plan.stages}
-        self._flops = {length: training_flops_per_token(model, length) for length in lengths}
+        self._flops = {length: training_flops_per_token(run.model, length, run.adapters) for length in lengths}
         """Of a token, by the sequence length."""
         self._last_iteration, self._last_time = iteration, clock.now()
         self._first: tuple[int, float] | None = None

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from megatron_ext.architectures.registry import architecture_for
+from megatron_ext.canonical.adapters import adapter_tensors
 from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
 from megatron_ext.data.stream.plan import RunPlan
@@ -35,12 +36,13 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
     memory = state_memory(run, layout)
     if plan is not None and run.data.stages:
         run = replace(run, train=replace(run.train, train_iters=plan.total_steps))
-    each = training_flops_per_token(run.model, run.data.sequence_length)
+    each = training_flops_per_token(run.model, run.data.sequence_length, run.adapters)
     lines = [
         dump_yaml(to_mapping(run)),
         _grid(layout, assumed=world_size is None),
         "",
         f"parameters      {counts.total:,} in all, {counts.active:,} active for each token",
+        *_adapters(run, counts.total),
         f"training        {_work(run, each, plan)}",
         f"state memory    {memory.bytes / 2**30:,.3g} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
@@ -51,6 +53,15 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
     return "\n".join(lines)
 
 
+def _adapters(run: RunConfig, of: int) -> list[str]:
+    """What is trained beside how many weights."""
+    if run.adapters is None:
+        return []
+    sizes = [tensor.size for tensor in adapter_tensors(run.model, run.adapters).values()]
+    share = f"{sum(sizes) / of:.2%} of those"
+    return [f"adapters        {sum(sizes):,} parameters in {len(sizes) // 2:,} pairs are trained, {share}"]
+
+
 def _work(run: RunConfig, each: float, plan: RunPlan | None) -> str:
     """Tokens, and floating-point operations a token and in all."""
     if plan is None and run.data.stages:
@@ -58,7 +69,7 @@ def _work(run: RunConfig, each: float, plan: RunPlan | None) -> str:
     if plan is None:
         tokens = run.planned_samples * run.data.sequence_length
         return f"{tokens:,} tokens, {flops(each)} a token, {flops(each * tokens)} in all"
-    total = sum(training_flops_per_token(run.model, s.sequence_length) * s.tokens for s in plan.stages)
+    total = sum(training_flops_per_token(run.model, s.sequence_length, run.adapters) * s.tokens for s in plan.stages)
     return f"{plan.total_tokens:,} tokens, {flops(total / plan.total_tokens)} a token, {flops(total)} in all"
 
 

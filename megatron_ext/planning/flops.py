@@ -1,14 +1,15 @@
 """Floating-point operations of training: what a model asks for, whatever a machine does besides."""
 
-from megatron_ext.config import ModelConfig
+from megatron_ext.canonical.adapters import adapter_pairs
+from megatron_ext.config import LoraConfig, ModelConfig
 
 
-def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+def training_flops_per_token(model: ModelConfig, sequence_length: int, adapters: LoraConfig | None = None) -> float:
     """Model FLOPs of the forward and backward pass of one token.
 
     6 for each multiply-add of a matrix product (2 forward, 4 backward), causal attention counted as half of the full
     score matrix, as in Megatron-LM (core_v0.16.0, training.py). The router, norms, biases and recomputed activations
-    are not counted.
+    are not counted. With `adapters` 4 for each multiply-add with a weight, whose own gradient nobody asks for.
     """
     hidden = model.hidden_size
     attention = (_latent_attention if model.multi_latent_attention else _attention)(model, sequence_length)
@@ -19,14 +20,34 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     )
     matrices = 3 if model.gated_linear_unit else 2
     feed_forward = matrices * hidden * (expert_width * moe_layers + model.ffn_hidden_size * dense_layers)
-    return 6.0 * (model.num_layers * attention + feed_forward + hidden * model.padded_vocab_size)
+    products = model.num_layers * attention + feed_forward + hidden * model.padded_vocab_size
+    if adapters is None:
+        return 6.0 * products
+    core = model.num_layers * _core(model, sequence_length)
+    return 4.0 * (products - core) + 6.0 * (core + _of_adapters(model, adapters))
+
+
+def _of_adapters(model: ModelConfig, adapters: LoraConfig) -> float:
+    """Multiply-adds a token of all adapters: of routed experts, of those that work; a looked-up table has half."""
+    works = model.moe_router_topk / model.num_moe_experts if model.num_moe_experts else 1.0
+    return sum(
+        pair.rank * ((0 if pair.is_embedding else pair.inputs) + pair.outputs) * (works if pair.is_expert else 1.0)
+        for pair in adapter_pairs(model, adapters)
+    )
+
+
+def _core(model: ModelConfig, sequence_length: int) -> float:
+    """Multiply-adds a token of attention itself in one layer."""
+    queries, latent = model.num_attention_heads * model.head_dim, model.multi_latent_attention
+    values = queries if latent is None else model.num_attention_heads * latent.v_head_dim
+    return (queries + values) * sequence_length / 2
 
 
 def _attention(model: ModelConfig, sequence_length: int) -> float:
     """Multiply-adds a token of grouped-query attention in one layer."""
     hidden, head = model.hidden_size, model.head_dim
     queries, keys = model.num_attention_heads * head, model.query_groups * head
-    return hidden * (queries + 2 * keys) + queries * hidden + queries * sequence_length
+    return hidden * (queries + 2 * keys) + queries * hidden + _core(model, sequence_length)
 
 
 def _latent_attention(model: ModelConfig, sequence_length: int) -> float:
@@ -39,5 +60,5 @@ def _latent_attention(model: ModelConfig, sequence_length: int) -> float:
     to_queries = hidden * queries if rank is None else rank * (hidden + queries)
     to_latent = hidden * (latent.kv_lora_rank + latent.qk_pos_emb_head_dim)
     to_keys_and_values = latent.kv_lora_rank * heads * (latent.qk_head_dim + latent.v_head_dim)
-    core = (queries + values) * sequence_length / 2
-    return to_queries + to_latent + to_keys_and_values + core + values * hidden
+    products = to_queries + to_latent + to_keys_and_values + values * hidden
+    return products + _core(model, sequence_length)

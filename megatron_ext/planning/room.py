@@ -13,4 +13,5 @@ def checkpoints_to_come(settings: CheckpointConfig, steps_left: int, kept: int) 
     if settings.keep_last is None:
         return saves
     # An old one goes once a newer one is complete, so that one more than keep_last stand there for a moment.
-    return max(min(settings.keep_last + 1 - kept, saves), 1)
+    stays = steps_left // settings.keep_every if settings.keep_every else 0
+    return max(min(settings.keep_last + 1 - kept + stays, saves), 1)

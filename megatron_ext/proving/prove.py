@@ -208,8 +208,9 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         model.num_layers,
         parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1),
     )
-    while layers > _MOST_LAYERS and layers % 2 == 0 and (layers // 2) % step == 0:
-        layers //= 2
+    more = parallel.counted_as_layers
+    while layers > _MOST_LAYERS and (layers + more) % 2 == 0 and (layers + more) // 2 % step == 0:
+        layers = (layers + more) // 2 - more
     if layers != model.num_layers:
         changes.append(f"model.num_layers: {model.num_layers} -> {layers}")
         overrides = {k: v for k, v in overrides.items() if k not in _SPLITS_LAYERS}
@@ -293,7 +294,7 @@ def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig)
     modules = [module for module in run.recompute.modules if module not in ONLY_WITH_TE]
     if run.recompute.granularity == "selective" and not modules:
         return RecomputeConfig()
-    chunk = model.num_layers // (
+    chunk = (model.num_layers + parallel.counted_as_layers) // (
         parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     )
     return replace(run.recompute, num_layers=min(run.recompute.num_layers, chunk), modules=modules)

@@ -7,10 +7,24 @@ import torch
 from megatron_ext.config import RuntimeConfig
 from megatron_ext.errors import EnvironmentFault
 from megatron_ext.runtime import cpu_compat
+from megatron_ext.runtime.deterministic import compute_deterministically
 
 
 def choose_device(runtime: RuntimeConfig) -> torch.device:
-    """Return this process's device and make it current; on CPU, prepare megatron-core for it.
+    """Return this process's device, made current; on CPU megatron-core is prepared for it.
+
+    Raises:
+        EnvironmentFault: CUDA was asked for and is not there, there are more local processes than GPUs, or the
+            environment does not allow runtime.deterministic.
+    """
+    device = _device(runtime)
+    if runtime.deterministic:
+        compute_deterministically(device)
+    return device
+
+
+def _device(runtime: RuntimeConfig) -> torch.device:
+    """`choose_device`, without the order of sums.
 
     Raises:
         EnvironmentFault: CUDA was asked for and is not there, or there are more local processes than GPUs.

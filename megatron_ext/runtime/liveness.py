@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ STACKS = 20.0
 """Seconds that a stalled run waits for the stacks of all ranks."""
 TELLING = 20.0
 """Seconds that those who are told of the end have for it."""
+_SILENT_BEATS = 3
+"""Heartbeats of a rank that are missed in a row, once a collective has failed, before it is called lost."""
 _LOOK = 1.0
 _LOST, _SPOKE, _STALL, _STALL_SAID = "lost", "spoke", "stall", "stall said"
 _MOST_NAMED = 4
@@ -77,6 +80,7 @@ class Liveness:
         self._thread: threading.Thread | None = None
         self._main = MainThread()
         self._late: int | None = None
+        self._silence = SILENCE
 
     def __enter__(self) -> "Liveness":
         if self._size > 1 and "MASTER_ADDR" in os.environ:
@@ -112,15 +116,37 @@ class Liveness:
         """After a collective has failed: end with exit code 2, as above, if that is because a rank is missing.
 
         Args:
-            patience: seconds in which a rank that has just died is noticed.
+            patience: seconds in which a rank of this host that has just died is noticed.
         """
-        deadline = time.monotonic() + patience
-        while self._store is not None and time.monotonic() < deadline:
+        begun, heard = time.monotonic(), self._beats()
+        silence = _SILENT_BEATS * BEAT
+        while self._store is not None and time.monotonic() < begun + max(patience, silence):
+            lost = None
             with contextlib.suppress(RuntimeError):
-                if (lost := self._missing()) is not None and self._once.acquire(blocking=False):
-                    self._say(lost, ends=False)
-                    raise SystemExit(2)
+                lost = self._missing()
+            if lost is None and time.monotonic() > begun + silence:
+                lost = self._silent_since(heard)  # of another host, where nobody else noticed
+                self._silence = silence
+            if lost is not None and self._once.acquire(blocking=False):
+                self._say(lost, ends=False)
+                raise SystemExit(2)
             time.sleep(0.2)
+
+    def _beats(self) -> list[str] | None:
+        """The heartbeat of every rank; None where the store is gone, with the host of rank 0."""
+        try:
+            return [self._read(f"beat/{rank}") for rank in range(self._size)] if self._store is not None else []
+        except RuntimeError:
+            return None
+
+    def _silent_since(self, heard: list[str] | None) -> int | None:
+        """The first rank whose heart has not beaten since `heard`, where this one's has."""
+        beats = self._beats()
+        if beats is None or heard is None:
+            return 0
+        if beats[self._rank] == heard[self._rank]:
+            return None
+        return next((rank for rank, beat in enumerate(beats) if beat == heard[rank]), None)
 
     def _watch(self) -> None:
         """The thread: beat, listen, and end the process where somebody is missed or nothing moves."""
@@ -172,27 +198,32 @@ class Liveness:
                 said = self._store.compare_set(_STALL, "", said).decode()
         finder, why, named = json.loads(said)
         folder = self._directory / named
-        host = self._peers[self._rank]["host"]
-        write_stack(folder, self._rank, f"rank {self._rank} (process {os.getpid()} on {host}): {why}")
+        write_stack(folder, self._rank, f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()}): {why}")
+        alone = f"{why}. It is at {standing.place}. Its stacks are in {folder}"
         try:
-            standings = self._all_standings(standing)
-            # A launcher ends all once one has ended: nobody ends before rank 0 has told those who are told.
-            said_by_first = self._rank != 0 and self._wait_for([_STALL_SAID], 2 * STACKS + TELLING)
-            if self._rank == 0 or (self._rank == finder and not said_by_first):
-                text = f"{why}. {self._who(standings)}. Every rank's stack is in {folder}"
-                self._speak(text)
-                self._tell("stall", text)
-                if self._store is not None:
-                    self._store.set(_STALL_SAID, "1")
+            if self._store is None:
+                self._speak(alone)
+                self._tell("stall", alone)
+            else:
+                self._say_stalled(why, finder, standing, folder)
         except RuntimeError:  # the store is gone
-            self._speak(f"{why}. Stacks are in {folder}")
+            self._speak(alone)
         release_all()
         os._exit(2)
 
+    def _say_stalled(self, why: str, finder: int, standing: Standing, folder: Path) -> None:
+        """Say once for all ranks where they stand, as rank 0 or, where that does not answer, as the one that saw it."""
+        standings = self._all_standings(standing)
+        # A launcher ends all once one has ended: nobody ends before rank 0 has told those who are told.
+        is_said = self._rank != 0 and self._wait_for([_STALL_SAID], 2 * STACKS + TELLING)
+        if self._rank == 0 or (self._rank == finder and not is_said):
+            text = f"{why}. {self._who(standings)}. Every rank's stack is in {folder}"
+            self._speak(text)
+            self._tell("stall", text)
+            self._store.set(_STALL_SAID, "1")
+
     def _all_standings(self, own: Standing) -> list[Standing | None]:
         """What all ranks are at once they have written their stacks; None for one that does not answer."""
-        if self._store is None:
-            return [own]
         keys = [f"stack/{rank}" for rank in range(self._size)]
         self._store.set(keys[self._rank], json.dumps(dataclasses.astuple(own)))
         if self._rank == 0:
@@ -281,7 +312,11 @@ class Liveness:
 
     def _message(self, lost: int) -> str:
         peer = self._peers[lost]
-        what = "has ended" if lost in self._local and not _is_alive(peer) else f"has not answered for {SILENCE:.0f} s"
+        what = (
+            "has ended"
+            if lost in self._local and not _is_alive(peer)
+            else f"has not answered for {self._silence:.0f} s"
+        )
         return (
             f"rank {lost} (process {peer['pid']} on {peer['host']}) {what}, without which the others cannot go on. "
             "Look for what ended or stopped it (memory, its host)"

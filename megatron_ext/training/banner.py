@@ -26,6 +26,7 @@ def banner(run: RunConfig, layout: Layout, device: torch.device, found: Findings
     processes = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
     interval = run.checkpoint.save_interval
     saved = f"every {interval} steps" if interval else "after the last step"
+    saved += f", copied to {run.checkpoint.copy_to}" if run.checkpoint.copy_to is not None else ""
     wandb = run.logging.wandb
     said = [f"changed since that checkpoint: {change}" for change in found.changes]
     said += [f"warning: {warning}" for warning in found.warnings]

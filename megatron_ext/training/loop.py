@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.both_places import prepare_directory
+from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.errors import TrainingError
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size
@@ -28,6 +30,7 @@ from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
+from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.preflight import Findings, examine_run
@@ -35,7 +38,7 @@ from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
-from megatron_ext.training.verdict import Rollback, Skip
+from megatron_ext.training.verdict import Skip
 
 log = logging.getLogger(__name__)
 
@@ -78,15 +81,21 @@ def open_and_train(
     Args:
         found: what to say of the run before its first step; on the rank that says it.
     """
+    settings = run.checkpoint
+    on_first_rank_slowly(
+        lambda: prepare_directory(Path(settings.directory), settings.copy_to), "the run cannot go on from where it was"
+    )
     # The data first: what is wrong with it is said before minutes go into building the model.
     data = open_data(run, starting_state(run), groups.dp, device)
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
-    session = open_session(
-        run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, judge=guard
-    )
-    session.state = replace(session.state, data=data.fingerprints)
-    with closing(data), telling_hooks(session, hooks):
+    with closing(data), telling_hooks(hooks):
+        session = open_session(
+            run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
+        )
+        session.state = replace(session.state, data=data.fingerprints)
+        for hook in hooks:
+            hook.on_start(session)
         for line in banner(run, layout, device, found) if found is not None else ():
             log.info(line)
         # With an eye on the other ranks: one that is missing is named, where the backend only knows a socket.
@@ -119,18 +128,16 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
     clock = Clock()
     reports = Reports(run, layout, clock)
     guard = Guard(run.guard, reports.event)
-    hooks: list[Hook] = [reports, guard]
+    hooks: list[Hook] = [reports, guard, SlowRanks(run.logging.log_interval, reports.event)]
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
     hooks.append(DiskRoom(run, reports.event))
-    return guard, [*hooks, Saving(run.checkpoint.save_interval, clock, hooks)]
+    return guard, [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
 
 
 @contextmanager
-def telling_hooks(session: Session, hooks: Sequence[Hook]) -> Iterator[None]:
-    """Tell the hooks that the run begins, and how it ends."""
-    for hook in hooks:
-        hook.on_start(session)
+def telling_hooks(hooks: Sequence[Hook]) -> Iterator[None]:
+    """Tell the hooks how the run ends, also where it ends before it has begun."""
     try:
         yield
     except BaseException as error:
@@ -162,18 +169,16 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
 def _next_step(session: Session, last: int, stop: StopSignals, others: Liveness) -> StepDone:
     """Do the next step, or pass over it."""
     first = session.stream.position().samples
-    if session.skips_next():
+    if (key := session.skips_next()) is not None:
         session.pass_over()
-        skip = Skip("train.skip_steps")
+        skip = Skip(key)
         return StepDone(session.state.iteration, last, skip, first, ends_stage=session.ends_stage())
     with others.step():
+        session.pace.begin(session.device)
         batch = session.stream.next()
         session.mark("data")
         result = session.step(batch, stop.is_noted)
     signal = stop.agreed(result.asking_to_stop, session.groups.world, session.device)
-    if isinstance(result.verdict, Rollback):
-        session.roll_back()
-        return StepDone(session.state.iteration, last, result.verdict, first, result, signal)
-    if session.state.iteration == last:
+    if session.state.iteration >= last:
         signal = 0  # it ends as planned
     return StepDone(session.state.iteration, last, result.verdict, first, result, signal, session.ends_stage())

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint.both_places import Ahead, ahead_of
 from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.publish import in_the_way
-from megatron_ext.checkpoint.state_file import TrainingState, read_state
+from megatron_ext.checkpoint.state_file import TrainingState, read_state, require_whole_model
 from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
 from megatron_ext.config import (
     CheckpointConfig,
@@ -167,12 +168,16 @@ class _Examination:
         self._tokenizer: Tokenizer | None = None
         self._fingerprints: list[str] | None = None
         self._state = TrainingState()
+        self._ahead: Ahead | None = None
+        """What the run brings back from its second place, to go on from there."""
 
     def look(self) -> None:
         """Look at everything."""
         self._look_at_tokenizer()
         sizes = self._look_at_data()
         with collecting(self.found.faults):
+            if self._checkpoint is not None:
+                self._ahead = ahead_of(Path(self._checkpoint.directory), self._checkpoint.copy_to)
             self._look_at_state()
             if sizes is not None:
                 self._plan(sizes)
@@ -215,7 +220,7 @@ class _Examination:
         if any(weight <= 0 for stage in self._data.stages for weight in stage.mix.values()):
             return  # a rule of the configuration says so
         with collecting(self.found.faults):
-            where = find_checkpoint(self._checkpoint.directory) if self._checkpoint is not None else None
+            where = self._newest()
             try:
                 plan = plan_data(self._data, self._train, sizes, self._state, where or "the beginning")
             except ConfigError as error:
@@ -228,13 +233,23 @@ class _Examination:
 
     def _look_at_state(self) -> None:
         """Read where the run goes on, if it does."""
-        if self._checkpoint is not None and (newest := find_checkpoint(self._checkpoint.directory)) is not None:
+        if (newest := self._newest()) is not None:
             self._state = read_state(newest)
+
+    def _newest(self) -> Path | None:
+        """What is in the run's directory to go on from; None too where the run brings something newer back."""
+        if self._checkpoint is None or self._ahead is not None:
+            return None
+        return find_checkpoint(self._checkpoint.directory)
 
     def _look_at_start(self, checkpoint: CheckpointConfig) -> None:
         """Find what the run would go on or start from."""
-        if (newest := find_checkpoint(checkpoint.directory)) is not None:
+        if self._ahead is not None:
+            self.found.start = f"{self._ahead.place.url}/{self._ahead.name}, which is brought back: {self._ahead.why}"
+        elif (newest := self._newest()) is not None:
             self._look_at_resume(newest)
+            if self._run is not None and self._run.adapters is not None:
+                self._look_at_base(str(checkpoint.initialize_from))
         elif checkpoint.initialize_from is not None:
             with collecting(self.found.faults, "checkpoint.initialize_from", checkpoint.initialize_from):
                 self._look_at_weights(Path(checkpoint.initialize_from))
@@ -266,6 +281,13 @@ class _Examination:
                 "raise it to go on, or set another checkpoint.directory"
             )
 
+    def _look_at_base(self, path: str) -> None:
+        """Find whether the weights are there beside which the run goes on."""
+        start = self.found.start
+        with collecting(self.found.faults, "checkpoint.initialize_from", path):
+            self._look_at_weights(Path(path))
+        self.found.start = f"{start}, beside the weights of {path}"
+
     def _look_at_weights(self, path: Path) -> None:
         if not path.exists():
             raise CheckpointError("is not there")
@@ -277,6 +299,7 @@ class _Examination:
                 check_models_agree(self._model, foreign_model(foreign, self._model), checkpoint)
         else:
             checkpoint = require_checkpoint(path)
+            require_whole_model(checkpoint)
             folder = checkpoint / TOKENIZER_FOLDER
             tokenizer = folder if has_tokenizer(folder) else None
             if self._model is not None:
@@ -361,7 +384,7 @@ class _Examination:
         saves = math.ceil(steps / settings.save_interval) if settings.save_interval else 1
         coming = checkpoints_to_come(settings, steps, len(complete_checkpoints(Path(settings.directory))))
         free = shutil.disk_usage(_existing(Path(settings.directory))).free
-        each = checkpoint_bytes(run.model, run.precision)
+        each = checkpoint_bytes(run.model, run.precision, run.adapters)
         keep = f"keep_last = {settings.keep_last}" if settings.keep_last else "all are kept"
         self.found.room = f"about {size(each)} each, {saves:,} to come ({keep}); {size(free)} are free there"
         where = f"checkpoint.directory = {named(settings.directory)}"

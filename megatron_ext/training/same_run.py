@@ -136,6 +136,17 @@ def check_same_sources(fingerprints: Sequence[str], state: TrainingState, where:
 
 def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
     """Every key whose value in `run` is not the one `checkpoint` was saved with, as `key: old -> new`."""
+    return [f"{key}: {old} -> {new}" for key, old, new in changed_values(run, checkpoint)]
+
+
+def levers(run: RunConfig, checkpoint: Path) -> list[tuple[str, str, str]]:
+    """Of the changed keys with their old and new values those that bear on what is computed."""
+    apart = ("logging.", "runtime.", "checkpoint.", "guard.", "train.stop_at_iteration", "train.eval_")
+    return [change for change in changed_values(run, checkpoint) if not change[0].startswith(apart)]
+
+
+def changed_values(run: RunConfig, checkpoint: Path) -> list[tuple[str, str, str]]:
+    """Every key whose value in `run` is not the one `checkpoint` was saved with, with the old and the new one."""
     base = (read_run(checkpoint).get("model") or {}).get("rotary_base", run.model.rotary_base)
     # Whether the base is that of the stage trained last, `trained_model` says.
     now = recorded_run(run, base)
@@ -148,7 +159,7 @@ def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
         keys.pop("train.train_iters", None)  # it follows from them
     pairs = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys]
     # A key that is unset says as much as one that is not there.
-    return [f"{key}: {b} -> {a}" for key, b, a in pairs if b != a and {b, a} != {"nothing", "None"}]
+    return [pair for pair in pairs if pair[1] != pair[2] and {*pair[1:]} != {"nothing", "None"}]
 
 
 def rereads(

@@ -3,16 +3,18 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
+from megatron_ext.checkpoint.retention import Retention
+from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
-from megatron_ext.config import Layout, RunConfig
+from megatron_ext.config import CheckpointConfig, Layout, RunConfig
 from megatron_ext.data.stream.plan import RunPlan, StagePlan
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.progress import to_json
@@ -23,14 +25,19 @@ from megatron_ext.mcore.model import gather_parameters, routers
 from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
 from megatron_ext.mcore.rotary import set_rotary_base
-from megatron_ext.mcore.state import model_shards, optimizer_shards
+from megatron_ext.mcore.state import optimizer_shards
+from megatron_ext.runtime.deterministic import naming_what_is_not
+from megatron_ext.runtime.pace import Pace
 from megatron_ext.runtime.process_groups import Groups
 from megatron_ext.runtime.seeds import random_state, restore_random_state
+from megatron_ext.training.frozen_base import FrozenBase
+from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook
 from megatron_ext.training.same_run import (
     check_same_data,
     check_same_model,
     check_same_task,
+    levers,
     recorded_run,
     trained_model,
 )
@@ -44,8 +51,13 @@ from megatron_ext.training.verdict import Judge, Rollback, take_finite
 
 log = logging.getLogger(__name__)
 
-_OWN_STATE = ("model", "optimizer", "participants", "progress")
-"""What of a checkpoint is the session's own."""
+_TRAINED_STATE = ("model", "optimizer", "participants")
+"""What of a checkpoint training changes, besides where it stands."""
+
+
+def unscaled(step: int) -> float:
+    """The learning rate of `step` is that of the schedule."""
+    return 1.0
 
 
 @dataclass
@@ -68,8 +80,16 @@ class Session:
     state: TrainingState = TrainingState()
     judge: Judge = take_finite
     """Whether a step is taken."""
+    rate_factor: Callable[[int], float] = unscaled
+    """What the learning rate of a step, counted from 0, is multiplied by besides the schedule."""
+    levers: Sequence[tuple[str, str, str]] = ()
+    """Keys that bear on what is computed and were changed since the last checkpoint, with their old and new values."""
+    pace: Pace = field(default_factory=Pace)
+    """How long this rank needs for its own part of a step."""
     mark: Callable[[str], None] = unmarked
     """Told of each part of a step when it is over."""
+    base: FrozenBase | None = None
+    """The weights that are not trained, where only what is beside them is."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
@@ -92,35 +112,46 @@ class Session:
         return self.trainable.optimizer
 
     def step(self, batch: Batch, asks_to_stop: Callable[[], bool] = never) -> StepResult:
-        """Train on a global batch that `stream` gave out; unless it is rolled back, that step is behind the run.
+        """Train on a global batch that `stream` gave out; that step is behind the run then.
 
         Raises:
             TrainingError: the run cannot go on, such as with a gradient that is not finite.
         """
         self._set_rotary_base(self.plan.stage_of_step(self.state.iteration))
-        set_learning_rate(self.optimizer, learning_rate(self.run, self.plan, self.state.iteration))
+        set_learning_rate(self.optimizer, self.learning_rate(self.state.iteration))
         try:
-            result = train_step(
-                self.trainable,
-                self.task,
-                batch,
-                self.groups,
-                max_norm=self.run.optimizer.clip_grad,
-                num_sources=self._num_sources,
-                judge=self.judge,
-                asks_to_stop=asks_to_stop,
-                mark=self.mark,
-            )
+            with naming_what_is_not():
+                result = train_step(
+                    self.trainable,
+                    self.task,
+                    batch,
+                    self.groups,
+                    max_norm=self.run.optimizer.clip_grad,
+                    num_sources=self._num_sources,
+                    judge=self.judge,
+                    asks_to_stop=asks_to_stop,
+                    mark=self.mark,
+                )
         except TrainingError as error:
             raise TrainingError(f"step {self.state.iteration + 1}: {error}") from error
-        if not isinstance(result.verdict, Rollback):
+        if isinstance(result.verdict, Rollback):
+            self._roll_back(result.verdict)
+        else:
             self._advance()
         return result
 
-    def skips_next(self) -> bool:
-        """Whether the configuration says to pass over the next step."""
-        step = self.state.iteration + 1
-        return any(first <= step <= last for first, last in self.run.train.skip_steps)
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of `step`, counted from 0: the schedule, and how far it is warmed up after a rollback."""
+        return learning_rate(self.run, self.plan, step) * self.rate_factor(step)
+
+    def skips_next(self) -> str | None:
+        """Which key of the configuration says to pass over the next step; None where none does."""
+        train, step, sample = self.run.train, self.state.iteration + 1, self.state.consumed_samples
+        if any(first <= step <= last for first, last in train.skip_steps):
+            return "train.skip_steps"
+        size = self.plan.stage_of_step(self.state.iteration).global_batch_size if train.skip_samples else 0
+        reads_one = any(first < sample + size and sample <= last for first, last in train.skip_samples)
+        return "train.skip_samples" if reads_one else None
 
     def pass_over(self) -> None:
         """Advance by one step without reading its samples."""
@@ -155,8 +186,13 @@ class Session:
 
     def save(self) -> Path:
         """Save a checkpoint."""
+        self.stage()
+        return self.checkpoints.finish()
+
+    def stage(self) -> None:
+        """Take what a checkpoint is made of, which `checkpoints` then completes while the run goes on."""
         gather_parameters(self.wrapped, self.run.parallel)
-        return self.checkpoints.save(self.state.iteration)
+        self.checkpoints.stage(self.state.iteration)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`, saved in any layout."""
@@ -169,17 +205,27 @@ class Session:
             self.checkpoints.restore(checkpoint)
         else:
             hooks = [hook.name for hook in self.hooks if hook.name]
-            self.checkpoints.restore(checkpoint, only=["model", "progress", *hooks])
+            base = [] if self.base is None else ["base"]
+            self.checkpoints.restore(checkpoint, only=[*base, "model", "progress", *hooks])
             self._take_over_weights()
         self._set_rotary_base(self.plan.stage_of_step(max(self.state.iteration - 1, 0)))
+        self.levers = levers(self.run, checkpoint)
         layout = "" if self.checkpoints.has_layout_of(checkpoint) else ", in another layout"
         log.info("continuing %s at step %d%s", checkpoint, self.state.iteration, layout)
 
-    def roll_back(self) -> None:
-        """Go back to the newest checkpoint of the run. Hooks, which may count that, stay as they are."""
-        checkpoint = require_checkpoint(self.checkpoints.directory)
-        self.checkpoints.restore(checkpoint, only=_OWN_STATE)
-        log.info("back to %s", checkpoint)
+    def _roll_back(self, verdict: Rollback) -> None:
+        """Take weights and optimizer from the checkpoint that `verdict` names, and pass over the data until then.
+
+        The run never counts backwards: what follows is as if it had gone on from that checkpoint and passed over all
+        steps since.
+        """
+        self.checkpoints.restore(verdict.checkpoint, only=_TRAINED_STATE)
+        self.stream.seek(Position(self.plan.samples_at(verdict.resume_at)))
+        self.state = dataclasses.replace(
+            self.state, iteration=verdict.resume_at, consumed_samples=self.stream.position().samples
+        )
+        self._set_rotary_base(self.plan.stage_of_step(self.state.iteration - 1))
+        log.info("weights and optimizer of %s, at step %d", verdict.checkpoint, verdict.resume_at)
 
     def initialize_from(self, path: str | Path, open_foreign: OpenForeign) -> None:
         """Take the weights at `path`, and start at step 0."""
@@ -197,7 +243,9 @@ class Session:
     def _register_states(self) -> None:
         """Say what a checkpoint of this run holds."""
         register = self.checkpoints.register
-        register("model", tensors=lambda: model_shards(self.chunks))
+        register("model", tensors=self.trainable.saved_weights)
+        if self.base is not None:
+            register("base", scalars=self.base.record, restore=self.base.check)
         register(
             "optimizer",
             tensors=lambda: optimizer_shards(self.chunks, self.optimizer),
@@ -243,6 +291,15 @@ def starting_state(run: RunConfig) -> TrainingState:
     return read_state(newest) if newest is not None else TrainingState()
 
 
+def _retention(settings: CheckpointConfig) -> Retention:
+    return Retention(
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        keep_matching=settings.keep_matching,
+        keep_initial=settings.save_initial,
+    )
+
+
 def open_session(
     run: RunConfig,
     layout: Layout,
@@ -253,7 +310,7 @@ def open_session(
     *,
     open_foreign: OpenForeign = no_foreign_weights,
     hooks: Sequence[Hook] = (),
-    judge: Judge = take_finite,
+    guard: Guard | None = None,
 ) -> Session:
     """Build the model and optimizer with fresh weights, or those that the run continues or starts from.
 
@@ -262,20 +319,26 @@ def open_session(
         plan: that of `stream`.
         open_foreign: opens weights to start from that are no Megatron checkpoint.
         hooks: their state is saved and restored with the rest.
-        judge: decides whether a step is taken.
+        guard: decides whether a step is taken; one of the hooks. Without one, the first bad step ends the run.
     """
     trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model)
     checkpoints = CheckpointManager(
         run.checkpoint.directory,
         recorded_run(run, run.model.rotary_base),
         tokenizer=Path(run.data.tokenizer),
-        keep_last=run.checkpoint.keep_last,
+        retention=_retention(run.checkpoint),
+        second_place=SecondPlace(run.checkpoint.copy_to) if run.checkpoint.copy_to is not None else None,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
+        asynchronous=run.checkpoint.async_save,
     )
-    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, judge=judge)
+    judged: dict[str, Any] = {} if guard is None else {"judge": guard, "rate_factor": guard.rate_factor}
+    base = FrozenBase(run, trainable, open_foreign, device) if trainable.has_frozen_base else None
+    session = Session(
+        run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, **judged, base=base
+    )
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
-    elif run.checkpoint.initialize_from is not None:
+    elif base is None and run.checkpoint.initialize_from is not None:
         session.initialize_from(run.checkpoint.initialize_from, open_foreign)
     require_directions(routers(session.chunks))
     return session

@@ -10,6 +10,7 @@ from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.integrity import require_whole_together
 from megatron_ext.checkpoint.load import ShardReader, fill_shards, load_shards
 from megatron_ext.checkpoint.shards import TensorShard
+from megatron_ext.checkpoint.state_file import require_whole_model
 from megatron_ext.config import ModelConfig
 from megatron_ext.training.same_run import check_models_agree, check_same_model
 
@@ -61,6 +62,7 @@ def load_weights(path: Path, model: ModelConfig, shards: Sequence[TensorShard], 
     foreign = open_foreign(path)
     if foreign is None:
         checkpoint = require_checkpoint(path)
+        require_whole_model(checkpoint)
         check_same_model(model, checkpoint)
         load_shards(checkpoint, shards)
     else:

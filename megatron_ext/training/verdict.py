@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +26,13 @@ class Skip:
 
 @dataclass(frozen=True)
 class Rollback:
-    """Nothing is updated, and the run goes back to its newest checkpoint."""
+    """Nothing is updated; weights and optimizer become those of an earlier checkpoint, and the run goes on later."""
 
     reason: str
+    checkpoint: Path
+    """Where they are from."""
+    resume_at: int
+    """Steps that are behind the run then: the data up to there count as consumed."""
 
 
 Verdict = Take | Skip | Rollback

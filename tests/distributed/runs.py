@@ -36,12 +36,14 @@ class Part:
     checkpoint: tuple[tuple[str, Any], ...] = ()
     sections: tuple[tuple[str, dict[str, Any]], ...] = ()
     """Keys of other sections of the run."""
+    adapters: dict[str, Any] | None = None
 
     def run_config(self) -> RunConfig:
         raw = {
             "model": to_mapping(self.model),
             "parallel": to_mapping(self.parallel),
             "precision": {"kind": self.precision} if isinstance(self.precision, str) else self.precision,
+            "adapters": self.adapters,
             "train": {"train_iters": 8, "global_batch_size": GLOBAL_BATCH, "seed": self.seed},
             "optimizer": {"kind": "adam", "lr": 1e-3},
             "schedule": {"kind": "constant"},
@@ -72,7 +74,7 @@ def open_part(part: Part, guard: Guard | None = None) -> Iterator[Session]:
     groups = split_process_group(run.parallel, run.runtime)
     device, layout = choose_device(run.runtime), run.resolve(dist.get_world_size())
     stream = RandomStream(BatchShape(GLOBAL_BATCH, 1, groups.dp.rank(), groups.dp.size()), device)
-    judged = {} if guard is None else {"judge": guard, "hooks": [guard]}
+    judged = {} if guard is None else {"guard": guard, "hooks": [guard]}
     session = open_session(
         run, layout, groups, device, stream, plan_of_run(run), open_foreign=open_hugging_face, **judged
     )

@@ -101,7 +101,7 @@ def run_drawn(cell: Cell) -> Trajectory:
 
     def drawn(tensor: CanonicalTensor, piece: ParameterShard, seed: int) -> torch.Tensor:
         value = real(tensor, piece, seed)
-        if tensor.initial.std:
+        if not isinstance(tensor.initial, Normal) or tensor.initial.std:
             return value
         normal = replace(tensor, initial=Normal(0.0, cell.model.init_method_std))
         return value + 10 * real(normal, replace(piece, key=f"drawn {seed_from_name(0, piece.key)}"), seed)

@@ -43,6 +43,7 @@ from tests.support.product import alternating
 TOLERANCE = 1e-5
 
 DENSE, MOE = tiny_model(), tiny_model(moe=True)
+SIX = tiny_model(moe=True, num_layers=6)
 # Everything that a router keeps between steps.
 ROUTER = tiny_model(
     moe=True,
@@ -62,6 +63,8 @@ EP = ParallelConfig(expert_model_parallel_size=2)
 EP_PP = ParallelConfig(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
 ETP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2)
 ETP1 = replace(ETP2, expert_tensor_parallel_size=1)
+# Layers are not a multiple of the chunks: the first chunk and the last have one less.
+UNEVEN = replace(VPP, account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True)
 ALL = replace(ETP1, pipeline_model_parallel_size=2)
 CP = ParallelConfig(context_parallel_size=2)
 CP_EP = replace(ETP1, context_parallel_size=2)
@@ -83,6 +86,7 @@ MOVES = {
     "MoE: one process to CP2 TP2 SP EP2 ETP1": (MOE, (ALONE, 1), (CP_EP, 4)),
     "MoE: CP2 TP2 SP EP2 ETP1 to EP2": (MOE, (CP_EP, 8), (EP, 4)),
     "MoE: EP2, plain optimizer, to PP2 VPP2": (MOE, (replace(EP, use_distributed_optimizer=False), 2), (VPP, 2)),
+    "MoE: six layers on uneven PP2 VPP2 to EP2": (SIX, (UNEVEN, 4), (EP, 2)),
 }
 
 

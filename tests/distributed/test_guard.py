@@ -1,7 +1,7 @@
 """Faults put into real steps: every rank decides alike, nothing has moved, and the first place is named."""
 
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config import ParallelConfig
+from megatron_ext.mcore.gradients import GROUPS, gradient_statistics
 from megatron_ext.mcore.optimizer import optimizer_steps
 from megatron_ext.monitoring.events import Event
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.session import Session
-from megatron_ext.training.verdict import Skip, Take
+from megatron_ext.training.verdict import Figures, Skip, Take, Verdict
 from tests.distributed.runs import Part, open_part
 
 MOE = tiny_model(
@@ -121,3 +122,42 @@ def test_a_gradient_that_is_not_finite_on_one_rank(layout: str, pool: GlooPool, 
     skipped = replace(part, directory=tmp_path / "passed", sections=(("train", {"skip_steps": [[2, 3]]}),))
     for (*_, met), passed in zip(results, pool.run(2, pass_over_steps, skipped), strict=True):
         assert equal(met, passed)
+
+
+def statistics_of_a_step(part: Part) -> dict[tuple[int | None, str], tuple[float, ...]]:
+    found: list[Any] = []
+    with open_part(part) as session:
+        layers = session.run.model.num_layers
+
+        def look(figures: Figures) -> Verdict:
+            found.append(gradient_statistics(session.chunks, session.optimizer, layers, session.groups.world))
+            return Take()
+
+        session.judge = look
+        session.step(session.stream.next())
+        squares = sum(one.norm**2 for one in found[0].values())
+        result = session.step(session.stream.next())
+        assert result.grad_norm == pytest.approx(math.sqrt(sum(one.norm**2 for one in found[1].values())), rel=1e-5)
+        assert squares > 0
+    return {place: astuple(one) for place, one in found[1].items()}
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ParallelConfig(pipeline_model_parallel_size=2, use_distributed_optimizer=False),
+        ParallelConfig(expert_model_parallel_size=2),
+    ],
+    ids=["TP2", "PP2, no distributed optimizer", "EP2"],
+)
+def test_gradient_statistics_are_those_of_one_process(parallel: ParallelConfig, pool: GlooPool, tmp_path: Path) -> None:
+    model = tiny_model(moe=True, untie_embeddings_and_output_weights=parallel.expert_model_parallel_size > 1)
+    (alone,) = pool.run(1, statistics_of_a_step, Part(model, tmp_path))
+    for found in pool.run(2, statistics_of_a_step, Part(model, tmp_path, parallel)):
+        assert found.keys() == alone.keys()
+        for place, values in found.items():
+            assert values == pytest.approx(alone[place], rel=2e-4, abs=1e-9), place
+    assert {group for _, group in alone} == set(GROUPS) - (
+        set() if model.untie_embeddings_and_output_weights else {"output"}
+    )

@@ -59,6 +59,18 @@ def train_and_die(path: Path, overrides: list[str], directory: Path, moment: int
     return seen
 
 
+def train_and_die_at(path: Path, overrides: list[str], rank: int, operation: str, below: str, file: str) -> None:
+    """Train; `rank` is killed before its first `operation` on a file below `below` whose path goes on with `file`."""
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == operation and str(arguments[0]).startswith(below) and f"/{file}" in str(arguments[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if dist.get_rank() == rank:
+        sys.addaudithook(look)
+    train_here(path, overrides)
+
+
 def moments(seed: int, count: int, last: int) -> list[int]:
     """`count` numbers from 1 to `last`, drawn with `seed`."""
     return sorted(random.Random(seed).sample(range(1, last + 1), count))

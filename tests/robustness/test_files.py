@@ -26,6 +26,8 @@ from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.checkpoint.tokenizer_files import tokenizer_files
 from megatron_ext.checkpoint.torch_dist import METADATA_FILE, TorchDistReader
 from megatron_ext.config import dump_yaml, read_yaml
+from megatron_ext.data.indexed import write_synced
+from megatron_ext.data.tokenizer import write_tokenizer
 from megatron_ext.errors import CheckpointError, ConversionError, DataError, MegatronExtError
 from megatron_ext.files import OURS, output_place, publish_directory, start_directory, write_text
 from megatron_ext.manifest import MANIFEST_FILE, write_manifest
@@ -36,6 +38,7 @@ from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.monitoring.report import read_phases, write_report
 from megatron_ext.testing.tiny import tiny_model
 from tests.robustness.damage import damage
+from tests.unit.data.tokenizers import sentencepiece_model
 from tests.unit.model_io.own_models import write_checkpoint
 from tools import verify_checkpoint
 
@@ -398,6 +401,16 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_kept(tmp_path: P
         write_text(tmp_path / "report.html", "x" * 100)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "old"
+
+
+@pytest.mark.parametrize("size", [100, 8000])  # in Python, and in Rust
+def test_a_disk_that_is_full_while_a_tokenizer_is_written_is_named(size: int, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"{tmp_path}/t"), files_of_at_most(size):
+        write_tokenizer(sentencepiece_model(), tmp_path / "t", [])
+    with pytest.raises(OSError, match=r"plan\.json"), files_of_at_most(10):
+        write_synced(tmp_path / "plan.json", b"x" * 100)
+    assert not (tmp_path / "t").exists()
+    assert not (tmp_path / "t.partial").exists()
 
 
 def test_folders_of_others_are_never_removed(made: Path, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 import ast
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,9 @@ import torch.distributed as dist
 
 from megatron_ext.config import WatchdogConfig
 from megatron_ext.runtime import liveness
+from megatron_ext.testing.pool import GlooPool
+from megatron_ext.training.tasks.pretrain import Pretrain
+from tests.robustness.runs import train_here
 from tests.support import forkserver
 
 RANKS = 3
@@ -30,10 +35,13 @@ def join_the_others(rank: int, port: int, errors: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
 
 
-def lose_a_rank(rank: int, port: int, errors: Path, lost: int, number: int) -> None:
+def lose_a_rank(rank: int, port: int, errors: Path, lost: int, number: int, on_one_host: bool) -> None:
     """Wait for the others, of whom `lost` sends itself a signal that it cannot refuse."""
     join_the_others(rank, port, errors)
     liveness.SILENCE = 2.0
+    if not on_one_host:  # one rank each, which others cannot see
+        liveness._is_alive = lambda peer: False
+        liveness.SILENCE = 600.0
     with liveness.Liveness() as others:
         dist.barrier()
         if rank == lost:
@@ -66,7 +74,7 @@ def be_late(rank: int, port: int, errors: Path) -> None:
 def hang(rank: int, port: int, errors: Path, hangs_in_step: bool) -> None:
     """Train at a pace of 0.05 s, until rank 1 does not go on; in its step, or in what it does between two."""
     join_the_others(rank, port, errors)
-    limits = WatchdogConfig(minimum_minutes=0.03, first_step_minutes=0.03 if hangs_in_step else 0.05)
+    limits = WatchdogConfig(minimum_minutes=0.05, first_step_minutes=0.05 if hangs_in_step else 0.08)
     others = liveness.Liveness(
         limits, errors / "stalls", lambda *said: (errors / f"told {rank}").write_text(repr(said))
     )
@@ -78,6 +86,20 @@ def hang(rank: int, port: int, errors: Path, hangs_in_step: bool) -> None:
             with others.step():
                 time.sleep(60 if hangs else 0.05)
                 dist.barrier()
+
+
+def train_slowly(path: Path, overrides: list[str]) -> int:
+    """Train; rank 1 takes a tenth of a second more for each micro-batch."""
+    forward = Pretrain.forward
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return forward(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(Pretrain, "forward", late)
+        return train_here(path, overrides)
 
 
 # Rank, whether in a training step, whether it works; how often somebody is named then, None where nobody is.
@@ -101,16 +123,17 @@ def started(target: Callable[..., None], *arguments: Any) -> tuple[list[Any], An
 
 
 @pytest.mark.parametrize(
-    ("lost", "number", "what"),
+    ("lost", "number", "on_one_host", "what"),
     [
-        (1, signal.SIGKILL, "has ended"),
-        (2, signal.SIGSTOP, "has not answered"),
-        (0, signal.SIGSTOP, "has not answered"),
+        (1, signal.SIGKILL, True, "has ended"),
+        (2, signal.SIGSTOP, True, "has not answered"),
+        (0, signal.SIGSTOP, True, "has not answered"),
+        (1, signal.SIGKILL, False, "has not answered for 1 s"),  # three heartbeats after the collective has failed
     ],
-    ids=["killed", "stopped", "rank 0 stopped"],
+    ids=["killed", "stopped", "rank 0 stopped", "killed on another host"],
 )
-def test_the_lost_rank_is_named(lost: int, number: int, what: str, tmp_path: Path) -> None:
-    ranks, _store = started(lose_a_rank, tmp_path, lost, number)
+def test_the_lost_rank_is_named(lost: int, number: int, on_one_host: bool, what: str, tmp_path: Path) -> None:
+    ranks, _store = started(lose_a_rank, tmp_path, lost, number, on_one_host)
     for rank, process in enumerate(ranks):
         if rank != lost:
             process.join(60)
@@ -132,7 +155,7 @@ def test_a_run_that_no_longer_moves_ends_with_every_ranks_stack(in_step: bool, t
     said = [(tmp_path / str(rank)).read_text() for rank in range(RANKS)]
     [message] = [line for text in said for line in text.splitlines() if line.startswith("error: ")]
     print(message)
-    assert "step 9 of this job has not ended within 2 s (the last ones took" in message
+    assert "step 9 of this job has not ended within 3 s (the last ones took" in message
     assert f"rank 1 (process {ranks[1].pid} on " in message
     assert "in hang: time.sleep(60" in message
     assert "the others wait. Every rank's stack is in " in message
@@ -159,3 +182,15 @@ def test_a_late_rank_is_named_and_awaited(tmp_path: Path) -> None:
     assert "in be_late: time.sleep(" in said[0]
     assert said[0].count("has come; the run goes on") >= 2
     assert said[1:] == ["", ""]
+
+
+def test_a_slow_node_is_named_in_the_records(work: Path, pool: GlooPool) -> None:
+    directory = work / "slow"
+    overrides = [f"checkpoint.directory={directory}", "checkpoint.save_interval=null", "train.train_iters=30"]
+    pool.run(2, train_slowly, work / "run.yaml", overrides)
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    [event] = [record for record in records if record.get("event") == "slow_rank"]
+    print(event["text"])
+    assert event["iteration"] == 20  # not at the first look
+    assert event["nodes"] == [socket.gethostname()]
+    assert f"node {socket.gethostname()} is slow: its rank 1 of 2 needs up to" in event["text"]

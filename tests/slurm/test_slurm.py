@@ -1,12 +1,16 @@
-"""launch/slurm.sbatch, tried for real: a job on two nodes trains to the loss of one process, and saves at its end."""
+"""A real Slurm of two nodes: launch/slurm.sbatch trains as one process; one of tools/launch.py queues itself again."""
 
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.config import dump_yaml
+from megatron_ext.monitoring.metrics_file import read_metrics
 from tests.slurm.cluster import Cluster, unavailable
-from tests.support.commands import train
+from tests.support.commands import TOOLS, command, train
 from tests.support.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(unavailable() is not None, reason=f"no Slurm: {unavailable()}")]
@@ -32,36 +36,88 @@ def submit(cluster: Cluster, directory: Path, *arguments: str | Path) -> str:
     ).strip()
 
 
-def test_two_nodes_train_like_one_process_and_save_when_their_time_is_over(tmp_path: Path) -> None:
-    prepare_data(tmp_path)
-    run = write_run(tmp_path / "run.yaml", run_mapping(tmp_path, moe=True))
-    alone = train(1, run, f"checkpoint.directory={tmp_path / 'alone'}")
+LAYOUT = [
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.sequence_parallel=true",
+    "parallel.expert_model_parallel_size=2",
+    "parallel.expert_tensor_parallel_size=1",
+]
+PROFILE = {
+    "scheduler": "slurm",
+    "gpus_per_node": 0,
+    "processes_per_node": 2,
+    "directives": ["--cpus-per-task=2"],
+    "environment": [
+        {"name": "MASTER_ADDR", "value": "127.0.0.1", "why": "both nodes are this machine, their names lead nowhere"},
+        {"name": "GLOO_SOCKET_IFNAME", "value": "lo", "why": "the same"},
+    ],
+    "overrides": [*LAYOUT, "checkpoint.save_interval=1", "checkpoint.keep_last=2"],
+}
+
+
+def losses_differ(directory: Path, alone: Path) -> float:
+    """The largest relative difference of two runs' losses."""
+    measured, expected = reported_losses(directory), reported_losses(alone)
+    return max(abs(m - e) / e for m, e in zip(measured, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twenty steps, and the same trained by one process."""
+    directory = tmp_path_factory.mktemp("slurm-runs")
+    prepare_data(directory)
+    mapping = run_mapping(directory, moe=True)
+    mapping["train"] |= {"train_iters": 20}
+    mapping["checkpoint"] |= {"save_interval": 10}
+    run = write_run(directory / "run.yaml", mapping)
+    alone = train(1, run, f"checkpoint.directory={directory / 'alone'}")
     assert alone.returncode == 0, alone.stderr
-    (tmp_path / "slurm").mkdir()
-    layout = [
-        "parallel.tensor_model_parallel_size=2",
-        "parallel.sequence_parallel=true",
-        "parallel.expert_model_parallel_size=2",
-        "parallel.expert_tensor_parallel_size=1",
-    ]
-    with Cluster(tmp_path / "slurm") as cluster:
-        job = submit(cluster, tmp_path, run, f"checkpoint.directory={tmp_path / 'cluster'}", *layout)
-        state = cluster.wait_for_job(job, 240)
-        long = ["train.train_iters=100000", "checkpoint.save_interval=100000"]
-        warned = submit(cluster, tmp_path, run, f"checkpoint.directory={tmp_path / 'warned'}", *long, *layout)
-        reported = tmp_path / "warned" / "metrics.jsonl"
-        cluster.wait_until(lambda: reported.is_file() and reported.read_text().count('"loss"') > 2, 240)
-        cluster.run("scancel", "--signal=TERM", warned)  # what --signal=TERM@300 has Slurm do
-        cluster.wait_for_job(warned, 120)
-    ended = (tmp_path / f"job-{warned}.out").read_text()
-    (saved,) = (tmp_path / "warned").glob("iter_*")
-    assert "SIGTERM: finishing the step" in ended
-    assert f"saved {saved}" in ended
-    assert "Traceback" not in ended
-    output = (tmp_path / f"job-{job}.out").read_text()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as daemons:
+        yield daemons
+
+
+def test_two_nodes_train_like_one_process(work: Path, cluster: Cluster) -> None:
+    job = submit(cluster, work, work / "run.yaml", f"checkpoint.directory={work / 'cluster'}", *LAYOUT)
+    state = cluster.wait_for_job(job, 240)
+    output = (work / f"job-{job}.out").read_text()
     assert state == "COMPLETED", output
     assert f"job {job} on 2 nodes" in output
-    measured, expected = reported_losses(tmp_path / "cluster"), reported_losses(tmp_path / "alone")
-    difference = max(abs(m - e) / e for m, e in zip(measured, expected, strict=True))
+    difference = losses_differ(work / "cluster", work / "alone")
     print(f"2 nodes x 2 processes against one process: largest relative difference of the loss {difference:.1e}")
     assert difference < 1e-5  # fp32 rounding, as in the parity grid
+
+
+def test_a_job_that_is_stopped_is_queued_again_and_ends_as_the_undisturbed_run(work: Path, cluster: Cluster) -> None:
+    (work / "profile.yaml").write_text(dump_yaml(PROFILE))
+    directory = work / "requeued"
+    launched = command(
+        TOOLS / "launch.py",
+        work / "run.yaml",
+        f"checkpoint.directory={directory}",
+        *("--nodes", "2", "--profile", work / "profile.yaml", "--time", "1:00:00", "--submit"),
+        SLURM_CONF=cluster.environment["SLURM_CONF"],
+    )
+    assert launched.returncode == 0, launched.stderr
+    print(launched.stdout)
+    job = launched.stdout.split("Submitted batch job ")[1].split()[0]
+    metrics = directory / "metrics.jsonl"
+    cluster.wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) > 1, 240)
+    cluster.run("scancel", "--signal=TERM", job)  # what the file's --signal has Slurm do
+    state = cluster.wait_for_job(job, 240)
+    logs = work / "requeued-logs"
+    output, node = (
+        path.read_text() for path in (logs / f"requeued-{job}.out", logs / f"requeued-{job}" / "node-0.log")
+    )
+    assert state == "COMPLETED", output + node
+    assert "stopped and saved (exit code 143): queued again to go on" in output
+    assert [int(start) for start in re.findall(rf"job {job}, start (\d)", output)] == [1, 2]
+    assert node.count("fit to train: 4 ranks, on ") == 2, "the nodes were not tested before each start"
+    assert "SIGTERM: finishing the step" in node
+    assert f"continuing {directory}" in node
+    assert "Traceback" not in node
+    assert losses_differ(directory, work / "alone") < 1e-5

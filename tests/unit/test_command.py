@@ -173,3 +173,9 @@ def test_output_that_nobody_reads_to_its_end_is_no_fault() -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_a_name_in_another_encoding_is_printed() -> None:
+    code = "import os; from megatron_ext.command import run_command as r; r(lambda: print(os.fsdecode(b'caf\\xe9')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\udce9\n", "")

@@ -39,10 +39,21 @@ def _ep_divides_experts(experts: int | None, ep: int) -> str | None:
     return "experts must be a multiple of the expert-parallel size" if experts and experts % ep else None
 
 
-@rule("model.num_layers", PP, VPP)
-def _stages_divide_layers(layers: int, pp: int, vpp: int | None) -> str | None:
-    if layers % (pp * (vpp or 1)):
-        return "layers must be a multiple of pipeline stages x chunks a stage"
+@rule("model.num_layers", PP, VPP, given=("parallel.counted_as_layers",))
+def _stages_divide_layers(layers: int, pp: int, vpp: int | None, more: int) -> str | None:
+    if (layers + more) % (pp * (vpp or 1)):
+        counted = f", and {more} more are counted for embedding and loss" if more else ""
+        return (
+            f"layers must be a multiple of pipeline stages x chunks a stage{counted} "
+            "(parallel.account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split count one each)"
+        )
+    return None
+
+
+@rule("model.num_layers", PP, VPP, "parallel.counted_as_layers")
+def _every_chunk_has_a_layer(layers: int, pp: int, vpp: int | None, more: int) -> str | None:
+    if more and pp > 1 and layers + more <= pp * (vpp or 1):
+        return "a chunk that counts the embedding or the loss has no layer left"
     return None
 
 

@@ -62,6 +62,14 @@ def _skips_are_ranges(skips: list[list[int]], iters: int) -> str | None:
     return None
 
 
+@rule("train.skip_samples")
+def _skipped_samples_are_ranges(skips: list[list[int]]) -> str | None:
+    for skip in skips:
+        if len(skip) != 2 or not 0 <= skip[0] <= skip[1]:
+            return f"{skip} is no range [first, last] of samples, counted from 0"
+    return None
+
+
 @rule("train.eval_interval", given=("data.validation",))
 def _eval_needs_data(interval: int | None, validation: list[Any]) -> str | None:
     return "validation needs data.validation" if interval and not validation else None

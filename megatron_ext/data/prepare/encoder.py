@@ -9,12 +9,14 @@ Legend of array shapes: C characters, S segments, D documents.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from megatron_ext.data.indexed import token_dtype
-from megatron_ext.data.prepare.segment_reading import SPACES, SegmentReader, segment_reader
+from megatron_ext.data.prepare.running_scores import SPACES, RunningScores
+from megatron_ext.data.prepare.segment_reading import SegmentReader, segment_reader
 from megatron_ext.data.prepare.segment_table import MOST_TOKENS, SegmentHash, SegmentTable
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
@@ -143,26 +145,63 @@ class SegmentEncoder:
     def _ids_of_one(self, text: str) -> np.ndarray:
         """Ids of a document that is long, or holds what stands for the end of one."""
         end = np.array([self._tokenizer.eod], dtype=self._dtype)
-        if self._reader.reads_lines and len(text) > _BATCH and _END not in text:
-            parts = [self._look_up(window + _END, np.array([len(window)]))[:-1] for window in self._windows(text)]
-            return np.concatenate([*parts, end])
-        self._notice([text])
-        return np.append(np.array(self._tokenizer.encode(text), dtype=self._dtype), end)
+        scores = self._reader.scores
+        is_cut = scores is not None or self._reader.reads_apart
+        if not is_cut and (_END in text or not self._reader.reads_lines):
+            self._notice([text])
+            return np.append(np.array(self._tokenizer.encode(text), dtype=self._dtype), end)
+        parts, total = [end[:0]], 0.0
+        for window in self._windows(text, is_cut):
+            parts.append(ids := self._ids_of_window(window, total))
+            if scores is not None:
+                is_over = self._reader.reads_lines and window.endswith("\n")
+                total = 0.0 if is_over else scores.after(total, ids)
+        return np.concatenate([*parts, end])
 
-    def _windows(self, text: str) -> Iterator[str]:
-        """A long text in pieces that end with a line."""
+    def _ids_of_window(self, window: str, total: float) -> np.ndarray:
+        """Ids of a part of a long text, which stands behind scores of that total, where they count."""
+        scores = self._reader.scores
+        is_segment = window == _END or len(window) > 2 * _BATCH
+        if not is_segment or (scores is None and not self._reader.reads_apart):
+            return self._look_up(window + _END, np.array([len(window)]), total)[:-1]
+        self._notice([window])
+        ids = self._tokenizer.encode(window) if scores is None else scores.read(window, total)[0]
+        return np.array(ids, dtype=self._dtype)
+
+    def _windows(self, text: str, is_cut: bool) -> Iterator[str]:
+        """A long text in pieces that end with a line, or where no token can be, and _END by itself.
+
+        Args:
+            is_cut: a piece may end within a line.
+        """
         start = 0
-        while len(text) - start > _BATCH:
-            stop = text.rfind("\n", start, start + _BATCH) + 1 or text.find("\n", start + _BATCH) + 1
-            if stop == 0:
-                break
+        while start < len(text):
+            end = text.find(_END, start, start + _BATCH + 1)
+            if is_cut and end >= 0:
+                stop = end if end > start else end + 1
+            elif len(text) - start <= _BATCH:
+                stop = len(text)
+            else:
+                stop = self._reader.reads_lines and text.rfind("\n", start, start + _BATCH) + 1
+                stop = stop or self._cut_behind(text, start, is_cut)
             yield text[start:stop]
             start = stop
-        if start < len(text):
-            yield text[start:]
 
-    def _look_up(self, text: str, ends_D: np.ndarray) -> np.ndarray:
-        """Ids of `text`, which has _END at the places `ends_D`, where documents end."""
+    def _cut_behind(self, text: str, start: int, is_cut: bool) -> int:
+        """Where a window that begins at `start` ends within a line, or, where that cannot be, with the line."""
+        if not is_cut:
+            return text.find("\n", start + _BATCH) + 1 or len(text)
+        for at in range(start, len(text), _BATCH):
+            codes = _codes(text[at : at + _BATCH + 1])
+            alone = (codes[1:] == ord(_END)) | (codes[1:] == ord("\n")) & self._reader.reads_lines
+            cuts = np.flatnonzero(self._may_cut[_pair_hashes(codes)] | alone)
+            if len(cuts):
+                # The last one of the first characters; else the first one, behind one segment that is long.
+                return at + int(cuts[-1 if at == start else 0]) + 1
+        return len(text)
+
+    def _look_up(self, text: str, ends_D: np.ndarray, total: float = 0.0) -> np.ndarray:
+        """Ids of `text`, which has _END at the places `ends_D`, where documents end; `total` of scores before it."""
         codes_C = _codes(text)
         cut_C = self._may_cut[_pair_hashes(codes_C)]
         for alone in (ends_D, self._line_ends(codes_C)):
@@ -176,7 +215,8 @@ class SegmentEncoder:
             new = [text[start:stop] for start, stop in zip(starts_S[missing].tolist(), stops.tolist(), strict=True)]
             counts_S[missing], offsets_S[missing] = self._read(new, keys_S[missing], checks_S[missing])
         if not counts_S.all():
-            self._read_unclear(text, codes_C, ends_D, starts_S, counts_S, offsets_S)
+            ends = np.sort(np.concatenate([ends_D, self._line_ends(codes_C)]))
+            self._read_unclear(_Lines(text, ends, total), starts_S, counts_S, offsets_S)
         return self._table.gather(counts_S, offsets_S)
 
     def _line_ends(self, codes_C: np.ndarray) -> np.ndarray:
@@ -198,25 +238,63 @@ class SegmentEncoder:
         counts, offsets = self._table.add(keys[where], checks[where], ids)
         return counts[number], offsets[number]
 
-    def _read_unclear(
-        self,
-        text: str,
-        codes_C: np.ndarray,
-        ends_D: np.ndarray,
-        starts_S: np.ndarray,
-        counts_S: np.ndarray,
-        offsets_S: np.ndarray,
-    ) -> None:
-        """Let the library read the lines, or the documents, that have segments without tokens, and put these in."""
-        ends = np.concatenate(([-1], np.sort(np.concatenate([ends_D, self._line_ends(codes_C)]))))
-        first = np.unique(np.searchsorted(ends, starts_S[counts_S == 0]))
-        starts, stops = ends[first - 1] + 1, ends[first]
-        spans = list(zip(starts.tolist(), stops.tolist(), strict=True))
-        ids = self._tokenizer.encode_batch([text[start:stop] for start, stop in spans])
-        for (start, stop), count, offset in zip(spans, *self._table.lend(ids), strict=True):
-            begin, end = np.searchsorted(starts_S, [start, stop])
+    def _read_unclear(self, lines: "_Lines", starts_S: np.ndarray, counts_S: np.ndarray, offsets_S: np.ndarray) -> None:
+        """Read the segments without tokens, some of them with their whole lines or documents, and put these in."""
+        text, unclear = lines.text, np.flatnonzero(counts_S == 0)
+        stops_S = np.append(starts_S[1:], len(text))
+        found: list[tuple[int, int, list[int]]]  # first segment, the one behind the last, ids
+        if self._reader.reads_apart:
+            spans = zip(starts_S[unclear].tolist(), stops_S[unclear].tolist(), strict=True)
+            read = self._tokenizer.encode_batch([text[start:stop] for start, stop in spans])
+            found = [(at, at + 1, ids) for at, ids in zip(unclear.tolist(), read, strict=True)]
+        elif self._reader.scores is None:
+            first = np.unique(np.searchsorted(lines.ends, starts_S[unclear]))
+            whole = [(int(lines.ends[n - 1]) + 1 if n else 0, int(lines.ends[n])) for n in first.tolist()]
+            read = self._tokenizer.encode_batch([text[start:stop] for start, stop in whole])
+            places = np.searchsorted(starts_S, np.array(whole)).tolist()
+            found = [(begin, end, ids) for (begin, end), ids in zip(places, read, strict=True)]
+        else:
+            found = list(self._read_behind(self._reader.scores, lines, unclear, starts_S, stops_S, counts_S, offsets_S))
+        counts, offsets = self._table.lend([ids for _, _, ids in found])
+        for (begin, end, _), count, offset in zip(found, counts, offsets, strict=True):
             counts_S[begin:end] = 0
             counts_S[begin], offsets_S[begin] = count, offset
+
+    def _read_behind(
+        self,
+        scores: RunningScores,
+        lines: "_Lines",
+        unclear: np.ndarray,
+        starts_S: np.ndarray,
+        stops_S: np.ndarray,
+        counts_S: np.ndarray,
+        offsets_S: np.ndarray,
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """Ids of the segments `unclear`, read behind all that stands before them in their lines."""
+        line_starts = np.concatenate(([0], lines.ends + 1))[np.searchsorted(lines.ends, starts_S[unclear])]
+        firsts = np.searchsorted(starts_S, line_starts).tolist()
+        spans = zip(starts_S[unclear].tolist(), stops_S[unclear].tolist(), strict=True)
+        line, at, total = -1, 0, 0.0
+        for segment, first, (start, stop) in zip(unclear.tolist(), firsts, spans, strict=True):
+            if first != line:
+                line = at = first
+                total = 0.0 if first else lines.total
+            if at < segment:
+                total = scores.after(total, self._table.gather(counts_S[at:segment], offsets_S[at:segment]))
+            ids, total = scores.read(lines.text[start:stop], total)
+            yield segment, segment + 1, ids
+            at = segment + 1
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """A text of documents, or a part of one."""
+
+    text: str
+    ends: np.ndarray
+    """Where lines and documents end."""
+    total: float
+    """Of scores before the first line."""
 
 
 def _codes(text: str) -> np.ndarray:

@@ -2,25 +2,21 @@
 
 No piece of the vocabulary holds the two characters on both sides of a cut, so no path of unigram pieces and no merge
 crosses it. What is left is rounding: of unigram segmentations whose scores are (nearly) the same, such as those of
-"ハハハハハ", the library takes one by the last bit of a sum over all that stands before. Such parts are found here, and
-their lines or documents read whole.
+"ハハハハハ", the library takes one by the last bit of a sum over all that stands before. Such parts are found here; by
+their `running_scores` they are read behind that sum, or else their lines and documents are read whole.
 """
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ext.data.prepare.running_scores import SPACES, RunningScores, edges_of, running_scores
 from megatron_ext.data.tokenizer import Tokenizer
 
-SPACES = (" ", "▁")
-"""The space, and what stands for it in a vocabulary."""
 _NEAR = 1e-6
 """Differences of scores that rounding could turn: sums of documents of 1e7 tokens are good to 1e-7."""
 _NO_PIECE = -1e12
-"""Score of what is no piece, so that no text is read so."""
 _NOTHING = (-1, _NO_PIECE, False)
-_UNKNOWN_PENALTY = 10.0
-"""By how much an unknown character scores less than the worst piece, in the tokenizers library as in SentencePiece."""
 
 
 class SegmentReader:
@@ -29,14 +25,25 @@ class SegmentReader:
     Attributes:
         pieces: all that can be a token: text may be cut between two characters that stand side by side in none.
         reads_lines: whether the library reads each line by itself, the newline being a token that is cut out before.
+        reads_apart: whether a segment is read as itself, whatever stands around it.
+        scores: what reads segments by all that stands before them in their line, where that can be known.
     """
 
-    def __init__(self, tokenizer: Tokenizer, model: dict[str, Any], added: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, model: dict[str, Any], added: Sequence[dict[str, Any]], *, adds_up: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._added = [token["content"] for token in added if token["id"] not in tokenizer.special_ids]
         self.pieces = [*tokenizer.vocabulary, *(token["content"] for token in added)]
         self.reads_lines = [token for token in self._added if "\n" in token] == ["\n"]
         self._unigram = _Unigram(model["vocab"]) if model["type"] == "Unigram" else None
+        self.reads_apart = self._unigram is None
+        self.scores: RunningScores | None = None
+        # Sums begin anew behind a token that is cut out of the text, which special ones are not.
+        cut_out = [token["content"] for token in added if not token["special"]]
+        if self._unigram is not None and adds_up and cut_out in ([], ["\n"]):
+            special = tokenizer.special_ids | {token["id"] for token in added if token["special"]}
+            self.scores = running_scores(model["vocab"], tokenizer.vocabulary, special)
 
     def read(self, segments: Sequence[str]) -> list[list[int] | None]:
         """Ids of each segment; None where they may depend on the text around it."""
@@ -62,13 +69,7 @@ class _Unigram:
     """The best segmentation of short texts, where there is one that is clearly the best."""
 
     def __init__(self, vocabulary: Sequence[tuple[str, float]]) -> None:
-        # Each piece and each beginning of one: its id, or -1, and score; whether a longer piece begins so.
-        longer = {piece[:end] for piece, _ in vocabulary for end in range(1, len(piece))}
-        unknown = min(score for _, score in vocabulary) - _UNKNOWN_PENALTY
-        self._edges = {piece: (-1, _NO_PIECE, True) for piece in longer if len(piece) > 1}
-        self._edges |= {piece: (-1, unknown, True) for piece in longer if len(piece) == 1}
-        self._edges |= {piece: (number, score, piece in longer) for number, (piece, score) in enumerate(vocabulary)}
-        self._unknown = (-1, unknown, False)
+        self._edges, self._unknown = edges_of(vocabulary)
 
     def best(self, text: str) -> tuple[list[int] | None, bool]:
         """Ids of the best segmentation, None where another is as good; and whether all characters are known."""
@@ -117,7 +118,8 @@ def segment_reader(tokenizer: Tokenizer) -> SegmentReader | None:
         return None
     if model["type"] != "Unigram" and not _merges_apart(model, tokenizer):
         return None
-    return SegmentReader(tokenizer, model, added)
+    pre_tokenizer = content["pre_tokenizer"]
+    return SegmentReader(tokenizer, model, added, adds_up=pre_tokenizer is None or pre_tokenizer.get("split") is False)
 
 
 def _keeps_places(normalizer: Any, pre_tokenizer: Any) -> bool:

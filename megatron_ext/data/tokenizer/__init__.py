@@ -6,6 +6,7 @@ from megatron_ext.data.tokenizer.fertility_report import fertility_lines, write_
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.data.tokenizer.merge_files import Language, merge_tokenizers
 from megatron_ext.data.tokenizer.names import read_names
+from megatron_ext.data.tokenizer.pieces import read_model
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.data.tokenizer.training import Training, train_tokenizer
 
@@ -18,6 +19,7 @@ __all__ = [
     "fertility_lines",
     "load_tokenizer",
     "merge_tokenizers",
+    "read_model",
     "read_names",
     "train_tokenizer",
     "write_plot",

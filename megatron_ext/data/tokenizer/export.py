@@ -16,7 +16,7 @@ from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece,
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS, nasty_texts, texts_of
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.errors import DataError
-from megatron_ext.files import output_place, publish_directory, remove_unfinished, start_directory
+from megatron_ext.files import output_place, publish_directory, remove_unfinished, start_directory, writing
 from megatron_ext.locks import exclusive_output
 
 CONTENTS = (FAST_FILE, MODEL_FILE, SETTINGS_FILE, SPECIAL_FILE)
@@ -38,7 +38,7 @@ def write_tokenizer(
         DataError: they do not, or `output` exists and `force` is not set; nothing is written.
     """
     output = output_place(output, DataError, force=force, contents=CONTENTS)
-    with exclusive_output(output, "exporting a tokenizer"):
+    with exclusive_output(output, "exporting a tokenizer"), writing(output):
         beside = start_directory(output)
         try:
             pieces = export_tokenizer(model, beside, source)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_ext.checkpoint.tokenizer_files import MODEL_FILE
 from megatron_ext.data.prepare.corpus import corpus_files
 from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
@@ -14,7 +13,7 @@ from megatron_ext.data.tokenizer.fertility import Fertility, kinds_of, measure
 from megatron_ext.data.tokenizer.merge import Merged, Part, check_compatible, merge_models, without_spaces
 from megatron_ext.data.tokenizer.model_file import Model, read_model_file
 from megatron_ext.data.tokenizer.names import with_names
-from megatron_ext.data.tokenizer.pieces import encode_lines, sentencepiece_of
+from megatron_ext.data.tokenizer.pieces import encode_lines, read_model, sentencepiece_of
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.data.tokenizer.sample import MAX_CHARACTERS, MAX_LINES, Sample, lines_of, sample
 from megatron_ext.errors import DataError
@@ -100,10 +99,7 @@ def merge_tokenizers(
 
 
 def _read(language: Language) -> Model:
-    path = language.model / MODEL_FILE if language.model.is_dir() else language.model
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected a SentencePiece model, or the folder of a tokenizer with one")
-    model = read_model_file(path.read_bytes(), str(path))
+    model = read_model_file(read_model(language.model), str(language.model))
     return without_spaces(model) if language.strip_spaces else model
 
 

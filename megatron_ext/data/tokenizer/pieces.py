@@ -6,6 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_ext.checkpoint.tokenizer_files import MODEL_FILE
 from megatron_ext.errors import DataError
 from megatron_ext.foreign import LFS_POINTER
 
@@ -13,6 +14,18 @@ TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 """Of a tiktoken list: a token in base64 and its rank."""
 BATCH = 10_000
 """Lines that are encoded at once."""
+
+
+def read_model(path: str | Path) -> bytes:
+    """The SentencePiece model in the file at `path`, or in the folder of a tokenizer there, unread.
+
+    Raises:
+        DataError: there is none.
+    """
+    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; expected a SentencePiece model, or the folder of a tokenizer with one")
+    return file.read_bytes()
 
 
 def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_ext.architectures.registry import ARCHITECTURES
 from megatron_ext.architectures.tables.base import Architecture
-from megatron_ext.errors import ConversionError
+from megatron_ext.errors import ConversionError, MegatronExtError
 from megatron_ext.files import UNFINISHED, publish_directory, read_json_object
 from megatron_ext.manifest import read_manifest, write_manifest
 from megatron_ext.model_io.compare import Comparison, Verification, verify
@@ -52,6 +52,9 @@ def refresh_code(directory: str | Path, how: Comparison | None = None) -> tuple[
             _renew_manifest(partial, {*changed, MODEL_CARD})
             shutil.copymode(place, partial)
             publish_directory(partial, place)
+    except MegatronExtError as error:
+        # The unfinished place has the same files, and is gone when people read this.
+        raise type(error)(str(error).replace(str(partial), str(place))) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return changed, verification

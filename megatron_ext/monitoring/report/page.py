@@ -17,6 +17,9 @@ from megatron_ext.monitoring.report.phases import SUMMARY_HEADER, Phase, summary
 from megatron_ext.monitoring.report.plots import plot_data, silent
 from megatron_ext.monitoring.report.sources import SOURCES_HEADER, has_sources, source_rows
 
+_MOST_EVENTS = 200
+"""Lines of a table of events."""
+
 
 def write_report(
     output: str | Path, title: str, phases: Sequence[Phase], figures: Sequence[str | Path], generated: str | Path | None
@@ -27,26 +30,62 @@ def write_report(
         figures: JSON files written by tools/upcycle.py and tools/verify.py.
         generated: JSON file written by tools/generate.py.
     """
+    page = report_page(title, phases, figures, generated)
+    write_text(output, page.encode(errors="replace").decode())  # JSON may hold half a character
+
+
+def report_page(
+    title: str,
+    phases: Sequence[Phase],
+    figures: Sequence[str | Path] = (),
+    generated: str | Path | None = None,
+    *,
+    live: int | None = None,
+) -> str:
+    """The page; with `live`, the number of what it shows, it asks whoever sent it for what is new."""
     sections = [
-        _section("Training", _table(SUMMARY_HEADER, summary_rows(phases)) + '<div id="curves"></div>'),
+        _section("Training", _summary_table(phases) + '<div id="curves"></div>'),
+        *([_section("Sources, all runs", '<div id="compared"></div>')] if _compares_sources(phases) else []),
         *(_sources_section(index, phase) for index, phase in enumerate(phases) if has_sources(phase)),
-        *(_experts_section(index, phase) for index, phase in enumerate(phases) if _is_moe(phase)),
+        *(_experts_section(index, phase) for index, phase in enumerate(phases) if phase.routed),
+        *(_times_section(index, phase) for index, phase in enumerate(phases) if _has_times(phase)),
+        *(_section(f"Events, {phase.name}", _events_table(index, phase)) for index, phase in enumerate(phases)),
         *(_figures_section(Path(path)) for path in figures),
     ]
     if generated is not None:
         sections.append(_generated_section(Path(generated)))
     sections.append(_section("Runs", "".join(_run_details(phase) for phase in phases)))
-    page = string.Template(_resource("page.html")).substitute(
+    return string.Template(_resource("page.html")).substitute(
         title=html.escape(title),
+        live="" if live is None else str(live),
         sections="\n".join(sections),
         library=_resource("vendor/uPlot.iife.min.js"),
         library_style=_resource("vendor/uPlot.min.css"),
         style=_resource("page.css"),
-        script=_resource("plots.js"),
+        script=_resource("plots.js") + _resource("draw.js"),
         # Within a script element only "<" could end it.
-        data=json.dumps(plot_data(phases), allow_nan=False).replace("<", "\\u003c"),
+        data=json.dumps(plot_data(phases) | {"sections": section_names(phases)}, allow_nan=False).replace(
+            "<", "\\u003c"
+        ),
     )
-    write_text(output, page.encode(errors="replace").decode())  # JSON may hold half a character
+
+
+def tables(phases: Sequence[Phase]) -> dict[str, str]:
+    """What changes while the runs go on, beside the plots: HTML by its id."""
+    events = {f"events-{index}": _events_table(index, phase) for index, phase in enumerate(phases)}
+    return {"summary": _summary_table(phases), **events}
+
+
+def _summary_table(phases: Sequence[Phase]) -> str:
+    return f'<div id="summary">{_table(SUMMARY_HEADER, summary_rows(phases))}</div>'
+
+
+def section_names(phases: Sequence[Phase]) -> list[str]:
+    """What the page has sections of; with others it is another page."""
+    kinds = {"sources": has_sources, "experts": lambda phase: bool(phase.routed), "times": _has_times}
+    return [f"{kind} {phase.name}" for phase in phases for kind, has in kinds.items() if has(phase)] + [
+        f"{phase.name} {len(phase.starts)}" for phase in phases
+    ]
 
 
 def _resource(name: str) -> str:
@@ -54,8 +93,24 @@ def _resource(name: str) -> str:
     return files.joinpath(name).read_text(encoding="utf-8")
 
 
-def _is_moe(phase: Phase) -> bool:
-    return any(step.get("moe") for step in phase.steps)
+def _has_times(phase: Phase) -> bool:
+    return any(step["step_seconds"] for step in phase.steps)
+
+
+def _compares_sources(phases: Sequence[Phase]) -> bool:
+    return sum(map(has_sources, phases)) > 1
+
+
+def _times_section(index: int, phase: Phase) -> str:
+    return _section(f"Time of a step, {phase.name}", f'<div class="times" data-phase="{index}"></div>')
+
+
+def _events_table(index: int, phase: Phase) -> str:
+    shown = phase.events[-_MOST_EVENTS:]
+    rows = [(f"{event['iteration']:,}", event["event"].replace("_", " "), event["text"]) for event in shown]
+    note = f"<p>The last {len(shown)} of {len(phase.events):,}.</p>" if len(shown) < len(phase.events) else ""
+    body = note + _table(("step", "event", "what happened"), rows) if rows else "<p>Nothing but steps.</p>"
+    return f'<div id="events-{index}">{body}</div>'
 
 
 def _experts_section(index: int, phase: Phase) -> str:

@@ -1,14 +1,16 @@
 """The training runs of a report, by their metrics files, and one line about each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import DataError, note_path
 from megatron_ext.foreign import reading
-from megatron_ext.monitoring.metrics_file import METRICS_FILE, read_metrics, read_starts
-from megatron_ext.monitoring.report.records import drawable, drawable_starts
+from megatron_ext.monitoring.metrics_file import METRICS_FILE
+from megatron_ext.monitoring.report.records import drawable, drawable_events, drawable_starts
+from megatron_ext.monitoring.report.run_file import RunFile
 from megatron_ext.planning.amounts import flops
 
 
@@ -20,16 +22,23 @@ class Phase:
     records: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     """What was recorded each time the run was started, or continued."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What else happened: `event`, `iteration` and `text`."""
 
-    @property
+    @cached_property
     def steps(self) -> list[dict[str, Any]]:
         """Reports of training steps."""
         return [record for record in self.records if "loss" in record]
 
-    @property
+    @cached_property
     def validations(self) -> list[dict[str, Any]]:
         """Reports of validations."""
         return [record for record in self.records if "validation_loss" in record]
+
+    @cached_property
+    def routed(self) -> list[dict[str, Any]]:
+        """Reports of training steps that say what the experts did."""
+        return [step for step in self.steps if step.get("moe")]
 
     @property
     def tokens(self) -> int:
@@ -42,23 +51,60 @@ class Phase:
         return [int(start["iteration"]) for start in self.starts if start.get("iteration")]
 
 
+class RunFiles:
+    """The runs of a report, read as far as they have come.
+
+    Args:
+        entries: `name=metrics.jsonl`, in order; the file may be given by its folder, and then needs no name.
+
+    Raises:
+        DataError: two runs have one name.
+    """
+
+    def __init__(self, entries: Sequence[str]) -> None:
+        self._files: dict[str, tuple[Path, RunFile]] = {}
+        for entry in entries:
+            name, path = _named_file(entry)
+            note_path(str(path))
+            if name in self._files:
+                raise DataError(f"metrics: two runs are called {name!r}; name them, as in first={path}")
+            self._files[name] = path, RunFile(path)
+
+    def update(self) -> bool:
+        """Read what is new; whether there was anything.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        changed = False
+        for path, file in self._files.values():
+            with reading(path, DataError, kind="a metrics file"):
+                changed |= file.update()
+        return changed
+
+    def phases(self) -> list[Phase]:
+        """What was read."""
+        return [_phase(name, path, file) for name, (path, file) in self._files.items()]
+
+
+def _phase(name: str, path: Path, file: RunFile) -> Phase:
+    history = file.history
+    records = drawable(history.reports, str(path))
+    return Phase(name, records, drawable_starts(history.starts), drawable_events(history.events))
+
+
 def read_phases(named_files: Sequence[str]) -> list[Phase]:
-    """Phases from `name=metrics.jsonl` entries, in order; the file may be given by its folder, and then needs no name.
+    """The runs of `named_files`, as `RunFiles` takes them.
 
     Raises:
         DataError: a file cannot be read or holds no training step, or two runs have one name.
     """
-    phases: list[Phase] = []
-    for entry in named_files:
-        name, path = _named_file(entry)
-        note_path(str(path))
-        if any(phase.name == name for phase in phases):
-            raise DataError(f"metrics: two runs are called {name!r}; name them, as in first={path}")
-        with reading(path, DataError, kind="a metrics file"):
-            records, starts = read_metrics(path), read_starts(path)
-        phases.append(Phase(name, drawable(records, str(path)), drawable_starts(starts)))
-        if not phases[-1].steps:
-            raise DataError(f"{path}: holds no training step")
+    files = RunFiles(named_files)
+    files.update()
+    phases = files.phases()
+    for entry, phase in zip(named_files, phases, strict=True):
+        if not phase.steps:
+            raise DataError(f"{_named_file(entry)[1]}: holds no training step")
     return phases
 
 

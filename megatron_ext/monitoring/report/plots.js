@@ -1,10 +1,12 @@
-// Draws the page's plots from the numbers in it: curves of all runs over each other, and a heat map for each MoE layer.
+// What every section of the page draws with: curves over a common axis, areas, heat maps. uPlot does the drawing.
 "use strict";
 
-const data = JSON.parse(document.getElementById("data").textContent);
+let data = JSON.parse(document.getElementById("data").textContent);
 const palette = ["#3b82c4", "#e07b39", "#2f9e77", "#c45ba0", "#b8860b", "#7a6ff0", "#c0392b", "#2aa5b5"];
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const axisLabels = { tokens: "tokens", step: "step", hours: "hours", after: "tokens, one run after the other" };
+// What the reader has chosen, for all sections; and to where each plot is zoomed.
+const state = { axis: "tokens", log: false, smooth: false, events: true };
+const zooms = new Map();
 
 function element(kind, classes, parent, text) {
   const made = document.createElement(kind);
@@ -34,31 +36,58 @@ function smooth(values) {
   });
 }
 
-// Several curves with x values of their own, as one table: sorted x, and for each curve its values or gaps.
-function joined(curves) {
-  return uPlot.join(curves.map((curve) => [curve.x, curve.y]));
+// A curve as it is; where the reader asked for it, faint, and its mean over it.
+function smoothed(curve) {
+  if (!state.smooth) return [curve];
+  return [{ ...curve, faint: true }, { ...curve, name: `${curve.name}, smoothed`, y: smooth(curve.y) }];
+}
+
+function colorOf(names, name) {
+  const at = names.indexOf(name);
+  return names.length <= palette.length ? palette[at] : `hsl(${(360 * at) / names.length}, 55%, 52%)`;
+}
+
+const markColors = { error: "--bad", warning: "--warn", info: "--quiet" };
+
+// Vertical lines at marks: {x, text, severity}; those without a text (a restart, a stage) are dashed.
+function drawMarks(u, marks) {
+  u.ctx.save();
+  for (const { x, text, severity } of marks) {
+    if (x < u.scales.x.min || x > u.scales.x.max) continue;
+    const at = u.valToPos(x, "x", true);
+    u.ctx.strokeStyle = u.ctx.fillStyle = css(markColors[severity] || "--quiet");
+    u.ctx.setLineDash(text ? [] : [4, 4]);
+    u.ctx.globalAlpha = text ? 0.6 : 1;
+    u.ctx.beginPath();
+    u.ctx.moveTo(at, u.bbox.top);
+    u.ctx.lineTo(at, u.bbox.top + u.bbox.height);
+    u.ctx.stroke();
+    if (!text) continue;
+    const size = 5 * devicePixelRatio;
+    u.ctx.globalAlpha = 1;
+    u.ctx.beginPath();
+    u.ctx.moveTo(at - size, u.bbox.top);
+    u.ctx.lineTo(at + size, u.bbox.top);
+    u.ctx.lineTo(at, u.bbox.top + 1.5 * size);
+    u.ctx.fill();
+  }
+  u.ctx.restore();
+}
+
+// What is marked near the cursor, in words.
+function nearMarks(u, marks) {
+  if (u.cursor.left == null || u.cursor.left < 0) return "";
+  const near = marks.filter(({ x, text }) => text && Math.abs(u.valToPos(x, "x") - u.cursor.left) < 8);
+  const shown = near.slice(0, 3).map(({ text }) => text).join(" · ");
+  return near.length > 3 ? `${shown} · and ${near.length - 3} more` : shown;
 }
 
 function plot(parent, title, curves, options) {
-  const { wide = false, log = false, xLabel = "step", marks = [] } = options;
+  const { wide = false, log = false, xLabel = "step", marks = [], stacked = false } = options;
   const box = element("div", wide ? "plot wide" : "plot", parent);
   element("h3", "", box, title);
   const grid = { stroke: css("--line"), width: 1 };
   const axis = { stroke: css("--quiet"), grid, ticks: grid };
-  const drawMarks = (u) => {
-    u.ctx.save();
-    u.ctx.strokeStyle = css("--quiet");
-    u.ctx.setLineDash([4, 4]);
-    for (const x of marks) {
-      if (x < u.scales.x.min || x > u.scales.x.max) continue;
-      const at = u.valToPos(x, "x", true);
-      u.ctx.beginPath();
-      u.ctx.moveTo(at, u.bbox.top);
-      u.ctx.lineTo(at, u.bbox.top + u.bbox.height);
-      u.ctx.stroke();
-    }
-    u.ctx.restore();
-  };
   const settings = {
     width: box.clientWidth,
     height: wide ? 360 : 220,
@@ -73,79 +102,36 @@ function plot(parent, title, curves, options) {
       ...curves.map((curve) => ({
         label: curve.name,
         stroke: curve.color,
+        fill: stacked ? curve.color : undefined,
         width: curve.faint ? 0.75 : 1.5,
         alpha: curve.faint ? 0.35 : 1,
         spanGaps: true,
         points: { show: Boolean(curve.points) || curve.x.length === 1, size: 5, fill: curve.color },
         paths: curve.points ? () => null : undefined,
-        value: (u, v) => short(v),
+        value: (u, v, series, at) => short(curve.own && at != null ? curve.own[at] : v),
       })),
     ],
-    hooks: { draw: [drawMarks] },
+    hooks: { draw: [(u) => drawMarks(u, marks)] },
   };
-  const made = new uPlot(settings, joined(curves), box);
+  const made = new uPlot(settings, uPlot.join(curves.map((curve) => [curve.x, curve.y])), box);
+  if (marks.some(({ text }) => text)) {
+    const note = element("p", "note", box, "");
+    made.hooks.setCursor = [(u) => { note.textContent = nearMarks(u, marks); }];
+  }
+  keepZoom(made, `${options.group} ${title}`);
   new ResizeObserver(() => made.setSize({ width: box.clientWidth, height: settings.height })).observe(box);
   return made;
 }
 
-// The x values of a run's points under the chosen axis; `start` is where the run begins if one comes after the other.
-function along(source, axis, start) {
-  return axis === "after" ? source.tokens.map((tokens) => tokens + start) : source[axis];
-}
-
-function drawCurves(parent) {
-  const choices = ["tokens", "step"];
-  if (data.phases.every((phase) => phase.hours.every((hour) => hour !== null))) choices.push("hours");
-  if (data.phases.length > 1) choices.push("after");
-  const state = { axis: "tokens", log: false, smooth: false };
-  const controls = element("div", "controls", parent);
-  const plots = element("div", "plots", parent);
-  const redraw = () => {
-    plots.replaceChildren();
-    const starts = [];
-    data.phases.reduce((sum, phase) => (starts.push(sum), sum + phase.tokens[phase.tokens.length - 1]), 0);
-    const marks = data.phases.flatMap((phase, i) =>
-      phase.restarts.map((step) => phase.step.findIndex((s) => s >= step)).filter((at) => at >= 0)
-        .map((at) => along(phase, state.axis, starts[i])[at]));
-    for (const [name, label] of Object.entries(data.curves)) {
-      const curves = [];
-      data.phases.forEach((phase, i) => {
-        const y = phase.curves[name];
-        if (!y) return;
-        const x = along(phase, state.axis, starts[i]);
-        const color = palette[i % palette.length];
-        curves.push({ name: phase.name, x, y, color, faint: state.smooth });
-        if (state.smooth) curves.push({ name: `${phase.name}, smoothed`, x, y: smooth(y), color });
-        if (name === "loss" && phase.validation.step.length) {
-          const at = phase.validation.step.map((step) => phase.step.findIndex((s) => s >= step));
-          const seen = at.map((index, v) => [index, phase.validation.loss[v]]).filter(([index]) => index >= 0);
-          const points = { name: `${phase.name}, validation`, x: seen.map(([index]) => x[index]), y: seen.map(([, v]) => v) };
-          curves.push({ ...points, color, points: true });
-        }
-      });
-      if (!curves.length) continue;
-      const wide = name === "loss";
-      const log = state.log && wide;
-      plot(plots, label, curves, { wide, log, xLabel: axisLabels[state.axis], marks, group: "curves" });
-    }
-  };
-  for (const choice of choices) {
-    const label = element("label", "", controls);
-    const input = element("input", "", label);
-    Object.assign(input, { type: "radio", name: "axis", checked: choice === state.axis });
-    label.append(` ${axisLabels[choice]}`);
-    input.addEventListener("change", () => { state.axis = choice; redraw(); });
-  }
-  for (const [key, text] of [["log", "logarithmic loss"], ["smooth", "smoothed"]]) {
-    const label = element("label", "", controls);
-    const input = element("input", "", label);
-    input.type = "checkbox";
-    label.append(` ${text}`);
-    input.addEventListener("change", () => { state[key] = input.checked; redraw(); });
-  }
-  element("span", "", controls, "drag to zoom, double click to see all; a dashed line: the run was continued");
-  redraw();
-  return redraw;
+// A plot that is drawn again, with what is new, is zoomed as the one before it was.
+function keepZoom(made, key) {
+  if (zooms.has(key)) made.setScale("x", zooms.get(key));
+  made.hooks.setScale = [(u, scale) => {
+    if (scale !== "x") return;
+    const { min, max } = u.scales.x, xs = u.data[0];
+    if (min > xs[0] || max < xs[xs.length - 1]) zooms.set(key, { min, max });
+    else zooms.delete(key);
+  }];
 }
 
 function mix(from, to, share) {
@@ -153,77 +139,33 @@ function mix(from, to, share) {
 }
 
 // Steps across, experts down; the colour says how busy an expert was against an even share, from none to twice as much.
-function heatMap(parent, layer, columns, steps) {
+function heatMap(parent, layer, experts) {
+  const rows = experts.num_experts[layer], steps = experts.load_steps, bytes = atob(experts.load[layer]);
+  const load = (x, y) => bytes.charCodeAt(x * rows + y) / data.load_unit;
   const box = element("div", "heat", parent);
   element("h3", "", box, `layer ${layer}: load of each expert`);
   const canvas = element("canvas", "", box);
-  canvas.width = columns.length;
-  canvas.height = columns[0].length;
+  canvas.width = steps.length;
+  canvas.height = rows;
   const [cold, even, hot] = ["--cold", "--even", "--hot"].map((name) => css(name).split(",").map(Number));
   const context = canvas.getContext("2d");
   const picture = context.createImageData(canvas.width, canvas.height);
-  columns.forEach((column, x) => column.forEach((load, y) => {
-    const color = load < 1 ? mix(cold, even, load) : mix(even, hot, Math.min(load - 1, 1));
-    picture.data.set([...color, 255], 4 * (y * canvas.width + x));
-  }));
+  for (let x = 0; x < steps.length; x++) {
+    for (let y = 0; y < rows; y++) {
+      const at = load(x, y);
+      const color = at < 1 ? mix(cold, even, at) : mix(even, hot, Math.min(at - 1, 1));
+      picture.data.set([...color, 255], 4 * (y * canvas.width + x));
+    }
+  }
   context.putImageData(picture, 0, 0);
   const caption = element("p", "", box);
   const hint = `steps ${steps[0]} to ${steps[steps.length - 1]}; blue: idle, red: twice an even share or more`;
   caption.textContent = hint;
-  canvas.addEventListener("mousemove", (event) => {
-    const x = Math.min(columns.length - 1, Math.floor((event.offsetX / canvas.clientWidth) * columns.length));
-    const y = Math.min(columns[0].length - 1, Math.floor((event.offsetY / canvas.clientHeight) * columns[0].length));
-    caption.textContent = `step ${steps[x]}, expert ${y}: ${columns[x][y].toFixed(2)} of an even share`;
+  canvas.addEventListener("pointermove", (event) => {
+    const x = Math.min(steps.length - 1, Math.floor((event.offsetX / canvas.clientWidth) * steps.length));
+    const y = Math.min(rows - 1, Math.floor((event.offsetY / canvas.clientHeight) * rows));
+    const most = load(x, y) * data.load_unit === 255 ? " or more" : "";
+    caption.textContent = `step ${steps[x]}, expert ${y}: ${load(x, y).toFixed(2)}${most} of an even share`;
   });
-  canvas.addEventListener("mouseleave", () => { caption.textContent = hint; });
+  canvas.addEventListener("pointerleave", () => { caption.textContent = hint; });
 }
-
-function drawExperts(parent) {
-  const experts = data.phases[Number(parent.dataset.phase)].experts;
-  parent.replaceChildren();
-  const maps = element("div", "plots", parent);
-  for (const layer of experts.layers) heatMap(maps, layer, experts.load[layer], experts.load_steps);
-  const plots = element("div", "plots", parent);
-  for (const [name, label] of Object.entries(data.health)) {
-    if (!experts.health[name]) continue;
-    const curves = experts.health[name].map((y, i) => {
-      // From the first layer to the last around half of the colour circle.
-      const hue = 260 - (220 * i) / Math.max(1, experts.layers.length - 1);
-      return { name: `layer ${experts.layers[i]}`, x: experts.step, y, color: `hsl(${hue}, 55%, 52%)` };
-    });
-    plot(plots, label, curves, { group: `experts ${parent.dataset.phase}` });
-  }
-}
-
-// Of each source its loss in training and validation, and how much of it was read; a dashed line where a stage begins.
-function drawSources(parent) {
-  const sources = data.phases[Number(parent.dataset.phase)].sources;
-  parent.replaceChildren();
-  const plots = element("div", "plots", parent);
-  const names = [...new Set([...Object.keys(sources.loss), ...Object.keys(sources.validation)])];
-  const color = (name) => {
-    const at = names.indexOf(name);
-    return names.length <= palette.length ? palette[at] : `hsl(${(360 * at) / names.length}, 55%, 52%)`;
-  };
-  const draw = (title, steps, bySource) => {
-    const curves = Object.entries(bySource).filter(([, y]) => y.some((value) => value !== null))
-      .map(([name, y]) => ({ name, x: steps, y, color: color(name) }));
-    if (curves.length) plot(plots, title, curves, { marks: sources.stages, group: `sources ${parent.dataset.phase}` });
-  };
-  draw("training loss of each source", sources.step, sources.loss);
-  draw("validation loss of each source", sources.validation_step, sources.validation);
-  draw("epochs read of each source", sources.step, sources.epochs);
-}
-
-const redrawCurves = drawCurves(document.getElementById("curves"));
-const expertSections = [...document.querySelectorAll(".experts")];
-expertSections.forEach(drawExperts);
-const sourceSections = [...document.querySelectorAll(".sources")];
-sourceSections.forEach(drawSources);
-// Colours come from the style sheet, which follows the reader's light or dark mode.
-window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  redrawCurves();
-  expertSections.forEach(drawExperts);
-  sourceSections.forEach(drawSources);
-});
-document.documentElement.dataset.drawn = String(document.querySelectorAll("canvas").length);

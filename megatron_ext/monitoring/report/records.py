@@ -27,12 +27,23 @@ def drawable(records: Sequence[dict[str, Any]], source: str) -> list[dict[str, A
         if record.get("moe") and _shape_of_experts(record["moe"]) != usual:
             record["moe"] = None
         record["sources"] = _whole_sources(record.get("sources"))
+        for name in ("step_seconds", "figures"):
+            record[name] = _numbers_of(record.get(name))
     return kept
 
 
 def drawable_starts(starts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of starts and continuations that say at which step."""
     return [start for start in starts if _is_whole(start.get("iteration")) and isinstance(start.get("run", {}), dict)]
+
+
+def drawable_events(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What happened besides steps, as far as it says what and at which step."""
+    return [
+        {**event, "text": event["text"] if isinstance(event.get("text"), str) else event["event"]}
+        for event in events
+        if _is_whole(event.get("iteration")) and isinstance(event["event"], str)
+    ]
 
 
 def _is_step(record: dict[str, Any]) -> bool:
@@ -72,6 +83,13 @@ def _whole_sources(sources: Any) -> dict[str, dict[str, Any]]:
         for name, values in sources.items()
         if isinstance(values, dict) and all(value is None or _is_number(value) for value in values.values())
     }
+
+
+def _numbers_of(values: Any) -> dict[str, float]:
+    """The numbers of a mapping by their names."""
+    if not isinstance(values, dict):
+        return {}
+    return {name: value for name, value in values.items() if _is_number(value) and math.isfinite(value)}
 
 
 def _is_whole(value: Any) -> bool:

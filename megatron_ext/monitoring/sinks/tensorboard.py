@@ -86,9 +86,10 @@ class TensorboardSink:
         self._add(iteration, [self._summary.scalar(name, value) for name, value in validation_panels(report).items()])
 
     def event(self, event: Event) -> None:
-        """A text by its kind."""
+        """A text by its kind, and its numbers."""
         if event.kind != STARTED:
-            self._add(event.iteration, [self._summary.text(f"events/{event.kind}", event.text)])
+            numbers = [self._summary.scalar(name, value) for name, value in event.panels.items()]
+            self._add(event.iteration, [self._summary.text(f"events/{event.kind}", event.text), *numbers])
 
     def close(self, *, failed: bool) -> None:
         """Close the file."""

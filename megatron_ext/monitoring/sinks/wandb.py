@@ -1,6 +1,8 @@
 """Weights & Biases: one run across interruptions, and no way for it to stop training."""
 
+import contextlib
 import logging
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # Without a limit wandb waits at the end until the network is back, and the job with it.
 _FINISH_SECONDS = 60
+# wandb 0.31 does not hold to its own limit while an alert is on its way.
+_FINISH_MARGIN_SECONDS = 5
 
 
 class WandbSink:
@@ -50,7 +54,9 @@ class WandbSink:
         self.log(validation_panels(report), iteration)
 
     def event(self, event: Event) -> None:
-        """Nothing: W&B is told of events by alerts."""
+        """Its numbers; of the rest W&B is told by alerts."""
+        if event.panels:
+            self.log(event.panels, event.iteration)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Report `values` for `step`."""
@@ -74,13 +80,36 @@ class WandbSink:
             self._run.alert(message.title[:63], message.text, level=levels[message.severity], wait_duration=0.001)
 
     def close(self, *, failed: bool = False) -> None:
-        """Finish the run."""
+        """Finish the run, in a time that is limited."""
         if self._run is None:
             return
+        folder = Path(self._run.dir).parent
+        finishing = threading.Thread(target=self._finish, args=(int(failed),), name="W&B finishes", daemon=True)
+        finishing.start()
+        finishing.join(_FINISH_SECONDS + _FINISH_MARGIN_SECONDS)
+        if finishing.is_alive():
+            log.warning("W&B does not finish; what it has not sent goes with: wandb sync --include-online %s", folder)
+            _end_service()
+            finishing.join(_FINISH_MARGIN_SECONDS)
+
+    def _finish(self, exit_code: int) -> None:
         try:
-            self._run.finish(exit_code=int(failed))
+            self._run.finish(exit_code=exit_code)
         except Exception as error:  # noqa: BLE001 - whatever W&B does, training goes on
             log.warning("W&B could not finish: %s", error)
+
+
+def _end_service() -> None:
+    """End the process in which wandb works, which would keep this one from ending."""
+    import psutil
+    import wandb
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("wandb"):
+                process.kill()
+    with contextlib.suppress(Exception):
+        wandb.teardown()  # what it would do at the end of this process, with a traceback
 
 
 def _load(shares: list[float]) -> Any:

@@ -25,6 +25,8 @@ from megatron_ext.training.verdict import FirstNonFinite
 
 _BEHIND = 10**6
 """The place in the order of layers of what comes after them."""
+_UNSOUND = 1e6
+"""No weight of a sound model is so large: a bit flipped, or the run has diverged."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class _Trace:
     """The same, of its share of the reduced gradient."""
     largest: tuple[float, str]
     """The largest finite number of its gradients, and of which weight."""
+    heaviest: tuple[float, str]
+    """The largest finite number of its weights, and of which."""
 
 
 def find_first(trainable: Trainable, groups: Groups, compute_again: Callable[[], object]) -> FirstNonFinite:
@@ -78,7 +82,9 @@ def find_first(trainable: Trainable, groups: Groups, compute_again: Callable[[],
         compute_again()
     ranks = groups.world.rank(), groups.tp.rank(), groups.dp.rank(), groups.pp.rank()
     traces: list[Any] = [None] * groups.world.size()
-    dist.all_gather_object(traces, _Trace(*ranks, watch.first, own, reduced, largest), group=groups.world)
+    dist.all_gather_object(
+        traces, _Trace(*ranks, watch.first, own, reduced, largest, _heaviest(trainable.chunks)), group=groups.world
+    )
     return _conclusion(traces, groups.dp.size())
 
 
@@ -92,9 +98,19 @@ def _of_gradients(trainable: Trainable) -> tuple[str | None, str | None, tuple[f
             reduced = gradient.key
         if nonfinite(data[:start]) or nonfinite(data[end:]):
             own = gradient.key
-        if data.numel():
-            largest = max(largest, (float(torch.nan_to_num(data, 0.0, 0.0, 0.0).abs().max()), gradient.key))
+        largest = max(largest, (_largest(data), gradient.key))
     return own, reduced, largest
+
+
+def _heaviest(chunks: Sequence[torch.nn.Module]) -> tuple[float, str]:
+    """The largest finite number of the weights of this rank, and of which."""
+    weights = ((pieces[0].key, param) for chunk in chunks for param, pieces in shards_of(chunk).items())
+    return max(((_largest(param), key) for key, param in weights), default=(0.0, ""))
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest finite magnitude in it."""
+    return float(torch.nan_to_num(tensor.detach().float(), 0.0, 0.0, 0.0).abs().max()) if tensor.numel() else 0.0
 
 
 class _Watch:
@@ -182,10 +198,14 @@ def _conclusion(traces: Sequence[_Trace], data_parallel: int) -> FirstNonFinite:
     if reducing := [trace for trace in traces if trace.reduced is not None]:
         ranks = [trace.rank for trace in reducing]
         return _of_gradient(reducing[0], reducing[0].reduced, ranks, note)
-    most = max(traces, key=lambda trace: trace.largest)
-    amount, where = most.largest
-    text = f"every number of the gradient is finite, but not its norm: the largest, {amount:.3g}, is of {where}"
-    return _said(most, text, where, [most.rank], None, phase="norm", reproducible=False)
+    text = "every number of the gradient is finite, but not its norm: "
+    heavy, steep = max(traces, key=lambda one: one.heaviest), max(traces, key=lambda one: one.largest)
+    if heavy.heaviest[0] > _UNSOUND:
+        (amount, where), trace, of = heavy.heaviest, heavy, "weight"
+    else:
+        (amount, where), trace, of = steep.largest, steep, "gradient"
+    text += f"the largest {of}, {amount:.3g}, is of {where}"
+    return _said(trace, text, where, [trace.rank], None, phase="norm", reproducible=False)
 
 
 def _of_gradient(trace: _Trace, key: str | None, ranks: list[int], note: str) -> FirstNonFinite:

@@ -32,9 +32,9 @@ class StepDone:
 
     def is_due(self, interval: int | None) -> bool:
         """Whether what happens every `interval` steps and after the last one happens now."""
-        if isinstance(self.verdict, Rollback):
-            return False
-        return self.iteration == self.last or (interval is not None and self.iteration % interval == 0)
+        if self.iteration >= self.last:  # a rollback passes over steps, beyond the last of this job too
+            return True
+        return not isinstance(self.verdict, Rollback) and interval is not None and self.iteration % interval == 0
 
 
 class Hook:
@@ -57,7 +57,7 @@ class Hook:
         """`checkpoint` is complete."""
 
     def on_error(self, error: BaseException) -> None:
-        """The run ends with `error`. No collective: another rank may never join it."""
+        """The run ends with `error`, maybe before `on_start`. No collective: another rank may never join it."""
 
     def close(self) -> None:
         """The run ends as it should."""

@@ -16,11 +16,10 @@ from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
-from megatron_ext.monitoring.monitor import Monitor, StepReport, new_run_id
+from megatron_ext.monitoring.monitor import Monitor, StepReport, new_run_id, tell_of_failed_start
 from megatron_ext.monitoring.sources import SourceReport, ValidationReport
 from megatron_ext.monitoring.step_times import StepTimes
 from megatron_ext.training.hooks.base import Hook, StepDone
-from megatron_ext.training.schedule import learning_rate
 from megatron_ext.training.session import Session
 from megatron_ext.training.step import SourceSums
 from megatron_ext.training.verdict import Rollback, Skip, Take
@@ -76,11 +75,11 @@ class Reports(Hook):
                 self._report(session, done)
         if isinstance(done.verdict, Rollback):
             self._go_back(done.iteration)
-        if self._monitor is not None and done.ends_stage and not isinstance(done.verdict, Rollback):
+        if self._monitor is not None and done.ends_stage:
             self._monitor.stage_ended(done.iteration, session.stream.consumption())
 
     def _go_back(self, iteration: int) -> None:
-        """The run goes on from an earlier step."""
+        """The run went back to an earlier state, and goes on behind the data that it passed over."""
         self._reported, self._reported_at = iteration, time.monotonic()
         self._next = iteration + self._run.logging.log_interval
         if self._monitor is not None:
@@ -124,6 +123,8 @@ class Reports(Hook):
         """Say so, and finish all records as those of a run that failed."""
         if self._monitor is not None:
             self._monitor.failed(error)
+        elif dist.get_rank() == 0:
+            tell_of_failed_start(self._run, error)
 
     def close(self) -> None:
         """Say how the run ended and finish all records."""
@@ -154,7 +155,7 @@ class Reports(Hook):
         sources = self._source_reports(consumed)
         self._micro_batches = self._taken = 0
         if self._monitor is not None:
-            rate = learning_rate(self._run, session.plan, done.iteration - 1)
+            rate = session.learning_rate(done.iteration - 1)
             report = StepReport(
                 iteration=done.iteration,
                 losses=losses,

@@ -1,31 +1,114 @@
-"""Saves every checkpoint.save_interval steps, after the last one, and before a signal ends the run."""
+"""Saves every checkpoint.save_interval steps, at both ends of a run, and before a signal ends it."""
 
-import logging
 from collections.abc import Sequence
 
+from megatron_ext.checkpoint.finite import NotFiniteError
+from megatron_ext.checkpoint.save import Outcome
+from megatron_ext.config import CheckpointConfig
+from megatron_ext.errors import CheckpointError
 from megatron_ext.monitoring.clock import Clock
+from megatron_ext.monitoring.events import Event, Tell
+from megatron_ext.planning.amounts import size
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.session import Session
-
-log = logging.getLogger(__name__)
+from megatron_ext.training.verdict import Rollback
 
 
 class Saving(Hook):
     """Comes last of all hooks, so that what the others did after the step is saved with it.
 
+    A save that fails is told, and made up for by the next one; not so the last one of a run. The next save waits for
+    the one before.
+
     Args:
-        others: told of each checkpoint that is complete.
+        tell: takes what became of each save.
+        others: told of each checkpoint that is complete, when every rank knows.
     """
 
-    def __init__(self, interval: int | None, clock: Clock, others: Sequence[Hook]) -> None:
-        self._interval, self._clock, self._others = interval, clock, others
+    def __init__(self, settings: CheckpointConfig, clock: Clock, tell: Tell, others: Sequence[Hook]) -> None:
+        self._settings, self._clock, self._tell, self._others = settings, clock, tell, others
+        self._session: Session | None = None
+        self._told: Outcome | None = None
+
+    def on_start(self, session: Session) -> None:
+        """Save a run that is new, where that is asked for."""
+        self._session = session
+        if self._settings.save_initial and session.checkpoints.newest() is None:
+            with self._clock.stopped():
+                self._save(session, session.state.iteration, is_last=False)
 
     def after_step(self, session: Session, done: StepDone) -> None:
-        """Save where it is time to."""
-        if not done.signal and not done.is_due(self._interval):
+        """Save where it is time to, and tell what has become of the save before."""
+        if (outcome := session.checkpoints.outcome()) is not None:
+            self._tell_once(outcome, done.iteration)
+        self._tell_copies(session, done.iteration)
+        # A run that went back says so on disk at once: it would go on from what it went back from.
+        if done.signal or isinstance(done.verdict, Rollback) or done.is_due(self._settings.save_interval):
+            with self._clock.stopped():
+                self._save(session, done.iteration, is_last=bool(done.signal) or done.iteration == done.last)
+        self._tell_settled(session, done.iteration)
+
+    def on_error(self, error: BaseException) -> None:
+        """What is on its way to the disk is the state before the failure, and worth waiting for."""
+        if isinstance(error, Exception) and self._session is not None:
+            self._session.checkpoints.close_alone()
+
+    def _save(self, session: Session, iteration: int, *, is_last: bool) -> None:
+        checkpoints = session.checkpoints
+        checkpoints.settle()
+        self._tell_settled(session, iteration)
+        try:
+            session.stage()
+        except NotFiniteError:
+            raise
+        except CheckpointError as error:
+            self._tell_failure(error, iteration)
+            if is_last:
+                raise
             return
-        with self._clock.stopped():
-            checkpoint = session.save()
-            log.info("saved %s", checkpoint)
-            for hook in self._others:
-                hook.after_save(checkpoint)
+        if is_last or not self._settings.async_save:
+            outcome = checkpoints.settle()
+            self._tell_settled(session, iteration)
+            if is_last and outcome is not None and outcome.error is not None:
+                raise outcome.error
+
+    def _tell_settled(self, session: Session, iteration: int) -> None:
+        """Tell of what every rank knows by now."""
+        for outcome in session.checkpoints.settled():
+            self._tell_once(outcome, iteration)
+            if outcome.error is None:
+                for hook in self._others:
+                    hook.after_save(outcome.checkpoint)
+
+    def _tell_once(self, outcome: Outcome, iteration: int) -> None:
+        if self._told is not None and self._told.iteration == outcome.iteration:
+            return
+        self._told = outcome
+        if outcome.error is not None:
+            self._tell_failure(outcome.error, iteration)
+            return
+        seconds = {"stalled_seconds": outcome.stalled, "seconds": outcome.seconds}
+        text = (
+            f"saved {outcome.checkpoint} ({size(outcome.bytes)}; training waited {outcome.stalled:.1f} s, it was "
+            f"complete after {outcome.seconds:.1f} s)"
+        )
+        details = {"checkpoint": str(outcome.checkpoint), "bytes": outcome.bytes, **seconds}
+        if (lag := self._session.checkpoints.lag() if self._session is not None else None) is not None:
+            details["checkpoint_lag"] = lag
+        self._tell(Event("checkpoint", iteration, text, details))
+
+    def _tell_copies(self, session: Session, iteration: int) -> None:
+        for copy in session.checkpoints.copied():
+            name, details = copy.checkpoint.name, {"seconds": copy.seconds, "checkpoint_lag": copy.lag}
+            if copy.error is None:
+                text = f"copied {name} to {copy.place} ({copy.seconds:.1f} s; it is {copy.lag} steps behind)"
+                self._tell(Event("checkpoint_copied", iteration, text, details))
+            else:
+                why = " ".join(str(copy.error).split())
+                text = f"{why}. It is tried again; the second place is {copy.lag} steps behind"
+                self._tell(Event("checkpoint_failed", iteration, text, {"why": why, **details}))
+
+    def _tell_failure(self, error: CheckpointError, iteration: int) -> None:
+        why = " ".join(str(error).split())
+        text = f"{why}. It is tried again at the next step that saves; until then the run has the checkpoints before"
+        self._tell(Event("checkpoint_failed", iteration, text, {"why": why}))

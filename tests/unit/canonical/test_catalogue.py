@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.canonical.catalogue import model_tensors
+from megatron_ext.canonical.catalogue import Normal, model_tensors
 from megatron_ext.canonical.naming import StorageLocation, tensors_by_location
 from megatron_ext.canonical.placement import elements_held, stages_of
 from megatron_ext.config import LearnedNoise, ModelConfig, MultiLatentAttention, ParallelConfig, TrainConfig
@@ -42,6 +42,7 @@ MODELS = [
             kv_lora_rank=24, q_lora_rank=40, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=12
         ),
     ),
+    tiny_model(moe=True, num_layers=6),
 ]
 STAGES = ParallelConfig(
     tensor_model_parallel_size=2,
@@ -54,6 +55,12 @@ STAGES = ParallelConfig(
 LAYOUTS = [
     replace(STAGES, expert_tensor_parallel_size=2),
     replace(STAGES, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+    replace(
+        STAGES,
+        expert_tensor_parallel_size=2,
+        account_for_embedding_in_pipeline_split=True,
+        account_for_loss_in_pipeline_split=True,
+    ),
 ]
 
 
@@ -69,7 +76,7 @@ def held(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, t
 
 
 @pytest.mark.parametrize(
-    ("model", "parallel"), zip(MODELS, LAYOUTS, strict=True), ids=["grouped-query ETP2", "latent EP2 ETP1"]
+    ("model", "parallel"), zip(MODELS, LAYOUTS, strict=True), ids=["grouped-query ETP2", "latent EP2 ETP1", "uneven"]
 )
 def test_each_rank_holds_what_the_catalogue_places_there(
     model: ModelConfig, parallel: ParallelConfig, pool: GlooPool
@@ -82,7 +89,7 @@ def test_each_rank_holds_what_the_catalogue_places_there(
                 on_this_rank = int(name.split(".")[5]) * layout.ep // (model.num_moe_experts or 1) == here.ep
             else:
                 on_this_rank = True
-            if here.pp not in stages_of(tensor, model, layout.pp, chunks=2) or not on_this_rank:
+            if here.pp not in stages_of(tensor, model, parallel) or not on_this_rank:
                 continue
             seen.add(name)
             count, shape = mine[name]
@@ -96,7 +103,8 @@ def test_each_rank_holds_what_the_catalogue_places_there(
 
 def test_initial_values_are_megatrons() -> None:
     std, model = 0.02, MODELS[0]
-    values = {name: (t.initial.mean, t.initial.std) for name, t in model_tensors(model).items()}
+    initial = {name: tensor.initial for name, tensor in model_tensors(model).items()}
+    values = {name: (one.mean, one.std) for name, one in initial.items() if isinstance(one, Normal)}
     layer = "decoder.layers.1"
     for name in ("self_attention.linear_proj", "mlp.experts.3.linear_fc2", "mlp.shared_experts.linear_fc2"):
         assert values[f"{layer}.{name}.weight"] == (0.0, std / math.sqrt(2 * model.num_layers))

@@ -1,6 +1,7 @@
 """Loading a run: every fault in one message, overrides, and a resolved configuration that reloads as itself."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_ext.config import (
     DataSource,
@@ -20,7 +22,9 @@ from megatron_ext.config import (
     read_yaml,
     to_mapping,
 )
+from megatron_ext.config.base import PathName
 from megatron_ext.config.help import describe_keys
+from megatron_ext.config.load import raise_faults
 from megatron_ext.config.yaml_text import parse_yaml
 from megatron_ext.errors import ConfigError
 
@@ -271,11 +275,27 @@ def test_files_that_are_not_yaml_are_one_error(content: bytes, tmp_path: Path) -
         ("precision.kind=[1]", r"precision.kind = \[1\]: must be one of fp32, bf16"),
         ("precision=null", "precision = None: must be a mapping of keys"),
         ("model.rotary_base=.inf", "must be a finite number"),
+        ('checkpoint.directory="a\\0b"', r"checkpoint.directory = 'a\\x00b': must be a path; a NUL"),
+        (f"train.seed=[{'9, ' * 5000}]", r"train.seed = \[9, (9, )+.{0,3}\.\.\.: must be an integer"),
     ],
 )
 def test_values_that_no_run_can_use_are_refused(override: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_config(RunConfig, mapping(), [override], source="run.yaml")
+
+
+def test_a_path_is_what_a_file_can_be_called() -> None:
+    adapter = TypeAdapter(PathName)
+    for text in ("a\0b", "\ud800"):
+        with pytest.raises(ValidationError, match="must be a path; a NUL and half a character are in none"):
+            adapter.validate_python(text)
+    for text in ("a b", os.fsdecode(b"caf\xe9")):
+        assert adapter.validate_python(text) == text
+
+
+def test_a_fault_that_several_looks_meet_is_said_once() -> None:
+    with pytest.raises(ConfigError, match=r"^run.yaml: 1 problem\n  state.json: is cut$"):
+        raise_faults("run.yaml", ["state.json: is cut"] * 3)
 
 
 def test_a_key_of_another_kind_is_not_its_own_suggestion() -> None:

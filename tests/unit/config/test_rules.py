@@ -22,7 +22,31 @@ def fp8(recipe: str, **fields: Any) -> dict[str, Any]:
 STAGED = {"train": [], "cache_dir": None, "sources": {"ja": {"path": "a"}, "en": {"path": "b"}}}
 ONE_STAGE = {**STAGED, "stages": [{"name": "all", "mix": {"ja": 1}, "steps": 2}]}
 
+ADAPTED: dict[str, dict[str, Any]] = {"adapters": {}, "checkpoint": {"initialize_from": "base"}}
+EVERYTHING = {"targets": [{"match": ["*"]}]}
+
 VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
+    ({"adapters": {}}, ["checkpoint.initialize_from = None: adapters are trained beside the weights of a base model"]),
+    (
+        {**ADAPTED, "adapters": {"targets": [{"match": ["experts.*", "q"]}]}},
+        ["adapters.targets.0.match: 'experts.*' matches no projection of the model; it has"],
+    ),
+    (
+        {**ADAPTED, "model": MOE, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+        ["parallel.expert_tensor_parallel_size = 2: adapters of routed experts are not split; set it to 1"],
+    ),
+    (
+        {**ADAPTED, "adapters": EVERYTHING, "model": {"untie_embeddings_and_output_weights": False}},
+        ["adapters.targets: matches embedding.word_embeddings, which is one matrix with the other end of the model"],
+    ),
+    (
+        {**ADAPTED, "runtime": TE},
+        ["runtime.backend = 'transformer_engine': adapters are computed by the torch backend"],
+    ),
+    (
+        {**ADAPTED, "model": {**MOE, "transformer_overrides": {"moe_shared_expert_overlap": True}}},
+        ["overlapped shared experts communicate outside their linear layers, past their adapters"],
+    ),
     ({"data": {"train": []}}, ["data.train: is required, or data.sources with data.stages"]),
     ({"data": {**ONE_STAGE, "train": [{"path": "a"}]}}, ["data.train: one blend for the whole run"]),
     ({"data": {**ONE_STAGE, "cache_dir": "c"}}, ["data.cache_dir = 'c'", "computed, not kept"]),
@@ -42,6 +66,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
             }
         },
         ["the stages have the sequence lengths 32, 64; packs are of one"],
+    ),
+    (
+        {"train": {"exit_at": {"time": "tomorrow"}}},
+        ["train.exit_at.time = 'tomorrow': is no time; write 2026-12-01T09:00 or"],
     ),
     (
         {"task": {"kind": "sft"}, "data": {**ONE_STAGE, "eod_mask_loss": True, "pack_documents": True}},
@@ -94,6 +122,28 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ],
     ),
     ({"model": {"num_query_groups": 3}}, ["model.num_attention_heads = 4", "model.num_query_groups = 3"]),
+    (
+        {"checkpoint": {"keep_every": 5}},
+        ["checkpoint.keep_every = 5, checkpoint.keep_last = None", "set it, such as 3"],
+    ),
+    (
+        {"checkpoint": {"keep_every": 5, "keep_last": 2, "save_interval": 2}},
+        ["checkpoint.keep_every = 5, checkpoint.save_interval = 2", "must be a multiple of it"],
+    ),
+    ({"checkpoint": {"keep_matching": "5"}}, ["checkpoint.keep_matching = '5', checkpoint.keep_last = None"]),
+    ({"checkpoint": {"copy_to": "d/"}}, ["checkpoint.copy_to = 'd/', checkpoint.directory = 'd'", "both are one"]),
+    ({"checkpoint": {"keep_last": 2, "keep_matching": "(5"}}, ["checkpoint.keep_matching = '(5'", "no regular expre"]),
+    (
+        {
+            "model": {"num_layers": 2},
+            "parallel": {
+                "pipeline_model_parallel_size": 4,
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            },
+        },
+        ["model.num_layers = 2, parallel.pipeline_model_parallel_size = 4", "has no layer left"],
+    ),
     ({"train": {"skip_steps": [[3, 2]]}}, ["train.skip_steps = [[3, 2]]", "[3, 2] is no range [first, last]"]),
     ({"train": {"skip_steps": [[1, 2, 3]]}}, ["[1, 2, 3] is no range [first, last]"]),
     ({"model": {"hidden_size": 66}}, ["model.hidden_size = 66", "kv_channels"]),
@@ -489,6 +539,13 @@ def test_every_rule_can_be_violated() -> None:
 
 
 def test_legal_neighbours_pass() -> None:
+    load(mapping(**{**ADAPTED, "adapters": EVERYTHING, "model": {**MOE, "moe_shared_expert_intermediate_size": 64}}))
+    whole_experts = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1}
+    whole_experts["expert_model_parallel_size"] = 2
+    load(mapping(**{**ADAPTED, "model": MOE, "parallel": whole_experts}))
+    split_experts = {**whole_experts, "expert_tensor_parallel_size": 2}
+    attention = {"targets": [{"match": ["self_attention.*", "output_layer"]}]}
+    load(mapping(**{**ADAPTED, "adapters": attention, "model": MOE, "parallel": split_experts}))
     # Where every layer is MoE nothing has the dense width.
     everywhere = MOE | {"moe_ffn_hidden_size": 64, "ffn_hidden_size": 97}
     load(mapping(model=everywhere, parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True}))

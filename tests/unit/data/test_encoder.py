@@ -67,6 +67,22 @@ def test_long_documents_and_a_table_that_fills_up(
         assert encoder.encode([]).tolist() == []
 
 
+def test_a_long_line_is_never_held_by_the_library_as_a_whole(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(3)
+    words = ["fox ", "ハハハハハ", "猫である", "-----", "a" * 90, "      ", "é", "\0", "</s>"]
+    text = "".join(words[i] for i in draw.integers(len(words), size=2000))
+    expected = BatchEncoder(tokenizer).encode([text, "ハ" * 999]).tolist()
+    monkeypatch.setattr(module, "_BATCH", 200)
+    encoder, given = encoder_for(tokenizer), [0]
+    read = tokenizer.encode_batch
+    monkeypatch.setattr(tokenizer, "encode", lambda text: given.append(len(text)) or read([text])[0])
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: given.extend(map(len, texts)) or read(texts))
+    assert encoder.encode([text, "ハ" * 999]).tolist() == expected
+    assert max(given) < 256
+
+
 def test_what_is_new_is_noticed_once(tokenizer: Tokenizer) -> None:
     seen: list[str] = []
     encoder = encoder_for(tokenizer, lambda texts: seen.extend(texts))

@@ -1,5 +1,6 @@
 """Prepared data is shown as it is: documents, lengths, tokens and scripts."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,10 @@ def test_a_cut_file_is_named(place: Path, tmp_path: Path) -> None:
         Documents(tmp_path / "cut")
     (tmp_path / "cut.idx").write_bytes(b"MMIDIDX")
     with pytest.raises(DataError, match="not an index"):
+        list(show_lengths(LengthsOptions(prefixes=[str(tmp_path / "cut")])))
+    (tmp_path / "cut.idx").unlink()
+    os.mkfifo(tmp_path / "cut.idx")
+    with pytest.raises(DataError, match=r"cut\.idx: is not a regular file"):
         list(show_lengths(LengthsOptions(prefixes=[str(tmp_path / "cut")])))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, DataError
 from tests.support.workspace import write_corpus
 from tools import tokenizer as tool
 
@@ -31,6 +31,10 @@ def test_from_text_of_two_languages_to_a_tokenizer_with_more_tokens(run, tmp_pat
     )
     (tmp_path / "names").write_text("東京都\n")
     run("train a.jsonl --output a --vocab-size 330")
+    run("export a --output again")
+    assert Tokenizer(tmp_path / "again").fingerprint == Tokenizer(tmp_path / "a").fingerprint
+    with pytest.raises(DataError, match=r"nothing: no such file; expected a SentencePiece model, or the folder of a"):
+        run("export nothing --output b")
     run("train b.txt --output b --vocab-size 316 --character-coverage 1 --user-symbols <x>")
     out = run("merge a=a b=b --quota a=60,b=20 --text a=a.jsonl b=b.txt --output ab --names names --scores em")
     merged = Tokenizer(tmp_path / "ab")

@@ -14,6 +14,7 @@ from megatron_ext.config import ModelConfig
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.errors import CheckpointError, ConversionError, DataError
 from megatron_ext.generation.sample import generate
+from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.model_io.compare import Comparison
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.logits import load_hugging_face
@@ -147,3 +148,31 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(
         ConversionError, match=f"does not hold the model that its config.json describes: it {complaint}"
     ):
         generate(tmp_path / "edited", ["a"], **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "complaint"),
+    [
+        ("generation_config.json", {"eos_token_id": 2**70}, "a model that transformers computes with"),
+        ("config.json", {"gating_normalization": {"scale": "x", "eps": 0, "correction": 1}}, "transformers computes"),
+        ("tokenizer_config.json", {"model_max_length": "long"}, "cannot be read as a tokenizer"),
+    ],
+)
+def test_a_value_that_transformers_cannot_compute_with_is_one_message(
+    file: str, change: dict[str, object], complaint: str, exported: Path, tmp_path: Path
+) -> None:
+    edited = shutil.copytree(exported, tmp_path / "edited")
+    (edited / MANIFEST_FILE).unlink()
+    path = edited / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((CheckpointError, DataError), match=f"edited: .*{complaint}.* may "):
+        generate(edited, ["a"], **GREEDY)  # type: ignore[arg-type]
+
+
+def test_a_damaged_header_of_weights_is_one_message(exported: Path, tmp_path: Path) -> None:
+    edited = shutil.copytree(exported, tmp_path / "edited")
+    (edited / MANIFEST_FILE).unlink()
+    weights = edited / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b"model.norm.weight", b"model.norm.weigh\xff"))
+    with pytest.raises(ConversionError, match="edited: transformers does not load it: .*header"):
+        generate(edited, ["a"], **GREEDY)  # type: ignore[arg-type]

@@ -66,3 +66,12 @@ def test_of_a_slow_group_the_node_is_named_that_is_in_no_fast_one() -> None:
         replace(report, links={**report.links, "TP": slow}) if report.rank in (4, 5) else report for report in ranks()
     ]
     assert only(reports) == Bad("n2", "the TP group of the ranks 4, 5 transfers 20.0 GB/s, and 300 GB/s at the median")
+
+
+def test_ranks_on_cpu_share_their_host_and_hosts_are_compared() -> None:
+    cpus = [replace(report, device="cpu", product=10e9 if report.rank % 2 else 90e9) for report in ranks()]
+    assert bad_nodes(cpus) == []
+    slow = [replace(report, product=20e9) if report.host == "n3" else report for report in cpus]
+    assert {bad.host for bad in bad_nodes(slow)} == {"n3"}
+    alone = [replace(report, host="n0", links={"TP": Link((report.rank,), 1.0 + report.rank)}) for report in cpus]
+    assert bad_nodes(alone) == []

@@ -63,6 +63,14 @@ def test_the_code_is_this_versions_and_the_weights_the_same_file(older: Path) ->
         check_manifest(older, ConversionError, checksums=True)
 
 
+def test_a_fault_of_the_weights_is_told_of_the_directory_that_people_know(older: Path) -> None:
+    weights = older / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ConversionError, match=rf"{weights}: cannot be read as safetensors"):
+        refresh_code(older, Comparison(batches=1, length=24))
+    assert [path.name for path in older.parent.iterdir() if "partial" in path.name] == []
+
+
 def test_it_is_compared_with_megatron_and_the_card_says_so(older: Path) -> None:
     (older / "my notes" / "a.txt").unlink()
     (older / "my notes").rmdir()

@@ -65,6 +65,11 @@ def test_a_line_of_any_length_is_read_in_bounded_memory(tmp_path: Path) -> None:
     assert peak < 90 << 20  # a piece, and what json makes of it
 
 
+def test_what_never_ends_is_no_metrics_file() -> None:
+    with pytest.raises(OSError, match="is not a regular file: '/dev/zero'"):
+        read_metrics("/dev/zero")
+
+
 def test_the_file_is_never_written_through_a_link(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, *({"iteration": n} for n in (1, 2)))

@@ -1,19 +1,25 @@
 """The report: one file that needs nothing else, with everything on it, which a browser draws without a complaint."""
 
+import base64
 import json
 import re
 import shutil
 import subprocess
+import threading
+import urllib.error
+import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ext.errors import DataError
+from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.monitoring.metrics_file import MetricsFile
-from megatron_ext.monitoring.report import figure_lines, read_phases, summary_rows, write_report
+from megatron_ext.monitoring.report import figure_lines, read_phases, run_file, summary_rows, write_report
+from megatron_ext.monitoring.report.phases import RunFiles
 from megatron_ext.monitoring.report.plots import MOST_POINTS, plot_data, thin
+from megatron_ext.monitoring.report.serve import ReportServer
 from megatron_ext.monitoring.report.sources import mean_loss, source_rows
 
 LOADS = {"1": [0.5, 0.25, 0.25], "2": [0.4, 0.3, 0.3]}
@@ -39,8 +45,12 @@ def write_metrics(path: Path, steps: int, *, loss: float, experts: bool = False)
         if experts:
             record["moe"] = {layer: {**HEALTH, "load": load} for layer, load in LOADS.items()}
             record |= sources_of(step)
+            record |= {"step_seconds": {"data": 0.25, "forward_backward": 1.0}, "figures": {"checkpoint_lag": 2}}
         file.write(record)
     file.write({"iteration": steps, "validation_loss": loss, **(VALIDATED if experts else {})})
+    if experts:
+        file.write({"event": "skip", "iteration": 3, "text": "a </script> spike", "time": 100.0})
+        file.write({"event": "failed", "iteration": 5, "text": "out of memory", "time": 100.0})
     file.close()
     return str(path)
 
@@ -123,7 +133,7 @@ def test_page_is_self_contained_and_complete(named: list[str], tmp_path: Path) -
     assert dense["validation"] == {"step": [10], "loss": [9.0]}
     assert "mfu" not in dense["curves"], "what was not recorded is not drawn"
     assert "experts" not in dense
-    assert moe["experts"]["load"]["1"][0] == [1.5, 0.75, 0.75]
+    assert list(base64.b64decode(moe["experts"]["load"]["1"]))[:3] == [96, 48, 48], "in 64ths of an even share"
     assert set(moe["experts"]["health"]) == {"max_violation", "entropy", "top1", "max1_max2"}
     assert "Zero in every layer at every step: experts without a token; share of dropped tokens." in text
     assert "processes 4, TP 2" in text
@@ -237,24 +247,148 @@ def test_what_is_no_source_is_left_out(tmp_path: Path) -> None:
 def test_a_long_run_keeps_its_spikes_in_few_points() -> None:
     records = [{"iteration": step, "loss": 3.0} for step in range(100_000)]
     records[54_321]["loss"], records[77_777]["loss"] = 9.0, float("nan")
-    kept = thin(records, MOST_POINTS, lambda record: record["loss"])
+    records[33_333]["grad_norm"] = 70.0
+    kept = thin(records, MOST_POINTS, "loss", "grad_norm")
     assert len(kept) <= MOST_POINTS
-    assert {0, 54_321, 77_777, 99_999} <= {record["iteration"] for record in kept}
+    assert {0, 33_333, 54_321, 77_777, 99_999} <= {record["iteration"] for record in kept}
     assert [record["iteration"] for record in kept] == sorted(record["iteration"] for record in kept)
+
+
+def test_events_and_the_parts_of_a_step_are_drawn(named: list[str], tmp_path: Path) -> None:
+    dense, moe = plot_data(read_phases(named))["phases"]
+    assert dense["events"]["step"] == []
+    assert moe["events"]["step"] == [3, 5]
+    assert moe["events"]["severity"] == ["warning", "error"]
+    assert moe["seconds"] == {"data": [0.25] * 5, "forward_backward": [1.0] * 5}
+    assert moe["curves"]["checkpoint_lag"] == [2] * 5
+    write_report(tmp_path / "r.html", "x", read_phases(named), [], None)
+    assert "<td>5</td><td>failed</td><td>out of memory</td>" in (tmp_path / "r.html").read_text()
+
+
+def test_a_file_is_followed_also_where_it_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    files = RunFiles([f"a={write_metrics(path, 3, loss=9.0)}"])
+    assert files.update()
+    assert not files.update()
+    with open(path, "a") as file:
+        file.write('{"iteration": 4, "loss": 8.5, "consumed_tokens": 4000, ')
+        file.flush()
+        assert files.update()
+        assert len(files.phases()[0].steps) == 3
+        file.write('"tokens_per_second": 5.0, "tflops_per_device": 0.1}\n')
+    assert files.update()
+    assert [step["iteration"] for step in files.phases()[0].steps] == [1, 2, 3, 4]
+    # The run was killed and goes on from step 2: the file is cut and moved into place.
+    MetricsFile(path, 2).close()
+    assert files.update()
+    assert [step["iteration"] for step in files.phases()[0].steps] == [1, 2]
+
+
+def test_of_a_long_run_so_many_reports_keep_their_experts_as_can_be_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_file, "_MOST_LOADS", 60)
+    (phase,) = read_phases([f"a={write_metrics(tmp_path / 'm.jsonl', 95, loss=9.0, experts=True)}"])
+    assert [step["iteration"] for step in phase.steps] == list(range(1, 96))
+    # Of six loads each, at most ten reports: every eighth at first, then every sixteenth.
+    assert [step["iteration"] for step in phase.routed] == [16, 32, 48, 64, 80]
+
+
+def test_a_running_job_is_served_and_followed(named: list[str], tmp_path: Path) -> None:
+    server = ReportServer(named, "x", 0)
+    threading.Thread(target=server.serve, daemon=True).start()
+    with urllib.request.urlopen(server.url) as answer:
+        page = answer.read().decode()
+    assert 'data-live="1"' in page
+    with urllib.request.urlopen(server.url + "news?seen=1") as answer:
+        assert answer.status == 204
+    with open(tmp_path / "dense.jsonl", "a") as file:
+        step = {"iteration": 11, "loss": 1.5, "consumed_tokens": 11_000, "tokens_per_second": 5, "tflops_per_device": 1}
+        file.write(json.dumps(step) + "\n")
+    with urllib.request.urlopen(server.url + "news?seen=1") as answer:
+        news = json.load(answer)
+    assert (news["number"], news["data"]["phases"][0]["step"][-1]) == (2, 11)
+    assert "<td>1.500</td>" in news["tables"]["summary"]
+    assert news["sections"] == Page(page).data["sections"]
+    elsewhere = urllib.request.Request(server.url, headers={"Host": "elsewhere.example:80"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(elsewhere)
+    with pytest.raises(ConfigError, match="choose another port"):
+        ReportServer(named, "x", int(server.url.split(":")[2].strip("/")))
+    server.close()
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
-def test_a_browser_draws_it(width: int, named: list[str], tmp_path: Path) -> None:
-    write_report(tmp_path / "r.html", "x", read_phases(named), [], None)
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+def browse(address: str, folder: Path, width: int = 1280) -> subprocess.CompletedProcess[str]:
+    """Open the page and let its scripts run; stdout is what became of it, stderr has what the console says."""
+    if BROWSER is None:
+        pytest.skip("no Chromium here")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=2000"]
-    command += ["--enable-logging=stderr", "--dump-dom", (tmp_path / "r.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    # Six curves for both runs; three of the sources of one, two heat maps and four curves for its experts.
-    assert re.search(r'data-drawn="15"', done.stdout), done.stderr
+    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=2000"]
+    command += ["--enable-logging=stderr", "--dump-dom", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+USED = """<script>
+const over = document.querySelector("#curves .u-over"), place = over.getBoundingClientRect();
+const at = (target, kind, share) => target.dispatchEvent(new MouseEvent(kind, {
+  clientX: place.left + share * place.width, clientY: place.top + 20, bubbles: true, button: 0, movementX: 9 }));
+document.querySelectorAll("input[type=checkbox]")[1].click();  // smoothed
+const results = document.documentElement.dataset;
+results.smoothed = document.querySelectorAll("#curves .plot")[0].textContent.includes("dense, smoothed");
+setTimeout(() => {
+  const fresh = document.querySelector("#curves .u-over");
+  at(fresh, "mouseenter", 0.25); at(fresh, "mousemove", 0.222);
+  setTimeout(() => {
+    results.note = document.querySelector("#curves .note").textContent;
+    results.hover = document.querySelector("#curves .u-legend").textContent.includes("3000");
+    at(fresh, "mousedown", 0.2); at(fresh, "mousemove", 0.6); at(document, "mouseup", 0.6);
+    setTimeout(() => { drawAll(); results.zoomed = zooms.has("curves loss (nats a token)"); }, 100);
+  }, 100);
+}, 100);
+</script></body>"""
+
+
+def test_a_reader_zooms_hovers_and_smoothes(named: list[str], tmp_path: Path) -> None:
+    write_report(tmp_path / "r.html", "x", read_phases(named), [], None)
+    page = (tmp_path / "r.html").read_text().replace("</body>", USED)
+    (tmp_path / "r.html").write_text(page)
+    done = browse((tmp_path / "r.html").as_uri(), tmp_path)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert 'data-smoothed="true"' in done.stdout
+    assert 'data-hover="true"' in done.stdout
+    assert 'data-note="MoE, step 3, skip: a &lt;/script&gt; spike"' in done.stdout.replace(
+        "</script>", "&lt;/script&gt;"
+    )
+    assert 'data-zoomed="true"' in done.stdout
+
+
+def test_a_browser_follows_a_running_job(named: list[str], tmp_path: Path) -> None:
+    class Running(ReportServer):
+        """The run takes another step whenever somebody has looked."""
+
+        def page(self) -> bytes:
+            shown = super().page()
+            step = {"iteration": 11, "loss": 1.5, "consumed_tokens": 11_000}
+            with open(tmp_path / "dense.jsonl", "a") as file:
+                file.write(json.dumps({**step, "tokens_per_second": 5, "tflops_per_device": 1}) + "\n")
+            return shown
+
+    server = Running(named, "x", 0)
+    threading.Thread(target=server.serve, daemon=True).start()
+    done = browse(server.url, tmp_path)
+    server.close()
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert "<td>1.500</td>" in done.stdout
+    assert "live; looked at" in done.stdout
+
+
+def test_a_phone_draws_it(named: list[str], tmp_path: Path) -> None:
+    write_report(tmp_path / "r.html", "x", read_phases(named), [], None)
+    done = browse((tmp_path / "r.html").as_uri(), tmp_path, 390)
+    # Seven curves; three of the sources of one run, two heat maps and four curves for its experts, parts of its steps.
+    assert re.search(r'data-drawn="17"', done.stdout), done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr

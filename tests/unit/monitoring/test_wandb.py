@@ -33,11 +33,6 @@ def recorded(directory: Path) -> list[str]:
     )
 
 
-def test_off_leaves_nothing(tmp_path: Path) -> None:
-    report(tmp_path, "off")
-    assert not (tmp_path / "run").exists()
-
-
 def test_offline_keeps_the_run_for_a_later_sync_under_its_id(tmp_path: Path) -> None:
     report(tmp_path, "offline")
     assert recorded(tmp_path) == ["offline-"]
@@ -50,6 +45,8 @@ def test_online_reports_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     server.go_away()
     assert set(server.started) == {"abcd1234"}
     assert [(line["_step"], line["loss"]) for line in server.history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    told = [(alert["title"], alert["text"], alert["severity"]) for alert in server.alerts]
+    assert told == [("moe: skip", "step 1: a spike", "WARN")] * 2
     assert server.history[0]["load"]["values"] == [0.5, 0.25, 0.25]
 
 
@@ -59,8 +56,12 @@ def test_without_credentials_it_goes_offline(tmp_path: Path) -> None:
 
 
 def test_without_network_it_goes_offline(tmp_path: Path) -> None:
-    assert "could not start in mode online" in report(tmp_path, "online")
+    said = report(tmp_path, "online")
+    assert "could not start in mode online" in said
     assert recorded(tmp_path) == ["offline-"]
+    # What to type once the network is back: the folder of this run.
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert f"send it later with: wandb sync {folder}" in said
 
 
 def test_the_network_may_go_away_for_good(tmp_path: Path) -> None:

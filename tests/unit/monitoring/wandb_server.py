@@ -18,7 +18,8 @@ _PROJECT = {"id": "p", "name": "megatron_ext", "entity": {"id": "e", "name": "te
 
 
 class WandbServer:
-    """Runs in a thread. `started` holds the run ids it was asked to start, `history` what was logged to it.
+    """Runs in a thread. `started` holds the run ids it was asked to start, `history` what was logged to it, `alerts`
+    what it should tell people.
 
     Args:
         only_start: go away as soon as a run has started.
@@ -28,6 +29,7 @@ class WandbServer:
         self._only_start = only_start
         self.started: list[str] = []
         self.history: list[dict[str, Any]] = []
+        self.alerts: list[dict[str, Any]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -57,6 +59,9 @@ class WandbServer:
                 "historyLineCount": 0,
             }
             data["upsertBucket"] = {"bucket": bucket, "inserted": True}
+        if "notifyScriptableRunAlert" in request["query"]:
+            self.alerts.append(request["variables"])
+            data["notifyScriptableRunAlert"] = {"success": True}
         if "createRunFiles" in request["query"]:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in request["variables"]["files"]]
             data["createRunFiles"] = {"runID": "b", "uploadHeaders": [], "files": files}

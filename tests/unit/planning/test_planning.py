@@ -9,6 +9,8 @@ from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import (
     Bf16Precision,
     Fp32Precision,
+    LoraConfig,
+    LoraTarget,
     ModelConfig,
     MultiLatentAttention,
     ParallelConfig,
@@ -64,13 +66,26 @@ def test_shared_and_dense_layers_are_counted() -> None:
     assert base - one_dense == pytest.approx(6 * 3 * 4096 * 14336)
 
 
-def allocated_bytes(model: ModelConfig, parallel: ParallelConfig, precision: Precision) -> int:
+def test_frozen_weights_ask_for_no_gradient_of_theirs() -> None:
+    tokens, rank = 4096, 16
+    adapted = training_flops_per_token(TANUKI_8X8B, tokens, LoraConfig(targets=[LoraTarget(rank=rank)]))
+    core = 32 * 4096 * tokens
+    of_weights = training_flops_per_token(TANUKI_8X8B, tokens) / 6 - core
+    # Two of eight experts work: 26,624 widths of attention and 442,368 / 4 of experts in each of 32 layers.
+    of_adapters = 32 * rank * (26_624 + 442_368 / 4)
+    assert adapted == pytest.approx(4 * of_weights + 6 * (core + of_adapters))
+
+
+def allocated_bytes(
+    model: ModelConfig, parallel: ParallelConfig, precision: Precision, adapters: LoraConfig | None = None
+) -> int:
     """Bytes of weights, gradient buffers, master weights and moments that this rank holds."""
     from megatron_ext.proving.parity import Cell, build_cell
 
-    trainable, _ = build_cell(Cell(model, parallel, precision))
+    trainable, _ = build_cell(Cell(model, parallel, precision, adapters=adapters))
     parameters = [parameter for chunk in trainable.chunks for parameter in chunk.parameters()]
-    weights = sum(p.numel() * (p.element_size() + p.main_grad.element_size()) for p in parameters)
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    weights += sum(p.numel() * p.main_grad.element_size() for p in parameters if p.requires_grad)
     states = 0
     for part in trainable.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
@@ -109,6 +124,15 @@ def test_state_memory_is_what_training_allocates(precision: Precision, degrees: 
     print(f"estimated {estimated:,} bytes, allocated {measured:,}")
     # Shards of the distributed optimizer are cut by buffer, not by parameter, so ranks differ by some parameters.
     assert estimated == pytest.approx(measured, rel=0.02)
+
+
+def test_state_memory_beside_a_frozen_base(pool: GlooPool) -> None:
+    model, adapters = tiny_model(moe=True), LoraConfig(targets=[LoraTarget(match=["*"], rank=8)])
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)
+    run = replace(load(mapping(train={"global_batch_size": 8})), model=model, parallel=parallel, adapters=adapters)
+    layout = resolve_layout(parallel, TrainConfig(train_iters=1, global_batch_size=8), 4)
+    measured = max(pool.run(4, allocated_bytes, model, parallel, run.precision, adapters))
+    assert state_memory(run, layout).bytes == pytest.approx(measured, rel=0.02)
 
 
 def test_state_memory_knows_which_layers_virtual_stages_put_together() -> None:

@@ -58,17 +58,17 @@ class FakeSession(Session):
     """Takes every step, but for those that `verdicts` says something else of, once each."""
 
     verdicts: dict[int, Verdict]
+    restored: list[str]
+    """Names of the checkpoints it went back to."""
 
     def step(self, batch: Batch, asks_to_stop: Callable[[], bool] = never) -> StepResult:
         verdict = self.verdicts.pop(self.state.iteration + 1, Take())
         result = StepResult({"loss": torch.tensor(2.5)}, 0.7, verdict, int(asks_to_stop()), sources(1, 0))
-        if not isinstance(verdict, Rollback):
+        if isinstance(verdict, Rollback):
+            self._roll_back(verdict)
+        else:
             self._advance()
         return result
-
-    def roll_back(self) -> None:
-        """To the beginning: nothing was saved."""
-        self._restore_progress({"iteration": 0, "consumed_samples": 0, "data": ()})
 
 
 def fake_session(directory: Path, hooks: Sequence[Hook] = (), **sections: Any) -> FakeSession:
@@ -89,4 +89,6 @@ def fake_session(directory: Path, hooks: Sequence[Hook] = (), **sections: Any) -
         hooks,
     )
     session.verdicts = {}
+    restored = session.restored = []
+    session.checkpoints.restore = lambda which, only=None: restored.append(which.name)  # type: ignore[method-assign]
     return session

@@ -1,4 +1,4 @@
-"""Reports, validation and saving, each alone with a session that computes nothing."""
+"""Reports and validation, each alone with a session that computes nothing."""
 
 import json
 import logging
@@ -21,7 +21,6 @@ from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
-from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.verdict import Rollback, Skip, Take
@@ -220,20 +219,6 @@ def test_validation_reads_the_same_batches_each_time_and_none_before_a_stop(
     assert "validation says nothing of en, whose share of 24 samples is none: raise train.eval_iters" in caplog.text
     assert read == [[0, 1, 2]] * 2
     assert stream.position() == Position()
-
-
-def test_saving_happens_when_due_or_told_to_stop_and_the_others_are_told(tmp_path: Path) -> None:
-    session, told = fake_session(tmp_path), list[Path]()
-    session.save = lambda: tmp_path / f"{session.state.iteration}"
-
-    class Listener(Hook):
-        def after_save(self, checkpoint: Path) -> None:
-            told.append(checkpoint)
-
-    hook = Saving(2, Clock(), [Listener()])
-    for signal in (0, 0, 15, 0):
-        hook.after_step(session, done(session, signal=signal, loss=1.0))
-    assert [path.name for path in told] == ["2", "3", "4"]
 
 
 def test_the_clock_stands_still_inside(monkeypatch: pytest.MonkeyPatch) -> None:

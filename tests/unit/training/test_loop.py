@@ -100,22 +100,27 @@ def test_a_signal_ends_after_the_step_and_the_last_step_ends_as_planned(tmp_path
     assert (number, steps_of(told), told[-1].signal) == (0, [4, 5], 0)
 
 
-def test_a_step_that_is_skipped_is_behind_the_run_and_one_that_is_rolled_back_is_not(tmp_path: Path) -> None:
-    session = fake_session(tmp_path, train={"train_iters": 4})
-    session.verdicts = {2: Skip("a spike"), 4: Rollback("another")}
+def test_a_run_that_is_rolled_back_goes_on_behind_the_data_that_it_passes_over(tmp_path: Path) -> None:
+    session = fake_session(tmp_path, train={"train_iters": 9, "stop_at_iteration": 8})
+    session.verdicts = {2: Skip("a spike"), 4: Rollback("another", Path("iter_0000001"), 6)}
     _, told = run(session)
-    assert steps_of(told) == [1, 2, 3, 0, 1, 2, 3, 4]
-    assert session.stream.read == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert [done.is_due(1) for done in told] == [True] * 3 + [False] + [True] * 4
+    assert steps_of(told) == [1, 2, 3, 6, 7, 8]
+    assert session.stream.read == [0, 1, 2, 3, 6, 7]
+    assert session.restored == ["iter_0000001"]
+    assert [done.is_due(1) for done in told] == [True] * 3 + [False] + [True] * 2
+    session = fake_session(tmp_path, train={"train_iters": 9, "stop_at_iteration": 4})
+    session.verdicts = {4: Rollback("beyond the end of this job", Path("iter_0000001"), 6)}
+    _, told = run(session)
+    assert (steps_of(told), told[-1].is_due(None), session.state.consumed_samples) == ([1, 2, 3, 6], True, 48)
 
 
-def test_hooks_are_told_how_the_run_ends(tmp_path: Path) -> None:
-    recorder, session = Recorder(), fake_session(tmp_path)
-    with telling_hooks(session, [recorder]):
+def test_hooks_are_told_how_the_run_ends() -> None:
+    recorder = Recorder()
+    with telling_hooks([recorder]):
         pass
-    with pytest.raises(KeyError), telling_hooks(session, [recorder]):
+    with pytest.raises(KeyError), telling_hooks([recorder]):
         raise KeyError("gone")
-    assert recorder.calls == ["start", "close", "start", "error: 'gone'"]
+    assert recorder.calls == ["close", "error: 'gone'"]
 
 
 def test_what_happens_every_few_steps_happens_after_the_last_too() -> None:

@@ -1,0 +1,70 @@
+"""The weights beside which a run trains and which its checkpoints do not hold: the same at each resume."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.canonical.adapters import adapter_pairs
+from megatron_ext.checkpoint.fingerprint import fingerprint, fingerprint_sum
+from megatron_ext.checkpoint.state_file import BASE_KEY
+from megatron_ext.config import LoraConfig, ModelConfig, RunConfig, to_mapping
+from megatron_ext.config.load import load_config
+from megatron_ext.errors import CheckpointError
+from megatron_ext.mcore.build import Trainable
+from megatron_ext.mcore.transformer_config import DTYPES
+from megatron_ext.training.start import OpenForeign, load_weights
+
+
+class FrozenBase:
+    """The base of a run, on this rank, once it is loaded."""
+
+    def __init__(self, run: RunConfig, trainable: Trainable, open_foreign: OpenForeign, device: torch.device) -> None:
+        assert run.adapters is not None
+        assert run.checkpoint.initialize_from is not None
+        self._model, self._adapters = run.model, run.adapters
+        self.path = Path(run.checkpoint.initialize_from)
+        shards = trainable.base_weights()
+        load_weights(self.path, run.model, shards, open_foreign)
+        # As two numbers, so that no sum overflows differently from one library to another.
+        total = fingerprint_sum(shards, run.model.vocab_size) % 2**64
+        halves = torch.tensor([total & 0xFFFFFFFF, total >> 32], dtype=torch.int64, device=device)
+        dist.all_reduce(halves)
+        low, high = halves.tolist()
+        self.fingerprint = fingerprint(low + (high << 32), DTYPES[run.precision.kind])
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of it, for whoever needs both together."""
+        adapters = to_mapping(self._adapters)
+        return {BASE_KEY: {"path": str(self.path.resolve()), "fingerprint": self.fingerprint, "adapters": adapters}}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Raise CheckpointError where a checkpoint's adapters were trained beside another base, or count otherwise."""
+        if (record := saved.get(BASE_KEY)) is None:
+            return
+        if record["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"checkpoint.initialize_from = {str(self.path)!r}: holds other weights ({self.fingerprint}) than those "
+                f"beside which the adapters were trained ({record['fingerprint']}, of {record['path']}); set it and "
+                "precision.kind back, or start a new run in another checkpoint.directory"
+            )
+        then = load_config(LoraConfig, record["adapters"], source="the checkpoint's adapters")
+        if changed := changed_adapters(self._model, then, self._adapters):
+            raise CheckpointError(
+                "adapters: not those of the checkpoint:\n" + "\n".join(f"  {line}" for line in changed) + "\nSet them "
+                "back, or start a new run in another checkpoint.directory"
+            )
+
+
+def changed_adapters(model: ModelConfig, then: LoraConfig, now: LoraConfig) -> list[str]:
+    """What makes the adapters of two configurations compute something else; a line a kind of difference."""
+    old, new = ({pair.a: (pair.rank, pair.scale) for pair in adapter_pairs(model, one)} for one in (then, now))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    lines = {(old.get(name), new.get(name)): name.removesuffix(".A") for name in reversed(names)}
+    return [f"{name}: {_said(a)} in the checkpoint, {_said(b)} in this run" for (a, b), name in lines.items()]
+
+
+def _said(one: tuple[int, float] | None) -> str:
+    return "none" if one is None else f"rank {one[0]}, scale {one[1]:g}"

@@ -1,0 +1,58 @@
+"""Ranks that are killed while a checkpoint is written, completed or copied: the run goes on from the newest one."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.second_place import SecondPlace
+from megatron_ext.checkpoint.streams import MegatronSource
+from megatron_ext.testing.pool import GlooPool, WorkerFailure
+from tests.robustness.runs import train_and_die_at, train_here
+from tests.robustness.test_kills_and_signals import losses
+
+# Rank, the operation on a file before which it is killed, and the checkpoint that is left.
+KILLS = {
+    "before its first byte": (1, "open", "iter_0000004.partial/__1_0.distcp", 2),
+    "before its note": (1, "open", "iter_0000004.partial/.__1.note.", 2),
+    "between the notes": (0, "open", "iter_0000004.partial/.__0.note.", 2),
+    "before the metadata": (0, "open", "iter_0000004.partial/..metadata.", 2),
+    "before its name": (0, "os.rename", "iter_0000004.partial", 2),
+    "before the tracker": (0, "open", "latest_checkpointed_iteration.txt.partial", 2),
+    "in the copy": (0, "open", "second/iter_0000004.partial/__0_0.distcp", 4),
+    "before the name of the copy": (0, "os.rename", "second/iter_0000004.partial", 4),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(work: Path, pool: GlooPool) -> Path:
+    directory = work / "whole"
+    pool.run(2, train_here, work / "run.yaml", [f"checkpoint.directory={directory}"])
+    return directory
+
+
+# What a kill costs is starting the ranks twice; those that are left out differ from these in the file alone.
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(moment, marks=() if moment in ("between the notes", "in the copy") else pytest.mark.product)
+        for moment in KILLS
+    ],
+)
+def test_the_run_goes_on_bit_for_bit(moment: str, work: Path, undisturbed: Path) -> None:
+    rank, operation, file, left = KILLS[moment]
+    directory = work / moment.replace(" ", "_")
+    run, second = directory / "run", directory / "second"
+    overrides = [f"checkpoint.directory={run}", f"checkpoint.copy_to={second}"]
+    with GlooPool(2) as two:
+        with pytest.raises(WorkerFailure, match=f"rank {rank} died"):
+            two.run(2, train_and_die_at, work / "run.yaml", overrides, rank, operation, str(directory), file)
+        newest = find_checkpoint(run)
+        assert newest is not None
+        assert newest.name[-1] in (str(left), "4" if file.startswith("latest") else str(left))
+        two.run(2, train_here, work / "run.yaml", overrides)
+    assert losses(run) == losses(undisturbed)
+    ours, theirs = (MegatronSource(require_checkpoint(place)) for place in (run, undisturbed))
+    assert all((ours.read(name) == theirs.read(name)).all() for name in theirs.specs)
+    assert SecondPlace(str(second)).complete()[-1] == "iter_0000006"
+    assert not [path.name for place in (run, second) for path in place.iterdir() if path.name.endswith(".partial")]
