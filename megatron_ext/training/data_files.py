@@ -113,7 +113,8 @@ class DataFiles:
                 return 0
             length = self._values.get("data.sequence_length")
             if self._reads_chats:
-                size = chat_size(source.path, self._tokenizer, length or sys.maxsize)
+                longest = pack_length(True, self._values.get("data.stages") or [], length or sys.maxsize)
+                size = chat_size(source.path, self._tokenizer, longest or sys.maxsize)
                 self._whole[source.path] = key
                 return size.tokens
             tokens = check_dataset(source.path, self._tokenizer).tokens

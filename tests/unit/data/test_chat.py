@@ -112,6 +112,27 @@ def test_rows_are_counted_by_why_they_are_left_out(tokenizer: Path, tmp_path: Pa
     assert {one["reason"] for one in kept} == set(left)
 
 
+def test_tables_hold_conversations_too(tokenizer: Path, tmp_path: Path) -> None:
+    """Their columns have every key that any row has, with nothing in it where there is none."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = [
+        {"messages": turns("u", "a"), "weight": None, "conversations": None},
+        {
+            "messages": None,
+            "weight": 2.0,
+            "conversations": [{"from": "human", "value": "v"}, {"from": "gpt", "value": "b"}],
+        },
+    ]
+    rows[0]["messages"][1]["train"] = True
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    preprocess([tmp_path / "c.parquet"], tokenizer, tmp_path / "d", how=ChatPreparation(), split=(1, 0, 0))
+    data = Supervised(tmp_path / "d" / "train")
+    found = {as_text(tokenizer, data, number)[0]: data.sample(number)[2] for number in range(2)}
+    assert found == {"a<|im_end|>": 1.0, "b<|im_end|>": 2.0}
+
+
 def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
