@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import multiprocessing
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -94,7 +93,7 @@ def measure(options: argparse.Namespace) -> str:
         for way, (stall, total, memory) in worst.items()
     ]
     columns = ["way", "stall, s", "to core's", "complete after, s", "to core's", "MB/s", "memory of a rank, MB"]
-    said = f"{ranks} ranks of {megabytes} MB in tensors of 4 MB; medians of {rounds} saves, taking turns."
+    said = f"{ranks} ranks of {megabytes} MB in tensors of 4 MB; the quickest of {rounds} saves, taking turns."
     loaded = (
         f"Loaded with each tensor cut otherwise, a rank took {extra:.0f} MB beside the {megabytes} MB that it loads."
     )
@@ -107,6 +106,16 @@ def save_by_turns(folder: Path, megabytes: int, rounds: int) -> dict[str, tuple[
     # megatron-core's writer starts processes, which a daemon (every worker of the pool) may not do.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     tensors = {f"{dist.get_rank()}.{n}": torch.randn(SIDE, SIDE) for n in range(megabytes * 10**6 // (4 * SIDE**2))}
+    save_rounds(folder / "warming up", dict([next(iter(tensors.items()))]), 1)
+    measured = save_rounds(folder, tensors, rounds)
+    filesystem_async._results_queue._manager.shutdown()
+    filesystem_async._results_queue = None
+    return measured
+
+
+def save_rounds(folder: Path, tensors: dict[str, torch.Tensor], rounds: int) -> dict[str, tuple[float, float, float]]:
+    """Save these tensors by all ways in turn, once more than `rounds`."""
+    folder.mkdir(exist_ok=True)
     managers = {way: manager(folder / way, tensors, asynchronous=way == OURS) for way in (OURS, OURS_SYNCHRONOUS)}
     ways: dict[str, Callable[[int], tuple[float, float]]] = {
         CORE: lambda n: with_core(tensors, folder / f"core {n}", asynchronous=False),
@@ -125,13 +134,10 @@ def save_by_turns(folder: Path, megabytes: int, rounds: int) -> dict[str, tuple[
             memory[way] = max(memory[way], used[0])
             if dist.get_rank() == 0 and (target := folder / f"core {number}").is_dir():
                 shutil.rmtree(target)
-            if number > 1:  # the first one makes memory and modules
+            if number > 1:  # the first one makes memory, which later ones have
                 taken[way].append(times)
-    if filesystem_async._results_queue is not None:
-        filesystem_async._results_queue._manager.shutdown()
-        filesystem_async._results_queue = None
-    medians = {way: [statistics.median(one) for one in zip(*times, strict=True)] for way, times in taken.items()}
-    return {way: (stall, total, memory[way]) for way, (stall, total) in medians.items()}
+    least = {way: [min(one) for one in zip(*times, strict=True)] for way, times in taken.items()}
+    return {way: (stall, total, memory[way]) for way, (stall, total) in least.items()}
 
 
 def manager(directory: Path, tensors: dict[str, torch.Tensor], *, asynchronous: bool) -> CheckpointManager:
@@ -189,15 +195,19 @@ def load_cut_otherwise(directory: Path, ranks: int) -> float:
 def watched_memory() -> Iterator[list[float]]:
     """MB that this process and those it starts take at most more than before, when it is over."""
     used, end, me = [0.0], threading.Event(), psutil.Process()
-    before = me.memory_info().rss
+
+    def taken() -> int:
+        private = 0
+        for child in me.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                private += child.memory_full_info().uss
+        return int(me.memory_info().rss + private)
+
+    before = taken()
 
     def look() -> None:
         while not end.wait(0.02):
-            private = 0
-            for child in me.children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    private += child.memory_full_info().uss
-            used[0] = max(used[0], (me.memory_info().rss + private - before) / 1e6)
+            used[0] = max(used[0], (taken() - before) / 1e6)
 
     thread = threading.Thread(target=look)
     thread.start()

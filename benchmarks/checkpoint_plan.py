@@ -1,7 +1,7 @@
 """What the checkpoints of a real run would be, from its layout alone: bytes and chunks of each rank, and their joining.
 
-The chunks are those that each rank would write: its weights where it has the first copy, and its part of the flat fp32
-weights and moments. They are written as notes, joined to `.metadata` and read back by the code that a run has, only
+The chunks are those that each rank would write: weights where it is its turn among their copies, and its part of the
+flat fp32 weights and moments. They are written as notes, joined to `.metadata` and read back by the code of a run, only
 without tensors. Buckets of gradients, which cut a few tensors more, are left out.
 """
 
@@ -9,6 +9,7 @@ import math
 import resource
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,13 @@ def plan_text(run: RunConfig, world_size: int, copy_rate: float, disk_rate: floa
             note = RankNote(f"__{rank}_0.distcp", records, FileSum(sizes[-1], 0), bytes(16_000))
             write_note(partial, rank, note)
         notes = [path.stat().st_size for path in partial.iterdir()]
-        before, begun = _resident(), time.perf_counter()
+        before, begun = _resident(), time.process_time()
         write_metadata(partial, (record for rank in range(world_size) for record in _chunks_of(partial, rank)))
-        joined, memory = time.perf_counter() - begun, _resident() - before
+        joined, memory = time.process_time() - begun, _resident() - before
         metadata = (partial / METADATA_FILE).stat().st_size
-        begun = time.perf_counter()
+        begun = time.process_time()
         TorchDistReader(partial)
-        opened = time.perf_counter() - begun
+        opened = time.process_time() - begun
     total, largest = sum(sizes), max(sizes)
     each = " / ".join(f"{size / 1e9:.1f}" for size in (min(sizes), total / world_size, largest))
     rows = [
@@ -81,9 +82,9 @@ def plan_text(run: RunConfig, world_size: int, copy_rate: float, disk_rate: floa
         ["on the first rank: largest note, all notes", f"{max(notes) / 1e6:.2f} MB, {sum(notes) / 1e6:.0f} MB"],
         [
             "joining them (measured)",
-            f"{joined:.1f} s, {memory / 1e6:.0f} MB more memory, a file of {metadata / 1e6:.0f} MB",
+            f"{joined:.1f} CPU s, {memory / 1e6:.0f} MB more memory, a file of {metadata / 1e6:.0f} MB",
         ],
-        ["each rank opens the metadata (measured)", f"{opened:.1f} s"],
+        ["each rank opens the metadata (measured)", f"{opened:.1f} CPU s"],
     ]
     head = f"{hardware()}. {versions('torch')}. {world_size} ranks."
     return f"{head}\n\n{markdown_table(['what', 'how much'], rows)}"
@@ -109,7 +110,8 @@ def _records(run: RunConfig, layout: Layout, rank: int, tensors: list[list[Place
         size = sum(part.size for part in held)
         low, high = (size * n // share for n in (number, number + 1)) if distributed else (0, size * (number == 0))
         for part in held:
-            chunks = [(part.key, weight, (0,) * len(part.shape), part.shape)] if number == 0 else []
+            turn = zlib.crc32(f"{part.key} {part.offset}".encode()) % share
+            chunks = [(part.key, weight, (0,) * len(part.shape), part.shape)] if number == turn else []
             ranges = shards_of_range(part.shape, max(low, 0), min(high, part.size))
             for offset, shape in ranges:
                 chunks += [(f"optimizer.state.{state}.{part.key}", torch.float32, offset, shape) for state in STATES]

@@ -114,6 +114,8 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
     """
     seed_everything(run.train.seed)
     config = transformer_config(run.model, run.parallel, run.precision, run.recompute, run.runtime.backend)
+    # On a CPU every order of sums is fixed already.
+    config.deterministic_mode = config.deterministic_mode or (run.runtime.deterministic and device.type == "cuda")
     chunks = build_chunks(run.model, run.parallel, config, device, adapter_plan(run.model, run.adapters))
     initialize_weights(run.model, list(chunks), run.train.seed, run.adapters)
     if run.adapters is not None:

@@ -6,6 +6,7 @@ names and shapes are the same in every parallel layout.
 """
 
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.shards import TensorShard, shards_of_range
 from megatron_ext.mcore.optimizer import main_parameters
+
+_EXPERTS = ".mlp.experts."
+"""In the key of a routed expert's weight, of which each rank of its own data-parallel group has a copy."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,16 @@ class ParameterShard:
     start: int
     """Where the piece begins in the flattened parameter."""
     replica_id: tuple[int, ...]
-    """(pipeline, tensor, data) number of this copy; all zeros marks the copy that is saved."""
+    """(pipeline, tensor, data) number of this copy."""
+    copies: int
+    """How many data-parallel ranks hold one."""
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the copy that is saved: of data-parallel ranks each saves some, for one would take longer."""
+        *others, data = self.replica_id
+        turn = zlib.crc32(f"{self.key} {self.offset}".encode()) % self.copies
+        return not any(others) and data == turn
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
@@ -86,14 +99,19 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[ParameterSh
 
 
 def _piece(entry: ShardedTensor, data: Tensor, start: int) -> ParameterShard:
-    replica = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
-    return ParameterShard(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), data, start, replica)
+    assert isinstance(entry.replica_id, tuple)
+    if _EXPERTS in entry.key:
+        copies = parallel_state.get_expert_data_parallel_world_size()
+    else:
+        copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    place = tuple(entry.global_shape), tuple(entry.global_offset)
+    return ParameterShard(entry.key, *place, data, start, entry.replica_id, copies)
 
 
 def model_shards(chunks: list[torch.nn.Module]) -> list[TensorShard]:
     """The model weights of this rank, and the state of delayed scaling where layers have it."""
     weights = [
-        TensorShard(p.key, p.global_shape, p.offset, p.data.view(p.shard_shape), is_writer=not any(p.replica_id))
+        TensorShard(p.key, p.global_shape, p.offset, p.data.view(p.shard_shape), is_writer=p.is_writer)
         for chunk in chunks
         for pieces in shards_of(chunk).values()
         for p in pieces
@@ -132,11 +150,9 @@ def optimizer_shards(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer)
             for name, state in states.items():
                 for piece in pieces[param]:
                     # A distributed shard exists once in its data-parallel group, whatever that group's rank is.
-                    copy = piece.replica_id[:-1] if distributed else piece.replica_id
+                    is_writer = not any(piece.replica_id[:-1]) if distributed else piece.is_writer
                     prefix = f"optimizer.state.{name}."
-                    shards.extend(
-                        _shards_of_flat(piece, prefix, state.detach().view(-1), start, is_writer=not any(copy))
-                    )
+                    shards.extend(_shards_of_flat(piece, prefix, state.detach().view(-1), start, is_writer=is_writer))
     return shards
 
 

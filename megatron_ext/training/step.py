@@ -141,6 +141,7 @@ def _first_nonfinite(
     def compute_again() -> None:
         for chunk in trainable.wrapped:
             chunk.zero_grad_buffer()
+        trainable.optimizer.zero_grad()
         for participant in trainable.participants:
             participant.discard()
             participant.begin()

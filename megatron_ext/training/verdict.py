@@ -60,7 +60,7 @@ class Figures:
     """What of the global batch counted."""
     first_nonfinite: Callable[[], FirstNonFinite]
     """Finds out, by computing the step once more, where it first met a number that is not finite. Every rank must call
-    it, or none; before the verdict."""
+    it, or none; the step cannot be taken afterwards."""
 
     def values(self) -> dict[str, float]:
         """The losses as numbers, by name."""

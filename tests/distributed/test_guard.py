@@ -161,3 +161,31 @@ def test_gradient_statistics_are_those_of_one_process(parallel: ParallelConfig, 
     assert {group for _, group in alone} == set(GROUPS) - (
         set() if model.untie_embeddings_and_output_weights else {"output"}
     )
+
+
+def meet_nan_activations(part: Part) -> list[dict[str, Any]]:
+    """Step 2 gets an output of NaN on rank 1, step 3 a weight of NaN on rank 0."""
+    events: list[Event] = []
+    with open_part(part, Guard(part.run_config().guard, events.append)) as session:
+        layers = session.chunks[0].decoder.layers
+        session.step(session.stream.next())
+        spoil = layers[2].mlp.linear_fc1.register_forward_hook(
+            lambda module, inputs, output: (output[0] * math.nan, None)
+        )
+        if dist.get_rank() == 0:
+            spoil.remove()
+        session.step(session.stream.next())
+        spoil.remove()
+        if dist.get_rank() == 0:
+            layers[1].self_attention.linear_proj.weight.data[0, 0] = math.nan
+        session.step(session.stream.next())
+        return [{key: event.details[key] for key in ("rank", "where", "phase", "micro_batch")} for event in events]
+
+
+def test_what_was_not_finite_in_the_forward_pass(pool: GlooPool, tmp_path: Path) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    for found in pool.run(2, meet_nan_activations, Part(tiny_model(), tmp_path, parallel)):
+        assert [tuple(one.values()) for one in found] == [
+            (1, "decoder.layers.2.mlp.linear_fc1", "forward", 0),
+            (0, "decoder.layers.1.self_attention.linear_proj.weight", "weights", None),
+        ]

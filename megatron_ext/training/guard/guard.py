@@ -79,7 +79,8 @@ class Guard(Hook):
         if (interval := self._settings.gradient_statistics_interval) and self._step % interval == 0:
             self._tell(gradient_event(self._session, self._step))
         losses = figures.values()
-        if not all(map(math.isfinite, (*losses.values(), figures.grad_norm))) or not float(figures.units):
+        # A batch without a label has no finite gradient either.
+        if not all(map(math.isfinite, (*losses.values(), figures.grad_norm))):
             return self._nonfinite(losses, figures)
         self._nonfinite_in_row = 0
         loss = next(iter(losses.values()))
@@ -140,7 +141,7 @@ class Guard(Hook):
             last = self._rollbacks[-1].step
             raise self._stopped(f"{stop}. The run went back at step {last} already (guard.rollback.horizon)", advice)
         newest = before - settings.min_steps_back
-        session.checkpoints.settle()  # what is on its way to the disk may be what to go back to
+        session.checkpoints.settle()  # what is on its way to the disk may be it, and must not decide by when it arrives
         checkpoint = choose_checkpoint(session.checkpoints.directory, newest, self._rollbacks, session.groups.world)
         if checkpoint is None:
             back = f"guard.rollback.min_steps_back = {settings.min_steps_back}"

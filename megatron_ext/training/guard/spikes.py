@@ -1,8 +1,9 @@
 """Which losses and gradient norms stand out, by what came before them; pure functions of the figures of past steps."""
 
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from megatron_ext.config import RollbackConfig, SpikeConfig
 
@@ -10,6 +11,12 @@ _DECAY = 0.9
 """Of the running mean of the loss."""
 _WINDOW, _LEAST = 128, 64
 """Losses that the running mean is compared with: at most, and at least."""
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and unbiased standard deviation."""
+    array = np.array(values)
+    return float(array.mean()), float(array.std(ddof=1))
 
 
 class SpikeWindow:
@@ -29,7 +36,7 @@ class SpikeWindow:
         for name, latest in (("loss", loss), ("gradient norm", norm)):
             before, kept = self._values[name], self._settings
             if len(before) + 1 >= max(kept.min_steps, 3):  # a deviation takes two
-                mean, deviation = statistics.fmean(before), statistics.stdev(before)
+                mean, deviation = _spread(before)
                 if latest - mean > kept.sigma * deviation and found is None:
                     found = (
                         f"{name} {latest:.4g} is above {mean + kept.sigma * deviation:.4g}, {kept.sigma:g} standard "
@@ -71,7 +78,7 @@ class Excess:
         self._mean = loss if self._mean is None else _DECAY * self._mean + (1 - _DECAY) * loss
         most = None
         if len(self._usual) >= _LEAST:
-            mean, deviation = statistics.fmean(self._usual), statistics.stdev(self._usual)
+            mean, deviation = _spread(self._usual)
             most = mean + max(self._settings.min_excess, self._settings.sigma * deviation)
         if most is None or loss <= most:
             self._usual = [*self._usual, loss][-_WINDOW:]

@@ -45,7 +45,7 @@ class Saving(Hook):
         # A run that went back says so on disk at once: it would go on from what it went back from.
         if done.signal or isinstance(done.verdict, Rollback) or done.is_due(self._settings.save_interval):
             with self._clock.stopped():
-                self._save(session, done.iteration, is_last=bool(done.signal) or done.iteration == done.last)
+                self._save(session, done.iteration, is_last=bool(done.signal) or done.iteration >= done.last)
         self._tell_settled(session, done.iteration)
 
     def on_error(self, error: BaseException) -> None:

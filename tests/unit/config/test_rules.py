@@ -146,6 +146,19 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     ({"train": {"skip_steps": [[3, 2]]}}, ["train.skip_steps = [[3, 2]]", "[3, 2] is no range [first, last]"]),
     ({"train": {"skip_steps": [[1, 2, 3]]}}, ["[1, 2, 3] is no range [first, last]"]),
+    (
+        {"train": {"skip_samples": [[-1, 3]]}},
+        ["train.skip_samples = [[-1, 3]]", "[-1, 3] is no range [first, last] of"],
+    ),
+    (
+        {"guard": {"spikes": {"window": 16}}},
+        ["guard.spikes.window = 16, guard.spikes.min_steps = 64", "lower"],
+    ),
+    ({"guard": {"rollback": {}}}, ["checkpoint.save_interval = None", "no checkpoint to go back to"]),
+    (
+        {"guard": {"rollback": {}}, "checkpoint": {"directory": "r", "save_interval": 50, "keep_last": 3}},
+        ["guard.rollback.min_steps_back = 100", "set checkpoint.keep_last = 4 or more, or checkpoint.keep_every"],
+    ),
     ({"model": {"hidden_size": 66}}, ["model.hidden_size = 66", "kv_channels"]),
     ({"model": {"kv_channels": 7}}, ["model.rotary_width = 7", "model.head_dim = 7", "even"]),
     ({"model": {"rotary_percent": 0.2}}, ["model.rotary_width = 3", "model.rotary_percent = 0.2"]),

@@ -1,7 +1,12 @@
 """Weights & Biases: runs are recorded and continued, and nothing that happens to it reaches training."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+from megatron_ext.config import WandbConfig
+from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.sinks.wandb import WandbSink
 from tests.support.commands import new_process
 from tests.unit.monitoring import wandb_client
 from tests.unit.monitoring.wandb_server import WandbServer
@@ -73,3 +78,12 @@ def test_the_network_may_go_away_for_good(tmp_path: Path) -> None:
 
 def test_wandb_may_die(tmp_path: Path) -> None:
     assert "W&B stopped taking reports" in report(tmp_path, "offline", "1", "20", "kill")
+
+
+def test_numbers_of_events_are_drawn() -> None:
+    drawn: list[tuple[dict[str, Any], int]] = []
+    sink = WandbSink(WandbConfig(mode="off"), "id", Path("unused"), {})
+    sink._run = SimpleNamespace(log=lambda values, step: drawn.append((values, step)))
+    sink.event(Event("skip", 3, "a skip"))
+    sink.event(Event("gradients", 4, "gradients", {}, {"gradients/norm/layer_000/mlp": 0.5}))
+    assert drawn == [({"gradients/norm/layer_000/mlp": 0.5}, 4)]

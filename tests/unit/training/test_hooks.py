@@ -138,12 +138,11 @@ def test_after_a_rollback_throughput_begins_anew(tmp_path: Path, monkeypatch: py
         now[0] += 4
         step = done(session, loss=3.0)
         if back:
-            session.roll_back()
-            step = replace(step, iteration=0, verdict=Rollback("a spike"))
+            step = replace(step, verdict=Rollback("a spike", tmp_path / "iter_0000001", step.iteration))
         reports.after_step(session, step)
     reports.close()
     steps = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(step["iteration"], step["seconds_per_step"]) for step in steps] == [(1, 4)]
+    assert [(step["iteration"], step["seconds_per_step"]) for step in steps] == [(1, 4), (2, 4), (4, 4)]
 
 
 @pytest.mark.usefixtures("alone")
