@@ -98,8 +98,8 @@ def _check_template(prefix: Path, fingerprint: str, ends: Sequence[int], tokeniz
     way_out = f"give data.tokenizer = {prefix.parent / TOKENIZER_FOLDER}"
     if (template := template_of(tokenizer.directory)) is None or fingerprint_of(template) != fingerprint:
         raise DataError(
-            f"{prefix}: {tokenizer.directory} has {'no' if template is None else 'another'} chat template than the "
-            f"data was made with: {way_out}, which has that"
+            f"{prefix}: {tokenizer.directory} has {'no' if template is None else 'another'} chat template; {way_out}, "
+            "which has the one that the data was made with"
         )
     path = tokenizer.directory / GENERATION_FILE
     said = read_json_object(path, DataError).get("eos_token_id", []) if path.is_file() else []

@@ -118,7 +118,8 @@ class DataFiles:
                 self._whole[source.path] = key
                 return size.tokens
             tokens = check_dataset(source.path, self._tokenizer).tokens
-            require_kind(source.path, "text", "task.kind = pretrain")
+            if self._values.get("task") is not None:  # otherwise something is wrong with that, which is said
+                require_kind(source.path, "text", "task.kind = pretrain")
             self._whole[source.path] = key
             if length is not None and tokens <= length:
                 raise DataError(f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}")
