@@ -7,7 +7,7 @@
 # Several: run the same command on every node with
 #   NNODES=2 NODE_RANK=0..1 MASTER_ADDR=<host of node 0> [MASTER_PORT=29500] launch/torchrun.sh RUN.yaml
 # MAX_RESTARTS=3 starts all ranks again after one has failed, from the newest checkpoint. With NNODES=2:4 that many
-# nodes will do: when one is lost or comes, the ranks start again on those that are there (RDZV_CONF: torchrun's
+# nodes will do: when one is lost (but that of MASTER_ADDR) or comes, the ranks start again on those there (RDZV_CONF: torchrun's
 # --rdzv-conf, such as last_call_timeout=60; LOCAL_ADDR: this node's address, where its name leads nowhere).
 # TOOL=tools/preflight.py tests the nodes instead of training.
 set -euo pipefail
@@ -23,6 +23,8 @@ per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 # Megatron expects one hardware queue for the order of its communication on GPUs before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((gpus > 0 ? 8 : 1))}
+# A connection to a node that is gone is said by our own message, not by a page of torch's.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
 for name in NPROC_PER_NODE NNODES MAX_RESTARTS; do
   shape='^[1-9][0-9]*$' what="a whole number of at least 1"

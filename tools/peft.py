@@ -39,6 +39,11 @@ def _export(o: PeftOptions) -> None:
     adapters = open_adapters(o.source)
     tensors = export_peft(adapters, architecture, o.target, o.base, o.layout or "stacked", force=o.force)
     print(f"{o.target}: {len(adapters.pairs):,} adapters for {architecture.hf_class} in {tensors:,} tensors")
+    if o.layout == "experts" and architecture.stacked:
+        print(
+            "warning: PEFT 0.19 and newer with transformers 5 leave such adapters out without an error, but for "
+            "Mixtral's; this layout is for older ones"
+        )
 
 
 def _import(o: PeftOptions) -> None:

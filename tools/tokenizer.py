@@ -95,6 +95,8 @@ class MergeOptions:
     """Lines of each language to count on; of more an even sample is taken."""
     max_characters: int = Field(default=200_000_000, ge=100_000)
     """Characters of each language, likewise."""
+    joint: bool = False
+    """Train one model of the same size on all the text as well, and print how it does beside the merged one."""
     force: bool = False
     """Replace an existing output."""
 
@@ -185,6 +187,7 @@ def merge(argv: Sequence[str]) -> None:
             text_key=o.text_key,
             max_lines=o.max_lines,
             max_characters=o.max_characters,
+            joint=o.joint,
             force=o.force,
         )
     for name, share in made.merged.shares.items():
@@ -240,6 +243,8 @@ def extend(argv: Sequence[str]) -> None:
         made = extend_model(o, progress)
     first, last = min(made.added.ids.values()), max(made.added.ids.values())
     print(f"{o.target}: {len(made.added.ids)} tokens more, with the ids {first} to {last}")
+    if not o.special:
+        print("text is cut at them before anything else: each is read wherever it stands, also within a longer word")
     print(*made.lines, sep="\n", end="\n" if made.lines else "")
     if made.model is not None:
         print(f"model.vocab_size is {made.model.vocab_size}; a new row is the mean of its text's old ones: train them")

@@ -61,54 +61,45 @@ dense_steps=$(of_steps 200)
 
 # --- text -> tokens ----------------------------------------------------------------------------------------------------
 prepare() { step "preprocess ($1)" $out/data/"$1" tool preprocess "${@:2}" --output $out/data/"$1" --config "$here/preprocess.yaml"; }
-# What a blend of `name=weight ...` is in YAML: of the stages, and of a list of prepared data.
-mix() { local pairs=("${@/=/: }"); local IFS=,; echo "{${pairs[*]}}"; }
-blend() {
-  local split=$1 list=() pair
-  for pair in "${@:2}"; do list+=("{path: $out/data/${pair%=*}/$split, weight: ${pair#*=}}"); done
-  local IFS=,
-  echo "[${list[*]}]"
-}
-
-# The shares of the sources in the first stage of the dense model, and in its last and the MoE model.
+# The sources, and their shares in the first stage of the dense model, and in its last and the MoE model.
 if [ "$source" = python ]; then
   step "corpus (code)" $out/corpus/code.jsonl tool corpus --config "$here/corpus.yaml"
   step "corpus (documentation)" $out/corpus/documentation.jsonl tool corpus --config "$here/corpus.yaml" \
     --output $out/corpus/documentation.jsonl --kind documentation
   step tokenizer $out/tokenizer tool tokenizer train --config "$here/tokenizer.yaml"
   for kind in code documentation; do prepare $kind $out/corpus/$kind.jsonl; done
-  broad=(code=0.8 documentation=0.2) anneal=(code=0.5 documentation=0.5)
+  names="code documentation" broad="{code: 0.8, documentation: 0.2}" anneal="{code: 0.5, documentation: 0.5}"
   prompts=()
 elif [ -n "${CORPUS:-}" ]; then
   step tokenizer $out/tokenizer tool tokenizer train "$CORPUS" --config "$here/tokenizer.yaml"
   prepare text "$CORPUS"
-  broad=(text=1) anneal=(text=1)
+  names=text broad="{text: 1}" anneal="{text: 1}"
   prompts=(--prompts "The ")
 else
   step tokenizer $out/tokenizer tool tokenizer train "$source"/corpus/*.jsonl --config "$here/tokenizer.yaml"
   for language in ja en hi; do prepare $language "$source"/corpus/${language}_*.jsonl --split 0.96 0.02 0.02; done
-  broad=(ja=0.4 en=0.45 hi=0.15) anneal=(ja=0.5 en=0.3 hi=0.2)
+  names="ja en hi" broad="{ja: 0.4, en: 0.45, hi: 0.15}" anneal="{ja: 0.5, en: 0.3, hi: 0.2}"
   prompts=(--prompts "吾輩は" "The " "- किसी ")
 fi
-names=("${broad[@]%=*}") sources=()
-for name in "${names[@]}"; do sources+=("$name: {path: $out/data/$name/train}"); done
-text=$out/data/${names[0]}/validation
-stage() { echo "{name: $1, mix: $(mix "${@:3}"), steps: $(of_steps "$2")}"; }
-validation=data.validation=$(blend validation "${names[@]/%/=1}")
-dense_data=("data.sources={$(IFS=,; echo "${sources[*]}")}" "$validation"
-  "data.stages=[$(stage broad 160 "${broad[@]}"), $(stage anneal 40 "${anneal[@]}")]" "schedule.warmup_iters=$(of_steps 20)")
-moe_data=("data.train=$(blend train "${anneal[@]}")" "$validation")
+sources="" validation=""
+for name in $names; do
+  sources+="$name: {path: $out/data/$name/train}, "
+  validation+="{path: $out/data/$name/validation}, "
+done
+data=("data.sources={$sources}" "data.validation=[$validation]")
+text=$out/data/${names%% *}/validation
 
 # --- dense -> MoE ------------------------------------------------------------------------------------------------------
 step "dense pretraining" $out/dense/"$(iteration $dense_steps)" \
-  train 2 "$here/dense.yaml" "${dense_data[@]}"
+  train 2 "$here/dense.yaml" "${data[@]}" schedule.warmup_iters="$(of_steps 20)" \
+  "data.stages=[{name: broad, mix: $broad, steps: $(of_steps 160)}, {name: anneal, mix: $anneal, steps: $(of_steps 40)}]"
 if [ ! -e $out/moe_share ]; then
   if [ -z "${QUICKSTART_SHARE:-}" ]; then share=$("$python" "$here/measure.py" "$share" $SECONDS); fi
   echo "$share" > $out/moe_share
 fi
 share=$(cat $out/moe_share)
 moe_steps=$(of_steps 80)
-moe_length=("train.train_iters=$moe_steps" "schedule.warmup_iters=$(of_steps 8)")
+moe_data=("${data[@]}" "data.stages=[{name: all, mix: $anneal, steps: $moe_steps}]" "schedule.warmup_iters=$(of_steps 8)")
 step upcycling $out/upcycling.json tool upcycle --config "$here/upcycle.yaml" --text "$text" --force
 
 # The first half under TP2 x EP2 x PP2 on 8 processes if there is memory for them, else TP2 x EP2 on 4; the second half
@@ -118,11 +109,11 @@ half=$((moe_steps / 2)) all=$out/moe/$(iteration $moe_steps)
 if [ ! -e "$all" ]; then
   step "MoE pretraining, first half (${first_half[0]} processes)" $out/moe/"$(iteration $half)" \
     train "${first_half[0]}" "$here/moe.yaml" train.stop_at_iteration=$half "${first_half[@]:1}" \
-    "${moe_length[@]}" "${moe_data[@]}"
+    "${moe_data[@]}"
 fi
 step "MoE pretraining, second half in another layout" "$all" \
   train 4 "$here/moe.yaml" parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false \
-  "${moe_length[@]}" "${moe_data[@]}"
+  "${moe_data[@]}"
 
 # --- MoE -> Hugging Face -----------------------------------------------------------------------------------------------
 step export $out/hf tool convert --config "$here/convert.yaml"

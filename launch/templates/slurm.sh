@@ -24,17 +24,24 @@ logs={{logs_quoted}}/$SLURM_JOB_NAME-$SLURM_JOB_ID
 mkdir -p "$logs"
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $NNODES nodes ($SLURM_JOB_NODELIST); log of each node: $logs/node-N.log"
 
-# One torchrun a node. NODE_RANK is known only inside each task; one that ends badly ends the others.
+# One torchrun a node. NODE_RANK is known only inside each task; one that ends badly ends the others. Signals are for the
+# ranks: the shell around them waits, and writes down how its node ended.
 on_nodes() {
-  TOOL=$1 srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/node-%n.log" {{srun_options}} \
-    bash -c 'NODE_RANK=$SLURM_NODEID exec "$@"' _ {{prefix}} {{torchrun}} {{run}}
+  code=0
+  TOOL=$1 srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/node-%n.log" {{srun_options}} bash -c '
+    trap : TERM INT HUP USR1
+    code=0
+    NODE_RANK=$SLURM_NODEID "$@" || code=$?
+    echo $code > "$0/exit-$SLURM_NODEID"
+    exit $code' "$logs" {{prefix}} {{torchrun}} {{run}} || code=$?
+  outcome
 }
-
+{{outcome}}
 if [ {{node_test}} = 1 ]; then
-  on_nodes tools/preflight.py || { code=$?; echo "the nodes were not found fit (exit code $code): $logs/node-0.log" >&2; exit "$code"; }
+  on_nodes tools/preflight.py
+  [ "$code" = 0 ] || { echo "the nodes were not found fit (exit code $code): $logs/node-0.log" >&2; exit "$code"; }
 fi
-code=0
-on_nodes tools/train.py || code=$?
+on_nodes tools/train.py
 case $code in
   0) echo "done" ;;
   138 | 142 | 143) # SIGUSR1, train.exit_at, SIGTERM: stopped and saved; the run goes on in the next job

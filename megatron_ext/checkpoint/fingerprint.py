@@ -1,7 +1,7 @@
 """Whether weights are those that others were trained beside: one number, the same from any layout and any file.
 
-Every element's bits, times a number drawn from its tensor's name and its place in it, summed modulo 2**64. Shards of a
-tensor add up to the whole. It tells models apart; whoever wants to forge one can.
+Every element's bits, times a number drawn from its tensor's name and its place in it, mixed and summed modulo 2**64.
+Shards of a tensor add up to the whole. It tells models apart; whoever wants to forge one can.
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,8 @@ def shard_sum(key: str, offset: Shape, data: Tensor) -> Tensor:
     step = max(_AT_ONCE // data.shape[-1], 1)
     for some, of_rows in zip(rows.split(step), weights.split(step), strict=True):
         bits = some.contiguous().view(_BITS[data.dtype]).to(torch.int64)
-        total += ((bits * columns).sum(dim=1) * of_rows).sum()
+        mixed = bits * columns * of_rows[:, None]
+        total += (mixed ^ (mixed >> 32)).sum()
     return total
 
 

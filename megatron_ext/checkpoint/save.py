@@ -8,6 +8,7 @@ that happens between two steps is a collective, which would hang where a rank di
 import contextlib
 import logging
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _LOOKS = (0.01, 0.5)
 """Seconds between two looks for notes, at first and at most."""
+_SEEN_WITHIN = 60.0
+"""Seconds in which a folder that another host has made is seen on every file system that is shared."""
 _PATIENCE = 20.0
 """Seconds without a new note after which a run that has failed gives up what it was saving."""
 
@@ -191,6 +194,7 @@ class Save:
         """Write this rank's file and its note, or why not."""
         name = f"__{self._rank}_0.distcp"
         try:
+            self._await_folder()
             chunks, file_sum = _write_shards(self._partial, name, shards)
             write_note(self._partial, self._rank, RankNote(name, chunks, file_sum, self._content.random_state))
         except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on, and people are told
@@ -200,6 +204,16 @@ class Save:
                 write_note(self._partial, self._rank, Failed(f"rank {self._rank}: {error}"))
         finally:
             self._written.set()
+
+    def _await_folder(self) -> None:
+        """Wait until this host sees what the first rank has made."""
+        deadline = time.monotonic() + _SEEN_WITHIN
+        while not self._partial.is_dir():
+            if time.monotonic() > deadline or self._given_up.wait(_LOOKS[1]):
+                raise CheckpointError(
+                    f"{self._partial}, made by rank 0, is not there on {socket.gethostname()}: checkpoint.directory "
+                    "must be on a file system that every node sees (checkpoint.copy_to is for another place)"
+                )
 
     def _complete(self) -> None:
         """On the first rank: wait for all files, write what joins them, and give the checkpoint its name."""

@@ -75,9 +75,15 @@ def read_scalars(checkpoint: Path) -> dict[str, Any]:
     return raw
 
 
+def holds_adapters(checkpoint: Path) -> bool:
+    """Whether `checkpoint` holds adapters alone, and not the weights beside which they are."""
+    return (checkpoint / STATE_FILE).is_file() and read_scalars(checkpoint).get(BASE_KEY) is not None
+
+
 def require_whole_model(checkpoint: Path) -> None:
-    """Raise CheckpointError where `checkpoint` holds adapters, and not the weights beside which they are."""
-    if (checkpoint / STATE_FILE).is_file() and (base := read_scalars(checkpoint).get(BASE_KEY)) is not None:
+    """Raise CheckpointError where `checkpoint` holds adapters alone."""
+    if holds_adapters(checkpoint):
+        base = read_scalars(checkpoint)[BASE_KEY]
         raise CheckpointError(
             f"{checkpoint}: holds adapters alone, of the weights of {base['path']}; merge both first: "
             f"python tools/merge_lora.py {checkpoint} TARGET"

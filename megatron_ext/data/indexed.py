@@ -83,7 +83,9 @@ def read_index(path: Path) -> tuple[np.dtype[Any], np.ndarray[Any, Any]]:
         with open_regular(path) as file:
             header = file.read(_HEADER.size)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give the dataset without .bin / .idx") from error
+        raise DataError(
+            f"{path}: {error.strerror}; give a dataset as data.train has it, such as data/ja/train, or its .bin"
+        ) from error
     magic, version, code, documents, _ = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
     if (magic, version) != (_MAGIC, _VERSION) or code not in dtypes or not documents:
         raise DataError(f"{path}: not an index that tools/preprocess.py writes, or cut")

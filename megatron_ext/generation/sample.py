@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.state_file import holds_adapters
 from megatron_ext.checkpoint.tokenizer_files import SETTINGS_FILE
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import CheckpointError, DataError
 from megatron_ext.foreign import reading
+from megatron_ext.merging.lora import merge_lora, silent
+from megatron_ext.merging.lora_options import MergeLoraOptions
 from megatron_ext.model_io.checkpoint_model import tokenizer_directory
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.finite import describe, is_finite
@@ -55,9 +59,9 @@ def generate(
 ) -> list[str]:
     """Return the continuation of each prompt; `temperature` 0 takes the likeliest token each time.
 
-    A Megatron checkpoint is exported to a temporary directory first: the exported model's logits are the
-    checkpoint's (tools/verify.py), and transformers generates with a cache. A continuation ends at the last learned
-    position of a model that has such, which is said.
+    A Megatron checkpoint (where it holds adapters, with their base) is exported to a temporary directory first: the
+    exported model's logits are the checkpoint's (tools/verify.py), and transformers generates with a cache. A
+    continuation ends at the last learned position of a model that has such, which is said.
 
     Raises:
         DataError: there is no tokenizer for the prompts, or one of them is empty or longer than learned positions.
@@ -73,7 +77,10 @@ def generate(
         )
     with tempfile.TemporaryDirectory(prefix="megatron-ext-") as directory:
         exported = Path(directory) / "export"
-        convert(checkpoint, exported)
+        if holds_adapters(require_checkpoint(checkpoint)):
+            merge_lora(MergeLoraOptions(adapters=str(checkpoint), target=str(exported), to="hf"), silent)
+        else:
+            convert(checkpoint, exported)
         return _continue(exported, checkpoint, prompts, max_new_tokens, sampling, trust_remote_code)
 
 

@@ -88,7 +88,9 @@ def job_text(job: Job) -> str:
         "prefix": " ".join(map(shlex.quote, prefix)),
         "run": " ".join(map(shlex.quote, [str(job.run), *profile.overrides, *job.overrides])),
     }
-    template = (job.root / "launch" / "templates" / f"{profile.scheduler}.sh").read_text()
+    templates = job.root / "launch" / "templates"
+    values["outcome"] = (templates / "outcome.inc").read_text()
+    template = (templates / f"{profile.scheduler}.sh").read_text()
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
@@ -97,7 +99,7 @@ def _container(job: Job) -> tuple[list[str], list[str]]:
     container, profile = job.profile.container, job.profile
     if container is None:
         return [], []
-    mounts = list(dict.fromkeys([str(job.root), str(job.place), *profile.shared, *container.mounts]))
+    mounts = list(dict.fromkeys([str(job.root), str(job.place), str(job.logs), *profile.shared, *container.mounts]))
     if container.kind == "apptainer":
         binds = [part for mount in mounts for part in ("--bind", mount)]
         return [], ["apptainer", "exec", "--nv", *binds, container.image]

@@ -1,7 +1,7 @@
 """Merges adapters into the weights beside which they were trained: once, exactly, and with what rounding has lost."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,12 @@ RECORD = "merged_adapters"
 """Under this the run beside merged weights says what was merged into them."""
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
+
+
+@contextmanager
+def silent(name: str) -> Iterator[Progress]:
+    """A bar that nobody sees."""
+    yield lambda done, total: None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options.signals_to_handle = ",".join(number.name for number in handled)
     options.shutdown_timeout = _SECONDS_TO_SAVE
     os.environ[JOB_START] = str(time.time())
+    if options.max_restarts or ":" in options.nnodes:
+        # torch keeps one store for all rounds, in which ranks that start again find the addresses of those before them,
+        # and wait for them for ever. So each round gets a store of its own.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="megatron-ext-launch-") as directory:
         stop_file = Path(directory) / "stopped"
         os.environ[STOP_FILE] = str(stop_file)
@@ -63,8 +67,8 @@ def _run(options: argparse.Namespace) -> None:
         place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
         first_line = str(error).strip().partition("\n")[0]
         print(
-            f"error: the nodes did not meet at {place}: {first_line}; every node starts the same command with the same "
-            "MASTER_ADDR, MASTER_PORT and NNODES, a NODE_RANK of its own, and reaches that port",
+            f"error: the nodes did not meet at {place}, or lost that node: {first_line}; every node starts the same "
+            "command with the same MASTER_ADDR, MASTER_PORT and NNODES, a NODE_RANK of its own, and reaches that port",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -336,7 +336,10 @@ def _connect() -> Any:
         wait_for_workers=False,
         timeout=datetime.timedelta(seconds=10),
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # The launcher's store may have been that of earlier ranks; one of rank 0's own has not. (Each node counts its own
+    # restarts: the number is no name for a round that all of them know.)
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else "0"
     return dist.PrefixStore(f"megatron_ext/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
 
 

@@ -141,7 +141,15 @@ def changed_keys(run: RunConfig, checkpoint: Path) -> list[str]:
 
 def levers(run: RunConfig, checkpoint: Path) -> list[tuple[str, str, str]]:
     """Of the changed keys with their old and new values those that bear on what is computed."""
-    apart = ("logging.", "runtime.", "checkpoint.", "guard.", "train.stop_at_iteration", "train.eval_")
+    apart = (
+        "logging.",
+        "runtime.",
+        "checkpoint.",
+        "guard.gradient_",
+        "train.stop_at_iteration",
+        "train.eval_",
+        "train.exit_at",
+    )
     return [change for change in changed_values(run, checkpoint) if not change[0].startswith(apart)]
 
 
@@ -181,12 +189,15 @@ def rereads(
             saved, state = read_run(checkpoint), read_state(checkpoint)
         except CheckpointError:
             return None  # weights that come with no record of their training
-    sources = (saved.get("data") or {}).get("train") or []
-    seed = (saved.get("train") or {}).get("seed")
+    then, seed = saved.get("data") or {}, (saved.get("train") or {}).get("seed")
+    if bool(then.get("pack_documents")) != data.pack_documents:
+        return None  # packs of documents are others than stretches of the file, and in another order
     if state.data:
         same = bool(set(state.data) & set(fingerprints))
     else:
-        same = bool({_place(source["path"]) for source in sources} & {_place(source.path) for source in data.train})
+        before = [*(then.get("train") or []), *(then.get("sources") or {}).values()]
+        now = [*(source.path for source in data.train), *(source.path for source in data.sources.values())]
+        same = bool({_place(source["path"]) for source in before} & set(map(_place, now)))
     if not same or seed != train.seed:
         return None
     return (

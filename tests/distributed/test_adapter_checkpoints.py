@@ -17,13 +17,12 @@ from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.config import LoraConfig, LoraTarget, ParallelConfig, to_mapping
-from megatron_ext.merging.lora import merge_lora
+from megatron_ext.merging.lora import merge_lora, silent
 from megatron_ext.merging.lora_options import MergeLoraOptions
 from megatron_ext.model_io.compare import compare_weights
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.runs import Part, load_and_save_to, open_part, started_otherwise, train_and_save
-from tests.support.bars import no_bar
 
 ALONE = ParallelConfig(use_distributed_optimizer=False)
 EVERYTHING = ParallelConfig(
@@ -91,7 +90,7 @@ def test_merged_weights_compute_what_adapters_do(pool: GlooPool, base: Callable[
     pool.run(1, load_and_save_to, alone, tmp_path / "alone")
     for name in ("spread", "alone"):
         options = MergeLoraOptions(adapters=str(tmp_path / name), target=str(tmp_path / f"{name} merged"))
-        merge_lora(options, no_bar)
+        merge_lora(options, silent)
     assert not compare_weights(tmp_path / "spread merged", tmp_path / "alone merged").different
     adapted = pool.run(1, logits_of, alone)[0]
     from_merged = (("initialize_from", str(tmp_path / "spread merged")),)

@@ -88,6 +88,39 @@ def test_adapters_train_as_on_one_process(
     assert difference.worst < TOLERANCE
 
 
+@pytest.mark.product
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_stage_without_adapters_trains_nothing(layer: int, pool: GlooPool) -> None:
+    """Its layers pass gradients on, recomputed or not; a tied embedding is frozen on both stages."""
+    adapters = LoraConfig(targets=[LoraTarget(match=[f"layers.{layer}.*"], rank=4)])
+    tied = tiny_model(moe=True, untie_embeddings_and_output_weights=False)
+    cell = replace(cell_of("MoE"), model=tied, adapters=adapters)
+    split = replace(cell, parallel=layout("PP2 EP2", 4, pp=2, ep=2).parallel)
+    recomputed = replace(split, recompute=RecomputeConfig(granularity="full"))
+    assert compare(run_layout(pool, recomputed, 4), run_layout(pool, cell, 1)).worst < TOLERANCE
+
+
+def first_moves(ratio: float) -> tuple[float, float]:
+    """How far the first step moves the halves A and B, on the average."""
+    adapters = replace(ADAPTERS, lr_ratio=ratio)
+    cell = replace(cell_of("dense"), parallel=ParallelConfig(), adapters=adapters, steps=1)
+    trainable, groups = build_cell(cell)
+    before = {shard.key: shard.data.clone() for shard in trainable.saved_weights()}
+    train_cell(cell, trainable, groups)
+    moves: dict[str, list[float]] = {"A": [], "B": []}
+    for shard in trainable.saved_weights():
+        moves[shard.key[-1]].append(float((shard.data - before[shard.key]).abs().mean()))
+    trainable.release()
+    return sum(moves["A"]) / len(moves["A"]), sum(moves["B"]) / len(moves["B"])
+
+
+def test_output_halves_learn_at_their_own_rate(pool: GlooPool) -> None:
+    """Also where the distributed optimizer updates shards of them."""
+    (a, b), (same, more) = (pool.run(2, first_moves, ratio)[0] for ratio in (1.0, 4.0))
+    assert same == pytest.approx(a, rel=1e-3)
+    assert more == pytest.approx(4 * b, rel=1e-3)
+
+
 def train_beside_frozen(precision: Precision) -> dict[str, Any]:
     """Train adapters beside a MoE model whose expert biases would move, and look at what moved and what there is."""
     model = tiny_model(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_ext.config import ParallelConfig
 from megatron_ext.mcore.gradients import GROUPS, gradient_statistics
+from megatron_ext.mcore.model import gather_parameters
 from megatron_ext.mcore.optimizer import optimizer_steps
 from megatron_ext.monitoring.events import Event
 from megatron_ext.testing.pool import GlooPool
@@ -32,6 +33,7 @@ FAULT = "decoder.layers.{}.self_attention.linear_qkv.weight"
 
 def everything(session: Session) -> dict[str, torch.Tensor]:
     """All tensors that a checkpoint of this rank would have, and its random state."""
+    gather_parameters(session.wrapped, session.run.parallel)
     tensors = {f"{s.key} {s.offset}": s.data.clone() for s in session.checkpoints.tensors()}
     return {**tensors, "random": torch.get_rng_state(), "steps": torch.tensor(optimizer_steps(session.optimizer))}
 
@@ -93,7 +95,12 @@ def pass_over_steps(part: Part) -> dict[str, Any]:
 LAYOUTS = {
     "TP2": (ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True), 1, 2, "fp32"),
     "PP2": (ParallelConfig(pipeline_model_parallel_size=2), 0, 1, "fp32"),
-    "EP2": (ParallelConfig(expert_model_parallel_size=2), 0, 2, "bf16"),
+    "EP2, overlapped": (
+        ParallelConfig(expert_model_parallel_size=2, overlap_grad_reduce=True, overlap_param_gather=True),
+        0,
+        2,
+        "bf16",
+    ),
     "DP2": (ParallelConfig(), 1, 3, {"kind": "fp8", "recipe": "delayed"}),
     "DP2, all-reduced": (ParallelConfig(use_distributed_optimizer=False), 1, 0, "fp32"),
 }

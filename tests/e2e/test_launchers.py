@@ -81,6 +81,38 @@ def test_check_goes_through_the_launcher_and_starts_nothing(tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "options", "checks"),
+    [
+        ({}, "--standalone --max-restarts 0 --nproc-per-node 2", ["2"]),
+        ({"MAX_RESTARTS": "3"}, "--standalone --max-restarts 3 --nproc-per-node 2", ["2"]),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"},
+            "--nnodes 2 --node-rank 1 --master-addr a --master-port 29500 --nproc-per-node 2",
+            ["4"],
+        ),
+        (
+            {"NNODES": "2:4", "MASTER_ADDR": "a", "MAX_RESTARTS": "3", "RDZV_CONF": "last_call_timeout=9"},
+            "--nnodes 2:4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id a:29500 "
+            "--rdzv-conf last_call_timeout=9 --nproc-per-node 2",
+            ["4", "8"],  # the fewest and the most
+        ),
+    ],
+    ids=["one node", "restarts", "two nodes", "elastic"],
+)
+def test_what_torchrun_is_told(environment: dict[str, str], options: str, checks: list[str], tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    launcher = [ROOT / "launch" / "torchrun.sh", "run.yaml", "train.seed=1"]
+    usual = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    subprocess.run(launcher, env={**usual, "PYTHON": str(python), "NPROC_PER_NODE": "2", **environment}, check=True)
+    *said, last = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split("--world-size ")[1] for call in said] == checks
+    tool = ROOT / "tools" / "train.py"
+    assert last == f"-P -m megatron_ext.runtime.launch {options} {tool} run.yaml train.seed=1"
+
+
 def launch_ranks(directory: Path, script: str, processes: int = 2, *options: str) -> subprocess.Popen[str]:
     """Two ranks that run `script`, under the launcher that training has."""
     (directory / "rank.py").write_text(f"import os, pathlib, signal, sys, time\nrank = os.environ['RANK']\n{script}")

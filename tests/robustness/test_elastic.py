@@ -13,22 +13,35 @@ import pytest
 from megatron_ext.monitoring.metrics_file import read_metrics, read_starts
 from megatron_ext.testing.pool import GlooPool
 from tests.robustness.runs import train_here, wait_until
-from tests.support.workspace import ROOT, reported_losses
+from tests.support.commands import TOOLS
+from tests.support.workspace import reported_losses
 
 STEPS = 40
-QUICK = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2"
+QUICK = "last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=4"
 
 
-def node(work: Path, options: list[str], port: int) -> subprocess.Popen[str]:
-    """The launcher of one of at most two nodes, both this machine."""
-    cluster = {"NNODES": "1:2", "NPROC_PER_NODE": "1", "MAX_RESTARTS": "3", "MASTER_ADDR": "127.0.0.1"}
-    here = {"LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "RDZV_CONF": QUICK, "MASTER_PORT": str(port)}
+def node(work: Path, options: list[str], port: int, *, is_host: bool) -> subprocess.Popen[str]:
+    """The launcher of one of at most two nodes, both this machine, with the options of launch/torchrun.sh.
+
+    Args:
+        is_host: it is that of MASTER_ADDR, without which the others cannot meet again.
+    """
+    elastic = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    meeting = [
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv-id",
+        f"127.0.0.1:{port}",
+        "--rdzv-conf",
+        f"{QUICK},is_host={is_host}",
+    ]
     return subprocess.Popen(
-        [ROOT / "launch" / "torchrun.sh", work / "run.yaml", *options],
+        [sys.executable, "-m", "megatron_ext.runtime.launch", *elastic, *meeting, "--local-addr", "127.0.0.1"]
+        + [str(TOOLS / "train.py"), str(work / "run.yaml"), *options],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **cluster, **here},
+        env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
 
 
@@ -38,7 +51,9 @@ def rank_of(launcher: subprocess.Popen[str]) -> psutil.Process:
     return psutil.Process(launcher.pid).children()[-1]
 
 
-def test_a_lost_rank_and_a_lost_node_cost_a_restart_each(work: Path, pool: GlooPool) -> None:
+def test_a_lost_rank_and_a_lost_node_cost_a_restart_each(
+    work: Path, pool: GlooPool, request: pytest.FixtureRequest
+) -> None:
     directory, alone = work / "elastic", work / "undisturbed_elastic"
     usual = [f"train.train_iters={STEPS}", "checkpoint.keep_last=2"]
     pool.run(
@@ -56,7 +71,8 @@ def test_a_lost_rank_and_a_lost_node_cost_a_restart_each(work: Path, pool: GlooP
     def starts() -> list[int]:
         return [start["world_size"] for start in read_starts(metrics)] if metrics.is_file() else []
 
-    first, second = node(work, options, port), node(work, options, port)
+    first, second = (node(work, options, port, is_host=is_host) for is_host in (True, False))
+    request.addfinalizer(lambda: [launcher.kill() for launcher in (first, second)])  # their ranks end with them
     wait_until(lambda: 2 in starts())
     at = steps()
     wait_until(lambda: steps() > at)

@@ -19,6 +19,8 @@ from tests.conftest import ROOT
 
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = typing.get_type_hints(RunConfig)
+NO_KEYS = {"md", "py", "yaml", "bin", "idx", "mask", "weights"}
+"""Endings of files that are called as a section is."""
 
 
 def keys_of(kind: object) -> set[str]:
@@ -58,7 +60,7 @@ def test_keys_of_a_run_that_are_named_exist(guide: Path) -> None:
     text = "\n".join(line for line in guide.read_text().splitlines() if "unknown key" not in line)
     named = re.findall(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z]\w+)(?!\w*[/(.]\w)", text)
     known = {section: keys_of(kind) for section, kind in SECTIONS.items()}
-    assert not [f"{section}.{key}" for section, key in named if key not in known[section] | {"md", "py", "yaml"}]
+    assert not [f"{section}.{key}" for section, key in named if key not in known[section] | NO_KEYS]
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
@@ -76,7 +78,7 @@ def _command_lines() -> list[tuple[str, list[str]]]:
     texts = [*GUIDES, *ROOT.glob("tools/*.py"), *ROOT.glob("examples/*/*.yaml"), *ROOT.glob("examples/filters/*.py")]
     found = []
     for path in texts:
-        text = re.sub(r"\s*\\\n\s*", " ", path.read_text())
+        text = re.sub(r"\s*\\\n[#\s]*", " ", path.read_text())
         for tool, line in re.findall(r"^[# ]*(?:for .*; do )?python tools/(\w+)\.py (.*)$", text, re.MULTILINE):
             line = re.split(r"  +|; done|\s#", line.replace("[", "").replace("]", ""))[0].rstrip("`")
             found.append((tool, ["8" if word == "N" else word for word in shlex.split(line)]))

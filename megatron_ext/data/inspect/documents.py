@@ -42,8 +42,8 @@ class Documents:
 
 
 def prefix_of(name: str) -> str:
-    """The dataset that is meant by its name, or by its `.bin`."""
-    return name.removesuffix(".bin")
+    """The dataset that is meant by its name, or by one of its two files."""
+    return name.removesuffix(".bin").removesuffix(".idx")
 
 
 def show_documents(o: DocumentsOptions) -> Iterator[str]:

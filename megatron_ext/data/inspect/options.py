@@ -13,7 +13,7 @@ class DocumentsOptions:
     """Options of `documents`."""
 
     prefix: PathName
-    """Prepared dataset, without `.bin` / `.idx`."""
+    """Prepared dataset, as in data.train or by its `.bin`."""
     tokenizer: PathName
     """Directory of the tokenizer that the dataset was made with."""
     first: int = Field(default=0, ge=0)
@@ -45,7 +45,7 @@ class LengthsOptions:
     """Options of `lengths`."""
 
     prefixes: list[PathName] = Field(min_length=1)
-    """Prepared datasets, without `.bin` / `.idx`."""
+    """Prepared datasets, as in data.train or by their `.bin`."""
     sequence_length: int | None = Field(default=None, ge=2)
     """Say how many documents are longer than that: each is cut, and whatever is read with it begins elsewhere."""
     plot: PathName | None = None
@@ -57,7 +57,7 @@ class MixOptions:
     """Options of `mix`."""
 
     prefixes: list[PathName] = Field(min_length=1)
-    """Prepared datasets, without `.bin` / `.idx`."""
+    """Prepared datasets, as in data.train or by their `.bin`."""
     tokenizer: PathName
     """Directory of the tokenizer that the datasets were made with."""
     documents: int = Field(default=1000, ge=1)

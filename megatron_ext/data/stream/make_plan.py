@@ -100,7 +100,7 @@ class _Planner:
                 self._append(part)
             continued = continue_stages(self._stages, self._progress, self._length)
             self.mismatches += continued.faults
-        current = [continued.current] if continued.current is not None else []
+        current = [continued.current] if continued.current and not self._is_over(continued.current) else []
         for stage in [*current, *continued.coming]:
             if wrong := [name for name, weight in stage.mix.items() if weight <= 0]:
                 self.faults.append(f"stage {stage.name!r}: the weight of {', '.join(wrong)} must be greater than 0")
@@ -192,6 +192,10 @@ class _Planner:
         else:
             self._end(stage)
 
+    def _is_over(self, stage: Stage) -> bool:
+        """Whether all of the stage that was read last was read, and it is what it was: its sources may be gone."""
+        return self.parts[-1].complete and not changed(stage, self.parts[-1], self._length)
+
     def _end(self, stage: Stage) -> None:
         """Note that nothing is left of the stage under way: it may end now, but not have been another."""
         last = self.parts[-1]
@@ -227,7 +231,7 @@ class _Planner:
 
     def _append_spans(self, part: Part, spans: Sequence[Span]) -> None:
         """Append what is to come of a stage, a part for each batch size; `part` says how it begins."""
-        pattern = _pattern(part)
+        pattern = pattern_of(part.stage, list(part.starts), part.taken)
         for span in spans:
             counts = _counts(pattern, part.offset, span.samples, list(part.starts))
             batch, steps = span.global_batch_size, span.steps
@@ -330,10 +334,6 @@ class _Planner:
 
     def _batch(self, stage: Stage) -> int:
         return stage.global_batch_size or self._train.global_batch_size
-
-
-def _pattern(part: Part) -> Pattern:
-    return pattern_of(part.stage, list(part.starts), part.taken)
 
 
 def _counts(pattern: Pattern, offset: int, samples: int, names: Sequence[str]) -> dict[str, int]:

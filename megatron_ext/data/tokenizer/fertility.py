@@ -11,6 +11,8 @@ from megatron_ext.data.tokenizer.model_file import SPACE
 from megatron_ext.data.tokenizer.names import names_in
 from megatron_ext.data.tokenizer.reading import Tokenizer
 
+_LONGEST_WORD = 15
+"""Characters of what white space separates, on average, up to which it counts as words."""
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -31,6 +33,15 @@ class Fertility:
     """Occurrences of names."""
     names_whole: int = 0
     """Those that are within one token."""
+    words: int = 0
+    """What white space separates."""
+
+    @property
+    def tokens_a_word(self) -> float | None:
+        """Less is better; None for text that is not written in words with spaces between them."""
+        if not self.words or self.characters > _LONGEST_WORD * self.words:
+            return None
+        return self.tokens / self.words
 
     @property
     def characters_a_token(self) -> float:
@@ -96,7 +107,7 @@ def measure(
     encode: Callable[[str], Sequence[int]], kinds: Kinds, texts: Iterable[str], names: tuple[int, int] = (0, 0)
 ) -> Fertility:
     """Count what `encode` makes of `texts`; `names` are occurrences and those that are whole."""
-    characters = size = tokens = fallback = single = 0
+    characters = size = tokens = fallback = single = words = 0
     used: set[int] = set()
     for text in texts:
         ids = encode(text)
@@ -104,7 +115,8 @@ def measure(
         fallback += sum(number in kinds.fallback for number in ids)
         single += sum(number in kinds.single for number in ids)
         used.update(ids)
-    return Fertility(characters, size, tokens, fallback, single, frozenset(used), *names)
+        words += len(text.split())
+    return Fertility(characters, size, tokens, fallback, single, frozenset(used), *names, words)
 
 
 def measure_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str] = ()) -> Fertility:

@@ -15,7 +15,8 @@ Measured = Mapping[str, Mapping[str, Fertility]]
 def fertility_lines(measured: Measured) -> list[str]:
     """A table of every language and tokenizer. Compare within a language: characters of two say different much."""
     with_names = any(one.names for languages in measured.values() for one in languages.values())
-    header = ["", "", "chars/token", "bytes/token", "in bytes", "single chars", *(["names whole"] * with_names)]
+    header = ["", "", "chars/token", "bytes/token", "tokens/word", "in bytes", "single chars"]
+    header += ["names whole"] * with_names
     rows = []
     for language in dict.fromkeys(name for languages in measured.values() for name in languages):
         for tokenizer, languages in measured.items():
@@ -29,6 +30,7 @@ def _figures(one: Fertility) -> list[str]:
     return [
         f"{one.characters_a_token:.3f}",
         f"{one.bytes_a_token:.3f}",
+        "-" if one.tokens_a_word is None else f"{one.tokens_a_word:.3f}",
         _percent(one.fallback, one.tokens),
         _percent(one.single, one.tokens),
     ]

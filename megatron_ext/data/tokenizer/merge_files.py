@@ -1,6 +1,7 @@
 """Merges tokenizers of several languages on disk, and measures what became of each language."""
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
 from megatron_ext.data.tokenizer.fertility import Fertility, kinds_of, measure
 from megatron_ext.data.tokenizer.merge import Merged, Part, check_compatible, merge_models, without_spaces
-from megatron_ext.data.tokenizer.model_file import Model, read_model_file
+from megatron_ext.data.tokenizer.model_file import BYTE, USER_DEFINED, Model, read_model_file
 from megatron_ext.data.tokenizer.names import with_names
 from megatron_ext.data.tokenizer.pieces import encode_lines, read_model, sentencepiece_of
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.data.tokenizer.sample import MAX_CHARACTERS, MAX_LINES, Sample, lines_of, sample
+from megatron_ext.data.tokenizer.training import Training, train_sentencepiece
 from megatron_ext.errors import DataError
 from megatron_ext.files import output_place
 from megatron_ext.locks import exclusive_output
@@ -49,7 +51,8 @@ class MergedTokenizer:
     tokenizer: Tokenizer
     merged: Merged
     fertility: dict[str, dict[str, Fertility]]
-    """`own model` and `merged`, of each language, on documents that no count was made of where there are enough."""
+    """`own model`, `merged` and, if it was asked for, `joint model`, of each language, on documents that no count was
+    made of where there are enough."""
 
 
 def merge_tokenizers(
@@ -61,6 +64,7 @@ def merge_tokenizers(
     text_key: str = "text",
     max_lines: int = MAX_LINES,
     max_characters: int = MAX_CHARACTERS,
+    joint: bool = False,
     force: bool = False,
 ) -> MergedTokenizer:
     """Merge the unigram models of `languages` into the tokenizer `output`.
@@ -69,6 +73,7 @@ def merge_tokenizers(
         names: proper nouns that are whole pieces.
         max_lines: of each language, from which probabilities are counted.
         max_characters: likewise.
+        joint: train one model of the same size on the same text, too, to be measured beside the merged one.
 
     Raises:
         DataError: they cannot be merged; nothing is written.
@@ -90,12 +95,21 @@ def merge_tokenizers(
         held_out = {name: _held_out(files[name], text_key) for name in languages}
         proof = [text for texts in held_out.values() for text in texts[: _PROOF_TEXTS // len(held_out)]]
         tokenizer = write_tokenizer(merged.model.to_bytes(), output, [*proof, *names], force=force)
-    models_of = {"own model": models, "merged": dict.fromkeys(models, merged.model)}
+        other = {"joint model": dict.fromkeys(models, _joint(parts, merged.model))} if joint else {}
+    models_of = {"own model": models, "merged": dict.fromkeys(models, merged.model), **other}
     fertility = {
         what: {name: _measured(model, held_out[name]) for name, model in of_each.items()}
         for what, of_each in models_of.items()
     }
     return MergedTokenizer(tokenizer, merged, fertility)
+
+
+def _joint(parts: Sequence[Part], like: Model) -> Model:
+    """One model of all the text, with as many pieces as `like` and its symbols."""
+    symbols = [piece.text for piece in like.of(USER_DEFINED) if piece.text != "\n"]
+    how = Training(user_symbols=symbols, byte_fallback=bool(like.of(BYTE)), threads=os.cpu_count() or 1)
+    lines = itertools.chain.from_iterable(part.text.texts for part in parts)
+    return read_model_file(train_sentencepiece(lines, len(like.pieces), how), "the joint model")
 
 
 def _read(language: Language) -> Model:

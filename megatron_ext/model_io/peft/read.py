@@ -4,8 +4,8 @@
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,14 +239,30 @@ def _config_of(model: ModelConfig, found: Mapping[tuple[str, str], _Halves]) -> 
             if name == projection.name and _module_of(weight) == projection.module:
                 one = found[weight, name]
                 sizes[projection].add((one.a.shape[0], one.scale))
-    targets: dict[tuple[int, float], list[str]] = defaultdict(list)
+    targets: dict[tuple[int, float], list[Projection]] = defaultdict(list)
     for projection, own in sizes.items():
         if len(own) > 1:
             raise ConversionError(f"{projection.module}.{projection.name}: its experts have different ranks or alphas")
-        targets[own.pop()].append(f"{projection.module}.{projection.name}")
+        targets[own.pop()].append(projection)
     return LoraConfig(
-        targets=[LoraTarget(match=match, rank=rank, alpha=scale * rank) for (rank, scale), match in targets.items()]
+        targets=[
+            LoraTarget(match=_patterns(model, those), rank=rank, alpha=scale * rank)
+            for (rank, scale), those in targets.items()
+        ]
     )
+
+
+def _patterns(model: ModelConfig, those: Sequence[Projection]) -> list[str]:
+    """What matches `those` projections and no others; one pattern where all layers have them that can."""
+    layers = Counter((one.part, one.name) for one in projections(model))
+    counts = Counter((one.part, one.name) for one in those)
+    patterns = [
+        f"layers.*.{one.part}.{one.name}"
+        if one.layer is not None and counts[one.part, one.name] == layers[one.part, one.name]
+        else f"{one.module}.{one.name}"
+        for one in those
+    ]
+    return list(dict.fromkeys(patterns))
 
 
 def _module_of(weight: str) -> str:

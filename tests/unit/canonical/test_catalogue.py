@@ -115,7 +115,7 @@ def test_initial_values_are_megatrons() -> None:
 
 
 def shard(key: str, shape: tuple[int, ...]) -> ParameterShard:
-    return ParameterShard(key, shape, (0,) * len(shape), torch.empty(shape, device="meta"), 0, (0, 0, 0))
+    return ParameterShard(key, shape, (0,) * len(shape), torch.empty(shape, device="meta"), 0, (0, 0, 0), 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import host_memory
+from megatron_ext.checkpoint import host_memory, save
 from megatron_ext.checkpoint.finite import NotFiniteError, require_finite
 from megatron_ext.checkpoint.manager import CheckpointManager
 from megatron_ext.checkpoint.shards import TensorShard
@@ -179,3 +179,12 @@ def test_nothing_is_staged_where_a_number_is_not_finite(tmp_path: Path) -> None:
         toy.manager.stage(1)
     assert toy.manager.poll()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_not_every_node_sees_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save, "_SEEN_WITHIN", 0.0)
+    elsewhere = save.Save(tmp_path, save.SmallFiles(1, {}, {}), lambda _: None)
+    elsewhere._write([])  # as on a node where what rank 0 made does not show
+    error = elsewhere.outcome().error
+    assert "iter_0000001.partial, made by rank 0, is not there on" in str(error)
+    assert "must be on a file system that every node sees" in str(error)

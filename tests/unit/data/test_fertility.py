@@ -23,8 +23,22 @@ def test_kinds_of_tokens() -> None:
 def test_what_is_counted() -> None:
     kinds = kinds_of({"<0xE3>": 0, "a": 1, "ab": 2})
     one = measure(lambda text: [2, 1, 0, 0, 0], kinds, ["aba日"])
-    assert one == Fertility(4, 6, 5, 3, 1, frozenset({0, 1, 2}))
+    assert one == Fertility(4, 6, 5, 3, 1, frozenset({0, 1, 2}), words=1)
     assert (one.characters_a_token, one.bytes_a_token) == (4 / 5, 6 / 5)
+
+
+def test_words_are_counted_where_spaces_part_them() -> None:
+    kinds = kinds_of({"a": 0})
+    english, japanese = (
+        measure(lambda text: [0] * 6, kinds, [text]) for text in ("two  words\nhere", "吾輩は猫である。" * 9)
+    )
+    assert (english.tokens_a_word, japanese.tokens_a_word) == (2.0, None)
+    lines = fertility_lines({"a": {"en": english, "ja": japanese}})
+    assert [line.split()[4 - number] for number, line in zip((2, 0, 0), lines, strict=True)] == [
+        "tokens/word",
+        "2.000",
+        "-",
+    ]
 
 
 @pytest.mark.parametrize("kind", [byte_level, unigram, word_piece], ids=lambda kind: kind.__name__)

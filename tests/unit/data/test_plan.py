@@ -90,6 +90,16 @@ def test_a_longer_stage_under_way_goes_on_with_its_pattern() -> None:
     assert planned(SOURCES, [{**A, "samples": 1600}], progress=stored(before, 800)) == longer
 
 
+def test_the_sources_of_a_stage_that_is_over_may_be_gone_also_of_the_last() -> None:
+    before = planned(SOURCES, [A, B])
+    more = {"name": "C", "mix": {"en": 1}, "steps": 2}
+    plan = planned({"en": 600}, [A, B, more], progress=stored(before, before.total_samples))
+    assert [(s.name, s.samples) for s in plan.stages] == [("A", 800), ("B", 1920), ("C", 32)]
+    assert plan.consumed(plan.total_samples)["ja"].samples == 1744
+    with pytest.raises(ConfigError, match="stage 'B' reads ja, code, none of the sources"):
+        planned({"en": 600}, [A, {**B, "samples": 3840}, more], progress=stored(before, before.total_samples))
+
+
 def test_another_batch_reads_on_in_the_same_order() -> None:
     before = planned(SOURCES, [A, B])
     plan = planned(SOURCES, [A, B], batch=10, progress=stored(before, 160))

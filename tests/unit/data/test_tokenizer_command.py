@@ -36,9 +36,10 @@ def test_from_text_of_two_languages_to_a_tokenizer_with_more_tokens(run, tmp_pat
     with pytest.raises(DataError, match=r"nothing: no such file; expected a SentencePiece model, or the folder of a"):
         run("export nothing --output b")
     run("train b.txt --output b --vocab-size 316 --character-coverage 1 --user-symbols <x>")
-    out = run("merge a=a b=b --quota a=60,b=20 --text a=a.jsonl b=b.txt --output ab --names names --scores em")
+    out = run("merge a=a b=b --quota a=60,b=20 --text a=a.jsonl b=b.txt --output ab --names names --scores em --joint")
     merged = Tokenizer(tmp_path / "ab")
     assert "a: 60 pieces" in out
+    assert ["b", "joint"] in [line.split()[:2] for line in out.splitlines()]
     assert "b  merged" in out
     assert f"{merged.vocab_size} tokens, end of document is 2" in out
     assert "<x>" in merged.vocabulary

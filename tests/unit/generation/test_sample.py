@@ -10,15 +10,18 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSink, HuggingFaceSource
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import LoraConfig, LoraTarget, ModelConfig
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.errors import CheckpointError, ConversionError, DataError
 from megatron_ext.generation.sample import generate
 from megatron_ext.manifest import MANIFEST_FILE
+from megatron_ext.merging.lora import merge_lora, silent
+from megatron_ext.merging.lora_options import MergeLoraOptions
 from megatron_ext.model_io.compare import Comparison
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.logits import load_hugging_face
 from tests.support.workspace import write_corpus
+from tests.unit.model_io.drawn_adapters import write_drawn
 from tests.unit.model_io.own_models import MODELS, write_checkpoint
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0}
@@ -81,6 +84,16 @@ def test_greedy_continuations_are_the_likeliest_tokens(exported: Path) -> None:
             if int(likeliest) == reader.eos_token_id:
                 break
         assert text == reader.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_adapters_continue_as_the_merged_model(exported: Path, tmp_path: Path) -> None:
+    config = LoraConfig(targets=[LoraTarget(rank=4, alpha=32.0)])
+    adapters = write_drawn(exported, tmp_path / "adapters", config, tokenizer=exported)
+    merge_lora(MergeLoraOptions(adapters=str(adapters), target=str(tmp_path / "merged"), to="hf"), silent)
+    asked = ["a b", "c"]
+    found = generate(adapters, asked, **GREEDY)
+    assert found == generate(tmp_path / "merged", asked, **GREEDY)
+    assert found != generate(exported, asked, **GREEDY)
 
 
 def test_a_continuation_ends_at_the_last_learned_position(

@@ -38,7 +38,7 @@ def test_containers_stand_between_the_scheduler_and_the_ranks(tmp_path: Path) ->
     seen = [{"name": "NCCL_NET", "value": "FasTrak", "why": "because"}]
     text = job_text(job(tmp_path, profile(container={"kind": "pyxis", **image}, environment=seen, shared=["/home"])))
     assert "--container-image=/images/a.sqsh" in text
-    assert f"{tmp_path}:{tmp_path},/home:/home,/data:/data,/x:/y --container-env=NCCL_NET" in text
+    assert f"{tmp_path}/logs:{tmp_path}/logs,/home:/home,/data:/data,/x:/y --container-env=NCCL_NET" in text
     assert "PYTHON=/opt/bin/python" in text
     text = job_text(job(tmp_path, profile(scheduler="pbs", container={"kind": "apptainer", **image})))
     assert "apptainer exec --nv --bind" in text
@@ -72,3 +72,27 @@ def test_times_and_profiles_that_are_none_are_named() -> None:
             {"scheduler": "slurm", "gpus_per_node": 8, "environment": [{"name": "A", "value": "1"}]},
             source="p",
         )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "together"),
+    [
+        ({0: 0, 1: 0}, 0),
+        ({0: 143, 1: 143}, 143),
+        ({0: 142, 1: 0}, 142),
+        ({0: 1, 1: 143}, 1),  # node 1 was ended because node 0 failed
+        ({0: 143, 1: 2}, 2),
+        ({1: 143}, 143),  # node 0 was killed while it ended
+        ({}, 137),  # all were: what the scheduler's starter said
+    ],
+)
+def test_a_node_that_was_ended_for_another_is_no_run_that_was_saved(
+    nodes: dict[int, int], together: int, tmp_path: Path
+) -> None:
+    for node, code in nodes.items():
+        (tmp_path / f"exit-{node}").write_text(f"{code}\n")
+    outcome = (PROFILES.parent / "templates" / "outcome.inc").read_text()
+    script = f"set -euo pipefail\nlogs={tmp_path} NNODES=2 code=137\n{outcome}\noutcome\necho $code"
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == (f"{together}\n", "")
+    assert not list(tmp_path.iterdir())

@@ -13,14 +13,13 @@ from megatron_ext.canonical.catalogue import EMBEDDING
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSpec
 from megatron_ext.config import LoraConfig, LoraTarget
 from megatron_ext.errors import CheckpointError, ConversionError
-from megatron_ext.merging.lora import MUCH, RECORD, merge_lora
+from megatron_ext.merging.lora import MUCH, RECORD, merge_lora, silent
 from megatron_ext.merging.lora_options import MergeLoraOptions
 from megatron_ext.model_io.adapters import open_adapters, weight_delta
 from megatron_ext.model_io.compare import compare_weights
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
-from tests.support.bars import no_bar
 from tests.unit.model_io.drawn_adapters import write_drawn
 from tests.unit.model_io.test_convert import write_checkpoint
 
@@ -34,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merge(adapters: Path, target: Path, **changes: Any) -> Any:
-    return merge_lora(MergeLoraOptions(adapters=str(adapters), target=str(target), **changes), no_bar)
+    return merge_lora(MergeLoraOptions(adapters=str(adapters), target=str(target), **changes), silent)
 
 
 class Given:

@@ -27,9 +27,11 @@ class Drawn:
         return torch.empty(shape).normal_(0, 1, generator=generator) * std
 
 
-def write_drawn(base: Path, target: Path, config: LoraConfig, *, std: float = 0.1) -> Path:
+def write_drawn(
+    base: Path, target: Path, config: LoraConfig, *, std: float = 0.1, tokenizer: Path | None = None
+) -> Path:
     """Write adapters of the model at `base` whose B has this standard deviation; returns `target`."""
     opened = open_checkpoint(base)
     own = stream_fingerprint(opened.tensors, torch.float32, opened.model.vocab_size)
-    write_adapters(target, Drawn(opened.model, config, std), opened.model, config, base, own)
+    write_adapters(target, Drawn(opened.model, config, std), opened.model, config, base, own, tokenizer=tokenizer)
     return target

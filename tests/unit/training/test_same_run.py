@@ -1,5 +1,6 @@
 """What of a run was changed since its checkpoint, key by key."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from megatron_ext.checkpoint.run_file import write_run
 from megatron_ext.config import to_mapping
 from megatron_ext.errors import CheckpointError
-from megatron_ext.training.same_run import changed_keys, check_same_data
+from megatron_ext.training.same_run import changed_keys, check_same_data, rereads
 from tests.unit.config.test_load import load, mapping
 
 
@@ -44,6 +45,19 @@ def test_the_length_of_stages_is_no_key_of_its_own(tmp_path: Path) -> None:
     write_run(tmp_path, saved)
     now = load(mapping(data=longer, train={"train_iters": 9}))
     assert changed_keys(now, tmp_path) == ["data.stages.0.steps: 5 -> 9"]
+
+
+def test_samples_are_read_again_from_sources_of_stages_too_but_not_from_packs(tmp_path: Path) -> None:
+    staged = {"train": [], "cache_dir": None, "sources": {"a": {"path": "a"}}}
+    staged["stages"] = [{"name": "all", "mix": {"a": 1}, "steps": 5}]
+    run = load(mapping(data=staged, train={"train_iters": 0}))
+    saved = to_mapping(run)
+    said = rereads(run.data, run.train, tmp_path, [], saved)
+    assert said is not None
+    assert "would read the same samples" in said
+    assert rereads(run.data, replace(run.train, seed=5), tmp_path, [], saved) is None
+    saved["data"]["pack_documents"] = True
+    assert rereads(run.data, run.train, tmp_path, [], saved) is None
 
 
 def test_a_checkpoint_of_weights_alone_says_nothing_of_training(tmp_path: Path) -> None:
