@@ -59,7 +59,7 @@ class PreprocessOptions:
     templates that write earlier turns otherwise, such as those that take their reasoning away)."""
     strings: Literal["plain", "chat"] = "plain"
     """With chat or preference, where prompt and answers are strings: text as it is, or turns in the template."""
-    max_tokens: int | None = Field(default=None, ge=2)
+    max_tokens: int | None = Field(default=None, ge=8)
     """With chat or preference: longest sample; at most data.sequence_length of the run. Plain text is cut into such."""
     long: Literal["drop", "cut"] = "drop"
     """With chat and max_tokens: longer conversations are left out, or as many turns at their end as make them long."""

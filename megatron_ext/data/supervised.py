@@ -7,6 +7,7 @@ tokenizer/             the tokenizer with the chat template, and the tokens that
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,9 +74,10 @@ def check_supervised(prefix: str | Path, tokenizer: Tokenizer, kind: Kind) -> Su
     counts = check_dataset(prefix, tokenizer)
     require_kind(prefix, kind, READ_BY[kind])
     manifest_file = prefix.parent / MANIFEST_FILE
-    split = read_json_object(manifest_file, DataError)
+    manifest = read_json_object(manifest_file, DataError)
     with reading(manifest_file, DataError, kind="what tools/preprocess.py writes", advice=PREPARE_AGAIN):
-        said = split["splits"][prefix.name]
+        said, template = manifest["splits"][prefix.name], str(manifest["chat_template"])
+        ends = [int(number) for number in said["ends"]]
         found = SupervisedSummary(
             counts.documents, counts.tokens, int(said["supervised"]), int(said["longest"]), bool(said["has_weights"])
         )
@@ -87,22 +89,22 @@ def check_supervised(prefix: str | Path, tokenizer: Tokenizer, kind: Kind) -> Su
             raise DataError(
                 f"{path}: is missing, or has not the {size} bytes that {MANIFEST_FILE} says; {PREPARE_AGAIN}"
             )
-    _check_template(prefix, split, tokenizer)
+    _check_template(prefix, template, ends, tokenizer)
     return found
 
 
-def _check_template(prefix: Path, split: dict[str, Any], tokenizer: Tokenizer) -> None:
+def _check_template(prefix: Path, fingerprint: str, ends: Sequence[int], tokenizer: Tokenizer) -> None:
     """Raise DataError where a model trained on the data and exported with `tokenizer` would be asked otherwise."""
     way_out = f"give data.tokenizer = {prefix.parent / TOKENIZER_FOLDER}"
-    if (template := template_of(tokenizer.directory)) is None or fingerprint_of(template) != split["chat_template"]:
+    if (template := template_of(tokenizer.directory)) is None or fingerprint_of(template) != fingerprint:
         raise DataError(
-            f"{prefix}: {tokenizer.directory} has {'no' if template is None else 'another'} chat template than the "
-            f"data was made with: {way_out}, which has that"
+            f"{prefix}: {tokenizer.directory} has {'no' if template is None else 'another'} chat template; {way_out}, "
+            "which has the one that the data was made with"
         )
     path = tokenizer.directory / GENERATION_FILE
     said = read_json_object(path, DataError).get("eos_token_id", []) if path.is_file() else []
     stops = {tokenizer.eod, *(said if isinstance(said, list) else [said])}
-    if missing := [number for number in split["splits"][prefix.name]["ends"] if number not in stops]:
+    if missing := [number for number in ends if number not in stops]:
         spelt = {number: token for token, number in tokenizer.vocabulary.items()}[missing[0]]
         raise DataError(
             f"{prefix}: its answers end with {spelt!r}, where generation by {tokenizer.directory} would not stop: "

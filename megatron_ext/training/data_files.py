@@ -113,11 +113,13 @@ class DataFiles:
                 return 0
             length = self._values.get("data.sequence_length")
             if self._reads_chats:
-                size = chat_size(source.path, self._tokenizer, length or sys.maxsize)
+                longest = pack_length(True, self._values.get("data.stages") or [], length or sys.maxsize)
+                size = chat_size(source.path, self._tokenizer, longest or sys.maxsize)
                 self._whole[source.path] = key
                 return size.tokens
             tokens = check_dataset(source.path, self._tokenizer).tokens
-            require_kind(source.path, "text", "task.kind = pretrain")
+            if self._values.get("task") is not None:  # otherwise something is wrong with that, which is said
+                require_kind(source.path, "text", "task.kind = pretrain")
             self._whole[source.path] = key
             if length is not None and tokens <= length:
                 raise DataError(f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}")

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: every layout as one process, one process as transformers, interrupted as not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_ext.config import ParallelConfig, SftTask, dump_yaml, load_run, to_mapping
+from megatron_ext.config import LoraConfig, LoraTarget, ParallelConfig, SftTask, dump_yaml, load_run, to_mapping
 from megatron_ext.data.prepare.chat import ChatPreparation
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.stream.position import Position
@@ -35,25 +36,33 @@ LENGTH, STEPS = 64, 5
 
 
 @pytest.mark.parametrize(
-    ("moe", "processes", "parallel"),
+    ("moe", "adapters", "processes", "parallel"),
     [
-        (False, 4, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2)),
+        (
+            False,
+            LoraConfig(targets=[LoraTarget(rank=4)]),
+            4,
+            ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
+        ),
         (
             True,
+            None,
             4,
             ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2, pipeline_model_parallel_size=2),
         ),
     ],
-    ids=["dense TP2 SP CP2", "MoE CP2 PP2 EP2"],
+    ids=["dense with adapters TP2 SP CP2", "MoE CP2 PP2 EP2"],
 )
-def test_a_layout_trains_as_one_process(moe: bool, processes: int, parallel: ParallelConfig, pool: GlooPool) -> None:
+def test_a_layout_trains_as_one_process(
+    moe: bool, adapters: LoraConfig | None, processes: int, parallel: ParallelConfig, pool: GlooPool
+) -> None:
     """With weights of labels between 0 and 1, packed samples, and noise on the embeddings."""
     task = SftTask(kind="sft", weighting="row", neftune_alpha=5.0)
-    cell = Cell(tiny_model(moe=moe), parallel, documents=True, task=task)
-    alone = Cell(tiny_model(moe=moe), ParallelConfig(use_distributed_optimizer=False), documents=True, task=task)
+    cell = Cell(tiny_model(moe=moe), parallel, documents=True, task=task, adapters=adapters)
+    alone = replace(cell, parallel=ParallelConfig(use_distributed_optimizer=False))
     one = run_layout(pool, alone, 1)
     assert compare(run_layout(pool, cell, processes), one).worst < TOLERANCE
-    quiet = Cell(tiny_model(moe=moe), alone.parallel, documents=True, task=SftTask(kind="sft"), steps=1)
+    quiet = replace(alone, task=SftTask(kind="sft"), steps=1)
     assert run_layout(pool, quiet, 1).losses[0] != pytest.approx(one.losses[0], rel=1e-4)
 
 

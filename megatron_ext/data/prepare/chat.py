@@ -1,6 +1,7 @@
 """Prepares conversations for training: workers encode rows to samples with masks, and what they wrote becomes files."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,7 +66,7 @@ class ChatPreparation:
         """
         template = self._template(load_tokenizer(tokenizer.directory), tokenizer.directory)
         for warning in template.warnings:
-            print(f"warning: {warning}")
+            print(f"warning: {warning}", file=sys.stderr)
         chosen = {name: getattr(self, name) for name in ("turns", "strings", "max_tokens", "long")}
         return {"kind": self.kind, "chat_template": fingerprint_of(template.text), **chosen}
 

@@ -88,6 +88,7 @@ def conversation_of(row: Mapping[str, Any], *, strings_are_turns: bool = False) 
         BadRow: it has none of the layouts, or is damaged.
         Left: there is nothing to train on.
     """
+    row = _filled(row)
     weight, tools = _weight(row), _tools(row)
     if weight == 0:
         raise Left("weight 0")
@@ -114,6 +115,7 @@ def pair_of(row: Mapping[str, Any], *, strings_are_turns: bool = False) -> Pair:
         BadRow: there are no two answers to one prompt.
         Left: both answers are the same.
     """
+    row = _filled(row)
     if "chosen" not in row or "rejected" not in row:
         raise BadRow("no known layout", f"the row has {_keys(row)}; expected chosen and rejected")
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
@@ -303,6 +305,11 @@ def _of_hh(text: str, name: str) -> list[dict[str, Any]]:
         {"role": roles[speaker], "content": said.strip()}
         for speaker, said in zip(parts[1::2], parts[2::2], strict=True)
     ]
+
+
+def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row has; in tables each has every column that any has."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _weight(row: Mapping[str, Any]) -> float:

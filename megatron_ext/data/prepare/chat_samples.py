@@ -90,11 +90,11 @@ class ChatEncoder:
             return
         # A text is read as in pretraining; nothing is lost where it is longer than a sample.
         ids = [*self._tokenizer.encode(conversation.pieces[0][0]), self._tokenizer.eod]
-        size = self._most or len(ids)
-        for start in range(0, len(ids), size):
-            part = ids[start : start + size]
-            if len(part) > 1:
-                yield ChatSample(part, [False] + [True] * (len(part) - 1), conversation.weight)
+        starts = list(range(0, len(ids), self._most or len(ids)))
+        if len(starts) > 1 and len(ids) - starts[-1] == 1:
+            starts[-1] -= 1  # a token alone has no label
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            yield ChatSample(ids[start:end], [False] + [True] * (end - start - 1), conversation.weight)
 
     def _fitting(self, conversation: Conversation) -> ChatSample:
         """The sample of a conversation, without the turns at its end that make it too long."""

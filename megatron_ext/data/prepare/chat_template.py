@@ -48,11 +48,20 @@ class ChatTemplate:
 
     @cached_property
     def warnings(self) -> list[str]:
-        """What people should know of the marks; finds out by a conversation of two messages.
+        """What people should know of the template; of its marks by a conversation of two messages.
 
         Raises:
             DataError: see above.
         """
+        dated = []
+        if "strftime_now" in self.text:
+            dated.append(
+                f"{self._directory}: the chat template writes the date of today into every conversation; give one "
+                "that does not (--chat-template)"
+            )
+        return [*dated, *self._warnings_of_marks()]
+
+    def _warnings_of_marks(self) -> list[str]:
         if not self.has_marks:
             return []
         asked = [{"role": "user", "content": _USER}]

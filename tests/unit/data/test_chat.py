@@ -112,6 +112,27 @@ def test_rows_are_counted_by_why_they_are_left_out(tokenizer: Path, tmp_path: Pa
     assert {one["reason"] for one in kept} == set(left)
 
 
+def test_tables_hold_conversations_too(tokenizer: Path, tmp_path: Path) -> None:
+    """Their columns have every key that any row has, with nothing in it where there is none."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = [
+        {"messages": turns("u", "a"), "weight": None, "conversations": None},
+        {
+            "messages": None,
+            "weight": 2.0,
+            "conversations": [{"from": "human", "value": "v"}, {"from": "gpt", "value": "b"}],
+        },
+    ]
+    rows[0]["messages"][1]["train"] = True
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    preprocess([tmp_path / "c.parquet"], tokenizer, tmp_path / "d", how=ChatPreparation(), split=(1, 0, 0))
+    data = Supervised(tmp_path / "d" / "train")
+    found = {as_text(tokenizer, data, number)[0]: data.sample(number)[2] for number in range(2)}
+    assert found == {"a<|im_end|>": 1.0, "b<|im_end|>": 2.0}
+
+
 def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
@@ -212,8 +233,14 @@ def test_rows_are_shown_with_what_is_trained_on(tokenizer: Path, tmp_path: Path)
 def test_damage_is_found(tokenizer: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "c.jsonl", conversations())
     preprocess([source], tokenizer, tmp_path / "d", how=ChatPreparation(), split=(1, 0, 0))
+    beside, described = Tokenizer(tmp_path / "d" / "tokenizer"), tmp_path / "d" / "dataset.json"
+    whole = described.read_text()
+    described.write_text(whole.replace('"ends"', '"endz"'))
+    with pytest.raises(DataError, match="dataset.json: .*what tools/preprocess.py writes"):
+        check_supervised(tmp_path / "d" / "train", beside, "chat")
+    described.write_text(whole)
     mask_file(tmp_path / "d" / "train").write_bytes(b"")
     with pytest.raises(DataError, match=r"train.mask: is missing, or has not the \d+ bytes"):
-        check_supervised(tmp_path / "d" / "train", Tokenizer(tmp_path / "d" / "tokenizer"), "chat")
+        check_supervised(tmp_path / "d" / "train", beside, "chat")
     with pytest.raises(DataError, match="train: cannot be read"):
         Supervised(tmp_path / "d" / "train")

@@ -132,6 +132,8 @@ def test_marks_that_begin_late_and_other_prompts_are_said(directory: Path) -> No
     other = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ 'Answer: ' }}")
     assert "is not what the template writes before an answer" in warnings_of(directory, other)[0]
     assert warnings_of(directory, CHATML) == []
+    dated = "{{ strftime_now('%Y') }}" + PLAIN_CHATML
+    assert "writes the date of today into every conversation" in warnings_of(directory, dated)[0]
 
 
 def test_an_answer_without_an_end_is_refused(directory: Path) -> None:
@@ -232,8 +234,10 @@ def test_plain_text_is_read_as_in_pretraining_and_cut_where_it_is_long(directory
     tokenizer = Tokenizer(directory)
     text = "user assistant 日本語 <|im_end|>"
     whole = [*tokenizer.encode(text), tokenizer.eod]
-    samples = list(encoder_of(directory, max_tokens=5).samples(Conversation(pieces=((text, True),))))
-    assert [number for sample in samples for number in sample.ids] == whole
-    assert all(list(sample.counts) == [False] + [True] * (len(sample.ids) - 1) for sample in samples)
+    for most in (3, 5, len(whole) - 1, len(whole)):
+        samples = list(encoder_of(directory, max_tokens=most).samples(Conversation(pieces=((text, True),))))
+        assert all(1 < len(sample.ids) <= most for sample in samples)
+        assert [number for sample in samples for number in sample.ids] == whole
+        assert all(list(sample.counts) == [False] + [True] * (len(sample.ids) - 1) for sample in samples)
     (pair,) = encoder_of(directory).samples(conversation_of({"prompt": "u:", "completion": " a"}))
     assert trained(directory, pair) == [" a<|endoftext|>"]

@@ -149,19 +149,19 @@ def test_validation_reads_the_same_packs_for_every_run(chats: Path) -> None:
 def test_a_task_reads_data_of_its_kind(chats: Path) -> None:
     tokenizer = Tokenizer(chats / "d" / "tokenizer")
 
-    def looked_at(task: dict[str, str]) -> tuple[DataFiles, list[str]]:
+    def looked_at(task: SftTask | PretrainTask | None) -> tuple[DataFiles, list[str]]:
         faults: list[str] = []
-        section = load_config(SftTask if task["kind"] == "sft" else PretrainTask, task, source="test")
         source = DataSource(path=str(chats / "d" / "train"))
-        values = {"task": section, "data.train": [source], "data.sequence_length": LENGTH}
+        values = {"task": task, "data.train": [source], "data.sequence_length": LENGTH}
         files = DataFiles(values, tokenizer, faults)
         files.look()
         return files, faults
 
-    files, faults = looked_at({"kind": "sft"})
+    files, faults = looked_at(SftTask(kind="sft"))
     assert not faults
     assert "samples packed into" in files.packed[0]
-    _, (fault,) = looked_at({"kind": "pretrain"})
+    assert not looked_at(None)[1]  # a task that is wrong itself
+    _, (fault,) = looked_at(PretrainTask(kind="pretrain"))
     assert "task.kind = pretrain reads data of tools/preprocess.py, and this is of tools/preprocess.py --chat" in fault
 
 
@@ -174,5 +174,8 @@ def test_what_cannot_be_read_is_said(chats: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"answers end with '<\|im_end\|>', where generation .* would not stop: give"):
         chat_size(path, Tokenizer(chats / "t"), LENGTH)
     other = chat_tokenizer(tmp_path / "t", "{{ messages }}")
-    with pytest.raises(DataError, match="has another chat template than the data was made with: give data.tokenizer"):
+    with pytest.raises(
+        DataError,
+        match="has another chat template; give data.tokenizer = .*, which has the one that the data was made with",
+    ):
         chat_size(path, Tokenizer(other), LENGTH)
