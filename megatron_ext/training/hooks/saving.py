@@ -29,6 +29,8 @@ class Saving(Hook):
         self._settings, self._clock, self._tell, self._others = settings, clock, tell, others
         self._session: Session | None = None
         self._told: Outcome | None = None
+        self._is_last = False
+        """Whether no later save can make up for one that fails."""
 
     def on_start(self, session: Session) -> None:
         """Save a run that is new, where that is asked for."""
@@ -62,6 +64,7 @@ class Saving(Hook):
         checkpoints = session.checkpoints
         checkpoints.settle()
         self._tell_settled(session, iteration)
+        self._is_last = is_last
         try:
             session.stage()
         except NotFiniteError:
@@ -115,5 +118,6 @@ class Saving(Hook):
 
     def _tell_failure(self, error: CheckpointError, iteration: int) -> None:
         why = " ".join(str(error).split())
-        text = f"{why}. It is tried again at the next step that saves; until then the run has the checkpoints before"
+        again = "It is tried again at the next step that saves; until then the run has the checkpoints before"
+        text = f"{why}. {'The run ends without it' if self._is_last else again}"
         self._tell(Event("checkpoint_failed", iteration, text, {"why": why}))

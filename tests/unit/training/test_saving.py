@@ -96,6 +96,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_makes_up_for_it(tmp_path: Pa
     assert run.complete == ["4", "6"]
     assert run.told()[0] == ("checkpoint_failed", 3)
     assert "File too large" in run.events[0].text
+    assert "It is tried again at the next step that saves" in run.events[0].text
     assert [kind for kind, _ in run.told()] == ["checkpoint_failed", "checkpoint", "checkpoint"]
 
 
@@ -114,6 +115,7 @@ def test_the_last_save_of_a_run_must_succeed(signal: int, tmp_path: Path, full_d
     with pytest.raises(CheckpointError, match="not saved"):
         run.train(signal=signal)
     assert run.told() == [("checkpoint_failed", LAST)]
+    assert run.events[0].text.endswith(". The run ends without it")
     assert run.complete == []
 
 
