@@ -74,7 +74,7 @@ class FakeSession(Session):
 def fake_session(directory: Path, hooks: Sequence[Hook] = (), **sections: Any) -> FakeSession:
     run = load(mapping(checkpoint={"directory": str(directory)}, **sections))
     optimizer = SimpleNamespace(chained_optimizers=[], param_groups=[])
-    trainable = SimpleNamespace(chunks=[], wrapped=[], optimizer=optimizer, participants=())
+    trainable = SimpleNamespace(chunks=[], wrapped=[], optimizer=optimizer, participants=(), saved_weights=list)
     groups: Any = SimpleNamespace(world=None)
     session = FakeSession(
         run,
