@@ -25,7 +25,18 @@ ONE_STAGE = {**STAGED, "stages": [{"name": "all", "mix": {"ja": 1}, "steps": 2}]
 ADAPTED: dict[str, dict[str, Any]] = {"adapters": {}, "checkpoint": {"initialize_from": "base"}}
 EVERYTHING = {"targets": [{"match": ["*"]}]}
 
+MAIL = {"host": "smtp.example.org", "sender": "training@example.org", "recipients": ["team@example.org"]}
+
 VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
+    ({"alerts": {"wandb": True}}, ["alerts.wandb = True, logging.wandb.mode = 'off': there is no W&B run to alert by"]),
+    (
+        {"alerts": {"email": {**MAIL, "username": "us"}}},
+        ["alerts.email.password_variable = None: set both, or neither"],
+    ),
+    (
+        {"alerts": {"email": {**MAIL, "username": "us", "password_variable": "SECRET", "security": "none"}}},
+        ["alerts.email.username = 'us', alerts.email.security = 'none': the password would travel in clear"],
+    ),
     ({"adapters": {}}, ["checkpoint.initialize_from = None: adapters are trained beside the weights of a base model"]),
     (
         {**ADAPTED, "adapters": {"targets": [{"match": ["experts.*", "q"]}]}},
