@@ -80,9 +80,13 @@ def _launch(arguments: argparse.Namespace) -> None:
         raise ConfigError("\n".join([f"{job.file} was written, but would not run:", *complaints]))
     print(f"job file        {job.file}")
     command = [SUBMIT[profile.scheduler], str(job.file)]
-    if not arguments.submit:
+    if arguments.submit:
+        _submit(command)
+    else:
         print(f"queue it with   {' '.join(command)}")
-        return
+
+
+def _submit(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -110,11 +110,7 @@ def _continue(
         if length == 0:
             raise DataError(f"the prompt {prompt!r} has no tokens to start from")
         if (largest := int(tokens["input_ids"].max())) >= rows:
-            raise DataError(
-                f"the prompt {_shortened(prompt)} has token {largest} "
-                f"({tokenizer.convert_ids_to_tokens(largest)!r}), but {name} embeds {rows} tokens only: its tokenizer "
-                "is larger than the model"
-            )
+            raise DataError(_beyond_the_model(prompt, tokenizer, largest, name, rows))
         if positions is not None and length >= positions:
             raise DataError(
                 f"the prompt {_shortened(prompt)} has {length:,} tokens, but {name} has learned {positions:,} "
@@ -135,6 +131,13 @@ def _continue(
             )
         continuations.append(tokenizer.decode(output[0, length:], skip_special_tokens=True))
     return continuations
+
+
+def _beyond_the_model(prompt: str, tokenizer: Any, largest: int, name: str | Path, rows: int) -> str:
+    return (
+        f"the prompt {_shortened(prompt)} has token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but "
+        f"{name} embeds {rows} tokens only: its tokenizer is larger than the model"
+    )
 
 
 def learned_positions(network: nn.Module) -> int | None:

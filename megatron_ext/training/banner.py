@@ -6,7 +6,7 @@ from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.monitoring.monitor import metrics_path
 from megatron_ext.planning.amounts import short_number
-from megatron_ext.training.preflight import Findings
+from megatron_ext.training.findings import Findings
 
 
 def banner(run: RunConfig, layout: Layout, device: torch.device, found: Findings) -> list[str]:

@@ -26,6 +26,7 @@ from megatron_ext.runtime.watchdog import STALLS
 from megatron_ext.training.banner import banner
 from megatron_ext.training.data import RunData, open_data
 from megatron_ext.training.exit_at import ended_by_plan, exit_moment
+from megatron_ext.training.findings import Findings
 from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
@@ -34,7 +35,7 @@ from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
-from megatron_ext.training.preflight import Findings, examine_run
+from megatron_ext.training.preflight import examine_run
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name

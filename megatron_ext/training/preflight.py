@@ -4,8 +4,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,18 @@ from megatron_ext.config import (
 )
 from megatron_ext.config.load import raise_faults, read_run_text, values_of
 from megatron_ext.data.stream.make_plan import SourceSize
-from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, named
 from megatron_ext.monitoring.alerts.environment import missing_secrets
 from megatron_ext.monitoring.sinks.tensorboard import require_tensorboard
 from megatron_ext.planning.amounts import size
 from megatron_ext.planning.check import describe_run
-from megatron_ext.planning.data_table import plan_table, plan_warnings
-from megatron_ext.planning.epochs import MANY_EPOCHS, SourceUse, source_uses
+from megatron_ext.planning.epochs import MANY_EPOCHS, source_uses
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.planning.room import checkpoints_to_come
 from megatron_ext.runtime.cpu_speed import slow_precision
 from megatron_ext.training.data_files import DataFiles, collecting
+from megatron_ext.training.findings import Findings
 from megatron_ext.training.planned import plan_data, stated_plan, with_planned_length
 from megatron_ext.training.same_run import (
     changed_keys,
@@ -48,60 +45,8 @@ from megatron_ext.training.same_run import (
     rereads,
     trained_model,
 )
-from megatron_ext.training.schedule import learning_rate
-from megatron_ext.training.schedule_faults import moved_decay, schedule_faults, schedule_warnings
+from megatron_ext.training.schedule_faults import moved_decay
 from megatron_ext.training.start import OpenForeign, foreign_model
-
-
-@dataclass
-class Findings:
-    """What was found. Keys that are wrong themselves are left out: their fault is said already."""
-
-    faults: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    changes: list[str] = field(default_factory=list)
-    """Keys that were changed since the checkpoint that the run goes on from, as `key: old -> new`."""
-    sources: list[SourceUse] = field(default_factory=list)
-    """How often each source of data.train is read."""
-    plan: RunPlan | None = None
-    """Which stage each step belongs to."""
-    stages: list[str] = field(default_factory=list)
-    """A table of the stages and their sources."""
-    packed: list[str] = field(default_factory=list)
-    """What packing saves of each source."""
-    start: str = ""
-    """What the run starts from."""
-    sums: str = ""
-    """How the files of the data were compared with what was written."""
-    room: str = ""
-    """What its checkpoints take of the disk."""
-
-    def note_plan(self, plan: RunPlan, data: DataConfig, run: RunConfig | None) -> None:
-        """Keep the plan of `data`, say what people would look at where it has stages, and what its schedule lacks."""
-        self.plan, rate_at = plan, None
-        if run is not None:
-            wrong = schedule_faults(run, plan)
-            self.faults += wrong
-            if not wrong:
-                rate_at = partial(learning_rate, run, plan)
-                self.warnings += schedule_warnings(run, plan)
-        if data.stages:
-            self.stages = plan_table(plan, rate_at)
-            self.warnings += plan_warnings(plan, data)
-
-    def lines(self) -> list[str]:
-        """For people."""
-        return [
-            *(
-                f"data            {line}"
-                for line in [*self.stages, *(use.line() for use in self.sources), *self.packed]
-            ),
-            *([f"data            {self.sums}"] if self.sums else []),
-            *([f"start           {self.start}"] if self.start else []),
-            *(f"changed         {change}" for change in self.changes),
-            *([f"checkpoints     {self.room}"] if self.room else []),
-            *(f"warning         {warning}" for warning in self.warnings),
-        ]
 
 
 def check_run(

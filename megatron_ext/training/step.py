@@ -98,19 +98,13 @@ def train_step(
     Raises:
         TrainingError: `judge` says that the run cannot go on; on every rank, with weights and optimizer as before.
     """
-    optimizer, participants = trainable.optimizer, trainable.participants
-    for chunk in trainable.wrapped:
-        chunk.train()
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    for participant in participants:
-        participant.begin()
-    device = batch[0].tokens.device
+    device, participants = batch[0].tokens.device, trainable.participants
     before = random_state(device)
+    _begin(trainable)
     run = partial(_run, trainable.wrapped, task, batch, groups, num_sources, forward_only=False)
     sums = run(asks_to_stop=asks_to_stop)
     mark("forward_backward")
-    norm = gradient_norm(optimizer)
+    norm = gradient_norm(trainable.optimizer)
     # Here, where the device has just been waited for, and before it is given more to do.
     asking_to_stop = int(sums.stops)
     taken = False
@@ -125,12 +119,22 @@ def train_step(
             # What follows is as if the step had been passed over unseen.
             restore_random_state(before, device)
     if taken:
-        clip_and_step(optimizer, norm, max_norm)
+        clip_and_step(trainable.optimizer, norm, max_norm)
         # After the update, so that a refused step moves neither biases nor coefficients nor scales.
         for participant in participants:
             participant.commit(groups.stage)
     mark("optimizer")
     return StepResult(sums.losses, norm, verdict, asking_to_stop, sums.sources)
+
+
+def _begin(trainable: Trainable) -> None:
+    """Empty the gradients, and have what takes part in steps prepare for one."""
+    for chunk in trainable.wrapped:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    trainable.optimizer.zero_grad()
+    for participant in trainable.participants:
+        participant.begin()
 
 
 def _first_nonfinite(
@@ -139,12 +143,9 @@ def _first_nonfinite(
     """Where the step that `run` computes from the random state `before` meets a number that is not finite."""
 
     def compute_again() -> None:
-        for chunk in trainable.wrapped:
-            chunk.zero_grad_buffer()
-        trainable.optimizer.zero_grad()
         for participant in trainable.participants:
             participant.discard()
-            participant.begin()
+        _begin(trainable)
         restore_random_state(before, device)
         run()
 
