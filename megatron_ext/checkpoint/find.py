@@ -4,6 +4,7 @@ A run's directory holds `iter_0000100/` for each checkpoint. One is written besi
 everything is on disk, so that a directory with such a name is complete unless somebody damaged it later.
 """
 
+import functools
 import logging
 import re
 from pathlib import Path
@@ -50,7 +51,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
             f"{METADATA_FILE}). Bring it back, or start anew in another directory or after removing {TRACKER_FILE}"
         )
     if found and noted is not None and noted != str(iteration_of(found[-1])) and _speaks():
-        log.warning("%s: %s says %s, but the newest checkpoint is %s", path, TRACKER_FILE, noted, found[-1].name)
+        _warn_once(f"{path}: {TRACKER_FILE} says {noted}, but the newest checkpoint is {found[-1].name}")
     return found[-1] if found else None
 
 
@@ -103,6 +104,12 @@ def checkpoints_of(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted((entry for entry in directory.iterdir() if _COMPLETE.fullmatch(entry.name)), key=iteration_of)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    # A run looks for its newest checkpoint several times before its first step.
+    log.warning("%s", text)
 
 
 def _speaks() -> bool:
