@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_ext.monitoring.metrics_file import read_metrics, read_starts
+from megatron_ext.monitoring.metrics_file import read_history, read_metrics
 from megatron_ext.testing.pool import GlooPool
 from tests.robustness.runs import train_here, wait_until
 from tests.support.commands import TOOLS
@@ -69,7 +69,7 @@ def test_a_lost_rank_and_a_lost_node_cost_a_restart_each(
         return read_metrics(metrics)[-1]["iteration"] if metrics.is_file() and read_metrics(metrics) else 0
 
     def starts() -> list[int]:
-        return [start["world_size"] for start in read_starts(metrics)] if metrics.is_file() else []
+        return [start["world_size"] for start in read_history(metrics).starts] if metrics.is_file() else []
 
     first, second = (node(work, options, port, is_host=is_host) for is_host in (True, False))
     request.addfinalizer(lambda: [launcher.kill() for launcher in (first, second)])  # their ranks end with them

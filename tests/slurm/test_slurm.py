@@ -108,7 +108,7 @@ def test_a_job_that_is_stopped_is_queued_again_and_ends_as_the_undisturbed_run(w
     metrics = directory / "metrics.jsonl"
     cluster.wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) > 1, 240)
     cluster.run("scancel", "--signal=TERM", job)  # what the file's --signal has Slurm do
-    state = cluster.wait_for_job(job, 240)
+    state = cluster.wait_for_job(job, 480)
     logs = work / "requeued-logs"
     output, node = (
         path.read_text() for path in (logs / f"requeued-{job}.out", logs / f"requeued-{job}" / "node-0.log")
