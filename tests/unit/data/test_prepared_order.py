@@ -13,7 +13,7 @@ import megatron_ext.data.prepare.preprocess as module
 from megatron_ext.data.prepare import filters, join, parts
 from megatron_ext.data.prepare.filters import Dropped, Repetition
 from megatron_ext.data.prepare.preprocess import preprocess
-from megatron_ext.data.prepare.shard_work import TextOptions, _splits_of
+from megatron_ext.data.prepare.shard_work import TextOptions, splits_of
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 from tests.support.workspace import write_corpus
@@ -118,8 +118,8 @@ def test_a_document_keeps_its_split_when_files_are_added(place: Path, texts: lis
         assert set(read(place, tmp_path / "one", split)) <= set(read(place, tmp_path / "two", split))
     # As versions before drew them: prepared data and what is added to it agree.
     draws = np.array([0, 2**63, 2**64 - 1, int(0.6 * 2**64) - 2**12], dtype=np.uint64)
-    assert _splits_of(draws, (0.6, 0.2, 0.2)).tolist() == [0, 0, 2, 0]
-    assert _splits_of(draws, (0.5, 0.5, 0.0)).tolist() == [0, 1, 1, 1]
+    assert splits_of(draws, (0.6, 0.2, 0.2)).tolist() == [0, 0, 2, 0]
+    assert splits_of(draws, (0.5, 0.5, 0.0)).tolist() == [0, 1, 1, 1]
 
 
 def test_lines_that_cannot_be_read_are_counted_and_said(
