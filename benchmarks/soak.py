@@ -9,7 +9,7 @@ Two processes train a small MoE model with a checkpoint every 10 steps. Every 10
 order drawn with --seed: ranks and launchers are killed, signals come, checkpoints are damaged, the disk is full (with
 --small-disk, a folder on a file system of 256 MB that may be filled up, as a tmpfs), and the webhook that alerts go
 to is dead. Then the same command is started again, as an operator would. At the end every step's loss must be that of
-the undisturbed run to the last bit, and the metrics file must have each step once.
+the undisturbed run to the last bit, the metrics file must have each step once, and every event must have been told.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from report import hardware, markdown_table, record, versions
 
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.config import dump_yaml
+from megatron_ext.config.alerts import AlertsConfig
 from megatron_ext.monitoring.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,6 +289,19 @@ def losses(directory: Path) -> dict[int, tuple[float, float]]:
     return {report["iteration"]: (report["loss"], report["grad_norm"]) for report in reports}
 
 
+def untold(soak: Soak) -> list[str]:
+    """Events of the run that never came to the webhook, though people are to be told of them."""
+    kinds = set(AlertsConfig().events)
+    found = []
+    for name in ("metrics.jsonl", "metrics.superseded.jsonl"):
+        for line in (soak.directory / name).read_text().splitlines():
+            event = json.loads(line)
+            is_told = any(event["text"] in text for text in soak.webhook.texts) if event.get("event") in kinds else True
+            if not is_told:
+                found.append(f"step {event['iteration']}: {event['event']}: {event['text']}")
+    return found
+
+
 def run(folder: Path, small_disk: Path | None, steps: int, seed: int) -> tuple[Soak, list[str]]:
     """Both runs, and what they have otherwise."""
     prepare(folder)
@@ -304,7 +318,7 @@ def run(folder: Path, small_disk: Path | None, steps: int, seed: int) -> tuple[S
     faults = [
         f"step {step}: {found.get(step)} for {wanted[step]}" for step in wanted if found.get(step) != wanted[step]
     ]
-    return soak, faults
+    return soak, faults + untold(soak)
 
 
 def main() -> None:
@@ -320,13 +334,15 @@ def main() -> None:
     begin = time.monotonic()
     soak, faults = run(options.folder, options.small_disk, options.steps, options.seed)
     rows = [[name.replace("_", " "), str(count)] for name, count in sorted(soak.done.items()) if count]
+    verdict = "every loss and gradient norm is the undisturbed run's, and every event was told"
+    if faults:
+        verdict = f"{len(faults)} faults"
     text = f"""{hardware()}; {versions("torch", "megatron-core")}
 
 {markdown_table(["disturbance", "times"], rows)}
 
-{options.steps} steps in {time.monotonic() - begin:.0f} s: {
-        "every loss and gradient norm is the undisturbed run's" if not faults else f"{len(faults)} steps differ"
-    }; {len(soak.webhook.texts)} alerts came, {soak.webhook.refused} were refused before."""
+{options.steps} steps in {time.monotonic() - begin:.0f} s: {verdict}; {len(soak.webhook.texts)} alerts came, {soak.webhook.refused}
+were refused before."""
     print(text)
     for fault in faults[:10]:
         print(fault)
