@@ -341,8 +341,8 @@ def main() -> None:
 
 {markdown_table(["disturbance", "times"], rows)}
 
-{options.steps} steps in {time.monotonic() - begin:.0f} s: {verdict}; {len(soak.webhook.texts)} alerts came, {soak.webhook.refused}
-were refused before."""
+{options.steps} steps in {time.monotonic() - begin:.0f} s: {verdict};
+{len(soak.webhook.texts)} alerts came, {soak.webhook.refused} were refused before."""
     print(text)
     for fault in faults[:10]:
         print(fault)
