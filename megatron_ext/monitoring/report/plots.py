@@ -139,7 +139,8 @@ def _relative_load(steps: Sequence[dict[str, Any]], layer: str) -> list[float]:
 
 def _load_bytes(columns: Sequence[Sequence[float]]) -> str:
     """Loads in units of `LOAD_UNIT`, a byte each, column by column, in base64."""
-    quantized = (min(max(round(load * LOAD_UNIT), 0), 255) for column in columns for load in column)
+    # In this order: what is no number becomes 0, and what is infinite the most.
+    quantized = (round(min(max(0, load * LOAD_UNIT), 255)) for column in columns for load in column)
     return base64.b64encode(bytes(quantized)).decode()
 
 
@@ -179,4 +180,8 @@ def _hours(step: dict[str, Any], begin: float | None) -> float | None:
 
 def _finite(value: Any, scale: float = 1.0) -> float | None:
     """A number that can be drawn, in six digits, or None."""
-    return float(f"{scale * value:.6g}") if isinstance(value, int | float) and math.isfinite(value) else None
+    try:
+        scaled = scale * float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return float(f"{scaled:.6g}") if math.isfinite(scaled) else None

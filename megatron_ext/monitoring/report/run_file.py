@@ -76,7 +76,8 @@ class RunFile:
         self.history.add(record)
         if isinstance(record, dict) and isinstance(record.get("moe"), dict):
             self._routed.append(record)
-            loads = sum(len(layer.get("load") or ()) for layer in record["moe"].values() if isinstance(layer, dict))
+            layers = [layer.get("load") for layer in record["moe"].values() if isinstance(layer, dict)]
+            loads = sum(len(load) for load in layers if isinstance(load, list))
             if len(self._routed) > min(_MOST_ROUTED, _MOST_LOADS // max(loads, 1)):
                 self._halve()
 

@@ -190,6 +190,15 @@ def test_a_validation_that_is_no_number_is_shown(tmp_path: Path) -> None:
     write_report(tmp_path / "r.html", "x", phases, [], None)
 
 
+@pytest.mark.parametrize("value", ["1e308", "-1e308"])
+def test_numbers_that_nothing_can_draw_are_left_out(value: str, tmp_path: Path) -> None:
+    path = Path(write_metrics(tmp_path / "m.jsonl", 3, loss=9.0, experts=True))
+    text = path.read_text().replace("501.0", value).replace("0.25", value)
+    assert value in text
+    path.write_text(text.replace('"load": [', '"load": 3, "before": [', 1))
+    write_report(tmp_path / "r.html", "x", read_phases([f"a={path}"]), [], None)
+
+
 def test_a_continued_run_is_one_curve_with_a_mark(tmp_path: Path) -> None:
     path = write_metrics(tmp_path / "m.jsonl", 6, loss=5.0)
     file = MetricsFile(Path(path))
