@@ -30,15 +30,15 @@ def ahead_of(directory: Path, copy_to: str | None) -> Ahead | None:
     """What a run that goes on in `directory` must bring back first; None where nothing is newer at `copy_to`.
 
     Raises:
-        CheckpointError: the second place cannot be read, and the directory has no checkpoint: whether there has been a
-            run is then unknown.
+        CheckpointError: there is no such kind of place; or it cannot be read, and the directory has no checkpoint:
+            whether there has been a run is then unknown.
     """
     if copy_to is None:
         return None
     own = checkpoints_of(directory)
     newest = iteration_of(own[-1]) if own else -1
+    place = SecondPlace(copy_to)
     try:
-        place = SecondPlace(copy_to)
         names = place.complete()
     except CheckpointError as error:
         if not own:

@@ -114,7 +114,7 @@ class Monitor:
         """Say how the run has ended, after so many steps, and finish all records.
 
         Args:
-            signal: the name of what stopped it.
+            signal: the name of what stopped it: a signal, or train.exit_at.
         """
         took, steps = duration(time.monotonic() - self._began), self._plan.total_steps
         if signal is not None:

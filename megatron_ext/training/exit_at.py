@@ -11,7 +11,6 @@ from megatron_ext.errors import EnvironmentFault
 from megatron_ext.launcher import job_start
 from megatron_ext.training.hooks.base import StepDone
 from megatron_ext.training.signals import EXIT_AT
-from megatron_ext.training.verdict import Rollback
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +62,14 @@ def _job_end() -> float | None:
     return None
 
 
-def ended_by_plan(settings: ExitAt, done: StepDone) -> StepDone:
-    """`done`, as the last step of this job where `settings` say so; the same on every rank."""
-    if done.signal or done.iteration == done.last or isinstance(done.verdict, Rollback):
+def ended_by_plan(settings: ExitAt, done: StepDone, began: int) -> StepDone:
+    """`done`, as the last step of this job where `settings` say so; the same on every rank.
+
+    Args:
+        began: steps that were behind the run when this job began.
+    """
+    if done.signal or done.iteration >= done.last or settings.iteration is None:
         return done
-    return dataclasses.replace(done, signal=EXIT_AT) if done.iteration == settings.iteration else done
+    # A rollback passes over steps, and maybe over this one.
+    ends = began < settings.iteration <= done.iteration
+    return dataclasses.replace(done, signal=EXIT_AT) if ends else done

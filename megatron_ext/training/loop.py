@@ -166,8 +166,9 @@ def train_steps(session: Session, hooks: Sequence[Hook], stop: StopSignals, othe
     last = min(plan.train_iters, plan.stop_at_iteration or plan.train_iters)
     if session.state.iteration >= last:
         log.info("nothing to do: %d of %d steps are done", session.state.iteration, plan.train_iters)
+    began = session.state.iteration
     while session.state.iteration < last:
-        done = ended_by_plan(plan.exit_at, _next_step(session, last, stop, others))
+        done = ended_by_plan(plan.exit_at, _next_step(session, last, stop, others), began)
         for hook in hooks:
             hook.after_step(session, done)
             session.mark(type(hook).__name__.lower())

@@ -276,13 +276,14 @@ class _Examination:
         metrics = self._values.get("logging.metrics_file")
         folders = {
             "checkpoint.directory": self._values.get("checkpoint.directory"),
+            "checkpoint.copy_to": self._values.get("checkpoint.copy_to"),
             "data.cache_dir": self._values.get("data.cache_dir"),
             "logging.metrics_file": str(Path(metrics).parent) if metrics else None,
             "logging.wandb.directory": self._values.get("logging.wandb.directory"),
             "logging.tensorboard_directory": self._values.get("logging.tensorboard_directory"),
         }
         for key, folder in folders.items():
-            if folder is None:
+            if folder is None or "://" in folder:
                 continue
             place = _existing(Path(folder))
             if not place.is_dir():

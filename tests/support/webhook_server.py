@@ -30,6 +30,14 @@ class WebhookServer:
                 if status == 200:
                     owner.texts.append(body["text"])
                 self.send_response(status)
+                if status // 100 == 3:
+                    self.send_header("Location", "/sign-in")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                """A page, as whoever signs people in has one."""
+                self.send_response(200)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 

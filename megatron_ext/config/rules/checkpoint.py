@@ -1,5 +1,6 @@
 """Rules of what is saved and what stays."""
 
+import os
 import re
 
 from megatron_ext.config.rules.registry import rule
@@ -22,9 +23,10 @@ def _kept_steps_are_saved(every: int | None, interval: int | None) -> str | None
 
 @rule("checkpoint.copy_to", "checkpoint.directory")
 def _second_place_is_another(copy_to: str | None, directory: str) -> str | None:
-    if copy_to is not None and copy_to.rstrip("/") == directory.rstrip("/"):
-        return "both are one place"
-    return None
+    if copy_to is None or ("://" in copy_to and not copy_to.startswith("file://")):
+        return None
+    same = os.path.realpath(copy_to.removeprefix("file://")) == os.path.realpath(directory)
+    return "both are one place" if same else None
 
 
 @rule("checkpoint.keep_matching")

@@ -4,6 +4,7 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from typing import Any
 
 from megatron_ext.monitoring.alerts.message import Message
 from megatron_ext.monitoring.alerts.outbox import Refused
@@ -11,6 +12,16 @@ from megatron_ext.monitoring.alerts.outbox import Refused
 _SECONDS = 10
 _ABOUT_THE_MESSAGE = (400, 413, 422)
 _MARKS = {"info": ":white_check_mark:", "warning": ":warning:", "error": ":x:"}
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Redirects are failures: followed, they become a GET without the message, whose answer says nothing of it."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """Follow none."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class Webhook:
@@ -37,7 +48,7 @@ class Webhook:
         failure: Exception | None = None
         try:
             request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            with _OPENER.open(request, timeout=_SECONDS) as answer:
                 answer.read(1)
         except urllib.error.HTTPError as error:
             error.close()

@@ -4,7 +4,6 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from signal import Signals
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from megatron_ext.monitoring.sources import SourceReport, ValidationReport
 from megatron_ext.monitoring.step_times import StepTimes
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.session import Session
+from megatron_ext.training.signals import stop_name
 from megatron_ext.training.step import SourceSums
 from megatron_ext.training.verdict import Rollback, Skip, Take
 
@@ -129,7 +129,7 @@ class Reports(Hook):
     def close(self) -> None:
         """Say how the run ended and finish all records."""
         if self._monitor is not None:
-            self._monitor.ended(self._iteration, Signals(self._signal).name if self._signal else None)
+            self._monitor.ended(self._iteration, stop_name(self._signal) if self._signal else None)
 
     def state(self) -> Mapping[str, Any]:
         """The W&B run."""

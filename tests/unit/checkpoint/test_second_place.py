@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import fsspec.implementations.memory
 import pytest
 import torch
 import torch.distributed as dist
@@ -189,12 +189,19 @@ def test_a_copy_without_a_manifest_is_none(both: tuple[Path, Path], tmp_path: Pa
     assert find_checkpoint(tmp_path / "other") == tmp_path / "other" / "iter_0000001"
 
 
-def test_a_run_is_not_begun_anew_where_the_second_place_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="whether one is there is unknown"):
+def test_a_run_is_not_begun_anew_where_the_second_place_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def isdir(self: object, path: str) -> bool:
+        raise OSError("no network")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "isdir", isdir)
+    with pytest.raises(CheckpointError, match=r"(?s)no network.*whether one is there is unknown"):
+        prepare_directory(tmp_path / "run", "memory://bucket")
+    managed(tmp_path / "run").save(1)
+    prepare_directory(tmp_path / "run", "memory://bucket")
+    with pytest.raises(CheckpointError, match="cannot be opened: Protocol not known"):  # also later, whatever is here
         prepare_directory(tmp_path / "run", "nothing-opens-this://bucket")
-    manager = managed(tmp_path / "run")
-    manager.save(1)
-    prepare_directory(tmp_path / "run", "nothing-opens-this://bucket")
 
 
 def test_a_run_is_not_begun_anew_where_one_was_being_replaced(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every rule between keys: what it refuses, with both keys and both values, and what it lets pass."""
 
+import os
 from typing import Any
 
 import pytest
@@ -143,6 +144,9 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     ({"checkpoint": {"keep_matching": "5"}}, ["checkpoint.keep_matching = '5', checkpoint.keep_last = None"]),
     ({"checkpoint": {"copy_to": "d/"}}, ["checkpoint.copy_to = 'd/', checkpoint.directory = 'd'", "both are one"]),
+    ({"checkpoint": {"copy_to": "./x/../d"}}, ["checkpoint.copy_to = './x/../d'", "both are one"]),
+    ({"checkpoint": {"copy_to": "d", "directory": os.path.abspath("d")}}, ["checkpoint.copy_to = 'd'", "both are one"]),
+    ({"checkpoint": {"copy_to": "file:///d", "directory": "/d"}}, ["checkpoint.copy_to = 'file:///d'", "both are"]),
     ({"checkpoint": {"keep_last": 2, "keep_matching": "(5"}}, ["checkpoint.keep_matching = '(5'", "no regular expre"]),
     (
         {

@@ -130,6 +130,16 @@ def test_an_error_is_sent_before_the_process_may_end(
     assert len(server.texts) == 1
 
 
+def test_a_redirect_to_a_page_is_no_delivery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: Callable[..., WebhookServer], caplog: Any
+) -> None:
+    server = webhook([302])
+    alerts = sink(tmp_path, monkeypatch, server.url)
+    alerts.event(Event("lost_rank", 7, "rank 3 on node 2 has ended"))
+    assert len(server.texts) == 1
+    assert "tried again: HTTP status 302" in caplog.text
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 5)), max_size=40), st.floats(0.1, 8))
 def test_every_event_is_told_of_once_and_kinds_keep_their_distance(
     arrivals: list[tuple[str, float]], gap: float

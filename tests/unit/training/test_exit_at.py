@@ -12,6 +12,7 @@ from megatron_ext.errors import EnvironmentFault
 from megatron_ext.launcher import JOB_START
 from megatron_ext.training.exit_at import exit_moment
 from megatron_ext.training.signals import EXIT_AT, StopSignals, stop_name
+from megatron_ext.training.verdict import Rollback
 from tests.unit.training.fakes import fake_session
 from tests.unit.training.test_loop import run, steps_of
 
@@ -65,3 +66,10 @@ def test_a_job_ends_after_the_step_and_one_that_begins_there_goes_on(tmp_path: P
     assert run(session)[0] == 0
     session = fake_session(tmp_path, train={"train_iters": 5, "exit_at": {"iteration": 2}, "skip_steps": [[2, 3]]})
     assert steps_of(run(session)[1]) == [1, 2]
+    # A rollback may pass over it.
+    session = fake_session(tmp_path, train={"train_iters": 9, "exit_at": {"iteration": 5}})
+    session.verdicts = {4: Rollback("gone wrong", Path("iter_0000001"), 6)}
+    number, told = run(session)
+    assert (number, steps_of(told)) == (EXIT_AT, [1, 2, 3, 6])
+    number, told = run(session)
+    assert (number, steps_of(told)) == (0, [7, 8, 9])

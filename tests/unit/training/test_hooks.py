@@ -23,6 +23,7 @@ from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.validation import Validation
+from megatron_ext.training.signals import EXIT_AT
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.verdict import Rollback, Skip, Take
 from tests.support.webhook_server import WebhookServer
@@ -89,11 +90,12 @@ def test_a_stage_ends_with_a_report_and_what_was_read(tmp_path: Path, caplog: py
     reports = Reports(session.run, session.layout, Clock())
     reports.on_start(session)
     reports.after_step(session, done(session, loss=3.0))
-    reports.after_step(session, replace(done(session, loss=2.0), ends_stage=True))
+    reports.after_step(session, replace(done(session, loss=2.0, signal=EXIT_AT), ends_stage=True))
     reports.close()
-    _, step, stage, _ = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    _, step, stage, stopped = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (step["iteration"], step["stage"]) == (2, "first")
     assert stage["event"] == "stage"
+    assert stopped["text"].startswith("stopped by train.exit_at at step 2 of 100, after ")
     assert "step 2: stage first is over: ja 48 tokens (0.5 epochs), en 0 tokens (0 epochs)" in caplog.messages
 
 

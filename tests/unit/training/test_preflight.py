@@ -108,6 +108,15 @@ def test_a_folder_where_metrics_are_written_is_a_fault(work: Path) -> None:
     ]
 
 
+def test_a_second_place_that_can_never_be_written_is_a_fault(work: Path) -> None:
+    file = work / "run.yaml"
+    assert found(work, f"checkpoint.copy_to={file}/x").faults == [
+        f"checkpoint.copy_to = {file}/x: {file} is a file, not a folder"
+    ]
+    (fault,) = found(work, "checkpoint.copy_to=nowhere://x").faults  # also where the run has checkpoints
+    assert "checkpoint.copy_to = nowhere://x: cannot be opened: Protocol not known: nowhere" in fault
+
+
 def test_another_tokenizer_and_short_data_are_faults(work: Path, tmp_path: Path) -> None:
     train_tokenizer([work / "corpus.jsonl"], tmp_path / "tokenizer", 320)
     faults = found(work, new(work), f"data.tokenizer={tmp_path / 'tokenizer'}").faults
