@@ -4,12 +4,14 @@ torchrun's variables are understood as they are. Those of Slurm, Open MPI, MPICH
 or refused where something is missing: processes that take themselves to be alone would each train the whole run.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -124,6 +126,25 @@ def exit_stopped(code: int) -> NoReturn:
         Path(path).write_text(str(code))
         sys.exit(0)
     sys.exit(code)
+
+
+def failure_file(stop_file: str | Path) -> Path:
+    """Stands beside `stop_file` where a rank has failed."""
+    return Path(stop_file).with_suffix(".failed")
+
+
+@contextlib.contextmanager
+def noting_failure() -> Iterator[None]:
+    """Tell our launcher where what is inside fails: told to stop meanwhile, it would say that the run was saved."""
+    if not (path := os.environ.get(STOP_FILE)):
+        yield
+        return
+    failure_file(path).unlink(missing_ok=True)  # of ranks that were started before
+    try:
+        yield
+    except Exception:
+        failure_file(path).touch()
+        raise
 
 
 def end_with_launcher() -> None:

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
-from megatron_ext.launcher import JOB_START, STOP_FILE
+from megatron_ext.launcher import JOB_START, STOP_FILE, failure_file
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """Handed on to the ranks. Some Slurm scripts warn with SIGUSR1: torchrun would die of it and leave its ranks."""
@@ -62,7 +62,8 @@ def _run(options: argparse.Namespace) -> None:
             print(message if is_said else f"error: {message}{_WHAT_NOW}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 2)  # lost: ended by a signal that nobody sent to the job
     except SignalException as error:
-        sys.exit(128 + error.sigval)
+        # The ranks have ended too: as they were told, with the run saved, or because they could not save it.
+        sys.exit(2 if failure_file(os.environ[STOP_FILE]).exists() else 128 + error.sigval)
     except (DistError, RendezvousError) as error:
         place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
         first_line = str(error).strip().partition("\n")[0]

@@ -13,7 +13,7 @@ from megatron_ext.checkpoint.both_places import prepare_directory
 from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.errors import MegatronExtError, TrainingError
-from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size
+from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size, noting_failure
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.monitor import metrics_path, tell_of_failed_start
@@ -63,7 +63,7 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
     groups = split_process_group(run.parallel, run.runtime)
-    with run_lock(run.checkpoint.directory):
+    with noting_failure(), run_lock(run.checkpoint.directory):
         signal = open_and_train(run, layout, groups, device, open_foreign, found)
     end_process_groups()
     if signal:

@@ -178,6 +178,22 @@ def test_a_signal_reaches_the_ranks_and_they_end_in_their_own_time(number: signa
     assert sorted(path.name for path in tmp_path.glob("saved *")) == ["saved 0", "saved 1"]
 
 
+def test_ranks_that_were_told_to_stop_and_could_not_save_have_not_saved(tmp_path: Path) -> None:
+    script = (
+        "from megatron_ext.launcher import noting_failure\n"
+        "def fail(*_):\n    raise OSError('no room')\n"
+        "try:\n    with noting_failure():\n"
+        "        signal.signal(signal.SIGTERM, fail)\n        print('ready', flush=True)\n        time.sleep(60)\n"
+        "except OSError:\n    sys.exit(2)"
+    )
+    process = launch_ranks(tmp_path, script)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 2
+
+
 def test_ranks_of_a_run_that_was_stopped_are_not_started_again(tmp_path: Path) -> None:
     script = (
         "from megatron_ext.launcher import exit_stopped, job_start\n"
