@@ -20,7 +20,7 @@ from megatron_ext.config import (
     RecomputeConfig,
     RuntimeConfig,
 )
-from megatron_ext.mcore import layer_specs, mla
+from megatron_ext.mcore import layer_specs
 from megatron_ext.mcore.backends.torch import TorchLayers
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run_layout
@@ -82,7 +82,7 @@ def split_projection(config: TransformerConfig, outputs: int, shared: int, tp_gr
 
 
 def train_with_split_projection(cell: Cell) -> Trajectory:
-    with mock.patch.object(mla, "DownProjection", split_projection):
+    with mock.patch.object(layer_specs, "DownProjection", split_projection):
         return run_cell(cell)
 
 

@@ -198,6 +198,7 @@ def test_ranks_of_a_run_that_was_stopped_are_not_started_again(tmp_path: Path) -
     script = (
         "from megatron_ext.launcher import exit_stopped, job_start\n"
         "pathlib.Path(f'{rank} {os.environ[\"TORCHELASTIC_RESTART_COUNT\"]}').write_text(str(job_start()))\n"
+        "while not pathlib.Path('0 0').exists(): time.sleep(0.05)\n"  # else it may be ended before it has begun
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': sys.exit(3 if rank == '1' else 0)\n"
         "exit_stopped(142)"
     )

@@ -26,7 +26,7 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def undisturbed(work: Path, pool: GlooPool) -> Path:
-    directory = work / "whole"
+    directory = work / "undisturbed_by_kills"
     pool.run(2, train_here, work / "run.yaml", [f"checkpoint.directory={directory}"])
     return directory
 
