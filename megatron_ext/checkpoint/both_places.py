@@ -30,8 +30,8 @@ def ahead_of(directory: Path, copy_to: str | None) -> Ahead | None:
     """What a run that goes on in `directory` must bring back first; None where nothing is newer at `copy_to`.
 
     Raises:
-        CheckpointError: there is no such kind of place; or it cannot be read, and the directory has no checkpoint:
-            whether there has been a run is then unknown.
+        CheckpointError: there is no such kind of place; it is another run's; or it cannot be read, and the directory
+            has no checkpoint: whether there has been a run is then unknown.
     """
     if copy_to is None:
         return None
@@ -48,7 +48,10 @@ def ahead_of(directory: Path, copy_to: str | None) -> Ahead | None:
             ) from error
         log.warning("%s; going on from what is in %s", error, directory)
         return None
-    if not names or (at := int(names[-1][5:])) < newest:
+    if not names:
+        return None
+    place.require_run(names[-1], directory)
+    if (at := int(names[-1][5:])) < newest:
         return None
     if at > newest:
         why = f"{directory} has {own[-1].name}" if own else f"{directory} has no checkpoint"

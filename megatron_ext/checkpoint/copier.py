@@ -106,7 +106,10 @@ class Copier:
         begun, error = time.monotonic(), None
         self.in_use = newest
         try:
-            at = [int(name[5:]) for name in self._place.complete()]
+            names = self._place.complete()
+            if names:
+                self._place.require_run(names[-1], self._directory)
+            at = [int(name[5:]) for name in names]
             self._at = max(at, default=-1)
             if iteration_of(newest) in at:
                 self._failure = None

@@ -18,6 +18,8 @@ import fsspec
 
 from megatron_ext.checkpoint.find import TRACKER_FILE
 from megatron_ext.checkpoint.publish import remove_leftovers
+from megatron_ext.checkpoint.run_file import RUN_FILE
+from megatron_ext.config.yaml_text import parse_yaml
 from megatron_ext.errors import CheckpointError
 from megatron_ext.files import UNFINISHED
 from megatron_ext.manifest import MANIFEST_FILE, FileSum, read_manifest
@@ -101,6 +103,20 @@ class SecondPlace:
 
             with ThreadPoolExecutor(_THREADS) as pool:
                 all(pool.map(get, manifest))
+
+    def require_run(self, name: str, directory: Path) -> None:
+        """Raise where the complete copy `name` is of a run that is called otherwise than that in `directory`."""
+        with self._named(f"{name}/{RUN_FILE} cannot be read"):
+            with self._files.open(self._path(name, RUN_FILE), "rb") as source:
+                saved = parse_yaml(source.read().decode(), source=RUN_FILE) or {}
+            there = saved.get("checkpoint", {}).get("directory")
+        other, own = Path(there or directory).absolute().name, directory.absolute().name
+        if other != own:
+            raise CheckpointError(
+                f"checkpoint.copy_to = {self.url} holds copies of another run, {other}: this one, {own}, would go on "
+                f"from them and remove them. Give it a place of its own; to go on from {name} under a new name, copy "
+                f"it into {directory} too"
+            )
 
     def remove(self, name: str) -> None:
         """Remove a copy; what is left of it if that is interrupted looks complete to nobody."""

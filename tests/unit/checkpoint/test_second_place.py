@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint import copier
-from megatron_ext.checkpoint.both_places import prepare_directory
+from megatron_ext.checkpoint.both_places import ahead_of, prepare_directory
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.manager import CheckpointManager
 from megatron_ext.checkpoint.metadata import METADATA_FILE
 from megatron_ext.checkpoint.retention import Retention
+from megatron_ext.checkpoint.run_file import write_run
 from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
@@ -180,6 +181,20 @@ def test_a_damaged_newest_one_is_replaced_by_its_copy(
     assert (run / "iter_0000002.damaged").is_dir()
     assert missing.strip("_0.distcp") in caplog.text
     assert "is brought back" in caplog.text
+
+
+def test_copies_of_another_run_are_refused(both: tuple[Path, Path], tmp_path: Path) -> None:
+    _, second = both
+    write_run(second / "iter_0000002", {"checkpoint": {"directory": "runs/first"}})
+    assert ahead_of(tmp_path / "elsewhere" / "first", str(second)) is not None  # the same run, moved
+    with pytest.raises(CheckpointError, match="holds copies of another run, first: this one, second_run, would go on"):
+        prepare_directory(tmp_path / "second_run", str(second))
+    assert not (tmp_path / "second_run").exists()
+    manager = managed(tmp_path / "second_run", str(second))  # which began when nothing was there yet
+    manager.save(3)
+    with pytest.raises(CheckpointError, match="holds copies of another run, first"):
+        manager.close()
+    assert SecondPlace(str(second)).complete()[-1] == "iter_0000002"
 
 
 def test_a_copy_without_a_manifest_is_none(both: tuple[Path, Path], tmp_path: Path) -> None:
