@@ -79,6 +79,11 @@ class Saving(Hook):
             self._tell_settled(session, iteration)
             if is_last and outcome is not None and outcome.error is not None:
                 raise outcome.error
+        if is_last:
+            try:
+                checkpoints.close()
+            finally:
+                self._tell_copies(session, iteration)
 
     def _tell_settled(self, session: Session, iteration: int) -> None:
         """Tell of what every rank knows by now."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_ext.checkpoint.finite import NotFiniteError
 from megatron_ext.checkpoint.manager import CheckpointManager
+from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.config import CheckpointConfig
 from megatron_ext.errors import CheckpointError, TrainingError
@@ -39,7 +40,9 @@ class Run(Hook):
         config = CheckpointConfig(directory=str(directory), **settings)
         self.weight, self.events, self.complete = torch.ones(2000), list[Event](), list[str]()
         self.step = 0
-        manager = CheckpointManager(directory, {"parallel": {}}, asynchronous=config.async_save)
+        second = SecondPlace(config.copy_to) if config.copy_to is not None else None
+        run = {"parallel": {}}
+        manager = CheckpointManager(directory, run, asynchronous=config.async_save, second_place=second)
         manager.register("model", tensors=lambda: [TensorShard("w", (2000,), (0,), self.weight, is_writer=True)])
         counts = {"consumed_samples": 0, "data": [], "optimizer_steps": 0}
         manager.register("progress", scalars=lambda: {"iteration": self.step, **counts})
@@ -82,6 +85,12 @@ def test_it_saves_when_due_when_told_to_stop_and_at_the_end(async_save: bool, tm
     assert [event.kind for event in run.events] == ["checkpoint"] * 4
     assert run.events[0].text.startswith(f"saved {tmp_path / 'iter_0000002'} (")
     json.dumps([event.record() for event in run.events])
+
+
+def test_the_copy_of_the_last_checkpoint_is_told_too(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", copy_to=str(tmp_path / "second"))
+    run.train(LAST)
+    assert run.told() == [("checkpoint", LAST), ("checkpoint_copied", LAST)]
 
 
 def test_a_save_that_fails_is_told_and_the_next_one_makes_up_for_it(tmp_path: Path, full_disk: Any) -> None:
