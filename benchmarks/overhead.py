@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 
 from report import hardware, markdown_table, record, versions
+from run_data import ROOT, prepare
 
 from megatron_ext.config import dump_yaml
 from megatron_ext.monitoring.metrics_file import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, FIRST = 4096, 40
 WATCHED = {
     "bare": ["logging.log_interval=40", "guard.max_nonfinite_in_row=0"],
@@ -35,18 +35,6 @@ WATCHED = {
     ],
 }
 """Overrides of the run, by what they add."""
-
-
-def prepare(folder: Path) -> None:
-    """A corpus, a tokenizer and data, by the tools."""
-    corpus, tokenizer = str(folder / "corpus.jsonl"), str(folder / "tokenizer")
-    for tool, *arguments in (
-        ("corpus", "--kind", "documentation", "--output", corpus),
-        ("tokenizer", "train", corpus, "--output", tokenizer, "--vocab-size", str(VOCABULARY)),
-        ("preprocess", corpus, "--tokenizer", tokenizer, "--output", str(folder / "data")),
-    ):
-        command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def configuration(folder: Path, steps: int) -> dict:
@@ -105,7 +93,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
-    prepare(options.folder)
+    prepare(options.folder, VOCABULARY)
     (options.folder / "run.yaml").write_text(dump_yaml(configuration(options.folder, options.steps)))
     seconds: dict[str, list[float]] = {name: [] for name in WATCHED}
     for _ in range(options.rounds):

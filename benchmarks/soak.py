@@ -30,13 +30,13 @@ from pathlib import Path
 
 import psutil
 from report import hardware, markdown_table, record, versions
+from run_data import ROOT, prepare
 
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.config import dump_yaml
 from megatron_ext.config.alerts import AlertsConfig
 from megatron_ext.monitoring.metrics_file import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, PROCESSES = 1024, 2
 URL_VARIABLE = "MEGATRON_EXT_SOAK_WEBHOOK"
 
@@ -193,7 +193,6 @@ def dead_webhook(soak: Soak) -> None:
     soak.start()
     soak.wait(soak.steps() + 3)
     soak.webhook.is_dead = False
-    soak.done["(the run went on)"] += 0
 
 
 def full_disk(soak: Soak) -> None:
@@ -232,21 +231,6 @@ def disturb(soak: Soak, steps: int, kinds: list[Disturbance]) -> None:
             soak.start()
     if (code := soak.ended()) != 0:
         raise SystemExit(f"the run ended with exit code {code} at step {soak.steps()}; see {soak.log}")
-
-
-def prepare(folder: Path) -> None:
-    """A corpus, a tokenizer and data, by the tools."""
-    tools = {
-        name: [sys.executable, str(ROOT / "tools" / f"{name}.py")] for name in ("corpus", "tokenizer", "preprocess")
-    }
-    corpus, tokenizer = str(folder / "corpus.jsonl"), str(folder / "tokenizer")
-    commands = [
-        [*tools["corpus"], "--kind", "documentation", "--output", corpus],
-        [*tools["tokenizer"], "train", corpus, "--output", tokenizer, "--vocab-size", str(VOCABULARY)],
-        [*tools["preprocess"], corpus, "--tokenizer", tokenizer, "--output", str(folder / "data")],
-    ]
-    for command in commands:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def configuration(folder: Path, directory: Path, steps: int) -> dict:
@@ -304,7 +288,7 @@ def untold(soak: Soak) -> list[str]:
 
 def run(folder: Path, small_disk: Path | None, steps: int, seed: int) -> tuple[Soak, list[str]]:
     """Both runs, and what they have otherwise."""
-    prepare(folder)
+    prepare(folder, VOCABULARY)
     soaks = []
     for name, place in (("undisturbed", folder), ("disturbed", small_disk or folder)):
         yaml = folder / f"{name}.yaml"

@@ -25,28 +25,9 @@ mkdir -p "$logs"
 date >> "$logs/starts"
 echo "job $JOB_ID on $NNODES nodes (${hosts[*]}); log of each node: $logs/node-N.log"
 
-# One torchrun a node, started by Open MPI, which numbers the nodes; it hands on only the variables it is told.
-on_nodes() {
-  export TOOL=$1
-  local exports=() name
-  for name in $(compgen -e | grep -E '^(NCCL|GLOO|OMP|CUDA|UCX|MASTER|NNODES|NPROC|MAX_RESTARTS|PYTHON|TOOL|PATH|LD_|MEGATRON_EXT|WANDB|HF_)'); do
-    exports+=(-x "$name")
-  done
-  code=0
-  mpirun --host "$(IFS=,; echo "${hosts[*]}")" --map-by ppr:1:node --bind-to none "${exports[@]}" bash -c '
-    trap : TERM INT HUP USR1
-    code=0
-    NODE_RANK=$OMPI_COMM_WORLD_RANK "$@" >> "$0/node-$OMPI_COMM_WORLD_RANK.log" 2>&1 || code=$?
-    echo $code > "$0/exit-$OMPI_COMM_WORLD_RANK"
-    exit $code' "$logs" {{prefix}} {{torchrun}} {{run}} train.exit_at.minutes_before_limit={{minutes_before_limit}} || code=$?
-  outcome
-}
-{{outcome}}
-if [ {{node_test}} = 1 ]; then
-  on_nodes tools/preflight.py
-  [ "$code" = 0 ] || { echo "the nodes were not found fit (exit code $code): $logs/node-0.log" >&2; exit "$code"; }
-fi
-on_nodes tools/train.py
+{{mpirun.inc}}
+{{outcome.inc}}
+{{train.inc}}
 case $code in
   0) echo "done" ;;
   138 | 142 | 143) # stopped and saved: the same job is queued again

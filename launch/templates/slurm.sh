@@ -36,12 +36,8 @@ on_nodes() {
     exit $code' "$logs" {{prefix}} {{torchrun}} {{run}} || code=$?
   outcome
 }
-{{outcome}}
-if [ {{node_test}} = 1 ]; then
-  on_nodes tools/preflight.py
-  [ "$code" = 0 ] || { echo "the nodes were not found fit (exit code $code): $logs/node-0.log" >&2; exit "$code"; }
-fi
-on_nodes tools/train.py
+{{outcome.inc}}
+{{train.inc}}
 case $code in
   0) echo "done" ;;
   138 | 142 | 143) # SIGUSR1, train.exit_at, SIGTERM: stopped and saved; the run goes on in the next job

@@ -1,6 +1,6 @@
 """Who is told of what happens to a run: a chat's webhook, e-mail, Weights & Biases."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -29,22 +29,8 @@ AlertKind = Literal[
 ]
 """Kinds of events that people can be told of."""
 
-_USUAL: tuple[AlertKind, ...] = (
-    "started",
-    "finished",
-    "stopped",
-    "failed",
-    "nonfinite",
-    "spike",
-    "skip",
-    "rollback",
-    "guard_stop",
-    "stall",
-    "slow_rank",
-    "lost_rank",
-    "disk",
-    "checkpoint_failed",
-)
+_EVERYDAY = ("lever", "checkpoint", "checkpoint_copied", "gradients", "stage")
+_USUAL: tuple[AlertKind, ...] = tuple(kind for kind in get_args(AlertKind) if kind not in _EVERYDAY)
 
 
 @config

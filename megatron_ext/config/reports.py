@@ -33,7 +33,7 @@ class LoggingConfig:
     """What is reported, and how often."""
 
     log_interval: int = Field(default=1, ge=1)
-    """Steps between reports. Loss and expert load are read from the device only then."""
+    """Steps between reports. Of a step that nobody reports, the loss alone is read from the device, for the guard."""
     log_interval_seconds: float | None = Field(default=None, gt=0)
     """Report about this often, and never oftener than every log_interval steps. Every report says, by the pace of the
     slowest rank since the last one, at which step the next is due, so that all ranks agree without asking."""

@@ -89,9 +89,10 @@ def job_text(job: Job) -> str:
         "run": " ".join(map(shlex.quote, [str(job.run), *profile.overrides, *job.overrides])),
     }
     templates = job.root / "launch" / "templates"
-    values["outcome"] = (templates / "outcome.inc").read_text()
     template = (templates / f"{profile.scheduler}.sh").read_text()
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+    # What several schedulers have alike comes first: it has values of its own to fill in.
+    whole = re.sub(r"\{\{(\w+\.inc)\}\}", lambda match: (templates / match[1]).read_text().rstrip(), template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], whole)
 
 
 def _container(job: Job) -> tuple[list[str], list[str]]:
