@@ -69,7 +69,8 @@ class SlowRanks(Hook):
         own = torch.tensor([session.pace.seconds()], device=session.device)
         gathered = [torch.zeros_like(own) for _ in self._hosts]
         dist.all_gather(gathered, own, group=session.groups.world)
-        behind = {slow.rank: slow for slow in ranks_behind([float(seconds) for seconds in gathered], self._stages)}
+        # One wait for the device, not one a rank.
+        behind = {slow.rank: slow for slow in ranks_behind(torch.cat(gathered).tolist(), self._stages)}
         self._looks = {rank: self._looks.get(rank, 0) + 1 for rank in behind}
         named = nodes_behind({rank: slow for rank, slow in behind.items() if self._looks[rank] >= _LOOKS}, self._hosts)
         if list(named) != self._named:
