@@ -321,7 +321,7 @@ def open_session(
         hooks: their state is saved and restored with the rest.
         guard: decides whether a step is taken; one of the hooks. Without one, the first bad step ends the run.
     """
-    trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model)
+    trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model, groups, run.adapters)
     checkpoints = CheckpointManager(
         run.checkpoint.directory,
         recorded_run(run, run.model.rotary_base),

@@ -205,6 +205,7 @@ def _run(
     counted = torch.cat([units_N.sum().view(1), _by_source(units_N, sources_N, num_sources)])
     dist.all_reduce(counted, group=groups.dp_cp)
     units = counted[0]
+    batch = task.prepare(wrapped, batch, rows=rows, length=length)
     # The schedule multiplies each rank's loss by C / M (in every version, for a loss function that returns a pair) and
     # gradients are averaged over D * C, so that this weight leaves sum / units: the mean over all units of the global
     # batch in every layout. Balance losses, which the schedule scales by C / M too, are left divided by M * D alone:
