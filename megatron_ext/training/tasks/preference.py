@@ -15,12 +15,21 @@ from megatron_ext.data.stream.batches import MicroBatch
 from megatron_ext.data.stream.pair_columns import PairColumns
 from megatron_ext.mcore.adapters.plan import adapters_off
 from megatron_ext.mcore.schedules import run_schedule
+from megatron_ext.monitoring.sources import ACCURACY, MARGIN
 from megatron_ext.training.tasks.preference_losses import pair_losses
 from megatron_ext.training.tasks.pretrain import LOSS
 
-CHOSEN, REJECTED, ACCURACY, MARGIN = (f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins"))
-LOGPS_CHOSEN, LOGPS_REJECTED, NLL = "logps/chosen", "logps/rejected", "nll"
-_SUMS = (LOSS, CHOSEN, REJECTED, ACCURACY, MARGIN, LOGPS_CHOSEN, LOGPS_REJECTED, NLL)
+_SUMS = (
+    LOSS,
+    "rewards/chosen",
+    "rewards/rejected",
+    ACCURACY,
+    MARGIN,
+    "logps/chosen",
+    "logps/rejected",
+    "nll",
+)
+"""As TRL and others call them; `nll` is the mean cross-entropy of the chosen answer's tokens, before its weight."""
 
 
 @dataclass(frozen=True)
