@@ -74,7 +74,7 @@ def measure_step(run: RunConfig) -> MeasuredMemory:
     with LiveMemory() as memory:
         groups = split_process_group(run.parallel, run.runtime)
         trainable = build_trainable(run, groups, choose_device(run.runtime))
-        task = task_of(run.task, run.model)
+        task = task_of(run.task, run.model, groups, run.adapters)
         state = 0
         for step in range(2):
             batch = random_batch(
