@@ -35,11 +35,11 @@ from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
-from megatron_ext.training.preflight import examine_run
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
+from megatron_ext.training.startup_checks import examine_run
 from megatron_ext.training.verdict import Skip
 
 log = logging.getLogger(__name__)

@@ -41,8 +41,8 @@ class StepDone:
 class Hook:
     """Does something around the steps of a run; a hook overrides what it needs.
 
-    Every rank has the same hooks in the same order. All but `on_error`, `on_stall` and `close` are called on every rank at the same
-    points, with the same figures, and may communicate; whether they do must not depend on the rank.
+    Every rank has the same hooks in the same order. All but `on_error`, `on_stall` and `close` are called on every rank
+    at the same points, with the same figures, and may communicate; whether they do must not depend on the rank.
     """
 
     name = ""
