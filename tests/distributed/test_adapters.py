@@ -21,7 +21,7 @@ from megatron_ext.mcore.adapters.plan import adapters_off
 from megatron_ext.proving.parity import Cell, Trajectory, build_cell, compare, run_layout, train_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from tests.distributed.test_parity import TOLERANCE, GridCase, layout
+from tests.distributed.layouts import TOLERANCE, GridCase, layout
 
 ADAPTERS = LoraConfig(
     targets=[

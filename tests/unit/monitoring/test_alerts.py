@@ -19,9 +19,9 @@ from megatron_ext.monitoring.alerts.environment import missing_secrets
 from megatron_ext.monitoring.alerts.rate_limit import RateLimit
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.sinks.alerts import AlertsSink
+from tests.support.minimal_run import load, mapping
 from tests.support.smtp_server import SmtpServer, certificate_context
 from tests.support.webhook_server import WebhookServer
-from tests.unit.config.test_load import load, mapping
 
 
 @pytest.fixture(autouse=True)
