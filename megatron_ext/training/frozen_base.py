@@ -1,5 +1,6 @@
 """The weights beside which a run trains and which its checkpoints do not hold: the same at each resume."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from megatron_ext.mcore.build import Trainable
 from megatron_ext.mcore.transformer_config import DTYPES
 from megatron_ext.training.start import OpenForeign, load_weights
 
+log = logging.getLogger(__name__)
+
 
 class FrozenBase:
     """The base of a run, on this rank, once it is loaded."""
@@ -25,15 +28,30 @@ class FrozenBase:
         assert run.adapters is not None
         assert run.checkpoint.initialize_from is not None
         self._model, self._adapters = run.model, run.adapters
+        self._trainable, self._open_foreign, self._device = trainable, open_foreign, device
+        self._kind = DTYPES[run.precision.kind]
         self.path = Path(run.checkpoint.initialize_from)
-        shards = trainable.base_weights()
-        load_weights(self.path, run.model, shards, open_foreign)
+        load_weights(self.path, run.model, trainable.base_weights(), open_foreign)
+        self.fingerprint = self._fingerprint()
+
+    def mend(self) -> None:
+        """Load the base again where it is not what was loaded. Every rank must call this.
+
+        No checkpoint of the run holds it, so that going back to one heals no bit that has flipped in it.
+        """
+        if self._fingerprint() == self.fingerprint:
+            return
+        log.warning("the weights beside the adapters had changed in memory; they are loaded from %s again", self.path)
+        load_weights(self.path, self._model, self._trainable.base_weights(), self._open_foreign)
+
+    def _fingerprint(self) -> str:
+        """Of the base as it is in memory, over all ranks."""
         # As two numbers, so that no sum overflows differently from one library to another.
-        total = fingerprint_sum(shards, run.model.vocab_size) % 2**64
-        halves = torch.tensor([total & 0xFFFFFFFF, total >> 32], dtype=torch.int64, device=device)
+        total = fingerprint_sum(self._trainable.base_weights(), self._model.vocab_size) % 2**64
+        halves = torch.tensor([total & 0xFFFFFFFF, total >> 32], dtype=torch.int64, device=self._device)
         dist.all_reduce(halves)
         low, high = halves.tolist()
-        self.fingerprint = fingerprint(low + (high << 32), DTYPES[run.precision.kind])
+        return fingerprint(low + (high << 32), self._kind)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of it, for whoever needs both together."""
