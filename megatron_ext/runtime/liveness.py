@@ -63,11 +63,17 @@ class Liveness:
     Args:
         directory: below which stacks are written.
         told: of what ends the run so.
+        way_out: what to do then; the end of the message.
     """
 
     def __init__(
-        self, limits: WatchdogConfig | None = None, directory: Path | None = None, told: Told = tell_nobody
+        self,
+        limits: WatchdogConfig | None = None,
+        directory: Path | None = None,
+        told: Told = tell_nobody,
+        way_out: str = "the same command goes on from the newest checkpoint",
     ) -> None:
+        self._way_out = way_out
         self._watchdog = Watchdog(limits or WatchdogConfig(enabled=False))
         self._watches = limits is not None and limits.enabled
         self._directory, self._told = directory or Path(), told
@@ -302,7 +308,7 @@ class Liveness:
 
     def _speak(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            os.write(2, f"error: {text}; the same command goes on from the newest checkpoint\n".encode())
+            os.write(2, f"error: {text}; {self._way_out}\n".encode())
 
     def _tell(self, kind: str, text: str, *, ends: bool = True) -> None:
         """Tell those who are told why the run ends; they cannot hold it up."""
