@@ -1,11 +1,13 @@
 """How long a step may take, learned from the run, and what counts as no progress."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_ext.config import WatchdogConfig
+from megatron_ext.runtime import liveness
 from megatron_ext.runtime.main_thread import Standing
 from megatron_ext.runtime.watchdog import Watchdog, write_stack
 
@@ -80,3 +82,20 @@ def test_the_stack_of_every_thread_is_written(tmp_path: Path) -> None:
     assert "in test_the_stack_of_every_thread_is_written" in text
     (tmp_path / "file").write_text("")
     write_stack(tmp_path / "file" / "b", 3, "why")  # said all the same
+
+
+def test_a_file_system_that_hangs_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hangs, told, codes = threading.Event(), list[str](), list[int]()
+    monkeypatch.setattr(liveness, "FILES", 0.05)
+    monkeypatch.setattr(liveness, "write_stack", lambda *arguments: hangs.wait(60))
+    monkeypatch.setattr(liveness, "release_all", lambda: hangs.wait(60))
+    monkeypatch.setattr(liveness.os, "_exit", codes.append)
+    monkeypatch.setattr(liveness.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(liveness.dist, "get_world_size", lambda: 1)
+    watching = liveness.Liveness(LIMITS, tmp_path, lambda kind, text, ends: told.append(kind))
+    watching._end_stalled("nothing moves", MOVES)
+    hangs.set()
+    assert (codes, told) == ([2], ["stall"])
+    assert "error: nothing moves. It is at " in capfd.readouterr().err
