@@ -37,7 +37,7 @@ def measure_all(run: RunConfig, device: torch.device) -> list[RankReport]:
     A rank that dies meanwhile, or does not come to the end, is named, and all end with exit code 2.
 
     Raises:
-        EnvironmentFault: this rank could not be tested to the end, which says enough of its node.
+        EnvironmentFault: this rank could not be tested to the end.
     """
     limits = run.runtime.watchdog
     limits = replace(limits, first_step_minutes=min(_MOST_MINUTES, limits.first_step_minutes))
@@ -48,10 +48,8 @@ def measure_all(run: RunConfig, device: torch.device) -> list[RankReport]:
             dist.all_gather_object(reports, measure_node(run, device))
         except RuntimeError as error:
             others.end_if_missing()
-            host, why = socket.gethostname(), " ".join(str(error).split())
-            raise EnvironmentFault(
-                f"not fit to train: {host}\n  {host}: rank {dist.get_rank()} failed in the test: {why}\n{way_out}"
-            ) from error
+            place, why = f"rank {dist.get_rank()} on {socket.gethostname()}", " ".join(str(error).split())
+            raise EnvironmentFault(f"the test of the nodes did not come to its end: {place}: {why}") from error
     return reports
 
 

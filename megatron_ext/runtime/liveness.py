@@ -128,16 +128,18 @@ class Liveness:
         """
         begun, heard = time.monotonic(), self._beats()
         silence = _SILENT_BEATS * BEAT
-        while self._store is not None and time.monotonic() < begun + max(patience, silence):
-            lost = None
+        while self._store is not None:
+            lost, waited = None, time.monotonic() - begun
             with contextlib.suppress(RuntimeError):
                 lost = self._missing()
-            if lost is None and time.monotonic() > begun + silence:
+            if lost is None and waited > silence:
                 lost = self._silent_since(heard)  # of another host, where nobody else noticed
                 self._silence = silence
             if lost is not None and self._once.acquire(blocking=False):
                 self._say(lost, ends=False)
                 raise SystemExit(2)
+            if waited > max(patience, silence):  # after a look, however busy the machine is
+                return
             time.sleep(0.2)
 
     def _beats(self) -> list[str] | None:

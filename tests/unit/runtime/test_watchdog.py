@@ -99,3 +99,20 @@ def test_a_file_system_that_hangs_does_not_hold_up_the_end(
     hangs.set()
     assert (codes, told) == ([2], ["stall"])
     assert "error: nothing moves. It is at " in capfd.readouterr().err
+
+
+def test_after_a_failed_collective_a_rank_of_another_host_that_is_silent_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[int] = []
+    monkeypatch.setattr(liveness, "BEAT", 0.02)
+    monkeypatch.setattr(liveness.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(liveness.dist, "get_world_size", lambda: 3)
+    watching = liveness.Liveness(LIMITS)
+    watching._store, beats = object(), iter(range(1000))
+    monkeypatch.setattr(watching, "_missing", lambda: None)
+    monkeypatch.setattr(watching, "_beats", lambda: [str(next(beats)), str(next(beats)), "7"])  # rank 2 has died
+    monkeypatch.setattr(watching, "_say", lambda lost, ends: said.append(lost))
+    with pytest.raises(SystemExit):
+        watching.end_if_missing(patience=0.01)
+    assert said == [2]
