@@ -171,7 +171,7 @@ def open_sinks(run: RunConfig, iteration: int, run_id: str) -> list[Sink]:
         from megatron_ext.monitoring.sinks.alerts import AlertsSink
 
         # Before W&B, whose run ends with its own closing, and after the files, which have what is not sent.
-        sinks.insert(2, AlertsSink(run.alerts, directory, others))
+        sinks.insert(2, AlertsSink(run.alerts, directory, metrics_path(run).parent, others))
     return sinks
 
 
@@ -180,7 +180,8 @@ def tell_of_failed_start(run: RunConfig, error: BaseException) -> None:
     if run.alerts.webhook is not None or run.alerts.email is not None:
         from megatron_ext.monitoring.sinks.alerts import AlertsSink
 
-        alerts = AlertsSink(run.alerts, Path(run.checkpoint.directory))
+        directory, records = Path(run.checkpoint.directory), metrics_path(run).parent
+        alerts = AlertsSink(run.alerts, directory, records, is_runs=False)
         alerts.event(Event("failed", 0, f"failed before its first step: {described(error)}"))
         alerts.close(failed=True)
 

@@ -101,7 +101,7 @@ LAYOUTS = {
         2,
         "bf16",
     ),
-    "DP2": (ParallelConfig(), 1, 3, {"kind": "fp8", "recipe": "delayed"}),
+    "CP2": (ParallelConfig(context_parallel_size=2), 1, 3, {"kind": "fp8", "recipe": "delayed"}),
     "DP2, all-reduced": (ParallelConfig(use_distributed_optimizer=False), 1, 0, "fp32"),
 }
 
@@ -170,8 +170,8 @@ def test_gradient_statistics_are_those_of_one_process(parallel: ParallelConfig, 
     )
 
 
-def meet_nan_activations(part: Part) -> list[dict[str, Any]]:
-    """Step 2 gets an output of NaN on rank 1, step 3 a weight of NaN on rank 0."""
+def meet_nan_activations(part: Part) -> tuple[list[dict[str, Any]], list[str]]:
+    """Step 2 gets an output of NaN on rank 3, step 3 a weight of NaN on rank 2."""
     events: list[Event] = []
     with open_part(part, Guard(part.run_config().guard, events.append)) as session:
         layers = session.chunks[0].decoder.layers
@@ -179,20 +179,22 @@ def meet_nan_activations(part: Part) -> list[dict[str, Any]]:
         spoil = layers[2].mlp.linear_fc1.register_forward_hook(
             lambda module, inputs, output: (output[0] * math.nan, None)
         )
-        if dist.get_rank() == 0:
+        if dist.get_rank() != 3:
             spoil.remove()
         session.step(session.stream.next())
         spoil.remove()
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 2:
             layers[1].self_attention.linear_proj.weight.data[0, 0] = math.nan
         session.step(session.stream.next())
-        return [{key: event.details[key] for key in ("rank", "where", "phase", "micro_batch")} for event in events]
+        told = [{key: event.details[key] for key in ("rank", "where", "phase", "micro_batch")} for event in events]
+        return told, [event.text for event in events]
 
 
 def test_what_was_not_finite_in_the_forward_pass(pool: GlooPool, tmp_path: Path) -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
-    for found in pool.run(2, meet_nan_activations, Part(tiny_model(), tmp_path, parallel)):
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2)
+    for found, texts in pool.run(4, meet_nan_activations, Part(tiny_model(), tmp_path, parallel)):
         assert [tuple(one.values()) for one in found] == [
-            (1, "decoder.layers.2.mlp.linear_fc1", "forward", 0),
-            (0, "decoder.layers.1.self_attention.linear_proj.weight", "weights", None),
+            (3, "decoder.layers.2.mlp.linear_fc1", "forward", 0),
+            (2, "decoder.layers.1.self_attention.linear_proj.weight", "weights", None),
         ]
+        assert "first on rank 3 (TP 1, CP 1, DP 0, PP 0), micro-batch 0" in texts[0]

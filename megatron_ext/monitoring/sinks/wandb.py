@@ -28,6 +28,7 @@ class WandbSink:
     """A W&B run; nothing more where it failed. Credentials come from WANDB_API_KEY or `wandb login`."""
 
     name = "W&B"
+    key = "wandb"
 
     def __init__(self, settings: WandbConfig, run_id: str, directory: Path, configuration: Mapping[str, Any]) -> None:
         self._run: Any = None
@@ -78,12 +79,13 @@ class WandbSink:
         """Alert by `message`. W&B's own process sends it, also when the network is back.
 
         Raises:
-            Exception: whatever W&B does.
+            Exception: whatever W&B does; a ConnectionError where there is no run.
         """
-        if self._run is not None:
-            levels = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
-            # Rates are limited before: W&B itself would drop what comes too soon.
-            self._run.alert(message.title[:63], message.text, level=levels[message.severity], wait_duration=0.001)
+        if self._run is None:
+            raise ConnectionError("there is no W&B run")
+        levels = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
+        # Rates are limited before: W&B itself would drop what comes too soon.
+        self._run.alert(message.title[:63], message.text, level=levels[message.severity], wait_duration=0.001)
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the run, in a time that is limited."""

@@ -45,7 +45,12 @@ def webhook() -> Iterator[Callable[..., WebhookServer]]:
 
 def sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, **settings: Any) -> AlertsSink:
     monkeypatch.setenv("HOOK", url)
-    return AlertsSink(AlertsConfig(webhook=WebhookConfig(url_variable="HOOK"), **settings), tmp_path / "runs" / "moe")
+    place = tmp_path / "runs" / "moe"
+    place.mkdir(parents=True, exist_ok=True)
+    is_runs = settings.pop("is_runs", True)
+    return AlertsSink(
+        AlertsConfig(webhook=WebhookConfig(url_variable="HOOK"), **settings), place, place, is_runs=is_runs
+    )
 
 
 def wait(holds: Callable[[], bool]) -> None:
@@ -106,8 +111,12 @@ def test_a_server_that_is_away_costs_one_warning_and_no_alert_and_nobody_waits_f
     ["http://127.0.0.1:9/secret-token", "secret-token", "http://[secret-token", "ftp://127.0.0.1:9/secret-token"],
     ids=["closed", "no_scheme", "malformed", "ftp"],
 )
-def test_a_dead_webhook_is_said_once_without_its_url_and_what_was_not_sent_is_counted(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_dead_webhook_is_said_once_without_its_url_and_what_was_not_sent_is_kept(
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    webhook: Callable[..., WebhookServer],
 ) -> None:
     monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 0.15)
     monkeypatch.setattr(outbox, "MOST_WAITING", 3)
@@ -117,8 +126,52 @@ def test_a_dead_webhook_is_said_once_without_its_url_and_what_was_not_sent_is_co
     alerts.close(failed=False)
     assert len(caplog.messages) == 2
     assert caplog.messages[0].startswith("alerts do not reach the webhook, which is tried again: ")
-    assert caplog.messages[1] == "9 alerts did not reach the webhook; they are in the metrics file"
-    assert "secret" not in caplog.text
+    kept = tmp_path / "runs" / "moe" / "unsent_alerts.webhook.json"
+    assert (
+        caplog.messages[1] == f"9 alerts did not reach the webhook; they are kept in {kept}, and sent at the next start"
+    )
+    assert "secret" not in caplog.text + kept.read_text()
+    server = webhook()
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 20)
+    sink(tmp_path, monkeypatch, server.url).close(failed=False)
+    assert [text.splitlines()[1:-2] for text in server.texts] == [
+        ["step 1: a spike"],
+        ["step 2: a spike"],
+        ["step 9: a spike", "and 6 more of this kind before it, since the last message"],
+    ]
+    assert "it happened 20" in server.texts[0]
+    assert not kept.exists()
+
+
+def test_a_kill_loses_no_alert_nor_does_a_start_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: Callable[..., WebhookServer]
+) -> None:
+    nowhere = "http://127.0.0.1:9/secret-token"
+    killed = sink(tmp_path, monkeypatch, nowhere)  # never closed, as with kill -9
+    for step in (1, 2, 3):
+        killed.event(Event("skip", step, "a spike"))  # two of them are held back
+    files = tmp_path / "runs" / "moe"
+    wait(lambda: [path.read_text().count("spike") for path in files.glob("*.json")] == [2])
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 0.05)
+    failed = sink(tmp_path, monkeypatch, nowhere, is_runs=False)
+    failed.event(Event("failed", 0, "no room"))
+    failed.close(failed=True)
+    assert len(list(files.glob("unsent_alerts.webhook*.json"))) == 2
+    damaged = files / "unsent_alerts.webhook.other.json"
+    damaged.write_text("[{")
+    server = webhook()
+    alerts = sink(tmp_path, monkeypatch, server.url)
+    alerts.event(Event("started", 3, "continued"))
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 20)
+    alerts.close(failed=False)
+    assert [text.splitlines()[1] for text in server.texts] == [
+        "step 1: a spike",
+        "step 3: a spike",
+        "step 0: no room",
+        "step 3: continued",
+    ]
+    assert "and 1 more of this kind" in server.texts[1]
+    assert list(files.iterdir()) == [damaged]
 
 
 def test_an_error_is_sent_before_the_process_may_end(
@@ -185,7 +238,7 @@ def test_mail_goes_over_tls_with_a_login(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.setenv("MAIL_PASSWORD", "open sesame")
     settings = mail(server.port, username="me", password_variable="MAIL_PASSWORD")
-    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe")
+    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe", tmp_path)
     alerts.event(Event("finished", 100, "finished all 100 steps, in 3 h"))
     alerts.close(failed=False)
     server.close()
@@ -220,7 +273,7 @@ def test_mail_that_does_not_go_says_why_without_the_password(
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.setenv("MAIL_PASSWORD", password)
     settings = mail(server.port, username="me", password_variable="MAIL_PASSWORD")
-    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe")
+    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe", tmp_path)
     alerts.event(Event("finished", 1, "done"))
     wait(lambda: "tried again" in caplog.text)
     alerts.close(failed=False)
@@ -234,7 +287,7 @@ def test_mail_without_encryption_and_a_recipient_that_is_refused_for_good(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = SmtpServer(refuses=550)
-    alerts = AlertsSink(AlertsConfig(email=mail(server.port, security="none")), tmp_path / "moe")
+    alerts = AlertsSink(AlertsConfig(email=mail(server.port, security="none")), tmp_path / "moe", tmp_path)
     alerts.event(Event("skip", 1, "a spike"))
     wait(lambda: "does not take" in caplog.text)
     server.refuses = 0
