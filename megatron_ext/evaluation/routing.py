@@ -63,10 +63,11 @@ def routing_by_text(directory: str | Path, texts: Mapping[str, Iterable[str]], w
     counts: dict[int, dict[str, Tensor]] = {}
     with megatron_network(opened.model, opened.tensors) as network, torch.no_grad():
         for name, documents in texts.items():
-            handles = [
-                router.register_forward_hook(_counting(counts.setdefault(int(router.layer_number), {}), name))
-                for router in routers([network])
-            ]
+            handles = []
+            for router in routers([network]):
+                assert router.layer_number is not None
+                of_layer = counts.setdefault(router.layer_number, {})
+                handles.append(router.register_forward_hook(_counting(of_layer, name)))
             for tokens in _pieces(tokenizer, documents, window):
                 network(tokens, torch.arange(tokens.shape[1])[None], None)
             for handle in handles:
