@@ -150,8 +150,9 @@ def ask(plan: Plan, name: str) -> None:
 def go(plan: Plan, pool: GlooPool, name: str, run: dict[str, Any], start: Path | None) -> Path:
     """A model and its figures, unless they are there."""
     place = plan.place(name)
-    if not place.with_suffix(".json").exists():
+    if not place.exists():
         pool.run(1, make, plan, run, name, start)
+    if not place.with_suffix(".json").exists():
         pool.run(1, ask, plan, name)
         print(f"done: {name}", flush=True)
     return place
@@ -195,7 +196,7 @@ def main() -> None:
     if o.samples is None:
         parser.error("--samples: give the folder, or set MEGATRON_EXT_SAMPLE_DATA")
     folder = (o.folder / "tiny" if o.tiny else o.folder).absolute()
-    plan, seeds = (Plan(folder, 20, 4, 4), 1) if o.tiny else (Plan(folder, 1000, 250, 80), o.seeds)
+    plan, seeds = (Plan(folder, 20, 4, 4), 1) if o.tiny else (Plan(folder, 800, 200, 80), o.seeds)
     (folder / "models").mkdir(parents=True, exist_ok=True)
     prepare(o.samples, folder)
     with GlooPool(1) as pool:

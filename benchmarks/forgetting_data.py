@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_ext.data.prepare.preprocess import preprocess
 
 EARLY, NEW = ("en", "hi"), "ja"
 VOCABULARY, LENGTH = 2048, 256
-_FACT_PAGES, _FACTS, _CHOICES = 120, 80, 4
+_FACT_PAGES, _FACTS, _CHOICES = 50, 80, 4
 _HELD_OUT = 12
 """One page in so many, and one conversation, is for validation."""
 _ITEM = re.compile(r"^- (?P<what>.+?)[:：]?\n+`(?P<command>[^`\n]+)`", re.MULTILINE)
@@ -57,20 +58,20 @@ def prepare(samples: Path, folder: Path) -> Probes:
     """Write tokenizer, the data sets `early`, `new`, `chat` and `replay`, and the probes, into `folder`."""
     if (folder / "probes.json").exists():
         return read_probes(folder / "probes.json")
-    pages = {lang: [row["text"] for row in _rows(samples / f"corpus/{lang}_tldr.jsonl")] for lang in (*EARLY, NEW)}
+    pages = {lang: _pages(samples / f"corpus/{lang}_tldr.jsonl") for lang in (*EARLY, NEW)}
     draws = random.Random(0)
-    of_facts = draws.sample([page for page in pages[NEW] if _ITEM.search(page)], _FACT_PAGES)
+    of_facts = draws.sample(pages[NEW], _FACT_PAGES)
     titles = {_title(page) for page in of_facts}
-    facts = _questions(of_facts, draws)
     early = {lang: [page for page in pages[lang] if _title(page) not in titles] for lang in EARLY}
     plain = [page for page in pages[NEW] if page not in of_facts]
     texts = {lang: found[::_HELD_OUT] for lang, found in {**early, NEW: plain}.items()}
     first = [page for lang in EARLY for page in early[lang] if page not in texts[lang]]
     second = [page for page in pages[NEW] if page not in texts[NEW]]
-    commands = {found["command"] for page in of_facts for found in _ITEM.finditer(page)}
+    of_pages = {item["command"] for page in of_facts for item in _ITEM.finditer(page)}
     talks = [row["messages"] for row in _rows(samples / f"sft/{NEW}.jsonl")]
-    talks = [talk for talk in talks if not any(_same(talk[-1]["content"], command) for command in commands)]
-    probes = Probes(texts, facts, talks[::_HELD_OUT])
+    counts = Counter(talk[-2]["content"] for talk in talks)
+    known = {command.replace(" ", "") for command in of_pages}
+    talks = [t for t in talks if counts[t[-2]["content"]] == 1 and t[-1]["content"].replace(" ", "") not in known]
     kept = [talk for number, talk in enumerate(talks) if number % _HELD_OUT]
     for name, rows in {
         "early": [{"text": page} for page in first],
@@ -81,8 +82,16 @@ def prepare(samples: Path, folder: Path) -> Probes:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     _tokenize(folder)
+    probes = Probes(texts, _questions(of_facts, draws), talks[::_HELD_OUT])
     probes.write(folder / "probes.json")
     return probes
+
+
+def _pages(path: Path) -> list[str]:
+    """Those that describe something of their own: most say of an alias that there is another page."""
+    pages = [row["text"] for row in _rows(path)]
+    counts = Counter(item["what"] for page in pages for item in _ITEM.finditer(page))
+    return [page for page in pages if any(counts[item["what"]] == 1 for item in _ITEM.finditer(page))]
 
 
 def _tokenize(folder: Path) -> None:
@@ -95,17 +104,14 @@ def _tokenize(folder: Path) -> None:
 
 
 def _questions(pages: Sequence[str], draws: random.Random) -> list[Fact]:
-    """One of every page, beside descriptions of other pages."""
-    items = [draws.choice(list(_ITEM.finditer(page))) for page in pages][:_FACTS]
-    found = []
-    for item in items:
-        others = draws.sample([other["what"] for other in items if other is not item], _CHOICES - 1)
-        found.append(Fact(item["what"], item["command"], tuple(others)))
-    return found
-
-
-def _same(one: str, other: str) -> bool:
-    return one.split() == other.split()
+    """Of these pages, each beside descriptions of other commands."""
+    items = {item["what"]: item["command"] for page in pages for item in _ITEM.finditer(page)}
+    asked = draws.sample(list(items), min(_FACTS, len(items)))
+    facts = []
+    for what in asked:
+        others = draws.sample([other for other in items if items[other] != items[what]], _CHOICES - 1)
+        facts.append(Fact(what, items[what], tuple(others)))
+    return facts
 
 
 def _title(page: str) -> str:

@@ -102,7 +102,7 @@ class Trajectory:
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
-    sources: tuple[tuple[float, int], ...] = ()
+    sources: tuple[tuple[float, float], ...] = ()
     """Loss and units of each source, step after step."""
 
 
@@ -147,7 +147,7 @@ def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
         task_of(cell.task, cell.model),
         list[float](),
         list[float](),
-        list[tuple[float, int]](),
+        list[tuple[float, float]](),
     )
     for step, shape in enumerate(shape for shape in cell.shapes for _ in range(cell.steps)):
         set_rotary_base(trainable.chunks, shape.rotary_base)

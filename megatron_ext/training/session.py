@@ -179,10 +179,12 @@ class Session:
             consumed_samples=self.stream.position().samples,
         )
 
-    def validate(self, batches: Iterable[Batch], num_sources: int = 1) -> tuple[float, list[tuple[float | None, int]]]:
+    def validate(
+        self, batches: Iterable[Batch], num_sources: int = 1
+    ) -> tuple[float, list[tuple[float | None, float]]]:
         """The task's loss over `batches`; and of each source its loss, None where it has no unit, and its units."""
         loss, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
-        return float(loss), sources.read() if sources is not None else [(None, 0)] * num_sources
+        return float(loss), sources.read() if sources is not None else [(None, 0.0)] * num_sources
 
     def save(self) -> Path:
         """Save a checkpoint."""
