@@ -31,20 +31,25 @@ step tokenizer $out/tokenizer tool tokenizer train "$corpus" --output $out/token
 step "preprocess (text)" $out/data/text \
   tool preprocess "$corpus" --tokenizer $out/tokenizer --output $out/data/text --split 0.96 0.02 0.02
 conversations() {
-  tool preprocess "$1" "${@:3}" --tokenizer $out/tokenizer --chat-template "$here/template.jinja" --output "$2" \
-    --max-tokens 256 --bad-lines skip --split 0.96 0.02 0.02
+  local input=$1 output=$2
+  shift 2
+  tool preprocess "$input" "$@" --tokenizer $out/tokenizer --chat-template "$here/template.jinja" --output "$output" \
+    --bad-lines skip --split 0.96 0.02 0.02
 }
-step "preprocess (conversations)" $out/data/chat conversations "$chats" $out/data/chat --chat
-step "preprocess (pairs)" $out/data/pairs conversations "$pairs" $out/data/pairs --preference
+step "preprocess (conversations)" $out/data/chat conversations "$chats" $out/data/chat --chat --max-tokens 256
+step "preprocess (pairs)" $out/data/pairs conversations "$pairs" $out/data/pairs --preference --max-tokens 128
 
 # --- pretrained -> SFT -> DPO ------------------------------------------------------------------------------------------
 step pretraining $out/pretrained/"$(iteration $pretraining)" train 2 "$here/pretrain.yaml" train.train_iters=$pretraining
-step SFT $out/sft/"$(iteration $sft)" train 2 "$here/sft.yaml" checkpoint.initialize_from=$out/pretrained \
-  checkpoint.directory=$out/sft data.tokenizer=$out/data/chat/tokenizer \
-  "data.sources={chat: {path: $out/data/chat/train}}" "data.stages=[{name: chat, mix: {chat: 1}, steps: $sft}]" \
-  "data.validation=[{path: $out/data/chat/validation}]"
-step "DPO by LoRA" $out/dpo/"$(iteration $dpo)" train 2 "$here/dpo.yaml" \
-  "data.stages=[{name: pairs, mix: {pairs: 1}, steps: $dpo}]"
+# A run of this folder on the data of $out: tuned NAME DATA START STEPS
+tuned() {
+  step "$1" $out/"$1"/"$(iteration "$4")" train 2 "$here/$1.yaml" checkpoint.directory=$out/"$1" \
+    checkpoint.initialize_from=$out/"$3" data.tokenizer=$out/data/"$2"/tokenizer \
+    "data.sources={$2: {path: $out/data/$2/train}}" "data.stages=[{name: $2, mix: {$2: 1}, steps: $4}]" \
+    "data.validation=[{path: $out/data/$2/validation}]"
+}
+tuned sft chat pretrained $sft
+tuned dpo pairs sft $dpo
 
 # --- merged -> Hugging Face --------------------------------------------------------------------------------------------
 step merge $out/merged tool merge_lora $out/dpo $out/merged --dtype fp32

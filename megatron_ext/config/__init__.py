@@ -32,7 +32,7 @@ from megatron_ext.config.schedule import (
     Schedule,
     WsdSchedule,
 )
-from megatron_ext.config.task import PRETRAIN, PretrainTask, SftTask, TaskConfig
+from megatron_ext.config.task import PRETRAIN, PreferenceTask, PretrainTask, SftTask, TaskConfig
 from megatron_ext.config.training import (
     AdamConfig,
     Bf16Precision,
@@ -79,6 +79,7 @@ __all__ = [
     "Position",
     "PRETRAIN",
     "Precision",
+    "PreferenceTask",
     "PretrainTask",
     "RecomputeConfig",
     "RollbackConfig",

@@ -1,6 +1,6 @@
 """The weights beside which a run trains and which its checkpoints do not hold: the same at each resume."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_ext.canonical.adapters import adapter_pairs
 from megatron_ext.checkpoint.fingerprint import fingerprint, fingerprint_sum
+from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.state_file import BASE_KEY
 from megatron_ext.config import LoraConfig, ModelConfig, RunConfig, to_mapping
 from megatron_ext.config.load import load_config
@@ -28,12 +29,7 @@ class FrozenBase:
         self.path = Path(run.checkpoint.initialize_from)
         shards = trainable.base_weights()
         load_weights(self.path, run.model, shards, open_foreign)
-        # As two numbers, so that no sum overflows differently from one library to another.
-        total = fingerprint_sum(shards, run.model.vocab_size) % 2**64
-        halves = torch.tensor([total & 0xFFFFFFFF, total >> 32], dtype=torch.int64, device=device)
-        dist.all_reduce(halves)
-        low, high = halves.tolist()
-        self.fingerprint = fingerprint(low + (high << 32), DTYPES[run.precision.kind])
+        self.fingerprint = fingerprint_of_weights(shards, run, device)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of it, for whoever needs both together."""
@@ -56,6 +52,16 @@ class FrozenBase:
                 "adapters: not those of the checkpoint:\n" + "\n".join(f"  {line}" for line in changed) + "\nSet them "
                 "back, or start a new run in another checkpoint.directory"
             )
+
+
+def fingerprint_of_weights(shards: Sequence[TensorShard], run: RunConfig, device: torch.device) -> str:
+    """What is recorded of the weights of which every rank has its `shards`; every rank must call this."""
+    # As two numbers, so that no sum overflows differently from one library to another.
+    total = fingerprint_sum(shards, run.model.vocab_size) % 2**64
+    halves = torch.tensor([total & 0xFFFFFFFF, total >> 32], dtype=torch.int64, device=device)
+    dist.all_reduce(halves)
+    low, high = halves.tolist()
+    return fingerprint(low + (high << 32), DTYPES[run.precision.kind])
 
 
 def changed_adapters(model: ModelConfig, then: LoraConfig, now: LoraConfig) -> list[str]:

@@ -22,7 +22,8 @@ class JsonlSink:
     def validation(self, iteration: int, report: ValidationReport) -> None:
         """Loss, in all and by source."""
         record = {"iteration": iteration, "validation_loss": report.loss, "sources": validation_values(report)}
-        self._file.write({**record, "time": time.time()})
+        others = {f"validation_{name}": value for name, value in report.others.items()}
+        self._file.write({**record, **others, "time": time.time()})
 
     def event(self, event: Event) -> None:
         """The event with its details."""

@@ -169,6 +169,7 @@ class Reports(Hook):
                 stage=consumed.stage,
                 memory=memory,
                 step_seconds=self._step_seconds(done_since),
+                has_perplexity=session.task.has_perplexity,
                 figures={name: value for hook in session.hooks for name, value in hook.figures().items()},
             )
             self._monitor.step(report)

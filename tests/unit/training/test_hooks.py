@@ -229,8 +229,8 @@ def test_validation_reads_the_same_batches_each_time_and_none_before_a_stop(
 ) -> None:
     session = fake_session(tmp_path, train={"eval_interval": 2, "eval_iters": 3}, data=VALIDATED)
     read: list[list[int]] = []
-    losses = 1.5, [(1.5, 12), (None, 0)]
-    session.validate = lambda batches, _: read.append([b[0].number for b in batches]) or losses  # type: ignore[func-returns-value]
+    losses = {"loss": 1.5}, [(1.5, 12), (None, 0)]
+    session.validate = lambda batches, _: read.append([b[0].number for b in batches]) or ({**losses[0]}, losses[1])  # type: ignore[func-returns-value]
     told: list[tuple[int, ValidationReport]] = []
     stream = Numbers()
     hook = Validation(session.run.train, stream, Clock(), lambda iteration, report: told.append((iteration, report)))
