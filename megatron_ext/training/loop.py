@@ -30,6 +30,7 @@ from megatron_ext.training.findings import Findings
 from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
+from megatron_ext.training.hooks.evaluating import Evaluating
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.slow_ranks import SlowRanks
@@ -141,6 +142,8 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
     hooks.append(DiskRoom(run, reports.event))
+    if run.evaluation.on_checkpoint is not None:
+        hooks.append(Evaluating(run.evaluation, Path(run.checkpoint.directory), metrics_path(run), reports.event))
     return guard, [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
 
 
@@ -153,7 +156,7 @@ def telling_hooks(hooks: Sequence[Hook]) -> Iterator[None]:
         for hook in hooks:
             hook.on_error(error)
         raise
-    for hook in hooks:
+    for hook in reversed(hooks):  # reports, the first of them, take what others tell at their end
         hook.close()
 
 
