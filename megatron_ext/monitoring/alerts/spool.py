@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import socket
 import threading
 import time
@@ -45,7 +44,7 @@ class Spool:
 
     def __init__(self, folder: Path, name: str, place: str, *, is_runs: bool = True) -> None:
         self._place, self._is_runs = place, is_runs
-        own = name if is_runs else f"{name}.{socket.gethostname()}.{os.getpid()}"
+        own = name if is_runs else f"{name}.{socket.gethostname()}.{time.time_ns()}"
         self.path, self._all = folder / f"{_FILE}.{own}.json", f"{_FILE}.{name}.*json"
         self._adopted: list[Path] = []
         self._waiting: Callable[[], Sequence[Alert]] = list
