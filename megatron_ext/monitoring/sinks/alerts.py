@@ -75,7 +75,7 @@ class AlertsSink:
 
 
 def _channels(settings: AlertsConfig) -> list[Channel]:
-    """The places of `settings` whose secrets are there; of the others preflight has spoken."""
+    """The places of `settings` whose secrets are there; the startup checks have spoken of the others."""
     channels: list[Channel] = []
     if settings.webhook is not None and (url := os.environ.get(settings.webhook.url_variable)):
         channels.append(Webhook(url))

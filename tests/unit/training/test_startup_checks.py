@@ -22,7 +22,7 @@ from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.training import data_files
 from megatron_ext.training.findings import Findings
-from megatron_ext.training.preflight import check_run, examine
+from megatron_ext.training.startup_checks import check_run, examine
 from tests.support.commands import TOOLS, command, train
 from tests.support.workspace import prepare_data, run_mapping, write_run
 
