@@ -33,6 +33,7 @@ from megatron_ext.runtime.seeds import random_state, restore_random_state
 from megatron_ext.training.frozen_base import FrozenBase
 from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook
+from megatron_ext.training.reference import StoredReference
 from megatron_ext.training.same_run import (
     check_same_data,
     check_same_model,
@@ -47,6 +48,7 @@ from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_we
 from megatron_ext.training.step import StepResult, never, train_step, unmarked, validation_loss
 from megatron_ext.training.tasks.base import TrainTask
 from megatron_ext.training.tasks.choose import task_of
+from megatron_ext.training.tasks.preference import Preference
 from megatron_ext.training.verdict import Judge, Rollback, take_finite
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ class Session:
     """Told of each part of a step when it is over."""
     base: FrozenBase | None = None
     """The weights that are not trained, where only what is beside them is."""
+    reference: StoredReference | None = None
+    """What answers are compared with, where that is kept in files."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
@@ -179,10 +183,14 @@ class Session:
             consumed_samples=self.stream.position().samples,
         )
 
-    def validate(self, batches: Iterable[Batch], num_sources: int = 1) -> tuple[float, list[tuple[float | None, int]]]:
-        """The task's loss over `batches`; and of each source its loss, None where it has no unit, and its units."""
-        loss, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
-        return float(loss), sources.read() if sources is not None else [(None, 0)] * num_sources
+    def validate(
+        self, batches: Iterable[Batch], num_sources: int = 1
+    ) -> tuple[dict[str, float], list[tuple[float | None, float]]]:
+        """The task's sums over `batches`, the loss first; of each source its loss, None without a unit, and units."""
+        losses, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
+        return {name: float(loss) for name, loss in losses.items()}, sources.read() if sources is not None else [
+            (None, 0.0)
+        ] * num_sources
 
     def save(self) -> Path:
         """Save a checkpoint."""
@@ -205,8 +213,8 @@ class Session:
             self.checkpoints.restore(checkpoint)
         else:
             hooks = [hook.name for hook in self.hooks if hook.name]
-            base = [] if self.base is None else ["base"]
-            self.checkpoints.restore(checkpoint, only=[*base, "model", "progress", *hooks])
+            kept = [name for name, one in (("base", self.base), ("reference", self.reference)) if one is not None]
+            self.checkpoints.restore(checkpoint, only=[*kept, "model", "progress", *hooks])
             self._take_over_weights()
         self._set_rotary_base(self.plan.stage_of_step(max(self.state.iteration - 1, 0)))
         self.levers = levers(self.run, checkpoint)
@@ -248,6 +256,8 @@ class Session:
         register("model", tensors=self.trainable.saved_weights)
         if self.base is not None:
             register("base", scalars=self.base.record, restore=self.base.check)
+        if self.reference is not None:
+            register("reference", scalars=self.reference.record, restore=self.reference.restore)
         register(
             "optimizer",
             tensors=lambda: optimizer_shards(self.chunks, self.optimizer),
@@ -314,7 +324,7 @@ def open_session(
         hooks: their state is saved and restored with the rest.
         guard: decides whether a step is taken; one of the hooks. Without one, the first bad step ends the run.
     """
-    trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model)
+    trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model, groups, run.adapters)
     checkpoints = CheckpointManager(
         run.checkpoint.directory,
         recorded_run(run, run.model.rotary_base),
@@ -326,12 +336,29 @@ def open_session(
     )
     judged: dict[str, Any] = {} if guard is None else {"judge": guard, "rate_factor": guard.rate_factor}
     base = FrozenBase(run, trainable, open_foreign, device) if trainable.has_frozen_base else None
+    reference = None
+    if isinstance(task, Preference) and task.reference == "file":
+        reference = StoredReference(run)
     session = Session(
-        run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, **judged, base=base
+        run,
+        layout,
+        groups,
+        device,
+        trainable,
+        task,
+        stream,
+        plan,
+        checkpoints,
+        hooks,
+        **judged,
+        base=base,
+        reference=reference,
     )
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif base is None and run.checkpoint.initialize_from is not None:
         session.initialize_from(run.checkpoint.initialize_from, open_foreign)
     require_directions(routers(session.chunks))
+    if isinstance(task, Preference) and reference is not None:
+        session.task = dataclasses.replace(task, table=reference.table(session))
     return session

@@ -355,6 +355,17 @@ class _Examination:
                 f"{where}: {coming:,} checkpoints of about {size(each)} will stand there ({keep}), but only "
                 f"{size(free)} are free; set a smaller checkpoint.keep_last, or make room"
             )
+        if settings.copy_to is not None and "://" not in settings.copy_to:
+            second = Path(settings.copy_to)
+            free = shutil.disk_usage(_existing(second)).free
+            coming = checkpoints_to_come(
+                settings, done, last, [iteration_of(path) for path in complete_checkpoints(second)]
+            )
+            if each * coming > free:
+                self.found.warnings.append(
+                    f"checkpoint.copy_to = {named(settings.copy_to)}: {coming:,} copies of about {size(each)} will "
+                    f"stand there ({keep}), but only {size(free)} are free"
+                )
 
 
 def _existing(path: Path) -> Path:
