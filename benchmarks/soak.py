@@ -297,12 +297,15 @@ def run(folder: Path, small_disk: Path | None, steps: int, seed: int) -> tuple[S
     calm, soak = soaks
     disturb(calm, 0, [])
     kinds: list[Disturbance] = [kill_rank, kill_launcher, kill_all, terminate, user_signal, damage, dead_webhook]
-    disturb(soak, steps, [*kinds, full_disk] if small_disk is not None else kinds)
+    if small_disk is not None:
+        kinds.append(full_disk)
+    disturb(soak, steps, kinds)
     wanted, found = losses(calm.directory), losses(soak.directory)
     faults = [
         f"step {step}: {found.get(step)} for {wanted[step]}" for step in wanted if found.get(step) != wanted[step]
     ]
-    return soak, faults + untold(soak)
+    never = [f"{kind.__name__} was never drawn: take more steps" for kind in kinds if not soak.done[kind.__name__]]
+    return soak, faults + untold(soak) + never
 
 
 def main() -> None:

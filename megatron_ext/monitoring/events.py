@@ -7,6 +7,8 @@ from typing import Any, Literal
 Severity = Literal["info", "warning", "error"]
 
 STARTED = "started"
+EVALUATION = "evaluation"
+"""The results of a checkpoint's evaluation, at the step of the checkpoint."""
 
 _SEVERITIES: dict[str, Severity] = {
     "failed": "error",
@@ -20,6 +22,7 @@ _SEVERITIES: dict[str, Severity] = {
     "slow_rank": "warning",
     "disk": "warning",
     "checkpoint_failed": "warning",
+    "evaluation_failed": "warning",
 }
 
 

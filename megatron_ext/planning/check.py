@@ -11,6 +11,7 @@ from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.errors import ConversionError
 from megatron_ext.planning.amounts import flops
 from megatron_ext.planning.flops import training_flops_per_token
+from megatron_ext.planning.guard_line import guard_line
 from megatron_ext.planning.memory import state_memory
 from megatron_ext.runtime.core_guard import versions
 
@@ -48,6 +49,7 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
         f"training        {_work(run, each, plan)}",
         f"state memory    {memory.bytes / 2**30:,.3g} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
+        f"guard           {guard_line(run)}",
         f"Hugging Face    {_export(run)}",
         f"micro-batches   {_micro_batches(run, layout)} tokens a rank and step",
         f"installed       {versions()}",

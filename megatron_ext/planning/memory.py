@@ -12,14 +12,21 @@ from megatron_ext.config import Layout, LoraConfig, ModelConfig, ParallelConfig,
 
 @dataclass(frozen=True)
 class StateMemory:
-    """The fullest rank's share."""
+    """One rank's share."""
 
     parameters: int
     bytes: int
+    largest_buffer: int
+    """Gradients of the larger of its two buffers, of dense weights and of experts', in bytes."""
 
 
 def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
-    """Parameters and bytes of state on the rank that holds most.
+    """Parameters and bytes of state on the rank that holds most."""
+    return max(stage_states(run, layout), key=lambda state: state.bytes)
+
+
+def stage_states(run: RunConfig, layout: Layout) -> list[StateMemory]:
+    """Parameters and bytes of state on a rank of each pipeline stage.
 
     A trained parameter takes 4 (fp32) or 2 (bf16) bytes and its gradient 4. Adam's two moments (and in bf16 the fp32
     master weight) take 8 (12) bytes, split by the distributed optimizer over the ranks that have the same weights:
@@ -28,7 +35,7 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
     """
     tensors = model_tensors(run.model)
     trained, frozen = (tensors, {}) if run.adapters is None else (adapter_tensors(run.model, run.adapters), tensors)
-    stages = zip(*(_stages(run.model, some, layout, run.parallel) for some in (trained, frozen)), strict=True)
+    stages = list(zip(*(_stages(run.model, some, layout, run.parallel) for some in (trained, frozen)), strict=True))
     weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
     dense_share = layout.dp * layout.cp if run.parallel.use_distributed_optimizer else 1
     expert_share = layout.edp if run.parallel.use_distributed_optimizer else 1
@@ -38,8 +45,7 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
         dense, expert = trained
         return held + math.ceil(dense / dense_share) * state + math.ceil(expert / expert_share) * state
 
-    fullest = max(stages, key=lambda parts: size(*parts))
-    return StateMemory(sum(map(sum, fullest)), size(*fullest))
+    return [StateMemory(sum(map(sum, parts)), size(*parts), 4 * max(parts[0])) for parts in stages]
 
 
 def _stages(

@@ -166,6 +166,21 @@ def test_check_prints_grid_and_counts_and_reloads() -> None:
     assert load_config(RunConfig, parse_yaml(resolved, source="t"), source="t") == run
 
 
+def test_check_says_what_the_guard_will_do() -> None:
+    off = describe_run(load(mapping()), 1)
+    assert (
+        "guard           3 steps in a row that are not finite are skipped, the next one ends the run; off: guard."
+        in off
+    )
+    settings = {"spikes": {"sigma": 5}, "rollback": {}, "max_nonfinite_in_row": 0}
+    kept = {"save_interval": 50, "keep_last": 4}
+    checkpoint = {**mapping()["checkpoint"], **kept}
+    on = describe_run(load(mapping(guard=settings, checkpoint=checkpoint)), 1)
+    assert "guard           a step that is not finite takes the run back; steps 5 sigma above the 128 before" in on
+    assert "goes back to a checkpoint 100 to 149 steps before" in on
+    assert "off: guard" not in on
+
+
 def test_check_prints_the_length_and_the_micro_batches_of_stages() -> None:
     stages = [
         {"name": "short", "mix": {"ja": 1}, "steps": 3},
