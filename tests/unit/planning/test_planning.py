@@ -14,8 +14,8 @@ from megatron_ext.config import (
     ModelConfig,
     MultiLatentAttention,
     ParallelConfig,
-    PreferenceTask,
     Precision,
+    PreferenceTask,
     TrainConfig,
 )
 from megatron_ext.config.layout import resolve_layout
