@@ -38,7 +38,7 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
     memory = state_memory(run, layout)
     if plan is not None and run.data.stages:
         run = replace(run, train=replace(run.train, train_iters=plan.total_steps))
-    each = training_flops_per_token(run.model, run.data.sequence_length, run.adapters)
+    each = training_flops_per_token(run.model, run.data.sequence_length, run.adapters, run.task)
     lines = [
         dump_yaml(to_mapping(run)),
         _grid(layout, assumed=world_size is None),
@@ -88,7 +88,9 @@ def _work(run: RunConfig, each: float, plan: RunPlan | None) -> str:
     if plan is None:
         tokens = run.planned_samples * run.data.sequence_length
         return f"{tokens:,} tokens, {flops(each)} a token, {flops(each * tokens)} in all"
-    total = sum(training_flops_per_token(run.model, s.sequence_length, run.adapters) * s.tokens for s in plan.stages)
+    total = sum(
+        training_flops_per_token(run.model, s.sequence_length, run.adapters, run.task) * s.tokens for s in plan.stages
+    )
     return f"{plan.total_tokens:,} tokens, {flops(total / plan.total_tokens)} a token, {flops(total)} in all"
 
 
