@@ -10,6 +10,9 @@ _given: set[str] = set()
 class MegatronExtError(Exception):
     """Base of every error whose message is written for the person running the command."""
 
+    is_everywhere = False
+    """Whether every rank of the run raises the same: then it is enough that one prints it."""
+
 
 class ConfigError(MegatronExtError):
     """A run, tool or model configuration cannot be used as given."""

@@ -40,7 +40,7 @@ class Findings:
 
 
 def check_job(job: Job, run: RunConfig, steps: int) -> Findings:
-    """Hold the job against the run and the profile; the run's own files are looked at by training/preflight.py.
+    """Hold the job against the run and the profile; the run's own files are looked at by training/startup_checks.py.
 
     Args:
         steps: of the whole run.

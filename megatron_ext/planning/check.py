@@ -5,7 +5,8 @@ from dataclasses import replace
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.canonical.adapters import adapter_tensors
 from megatron_ext.canonical.counts import count_parameters
-from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
+from megatron_ext.config import Layout, PreferenceTask, RunConfig, dump_yaml, smallest_world_size, to_mapping
+from megatron_ext.config.preference import turned_off
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.errors import ConversionError
 from megatron_ext.planning.amounts import flops
@@ -44,6 +45,7 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
         "",
         f"parameters      {counts.total:,} in all, {counts.active:,} active for each token",
         *_adapters(run, counts.total),
+        *_preference(run),
         f"training        {_work(run, each, plan)}",
         f"state memory    {memory.bytes / 2**30:,.3g} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
@@ -62,6 +64,21 @@ def _adapters(run: RunConfig, of: int) -> list[str]:
     sizes = [tensor.size for tensor in adapter_tensors(run.model, run.adapters).values()]
     share = f"{sum(sizes) / of:.2%} of those"
     return [f"adapters        {sum(sizes):,} parameters in {len(sizes) // 2:,} pairs are trained, {share}"]
+
+
+def _preference(run: RunConfig) -> list[str]:
+    """What answers are compared with, and what of the model is left out of account for it."""
+    if not isinstance(run.task, PreferenceTask):
+        return []
+    kinds = {
+        "adapters_off": "the base, computed beside each step with the adapters switched off",
+        "file": "the weights that the run starts from, by files beside the pairs that are computed once",
+        "none": "none",
+    }
+    lines = [f"reference       {kinds[run.task.reference_of(has_adapters=run.adapters is not None)]}"]
+    if off := turned_off(run.task, run.model, run.adapters):
+        lines.append(f"off             {', '.join(off)}: answers and reference are of one function of the weights")
+    return lines
 
 
 def _work(run: RunConfig, each: float, plan: RunPlan | None) -> str:

@@ -25,7 +25,10 @@ from tests.support.product import alternating
 # fp32 rounds to 6e-8. Splitting a matrix product or a batch changes the order of additions, and Adam turns a relative
 # error of a gradient into the same relative error of a step; after 5 steps the largest difference seen is 7e-7. Real
 # faults (a gradient reduced over the wrong group, a loss scaled wrongly) show as 1e-4 and more.
-TOLERANCE = 1e-5
+TOLERANCE = 5e-6
+# A wrong gradient is in the norm of the first step and the loss of the second; what the optimizer keeps wrongly between
+# steps, in the loss of the third. With --product, five, as the table in README.md has them.
+STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,17 @@ OPTIONS = [(optimizer, recompute) for recompute in RECOMPUTE for optimizer in (T
 
 
 @pytest.fixture(scope="module")
-def references(pool: GlooPool) -> dict[str, Trajectory]:
-    """Each model on one process, without any option."""
+def cells(request: pytest.FixtureRequest) -> dict[str, Cell]:
+    """How each model is trained in the grid."""
+    steps = 5 if request.config.getoption("--product") else STEPS
     plain = ParallelConfig(use_distributed_optimizer=False)
-    return {
-        kind: run_layout(pool, Cell(model, plain, documents=kind == WITH_DOCUMENTS), 1)
-        for kind, model in MODELS.items()
-    }
+    return {kind: Cell(model, plain, steps=steps, documents=kind == WITH_DOCUMENTS) for kind, model in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def references(pool: GlooPool, cells: dict[str, Cell]) -> dict[str, Trajectory]:
+    """Each model on one process, without any option."""
+    return {kind: run_layout(pool, cell, 1) for kind, cell in cells.items()}
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +146,14 @@ def test_layout_equals_one_process(
     case: tuple[str, GridCase],
     option: tuple[bool, str],
     pool: GlooPool,
+    cells: dict[str, Cell],
     references: dict[str, Trajectory],
     table: dict[tuple[str, str], dict[str, Difference]],
 ) -> None:
     kind, entry = case
     distributed_optimizer, recompute = option
     parallel = replace(entry.parallel, use_distributed_optimizer=distributed_optimizer)
-    cell = Cell(MODELS[kind], parallel, recompute=RECOMPUTE[recompute], documents=kind == WITH_DOCUMENTS)
+    cell = replace(cells[kind], parallel=parallel, recompute=RECOMPUTE[recompute])
     difference = compare(run_layout(pool, cell, entry.processes), references[kind])
     table.setdefault((kind, entry.name), {})[column_of(*option)] = difference
     print(f"{kind} {entry.name}, {column_of(*option)}: {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
@@ -165,24 +173,24 @@ def test_the_losses_of_the_sources_make_up_the_loss(kind: str, references: dict[
 
 @pytest.mark.parametrize("kind", ["dense", "MoE"])
 @pytest.mark.parametrize("gather", [False, True], ids=["reduce", "reduce-and-gather"])
-def test_overlap_changes_nothing(kind: str, gather: bool, pool: GlooPool, references: dict[str, Trajectory]) -> None:
+def test_overlap_changes_nothing(
+    kind: str, gather: bool, pool: GlooPool, cells: dict[str, Cell], references: dict[str, Trajectory]
+) -> None:
     expert_degree = 2 if kind == "MoE" else 1
     parallel = ParallelConfig(
         expert_model_parallel_size=expert_degree, overlap_grad_reduce=True, overlap_param_gather=gather
     )
-    difference = compare(run_layout(pool, Cell(MODELS[kind], parallel), 4), references[kind])
+    difference = compare(run_layout(pool, replace(cells[kind], parallel=parallel), 4), references[kind])
     assert difference.worst < TOLERANCE
 
 
 @pytest.mark.parametrize("modules", [["core_attn"], ["moe"], ["shared_experts"], ["mlp"]], ids=lambda m: m[0])
 def test_selective_recompute_changes_nothing(
-    modules: list[str], pool: GlooPool, references: dict[str, Trajectory]
+    modules: list[str], pool: GlooPool, cells: dict[str, Cell], references: dict[str, Trajectory]
 ) -> None:
     recompute = RecomputeConfig(granularity="selective", modules=modules)
-    difference = compare(
-        run_layout(pool, Cell(MODELS["MoE"], ParallelConfig(), recompute=recompute), 1), references["MoE"]
-    )
-    assert difference.worst < TOLERANCE
+    cell = replace(cells["MoE"], parallel=ParallelConfig(), recompute=recompute)
+    assert compare(run_layout(pool, cell, 1), references["MoE"]).worst < TOLERANCE
 
 
 GATE = {"moe_router_pre_softmax": True, "moe_router_norm_topk_prob": True}
@@ -244,7 +252,7 @@ def test_every_feature_is_met() -> None:
 def test_every_router_feature_equals_one_process(features: tuple[str, ...], pool: GlooPool) -> None:
     """Also with recompute: noise must then be drawn again as it was, and nothing be counted twice."""
     settings = {key: value for name in features for key, value in FEATURES[name].items()}
-    cell = Cell(tiny_model(moe=True, **settings), ParallelConfig(), steps=3)
+    cell = Cell(tiny_model(moe=True, **settings), ParallelConfig(), steps=STEPS)
     is_global = "global" in str(settings)
     plain = {rows: run_layout(pool, replace(cell, micro_batch=rows), 1) for rows in ((1, 2) if is_global else (1,))}
     for entry in FEATURE_LAYOUTS:
@@ -258,9 +266,11 @@ def test_every_router_feature_equals_one_process(features: tuple[str, ...], pool
             assert difference.worst < TOLERANCE, entry.name
 
 
-def test_recomputed_attention_sees_the_same_documents(pool: GlooPool, references: dict[str, Trajectory]) -> None:
+def test_recomputed_attention_sees_the_same_documents(
+    pool: GlooPool, cells: dict[str, Cell], references: dict[str, Trajectory]
+) -> None:
     recompute = RecomputeConfig(granularity="selective", modules=["core_attn"])
-    cell = Cell(MODELS["MoE"], ParallelConfig(context_parallel_size=2), recompute=recompute, documents=True)
+    cell = replace(cells[WITH_DOCUMENTS], parallel=ParallelConfig(context_parallel_size=2), recompute=recompute)
     assert compare(run_layout(pool, cell, 2), references[WITH_DOCUMENTS]).worst < TOLERANCE
 
 
@@ -279,7 +289,7 @@ BF16_LAYOUTS = [
 @pytest.fixture(scope="module")
 def bf16_references(pool: GlooPool) -> dict[bool, Trajectory]:
     """The MoE on one process in bf16, without and with documents."""
-    alone = Cell(MODELS["MoE"], ParallelConfig(), Bf16Precision(kind="bf16"))
+    alone = Cell(MODELS["MoE"], ParallelConfig(), Bf16Precision(kind="bf16"), steps=STEPS)
     return {documents: run_layout(pool, replace(alone, documents=documents), 1) for documents in (False, True)}
 
 
@@ -292,16 +302,16 @@ def test_context_parallelism_in_bf16(
     entry: GridCase, documents: bool, recompute: str, pool: GlooPool, bf16_references: dict[bool, Trajectory]
 ) -> None:
     precision = Bf16Precision(kind="bf16")
-    cell = Cell(MODELS["MoE"], entry.parallel, precision, RECOMPUTE[recompute], documents=documents)
+    cell = Cell(MODELS["MoE"], entry.parallel, precision, RECOMPUTE[recompute], steps=STEPS, documents=documents)
     difference = compare(run_layout(pool, cell, entry.processes), bf16_references[documents])
     print(f"{entry.name}, {recompute}: loss {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
     assert difference.loss < BF16_TOLERANCE.loss
     assert difference.norm < BF16_TOLERANCE.norm
 
 
-def test_a_difference_would_be_seen(pool: GlooPool, references: dict[str, Trajectory]) -> None:
+def test_a_difference_would_be_seen(pool: GlooPool, cells: dict[str, Cell], references: dict[str, Trajectory]) -> None:
     """The grid can fail: without its balance loss the MoE model trains measurably differently."""
-    cell = Cell(replace(MODELS["MoE"], moe_aux_loss_coeff=0.0), ParallelConfig())
+    cell = replace(cells["MoE"], model=replace(MODELS["MoE"], moe_aux_loss_coeff=0.0))
     assert compare(run_layout(pool, cell, 1), references["MoE"]).worst > 100 * TOLERANCE
 
 

@@ -58,7 +58,7 @@ def test_a_layout_trains_as_one_process(
 ) -> None:
     """With weights of labels between 0 and 1, packed samples, and noise on the embeddings."""
     task = SftTask(kind="sft", weighting="row", neftune_alpha=5.0)
-    cell = Cell(tiny_model(moe=moe), parallel, documents=True, task=task, adapters=adapters)
+    cell = Cell(tiny_model(moe=moe), parallel, steps=3, documents=True, task=task, adapters=adapters)
     alone = replace(cell, parallel=ParallelConfig(use_distributed_optimizer=False))
     one = run_layout(pool, alone, 1)
     assert compare(run_layout(pool, cell, processes), one).worst < TOLERANCE

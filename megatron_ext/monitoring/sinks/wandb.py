@@ -87,6 +87,9 @@ class WandbSink:
         # Rates are limited before: W&B itself would drop what comes too soon.
         self._run.alert(message.title[:63], message.text, level=levels[message.severity], wait_duration=0.001)
 
+    def flush(self) -> None:
+        """W&B's own process has everything."""
+
     def close(self, *, failed: bool = False) -> None:
         """Finish the run, in a time that is limited."""
         if self._run is None:

@@ -110,7 +110,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_makes_up_for_it(tmp_path: Pa
     full_disk(False)
     run.train(3)
     assert run.complete == ["4", "6"]
-    assert run.told()[0] == ("checkpoint_failed", 3)
+    assert run.told()[0] == ("checkpoint_failed", 2), "the step that was not saved, not the one at which it was known"
     assert "File too large" in run.events[0].text
     assert "It is tried again at the next step that saves" in run.events[0].text
     assert [kind for kind, _ in run.told()] == ["checkpoint_failed", "checkpoint", "checkpoint"]
