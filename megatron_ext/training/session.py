@@ -185,11 +185,11 @@ class Session:
 
     def validate(
         self, batches: Iterable[Batch], num_sources: int = 1
-    ) -> tuple[dict[str, float], list[tuple[float | None, int]]]:
+    ) -> tuple[dict[str, float], list[tuple[float | None, float]]]:
         """The task's sums over `batches`, the loss first; of each source its loss, None without a unit, and units."""
         losses, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
         return {name: float(loss) for name, loss in losses.items()}, sources.read() if sources is not None else [
-            (None, 0)
+            (None, 0.0)
         ] * num_sources
 
     def save(self) -> Path:

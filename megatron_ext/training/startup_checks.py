@@ -358,7 +358,9 @@ class _Examination:
         if settings.copy_to is not None and "://" not in settings.copy_to:
             second = Path(settings.copy_to)
             free = shutil.disk_usage(_existing(second)).free
-            coming = checkpoints_to_come(settings, steps, len(complete_checkpoints(second)))
+            coming = checkpoints_to_come(
+                settings, done, last, [iteration_of(path) for path in complete_checkpoints(second)]
+            )
             if each * coming > free:
                 self.found.warnings.append(
                     f"checkpoint.copy_to = {named(settings.copy_to)}: {coming:,} copies of about {size(each)} will "
