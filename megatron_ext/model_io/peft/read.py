@@ -23,6 +23,7 @@ from megatron_ext.model_io.adapters import Advance, stream_fingerprint, write_ad
 from megatron_ext.model_io.open import Checkpoint, open_checkpoint
 from megatron_ext.model_io.peft.export import PREFIX
 from megatron_ext.model_io.peft.files import CONFIG_FILE, read_directory
+from megatron_ext.model_io.peft.fused import split
 from megatron_ext.model_io.peft.names import Experts, HuggingFaceNames
 
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -30,7 +31,6 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (False, None),
     "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -148,18 +148,20 @@ def _found(opened: Checkpoint, directory: _Directory) -> dict[tuple[str, str], _
     if opened.architecture is None:
         raise ConversionError(f"{opened.directory}: PEFT's names are those of a Hugging Face directory; give one")
     names = HuggingFaceNames(opened.architecture, opened.model)
-    everything = adapter_pairs(opened.model, LoraConfig(targets=[LoraTarget(match=["*"], rank=1)]))
-    found = {}
-    for pair in everything:
-        if pair.weight == OUTPUT and not opened.model.untie_embeddings_and_output_weights:
-            continue
-        module = names.module_or_none(pair)
-        if module is None:
-            continue
+    found: dict[tuple[str, str], _Halves] = {}
+    # Tied weights have no halves: merging one would change the other end of the model.
+    ours = "*" if opened.model.untie_embeddings_and_output_weights else "layers.*"
+    for pair in adapter_pairs(opened.model, LoraConfig(targets=[LoraTarget(match=[ours], rank=1)])):
+        module, together = names.module(pair), names.fused(pair)
         name = f"{module}.weight" if f"{module}.weight" in (directory.config.get("target_parameters") or ()) else module
         one = directory.take(module, name, embedding=pair.is_embedding)
-        if one is not None:
+        if one is None:
+            continue
+        if together is None:
             found[pair.weight, pair.projection] = one
+            continue
+        for projection, (a, b) in split(one.a, one.b, together, opened.model).items():
+            found[pair.weight, projection] = _Halves(a, b, one.scale)
     for layer, experts in names.experts().items():
         found |= _of_tensors(opened.model, layer, experts, directory)
     return found
