@@ -33,11 +33,20 @@ class HuggingFaceNames:
             rule.megatron.format(**holes): (rule, holes) for rule, holes in expanded(architecture.weights, model)
         }
 
-    def module(self, pair: AdapterPair) -> str:
-        """The module whose weight `pair` adds to, such as `model.layers.0.self_attn.q_proj`."""
+    def modules(self, pair: AdapterPair) -> list[str]:
+        """The module whose weight `pair` adds to, such as `model.layers.0.self_attn.q_proj`.
+
+        The newest name comes last: transformers 5 calls GPT-NeoX's `embed_out` `lm_head`.
+        """
         rule, holes = self._rules[pair.weight]
         names = rule.hf_names()
-        return names.get(pair.projection, names.get("tensor", "")).format(**holes).removesuffix(".weight")
+        own = names.get(pair.projection, names.get("tensor", ""))
+        found = [own, *(alias.other for alias in self._architecture.aliases if alias.hf == own)]
+        return [name.format(**holes).removesuffix(".weight") for name in found]
+
+    def module(self, pair: AdapterPair) -> str:
+        """Its newest name."""
+        return self.modules(pair)[-1]
 
     def fused(self, pair: AdapterPair) -> Rule | None:
         """What the weight is made by, where its module has queries, keys and values together."""

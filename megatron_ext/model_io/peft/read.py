@@ -75,6 +75,15 @@ class _Directory:
         a, b = (self.tensors[key].float() for key in keys)
         return _Halves(a, b, self._scale(name))
 
+    def take_any(self, modules: Sequence[str], *, embedding: bool) -> _Halves | None:
+        """The adapter at the first of several names of a module that has one."""
+        for module in modules:
+            weight = f"{module}.weight"
+            name = weight if weight in (self.config.get("target_parameters") or ()) else module
+            if (one := self.take(module, name, embedding=embedding)) is not None:
+                return one
+        return None
+
     def _scale(self, name: str) -> float:
         rank = _by_pattern(self.config.get("rank_pattern") or {}, name, self.config.get("r"))
         alpha = _by_pattern(self.config.get("alpha_pattern") or {}, name, self.config.get("lora_alpha"))
@@ -152,9 +161,7 @@ def _found(opened: Checkpoint, directory: _Directory) -> dict[tuple[str, str], _
     # Tied weights have no halves: merging one would change the other end of the model.
     ours = "*" if opened.model.untie_embeddings_and_output_weights else "layers.*"
     for pair in adapter_pairs(opened.model, LoraConfig(targets=[LoraTarget(match=[ours], rank=1)])):
-        module, together = names.module(pair), names.fused(pair)
-        name = f"{module}.weight" if f"{module}.weight" in (directory.config.get("target_parameters") or ()) else module
-        one = directory.take(module, name, embedding=pair.is_embedding)
+        one, together = directory.take_any(names.modules(pair), embedding=pair.is_embedding), names.fused(pair)
         if one is None:
             continue
         if together is None:
