@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """What watching over a run costs: guard, every metric of every step and asynchronous checkpoints, beside a run without.
 
-python benchmarks/overhead.py --folder DIR            five rounds (a quarter of an hour on 2 cores)
+python benchmarks/overhead.py --folder DIR            three rounds (twenty minutes on 2 cores)
 python benchmarks/overhead.py --folder DIR --record   and append the table to benchmarks/RESULTS.md
 
 The same MoE model of 8 layers trains the same steps in jobs that take turns, on one thread of computation: `bare`
-reports every 40th step and saves nothing; the others add one thing after the other. Seconds are those between report
-40 and the last one, with everything between; a round's ratio compares jobs that ran one after the other.
+reports every 20th step and saves nothing; the others add one thing after the other. Seconds are those between report
+20 and the last one, with everything between; a round's ratio compares jobs that ran one after the other. Processor
+seconds, of all threads of a job, hold still on a machine that has other work, and count what a thread writes beside.
 """
 
 import argparse
@@ -15,26 +16,36 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 from report import hardware, markdown_table, record, versions
 from run_data import ROOT, prepare
 
 from megatron_ext.config import dump_yaml
 from megatron_ext.monitoring.metrics_file import read_metrics
 
-VOCABULARY, FIRST = 4096, 40
+VOCABULARY, FIRST = 4096, 20
 WATCHED = {
-    "bare": ["logging.log_interval=40", "guard.max_nonfinite_in_row=0"],
-    "+ guard": ["logging.log_interval=40"],
+    "bare": ["logging.log_interval=20", "guard.max_nonfinite_in_row=0"],
+    "+ guard": ["logging.log_interval=20"],
     "+ all metrics of every step": ["logging.tensorboard_directory={directory}/tensorboard"],
-    "+ a checkpoint every 40 steps": [
+    "+ a checkpoint every 20 steps": [
         "logging.tensorboard=true",
-        "checkpoint.save_interval=40",
+        "checkpoint.save_interval=20",
         "checkpoint.keep_last=2",
     ],
 }
 """Overrides of the run, by what they add."""
+
+
+class Cost(NamedTuple):
+    """What a step took: seconds on the clock and of processors."""
+
+    clock: float
+    processors: float
 
 
 def configuration(folder: Path, steps: int) -> dict:
@@ -66,51 +77,62 @@ def configuration(folder: Path, steps: int) -> dict:
     }
 
 
-def job(folder: Path, name: str, overrides: list[str]) -> float:
-    """Seconds a step of a job from the beginning."""
+def job(folder: Path, name: str, overrides: list[str], last: int) -> Cost:
+    """What a step of a job from the beginning costs."""
     directory = folder / f"run {name}"
     given = [override.format(directory=directory) for override in overrides]
     command = [sys.executable, str(ROOT / "tools" / "train.py"), str(folder / "run.yaml"), *given]
-    subprocess.run(
+    process = psutil.Popen(
         [*command, f"checkpoint.directory={directory}"],
-        check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    times = {report["iteration"]: report["time"] for report in read_metrics(directory / "metrics.jsonl")}
-    last = max(times)
+    first, end = (_at_report(process, directory / "metrics.jsonl", step) for step in (FIRST, last))
+    if process.wait():
+        sys.exit(f"{' '.join(command)}: ended with {process.returncode}")
     shutil.rmtree(directory)
-    return (times[last] - times[FIRST]) / (last - FIRST)
+    return Cost(*((after - before) / (last - FIRST) for before, after in zip(first, end, strict=True)))
+
+
+def _at_report(process: psutil.Popen, metrics: Path, step: int) -> Cost:
+    """The clock and the seconds of processors that `process` has used when it reports `step`."""
+    while process.poll() is None:
+        if metrics.exists() and any(report["iteration"] >= step for report in read_metrics(metrics)):
+            used = process.cpu_times()
+            return Cost(time.monotonic(), used.user + used.system)
+        time.sleep(0.02)
+    sys.exit(f"the job ended with {process.returncode} before step {step}")
+
+
+def _columns(found: list[Cost], bare: list[Cost]) -> list[str]:
+    """Clock and processors: the median of the jobs, and that of each job's ratio to the bare one of its round."""
+    columns = []
+    for kind in Cost._fields:
+        mine, others = ([getattr(cost, kind) for cost in costs] for costs in (found, bare))
+        ratio = statistics.median(one / other for one, other in zip(mine, others, strict=True))
+        columns += [f"{statistics.median(mine):.4f}", f"{ratio:.3f}"]
+    return columns
 
 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="jobs of each kind (default 5)")
-    parser.add_argument("--steps", type=int, default=120, metavar="N", help="a job's steps, of 40 (default 120)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="jobs of each kind (default 3)")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="steps of a job (default 60)")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
     prepare(options.folder, VOCABULARY)
     (options.folder / "run.yaml").write_text(dump_yaml(configuration(options.folder, options.steps)))
-    seconds: dict[str, list[float]] = {name: [] for name in WATCHED}
+    costs: dict[str, list[Cost]] = {name: [] for name in WATCHED}
     for _ in range(options.rounds):
         for name, overrides in WATCHED.items():
-            seconds[name].append(job(options.folder, name, overrides))
-            print(f"  {name}: {seconds[name][-1]:.4f} s a step", file=sys.stderr)
-    bare = seconds["bare"]
-    rows = [
-        [
-            name,
-            f"{statistics.median(found):.4f}",
-            f"{statistics.median(one / other for one, other in zip(found, bare, strict=True)):.3f}",
-            f"{min(found) / min(bare):.3f}",
-        ]
-        for name, found in seconds.items()
-    ]
-    table = markdown_table(["watched", "s/step", "to bare: median of rounds", "to bare: fastest jobs"], rows)
+            costs[name].append(job(options.folder, name, overrides, options.steps))
+            print(f"  {name}: {costs[name][-1]}", file=sys.stderr)
+    rows = [[name, *_columns(found, costs["bare"])] for name, found in costs.items()]
+    table = markdown_table(["watched", "s/step", "to bare", "processor s/step", "to bare"], rows)
     text = f"{hardware()}; {versions('torch', 'megatron-core')}\n\n{table}"
     print(text)
     if options.record:

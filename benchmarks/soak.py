@@ -111,7 +111,7 @@ class Soak:
             time.sleep(0.1)
         return False
 
-    def ended(self, seconds: float = 180) -> int:
+    def ended(self, seconds: float = 1800) -> int:
         """Wait for the launcher's end, and for all it started; its exit code."""
         assert self.launcher is not None
         code = self.launcher.wait(seconds)
@@ -297,12 +297,15 @@ def run(folder: Path, small_disk: Path | None, steps: int, seed: int) -> tuple[S
     calm, soak = soaks
     disturb(calm, 0, [])
     kinds: list[Disturbance] = [kill_rank, kill_launcher, kill_all, terminate, user_signal, damage, dead_webhook]
-    disturb(soak, steps, [*kinds, full_disk] if small_disk is not None else kinds)
+    if small_disk is not None:
+        kinds.append(full_disk)
+    disturb(soak, steps, kinds)
     wanted, found = losses(calm.directory), losses(soak.directory)
     faults = [
         f"step {step}: {found.get(step)} for {wanted[step]}" for step in wanted if found.get(step) != wanted[step]
     ]
-    return soak, faults + untold(soak)
+    never = [f"{kind.__name__} was never drawn: take more steps" for kind in kinds if not soak.done[kind.__name__]]
+    return soak, faults + untold(soak) + never
 
 
 def main() -> None:

@@ -4,13 +4,18 @@ from megatron_ext.canonical.catalogue import EMBEDDING, CanonicalTensor
 from megatron_ext.config import Layout, ModelConfig, ParallelConfig
 
 
+def stage_of_layer(layer: int, model: ModelConfig, parallel: ParallelConfig) -> int:
+    """The virtual pipeline stage of a layer: chunk c of stage p is p + c * stages."""
+    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    place = layer + parallel.account_for_embedding_in_pipeline_split
+    return place * chunks // (model.num_layers + parallel.counted_as_layers)
+
+
 def stages_of(tensor: CanonicalTensor, model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
     """The pipeline stages that hold `tensor`; a layer's virtual stage v is on stage v modulo their number."""
     pp = parallel.pipeline_model_parallel_size
-    chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     if tensor.layer is not None:
-        place = tensor.layer + parallel.account_for_embedding_in_pipeline_split
-        return (place * chunks // (model.num_layers + parallel.counted_as_layers) % pp,)
+        return (stage_of_layer(tensor.layer, model, parallel) % pp,)
     if tensor.name == EMBEDDING:
         # A tied output layer is a copy of the embedding on the last stage.
         tied = not model.untie_embeddings_and_output_weights

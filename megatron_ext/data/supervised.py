@@ -28,7 +28,9 @@ PREPARED_BY = {
     "chat": "tools/preprocess.py --chat",
     "preference": "tools/preprocess.py --preference",
 }
-READ_BY = {"text": "task.kind = pretrain", "chat": "task.kind = sft", "preference": "a task of preferences"}
+READ_BY = {"text": "task.kind = pretrain", "chat": "task.kind = sft", "preference": "task.kind = preference"}
+PIECES: dict[Kind, int] = {"text": 1, "chat": 1, "preference": 2}
+"""How many samples in a row belong together: of a pair the chosen and the rejected answer."""
 TOKENIZER_FOLDER, TEMPLATE_FILE = "tokenizer", "chat_template.jinja"
 
 
@@ -127,6 +129,11 @@ def template_of(directory: Path) -> str | None:
 def fingerprint_of(template: str) -> str:
     """Changes with the text of a chat template."""
     return hashlib.sha256(template.encode()).hexdigest()[:16]
+
+
+def number_of_pairs(prefix: str | Path) -> int:
+    """Pairs of the dataset at `prefix`."""
+    return len(read_index(Path(f"{prefix}.idx"))[1]) // PIECES["preference"]
 
 
 def mask_file(prefix: str | Path) -> Path:

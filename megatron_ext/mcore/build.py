@@ -17,8 +17,10 @@ from megatron_ext.config import (
     Precision,
     RecomputeConfig,
     RuntimeConfig,
+    TaskConfig,
     TrainConfig,
 )
+from megatron_ext.config.preference import adapters_as, trained_as
 from megatron_ext.mcore.adapters.plan import adapter_plan, freeze_base, is_adapter
 from megatron_ext.mcore.fp8.histories import AmaxHistories, delayed_scalings
 from megatron_ext.mcore.initialization import initialize_weights
@@ -62,6 +64,10 @@ class Buildable(Protocol):
     @property
     def train(self) -> TrainConfig:
         """Its seed is that of the weights and of dropout."""
+
+    @property
+    def task(self) -> TaskConfig:
+        """What it is trained for: some tasks leave out of account what a model has beside its weights."""
 
     @property
     def runtime(self) -> RuntimeConfig:
@@ -113,13 +119,17 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
         ConfigError: megatron-core refuses the model.
     """
     seed_everything(run.train.seed)
-    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, run.runtime.backend)
+    model, adapters = trained_as(run.task, run.model), adapters_as(run.task, run.adapters)
+    config = transformer_config(model, run.parallel, run.precision, run.recompute, run.runtime.backend)
     # On a CPU every order of sums is fixed already.
     config.deterministic_mode = config.deterministic_mode or (run.runtime.deterministic and device.type == "cuda")
-    chunks = build_chunks(run.model, run.parallel, config, device, adapter_plan(run.model, run.adapters))
-    initialize_weights(run.model, list(chunks), run.train.seed, run.adapters)
-    if run.adapters is not None:
+    chunks = build_chunks(model, run.parallel, config, device, adapter_plan(model, adapters))
+    initialize_weights(model, list(chunks), run.train.seed, adapters)
+    if adapters is not None:
         freeze_base(chunks)
+    if run.task.kind == "preference":
+        for router in routers(chunks):
+            router.hold_still()
     return make_trainable(run, groups, config, chunks)
 
 

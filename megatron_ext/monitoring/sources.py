@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.planning.amounts import short_number
@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # sinks need neither torch nor megatron
     from megatron_ext.data.stream.position import Consumption
 
 _MOST_ON_A_LINE = 4
+ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
+"""Of pairs, the share whose chosen answer has the larger reward, and the mean of how much larger it is."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class ValidationReport:
 
     loss: float
     sources: Mapping[str, float]
+    others: Mapping[str, float] = field(default_factory=dict)
+    """What else the task sums up, by name."""
+    has_perplexity: bool = True
+    """Whether the loss is a mean cross-entropy."""
 
 
 def perplexity(loss: float) -> float:
@@ -71,21 +77,40 @@ def consumption_line(consumption: "Consumption") -> str:
 
 def validation_values(report: ValidationReport) -> dict[str, Any]:
     """For the metrics file, by source."""
-    return {name: {"loss": loss, "perplexity": perplexity(loss)} for name, loss in report.sources.items()}
+    return {name: _with_perplexity("loss", loss, report) for name, loss in report.sources.items()}
+
+
+def _with_perplexity(name: str, loss: float, report: ValidationReport) -> dict[str, float]:
+    """A loss under its name, and its perplexity if it has one under the name with that word in the place of `loss`."""
+    found = {name: loss}
+    if report.has_perplexity:
+        found[name.replace("loss", "perplexity", 1)] = perplexity(loss)
+    return found
 
 
 def validation_panels(report: ValidationReport) -> dict[str, float]:
     """For W&B, by panel."""
-    panels = {"validation/loss": report.loss, "validation/perplexity": perplexity(report.loss)}
+    panels = _with_perplexity("validation/loss", report.loss, report)
     for name, loss in report.sources.items():
-        panels |= {f"validation/loss/{name}": loss, f"validation/perplexity/{name}": perplexity(loss)}
-    return panels
+        panels |= _with_perplexity(f"validation/loss/{name}", loss, report)
+    return panels | {f"validation/{name}": value for name, value in report.others.items()}
 
 
 def validation_line(report: ValidationReport) -> str:
-    """For the console: loss and perplexity, in all and of each source."""
-    parts = [f"validation loss {report.loss:.4f}, perplexity {perplexity(report.loss):.4g}"]
+    """For the console: loss and perplexity, in all and of each source; of pairs how many are told apart."""
+    said = f", perplexity {perplexity(report.loss):.4g}" if report.has_perplexity else ""
+    parts = [f"validation loss {report.loss:.4f}{said}"]
     if len(report.sources) > 1:
-        each = (f"{name} {loss:.4f} ({perplexity(loss):.4g})" for name, loss in report.sources.items())
+        each = (
+            f"{name} {loss:.4f}" + (f" ({perplexity(loss):.4g})" if report.has_perplexity else "")
+            for name, loss in report.sources.items()
+        )
         parts.append(", ".join(each))
-    return " | ".join(parts)
+    return " | ".join(filter(None, [*parts, pairs_line(report.others)]))
+
+
+def pairs_line(values: Mapping[str, float]) -> str:
+    """For the console: of preference optimisation the share of pairs told apart and by how much; otherwise empty."""
+    if ACCURACY not in values:
+        return ""
+    return f"accuracy {values[ACCURACY]:.3f}, margin {values[MARGIN]:+.3f}"

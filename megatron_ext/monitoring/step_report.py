@@ -40,6 +40,8 @@ class StepReport:
     """What a step took on rank 0 by its parts, in seconds; the mean over the time since the report before."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """What the hooks add, by name."""
+    has_perplexity: bool = True
+    """Whether the loss is a mean cross-entropy."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def step_record(
     values: dict[str, Any] = {
         "iteration": report.iteration,
         **report.losses,
-        "perplexity": perplexity(report.losses["loss"]),
+        **({"perplexity": perplexity(report.losses["loss"])} if report.has_perplexity else {}),
         "learning_rate": report.learning_rate,
         "grad_norm": report.grad_norm,
         "consumed_samples": report.consumed_samples,

@@ -32,8 +32,11 @@ from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SEQUENCE_LENGTH, SOURCES, random_batch
 from megatron_ext.training.step import train_step
 from megatron_ext.training.tasks.choose import task_of
+from megatron_ext.training.tasks.preference import Preference
 
 _ADAPTER_STD = 0.05
+_MOST_PAIRS = 4096
+"""Of which a table of references is drawn."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Trajectory:
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
-    sources: tuple[tuple[float, int], ...] = ()
+    sources: tuple[tuple[float, float], ...] = ()
     """Loss and units of each source, step after step."""
 
 
@@ -143,12 +146,12 @@ def _begin_at_random(cell: Cell, trainable: Trainable) -> None:
 def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
     """Train the steps of `cell` on random batches, the same in every layout."""
     set_learning_rate(trainable.optimizer, cell.lr)
-    task, losses, norms, sources = (
-        task_of(cell.task, cell.model),
-        list[float](),
-        list[float](),
-        list[tuple[float, int]](),
-    )
+    task = task_of(cell.task, cell.model, groups, cell.adapters)
+    if isinstance(task, Preference):
+        # What the weights say of random tokens, and a little more or less, so that no difference is zero.
+        table = -80 + 20 * torch.rand(_MOST_PAIRS, 2, generator=torch.Generator().manual_seed(cell.seed))
+        task = replace(task, table=table)
+    losses, norms, sources = list[float](), list[float](), list[tuple[float, float]]()
     for step, shape in enumerate(shape for shape in cell.shapes for _ in range(cell.steps)):
         set_rotary_base(trainable.chunks, shape.rotary_base)
         batch = random_batch(
@@ -161,6 +164,7 @@ def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
             length=shape.length,
             documents=cell.documents,
             weighted=cell.task.kind == "sft",
+            paired=cell.task.kind == "preference",
         )
         result = train_step(trainable, task, batch, groups, max_norm=cell.optimizer.clip_grad, num_sources=SOURCES)
         losses.append(float(result.loss))

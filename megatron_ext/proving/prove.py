@@ -113,7 +113,7 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
         micro_batch=shapes[0].micro_batch,
         length=shapes[0].length,
         seed=run.train.seed,
-        documents=run.data.reset_attention_mask or run.task.reads == "chat",
+        documents=run.data.reset_attention_mask or run.task.reads != "text",
         task=run.task,
         stages=tuple(shapes[1:]),
         adapters=adapters,

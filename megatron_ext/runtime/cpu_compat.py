@@ -123,30 +123,41 @@ class _StandIn(types.ModuleType):
         return getattr(self.__dict__["_real"], name)
 
 
-class _Rebinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Rebinds names in megatron-core's modules: those imported already, and each later one as it is imported."""
+class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Changes modules as soon as they are imported: a list of what a name begins with, and the change."""
 
-    def __init__(self, stand_ins: dict[int, Any]) -> None:
-        self.stand_ins = stand_ins
+    def __init__(self) -> None:
+        self.changes: list[tuple[str, Callable[[types.ModuleType], None]]] = []
 
-    def rebind(self, module: types.ModuleType) -> None:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, types.ModuleType) and id(value) in self.stand_ins:
-                setattr(module, name, self.stand_ins[id(value)])
+    def add(self, prefix: str, change: Callable[[types.ModuleType], None]) -> None:
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+        self.changes.append((prefix, change))
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> Any:
-        if not fullname.startswith("megatron.core."):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        changes = [change for prefix, change in self.changes if fullname.startswith(prefix)]
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target) if changes else None
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            run, rebind = spec.loader.exec_module, self.rebind
+            run = spec.loader.exec_module
 
             def exec_module(module: types.ModuleType) -> None:
                 run(module)
-                rebind(module)
+                for change in changes:
+                    change(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+_after_import = _AfterImport()
+
+
+def _rebind(module: types.ModuleType, stand_ins: Sequence[_StandIn]) -> None:
+    """Give `module` the stand-in of every module that it has under a name of its own."""
+    by_module = {id(stand_in._real): stand_in for stand_in in stand_ins}
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.ModuleType) and id(value) in by_module:
+            setattr(module, name, by_module[id(value)])
 
 
 _installed = False
@@ -168,10 +179,10 @@ def install(without: frozenset[str] = frozenset()) -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: record.msg != "CPU RNG state changed within GPU RNG context"
     )
-    rebinder = _Rebinder({id(stand_in._real): stand_in for stand_in in modules.values()})
-    sys.meta_path.insert(0, rebinder)
+    stand_ins = list(modules.values())
+    _after_import.add("megatron.core.", lambda module: _rebind(module, stand_ins))
     for module in [m for name, m in sys.modules.items() if name.startswith("megatron.core")]:
-        rebinder.rebind(module)
+        _rebind(module, stand_ins)
     for shim in SHIMS:
         if shim.name in without:
             continue
@@ -192,6 +203,17 @@ def keep_transformer_engine_out() -> None:
     """
     if "transformer_engine" not in sys.modules and not torch.cuda.is_available():
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
+def keep_compiler_out() -> None:
+    """Where there is no GPU, have megatron-core leave its elementwise functions as they are written.
+
+    It wraps each in `torch.compile` as it is imported, which imports the whole compiler: a quarter of the time in which
+    a process starts, and 44 MB, for functions of its fused paths, which are off there.
+    """
+    name = "megatron.core.jit"
+    if name not in sys.modules and not torch.cuda.is_available():
+        _after_import.add(name, lambda module: module.disable_jit_fuser())
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
 """Tiny models, random batches and a stream of them, the same in every layout."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.data.stream.batches import DocumentResets, MicroBatch, complete_columns, sample_indices, sample_seed
+from megatron_ext.data.stream.pair_columns import stack_pairs
 from megatron_ext.data.stream.plan import Consumed
 from megatron_ext.data.stream.position import Consumption, Position, SamplePlace
 from megatron_ext.data.stream.stream import BatchShape
@@ -56,11 +59,12 @@ def random_batch(
     length: int = SEQUENCE_LENGTH,
     documents: bool = False,
     weighted: bool = False,
+    paired: bool = False,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of global batch `step`, with about a third of the labels masked.
 
     With `documents`, about every tenth token ends one, and attention and positions start anew after it. Labels that
-    are `weighted` count between 0 and 1.
+    are `weighted` count between 0 and 1. With `paired`, each sample holds one pair of answers or two.
     """
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, vocabulary, (samples, length + 1), generator=generator)
@@ -74,7 +78,32 @@ def random_batch(
     rows: Sequence[list[int]] = sample_indices(0, dp_rank, dp_size, micro_batch, samples // (micro_batch * dp_size))
     seeds = torch.tensor([sample_seed(0, step * samples + row) for row in range(samples)])
     sources = torch.arange(samples) % SOURCES
-    return [complete_columns(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r], resets, sources[r]) for r in rows]
+    batch = [complete_columns(tokens[r, :-1], tokens[r, 1:], mask[r], seeds[r], resets, sources[r]) for r in rows]
+    return [_paired(micro, r, step * samples) for micro, r in zip(batch, rows, strict=True)] if paired else batch
+
+
+def _paired(micro: MicroBatch, rows: Sequence[int], first: int) -> MicroBatch:
+    """`micro`, which holds the samples `rows`, with a pair or two in each, of answers of other lengths, and a rest."""
+    length = micro.tokens.shape[1]
+    packs = [_answers(length, row) for row in rows]
+    segments = [torch.repeat_interleave(torch.arange(len(one)), torch.tensor(one)) for one in packs]
+    own = [torch.where(one < 2 * (len(answers) // 2), one, -1) for one, answers in zip(segments, packs, strict=True)]
+    samples = []
+    for row, answers, of_answer, mask in zip(rows, packs, own, micro.loss_mask, strict=True):
+        pairs = len(answers) // 2
+        counted = [float(mask[of_answer == segment].sum()) for segment in range(2 * pairs)]
+        numbers = 2 * (first + row) + torch.arange(pairs)
+        samples.append({"segments": of_answer, "answer_tokens": torch.tensor(counted).view(pairs, 2), "pairs": numbers})
+    lengths = pad_sequence([torch.tensor(one) for one in packs], batch_first=True)
+    return replace(micro, document_lengths=lengths, pairs=stack_pairs(samples))
+
+
+def _answers(length: int, row: int) -> list[int]:
+    """Lengths of the answers of a sample, chosen and rejected in turn, and of what is left."""
+    unit = length // 16
+    pairs = [5 + row % 3, 4] if row % 2 else [3, 4 + row % 2, 2, 5]
+    answers = [number * unit for number in pairs]
+    return [*answers, length - sum(answers)]
 
 
 class RandomStream:

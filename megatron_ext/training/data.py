@@ -7,12 +7,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint.state_file import TrainingState
-from megatron_ext.config import DataSource, RunConfig, SftTask
+from megatron_ext.config import DataSource, PreferenceTask, RunConfig, SftTask
 from megatron_ext.data.stream.batches import DocumentResets
-from megatron_ext.data.stream.chat import chat_samples, chat_size, chat_validation
+from megatron_ext.data.stream.chat import chat_samples, chat_size, chat_validation, pair_samples, validation_plan
+from megatron_ext.data.stream.pairs import first_pairs
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.stream.sources import build_blend, planned_samples, source_size
 from megatron_ext.data.stream.stream import BatchShape, BlendStream, DataStream, PlannedShapes, Samples, ShapeOfBatches
+from megatron_ext.data.supervised import PIECES, number_of_pairs
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.training.planned import pack_length, plan_data, size_of_source, source_paths
@@ -54,9 +56,10 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     if data.reset_attention_mask or data.reset_position_ids:
         resets = DocumentResets(tokenizer.eod, data.reset_attention_mask, data.reset_position_ids)
     named = source_paths(data)
-    packed_to = pack_length(data.pack_documents or run.task.reads == "chat", data.stages, data.sequence_length)
+    paths = {name: path for name, (_, path) in named.items()}
+    packed_to = pack_length(data.pack_documents or run.task.reads != "text", data.stages, data.sequence_length)
     sizes = {
-        name: size_of_source(path, _tokens_of(run, path, tokenizer, key), packed_to)
+        name: size_of_source(path, _tokens_of(run, path, tokenizer, key), packed_to, PIECES[run.task.reads])
         for name, (key, path) in named.items()
     }
     plan = plan_data(data, train, sizes, state, run.checkpoint.directory)
@@ -68,15 +71,18 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     def blend(sources: Sequence[DataSource], num_samples: int, seed: int) -> Samples:
         if isinstance(run.task, SftTask):
             return chat_validation(sources, data, tokenizer, run.task.weighting, num_samples)
+        if isinstance(run.task, PreferenceTask):
+            drawn, places = validation_plan(sources, data, tokenizer, "preference", num_samples)
+            return pair_samples(drawn, places, tokenizer, pairs_of_run(run))
         return build_blend(sources, data, tokenizer, num_samples=num_samples, seed=seed)
 
     if data.order == 1:
         samples = blend(data.train, plan.total_samples, train.seed)
     elif isinstance(run.task, SftTask):
-        paths = {name: path for name, (_, path) in named.items()}
         samples = chat_samples(plan, paths, tokenizer, run.task.weighting)
+    elif isinstance(run.task, PreferenceTask):
+        samples = pair_samples(plan, paths, tokenizer, pairs_of_run(run))
     else:
-        paths = {name: path for name, (_, path) in named.items()}
         samples = planned_samples(plan, paths, data, tokenizer, packed=data.pack_documents)
     stream = opened(samples, PlannedShapes(plan, dp.rank(), dp.size()))
     fingerprints = tuple(size.fingerprint for size in sizes.values())
@@ -90,11 +96,19 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     return RunData(stream, validation, fingerprints, plan)
 
 
+def pairs_of_run(run: RunConfig) -> dict[str, int]:
+    """The number of the first pair of each prepared dataset of `run`, by its path, among all that it reads."""
+    paths = [path for _, path in source_paths(run.data).values()]
+    if run.train.eval_interval is not None:
+        paths += [source.path for source in run.data.validation]
+    return first_pairs({path: number_of_pairs(path) for path in paths}, paths)
+
+
 def _tokens_of(run: RunConfig, path: str, tokenizer: Tokenizer, key: str) -> int:
     """Tokens of the source at `path`, which `key` names, once it is what the task reads."""
-    if run.task.reads == "chat":
+    if run.task.reads != "text":
         length = pack_length(True, run.data.stages, run.data.sequence_length)
-        return chat_size(path, tokenizer, length or run.data.sequence_length, key).tokens
+        return chat_size(path, tokenizer, length or run.data.sequence_length, key, run.task.reads).tokens
     return source_size(path, tokenizer, key).tokens
 
 

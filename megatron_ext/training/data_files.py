@@ -11,8 +11,8 @@ from megatron_ext.config.data import source_ids
 from megatron_ext.data.dataset import check_dataset, check_dataset_sums
 from megatron_ext.data.stream.chat import chat_size
 from megatron_ext.data.stream.make_plan import SourceSize
-from megatron_ext.data.stream.packing import packs_of
-from megatron_ext.data.supervised import require_kind
+from megatron_ext.data.stream.packing import Packs, packs_of
+from megatron_ext.data.supervised import PIECES, Kind, require_kind
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError, MegatronExtError, named
 from megatron_ext.planning.amounts import size
@@ -52,17 +52,17 @@ class DataFiles:
             ids = [*source_ids(list(train.values())), *staged]
             paths = [source.path for source in (*train.values(), *staged.values())]
             packed_to = pack_length(
-                self._values.get("data.pack_documents", False) or self._reads_chats,
+                self._values.get("data.pack_documents", False) or self._kind != "text",
                 self._values.get("data.stages") or [],
                 self._values.get("data.sequence_length", 0),
             )
             if packed_to is not None:
-                packs = {name: packs_of(path, packed_to) for name, path in zip(ids, paths, strict=True)}
-                self.packed = [
-                    f"{name}: {one.filled() if self._reads_chats else one.saved()}" for name, one in packs.items()
-                ]
+                packs = {
+                    name: packs_of(path, packed_to, PIECES[self._kind]) for name, path in zip(ids, paths, strict=True)
+                }
+                self.packed = [f"{name}: {self._said(one)}" for name, one in packs.items()]
             sizes = {
-                name: size_of_source(path, count, packed_to)
+                name: size_of_source(path, count, packed_to, PIECES[self._kind])
                 for name, path, count in zip(ids, paths, tokens, strict=True)
             }
         if self._values.get("train.eval_interval") is not None:
@@ -72,9 +72,15 @@ class DataFiles:
         return sizes
 
     @property
-    def _reads_chats(self) -> bool:
+    def _kind(self) -> Kind:
         task = self._values.get("task")
-        return task is not None and task.reads == "chat"
+        return "text" if task is None else task.reads
+
+    def _said(self, packs: Packs) -> str:
+        """What packing does to a source."""
+        if self._kind == "text":
+            return packs.saved()
+        return packs.filled("pairs" if self._kind == "preference" else "samples")
 
     def _sum_data(self) -> None:
         """Read the files of the data and compare their checksums, where that takes seconds."""
@@ -112,9 +118,9 @@ class DataFiles:
             if self._tokenizer is None:
                 return 0
             length = self._values.get("data.sequence_length")
-            if self._reads_chats:
+            if self._kind != "text":
                 longest = pack_length(True, self._values.get("data.stages") or [], length or sys.maxsize)
-                size = chat_size(source.path, self._tokenizer, longest or sys.maxsize)
+                size = chat_size(source.path, self._tokenizer, longest or sys.maxsize, kind=self._kind)
                 self._whole[source.path] = key
                 return size.tokens
             tokens = check_dataset(source.path, self._tokenizer).tokens

@@ -1,6 +1,7 @@
 """The weights beside which a run trains and which its checkpoints do not hold: the same at each resume."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_ext.canonical.adapters import adapter_pairs
 from megatron_ext.checkpoint.fingerprint import fingerprint, fingerprint_sum
+from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.state_file import BASE_KEY
 from megatron_ext.config import LoraConfig, ModelConfig, RunConfig, to_mapping
 from megatron_ext.config.load import load_config
@@ -17,6 +19,8 @@ from megatron_ext.mcore.build import Trainable
 from megatron_ext.mcore.transformer_config import DTYPES
 from megatron_ext.training.start import OpenForeign, load_weights
 
+log = logging.getLogger(__name__)
+
 
 class FrozenBase:
     """The base of a run, on this rank, once it is loaded."""
@@ -24,16 +28,25 @@ class FrozenBase:
     def __init__(self, run: RunConfig, trainable: Trainable, open_foreign: OpenForeign, device: torch.device) -> None:
         assert run.adapters is not None
         assert run.checkpoint.initialize_from is not None
-        self._model, self._adapters = run.model, run.adapters
+        self._run, self._adapters = run, run.adapters
+        self._trainable, self._open_foreign, self._device = trainable, open_foreign, device
         self.path = Path(run.checkpoint.initialize_from)
-        shards = trainable.base_weights()
-        load_weights(self.path, run.model, shards, open_foreign)
-        # As two numbers, so that no sum overflows differently from one library to another.
-        total = fingerprint_sum(shards, run.model.vocab_size) % 2**64
-        halves = torch.tensor([total & 0xFFFFFFFF, total >> 32], dtype=torch.int64, device=device)
-        dist.all_reduce(halves)
-        low, high = halves.tolist()
-        self.fingerprint = fingerprint(low + (high << 32), DTYPES[run.precision.kind])
+        load_weights(self.path, run.model, trainable.base_weights(), open_foreign)
+        self.fingerprint = self._in_memory()
+
+    def mend(self) -> None:
+        """Load the base again where it is not what was loaded. Every rank must call this.
+
+        No checkpoint of the run holds it, so that going back to one heals no bit that has flipped in it.
+        """
+        if self._in_memory() == self.fingerprint:
+            return
+        log.warning("the weights beside the adapters had changed in memory; they are loaded from %s again", self.path)
+        load_weights(self.path, self._run.model, self._trainable.base_weights(), self._open_foreign)
+
+    def _in_memory(self) -> str:
+        """The fingerprint of the base as it is now, over all ranks."""
+        return fingerprint_of_weights(self._trainable.base_weights(), self._run, self._device)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of it, for whoever needs both together."""
@@ -51,11 +64,21 @@ class FrozenBase:
                 "precision.kind back, or start a new run in another checkpoint.directory"
             )
         then = load_config(LoraConfig, record["adapters"], source="the checkpoint's adapters")
-        if changed := changed_adapters(self._model, then, self._adapters):
+        if changed := changed_adapters(self._run.model, then, self._adapters):
             raise CheckpointError(
                 "adapters: not those of the checkpoint:\n" + "\n".join(f"  {line}" for line in changed) + "\nSet them "
                 "back, or start a new run in another checkpoint.directory"
             )
+
+
+def fingerprint_of_weights(shards: Sequence[TensorShard], run: RunConfig, device: torch.device) -> str:
+    """What is recorded of the weights of which every rank has its `shards`; every rank must call this."""
+    # As two numbers, so that no sum overflows differently from one library to another.
+    total = fingerprint_sum(shards, run.model.vocab_size) % 2**64
+    halves = torch.tensor([total & 0xFFFFFFFF, total >> 32], dtype=torch.int64, device=device)
+    dist.all_reduce(halves)
+    low, high = halves.tolist()
+    return fingerprint(low + (high << 32), DTYPES[run.precision.kind])
 
 
 def changed_adapters(model: ModelConfig, then: LoraConfig, now: LoraConfig) -> list[str]:

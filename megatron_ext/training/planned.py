@@ -31,13 +31,17 @@ def pack_length(packed: bool, stages: Sequence[Stage], sequence_length: int) -> 
     return (stages[0].sequence_length if stages else None) or sequence_length if packed else None
 
 
-def size_of_source(path: str, tokens: int, packed_to: int | None) -> SourceSize:
-    """What the plan must know of a source of so many tokens, of which packs may be read."""
+def size_of_source(path: str, tokens: int, packed_to: int | None, together: int = 1) -> SourceSize:
+    """What the plan must know of a source of so many tokens, of which packs may be read.
+
+    Args:
+        together: documents that are never in two packs.
+    """
     mark = dataset_fingerprint(path)
     if packed_to is None:
         return SourceSize(tokens, mark)
     # As if the packs stood one after the other in a file, and a token behind them.
-    return SourceSize(len(packs_of(path, packed_to)) * packed_to + 1, f"{mark}-packed-{packed_to}")
+    return SourceSize(len(packs_of(path, packed_to, together)) * packed_to + 1, f"{mark}-packed-{packed_to}")
 
 
 def plan_data(

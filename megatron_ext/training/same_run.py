@@ -115,7 +115,7 @@ def check_same_task(task: TaskConfig, checkpoint: Path) -> None:
     now = to_mapping(task)
     different = [
         f"  task.{key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} in this run"
-        for key in ("kind", "weighting")
+        for key in ("kind", "weighting", "loss", "log_probs", "reference")
         if then.get(key) != now.get(key)
     ]
     if different:

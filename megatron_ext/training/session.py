@@ -11,10 +11,9 @@ import torch
 
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
-from megatron_ext.checkpoint.retention import Retention
 from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
-from megatron_ext.config import CheckpointConfig, Layout, RunConfig
+from megatron_ext.config import Layout, RunConfig
 from megatron_ext.data.stream.plan import RunPlan, StagePlan
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.progress import to_json
@@ -26,6 +25,7 @@ from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
 from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.mcore.state import optimizer_shards
+from megatron_ext.planning.room import retention_of
 from megatron_ext.runtime.deterministic import naming_what_is_not
 from megatron_ext.runtime.pace import Pace
 from megatron_ext.runtime.process_groups import Groups
@@ -33,6 +33,7 @@ from megatron_ext.runtime.seeds import random_state, restore_random_state
 from megatron_ext.training.frozen_base import FrozenBase
 from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook
+from megatron_ext.training.reference import StoredReference
 from megatron_ext.training.same_run import (
     check_same_data,
     check_same_model,
@@ -47,6 +48,7 @@ from megatron_ext.training.start import OpenForeign, load_weights, no_foreign_we
 from megatron_ext.training.step import StepResult, never, train_step, unmarked, validation_loss
 from megatron_ext.training.tasks.base import TrainTask
 from megatron_ext.training.tasks.choose import task_of
+from megatron_ext.training.tasks.preference import Preference
 from megatron_ext.training.verdict import Judge, Rollback, take_finite
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ class Session:
     """Told of each part of a step when it is over."""
     base: FrozenBase | None = None
     """The weights that are not trained, where only what is beside them is."""
+    reference: StoredReference | None = None
+    """What answers are compared with, where that is kept in files."""
 
     def __post_init__(self) -> None:
         self._num_sources = len(self.stream.consumption().sources)
@@ -179,10 +183,14 @@ class Session:
             consumed_samples=self.stream.position().samples,
         )
 
-    def validate(self, batches: Iterable[Batch], num_sources: int = 1) -> tuple[float, list[tuple[float | None, int]]]:
-        """The task's loss over `batches`; and of each source its loss, None where it has no unit, and its units."""
-        loss, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
-        return float(loss), sources.read() if sources is not None else [(None, 0)] * num_sources
+    def validate(
+        self, batches: Iterable[Batch], num_sources: int = 1
+    ) -> tuple[dict[str, float], list[tuple[float | None, float]]]:
+        """The task's sums over `batches`, the loss first; of each source its loss, None without a unit, and units."""
+        losses, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
+        return {name: float(loss) for name, loss in losses.items()}, sources.read() if sources is not None else [
+            (None, 0.0)
+        ] * num_sources
 
     def save(self) -> Path:
         """Save a checkpoint."""
@@ -205,8 +213,8 @@ class Session:
             self.checkpoints.restore(checkpoint)
         else:
             hooks = [hook.name for hook in self.hooks if hook.name]
-            base = [] if self.base is None else ["base"]
-            self.checkpoints.restore(checkpoint, only=[*base, "model", "progress", *hooks])
+            kept = [name for name, one in (("base", self.base), ("reference", self.reference)) if one is not None]
+            self.checkpoints.restore(checkpoint, only=[*kept, "model", "progress", *hooks])
             self._take_over_weights()
         self._set_rotary_base(self.plan.stage_of_step(max(self.state.iteration - 1, 0)))
         self.levers = levers(self.run, checkpoint)
@@ -220,6 +228,8 @@ class Session:
         steps since.
         """
         self.checkpoints.restore(verdict.checkpoint, only=_TRAINED_STATE)
+        if self.base is not None:
+            self.base.mend()
         self.stream.seek(Position(self.plan.samples_at(verdict.resume_at)))
         self.state = dataclasses.replace(
             self.state, iteration=verdict.resume_at, consumed_samples=self.stream.position().samples
@@ -246,6 +256,8 @@ class Session:
         register("model", tensors=self.trainable.saved_weights)
         if self.base is not None:
             register("base", scalars=self.base.record, restore=self.base.check)
+        if self.reference is not None:
+            register("reference", scalars=self.reference.record, restore=self.reference.restore)
         register(
             "optimizer",
             tensors=lambda: optimizer_shards(self.chunks, self.optimizer),
@@ -291,15 +303,6 @@ def starting_state(run: RunConfig) -> TrainingState:
     return read_state(newest) if newest is not None else TrainingState()
 
 
-def _retention(settings: CheckpointConfig) -> Retention:
-    return Retention(
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
-        keep_matching=settings.keep_matching,
-        keep_initial=settings.save_initial,
-    )
-
-
 def open_session(
     run: RunConfig,
     layout: Layout,
@@ -321,24 +324,41 @@ def open_session(
         hooks: their state is saved and restored with the rest.
         guard: decides whether a step is taken; one of the hooks. Without one, the first bad step ends the run.
     """
-    trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model)
+    trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model, groups, run.adapters)
     checkpoints = CheckpointManager(
         run.checkpoint.directory,
         recorded_run(run, run.model.rotary_base),
         tokenizer=Path(run.data.tokenizer),
-        retention=_retention(run.checkpoint),
+        retention=retention_of(run.checkpoint),
         second_place=SecondPlace(run.checkpoint.copy_to) if run.checkpoint.copy_to is not None else None,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
         asynchronous=run.checkpoint.async_save,
     )
     judged: dict[str, Any] = {} if guard is None else {"judge": guard, "rate_factor": guard.rate_factor}
     base = FrozenBase(run, trainable, open_foreign, device) if trainable.has_frozen_base else None
+    reference = None
+    if isinstance(task, Preference) and task.reference == "file":
+        reference = StoredReference(run)
     session = Session(
-        run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, **judged, base=base
+        run,
+        layout,
+        groups,
+        device,
+        trainable,
+        task,
+        stream,
+        plan,
+        checkpoints,
+        hooks,
+        **judged,
+        base=base,
+        reference=reference,
     )
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif base is None and run.checkpoint.initialize_from is not None:
         session.initialize_from(run.checkpoint.initialize_from, open_foreign)
     require_directions(routers(session.chunks))
+    if isinstance(task, Preference) and reference is not None:
+        session.task = dataclasses.replace(task, table=reference.table(session))
     return session

@@ -48,10 +48,10 @@ class SourceSums:
     def __add__(self, other: "SourceSums") -> "SourceSums":
         return SourceSums(self.losses_S + other.losses_S, self.units_S + other.units_S)
 
-    def read(self) -> list[tuple[float | None, int]]:
+    def read(self) -> list[tuple[float | None, float]]:
         """Of each source the mean loss and the number of units; None where no unit counted."""
         losses, units = torch.stack([self.losses_S, self.units_S]).tolist()
-        return [(loss / count if count else None, round(count)) for loss, count in zip(losses, units, strict=True)]
+        return [(loss / count if count else None, count) for loss, count in zip(losses, units, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -159,20 +159,20 @@ def validation_loss(
     batches: Iterable[Sequence[MicroBatch]],
     groups: Groups,
     num_sources: int = 1,
-) -> tuple[Tensor, SourceSums | None]:
-    """The task's loss over all `batches`, in all and by source, on every rank; no sources without a batch."""
+) -> tuple[dict[str, Tensor], SourceSums | None]:
+    """The task's sums over all `batches`, each by the units, and the loss by source; no sources without a batch."""
     for chunk in trainable.wrapped:
         chunk.eval()
-    total = units = torch.zeros(())
+    totals, units = dict.fromkeys(task.sums, torch.zeros(())), torch.zeros(())
     sources: SourceSums | None = None
     for batch in batches:
         sums = _run(trainable.wrapped, task, batch, groups, num_sources, forward_only=True)
-        loss = sums.losses[task.sums[0]]
-        total, units = total.to(loss) + loss * sums.units, units.to(loss) + sums.units
+        totals = {name: total.to(sums.units) + sums.losses[name] * sums.units for name, total in totals.items()}
+        units = units.to(sums.units) + sums.units
         sources = sums.sources if sources is None else sources + sums.sources
     if not float(units):
         log.warning("no label of the validation samples counts: there is no validation loss")
-    return total / units, sources
+    return {name: total / units for name, total in totals.items()}, sources
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,7 @@ def _run(
     counted = torch.cat([units_N.sum().view(1), _by_source(units_N, sources_N, num_sources)])
     dist.all_reduce(counted, group=groups.dp_cp)
     units = counted[0]
+    batch = task.prepare(wrapped, batch, rows=rows, length=length)
     # The schedule multiplies each rank's loss by C / M (in every version, for a loss function that returns a pair) and
     # gradients are averaged over D * C, so that this weight leaves sum / units: the mean over all units of the global
     # batch in every layout. Balance losses, which the schedule scales by C / M too, are left divided by M * D alone:

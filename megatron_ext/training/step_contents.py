@@ -50,7 +50,7 @@ def show_step(run: RunConfig, step: int, *, most: int, characters: int, coloured
                     f"\nsample {sample:,}: {place.source}, sample {place.number:,} of it, epoch {place.epoch}; "
                     f"{place.where}"
                 )
-                if run.task.reads == "chat":  # the mask of a token stands where it is predicted
+                if run.task.reads != "text":  # the mask of a token stands where it is predicted
                     counts = [False, *(weight > 0 for weight in mask[:-1])]
                     yield shortened(marked(tokens, counts, tokenizer, coloured=coloured), characters)
                 else:

@@ -1,6 +1,7 @@
 """Each shim of cpu_compat is needed: left out, megatron-core fails on CPU. One that is needed no more fails here."""
 
 import datetime
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def probe(rank: int, left_out: frozenset[str], store: str, answers: Any) -> None
             run_cell(cell)
             check_random_states()
             end_process_groups()
+        is_compiler_out = "torch._inductor.compile_fx" not in sys.modules or torch.cuda.is_available()
+        assert is_compiler_out, "torch's compiler was imported, for which a process starts more slowly"
         answers.put(None)
     except BaseException:
         answers.put(traceback.format_exc())

@@ -94,14 +94,19 @@ def pass_over_steps(part: Part) -> dict[str, Any]:
 
 LAYOUTS = {
     "TP2": (ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True), 1, 2, "fp32"),
-    "PP2": (ParallelConfig(pipeline_model_parallel_size=2), 0, 1, "fp32"),
+    "PP2, uneven": (
+        ParallelConfig(pipeline_model_parallel_size=2, account_for_embedding_in_pipeline_split=True),
+        1,
+        1,
+        "fp32",
+    ),
     "EP2, overlapped": (
         ParallelConfig(expert_model_parallel_size=2, overlap_grad_reduce=True, overlap_param_gather=True),
         0,
         2,
         "bf16",
     ),
-    "DP2": (ParallelConfig(), 1, 3, {"kind": "fp8", "recipe": "delayed"}),
+    "CP2": (ParallelConfig(context_parallel_size=2), 1, 3, {"kind": "fp8", "recipe": "delayed"}),
     "DP2, all-reduced": (ParallelConfig(use_distributed_optimizer=False), 1, 0, "fp32"),
 }
 
@@ -109,7 +114,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_gradient_that_is_not_finite_on_one_rank(layout: str, pool: GlooPool, tmp_path: Path) -> None:
     parallel, rank, layer, precision = LAYOUTS[layout]
-    part = Part(MOE, tmp_path / "met", parallel, precision)
+    # Of three layers the first stage, which has the embedding, takes one.
+    model = replace(MOE, num_layers=3) if parallel.account_for_embedding_in_pipeline_split else MOE
+    part = Part(model, tmp_path / "met", parallel, precision)
     results = pool.run(2, meet_nan_gradients, part, rank, layer)
     for events, verdicts, went_on, _ in results:
         assert (str(events), verdicts, went_on) == (str(results[0][0]), results[0][1], True)  # NaN is not NaN
@@ -170,8 +177,8 @@ def test_gradient_statistics_are_those_of_one_process(parallel: ParallelConfig, 
     )
 
 
-def meet_nan_activations(part: Part) -> list[dict[str, Any]]:
-    """Step 2 gets an output of NaN on rank 1, step 3 a weight of NaN on rank 0."""
+def meet_nan_activations(part: Part) -> tuple[list[dict[str, Any]], list[str]]:
+    """Step 2 gets an output of NaN on rank 3, step 3 a weight of NaN on rank 2."""
     events: list[Event] = []
     with open_part(part, Guard(part.run_config().guard, events.append)) as session:
         layers = session.chunks[0].decoder.layers
@@ -179,20 +186,22 @@ def meet_nan_activations(part: Part) -> list[dict[str, Any]]:
         spoil = layers[2].mlp.linear_fc1.register_forward_hook(
             lambda module, inputs, output: (output[0] * math.nan, None)
         )
-        if dist.get_rank() == 0:
+        if dist.get_rank() != 3:
             spoil.remove()
         session.step(session.stream.next())
         spoil.remove()
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 2:
             layers[1].self_attention.linear_proj.weight.data[0, 0] = math.nan
         session.step(session.stream.next())
-        return [{key: event.details[key] for key in ("rank", "where", "phase", "micro_batch")} for event in events]
+        told = [{key: event.details[key] for key in ("rank", "where", "phase", "micro_batch")} for event in events]
+        return told, [event.text for event in events]
 
 
 def test_what_was_not_finite_in_the_forward_pass(pool: GlooPool, tmp_path: Path) -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
-    for found in pool.run(2, meet_nan_activations, Part(tiny_model(), tmp_path, parallel)):
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2)
+    for found, texts in pool.run(4, meet_nan_activations, Part(tiny_model(), tmp_path, parallel)):
         assert [tuple(one.values()) for one in found] == [
-            (1, "decoder.layers.2.mlp.linear_fc1", "forward", 0),
-            (0, "decoder.layers.1.self_attention.linear_proj.weight", "weights", None),
+            (3, "decoder.layers.2.mlp.linear_fc1", "forward", 0),
+            (2, "decoder.layers.1.self_attention.linear_proj.weight", "weights", None),
         ]
+        assert "first on rank 3 (TP 1, CP 1, DP 0, PP 0), micro-batch 0" in texts[0]

@@ -51,14 +51,15 @@ def meet_masked_batches(part: Part) -> tuple[str, float, float, float]:
         batch = random_batch(
             1, samples=GLOBAL_BATCH, micro_batch=1, dp_rank=dist.get_rank(), dp_size=dist.get_world_size()
         )
-        alone, _ = session.validate(iter([batch]))
-        beside, sources = session.validate(iter([batch, masked_batch()]), SOURCES)
+        alone = session.validate(iter([batch]))[0]["loss"]
+        losses, sources = session.validate(iter([batch, masked_batch()]), SOURCES)
+        beside = losses["loss"]
         assert sum(mean * units for mean, units in sources if mean is not None) == pytest.approx(
             alone * sum(units for _, units in sources), rel=1e-6
         )
         nothing, sources = session.validate(iter([masked_batch()]), SOURCES)
         assert sources == [(None, 0)] * SOURCES
-        return str(refusal.value), alone, beside, nothing
+        return str(refusal.value), alone, beside, nothing["loss"]
 
 
 def test_a_batch_without_labels_says_so(pool: GlooPool, tmp_path: Path) -> None:

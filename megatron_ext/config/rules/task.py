@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from megatron_ext.config.adapters import LoraConfig
 from megatron_ext.config.data import Stage
 from megatron_ext.config.rules.registry import BACKEND, rule
+from megatron_ext.config.task import WITHOUT_REFERENCE
 
 _OF_TEXT = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids", "pack_documents")
 
@@ -44,4 +46,52 @@ def _packs_are_of_one_length(kind: str, stages: Sequence[Stage], length: int, un
 def _conversations_need_our_attention(kind: str, backend: str) -> str | None:
     if kind != "pretrain" and backend != "torch":
         return "Transformer Engine's attention would not keep packed samples apart; set runtime.backend: torch"
+    return None
+
+
+@rule("task.loss", "task.log_probs")
+def _what_is_compared_is_said(loss: str, log_probs: str | None) -> str | None:
+    if loss == "ipo" and log_probs is None:
+        return "ipo's paper has sums, its authors' experiments have means, with another best beta: say sum or mean"
+    if loss in WITHOUT_REFERENCE and log_probs == "sum":
+        return f"{loss} compares mean log-probabilities; leave task.log_probs out"
+    return None
+
+
+@rule("task.loss", "task.label_smoothing")
+def _labels_are_smoothed(loss: str, smoothing: float) -> str | None:
+    if smoothing and loss not in ("sigmoid", "robust"):
+        return f"{loss} has no label smoothing; leave it out, or take sigmoid or robust"
+    if loss == "robust" and not smoothing:
+        return "without label_smoothing robust is sigmoid; say the share of pairs that are the wrong way round"
+    return None
+
+
+@rule("task.loss", "task.gamma")
+def _margin_is_of_simpo(loss: str, gamma: float | None) -> str | None:
+    if loss == "simpo" and gamma is None:
+        return "simpo aims at a margin: set task.gamma, about half of task.beta"
+    return f"{loss} aims at no margin; leave task.gamma out" if loss != "simpo" and gamma is not None else None
+
+
+@rule("task.loss", "task.nll")
+def _orpo_has_its_cross_entropy(loss: str, nll: float) -> str | None:
+    if loss == "orpo" and nll:
+        return "orpo has the cross-entropy of the chosen answer already; leave task.nll out"
+    return None
+
+
+@rule("task.loss", "task.reference", given=("adapters",))
+def _reference_is_there(loss: str, reference: str | None, adapters: LoraConfig | None) -> str | None:
+    if loss in WITHOUT_REFERENCE and reference not in (None, "none"):
+        return f"{loss} compares with no reference; leave task.reference out"
+    if reference == "adapters_off" and adapters is None:
+        return "without adapters there is no base beside what is trained; set file, or give adapters"
+    return None
+
+
+@rule("task.kind", "model.output_z_loss_coeff")
+def _output_z_loss_is_of_every_token(kind: str, coefficient: float) -> str | None:
+    if kind == "preference" and coefficient:
+        return "is a loss of every token, prompts too, which a comparison of answers has none of; set it to 0"
     return None

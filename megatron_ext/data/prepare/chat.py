@@ -15,7 +15,7 @@ from megatron_ext.data.dataset import MANIFEST_FILE
 from megatron_ext.data.prepare.chat_files import RECORD, chat_record, pair_record, unpack_split
 from megatron_ext.data.prepare.chat_rows import BadRow, Left, conversation_of, pair_of
 from megatron_ext.data.prepare.chat_samples import ChatEncoder
-from megatron_ext.data.prepare.chat_template import ChatTemplate
+from megatron_ext.data.prepare.chat_template import ChatTemplate, read_template
 from megatron_ext.data.prepare.documents import read_rows, where_in
 from megatron_ext.data.prepare.faults import Faults
 from megatron_ext.data.prepare.join import FILE_SHIFT
@@ -26,7 +26,6 @@ from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.errors import DataError
 from megatron_ext.files import read_json_object
-from megatron_ext.foreign import reading
 
 _BATCH_TOKENS = 1 << 16
 _SAMPLES, _SAMPLE_CHARACTERS = 5, 500
@@ -102,10 +101,7 @@ class ChatPreparation:
         return found
 
     def _template(self, loaded: Any, directory: Path) -> ChatTemplate:
-        text = None
-        if self.template_file is not None:
-            with reading(self.template_file, DataError, kind="a chat template"):
-                text = Path(self.template_file).read_text(encoding="utf-8")
+        text = None if self.template_file is None else read_template(self.template_file)
         return ChatTemplate(loaded, directory, text)
 
     def _write_tokenizer(self, folder: Path, tokenizer: Tokenizer, ends: set[int]) -> None:

@@ -108,6 +108,30 @@ def conversation_of(row: Mapping[str, Any], *, strings_are_turns: bool = False) 
     raise BadRow("no known layout", f"the row has {_keys(row)}; expected {_LAYOUTS}")
 
 
+def asked_of(row: Mapping[str, Any]) -> Conversation:
+    """What a row asks: its conversation without the answer at the end, if it has one, for a model to answer.
+
+    Raises:
+        BadRow: it has no conversation, or one that asks nothing.
+    """
+    row = _filled(row)
+    if "messages" in row:
+        messages, _ = _messages(row["messages"], "messages")
+    elif "conversations" in row:
+        messages, _ = _messages(_of_sharegpt(row["conversations"], row.get("system")), "conversations")
+    elif "instruction" in row:
+        messages = _of_alpaca({"output": "", **row})
+    elif isinstance(row.get("prompt"), list):
+        messages, _ = _messages(row["prompt"], "prompt")
+    else:
+        raise BadRow("no known layout", f"the row has {_keys(row)}; expected prompt, text, or {_LAYOUTS}")
+    while messages and messages[-1]["role"] == ASSISTANT:
+        messages.pop()
+    if not messages:
+        raise BadRow("no question", "the conversation asks nothing")
+    return Conversation(messages, tools=_tools(row))
+
+
 def pair_of(row: Mapping[str, Any], *, strings_are_turns: bool = False) -> Pair:
     """The two answers of a row of preferences.
 

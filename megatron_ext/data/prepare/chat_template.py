@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_ext.data.prepare.chat_rows import ASSISTANT, BadRow, Conversation
 from megatron_ext.errors import DataError
+from megatron_ext.foreign import reading
 
 Pieces = list[tuple[str, int | None]]
 """Text, and the number of the message that it is the trained part of, or None."""
@@ -97,6 +98,15 @@ class ChatTemplate:
         """
         self._require_tools(conversation)
         return self._marked_pieces(conversation) if self.has_marks else self._added_pieces(conversation)
+
+    def prompt(self, conversation: Conversation) -> str:
+        """What a model goes on from to answer `conversation`: all of it, and how an answer begins.
+
+        Raises:
+            BadRow: the template refuses it, or leaves out what it has of tools.
+        """
+        self._require_tools(conversation)
+        return self._render(conversation.messages, conversation.tools, answering=True)
 
     def _marked_pieces(self, conversation: Conversation) -> Pieces:
         messages, tools = conversation.messages, conversation.tools
@@ -197,6 +207,12 @@ class ChatTemplate:
             "messages of the role tool": _RESULT in text,
         }
         return frozenset(what for what, is_there in written.items() if not is_there)
+
+
+def read_template(path: str | Path) -> str:
+    """The template in a file; DataError where it cannot be read."""
+    with reading(path, DataError, kind="a chat template"):
+        return Path(path).read_text(encoding="utf-8")
 
 
 def _template_of(loaded: Any, directory: Path) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.canonical.seeds import seed_from_name
+from megatron_ext.data.stream.pair_columns import PairColumns, stack_pairs
 from megatron_ext.runtime.zigzag import zigzag_slice
 
 
@@ -25,6 +26,8 @@ class MicroBatch:
     document_lengths: Tensor | None = None
     """[B, most documents] of each row its documents' lengths over the whole sequence, filled up with zeros; None where
     tokens attend to the whole row. It stays in host memory, where attention reads it without waiting for the device."""
+    pairs: PairColumns | None = None
+    """Which tokens are of which answer, where answers are compared."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copy to `device`."""
@@ -36,14 +39,15 @@ class MicroBatch:
 
     def context_share(self, rank: int, size: int) -> "MicroBatch":
         """The tokens [B, S / size] that one rank of a context-parallel group computes."""
-        return self._map(lambda x: zigzag_slice(x, rank, size, dim=1) if x.dim() > 1 else x)
+        share = {name: zigzag_slice(getattr(self, name), rank, size, dim=1) for name in _BY_TOKEN}
+        return replace(self, **share, pairs=self.pairs and self.pairs.context_share(rank, size))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        return replace(self, **{name: change(getattr(self, name)) for name in _COLUMNS})
+        changed = {name: change(getattr(self, name)) for name in (*_BY_TOKEN, "seeds", "sources")}
+        return replace(self, **changed, pairs=self.pairs and self.pairs.map(change))
 
 
-_COLUMNS = ("tokens", "labels", "loss_mask", "position_ids", "seeds", "sources")
-"""What goes to the device."""
+_BY_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def sample_seed(seed: int, position: int) -> int:
 def collate(samples: Sequence[dict[str, Tensor]], resets: DocumentResets | None = None) -> MicroBatch:
     """Stack samples: those of a megatron GPTDataset with their `seed` and `source`.
 
-    Samples may bring the lengths of their `documents`, which are then not looked for.
+    Samples may bring the lengths of their `documents`, which are then not looked for, and the `segments` of pairs.
     """
     tokens, labels, loss_mask, seeds, sources = (
         torch.stack([torch.as_tensor(sample[key]) for sample in samples])
@@ -88,7 +92,8 @@ def collate(samples: Sequence[dict[str, Tensor]], resets: DocumentResets | None 
         lengths = [torch.as_tensor(sample["documents"], dtype=torch.int64) for sample in samples]
         positions = torch.stack([torch.cat([torch.arange(int(n)) for n in row]) for row in lengths])
         padded = torch.nn.utils.rnn.pad_sequence(lengths, batch_first=True)
-        return MicroBatch(tokens, labels, loss_mask, positions, seeds, sources, padded)
+        pairs = stack_pairs(samples) if "segments" in samples[0] else None
+        return MicroBatch(tokens, labels, loss_mask, positions, seeds, sources, padded, pairs)
     return complete_columns(tokens, labels, loss_mask, seeds, resets, sources)
 
 

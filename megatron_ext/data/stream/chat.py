@@ -1,4 +1,4 @@
-"""Packed conversations: whole samples by best fit, labels within each sample, the weight of every label."""
+"""Packed conversations and pairs: whole samples by best fit, labels within each sample, the weight of every label."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +11,11 @@ import torch
 from megatron_ext.config import DataConfig, DataSource, TrainConfig
 from megatron_ext.config.data import source_ids
 from megatron_ext.data.stream.make_plan import SourceSize, make_plan
-from megatron_ext.data.stream.packing import Packs, packs_of
+from megatron_ext.data.stream.packing import Packs, lengths_together, packs_of
+from megatron_ext.data.stream.pairs import PackedPairs
 from megatron_ext.data.stream.plan import Place, RunPlan
 from megatron_ext.data.stream.units import PlannedSamples, TokenFile
-from megatron_ext.data.supervised import Supervised, SupervisedSummary, check_supervised
+from megatron_ext.data.supervised import PIECES, Kind, Supervised, SupervisedSummary, check_supervised
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 
@@ -68,7 +69,7 @@ class PackedChats(TokenFile):
 class ChatSamples(PlannedSamples):
     """The packs of `plan`, each with the number of its source."""
 
-    def __init__(self, plan: RunPlan, files: Mapping[str, PackedChats], *, vocab_size: int) -> None:
+    def __init__(self, plan: RunPlan, files: Mapping[str, PackedChats | PackedPairs], *, vocab_size: int) -> None:
         super().__init__(plan, files, vocab_size=vocab_size)
         self._packed = files
 
@@ -77,25 +78,33 @@ class ChatSamples(PlannedSamples):
         file = self._packed[place.source]
         pack = file.pack(place)
         self.require_known(pack["tokens"], file)
-        columns = {name: torch.from_numpy(pack[name]) for name in ("tokens", "labels", "loss_mask")}
-        return {**columns, "documents": pack["documents"], "source": self.plan.numbers[place.source]}
+        columns = {
+            name: torch.from_numpy(column) if isinstance(column, np.ndarray) else column
+            for name, column in pack.items()
+        }
+        return {**columns, "source": self.plan.numbers[place.source]}
 
 
-def chat_size(path: str, tokenizer: Tokenizer, length: int, key: str = "") -> SupervisedSummary:
-    """Size of the prepared chat data at `path`, which `key` of the configuration names.
+def chat_size(path: str, tokenizer: Tokenizer, length: int, key: str = "", kind: Kind = "chat") -> SupervisedSummary:
+    """Size of the prepared chat data at `path`, which `key` of the configuration names; of pairs `longest` is of both.
 
     Raises:
         DataError: it is missing, damaged, of another tokenizer or template, or has samples longer than `length`.
     """
     prefix = f"{key}: " if key else ""
     try:
-        found = check_supervised(path, tokenizer, "chat")
+        found = check_supervised(path, tokenizer, kind)
+        if kind == "preference":
+            found = replace(found, longest=int(lengths_together(path, PIECES[kind]).max()))
     except DataError as error:
         raise DataError(f"{prefix}{error}") from error
     if found.longest > length:
+        what, most = (
+            ("pair", f"{length // 2} (each answer with its prompt)") if kind == "preference" else ("sample", length)
+        )
         raise DataError(
-            f"{prefix}{path}: its longest sample has {found.longest:,} tokens, more than data.sequence_length = "
-            f"{length}; prepare it again with --max-tokens {length}, or raise that"
+            f"{prefix}{path}: its longest {what} has {found.longest:,} tokens, more than data.sequence_length = "
+            f"{length}; prepare it again with --max-tokens {most}, or raise that"
         )
     return found
 
@@ -106,23 +115,48 @@ def chat_samples(plan: RunPlan, paths: Mapping[str, str], tokenizer: Tokenizer, 
     Args:
         paths: of each source of the configuration, by id.
     """
-    read = [source.id for source in plan.sources if source.tokens is not None]
-    files = {name: PackedChats(paths[name], packs_of(paths[name], plan.unit), weighting) for name in read}
+    files = {name: PackedChats(paths[name], packs_of(paths[name], plan.unit), weighting) for name in _read(plan)}
     return ChatSamples(plan, files, vocab_size=tokenizer.vocab_size)
+
+
+def pair_samples(
+    plan: RunPlan, paths: Mapping[str, str], tokenizer: Tokenizer, firsts: Mapping[str, int]
+) -> ChatSamples:
+    """The same of pairs.
+
+    Args:
+        firsts: of each path the number of its first pair among all that the run reads.
+    """
+    files = {
+        name: PackedPairs(paths[name], packs_of(paths[name], plan.unit, PIECES["preference"]), firsts[paths[name]])
+        for name in _read(plan)
+    }
+    return ChatSamples(plan, files, vocab_size=tokenizer.vocab_size)
+
+
+def _read(plan: RunPlan) -> list[str]:
+    return [source.id for source in plan.sources if source.tokens is not None]
+
+
+def validation_plan(
+    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, kind: Kind, num_samples: int
+) -> tuple[RunPlan, dict[str, str]]:
+    """`num_samples` packs drawn from `sources` by weight, the same for every run, and the path of each by id."""
+    ids, length = source_ids(list(sources), "validation"), data.sequence_length
+    sizes = {}
+    for number, (name, source) in enumerate(zip(ids, sources, strict=True)):
+        chat_size(source.path, tokenizer, length, f"data.validation.{number}.path", kind)
+        # As if the packs stood one after the other in a file, and a token behind them.
+        sizes[name] = SourceSize(len(packs_of(source.path, length, PIECES[kind])) * length + 1)
+    named = [replace(source, id=name) for source, name in zip(sources, ids, strict=True)]
+    alone = replace(data, train=named, sources={}, stages=[], unit_tokens=None)
+    train = TrainConfig(train_iters=num_samples, global_batch_size=1, seed=0)
+    return make_plan(alone, train, sizes), {source.id or "": source.path for source in named}
 
 
 def chat_validation(
     sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, weighting: Weighting, num_samples: int
 ) -> ChatSamples:
     """`num_samples` packs drawn from `sources` by weight, the same for every run."""
-    ids, length = source_ids(list(sources), "validation"), data.sequence_length
-    sizes = {}
-    for number, (name, source) in enumerate(zip(ids, sources, strict=True)):
-        chat_size(source.path, tokenizer, length, f"data.validation.{number}.path")
-        # As if the packs stood one after the other in a file, and a token behind them.
-        sizes[name] = SourceSize(len(packs_of(source.path, length)) * length + 1)
-    named = [replace(source, id=name) for source, name in zip(sources, ids, strict=True)]
-    alone = replace(data, train=named, sources={}, stages=[], unit_tokens=None)
-    train = TrainConfig(train_iters=num_samples, global_batch_size=1, seed=0)
-    plan = make_plan(alone, train, sizes)
-    return chat_samples(plan, {source.id or "": source.path for source in named}, tokenizer, weighting)
+    plan, paths = validation_plan(sources, data, tokenizer, "chat", num_samples)
+    return chat_samples(plan, paths, tokenizer, weighting)

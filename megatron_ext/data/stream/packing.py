@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext.data.dataset import PREPARE_AGAIN
 from megatron_ext.data.indexed import read_index
+from megatron_ext.errors import DataError
 
 _BLOCK = 1 << 20
 """Documents that are packed with each other; a few seconds each."""
@@ -45,10 +47,10 @@ class Packs:
         here = slice(int(self.bounds[pack]), int(self.bounds[pack + 1]))
         return list(zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True))
 
-    def filled(self) -> str:
+    def filled(self, what: str = "samples") -> str:
         """How full the packs are of samples that are never cut, for people."""
         return (
-            f"{len(self.lengths):,} samples packed into {len(self):,} of {self.size:,} tokens, filled to "
+            f"{len(self.lengths):,} {what} packed into {len(self):,} of {self.size:,} tokens, filled to "
             f"{1 - self.padding:.2%}"
         )
 
@@ -61,13 +63,28 @@ class Packs:
 
 
 @lru_cache(maxsize=64)
-def packs_of(prefix: str, size: int) -> Packs:
+def packs_of(prefix: str, size: int, together: int = 1) -> Packs:
     """The packs of the dataset at `prefix`, which follow from the lengths of its documents alone.
+
+    Args:
+        together: so many documents, one behind the other in the file, are one piece.
 
     Raises:
         DataError: it has no index, or one that is damaged.
     """
-    return best_fit(np.asarray(read_index(Path(f"{prefix}.idx"))[1]), size)
+    return best_fit(lengths_together(prefix, together), size)
+
+
+def lengths_together(prefix: str, together: int) -> np.ndarray[Any, Any]:
+    """Tokens of each `together` documents of the dataset at `prefix`.
+
+    Raises:
+        DataError: it has no index, or one that is damaged.
+    """
+    lengths = np.asarray(read_index(Path(f"{prefix}.idx"))[1])
+    if len(lengths) % together:
+        raise DataError(f"{prefix}: of its {len(lengths)} samples each {together} belong together; {PREPARE_AGAIN}")
+    return lengths if together == 1 else lengths.reshape(-1, together).sum(axis=1, dtype=lengths.dtype)
 
 
 def best_fit(lengths: np.ndarray[Any, Any], size: int) -> Packs:

@@ -91,6 +91,7 @@ class Router(MegatronModule):
         if model.moe_expert_capacity_factor is not None:
             self.capacity = Capacity(model.moe_expert_capacity_factor, model.moe_token_drop_policy)
         self._adapts = adapts
+        self._is_still = False
         self.counts = RouterCounts(self.num_experts)
         self.begin_step()
 
@@ -108,6 +109,10 @@ class Router(MegatronModule):
         if bias is not None:
             self.expert_bias = bias.to(self.weight.device)
         return self
+
+    def hold_still(self) -> None:
+        """Draw no noise and leave the bias where it is: what is trained is compared with what it was."""
+        self._is_still = True
 
     def set_layer_number(self, layer_number: int) -> None:
         """Tell the router which layer it is in, counted from 1 over the whole model."""
@@ -143,7 +148,7 @@ class Router(MegatronModule):
 
     def _noise_keys(self, length: int, device: torch.device) -> Tensor | None:
         """A key for the random numbers of each token [T]; None where nothing is drawn."""
-        if self.model.moe_router_noise is None or not self.training:
+        if self.model.moe_router_noise is None or self._is_still or not self.training:
             return None
         assert self.layer_number is not None
         positions = self.grid.positions(length, device)
@@ -233,7 +238,7 @@ class Router(MegatronModule):
 
     @property
     def _moves_bias(self) -> bool:
-        return self.model.moe_router_enable_expert_bias and self.weight.requires_grad
+        return self.model.moe_router_enable_expert_bias and self.weight.requires_grad and not self._is_still
 
     def begin_step(self) -> None:
         """Forget what has been counted towards the step that is beginning."""

@@ -16,6 +16,7 @@ class Mail:
     """Sends through the server of `settings`; neither errors nor logs hold the password."""
 
     name = "the mail server"
+    key = "mail"
 
     def __init__(self, settings: EmailConfig, password: str | None) -> None:
         self._settings, self._password = settings, password

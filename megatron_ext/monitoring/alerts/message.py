@@ -1,8 +1,10 @@
 """A message to people about what happened to a run."""
 
+import time
 from dataclasses import dataclass
 
-from megatron_ext.monitoring.events import Event, Severity
+from megatron_ext.monitoring.alerts.spool import Alert
+from megatron_ext.monitoring.events import Severity
 
 _MOST_CHARACTERS = 3000
 
@@ -28,12 +30,16 @@ class RunNames:
     """Where it runs: host, directory, Slurm's job."""
 
 
-def message_of(event: Event, names: RunNames, held_back: int = 0) -> Message:
-    """What to tell of `event`, and that `held_back` of its kind came before it and were not told one by one."""
+def message_of(alert: Alert, names: RunNames) -> Message:
+    """What to tell of `alert`, and of those of its kind that came before it and were not told one by one."""
+    event = alert.event
     lines = [f"step {event.iteration}: {_shortened(event.text)}"]
-    if held_back:
-        lines.append(f"and {held_back} more of this kind before it, since the last message")
-    lines.append(names.place)
+    if alert.before:
+        lines.append(f"and {alert.before} more of this kind before it, since the last message")
+    if alert.place is not None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(event.at))
+        lines.append(f"it happened {when}, and could not be sent before that process ended")
+    lines.append(alert.place or names.place)
     return Message(f"{names.run}: {event.kind.replace('_', ' ')}", "\n".join(lines), event.severity)
 
 

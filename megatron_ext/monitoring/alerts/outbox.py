@@ -8,12 +8,15 @@ from typing import Protocol
 
 from megatron_ext.monitoring.alerts.message import Message, RunNames, message_of
 from megatron_ext.monitoring.alerts.rate_limit import RateLimit
+from megatron_ext.monitoring.alerts.spool import Alert, Spool
 from megatron_ext.monitoring.events import Event
 
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 1000
-"""Messages that wait for a place that does not answer; of more, only how many is told."""
+"""Messages that wait for a place that does not answer; of more, the last of each kind, with how many came before it."""
+_WRITING = 5.0
+"""Seconds that the end waits for the file of what is not sent."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0
 
 
@@ -28,6 +31,10 @@ class Channel(Protocol):
     def name(self) -> str:
         """For warnings."""
 
+    @property
+    def key(self) -> str:
+        """A short name, as part of that of a file."""
+
     def send(self, message: Message) -> None:
         """Send `message`.
 
@@ -38,24 +45,26 @@ class Channel(Protocol):
 
 
 class Outbox:
-    """Sends events to `channel` from a thread of its own, in their order.
+    """Sends events to `channel` from a thread of its own, in their order; first what the run has not sent before.
 
     Args:
         repeat_seconds: of one kind of event, one message at most in this time.
+        spool: keeps what is not sent.
     """
 
-    def __init__(self, channel: Channel, names: RunNames, repeat_seconds: float) -> None:
-        self._channel, self._names = channel, names
+    def __init__(self, channel: Channel, names: RunNames, repeat_seconds: float, spool: Spool) -> None:
+        self._channel, self._names, self._spool = channel, names, spool
         self._limit = RateLimit(repeat_seconds)
-        self._waiting: deque[tuple[Event, int]] = deque()
-        """Events to tell of, each with how many of its kind were held back before it."""
-        self._too_many = 0
+        self._waiting: deque[Alert] = deque(spool.adopt())
         self._is_failing = False
         self._pause, self._retry_at = _FIRST_PAUSE, 0.0
-        self._sending: list[tuple[Event, int]] = []
+        self._sending: list[Alert] = []
         """The one that is on its way."""
         self._is_closed = False
         self._changed = threading.Condition()
+        spool.start(self._unsent)
+        if self._waiting:
+            spool.changed()
         self._thread = threading.Thread(target=self._work, name=f"alerts to {channel.name}", daemon=True)
         self._thread.start()
 
@@ -65,6 +74,7 @@ class Outbox:
             if self._limit.admit(event, time.monotonic()):
                 self._append(event, 0)
             self._changed.notify_all()
+        self._spool.changed()
 
     def flush(self, seconds: float) -> None:
         """Wait until everything that may be sent is, at most so many seconds."""
@@ -73,39 +83,46 @@ class Outbox:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._waiting and not self._sending, seconds)
 
-    def close(self, seconds: float) -> list[Event]:
-        """Send what is left, also what was held back, in at most so many seconds; return what could not be sent."""
+    def close(self, seconds: float) -> None:
+        """Send what is left, also what was held back, in at most so many seconds; say what could not be sent."""
         with self._changed:
             for event, before in self._limit.rest():
                 self._append(event, before)
         self.flush(seconds)
         with self._changed:
             self._is_closed = True
-            left = [*self._sending, *self._waiting]
             self._changed.notify_all()
-        if lost := sum(1 + before for _, before in left) + self._too_many:
-            log.warning("%d alerts did not reach %s; they are in the metrics file", lost, self._channel.name)
-        return [event for event, _ in left]
+        is_kept, left = self._spool.close(_WRITING), self._unsent()
+        if lost := sum(1 + alert.before for alert in left):
+            then = f"kept in {self._spool.path}, and sent at the next start" if is_kept else "in the metrics file"
+            log.warning("%d alerts did not reach %s; they are %s", lost, self._channel.name, then)
+
+    def _unsent(self) -> list[Alert]:
+        """All that people are still to be told of."""
+        with self._changed:
+            return [*self._sending, *self._waiting, *(Alert(*held) for held in self._limit.held())]
 
     def _append(self, event: Event, before: int) -> None:
+        """Have it wait; where too many do, in the stead of the last one of its kind."""
         if len(self._waiting) >= MOST_WAITING:
-            self._too_many += 1 + before
-        else:
-            self._waiting.append((event, before))
+            for place in range(len(self._waiting) - 1, -1, -1):
+                if self._waiting[place].event.kind == event.kind:
+                    self._waiting[place] = Alert(event, self._waiting[place].before + 1 + before)
+                    return
+        self._waiting.append(Alert(event, before))
 
     def _work(self) -> None:
-        while (item := self._next()) is not None:
-            event, before = item
+        while (alert := self._next()) is not None:
             try:
-                self._channel.send(message_of(event, self._names, before))
+                self._channel.send(message_of(alert, self._names))
             except Refused as error:
-                log.warning("%s does not take an alert of kind %s: %s", self._channel.name, event.kind, error)
+                log.warning("%s does not take an alert of kind %s: %s", self._channel.name, alert.event.kind, error)
             except Exception as error:  # noqa: BLE001 - whatever the place does, training goes on
-                self._fail(item, error)
+                self._fail(alert, error)
                 continue
             self._succeed()
 
-    def _next(self) -> tuple[Event, int] | None:
+    def _next(self) -> Alert | None:
         """The next event to tell of, as soon as it may be tried; None at the end."""
         with self._changed:
             while not self._is_closed:
@@ -126,12 +143,13 @@ class Outbox:
                 log.info("alerts reach %s again", self._channel.name)
             self._sending, self._is_failing, self._pause = [], False, _FIRST_PAUSE
             self._changed.notify_all()
+        self._spool.changed()
 
-    def _fail(self, item: tuple[Event, int], error: Exception) -> None:
-        """Put `item` back, to be tried again after a pause that doubles; warn once."""
+    def _fail(self, alert: Alert, error: Exception) -> None:
+        """Put `alert` back, to be tried again after a pause that doubles; warn once."""
         with self._changed:
             self._sending = []
-            self._waiting.appendleft(item)
+            self._waiting.appendleft(alert)
             if not self._is_failing:
                 log.warning("alerts do not reach %s, which is tried again: %s", self._channel.name, error)
             self._is_failing = True

@@ -39,6 +39,10 @@ class RateLimit:
         while self._held:
             yield self._held.pop(next(iter(self._held)))
 
+    def held(self) -> list[tuple[Event, int]]:
+        """All that is held back, which stays so."""
+        return list(self._held.values())
+
     def next_due(self) -> float | None:
         """When the first of what is held back may pass; None where nothing is."""
         return min((self._open_at[kind] for kind in self._held), default=None)

@@ -28,6 +28,7 @@ class Webhook:
     """Sends to `url`, which is a secret: neither errors nor logs name it."""
 
     name = "the webhook"
+    key = "webhook"
 
     def __init__(self, url: str) -> None:
         self._url = url

@@ -25,6 +25,12 @@ LOAD_UNIT = 64
 CURVES = {
     "loss": "loss (nats a token)",
     "perplexity": "perplexity",
+    "rewards/accuracies": "share of pairs told apart",
+    "rewards/margins": "margin: reward of chosen - of rejected",
+    "rewards/chosen": "reward of the chosen answer (below 0 in most runs)",
+    "rewards/rejected": "reward of the rejected answer",
+    "logps/chosen": "log-probability of the chosen answer",
+    "logps/rejected": "log-probability of the rejected answer",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens / s",

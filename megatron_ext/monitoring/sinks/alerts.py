@@ -10,6 +10,7 @@ from megatron_ext.config import AlertsConfig
 from megatron_ext.monitoring.alerts.mail import Mail
 from megatron_ext.monitoring.alerts.message import RunNames
 from megatron_ext.monitoring.alerts.outbox import Channel, Outbox
+from megatron_ext.monitoring.alerts.spool import Spool
 from megatron_ext.monitoring.alerts.webhook import Webhook
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.sources import ValidationReport
@@ -24,13 +25,26 @@ class AlertsSink:
 
     Args:
         directory: of the run's checkpoints, by which messages name it.
+        records: folder of the metrics file; what is not sent is kept there.
         others: places beside those of `settings`.
+        is_runs: whether this process is the run, and not one that failed before it was.
     """
 
-    def __init__(self, settings: AlertsConfig, directory: Path, others: Sequence[Channel] = ()) -> None:
+    def __init__(
+        self,
+        settings: AlertsConfig,
+        directory: Path,
+        records: Path,
+        others: Sequence[Channel] = (),
+        *,
+        is_runs: bool = True,
+    ) -> None:
         self._kinds = frozenset[str](settings.events)
-        channels = [*_channels(settings), *others]
-        self._outboxes = [Outbox(channel, _names(directory), settings.repeat_seconds) for channel in channels]
+        names = _names(directory)
+        self._outboxes = [
+            Outbox(one, names, settings.repeat_seconds, Spool(records, one.key, names.place, is_runs=is_runs))
+            for one in (*_channels(settings), *others)
+        ]
 
     def step(self, record: StepRecord) -> None:
         """Nothing: a step is no event."""
@@ -39,17 +53,17 @@ class AlertsSink:
         """Nothing."""
 
     def event(self, event: Event) -> None:
-        """Hand it on; returns at once, but for errors, with which the run ends, and maybe this process."""
-        if event.kind not in self._kinds:
-            return
-        for outbox in self._outboxes:
+        """Hand it on; returns at once."""
+        for outbox in self._outboxes if event.kind in self._kinds else ():
             outbox.put(event)
-        if event.severity == "error":
-            for outbox, seconds in self._within(FLUSH_SECONDS):
-                outbox.flush(seconds)
+
+    def flush(self) -> None:
+        """Wait a little for what is not sent yet."""
+        for outbox, seconds in self._within(FLUSH_SECONDS):
+            outbox.flush(seconds)
 
     def close(self, *, failed: bool) -> None:
-        """Wait a little for what is not sent yet."""
+        """As `flush`, with what was held back; the rest is kept."""
         for outbox, seconds in self._within(FLUSH_SECONDS):
             outbox.close(seconds)
 
@@ -61,7 +75,7 @@ class AlertsSink:
 
 
 def _channels(settings: AlertsConfig) -> list[Channel]:
-    """The places of `settings` whose secrets are there; of the others preflight has spoken."""
+    """The places of `settings` whose secrets are there; the startup checks have spoken of the others."""
     channels: list[Channel] = []
     if settings.webhook is not None and (url := os.environ.get(settings.webhook.url_variable)):
         channels.append(Webhook(url))

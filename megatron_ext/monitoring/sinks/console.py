@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from megatron_ext.monitoring.events import STARTED, Event
-from megatron_ext.monitoring.sources import ValidationReport, step_line, validation_line
+from megatron_ext.monitoring.sources import ValidationReport, pairs_line, step_line, validation_line
 from megatron_ext.monitoring.step_report import StepRecord
 from megatron_ext.planning.amounts import duration, flops, short_number
 
@@ -57,6 +57,9 @@ class ConsoleSink:
             level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[event.severity]
             log.log(level, "step %d: %s", event.iteration, event.text)
 
+    def flush(self) -> None:
+        """Nothing waits."""
+
     def close(self, *, failed: bool) -> None:
         """Nothing is left to say."""
 
@@ -83,6 +86,7 @@ def _cells(record: StepRecord, *, with_progress: bool) -> list[_Cell]:
         _Cell(f"step {done}/{record.last}{progress}", 9),
         _Cell(f"stage {report.stage}" if report.stage is not None else "", 3),
         _Cell(f"loss {report.losses['loss']:.4f}", 9),
+        _Cell(pairs_line(report.losses), 8),
         _Cell(step_line(report.sources, report.steps), 1),
         _Cell(f"lr {report.learning_rate:.2e}", 5),
         _Cell(f"norm {report.grad_norm:.3f}", 6),

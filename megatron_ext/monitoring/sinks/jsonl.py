@@ -22,11 +22,15 @@ class JsonlSink:
     def validation(self, iteration: int, report: ValidationReport) -> None:
         """Loss, in all and by source."""
         record = {"iteration": iteration, "validation_loss": report.loss, "sources": validation_values(report)}
-        self._file.write({**record, "time": time.time()})
+        others = {f"validation_{name}": value for name, value in report.others.items()}
+        self._file.write({**record, **others, "time": time.time()})
 
     def event(self, event: Event) -> None:
         """The event with its details."""
         self._file.write({**event.record(), "time": time.time()})
+
+    def flush(self) -> None:
+        """Nothing waits."""
 
     def close(self, *, failed: bool) -> None:
         """Close the file."""

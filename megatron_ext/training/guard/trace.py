@@ -56,9 +56,10 @@ class _Trace:
     """What one rank knows."""
 
     rank: int
-    tensor: int
+    place: str
+    """In the grid of ranks."""
     data: int
-    pipeline: int
+    """Data-parallel rank."""
     again: _Seen | None
     """What computing the step once more has met first."""
     own: str | None
@@ -80,7 +81,10 @@ def find_first(trainable: Trainable, groups: Groups, compute_again: Callable[[],
     own, reduced, largest = _of_gradients(trainable)
     with _Watch(trainable.chunks) as watch:
         compute_again()
-    ranks = groups.world.rank(), groups.tp.rank(), groups.dp.rank(), groups.pp.rank()
+    grid = {"TP": groups.tp, "CP": groups.cp, "DP": groups.dp, "PP": groups.pp}
+    # Context parallelism is the rarer one: it is named where it is there.
+    place = ", ".join(f"{name} {one.rank()}" for name, one in grid.items() if name != "CP" or one.size() > 1)
+    ranks = groups.world.rank(), place, groups.dp.rank()
     traces: list[Any] = [None] * groups.world.size()
     dist.all_gather_object(
         traces, _Trace(*ranks, watch.first, own, reduced, largest, _heaviest(trainable.chunks)), group=groups.world
@@ -219,7 +223,7 @@ def _said(
     layer, group = place_of(where + ".")
     place = f"layer {layer}, {group}" if layer is not None else group
     of = f", micro-batch {micro_batch}" if micro_batch is not None else ""
-    rank = f"first on rank {trace.rank} (TP {trace.tensor}, DP {trace.data}, PP {trace.pipeline})"
+    rank = f"first on rank {trace.rank} ({trace.place})"
     if len(ranks) > 1 and not details["reproducible"]:  # what was summed up does not tell whose it was
         rank = f"brought in by one or more of the ranks {', '.join(map(str, ranks))}"
     found = {"rank": trace.rank, "ranks": ranks, "where": where, "layer": layer, "group": group}

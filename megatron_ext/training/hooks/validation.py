@@ -49,7 +49,12 @@ class Validation(Hook):
         with self._clock.stopped():
             names = list(self._stream.consumption().sources)
             batches = (self._stream.next() for _ in range(self._train.eval_iters))
-            loss, sources = session.validate(batches, len(names))
+            losses, sources = session.validate(batches, len(names))
             self._stream.seek(Position())  # this also ends what reads ahead
             known = {name: mean for name, (mean, _) in zip(names, sources, strict=True) if mean is not None}
-            self._tell(done.iteration, ValidationReport(loss, known))
+            task = session.task
+            loss = losses.pop(task.sums[0])
+            # Besides a cross-entropy there is nothing in evaluation.
+            others = {} if task.has_perplexity else losses
+            report = ValidationReport(loss, known, others, has_perplexity=task.has_perplexity)
+            self._tell(done.iteration, report)

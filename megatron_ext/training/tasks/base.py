@@ -1,6 +1,6 @@
 """What a training step asks of a task: which loss of which outputs, and what it is divided by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,8 +19,19 @@ class TrainTask(Protocol):
         """The names of all sums that `loss` can return; the first, `loss`, is the one by which a run is judged."""
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether `forward` compares with a frozen model, which is built beside the trained one."""
+    def has_perplexity(self) -> bool:
+        """Whether the loss is a mean cross-entropy, of which the exponential is a perplexity."""
+
+    def prepare(
+        self, wrapped: Sequence[Any], batch: Sequence[MicroBatch], *, rows: int, length: int
+    ) -> list[MicroBatch]:
+        """This rank's share of a global batch with all that `loss` needs, before the step; every rank calls this.
+
+        Args:
+            wrapped: this rank's model chunks; their state stays as it is.
+            rows: samples of a micro-batch.
+            length: tokens of a whole sample.
+        """
 
     def forward(self, model: Any, micro: MicroBatch) -> Tensor:
         """The output of a model chunk for `micro`: on the last pipeline stage what `loss` takes."""

@@ -1,6 +1,6 @@
 """Pretraining: the mean cross-entropy of the next token over all tokens whose label counts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ class Pretrain:
     """Next-token prediction, with the model's output z-loss where it has one."""
 
     has_output_z_loss: bool = False
-    needs_reference: bool = False
+    has_perplexity = True
 
     @classmethod
     def of(cls, model: ModelConfig) -> "Pretrain":
@@ -28,6 +28,12 @@ class Pretrain:
     def sums(self) -> tuple[str, ...]:
         """Cross-entropy and, apart from it, the weighted output z-loss."""
         return (LOSS, OUTPUT_Z_LOSS) if self.has_output_z_loss else (LOSS,)
+
+    def prepare(
+        self, wrapped: Sequence[Any], batch: Sequence[MicroBatch], *, rows: int, length: int
+    ) -> list[MicroBatch]:
+        """The batch says all."""
+        return list(batch)
 
     def forward(self, model: Any, micro: MicroBatch) -> Tensor:
         """The losses of each token: [B, S], or in training with an output z-loss [2, B, S]."""

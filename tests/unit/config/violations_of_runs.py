@@ -230,6 +230,21 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
             "data.stages.2.schedule.decay.stage = 'b': is no stage of this schedule: it covers c",
         ],
     ),
+    ({"task": {"kind": "preference", "loss": "ipo"}}, ["task.loss = 'ipo', task.log_probs = None", "say sum or mean"]),
+    (
+        {"task": {"kind": "preference", "loss": "orpo", "log_probs": "sum", "nll": 1.0, "reference": "file"}},
+        ["orpo compares mean log-probabilities", "leave task.nll out", "orpo compares with no reference"],
+    ),
+    (
+        {"task": {"kind": "preference", "loss": "hinge", "label_smoothing": 0.1, "gamma": 1.0}},
+        ["hinge has no label smoothing", "hinge aims at no margin; leave task.gamma out"],
+    ),
+    ({"task": {"kind": "preference", "loss": "simpo"}}, ["set task.gamma, about half of task.beta"]),
+    ({"task": {"kind": "preference", "loss": "robust"}}, ["without label_smoothing robust is sigmoid"]),
+    (
+        {"task": {"kind": "preference", "reference": "adapters_off"}, "model": {"output_z_loss_coeff": 1e-4}},
+        ["without adapters there is no base", "model.output_z_loss_coeff = 0.0001: is a loss of every token"],
+    ),
     (
         {"train": {"batch_size_ramp": [{"global_batch_size": 3, "samples": 4}, {"global_batch_size": 4}]}},
         ["entry 0: samples = 4 is not a multiple of global_batch_size = 3"],

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,15 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.monitoring.alerts import outbox
 from megatron_ext.monitoring.alerts.environment import missing_secrets
 from megatron_ext.monitoring.alerts.rate_limit import RateLimit
+from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.monitor import Monitor
 from megatron_ext.monitoring.sinks.alerts import AlertsSink
+from megatron_ext.monitoring.sinks.jsonl import JsonlSink
+from tests.support.minimal_run import load, mapping
 from tests.support.smtp_server import SmtpServer, certificate_context
 from tests.support.webhook_server import WebhookServer
-from tests.unit.config.test_load import load, mapping
+from tests.unit.training.plans import plan_of_run
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +50,12 @@ def webhook() -> Iterator[Callable[..., WebhookServer]]:
 
 def sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, **settings: Any) -> AlertsSink:
     monkeypatch.setenv("HOOK", url)
-    return AlertsSink(AlertsConfig(webhook=WebhookConfig(url_variable="HOOK"), **settings), tmp_path / "runs" / "moe")
+    place = tmp_path / "runs" / "moe"
+    place.mkdir(parents=True, exist_ok=True)
+    is_runs = settings.pop("is_runs", True)
+    return AlertsSink(
+        AlertsConfig(webhook=WebhookConfig(url_variable="HOOK"), **settings), place, place, is_runs=is_runs
+    )
 
 
 def wait(holds: Callable[[], bool]) -> None:
@@ -106,8 +116,12 @@ def test_a_server_that_is_away_costs_one_warning_and_no_alert_and_nobody_waits_f
     ["http://127.0.0.1:9/secret-token", "secret-token", "http://[secret-token", "ftp://127.0.0.1:9/secret-token"],
     ids=["closed", "no_scheme", "malformed", "ftp"],
 )
-def test_a_dead_webhook_is_said_once_without_its_url_and_what_was_not_sent_is_counted(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_dead_webhook_is_said_once_without_its_url_and_what_was_not_sent_is_kept(
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    webhook: Callable[..., WebhookServer],
 ) -> None:
     monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 0.15)
     monkeypatch.setattr(outbox, "MOST_WAITING", 3)
@@ -117,8 +131,52 @@ def test_a_dead_webhook_is_said_once_without_its_url_and_what_was_not_sent_is_co
     alerts.close(failed=False)
     assert len(caplog.messages) == 2
     assert caplog.messages[0].startswith("alerts do not reach the webhook, which is tried again: ")
-    assert caplog.messages[1] == "9 alerts did not reach the webhook; they are in the metrics file"
-    assert "secret" not in caplog.text
+    kept = tmp_path / "runs" / "moe" / "unsent_alerts.webhook.json"
+    assert (
+        caplog.messages[1] == f"9 alerts did not reach the webhook; they are kept in {kept}, and sent at the next start"
+    )
+    assert "secret" not in caplog.text + kept.read_text()
+    server = webhook()
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 20)
+    sink(tmp_path, monkeypatch, server.url).close(failed=False)
+    assert [text.splitlines()[1:-2] for text in server.texts] == [
+        ["step 1: a spike"],
+        ["step 2: a spike"],
+        ["step 9: a spike", "and 6 more of this kind before it, since the last message"],
+    ]
+    assert "it happened 20" in server.texts[0]
+    assert not kept.exists()
+
+
+def test_a_kill_loses_no_alert_nor_does_a_start_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: Callable[..., WebhookServer]
+) -> None:
+    nowhere = "http://127.0.0.1:9/secret-token"
+    killed = sink(tmp_path, monkeypatch, nowhere)  # never closed, as with kill -9
+    for step in (1, 2, 3):
+        killed.event(Event("skip", step, "a spike"))  # two of them are held back
+    files = tmp_path / "runs" / "moe"
+    wait(lambda: [path.read_text().count("spike") for path in files.glob("*.json")] == [2])
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 0.05)
+    failed = sink(tmp_path, monkeypatch, nowhere, is_runs=False)
+    failed.event(Event("failed", 0, "no room"))
+    failed.close(failed=True)
+    assert len(list(files.glob("unsent_alerts.webhook*.json"))) == 2
+    damaged = files / "unsent_alerts.webhook.other.json"
+    damaged.write_text("[{")
+    server = webhook()
+    alerts = sink(tmp_path, monkeypatch, server.url)
+    alerts.event(Event("started", 3, "continued"))
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 20)
+    alerts.close(failed=False)
+    assert [text.splitlines()[1] for text in server.texts] == [
+        "step 1: a spike",
+        "step 3: a spike",
+        "step 0: no room",
+        "step 3: continued",
+    ]
+    assert "and 1 more of this kind" in server.texts[1]
+    assert list(files.iterdir()) == [damaged]
 
 
 def test_an_error_is_sent_before_the_process_may_end(
@@ -127,7 +185,24 @@ def test_an_error_is_sent_before_the_process_may_end(
     server = webhook([503])
     alerts = sink(tmp_path, monkeypatch, server.url)
     alerts.event(Event("lost_rank", 7, "rank 3 on node 2 has ended"))
+    alerts.flush()
     assert len(server.texts) == 1
+
+
+def test_an_alert_leaves_although_the_file_system_of_the_records_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: Callable[..., WebhookServer]
+) -> None:
+    server, hangs = webhook(), threading.Event()
+    monkeypatch.setenv("HOOK", server.url)
+    run = load(mapping(checkpoint={"directory": str(tmp_path)}, alerts={"webhook": {"url_variable": "HOOK"}}))
+    monitor = Monitor(run, run.resolve(1), plan_of_run(run), 0, "abcd1234", Clock())
+    monkeypatch.setattr(JsonlSink, "event", lambda self, event: hangs.wait(60))
+    told = threading.Thread(target=monitor.event, args=[Event("stall", 3, "nothing moves")], daemon=True)
+    told.start()
+    wait(lambda: any("nothing moves" in text for text in server.texts))
+    hangs.set()
+    told.join()
+    monitor.close()
 
 
 def test_a_redirect_to_a_page_is_no_delivery(
@@ -136,6 +211,7 @@ def test_a_redirect_to_a_page_is_no_delivery(
     server = webhook([302])
     alerts = sink(tmp_path, monkeypatch, server.url)
     alerts.event(Event("lost_rank", 7, "rank 3 on node 2 has ended"))
+    alerts.flush()
     assert len(server.texts) == 1
     assert "tried again: HTTP status 302" in caplog.text
 
@@ -185,7 +261,7 @@ def test_mail_goes_over_tls_with_a_login(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.setenv("MAIL_PASSWORD", "open sesame")
     settings = mail(server.port, username="me", password_variable="MAIL_PASSWORD")
-    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe")
+    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe", tmp_path)
     alerts.event(Event("finished", 100, "finished all 100 steps, in 3 h"))
     alerts.close(failed=False)
     server.close()
@@ -220,7 +296,7 @@ def test_mail_that_does_not_go_says_why_without_the_password(
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.setenv("MAIL_PASSWORD", password)
     settings = mail(server.port, username="me", password_variable="MAIL_PASSWORD")
-    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe")
+    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe", tmp_path)
     alerts.event(Event("finished", 1, "done"))
     wait(lambda: "tried again" in caplog.text)
     alerts.close(failed=False)
@@ -234,7 +310,7 @@ def test_mail_without_encryption_and_a_recipient_that_is_refused_for_good(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = SmtpServer(refuses=550)
-    alerts = AlertsSink(AlertsConfig(email=mail(server.port, security="none")), tmp_path / "moe")
+    alerts = AlertsSink(AlertsConfig(email=mail(server.port, security="none")), tmp_path / "moe", tmp_path)
     alerts.event(Event("skip", 1, "a spike"))
     wait(lambda: "does not take" in caplog.text)
     server.refuses = 0

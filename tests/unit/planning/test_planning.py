@@ -15,6 +15,7 @@ from megatron_ext.config import (
     MultiLatentAttention,
     ParallelConfig,
     Precision,
+    PreferenceTask,
     TrainConfig,
 )
 from megatron_ext.config.layout import resolve_layout
@@ -25,7 +26,7 @@ from megatron_ext.runtime.core_guard import versions
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.planned import stated_plan
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 
 TANUKI_8X8B = ModelConfig(
     num_layers=32,
@@ -74,6 +75,9 @@ def test_frozen_weights_ask_for_no_gradient_of_theirs() -> None:
     # Two of eight experts work: 26,624 widths of attention and 442,368 / 4 of experts in each of 32 layers.
     of_adapters = 32 * rank * (26_624 + 442_368 / 4)
     assert adapted == pytest.approx(4 * of_weights + 6 * (core + of_adapters))
+    adapters, task = LoraConfig(targets=[LoraTarget(rank=rank)]), PreferenceTask(kind="preference")
+    compared = training_flops_per_token(TANUKI_8X8B, tokens, adapters, task)
+    assert compared - adapted == pytest.approx(2 * (of_weights + core)), "the reference is a forward pass of the base"
 
 
 def allocated_bytes(
@@ -164,6 +168,21 @@ def test_check_prints_grid_and_counts_and_reloads() -> None:
     assert f"installed       {versions()}" in text
     resolved = text.split("rank grid")[0]
     assert load_config(RunConfig, parse_yaml(resolved, source="t"), source="t") == run
+
+
+def test_check_says_what_the_guard_will_do() -> None:
+    off = describe_run(load(mapping()), 1)
+    assert (
+        "guard           3 steps in a row that are not finite are skipped, the next one ends the run; off: guard."
+        in off
+    )
+    settings = {"spikes": {"sigma": 5}, "rollback": {}, "max_nonfinite_in_row": 0}
+    kept = {"save_interval": 50, "keep_last": 4}
+    checkpoint = {**mapping()["checkpoint"], **kept}
+    on = describe_run(load(mapping(guard=settings, checkpoint=checkpoint)), 1)
+    assert "guard           a step that is not finite takes the run back; steps 5 sigma above the 128 before" in on
+    assert "goes back to a checkpoint 100 to 149 steps before" in on
+    assert "off: guard" not in on
 
 
 def test_check_prints_the_length_and_the_micro_batches_of_stages() -> None:

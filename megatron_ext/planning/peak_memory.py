@@ -1,0 +1,201 @@
+"""The most memory that a rank needs at any moment of a step: state, activations in flight, loss, buffers."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_ext.canonical.placement import stage_of_layer
+from megatron_ext.config import Layout, RunConfig
+from megatron_ext.planning.layer_memory import FULL_PRECISION, LayerFormulas, LayerMemory, MicroBatch
+from megatron_ext.planning.memory import StateMemory, stage_states
+
+_LOSS_BLOCK = {True: 2**22, False: 2**27}
+"""Numbers of the logits that the loss turns into fp32 at a time, on CPU and elsewhere (mcore/cross_entropy.py)."""
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes on the rank that needs most, at the moment it does."""
+
+    stage: int
+    """Its pipeline stage."""
+    state: int
+    """Weights, gradients and optimizer."""
+    kept: float
+    """Activations that wait for their backward pass."""
+    working: float
+    """What is computed with at that moment: a layer's gradients, or logits and loss."""
+    buffers: float
+    """What communication keeps, and the tokens of the step."""
+    in_flight: float
+    """Micro-batches of which the stage keeps activations at once."""
+
+    @property
+    def activations(self) -> float:
+        """All that is no state."""
+        return self.kept + self.working + self.buffers
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.state + self.activations
+
+
+def peak_memory(
+    run: RunConfig,
+    layout: Layout,
+    states: Sequence[StateMemory] | None = None,
+    *,
+    on_cpu: bool = False,
+    imbalance: float = 1.0,
+) -> PeakMemory:
+    """What `run` needs on the fullest rank of `layout`, for the most demanding of its kinds of steps.
+
+    Without what a device's libraries and allocator take for themselves. Weights beside which adapters are trained, and
+    the backend's fused kernels, need less than is said here; attention dropout on a CPU needs more.
+
+    Args:
+        states: of each pipeline stage, where they are known.
+        on_cpu: computed by the kernels of a CPU.
+        imbalance: rows of the fullest expert-parallel rank over the mean.
+    """
+    states = states or stage_states(run, layout)
+    shapes = {
+        (shape.micro_size, shape.length, shape.size // (shape.micro_size * layout.dp)) for shape in run.step_shapes
+    }
+    peaks = [
+        _Stage(run, layout, stage, MicroBatch(rows, length, on_cpu, imbalance), number).peak(states[stage])
+        for rows, length, number in shapes
+        for stage in range(layout.pp)
+    ]
+    return max(peaks, key=lambda peak: peak.total)
+
+
+class _Stage:
+    """One pipeline stage under one kind of step."""
+
+    def __init__(self, run: RunConfig, layout: Layout, stage: int, micro: MicroBatch, micro_batches: int) -> None:
+        self._run, self._layout, self._stage, self._micro = run, layout, stage, micro
+        self._micro_batches = max(micro_batches, 1)
+        self._formulas = LayerFormulas(run.model, layout, run.parallel, run.precision, run.recompute, micro)
+        self._kinds = {kind: self._formulas.layer(is_moe=kind) for kind in set(run.model.moe_layer_pattern)}
+        self._chunks = self._layers_of_chunks()
+        self._is_first, self._is_last = stage == 0, stage == layout.pp - 1
+
+    def _layers_of_chunks(self) -> list[list[LayerMemory]]:
+        model, parallel = self._run.model, self._run.parallel
+        chunks: list[list[LayerMemory]] = [[] for _ in range(parallel.virtual_pipeline_model_parallel_size or 1)]
+        for layer, is_moe in enumerate(model.moe_layer_pattern):
+            virtual = stage_of_layer(layer, model, parallel)
+            if virtual % self._layout.pp == self._stage:
+                chunks[virtual // self._layout.pp].append(self._kinds[is_moe])
+        return chunks
+
+    def peak(self, state: StateMemory) -> PeakMemory:
+        """The most of all moments, beside the state."""
+        moments = list(self._moments())
+        if (
+            self._micro.on_cpu
+            and self._run.parallel.use_distributed_optimizer
+            and self._layout.dp * self._layout.cp > 1
+        ):
+            moments.append(
+                (0.0, 4.0 * max(state.dense, state.experts), 0.0)
+            )  # Gloo scatters sums by a copy of all of them
+        kept, working, count = max(moments, key=lambda moment: moment[0] + moment[1])
+        return PeakMemory(self._stage, state.bytes, kept, working, self._buffers(), count)
+
+    def _moments(self) -> Iterator[tuple[float, float, float]]:
+        """Activations kept, memory worked with, and micro-batches in flight, when a backward pass begins a layer."""
+        kept = [self._kept(layers) for layers in self._chunks]
+        for in_flight in set(self._in_flight()):
+            total = sum(count * each for count, each in zip(in_flight, kept, strict=True))
+            count = sum(in_flight) / len(kept)
+            for chunk, layers in enumerate(self._chunks):
+                if not in_flight[chunk]:
+                    continue
+                is_last = self._is_last and chunk == len(self._chunks) - 1
+                if is_last:
+                    yield total + self._formulas.residual, self._loss(), count
+                yield from ((total - less, working, count) for less, working in self._backward(layers))
+                if self._is_first and chunk == 0:
+                    yield total - kept[0], self._table() + self._formulas.gathered, count
+
+    def _kept(self, layers: Sequence[LayerMemory]) -> float:
+        """Of one micro-batch in one chunk; the chunk's output too, which the next stage or the loss has got."""
+        output = self._formulas.residual
+        recompute = self._run.recompute
+        if recompute.granularity != "full":
+            return output + sum(layer.kept for layer in layers)
+        if recompute.method == "uniform":
+            return output + math.ceil(len(layers) / recompute.num_layers) * self._formulas.residual
+        first = layers[: recompute.num_layers]
+        return output + sum(x.checkpoint for x in first) + sum(x.kept for x in layers[recompute.num_layers :])
+
+    def _backward(self, layers: Sequence[LayerMemory]) -> Iterator[tuple[float, float]]:
+        """At each layer from the last on: what is free already, and what is worked with beside it."""
+        recompute = self._run.recompute
+        group = recompute.num_layers if recompute.method == "uniform" else 1
+        freed = 0.0
+        for number in reversed(range(len(layers))):
+            layer = layers[number]
+            again = 0.0
+            recomputed = recompute.granularity == "full" and (
+                recompute.method == "uniform" or number < recompute.num_layers
+            )
+            if recomputed:
+                start = number // group * group
+                again = sum(x.kept for x in layers[start : number + 1])
+            yield freed, again + layer.working
+            yield freed, again - layer.feed_forward + layer.working_attention
+            if not recomputed:
+                freed += layer.kept
+            elif number % group == 0:
+                freed += -layer.checkpoint if layer.lingers else layer.checkpoint
+
+    def _in_flight(self) -> list[tuple[int, ...]]:
+        """How many micro-batches each chunk keeps, at the moments when a backward pass begins.
+
+        One forward, one backward: a stage goes ahead by as many micro-batches as there are stages after it. Interleaved
+        (Narayanan et al. 2021, arXiv 2104.04473, section 2.2) it goes through the chunks with groups of as many
+        micro-batches as there are stages.
+        """
+        pp, chunks, total = self._layout.pp, len(self._chunks), self._micro_batches
+        if chunks == 1:
+            return [(min(pp - self._stage, total),)]
+        ahead = min((pp - self._stage - 1) * 2 + (chunks - 1) * pp, total * chunks)
+        # The pattern repeats with each group of micro-batches.
+        steps = min(total * chunks, ahead + 1 + 2 * pp * chunks)
+        forward = [step // pp % chunks for step in range(steps)]
+        backward = [chunks - 1 - step // pp % chunks for step in range(steps)]
+        found, counts = [], [0] * chunks
+        for step, chunk in enumerate(forward):
+            counts[chunk] += 1
+            if step >= min(ahead, steps - 1):
+                found.append(tuple(counts))
+                counts[backward[step - min(ahead, steps - 1)]] -= 1
+        return found
+
+    def _loss(self) -> float:
+        """Logits, the block of them in fp32, and the gradients that follow; the final norm."""
+        model, formulas, tp = self._run.model, self._formulas, self._layout.tp
+        numbers = formulas.tokens * model.padded_vocab_size / tp
+        logits = numbers * formulas.bytes
+        block = 0.0
+        if formulas.bytes != FULL_PRECISION:
+            block = min(numbers, max(_LOSS_BLOCK[self._micro.on_cpu], model.padded_vocab_size / tp)) * FULL_PRECISION
+        # The hidden states' gradient, and under sequence parallelism they themselves, are there for all tokens.
+        wide = formulas.gathered + (formulas.gathered if self._run.parallel.sequence_parallel else 0.0)
+        return logits + max(block, wide + self._table())
+
+    def _table(self) -> float:
+        """The gradient of the embedding or the output layer, before it is added up in fp32."""
+        model = self._run.model
+        return model.padded_vocab_size * model.hidden_size / self._layout.tp * self._formulas.bytes
+
+    def _buffers(self) -> float:
+        """Gathered tokens of sequence parallelism, a message in each direction of the pipeline, tokens and labels."""
+        gathered = self._formulas.gathered if self._run.parallel.sequence_parallel else 0.0
+        messages = 2 * self._formulas.residual if self._layout.pp > 1 else 0.0
+        rows = self._micro.rows * self._micro.length
+        return gathered + messages + rows * (28 * self._micro_batches + 8 * 4)
