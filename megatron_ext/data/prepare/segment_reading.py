@@ -94,9 +94,10 @@ class SegmentReader:
             return list(self._tokenizer.encode_batch(segments))
         result: list[list[int] | None] = []
         foreign = []
-        special = self._tokenizer.special_ids
+        special, all_of_them = self._tokenizer.special_ids, "".join(segments)
+        hidden = [token for token in self._hidden if token in all_of_them]  # next to never one
         for number, (ids, is_known) in enumerate(self._best(self._unigram, segments)):
-            if any(token in segments[number] and token != segments[number] for token in self._hidden):
+            if hidden and any(token in segments[number] and token != segments[number] for token in hidden):
                 ids = None
             if ids is not None and not (is_known and special.isdisjoint(ids)):
                 foreign.append(number)
