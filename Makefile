@@ -17,7 +17,7 @@ FOREIGN := .venv-foreign
 OLDEST_TRANSFORMERS := .transformers-oldest
 LOCKS := $(wildcard requirements/lock-*.txt)
 VERSIONS := pyproject.toml setup.py requirements/cpu.txt requirements/environment.sh requirements/install.sh $(LOCKS)
-# Two processes, a file of tests in one of them; the dear ones (tests/distributed) come first.
+# Two processes, a file of tests in one of them; the dear ones (tests/slurm, tests/distributed) come first.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # What meets megatron-core: its faults and ours, models and experts, layouts, checkpoints.
 CORE_TESTS := tests/unit/mcore tests/unit/runtime tests/distributed/test_core_guard.py tests/distributed/test_cpu_compat.py \

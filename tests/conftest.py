@@ -30,11 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what other cells of a product stand for."""
+    """Leave out what other cells of a product stand for; begin with what waits for others, while all else has work."""
     if not config.getoption(PRODUCT):
         left_out = [item for item in items if item.get_closest_marker("product")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("product")]
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

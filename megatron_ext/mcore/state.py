@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.shards import TensorShard, shards_of_range
 from megatron_ext.mcore.optimizer import main_parameters
+from megatron_ext.mcore.scaling_state import ScalingState
 
 _EXPERTS = ".mlp.experts."
 """In the key of a routed expert's weight, of which each rank of its own data-parallel group has a copy."""
@@ -57,13 +58,6 @@ class ParameterShard:
     def shard_shape(self) -> tuple[int, ...]:
         """Shape of the piece with its stacked dimensions."""
         return (1,) * (len(self.global_shape) - self.data.dim()) + tuple(self.data.shape)
-
-
-@dataclass(frozen=True)
-class ScalingState:
-    """What an FP8 linear layer with delayed scaling remembers, as live tensors; its `get_extra_state` returns it."""
-
-    tensors: dict[str, Tensor]
 
 
 def _entries(module: Any) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_ext.mcore.feed_forward import CompleteMLP
-from megatron_ext.mcore.state import ScalingState
+from megatron_ext.mcore.scaling_state import ScalingState
 
 # megatron-core 0.19 has a class of its own for the parts of TEGroupedMLP; 0.16 takes an MLP's.
 _GroupedSubmodules = getattr(core_experts, "GroupedMLPSubmodules", None) or core_experts.MLPSubmodules
