@@ -37,6 +37,8 @@ from megatron_ext.training import loop
 BATCH, RANK = 4, 32
 LINEAR, ATTENTION, ENDS = "layers.*", "self_attention.*", ["embedding.*", "output_layer"]
 REPLAY = 0.2
+_LONGEST = 6 * 3600.0
+"""Seconds for a model, on a machine that others keep busy."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def mapping(plan: Plan, way: Way, stage: str, seed: int) -> dict[str, Any]:
 def make(plan: Plan, run: dict[str, Any], name: str, start: Path | None) -> None:
     """Train a model from `start` and write it as a Hugging Face directory; as one rank of a process group."""
     place, training = plan.place(name), plan.place(name).with_suffix(".run")
-    run["checkpoint"] = {"directory": str(training), "save_interval": 1_000_000}
+    run["checkpoint"] = {"directory": str(training), "save_interval": 200, "keep_last": 1}
     if start is not None:
         run["checkpoint"]["initialize_from"] = str(start)
     file = training.with_suffix(".yaml")
@@ -151,9 +153,9 @@ def go(plan: Plan, pool: GlooPool, name: str, run: dict[str, Any], start: Path |
     """A model and its figures, unless they are there."""
     place = plan.place(name)
     if not place.exists():
-        pool.run(1, make, plan, run, name, start)
+        pool.run(1, make, plan, run, name, start, timeout=_LONGEST)
     if not place.with_suffix(".json").exists():
-        pool.run(1, ask, plan, name)
+        pool.run(1, ask, plan, name, timeout=_LONGEST)
         print(f"done: {name}", flush=True)
     return place
 
@@ -187,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     samples = os.environ.get("MEGATRON_EXT_SAMPLE_DATA")
     parser.add_argument("--samples", type=Path, default=samples, help="folder with corpus/ and sft/ of tldr pages")
+    parser.add_argument("--steps", type=int, nargs=3, default=[800, 200, 80], help="of each stage (default 800 200 80)")
     parser.add_argument("--seeds", type=int, default=3, help="of each way (default 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time, each on one thread")
     parser.add_argument("--folder", type=Path, default=Path("build/forgetting"), help="where models are kept")
@@ -196,7 +199,7 @@ def main() -> None:
     if o.samples is None:
         parser.error("--samples: give the folder, or set MEGATRON_EXT_SAMPLE_DATA")
     folder = (o.folder / "tiny" if o.tiny else o.folder).absolute()
-    plan, seeds = (Plan(folder, 20, 4, 4), 1) if o.tiny else (Plan(folder, 800, 200, 80), o.seeds)
+    plan, seeds = (Plan(folder, 20, 4, 4), 1) if o.tiny else (Plan(folder, *o.steps), o.seeds)
     (folder / "models").mkdir(parents=True, exist_ok=True)
     prepare(o.samples, folder)
     with GlooPool(1) as pool:

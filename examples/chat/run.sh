@@ -41,15 +41,18 @@ step "preprocess (pairs)" $out/data/pairs conversations "$pairs" $out/data/pairs
 
 # --- pretrained -> SFT -> DPO ------------------------------------------------------------------------------------------
 step pretraining $out/pretrained/"$(iteration $pretraining)" train 2 "$here/pretrain.yaml" train.train_iters=$pretraining
-# A run of this folder on the data of $out: tuned NAME DATA START STEPS
+# tuned NAME DATA START STEPS [key=value ...]: a run of this folder on the data of $out
 tuned() {
-  step "$1" $out/"$1"/"$(iteration "$4")" train 2 "$here/$1.yaml" checkpoint.directory=$out/"$1" \
-    checkpoint.initialize_from=$out/"$3" data.tokenizer=$out/data/"$2"/tokenizer \
-    "data.sources={$2: {path: $out/data/$2/train}}" "data.stages=[{name: $2, mix: {$2: 1}, steps: $4}]" \
-    "data.validation=[{path: $out/data/$2/validation}]"
+  local name=$1 data=$2 start=$3 steps=$4
+  shift 4
+  step "$name" $out/"$name"/"$(iteration "$steps")" train 2 "$here/$name.yaml" checkpoint.directory=$out/"$name" \
+    checkpoint.initialize_from=$out/"$start" data.tokenizer=$out/data/"$data"/tokenizer \
+    "data.sources={$data: {path: $out/data/$data/train}}" "data.stages=[{name: $data, mix: {$data: 1}, steps: $steps}]" \
+    "data.validation=[{path: $out/data/$data/validation}]" "$@"
 }
 tuned sft chat pretrained $sft
-tuned dpo pairs sft $dpo
+# So few steps need large ones.
+tuned dpo pairs sft $dpo optimizer.lr=1e-3 schedule.min_lr=1e-4 train.global_batch_size=8
 
 # --- merged -> Hugging Face --------------------------------------------------------------------------------------------
 step merge $out/merged tool merge_lora $out/dpo $out/merged --dtype fp32

@@ -63,10 +63,10 @@ def read_run_text(path: str | Path, overrides: Sequence[str] = ()) -> RunText:
     return RunText(str(path), None if reader.faults else run, reader.values, reader.faults)
 
 
-def values_of(run: RunConfig) -> Mapping[str, Any]:
-    """Every value and section of `run` by its name, as in `RunText`."""
+def values_of(run: RunConfig, sections: Sequence[str] | None = None) -> Mapping[str, Any]:
+    """Every value and section of `run` by its name, as in `RunText`; of some `sections`, if they are given."""
     reader = _Reader(RunConfig)
-    for section in fields_of(RunConfig):
+    for section in sections or fields_of(RunConfig):
         reader.keep(section, getattr(run, section))
     return reader.values
 

@@ -17,14 +17,14 @@ from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.monitoring.monitor import metrics_path
 from megatron_ext.planning.amounts import duration
 from megatron_ext.planning.flops import training_flops_per_token
-from megatron_ext.planning.memory import state_memory
+from megatron_ext.planning.peak_memory import PeakMemory, peak_memory
 
 _LOCAL_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs")
 """File systems that one machine alone has, as a rule."""
 _USUAL_MFU = 0.35
 """Share of the peak that a run of which nothing was measured is taken to reach: a guess, and said to be one."""
-_FULL = 0.8
-"""Share of a GPU's memory beyond which a training state leaves little for activations."""
+_FULL = 0.9
+"""Share of a GPU's memory that tensors may take; the context, NCCL and the allocator need some as well."""
 _SHORTEST = 20
 """Minutes of a job, beside what it saves in, below which it is hardly worth its start."""
 
@@ -57,7 +57,7 @@ def check_job(job: Job, run: RunConfig, steps: int) -> Findings:
         f"EP {layout.ep}, {layout.num_microbatches} micro-batches a step"
     )
     _look_at_groups(job, layout.tp, found)
-    _look_at_memory(job, state_memory(run, layout).bytes, found)
+    _look_at_memory(job, peak_memory(run, layout), found)
     _look_at_time(job, run, steps, processes, found)
     _look_at_places(job, run, found)
     return found
@@ -71,19 +71,19 @@ def _look_at_groups(job: Job, tp: int, found: Findings) -> None:
         )
 
 
-def _look_at_memory(job: Job, state: int, found: Findings) -> None:
+def _look_at_memory(job: Job, peak: PeakMemory, found: Findings) -> None:
     room = job.profile.gpu_memory_gib
     if room is None:
         found.notes.append("memory          not checked: the profile has no gpu_memory_gib")
         return
-    state_gib = state / 2**30
-    line = f"the training state takes {state_gib:.3g} GiB on the fullest rank, and a GPU has {room:g}"
-    if state_gib >= room:
+    state, total = peak.state / 2**30, peak.total / 2**30
+    line = f"a step takes about {total:.3g} GiB (its state {state:.3g}) on the fullest rank, and a GPU has {room:g}"
+    if state >= room:
         found.faults.append(f"{line}: split the model further (TP, PP, EP), or take more nodes")
-    elif state_gib > _FULL * room:
-        found.warnings.append(f"{line}: little is left for activations, which are not estimated")
+    elif total > _FULL * room:
+        found.warnings.append(f"{line}: it may run out of it; `recompute`, or what tools/plan.py offers, takes less")
     else:
-        found.notes.append(f"memory          {line}; activations are not estimated")
+        found.notes.append(f"memory          {line}")
 
 
 def _look_at_time(job: Job, run: RunConfig, steps: int, processes: int, found: Findings) -> None:

@@ -1,5 +1,6 @@
 """What happens to a run besides its steps, for its records and for those who are told of it."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,6 +41,8 @@ class Event:
     """More for the records: values of JSON by name."""
     panels: Mapping[str, float] = field(default_factory=dict)
     """Numbers that are drawn over the steps of the run, by the name of their panel."""
+    at: float = field(default_factory=time.time, compare=False, repr=False)
+    """When, in seconds since 1970."""
 
     @property
     def severity(self) -> Severity:

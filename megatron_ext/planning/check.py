@@ -13,6 +13,7 @@ from megatron_ext.planning.amounts import flops
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.guard_line import guard_line
 from megatron_ext.planning.memory import state_memory
+from megatron_ext.planning.peak_memory import peak_memory
 from megatron_ext.runtime.core_guard import versions
 
 _MOST_ROWS = 32
@@ -49,12 +50,24 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
         f"training        {_work(run, each, plan)}",
         f"state memory    {memory.bytes / 2**30:,.3g} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
+        f"peak memory     {_peak(run, layout)}",
         f"guard           {guard_line(run)}",
         f"Hugging Face    {_export(run)}",
         f"micro-batches   {_micro_batches(run, layout)} tokens a rank and step",
         f"installed       {versions()}",
     ]
     return "\n".join(lines)
+
+
+def _peak(run: RunConfig, layout: Layout) -> str:
+    """What a step needs on the fullest rank, by planning/peak_memory.py."""
+    peak = peak_memory(run, layout)
+    flight = f", {peak.in_flight:.3g} micro-batches of them in flight" if layout.pp > 1 else ""
+    return (
+        f"{peak.total / 2**30:,.3g} GiB on the fullest rank, of stage {peak.stage}: state {peak.state / 2**30:,.3g}, "
+        f"activations {peak.kept / 2**30:,.3g}{flight}, worked with {peak.working / 2**30:,.3g}; beside it what the "
+        "device and its allocator take (tools/plan.py has other layouts)"
+    )
 
 
 def _adapters(run: RunConfig, of: int) -> list[str]:

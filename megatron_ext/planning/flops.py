@@ -14,7 +14,7 @@ def training_flops_per_token(
     are not counted. With `adapters` 4 for each multiply-add with a weight, whose own gradient nobody asks for.
     """
     hidden = model.hidden_size
-    attention = (_latent_attention if model.multi_latent_attention else _attention)(model, sequence_length)
+    attention = attention_products(model, sequence_length)
     moe_layers = sum(model.moe_layer_pattern)
     dense_layers = model.num_layers - moe_layers
     expert_width = model.moe_router_topk * model.expert_ffn_hidden_size + (
@@ -29,6 +29,11 @@ def training_flops_per_token(
     is_read_twice = isinstance(task, PreferenceTask) and task.reference_of(has_adapters=True) == "adapters_off"
     reference = 2.0 * products if is_read_twice else 0.0
     return 4.0 * (products - core) + 6.0 * (core + _of_adapters(model, adapters)) + reference
+
+
+def attention_products(model: ModelConfig, sequence_length: int) -> float:
+    """Multiply-adds a token of one layer's attention, forward; of its projections alone with a length of 0."""
+    return (_latent_attention if model.multi_latent_attention else _attention)(model, sequence_length)
 
 
 def _of_adapters(model: ModelConfig, adapters: LoraConfig) -> float:

@@ -44,6 +44,9 @@ class LayerMemory:
     """What the backward pass of the feed-forward network needs beside."""
     working_attention: float
     """The same of attention."""
+    lingers: bool
+    """Whether a recomputed layer keeps its input, and that input's gradient, until the next micro-batch: token
+    dispatchers of megatron-core hold on to what they were given last, and so to its graph."""
 
 
 class LayerFormulas:
@@ -85,6 +88,7 @@ class LayerFormulas:
             feed_forward=feed_forward,
             working=(self._moe_working() if is_moe else self._dense_working()) + 2 * self.residual,
             working_attention=self._attention_working() + 3 * self.residual,
+            lingers=is_moe and self._layout.ep * self._layout.etp > 1,
         )
 
     def _normed(self) -> float:
@@ -103,18 +107,18 @@ class LayerFormulas:
         angles = 4 * self._micro.length / self._layout.cp * model.rotary_width * self.bytes if rotates else 0.0
         rotated = query + key if rotates else 0.0
         sums = self.tokens * model.num_attention_heads / self._layout.tp * FULL_PRECISION
-        normed = 0.0
-        if model.qk_layernorm is not None:  # its inputs: of the keys they are what the projection gave out
-            normed = query + 2 * sums * (1 if model.qk_layernorm == "head" else 0)
+        normed, projected = 0.0, query + 2 * key
+        copies = self._layout.cp > 1 or (self._micro.on_cpu and self.bytes == FULL_PRECISION)
+        if model.qk_layernorm is not None:  # its inputs: queries, and of the keys all that the projection gave out
+            normed = query + 2 * sums + (projected if copies and "core_attn" not in self._again else 0.0)
         if self._layout.cp > 1:
             keys = (2 * self._layout.cp + 1) / 2 * key  # of all tokens before each of the two slices
             masks = self._masks() if self._micro.on_cpu else 0.0
             inside = query + 2 * keys + masks + sums + query
             return angles + normed + (rotated + query + 2 * key if "core_attn" in self._again else inside) + query
-        projected = query + 2 * key
         if "core_attn" in self._again:
             return angles + normed + projected + rotated + query
-        if self._micro.on_cpu and self.bytes == FULL_PRECISION:  # copies of all three, and of the output
+        if copies:  # of all three, and of the output
             return angles + normed + projected + query + sums + query
         return angles + normed + projected + rotated + sums + query
 
@@ -130,12 +134,16 @@ class LayerFormulas:
         assert latent is not None
         each, heads = self.tokens * self.bytes, model.num_attention_heads / self._layout.tp
         vectors = 2 * (latent.q_lora_rank or 0) + 2 * latent.kv_lora_rank + latent.qk_pos_emb_head_dim
-        inside = heads * (2 * model.head_dim + latent.v_head_dim)
-        context = heads * latent.v_head_dim
+        context, masks = heads * latent.v_head_dim, 0.0
+        keys = heads * model.head_dim + context
         copied = context if self._micro.on_cpu and self.bytes == FULL_PRECISION else 0.0
+        if self._layout.cp > 1:  # as for grouped-query attention
+            keys, copied = (2 * self._layout.cp + 1) / 2 * keys, context
+            masks = self._masks() if self._micro.on_cpu else 0.0
         angles = 4 * self._micro.length / self._layout.cp * latent.qk_pos_emb_head_dim * self.bytes
         sums = self.tokens * heads * FULL_PRECISION
-        return each * (vectors + inside + context + copied) + sums + angles
+        inside = heads * model.head_dim + keys + context + copied
+        return each * (vectors + inside) + masks + sums + angles
 
     def _attention_working(self) -> float:
         """Gradients of output, queries, keys and values, and of the projection that gave them out."""
@@ -213,7 +221,9 @@ class LayerFormulas:
         weight = experts * model.hidden_size * model.expert_ffn_hidden_size / self._layout.etp * self.bytes
         second = hidden + width + weight
         first = hidden + gated * width + gated * weight - width  # what was activated is free by then
-        moments = [(5.0 if gated == 2 else 2.0) * width, second, first]
+        # What came over the group stays until its own backward pass is over.
+        arrived = hidden if self._layout.ep > 1 else 0.0
+        moments = [(6.0 if gated == 2 else 3.0) * width + arrived, second, first]
         if (etp := self._layout.etp) > 1:  # the forward pass sums the parts of each row in fp32
             moments.append(hidden * FULL_PRECISION / self.bytes * (1 + 1 / etp))
         return again + max(moments) + self._shared_width()

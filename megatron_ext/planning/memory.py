@@ -1,8 +1,9 @@
 """Memory of the training state of one rank: weights, gradients and optimizer, without activations."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_ext.canonical.adapters import adapter_tensors
 from megatron_ext.canonical.catalogue import CanonicalTensor, model_tensors
@@ -16,8 +17,10 @@ class StateMemory:
 
     parameters: int
     bytes: int
-    largest_buffer: int
-    """Gradients of the larger of its two buffers, of dense weights and of experts', in bytes."""
+    dense: int
+    """Of the trained parameters, those that are no expert's."""
+    experts: int
+    """And those that are."""
 
 
 def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
@@ -26,34 +29,56 @@ def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
 
 
 def stage_states(run: RunConfig, layout: Layout) -> list[StateMemory]:
-    """Parameters and bytes of state on a rank of each pipeline stage.
+    """Parameters and bytes of state on a rank of each pipeline stage."""
+    return ModelState(run).stages(run, layout)
+
+
+class ModelState:
+    """The tensors of a run, summed up by what places them, so that many layouts can be looked at.
 
     A trained parameter takes 4 (fp32) or 2 (bf16) bytes and its gradient 4. Adam's two moments (and in bf16 the fp32
     master weight) take 8 (12) bytes, split by the distributed optimizer over the ranks that have the same weights:
-    data-parallel x context-parallel ones, and for experts those of the expert grid. Weights beside which adapters are
+    data-parallel x context-parallel ranks, and for experts those of the expert grid. Weights beside which adapters are
     trained take their own bytes alone.
     """
-    tensors = model_tensors(run.model)
-    trained, frozen = (tensors, {}) if run.adapters is None else (adapter_tensors(run.model, run.adapters), tensors)
-    stages = list(zip(*(_stages(run.model, some, layout, run.parallel) for some in (trained, frozen)), strict=True))
-    weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
-    dense_share = layout.dp * layout.cp if run.parallel.use_distributed_optimizer else 1
-    expert_share = layout.edp if run.parallel.use_distributed_optimizer else 1
 
-    def size(trained: tuple[int, int], frozen: tuple[int, int]) -> int:
-        held = sum(trained) * (weight + 4) + sum(frozen) * weight
-        dense, expert = trained
-        return held + math.ceil(dense / dense_share) * state + math.ceil(expert / expert_share) * state
+    def __init__(self, run: RunConfig) -> None:
+        tensors = model_tensors(run.model)
+        trained, frozen = (tensors, {}) if run.adapters is None else (adapter_tensors(run.model, run.adapters), tensors)
+        self._trained, self._frozen = _summed(trained), _summed(frozen)
 
-    return [StateMemory(sum(map(sum, parts)), size(*parts), 4 * max(parts[0])) for parts in stages]
+    def stages(self, run: RunConfig, layout: Layout) -> list[StateMemory]:
+        """Parameters and bytes of state on a rank of each pipeline stage of `run`, which may split them otherwise."""
+        both = (_stages(run.model, some, layout, run.parallel) for some in (self._trained, self._frozen))
+        weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
+        splits = run.parallel.use_distributed_optimizer
+        dense_share, expert_share = (layout.dp * layout.cp, layout.edp) if splits else (1, 1)
+        found = []
+        for (dense, experts), frozen in zip(*both, strict=True):
+            held = (dense + experts) * (weight + 4) + sum(frozen) * weight
+            moments = math.ceil(dense / dense_share) * state + math.ceil(experts / expert_share) * state
+            found.append(StateMemory(dense + experts + sum(frozen), held + moments, dense, experts))
+        return found
+
+
+def _summed(tensors: Mapping[str, CanonicalTensor]) -> list[CanonicalTensor]:
+    """One tensor in the place of all that are split and placed alike, as large as they together."""
+    sums: dict[tuple[Any, ...], int] = {}
+    first: dict[tuple[Any, ...], CanonicalTensor] = {}
+    for name, tensor in tensors.items():
+        # Outside the layers the name says where a tensor is.
+        key = (tensor.layer, tensor.layer is None and name, tensor.is_expert, tensor.tp_dimension is not None)
+        sums[key] = sums.get(key, 0) + tensor.size
+        first.setdefault(key, tensor)
+    return [replace(first[key], shape=(size,)) for key, size in sums.items()]
 
 
 def _stages(
-    model: ModelConfig, tensors: Mapping[str, CanonicalTensor], layout: Layout, parallel: ParallelConfig
+    model: ModelConfig, tensors: Sequence[CanonicalTensor], layout: Layout, parallel: ParallelConfig
 ) -> list[tuple[int, int]]:
     """Dense and expert parameters among `tensors` that a rank of each pipeline stage holds."""
     dense, expert = [0] * layout.pp, [0] * layout.pp
-    for tensor in tensors.values():
+    for tensor in tensors:
         for stage in stages_of(tensor, model, parallel):
             (expert if tensor.is_expert else dense)[stage] += elements_held(tensor, layout)
     return list(zip(dense, expert, strict=True))

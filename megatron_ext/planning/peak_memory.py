@@ -41,17 +41,25 @@ class PeakMemory:
         return self.state + self.activations
 
 
-def peak_memory(run: RunConfig, layout: Layout, *, on_cpu: bool = False, imbalance: float = 1.0) -> PeakMemory:
+def peak_memory(
+    run: RunConfig,
+    layout: Layout,
+    states: Sequence[StateMemory] | None = None,
+    *,
+    on_cpu: bool = False,
+    imbalance: float = 1.0,
+) -> PeakMemory:
     """What `run` needs on the fullest rank of `layout`, for the most demanding of its kinds of steps.
 
     Without what a device's libraries and allocator take for themselves. Weights beside which adapters are trained, and
     the backend's fused kernels, need less than is said here; attention dropout on a CPU needs more.
 
     Args:
+        states: of each pipeline stage, where they are known.
         on_cpu: computed by the kernels of a CPU.
         imbalance: rows of the fullest expert-parallel rank over the mean.
     """
-    states = stage_states(run, layout)
+    states = states or stage_states(run, layout)
     shapes = {
         (shape.micro_size, shape.length, shape.size // (shape.micro_size * layout.dp)) for shape in run.step_shapes
     }
@@ -91,7 +99,9 @@ class _Stage:
             and self._run.parallel.use_distributed_optimizer
             and self._layout.dp * self._layout.cp > 1
         ):
-            moments.append((0.0, state.largest_buffer, 0.0))  # Gloo scatters sums by a copy of all of them
+            moments.append(
+                (0.0, 4.0 * max(state.dense, state.experts), 0.0)
+            )  # Gloo scatters sums by a copy of all of them
         kept, working, count = max(moments, key=lambda moment: moment[0] + moment[1])
         return PeakMemory(self._stage, state.bytes, kept, working, self._buffers(), count)
 
@@ -123,7 +133,7 @@ class _Stage:
         return output + sum(x.checkpoint for x in first) + sum(x.kept for x in layers[recompute.num_layers :])
 
     def _backward(self, layers: Sequence[LayerMemory]) -> Iterator[tuple[float, float]]:
-        """At each layer from the last on: what is free already, and what is worked with beside."""
+        """At each layer from the last on: what is free already, and what is worked with beside it."""
         recompute = self._run.recompute
         group = recompute.num_layers if recompute.method == "uniform" else 1
         freed = 0.0
@@ -141,7 +151,7 @@ class _Stage:
             if not recomputed:
                 freed += layer.kept
             elif number % group == 0:
-                freed += layer.checkpoint
+                freed += -layer.checkpoint if layer.lingers else layer.checkpoint
 
     def _in_flight(self) -> list[tuple[int, ...]]:
         """How many micro-batches each chunk keeps, at the moments when a backward pass begins.

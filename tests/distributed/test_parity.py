@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +25,12 @@ from megatron_ext.config import (
 from megatron_ext.proving.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SOURCES, random_batch, tiny_model
+from tests.distributed.layouts import TOLERANCE, GridCase, layout
 from tests.support.product import alternating
 
-# fp32 rounds to 6e-8. Splitting a matrix product or a batch changes the order of additions, and Adam turns a relative
-# error of a gradient into the same relative error of a step; after 5 steps the largest difference seen is 7e-7. Real
-# faults (a gradient reduced over the wrong group, a loss scaled wrongly) show as 1e-4 and more.
-TOLERANCE = 5e-6
 # A wrong gradient is in the norm of the first step and the loss of the second; what the optimizer keeps wrongly between
 # steps, in the loss of the third. With --product, five, as the table in README.md has them.
 STEPS = 3
-
-
-@dataclass(frozen=True)
-class GridCase:
-    name: str
-    processes: int
-    parallel: ParallelConfig
-
-    @property
-    def data_parallel(self) -> int:
-        p = self.parallel
-        return self.processes // (
-            p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-        )
-
-
-def layout(name: str, processes: int, **degrees: object) -> GridCase:
-    short = {
-        "tp": "tensor_model_parallel_size",
-        "sp": "sequence_parallel",
-        "cp": "context_parallel_size",
-        "pp": "pipeline_model_parallel_size",
-        "vpp": "virtual_pipeline_model_parallel_size",
-        "ep": "expert_model_parallel_size",
-        "etp": "expert_tensor_parallel_size",
-        "dispatch": "moe_token_dispatcher_type",
-    }
-    return GridCase(name, processes, ParallelConfig(**{short[key]: value for key, value in degrees.items()}))
 
 
 DENSE = [

@@ -36,7 +36,7 @@ from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training import loop
 from megatron_ext.training.data import open_data
 from megatron_ext.training.session import starting_state
-from tests.distributed.test_parity import TOLERANCE, GridCase, layout
+from tests.distributed.layouts import TOLERANCE, GridCase, layout
 from tests.unit.data.chats import chat_tokenizer, turns
 
 LENGTH, STEPS = 256, 5

@@ -14,7 +14,7 @@ import pytest
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.data.prepare.preprocess import preprocess
-from megatron_ext.monitoring.metrics_file import read_metrics
+from megatron_ext.monitoring.metrics_file import read_history, read_metrics
 from tests.support.commands import TOOLS, train
 from tests.support.workspace import prepare_data, reported_losses, run_mapping, write_run
 
@@ -34,6 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mapping = run_mapping(directory, moe=True)
     mapping["train"] |= {"train_iters": STEPS, "eval_interval": 10, "eval_iters": 2}
     mapping["checkpoint"] |= {"save_interval": 5}
+    mapping["evaluation"] = {"on_checkpoint": 'echo "{\\"step\\": $STEP}"'}
     mapping["data"]["train"].append({"path": str(directory / "data" / "test"), "weight": 0.2, "id": "rare"})
     write_run(directory / "run.yaml", mapping)
     return directory
@@ -99,6 +100,9 @@ def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(work
     assert process.returncode == 0, process.stderr
     assert f"at step {saved}" in process.stderr
     assert reports(directory) == reports(uninterrupted)
+    # Each checkpoint is evaluated, and reported once.
+    evaluated = [event for event in read_history(directory / "metrics.jsonl").events if event["event"] == "evaluation"]
+    assert sorted(event["results"]["step"] for event in evaluated) == list(range(5, STEPS + 1, 5))
 
 
 @pytest.mark.parametrize(

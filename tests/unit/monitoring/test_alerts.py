@@ -23,9 +23,9 @@ from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.monitor import Monitor
 from megatron_ext.monitoring.sinks.alerts import AlertsSink
 from megatron_ext.monitoring.sinks.jsonl import JsonlSink
+from tests.support.minimal_run import load, mapping
 from tests.support.smtp_server import SmtpServer, certificate_context
 from tests.support.webhook_server import WebhookServer
-from tests.unit.config.test_load import load, mapping
 from tests.unit.training.plans import plan_of_run
 
 

@@ -26,7 +26,7 @@ from megatron_ext.runtime.core_guard import versions
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.planned import stated_plan
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 
 TANUKI_8X8B = ModelConfig(
     num_layers=32,

@@ -1,0 +1,62 @@
+"""From what a planner is given to a run, and from the layout it chose to a file that trains as it is."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config import RunConfig, dump_yaml, load_config, load_run, read_yaml, to_mapping
+from megatron_ext.errors import ConfigError
+from megatron_ext.files import write_text
+from megatron_ext.planning.search import Search
+
+_SHAPE_ALONE: dict[str, Any] = {
+    "precision": {"kind": "bf16"},
+    "train": {"train_iters": 100_000, "global_batch_size": 1024},
+    "optimizer": {"kind": "adam", "lr": 3e-4},
+    "schedule": {"kind": "cosine", "warmup_iters": 2000},
+    "data": {"tokenizer": "tokenizer", "train": [{"path": "data/train"}]},
+    "checkpoint": {"directory": "runs/planned", "save_interval": 500, "keep_last": 3},
+}
+"""What a run is beside the shape of its model, where nothing else is said: to be changed before it trains."""
+
+
+def run_to_plan(path: str, overrides: list[str]) -> RunConfig:
+    """The run at `path`; of a file that has a model and not a whole run, one with usual values around it.
+
+    Raises:
+        ConfigError: listing every fault.
+    """
+    raw = read_yaml(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or {"train", "data"} & set(raw):
+        return load_run(path, overrides)
+    length = min(int(raw["model"].get("max_position_embeddings", 4096)), 4096)
+    around = {**_SHAPE_ALONE, "data": {**_SHAPE_ALONE["data"], "sequence_length": length}}
+    return load_config(RunConfig, {**around, **raw}, overrides, source=path)
+
+
+def planned_run(found: Search, number: int, tokens: float | None) -> RunConfig:
+    """The run in the layout `number` of the table, counted from 1; with as many steps as `tokens` take, if given.
+
+    Raises:
+        ConfigError: there is no such layout.
+    """
+    if number > len(found.chosen):
+        raise ConfigError(f"--choose {number}: the table has {len(found.chosen)} layouts")
+    run = found.chosen[number - 1].candidate.run
+    if tokens is None or run.data.stages:
+        return run
+    steps = math.ceil(tokens / (run.train.global_batch_size * run.data.sequence_length))
+    return replace(run, train=replace(run.train, train_iters=steps))
+
+
+def write_planned(run: RunConfig, path: str) -> None:
+    """Write `run` to a new file at `path`.
+
+    Raises:
+        ConfigError: something is there, or the run is not right with so many steps.
+    """
+    if Path(path).exists():
+        raise ConfigError(f"--write {path}: is there already; choose another name, or move it away")
+    load_config(RunConfig, to_mapping(run), source=f"the run for --write {path}")
+    write_text(Path(path), dump_yaml(to_mapping(run)))

@@ -1,0 +1,144 @@
+"""A plan as people read it: the table of layouts, where memory and time go, the assumptions, and what papers say."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_ext.canonical.counts import count_parameters
+from megatron_ext.config import RunConfig
+from megatron_ext.planning.amounts import flops, short_number
+from megatron_ext.planning.assumptions import Assumptions, as_yaml
+from megatron_ext.planning.flops import training_flops_per_token
+from megatron_ext.planning.scaling import TOKENS_A_PARAMETER, Suggestion, compute_optimum, suggestions, upcycling
+from megatron_ext.planning.search import Choice, Search
+
+_GIB = 2**30
+_DAY = 86400
+
+
+def wanted_tokens(run: RunConfig, tokens: float | None) -> float | None:
+    """The tokens asked for, or those of the run; None where its stages' files say how many they are."""
+    if tokens is not None:
+        return tokens
+    planned = run.planned_samples * run.data.sequence_length
+    return float(planned) if planned and not run.data.stages else None
+
+
+def table(run: RunConfig, found: Search, gpus: int, assumed: Assumptions, days: float, tokens: float | None) -> str:
+    """Everything about the layouts that were found."""
+    counts, length = count_parameters(run.model), run.step_shapes[-1].length
+    each = training_flops_per_token(run.model, length, run.adapters)
+    lines = [
+        f"model           {short_number(counts.total)} parameters, {short_number(counts.active)} active, "
+        f"{flops(each)} a token at {length:,} tokens a sample",
+        f"GPUs            {gpus} x {assumed.name}, {assumed.memory_gib:g} GiB each; {days:g} days",
+        f"layouts         {found.legal:,} are legal (with micro-batches and recompute); {found.too_large:,} of them "
+        "would be faster than one below and do not fit",
+        "",
+    ]
+    if not found.chosen:
+        assert found.smallest is not None
+        need = assumed.needed(found.smallest.total) / _GIB
+        least = f"the least that any needs is {need:.1f} GiB of {assumed.memory_gib:g}"
+        lines.append(f"none fits: {least}. More GPUs, or shorter samples; `parallel.use_distributed_optimizer: true`")
+    else:
+        lines += [*_rows(found.chosen, assumed, days, wanted_tokens(run, tokens)), ""]
+        lines += _explained(found.chosen[0], assumed)
+    lines += ["", "assumptions (change any of them by --assumptions FILE.yaml):", *_indented(as_yaml(assumed))]
+    return "\n".join(lines)
+
+
+def _rows(choices: Sequence[Choice], assumed: Assumptions, days: float, tokens: float | None) -> list[str]:
+    head = ["", "TP", "CP", "PP", "VPP", "EP", "ETP", "DP", "micro", "recompute", "GiB", "s/step", "TFLOP/s"]
+    rows = [[*head, f"tokens in {days:g} d", *([f"days for {short_number(tokens)}"] if tokens else []), "proof"]]
+    for number, choice in enumerate(choices, start=1):
+        one, layout = choice.candidate, choice.candidate.layout
+        recompute, time = one.run.recompute, one.time
+        rate = time.tokens / time.seconds
+        again = {"full": "full", "selective": "+".join(recompute.modules)}.get(recompute.granularity or "", "-")
+        is_moe = one.run.model.is_moe
+        rows.append(
+            [
+                *(str(number), str(layout.tp), str(layout.cp), str(layout.pp)),
+                str(one.run.parallel.virtual_pipeline_model_parallel_size or "-"),
+                *((str(layout.ep), str(layout.etp)) if is_moe else ("-", "-")),
+                *(str(layout.dp), str(one.run.train.micro_batch_size), again),
+                f"{assumed.needed(choice.memory.total) / _GIB:.1f}",
+                *(f"{time.seconds:.2f}", f"{time.tflops:.0f}", short_number(rate * days * _DAY)),
+                *([f"{tokens / rate / _DAY:.1f}"] if tokens else []),
+                "parity grid" if one.is_proven else "tools/prove.py",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _explained(choice: Choice, assumed: Assumptions) -> list[str]:
+    memory, time = choice.memory, choice.candidate.time
+    total = assumed.needed(memory.total)
+    margin = total - memory.total
+    parts = (
+        ("weights, gradients, optimizer", memory.state),
+        ("activations", memory.kept),
+        ("worked with at the peak", memory.working),
+        ("buffers", memory.buffers),
+        ("reserved and fragmentation", margin),
+    )
+    seconds = (
+        ("compute", time.compute),
+        ("messages of a micro-batch", time.messages),
+        ("pipeline bubble", time.bubble),
+        ("data-parallel messages", time.data_parallel),
+        ("optimizer", time.optimizer),
+    )
+    return [
+        f"memory of 1     {total / _GIB:.1f} GiB on stage {memory.stage}, the fullest: "
+        + ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts),
+        f"time of 1       {time.seconds:.2f} s a step, predicted: "
+        + ", ".join(f"{name} {part / time.seconds:.0%}" for name, part in seconds),
+        "proof           parity grid: a layout of this kind is proven for the models of tests/README.md;",
+        "                tools/prove.py: not yet. Prove the one you take for your run, whichever it is: in seconds",
+    ]
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.strip().splitlines()]
+
+
+def advice(run: RunConfig, tokens: float | None, dense_tokens: float | None) -> str:
+    """What papers say of the tokens, of learning rate and batch, and of upcycling."""
+    active, length = count_parameters(run.model).active, run.step_shapes[-1].length
+    each = training_flops_per_token(run.model, length, run.adapters)
+    lines = [
+        "",
+        f"compute-optimal {short_number(TOKENS_A_PARAMETER * active)} tokens, {TOKENS_A_PARAMETER} an active parameter "
+        "(Hoffmann et al. 2022, arXiv 2203.15556)",
+    ]
+    if wanted := wanted_tokens(run, tokens):
+        ratio = wanted / active
+        best = compute_optimum(each * wanted)
+        lines += [
+            f"                {short_number(wanted)} are {ratio:.3g} an active parameter, "
+            f"{ratio / TOKENS_A_PARAMETER:.3g} times that; the same compute is optimal for a dense model "
+            f"of {short_number(best.parameters)}",
+            *(_suggested(one, length) for one in suggestions(active, wanted, each)),
+            f"this run        learning rate {run.optimizer.lr:.2g}, batch "
+            f"{short_number(run.train.global_batch_size * length)} tokens",
+        ]
+    if dense_tokens is not None:
+        lines += _upcycled(run, each, length, dense_tokens)
+    return "\n".join(lines)
+
+
+def _suggested(one: Suggestion, length: int) -> str:
+    batch = f"{short_number(one.batch_tokens)} tokens = {one.batch_tokens / length:,.0f} samples"
+    return f"suggestion      learning rate {one.learning_rate:.2g}, batch {batch} ({one.source})"
+
+
+def _upcycled(run: RunConfig, each: float, length: int, dense_tokens: float) -> list[str]:
+    dense = replace(run.model, num_moe_experts=None, moe_ffn_hidden_size=None, moe_shared_expert_intermediate_size=None)
+    found = upcycling(dense_tokens, training_flops_per_token(dense, length), each)
+    return [
+        f"upcycled        better than the dense model that goes on from {short_number(found.better_than_dense)} tokens "
+        f"on; than the same MoE from scratch up to {short_number(found.scratch_catches_up)} at least",
+        "                (half and all of the dense model's compute: Komatsuzaki et al. 2023, arXiv 2212.05055)",
+    ]

@@ -1,0 +1,97 @@
+"""What papers say of tokens, learning rate and batch for a model and a budget, and of upcycling beside other ways.
+
+Laws are fitted to small models on English text: use them to see how far from usual a plan is, not for its last digit.
+"""
+
+import math
+from dataclasses import dataclass
+
+TOKENS_A_PARAMETER = 20
+"""Compute-optimal (Hoffmann et al. 2022, arXiv 2203.15556, table 3): more train a smaller model beyond its optimum."""
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Where a budget of training FLOPs gives the lowest loss."""
+
+    parameters: float
+    tokens: float
+
+
+def compute_optimum(flops: float) -> Optimum:
+    """Parameters and tokens of a dense model for `flops`, with 6 N D of them and D = 20 N."""
+    parameters = math.sqrt(flops / (6 * TOKENS_A_PARAMETER))
+    return Optimum(parameters, TOKENS_A_PARAMETER * parameters)
+
+
+def loss(parameters: float, tokens: float) -> float:
+    """Loss in nats a token of a dense model: E + A / N^a + B / D^b.
+
+    With the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102) to the data of Hoffmann et al.: their tokenizer,
+    their text. Differences of two values say more than one.
+    """
+    return float(1.8172 + 482.01 / parameters**0.3478 + 2085.43 / tokens**0.3658)
+
+
+def tokens_for_loss(parameters: float, wanted: float) -> float:
+    """Tokens until a model of so many parameters has the loss `wanted`; infinite where it never has."""
+    left = wanted - 1.8172 - 482.01 / parameters**0.3478
+    return float((2085.43 / left) ** (1 / 0.3658)) if left > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Peak learning rate and tokens of a global batch."""
+
+    source: str
+    learning_rate: float
+    batch_tokens: float
+
+
+def suggestions(parameters: float, tokens: float, flops_per_token: float) -> list[Suggestion]:
+    """What two laws say for a model of so many `parameters` that is trained on so many `tokens`.
+
+    Of a MoE take the parameters that are active; both laws were fitted to dense models first.
+    """
+    compute = flops_per_token * tokens
+    return [
+        # Bi et al. 2024 (arXiv 2401.02954), equation 1: of the compute of the layers and attention.
+        Suggestion("DeepSeek LLM, arXiv 2401.02954", 0.3118 * compute**-0.1250, 0.2920 * compute**0.3271),
+        # Li et al. 2025 (arXiv 2503.04715), equation 1.
+        Suggestion("Step Law, arXiv 2503.04715", 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571),
+    ]
+
+
+def days_of(flops: float, devices: int, tflops: float) -> float:
+    """Days that `devices` take for so many model FLOPs at so many model TFLOP/s each."""
+    return flops / (devices * tflops * 1e12) / 86400
+
+
+def tokens_within(days: float, flops_per_token: float, devices: int, tflops: float) -> float:
+    """Tokens that `devices` train in so many days at so many model TFLOP/s each."""
+    return days * 86400 * devices * tflops * 1e12 / flops_per_token
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """Tokens of a MoE at which upcycling and other ways to spend the same compute meet."""
+
+    better_than_dense: float
+    """From here on the upcycled model was better than the dense one that went on."""
+    scratch_catches_up: float
+    """Up to here at least it was better than the same MoE from scratch."""
+
+
+def upcycling(dense_tokens: float, dense_flops: float, moe_flops: float) -> Upcycling:
+    """The rule of sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055) in tokens of the MoE.
+
+    In units of the compute that the dense model has cost: with half of it the upcycled model was clearly better than
+    the dense one; with as much as all of it the same MoE from scratch had not caught up. What was saved is thus worth
+    up to the dense model's own cost and no more: who has several times that to spend begins from scratch.
+
+    Args:
+        dense_tokens: that the dense model was trained on.
+        dense_flops: a token, as moe_flops.
+    """
+    sunk = dense_tokens * dense_flops / moe_flops
+    return Upcycling(sunk / 2, sunk)

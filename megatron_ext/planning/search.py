@@ -1,0 +1,213 @@
+"""All legal layouts of a run on so many GPUs, by the rules of the configuration, each with its memory and its time."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_ext.config import Layout, ParallelConfig, RecomputeConfig, RunConfig
+from megatron_ext.config.load import values_of
+from megatron_ext.config.rules import RULES, stage_violations
+from megatron_ext.errors import ConfigError
+from megatron_ext.planning.assumptions import Assumptions
+from megatron_ext.planning.memory import ModelState, StateMemory
+from megatron_ext.planning.peak_memory import PeakMemory, peak_memory
+from megatron_ext.planning.proven import is_proven
+from megatron_ext.planning.step_time import StepTime, step_time
+
+SHORTEST_SLICE = 1024
+"""Tokens of a sequence that a context-parallel rank has at least."""
+MOST_CHUNKS = 8
+"""Virtual pipeline stages of a stage at most."""
+MICRO_BATCHES = (1, 2, 4, 8)
+_CHANGED = ("parallel", "recompute", "train")
+"""Sections that a layout changes."""
+MOST_LEGAL = 200_000
+"""Layouts beyond which nobody waits."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout of a run."""
+
+    run: RunConfig
+    """With the layout, micro-batch and recompute in it."""
+    layout: Layout
+    states: Sequence[StateMemory]
+    time: StepTime
+    """Of the steps that most of the run's tokens are in: its last kind."""
+
+    @property
+    def degrees(self) -> tuple[object, ...]:
+        """What tells layouts apart for people: not the chunks of a stage, micro-batches or recompute."""
+        return self.layout.tp, self.layout.cp, self.layout.pp, self.layout.ep, self.layout.etp
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the parity grid has a layout of this kind."""
+        return is_proven(self.run, self.layout)
+
+    def memory(self, assumed: Assumptions) -> PeakMemory:
+        """Of the fullest rank."""
+        return peak_memory(self.run, self.layout, self.states, imbalance=assumed.expert_imbalance)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout that fits."""
+
+    candidate: Candidate
+    memory: PeakMemory
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found."""
+
+    legal: int
+    """Layouts that the rules allow, with micro-batches and recompute."""
+    too_large: int
+    """Of those, faster ones than the last chosen that do not fit."""
+    chosen: Sequence[Choice]
+    """Of different degrees, the fastest first."""
+    smallest: PeakMemory | None
+    """Where nothing fits: of the layout that needs least."""
+
+
+def search(run: RunConfig, world_size: int, assumed: Assumptions, best: int = 5) -> Search:
+    """The `best` fastest layouts of `run` on `world_size` GPUs that have room there.
+
+    Raises:
+        ConfigError: no layout is legal; with what stands in the way of the run as it is.
+    """
+    found = candidates(run, world_size, assumed)
+    if not found:
+        run.resolve(world_size)
+        raise ConfigError(
+            f"no layout of this run is legal on {world_size} GPUs: try another number of them, or another "
+            f"train.global_batch_size than {run.train.global_batch_size}"
+        )
+    chosen, too_large = list[Choice](), 0
+    smallest: PeakMemory | None = None
+    for candidate in sorted(found, key=lambda one: one.time.seconds / one.time.tokens):
+        if any(candidate.degrees == choice.candidate.degrees for choice in chosen):
+            continue
+        memory = candidate.memory(assumed)
+        if not assumed.fits(memory.total):
+            too_large += 1
+            smallest = memory if smallest is None or memory.total < smallest.total else smallest
+            continue
+        chosen.append(Choice(candidate, memory))
+        if len(chosen) == best:
+            break
+    return Search(len(found), too_large, chosen, smallest if not chosen else None)
+
+
+def candidates(run: RunConfig, world_size: int, assumed: Assumptions) -> list[Candidate]:
+    """Every legal layout with its time; the run's own keys that a layout does not say stay as they are."""
+    state, found = ModelState(run), list[Candidate]()
+    legality = Legality(run)
+    for parallel in _parallels(run, world_size, assumed):
+        states: Sequence[StateMemory] | None = None
+        for micro, recompute in itertools.product(_micro_batches(run), _recomputes(run)):
+            variant = with_layout(run, parallel, micro, recompute)
+            try:
+                layout = variant.resolve(world_size)
+            except ConfigError:
+                continue
+            if not legality.allows(variant):
+                continue
+            states = states or state.stages(variant, layout)
+            time = step_time(variant, layout, states, variant.step_shapes[-1], assumed)
+            found.append(Candidate(variant, layout, states, time))
+            if len(found) > MOST_LEGAL:
+                raise ConfigError(f"more than {MOST_LEGAL:,} layouts are legal on {world_size} GPUs; plan for a part")
+    return found
+
+
+def with_layout(run: RunConfig, parallel: ParallelConfig, micro: int, recompute: RecomputeConfig) -> RunConfig:
+    """`run` in another layout."""
+    return replace(run, parallel=parallel, recompute=recompute, train=replace(run.train, micro_batch_size=micro))
+
+
+class Legality:
+    """The rules of the configuration, for variants of a run that differ by their layout."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._values = {name: value for name, value in values_of(run).items() if not name.startswith("recompute.")}
+        # Of stages only batches and lengths meet a layout.
+        sizes = {(s.sequence_length, s.micro_batch_size, s.global_batch_size): s for s in run.data.stages}
+        stages = [replace(stage, schedule=None) for size, stage in sizes.items() if any(size)]
+        self._values["data.stages"] = stages
+        self._has_stages = bool(stages)
+        # What reads nothing that a layout changes says of each variant what it says of the run.
+        self._rules = [rule for rule in RULES if any(name.startswith(_CHANGED) for name in rule.keys + rule.given)]
+
+    def allows(self, variant: RunConfig) -> bool:
+        """Whether no rule speaks against `variant`."""
+        values = self._values | dict(values_of(variant, _CHANGED))
+        if any(rule.violations(values) for rule in self._rules):
+            return False
+        return not (self._has_stages and stage_violations(values))
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [size for size in range(1, min(number, most) + 1) if number % size == 0]
+
+
+def _parallels(run: RunConfig, world_size: int, assumed: Assumptions) -> Iterator[ParallelConfig]:
+    """Degrees that multiply up; the rules say which of them the model takes."""
+    shortest = min(shape.length for shape in run.step_shapes)
+    for tp in _divisors(world_size, assumed.gpus_per_node):
+        for cp in _divisors(world_size // tp, max(shortest // SHORTEST_SLICE, 1)):
+            for pp in _divisors(world_size // (tp * cp), run.model.num_layers + 2):
+                for ep, etp in _expert_degrees(run, tp, world_size // pp):
+                    yield from _with_degrees(run, tp, cp, pp, ep, etp)
+
+
+def _expert_degrees(run: RunConfig, tp: int, stage: int) -> Iterator[tuple[int, int | None]]:
+    if not run.model.is_moe:
+        yield 1, None
+        return
+    for ep in _divisors(stage, run.model.num_moe_experts or 1):
+        yield ep, None if tp == 1 or ep == 1 else tp
+        if tp > 1 and ep > 1:
+            yield ep, 1
+
+
+def _with_degrees(run: RunConfig, tp: int, cp: int, pp: int, ep: int, etp: int | None) -> Iterator[ParallelConfig]:
+    parallel = run.parallel
+    both = {(parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split)}
+    chunks: list[int | None] = [None]
+    if pp > 1:
+        both |= {(False, False), (True, True)}
+        chunks += list(range(2, MOST_CHUNKS + 1))
+    for (embedding, loss), vpp in itertools.product(sorted(both), chunks):
+        if (run.model.num_layers + embedding + loss) % (pp * (vpp or 1)):
+            continue
+        yield replace(
+            parallel,
+            tensor_model_parallel_size=tp,
+            sequence_parallel=tp > 1,
+            context_parallel_size=cp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            account_for_embedding_in_pipeline_split=embedding,
+            account_for_loss_in_pipeline_split=loss,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+        )
+
+
+def _micro_batches(run: RunConfig) -> list[int]:
+    return sorted({*MICRO_BATCHES, run.train.micro_batch_size})
+
+
+def _recomputes(run: RunConfig) -> list[RecomputeConfig]:
+    """Nothing, the feed-forward networks, everything, and what the run says."""
+    network = [*(["moe"] if run.model.is_moe else []), *(["mlp"] if run.model.has_dense_layers else [])]
+    choices = [
+        RecomputeConfig(),
+        RecomputeConfig(granularity="selective", modules=network),  # type: ignore[arg-type]
+        RecomputeConfig(granularity="full"),
+    ]
+    return choices if run.recompute in choices else [*choices, run.recompute]

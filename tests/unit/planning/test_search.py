@@ -1,0 +1,175 @@
+"""The planner offers what the rules allow, all of it, and nothing else; its times are those of a GPU."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ext.config import Bf16Precision, ParallelConfig, RecomputeConfig, RunConfig, load_config, to_mapping
+from megatron_ext.errors import ConfigError
+from megatron_ext.planning.assumptions import GPUS, as_yaml, assumptions_for
+from megatron_ext.planning.memory import stage_states
+from megatron_ext.planning.plan_run import planned_run, run_to_plan, write_planned
+from megatron_ext.planning.plan_text import advice, table
+from megatron_ext.planning.proven import PROVEN, kind_of
+from megatron_ext.planning.search import MICRO_BATCHES, candidates, search, with_layout
+from megatron_ext.planning.step_time import step_time
+from tests.distributed.test_parity import DENSE, MODELS, MOE
+from tests.unit.config.test_load import load, mapping
+from tests.unit.planning.test_peak_memory import LLAMA_LAYERS, MEASURED_GIB, run_of
+
+H100 = GPUS["h100"]
+EXPERTS = {"num_moe_experts": 8, "moe_ffn_hidden_size": 32, "moe_first_k_dense": 1}
+
+
+def small(*, moe: bool, heads: int = 8, layers: int = 4, batch: int = 16) -> RunConfig:
+    model = {"num_layers": layers, "num_attention_heads": heads, "kv_channels": 16, **(EXPERTS if moe else {})}
+    train = {"global_batch_size": batch}
+    data = {"sequence_length": 2048}
+    return load(mapping(model={**model, "max_position_embeddings": 2048}, train=train, data=data))
+
+
+def is_accepted(run: RunConfig, processes: int) -> bool:
+    """What --check says."""
+    try:
+        load_config(RunConfig, to_mapping(run), source="run").resolve(processes)
+    except ConfigError:
+        return False
+    return True
+
+
+@settings(max_examples=4)
+@given(st.booleans(), st.sampled_from([4, 6, 8]), st.sampled_from([3, 4, 6]), st.sampled_from([4, 6]))
+def test_what_is_offered_passes_check(moe: bool, heads: int, layers: int, processes: int) -> None:
+    found = candidates(small(moe=moe, heads=heads, layers=layers, batch=24), processes, H100)
+    assert found
+    for candidate in found[:: max(len(found) // 8, 1)]:
+        assert is_accepted(candidate.run, processes)
+
+
+OFFERED = {moe: {(c.run.parallel, c.run.train.micro_batch_size) for c in candidates(small(moe=moe), 8, H100)}
+           for moe in (False, True)}  # fmt: skip
+DEGREE = st.sampled_from([1, 2, 4, 8])
+
+
+@settings(max_examples=60)
+@given(st.booleans(), DEGREE, st.sampled_from([1, 2]), DEGREE, st.sampled_from([None, 2]), DEGREE, DEGREE,
+       st.sampled_from(MICRO_BATCHES))  # fmt: skip
+def test_what_the_rules_allow_is_offered_and_nothing_else(
+    moe: bool, tp: int, cp: int, pp: int, vpp: int | None, ep: int, etp: int, micro: int
+) -> None:
+    run = small(moe=moe)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        context_parallel_size=cp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        expert_model_parallel_size=ep if moe else 1,
+        expert_tensor_parallel_size=None if not moe or ep == 1 or etp > 1 and tp == 1 else (etp if etp == 1 else tp),
+    )
+    if parallel.expert_tensor_parallel_size == 1 and tp == 1:
+        parallel = replace(parallel, expert_tensor_parallel_size=None)
+    allowed = is_accepted(with_layout(run, parallel, micro, RecomputeConfig()), 8)
+    assert ((parallel, micro) in OFFERED[moe]) == allowed
+
+
+def test_the_parity_grid_is_what_is_called_proven() -> None:
+    """The words of planning/proven.py are the layouts of tests/distributed/test_parity.py."""
+    for is_moe, grid in ((False, DENSE), (True, MOE)):
+        run = replace(load(mapping()), model=MODELS["MoE" if is_moe else "dense"])
+        names = set()
+        for case in grid:
+            train = replace(run.train, global_batch_size=64)
+            one = replace(run, parallel=case.parallel, train=train)
+            names.add(kind_of(one, one.resolve(case.processes)))
+        assert names == PROVEN[is_moe]
+
+
+MEASURED_TFLOPS = {"dense": 450.8, "8x8B": 353.0, "64 experts": 233.1}
+"""benchmarks/RESULTS.md, "One GPU": torch, bf16, one H100."""
+
+
+@pytest.mark.parametrize("name", MEASURED_TFLOPS)
+def test_a_step_takes_as_long_as_on_a_gpu(name: str) -> None:
+    parallel, bf16 = ParallelConfig(use_distributed_optimizer=False), Bf16Precision(kind="bf16")
+    run = run_of(MEASURED_GIB[name][0], parallel, samples=8, rows=2, length=4096, precision=bf16)
+    layout = run.resolve(1)
+    time = step_time(run, layout, stage_states(run, layout), run.step_shapes[0], H100)
+    print(f"predicted {time.tflops:.1f} TFLOP/s, measured {MEASURED_TFLOPS[name]}")
+    assert time.tflops == pytest.approx(MEASURED_TFLOPS[name], rel=0.10)
+
+
+def test_what_costs_time_costs_time() -> None:
+    run = run_of(replace(LLAMA_LAYERS, num_moe_experts=8), ParallelConfig(), samples=1024, rows=1, length=4096)
+
+    def seconds(gpus: int = 8, **degrees: Any) -> float:
+        recompute = degrees.pop("recompute", RecomputeConfig())
+        one = with_layout(run, ParallelConfig(**degrees), 1, recompute)
+        layout = one.resolve(gpus)
+        return step_time(one, layout, stage_states(one, layout), one.step_shapes[0], H100).seconds
+
+    assert seconds(recompute=RecomputeConfig(granularity="full")) > 1.2 * seconds()
+    assert seconds(16) < 0.6 * seconds(8)
+    # Chunks shorten the wait for the pipeline to fill.
+    waits = {"pipeline_model_parallel_size": 4}
+    assert seconds(virtual_pipeline_model_parallel_size=2, **waits) < seconds(**waits)
+
+
+def test_assumptions_are_printed_as_they_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "ours.yaml"
+    file.write_text("network_gb_s: 20\nname: ours\n")
+    ours = assumptions_for("h200", str(file))
+    assert (ours.network_gb_s, ours.name, ours.memory_gib) == (20, "ours", GPUS["h200"].memory_gib)
+    file.write_text(as_yaml(ours))
+    assert assumptions_for("h100", str(file)) == ours
+    file.write_text("netwrk_gb_s: 20\n")
+    with pytest.raises(ConfigError, match="did you mean 'network_gb_s'"):
+        assumptions_for("h100", str(file))
+    with pytest.raises(ConfigError, match="--gpu v100: must be one of h100, h200"):
+        assumptions_for("v100", None)
+
+
+def test_a_bare_shape_is_planned_and_written(tmp_path: Path) -> None:
+    shape = tmp_path / "model.yaml"
+    shape.write_text("model: {num_layers: 8, hidden_size: 1024, ffn_hidden_size: 4096, num_attention_heads: 16,"
+                     " num_query_groups: 8, vocab_size: 32000}\n")  # fmt: skip
+    run = run_to_plan(str(shape), [])
+    found = search(run, 16, H100)
+    text = table(run, found, 16, H100, 14, 2e11)
+    assert f"{found.legal:,} are legal" in text
+    assert "days for 200B" in text
+    assert "predicted" in text
+    assert "network_gb_s: 40.0" in text
+    assert len({choice.candidate.degrees for choice in found.chosen}) == len(found.chosen) == 5
+    rates = [choice.candidate.time.seconds for choice in found.chosen]
+    assert rates == sorted(rates)
+    assert all(H100.fits(choice.memory.total) for choice in found.chosen)
+    assert "Hoffmann" in advice(run, 2e11, None)
+    target = tmp_path / "planned.yaml"
+    chosen = planned_run(found, 2, 2e11)
+    write_planned(chosen, str(target))
+    again = run_to_plan(str(target), [])
+    assert again == chosen
+    assert again.train.train_iters * 1024 * 4096 >= 2e11
+    assert is_accepted(again, 16)
+    with pytest.raises(ConfigError, match="is there already"):
+        write_planned(chosen, str(target))
+    with pytest.raises(ConfigError, match="the table has 5 layouts"):
+        planned_run(found, 6, None)
+
+
+def test_a_model_that_fits_nowhere_is_said_to() -> None:
+    run = run_of(replace(LLAMA_LAYERS, num_layers=80), ParallelConfig(), samples=64, rows=1, length=4096)
+    found = search(replace(run, precision=Bf16Precision(kind="bf16")), 4, H100)
+    assert not found.chosen
+    assert "none fits: the least that any needs is" in table(run, found, 4, H100, 14, None)
+
+
+def test_no_layout_is_a_clear_error() -> None:
+    run = small(moe=False, batch=1)
+    with pytest.raises(ConfigError, match="no layout|global_batch_size"):
+        search(run, 7, H100)

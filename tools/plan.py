@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""Can we train this on our GPUs in our weeks, and how? All legal layouts, with memory, time and the tokens they reach.
+
+python tools/plan.py RUN.yaml --gpus 32 --gpu h100 --days 14                       the best five, as a table
+python tools/plan.py RUN.yaml --gpus 32 --gpu h100 --days 14 --write planned.yaml  the best of them, to train as it is
+python tools/plan.py model.yaml --gpus 64 --days 30 --tokens 1e12                  a model's shape alone (model: ...)
+
+Nothing is started and no GPU is needed. Layouts are those that the rules of --check allow; memory is checked against
+counted tensors, and a step's time on one GPU against measured ones (benchmarks/RESULTS.md); on several GPUs times are
+predictions, made of the assumptions that are printed with them. --assumptions FILE.yaml changes those: any of the keys
+printed. Measure a few steps of the chosen layout before you trust a date.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_ext.command import path_name, positive_integer, run_command, run_parser
+from megatron_ext.config.yaml_text import parse_scalar
+
+
+def main() -> None:
+    """Parse the command line and plan."""
+    parser = run_parser(__doc__)
+    parser.add_argument("--gpus", type=positive_integer, required=True, metavar="N", help="GPUs in all")
+    parser.add_argument("--gpu", default="h100", help="kind: h100, h200, b200 or a100 (h100)")
+    parser.add_argument("--days", type=_positive, default=14.0, help="days of training (14)")
+    parser.add_argument("--tokens", type=_positive, help="tokens wanted (default: those of the run), such as 2e12")
+    parser.add_argument("--assumptions", type=path_name, metavar="FILE.yaml", help="rates and sizes to take instead")
+    parser.add_argument("--best", type=positive_integer, default=5, metavar="N", help="layouts to show (5)")
+    parser.add_argument("--write", type=path_name, metavar="FILE.yaml", help="write the run in the chosen layout")
+    parser.add_argument("--choose", type=positive_integer, default=1, metavar="N", help="which of the table (1)")
+    parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="memory and tokens a day of those shown")
+    parser.add_argument("--dense-tokens", type=_positive, metavar="N", help="of the dense model it is upcycled from")
+    _plan(parser.parse_args())
+
+
+def _positive(text: str) -> float:
+    number = parse_scalar(text)
+    if not isinstance(number, int | float) or isinstance(number, bool) or number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
+    return float(number)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from megatron_ext.planning.assumptions import assumptions_for
+    from megatron_ext.planning.plan_run import planned_run, run_to_plan, write_planned
+    from megatron_ext.planning.plan_text import advice, table
+    from megatron_ext.planning.search import search
+
+    run = run_to_plan(arguments.run, arguments.overrides)
+    uses_te = run.runtime.backend == "transformer_engine"
+    assumed = assumptions_for(arguments.gpu, arguments.assumptions, transformer_engine=uses_te)
+    found = search(run, arguments.gpus, assumed, best=arguments.best)
+    print(table(run, found, arguments.gpus, assumed, arguments.days, arguments.tokens))
+    print(advice(run, arguments.tokens, arguments.dense_tokens))
+    if arguments.plot:
+        from megatron_ext.planning.plan_plot import draw
+
+        draw(found, assumed, arguments.plot)
+        print(f"plot            {Path(arguments.plot).absolute()}")
+    if arguments.write:
+        chosen = planned_run(found, arguments.choose, arguments.tokens)
+        write_planned(chosen, arguments.write)
+        print(f"written         {Path(arguments.write).absolute()}: layout {arguments.choose} of the table")
+
+
+if __name__ == "__main__":
+    run_command(main)
