@@ -56,7 +56,6 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     if data.reset_attention_mask or data.reset_position_ids:
         resets = DocumentResets(tokenizer.eod, data.reset_attention_mask, data.reset_position_ids)
     named = source_paths(data)
-    paths = {name: path for name, (_, path) in named.items()}
     packed_to = pack_length(data.pack_documents or run.task.reads != "text", data.stages, data.sequence_length)
     sizes = {
         name: size_of_source(path, _tokens_of(run, path, tokenizer, key), packed_to, PIECES[run.task.reads])
@@ -68,23 +67,7 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
         # What is drawn for a sample is the run's own in validation too.
         return BlendStream(samples, shape, seed=train.seed, device=device, num_workers=data.num_workers, resets=resets)
 
-    def blend(sources: Sequence[DataSource], num_samples: int, seed: int) -> Samples:
-        if isinstance(run.task, SftTask):
-            return chat_validation(sources, data, tokenizer, run.task.weighting, num_samples)
-        if isinstance(run.task, PreferenceTask):
-            drawn, places = validation_plan(sources, data, tokenizer, "preference", num_samples)
-            return pair_samples(drawn, places, tokenizer, pairs_of_run(run))
-        return build_blend(sources, data, tokenizer, num_samples=num_samples, seed=seed)
-
-    if data.order == 1:
-        samples = blend(data.train, plan.total_samples, train.seed)
-    elif isinstance(run.task, SftTask):
-        samples = chat_samples(plan, paths, tokenizer, run.task.weighting)
-    elif isinstance(run.task, PreferenceTask):
-        samples = pair_samples(plan, paths, tokenizer, pairs_of_run(run))
-    else:
-        samples = planned_samples(plan, paths, data, tokenizer, packed=data.pack_documents)
-    stream = opened(samples, PlannedShapes(plan, dp.rank(), dp.size()))
+    stream = opened(_samples_of(run, plan, tokenizer), PlannedShapes(plan, dp.rank(), dp.size()))
     fingerprints = tuple(size.fingerprint for size in sizes.values())
     if data.order == 1:
         check_same_sources(fingerprints, state, run.checkpoint.directory)
@@ -92,8 +75,33 @@ def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, devic
     if train.eval_interval is not None:
         # Whatever a run's seed is, it is validated on the same samples: losses of different runs can be compared.
         shape = BatchShape(train.global_batch_size, train.micro_batch_size, dp.rank(), dp.size())
-        validation = opened(blend(data.validation, train.eval_iters * train.global_batch_size, 0), shape)
+        validation = opened(
+            _drawn(run, data.validation, tokenizer, train.eval_iters * train.global_batch_size, 0), shape
+        )
     return RunData(stream, validation, fingerprints, plan)
+
+
+def _samples_of(run: RunConfig, plan: RunPlan, tokenizer: Tokenizer) -> Samples:
+    """What `run` trains on, by `plan`."""
+    data = run.data
+    if data.order == 1:
+        return _drawn(run, data.train, tokenizer, plan.total_samples, run.train.seed)
+    paths = {name: path for name, (_, path) in source_paths(data).items()}
+    if isinstance(run.task, SftTask):
+        return chat_samples(plan, paths, tokenizer, run.task.weighting)
+    if isinstance(run.task, PreferenceTask):
+        return pair_samples(plan, paths, tokenizer, pairs_of_run(run))
+    return planned_samples(plan, paths, data, tokenizer, packed=data.pack_documents)
+
+
+def _drawn(run: RunConfig, sources: Sequence[DataSource], tokenizer: Tokenizer, number: int, seed: int) -> Samples:
+    """So many samples drawn from `sources` by weight; chat data and pairs are the same for every seed."""
+    if isinstance(run.task, SftTask):
+        return chat_validation(sources, run.data, tokenizer, run.task.weighting, number)
+    if isinstance(run.task, PreferenceTask):
+        plan, paths = validation_plan(sources, run.data, tokenizer, "preference", number)
+        return pair_samples(plan, paths, tokenizer, pairs_of_run(run))
+    return build_blend(sources, run.data, tokenizer, num_samples=number, seed=seed)
 
 
 def pairs_of_run(run: RunConfig) -> dict[str, int]:

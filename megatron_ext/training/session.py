@@ -303,6 +303,18 @@ def starting_state(run: RunConfig) -> TrainingState:
     return read_state(newest) if newest is not None else TrainingState()
 
 
+def _checkpoints_of(run: RunConfig, device: torch.device) -> CheckpointManager:
+    return CheckpointManager(
+        run.checkpoint.directory,
+        recorded_run(run, run.model.rotary_base),
+        tokenizer=Path(run.data.tokenizer),
+        retention=retention_of(run.checkpoint),
+        second_place=SecondPlace(run.checkpoint.copy_to) if run.checkpoint.copy_to is not None else None,
+        rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
+        asynchronous=run.checkpoint.async_save,
+    )
+
+
 def open_session(
     run: RunConfig,
     layout: Layout,
@@ -325,35 +337,14 @@ def open_session(
         guard: decides whether a step is taken; one of the hooks. Without one, the first bad step ends the run.
     """
     trainable, task = build_trainable(run, groups, device), task_of(run.task, run.model, groups, run.adapters)
-    checkpoints = CheckpointManager(
-        run.checkpoint.directory,
-        recorded_run(run, run.model.rotary_base),
-        tokenizer=Path(run.data.tokenizer),
-        retention=retention_of(run.checkpoint),
-        second_place=SecondPlace(run.checkpoint.copy_to) if run.checkpoint.copy_to is not None else None,
-        rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
-        asynchronous=run.checkpoint.async_save,
-    )
+    checkpoints = _checkpoints_of(run, device)
     judged: dict[str, Any] = {} if guard is None else {"judge": guard, "rate_factor": guard.rate_factor}
     base = FrozenBase(run, trainable, open_foreign, device) if trainable.has_frozen_base else None
     reference = None
     if isinstance(task, Preference) and task.reference == "file":
         reference = StoredReference(run)
-    session = Session(
-        run,
-        layout,
-        groups,
-        device,
-        trainable,
-        task,
-        stream,
-        plan,
-        checkpoints,
-        hooks,
-        **judged,
-        base=base,
-        reference=reference,
-    )
+    kept: dict[str, Any] = {"base": base, "reference": reference}
+    session = Session(run, layout, groups, device, trainable, task, stream, plan, checkpoints, hooks, **judged, **kept)
     if (checkpoint := checkpoints.newest()) is not None:
         session.resume(checkpoint)
     elif base is None and run.checkpoint.initialize_from is not None:
