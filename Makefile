@@ -1,5 +1,6 @@
 # make setup | quickstart | test | lint          (needs only Python 3.11+ and a network for pip; PYTHON=... says which
 #                                                one, otherwise the newest of 3.13, 3.12 and 3.11 that runs)
+# make chat                                      SFT, DPO and a merged, verified chat model (examples/chat/run.sh)
 # make test-all                                  also the cells of products that other cells stand for: about twice as long
 # make test-foreign                              what touches transformers and tokenizers, under their newest versions
 # make test-core                                 what touches megatron-core, on Python 3.12 with megatron-core 0.19
@@ -22,9 +23,9 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # What meets megatron-core: its faults and ours, models and experts, layouts, checkpoints.
 CORE_TESTS := tests/unit/mcore tests/unit/runtime tests/distributed/test_core_guard.py tests/distributed/test_cpu_compat.py \
   tests/distributed/test_parity.py tests/distributed/test_gradient_norm.py tests/distributed/test_checkpoint.py \
-  tests/distributed/test_fp8.py
+  tests/distributed/test_fp8.py tests/distributed/test_adapters.py tests/distributed/test_adapter_checkpoints.py
 
-.PHONY: setup quickstart test test-all test-foreign test-core test-newest lint docs lock clean
+.PHONY: setup quickstart chat test test-all test-foreign test-core test-newest lint docs lock clean
 
 setup: $(READY)
 
@@ -35,6 +36,9 @@ $(READY): $(VERSIONS)
 
 quickstart: $(READY)
 	PYTHON=$(CURDIR)/$(VENV)/bin/python examples/quickstart/run.sh
+
+chat: $(READY)
+	PYTHON=$(CURDIR)/$(VENV)/bin/python examples/chat/run.sh
 
 test: $(READY) $(OLDEST_TRANSFORMERS)/.ready
 	$(VENV)/bin/python $(PYTEST)
@@ -85,4 +89,4 @@ lock:
 	done
 
 clean:
-	rm -rf build/quickstart
+	rm -rf build/quickstart build/chat

@@ -13,21 +13,19 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from report import RESULTS, hardware, markdown_table, record, versions
+from run_data import tool
 from upcycling_figures import COLUMNS, Figures, figures_of, plot, rows
 
 from megatron_ext.config import dump_yaml
 from megatron_ext.data.python_corpus import write_python_corpus
 from megatron_ext.model_io.open import open_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, LENGTH, BATCH = 4096, 128, 16
 WIDTH = 384
 
@@ -72,14 +70,6 @@ class Plan:
     def run(self, name: str) -> Path:
         """Where a run is."""
         return self.folder / name.replace(", ", "-").replace(" ", "_")
-
-
-def tool(name: str, *arguments: object) -> None:
-    """Run a command line of the framework; its last words if it fails."""
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
 
 
 def prepare(plan: Plan, corpora: dict[str, list[str]]) -> None:

@@ -22,14 +22,22 @@ def test_the_quickstart_layout_is_proven() -> None:
     print(process.stdout)
 
 
-def test_adapters_are_proven_without_their_dropout(tmp_path: Path) -> None:
+def test_fine_tuning_of_adapters_is_proven_without_their_dropout(tmp_path: Path) -> None:
     mapping = run_mapping(tmp_path, moe=True)
-    mapping["adapters"] = {"targets": [{"match": ["*"], "rank": 4, "dropout": 0.1}], "lr_ratio": 16.0}
+    mapping["task"] = {"kind": "sft", "weighting": "sample"}
+    mapping["adapters"] = {"targets": [{"match": ["layers.*"], "rank": 4, "dropout": 0.1}], "lr_ratio": 16.0}
     mapping["checkpoint"]["initialize_from"] = "base"
+    mapping["parallel"] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    mapping["parallel"] |= {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    del mapping["data"]["cache_dir"]
     plan = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 2, 2)
     assert "adapters.targets: dropout -> 0.0" in plan.changes
     assert plan.cell.adapters is not None
     assert (plan.cell.adapters.lr_ratio, plan.cell.adapters.targets[0].rank) == (16.0, 4)
+    assert (plan.cell.task.kind, plan.cell.documents) == ("sft", True)
+    proof = prove(plan)
+    print(f"adapters of a MoE model, TP2 SP, SFT: {proof.difference.worst:.1e}")
+    assert proof.holds
 
 
 def test_a_large_run_is_shrunk_to_this_machine_and_says_so(tmp_path: Path) -> None:
