@@ -1,14 +1,18 @@
 #!/usr/bin/env python
 """One run on 24, then 30, then 36 ranks: the losses of the run that was never moved, and no rank that gathers anything.
 
-  python benchmarks/node_counts.py --layers 22       # a few minutes on two cores; --layers 70 is the real depth
+python benchmarks/node_counts.py                            a few minutes on two quiet cores, 10 GB of memory
+python benchmarks/node_counts.py --layers 70 --stages 6     the real depth and stages
 
-The layout of examples/recipes/llmjp4_291b.yaml, shrunk: 128 experts top-8, embedding and loss counted as layers,
-interleaved stages, PP 6 -> 3, EP 8 -> 2, and so DP 32, 40, 48 -> 8, 10, 12; one process stands for a node. The
-widths are tiny, and there is no auxiliary loss of a micro-batch, which another data-parallel size cuts otherwise.
+The layout of examples/recipes/llmjp4_291b.yaml, shrunk: 70 layers, 128 experts top-8, PP 6, VPP 2, embedding and loss
+counted as layers, so that the first and last stage have fewer of them; one process stands for a node. EP 8 would take
+48 ranks with PP 6; EP is the largest that the data-parallel size allows, and so another each time: with 3 stages DP 8,
+10, 12 and EP 8, 2, 4; with 6 stages DP 4, 5, 6 and EP 4, 1, 2. The widths are tiny, and there is no auxiliary loss of
+a micro-batch, which another data-parallel size cuts otherwise.
 """
 
 import argparse
+import math
 import resource
 import sys
 import tempfile
@@ -31,14 +35,7 @@ from megatron_ext.training.session import open_session
 RANKS = (24, 30, 36)
 STEPS = 2
 """With each number of ranks."""
-STAGES, EXPERT_PARALLEL, MICRO_BATCHES, BATCH, LENGTH = 3, 2, 3, 360, 8
-PARALLEL = ParallelConfig(
-    pipeline_model_parallel_size=STAGES,
-    virtual_pipeline_model_parallel_size=2,
-    account_for_embedding_in_pipeline_split=True,
-    account_for_loss_in_pipeline_split=True,
-    expert_model_parallel_size=EXPERT_PARALLEL,
-)
+BATCH, LENGTH = 360, 8
 TOLERANCE = 1e-5
 
 
@@ -49,7 +46,23 @@ class Stretch:
     ranks: int
     until: int
     layers: int
+    stages: int
     directory: Path
+
+    @property
+    def data_ranks(self) -> int:
+        """The data-parallel size."""
+        return self.ranks // self.stages
+
+    def parallel(self) -> ParallelConfig:
+        """The layout: the experts on as many of 8 data-parallel ranks as divide their number."""
+        return ParallelConfig(
+            pipeline_model_parallel_size=self.stages,
+            virtual_pipeline_model_parallel_size=2,
+            account_for_embedding_in_pipeline_split=True,
+            account_for_loss_in_pipeline_split=True,
+            expert_model_parallel_size=math.gcd(self.data_ranks, 8),
+        )
 
     def run(self) -> RunConfig:
         """The configuration, in which only the micro-batches depend on the number of ranks."""
@@ -70,15 +83,14 @@ class Stretch:
             moe_aux_loss_coeff=0.0,
             moe_z_loss_coeff=1e-3,
         )
-        data_ranks = self.ranks // STAGES
         raw = {
             "model": to_mapping(model),
-            "parallel": to_mapping(PARALLEL),
+            "parallel": to_mapping(self.parallel()),
             "precision": {"kind": "fp32"},
             "train": {
                 "train_iters": STEPS * len(RANKS),
                 "global_batch_size": BATCH,
-                "micro_batch_size": BATCH // data_ranks // MICRO_BATCHES,
+                "micro_batch_size": BATCH // self.data_ranks // self.stages,
             },
             "optimizer": {"kind": "adam", "lr": 1e-3},
             "schedule": {"kind": "constant"},
@@ -126,12 +138,13 @@ def train(stretch: Stretch) -> tuple[list[float], int, int]:
 def main() -> None:
     """Train both runs and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=22, help="with 2 more a multiple of 6 (default 22; really 70)")
+    parser.add_argument("--layers", type=int, default=22, help="2 more is a multiple of 2 STAGES (default 22)")
+    parser.add_argument("--stages", type=int, choices=(3, 6), default=3, help="of the pipeline (default 3)")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     options = parser.parse_args()
     rows, moved, worst = [], list[float](), 0.0
     with tempfile.TemporaryDirectory() as folder, GlooPool(max(RANKS)) as pool:
-        first = Stretch(RANKS[0], STEPS * len(RANKS), options.layers, Path(folder) / "whole")
+        first = Stretch(RANKS[0], STEPS * len(RANKS), options.layers, options.stages, Path(folder) / "whole")
         whole = pool.run(first.ranks, train, first, timeout=3000)[0][0]
         for number, ranks in enumerate(RANKS, start=1):
             part = replace(first, ranks=ranks, until=number * STEPS, directory=Path(folder) / "moved")
@@ -147,7 +160,7 @@ def main() -> None:
             cells = [*(f"{size:.2f}" for size in sizes), f"{peak:.0f}"]
             rows.append([f"{ranks}", f"{part.until - STEPS + 1}-{part.until}", f"{apart:.1e}", *cells])
     columns = ["ranks", "steps", "loss, from the unmoved run's", "largest file, MB", "mean, MB", "all, MB", "peak MiB"]
-    machine = f"{hardware()}. {versions('torch', 'megatron-core')}. {options.layers} layers."
+    machine = f"{hardware()}. {versions('torch', 'megatron-core')}. {options.layers} layers, {options.stages} stages."
     text = f"{machine}\n\n{markdown_table(columns, rows)}"
     print(text)
     if options.record:

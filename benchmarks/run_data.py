@@ -7,13 +7,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def tool(name: str, *arguments: object) -> None:
+    """Run a command line of the framework; its last words if it fails."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+
+
 def prepare(folder: Path, vocabulary: int) -> None:
     """Write `tokenizer` and `data/train`, `data/validation` into `folder`."""
-    corpus, tokenizer = str(folder / "corpus.jsonl"), str(folder / "tokenizer")
-    for tool, *arguments in (
-        ("corpus", "--kind", "documentation", "--output", corpus),
-        ("tokenizer", "train", corpus, "--output", tokenizer, "--vocab-size", str(vocabulary)),
-        ("preprocess", corpus, "--tokenizer", tokenizer, "--output", str(folder / "data")),
-    ):
-        command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer"
+    tool("corpus", "--kind", "documentation", "--output", corpus)
+    tool("tokenizer", "train", corpus, "--output", tokenizer, "--vocab-size", vocabulary)
+    tool("preprocess", corpus, "--tokenizer", tokenizer, "--output", folder / "data")

@@ -111,7 +111,7 @@ class Soak:
             time.sleep(0.1)
         return False
 
-    def ended(self, seconds: float = 180) -> int:
+    def ended(self, seconds: float = 1800) -> int:
         """Wait for the launcher's end, and for all it started; its exit code."""
         assert self.launcher is not None
         code = self.launcher.wait(seconds)

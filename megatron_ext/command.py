@@ -43,7 +43,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         main()
         sys.stdout.flush()  # it may be a file on a full disk
     except MegatronExtError as error:
-        _fail(str(error))
+        _fail(str(error), is_everywhere=error.is_everywhere)
     except BrokenPipeError:
         # Whoever read the output has seen enough, as `head`. Python would say so again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,11 +101,13 @@ def ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, *, is_everywhere: bool = False) -> NoReturn:
     # Most faults meet every rank. A launcher ends the others once one has exited: before they repeat what it said.
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_first:
         time.sleep(5)
-    print(f"error: {with_absolute_paths(message)}", file=sys.stderr)
+    if is_first or not is_everywhere:
+        print(f"error: {with_absolute_paths(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Self
 
 _given: set[str] = set()
 """Relative paths that this command was given."""
@@ -9,6 +10,14 @@ _given: set[str] = set()
 
 class MegatronExtError(Exception):
     """Base of every error whose message is written for the person running the command."""
+
+    is_everywhere = False
+    """Whether every rank of the run raises the same: then it is enough that one prints it."""
+
+    def everywhere(self) -> Self:
+        """This error, of which every rank of the run raises the same."""
+        self.is_everywhere = True
+        return self
 
 
 class ConfigError(MegatronExtError):

@@ -36,7 +36,12 @@ def main() -> None:
     if o.json:
         print(json.dumps(entries, indent=2))
         return
-    table = Table(*HEADER, box=None, title=f"{checkpoint}: {len(entries)} entries", title_justify="left")
+    table = Table(
+        *HEADER,
+        box=None,
+        title=f"{checkpoint}: {len(entries)} {'entry' if len(entries) == 1 else 'entries'}",
+        title_justify="left",
+    )
     for row in history_rows(entries):
         table.add_row(*row)
     # A file or a pipe takes long lines whole.

@@ -43,7 +43,7 @@ def _launch(arguments: argparse.Namespace) -> None:
     from megatron_ext.launching.job_file import SUBMIT, Job, parse_time, write_job
     from megatron_ext.launching.profile import read_profile
     from megatron_ext.model_io.starting_weights import open_hugging_face
-    from megatron_ext.training.preflight import examine_run
+    from megatron_ext.training.startup_checks import examine_run
 
     root = Path(__file__).resolve().parent.parent
     if not (root / "launch" / "templates").is_dir():

@@ -8,8 +8,9 @@ python tools/preflight.py RUN.yaml                          this machine alone, 
 Looked at on each rank: GPU there and healthy (memory errors, slowed down by heat, clocks), memory in use, the rate of
 matrix products; the rate of each of the run's groups (TP, CP, EP and DP by all-reduce, PP from stage to stage), all
 groups of a kind at once; on each node the rate of the disk where checkpoints go, and whether all see the same folder;
-code, libraries, configuration, data and clock the same everywhere. What makes a node bad stands under the table. Jobs
-of tools/launch.py run this first. (What is wrong with the run itself, `tools/train.py RUN.yaml --check` says.)
+code, libraries, configuration, data and clock the same everywhere. What makes a node bad stands under the table; one
+that fails or hangs in the test is named too. Jobs of tools/launch.py run this first. (What is wrong with the run
+itself, `tools/train.py RUN.yaml --check` says.)
 """
 
 import sys
@@ -35,8 +36,8 @@ def _test(run: RunConfig) -> None:
 
     from megatron_ext.errors import EnvironmentFault
     from megatron_ext.launcher import launched_rank, launched_world_size
-    from megatron_ext.launching.node_report import RULE, RankReport, bad_nodes, table
-    from megatron_ext.launching.node_test import measure_node
+    from megatron_ext.launching.node_report import RULE, bad_nodes, table
+    from megatron_ext.launching.node_test import measure_all
     from megatron_ext.runtime.device import choose_device
     from megatron_ext.runtime.logs import setup_logging
     from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
@@ -46,8 +47,7 @@ def _test(run: RunConfig) -> None:
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
     split_process_group(run.parallel, run.runtime)
-    reports: list[RankReport] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(reports, measure_node(run, device))
+    reports = measure_all(run, device)
     bad = bad_nodes(reports)
     if dist.get_rank() == 0:
         print(*table(reports), RULE, sep="\n")
@@ -61,7 +61,8 @@ def _test(run: RunConfig) -> None:
         reasons = "\n".join(f"  {one.host}: {one.why}" for one in bad)
         raise EnvironmentFault(f"not fit to train: {names}\n{reasons}\nLeave it out (sbatch --exclude), or mend it")
     if launched_rank() == 0:
-        print(f"fit to train: {len(reports)} ranks, on {', '.join(dict.fromkeys(report.host for report in reports))}")
+        ranks = "1 rank" if len(reports) == 1 else f"{len(reports)} ranks"
+        print(f"fit to train: {ranks}, on {', '.join(dict.fromkeys(report.host for report in reports))}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _skip_data(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     from megatron_ext.model_io.starting_weights import open_hugging_face
-    from megatron_ext.training.preflight import check_run
+    from megatron_ext.training.startup_checks import check_run
 
     files = not arguments.config_only
     said = check_run(

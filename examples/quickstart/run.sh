@@ -13,50 +13,19 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-tools=$here/../../tools
-python=${PYTHON:-python}
+root=$here/../..
 out=build/quickstart
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=true HF_HUB_DISABLE_PROGRESS_BARS=1
-
-tool() { local name=$1; shift; "$python" "$tools/$name.py" "$@"; }
-
-# train PROCESSES RUN.yaml [key=value ...]
-train() { local n=$1; shift; PYTHON=$python NPROC_PER_NODE=$n MASTER_ADDR="" "$here/../../launch/torchrun.sh" "$@"; }
-
-# step NAME RESULT COMMAND...: run COMMAND unless RESULT is there already
-step() {
-  local name=$1 result=$2 begin=$SECONDS
-  shift 2
-  if [ -e "$result" ]; then
-    echo "== $name: done before ($result)"
-  else
-    echo "== $name"
-    "$@"
-    echo "   $name took $((SECONDS - begin)) s"
-  fi
-}
+source "$here/../steps.sh"
 
 free_gib() { "$python" -c 'import psutil; print(int(psutil.virtual_memory().available / 2**30))'; }
 
 # --- what to train on --------------------------------------------------------------------------------------------------
 if [ -n "${CORPUS:-}" ]; then source=$CORPUS; elif [ -n "${MEGATRON_EXT_SAMPLE_DATA:-}" ]; then source=$MEGATRON_EXT_SAMPLE_DATA; else source=python; fi
-mkdir -p $out
-if [ -e $out/source ] && [ "$(cat $out/source)" != "$source" ]; then
-  echo "error: build/quickstart holds results for another corpus ($(cat $out/source)); move it away first" >&2
-  exit 2
-fi
-echo "$source" > $out/source
+one_source $out "$source"
 
 # --- how long ----------------------------------------------------------------------------------------------------------
-# Once, so that what is started again goes on with the same number of steps.
-if [ ! -e $out/share ]; then
-  share=${QUICKSTART_SHARE:-$("$python" "$here/measure.py")}
-  case $share in 100 | 75 | 50 | 25) ;; *) echo "error: QUICKSTART_SHARE=$share: must be 100, 75, 50 or 25 (percent)" >&2; exit 2 ;; esac
-  echo "$share" > $out/share
-fi
-share=$(cat $out/share)
+share=$(share_of_steps $out "${QUICKSTART_SHARE:-}")
 of_steps() { echo $(($1 * share / 100)); }
-iteration() { printf 'iter_%07d' "$1"; }
 dense_steps=$(of_steps 200)
 
 # --- text -> tokens ----------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def together(action: Callable[[], object], what: str = NOT_SAVED) -> None:
     if failures := [one for one in gathered(failure) if one is not None]:
         kinds = [kind for _, kind in failures]
         raised = next((kind for kind in kinds if kind is not CheckpointError), CheckpointError)
-        raise raised(said_by_ranks(what, [why for why, _ in failures]))
+        raise raised(said_by_ranks(what, [why for why, _ in failures])).everywhere()
 
 
 def said_by_ranks(what: str, failures: Sequence[str]) -> str:

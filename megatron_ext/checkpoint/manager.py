@@ -105,6 +105,7 @@ class CheckpointManager:
         self._memory = HostMemory(_ranks_of_this_host()) if asynchronous else None
         self._save: Save | None = None
         self._settled: list[Outcome] = []
+        self._keepers: list[Callable[[], Collection[Path]]] = []
         self._copies = second_place is not None
         self._copier: Copier | None = None
         """On the first rank, where there is a second place."""
@@ -221,6 +222,10 @@ class CheckpointManager:
         """Whether `which` was saved in the parallel layout of this run."""
         return bool(_layout(read_run(which)) == _layout(self.run))
 
+    def keep(self, in_use: Callable[[], Collection[Path]]) -> None:
+        """Let the checkpoints that `in_use` says stay for now, on the first rank; it is asked from another thread."""
+        self._keepers.append(in_use)
+
     def lag(self) -> int | None:
         """On the first rank, steps by which the second place is behind; None where there is none."""
         return self._copier.lag() if self._copier is not None else None
@@ -256,9 +261,9 @@ class CheckpointManager:
 
     def _published(self, checkpoint: Path) -> None:
         """On the first rank's thread: `checkpoint` is complete."""
-        in_use = []
+        in_use = [path for keeper in self._keepers for path in keeper()]
         if self._copier is not None:
-            in_use = [path for path in (self._copier.in_use,) if path is not None]
+            in_use += [path for path in (self._copier.in_use,) if path is not None]
             self._copier.wake()
         remove_superseded(self.directory, self._retention, in_use)
 

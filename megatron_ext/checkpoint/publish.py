@@ -79,7 +79,7 @@ def publish(partial: Path, final: Path, iteration: int, *, sync: bool = True, re
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what saves of a run that did not finish have left in its directory."""
-    for leftover in _unfinished(directory):
+    for leftover in unfinished_saves(directory):
         if _is_leftover(leftover):
             log.warning("removing %s, left by a save that did not finish", leftover)
             shutil.rmtree(leftover)
@@ -87,10 +87,11 @@ def remove_leftovers(directory: Path) -> None:
 
 def in_the_way(directory: Path) -> list[Path]:
     """What stands in a run's directory where a save may have to write, but was not left by one."""
-    return [path for path in _unfinished(directory) if not _is_leftover(path)]
+    return [path for path in unfinished_saves(directory) if not _is_leftover(path)]
 
 
-def _unfinished(directory: Path) -> list[Path]:
+def unfinished_saves(directory: Path) -> list[Path]:
+    """What ended saves have left in a run's directory, by step."""
     return sorted(directory.glob(f"iter_*{UNFINISHED}")) if directory.is_dir() else []
 
 

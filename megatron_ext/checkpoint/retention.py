@@ -25,6 +25,11 @@ class Retention:
     keep_initial: bool = False
     """The one of step 0."""
 
+    @property
+    def newest(self) -> int | None:
+        """How many of the newest stay, whatever their steps; None: all."""
+        return None if self.keep_last is None else max(self.keep_last, _NEVER_REMOVED)
+
     def keeps(self, iteration: int) -> bool:
         """Whether the checkpoint of this step stays, however old it is."""
         every = self.keep_every is not None and iteration > 0 and iteration % self.keep_every == 0
@@ -33,9 +38,9 @@ class Retention:
 
     def superseded(self, checkpoints: Sequence[Path]) -> list[Path]:
         """Those of `checkpoints`, all complete and oldest first, that may go."""
-        if self.keep_last is None:
+        if self.newest is None:
             return []
-        older = checkpoints[: -max(self.keep_last, _NEVER_REMOVED)]
+        older = checkpoints[: -self.newest]
         return [checkpoint for checkpoint in older if not self.keeps(iteration_of(checkpoint))]
 
 

@@ -10,6 +10,7 @@ from megatron_ext.config.attention import (
     YarnRopeScaling,
 )
 from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, StagedSource
+from megatron_ext.config.evaluation import EvaluationConfig
 from megatron_ext.config.guard import GuardConfig, RollbackConfig, SpikeConfig
 from megatron_ext.config.layout import Layout, Position, smallest_world_size
 from megatron_ext.config.load import check_model, load_config, load_run, to_mapping
@@ -58,6 +59,7 @@ __all__ = [
     "DataSource",
     "DynamicRopeScaling",
     "EmailConfig",
+    "EvaluationConfig",
     "ExitAt",
     "Fp32Precision",
     "Fp8Precision",

@@ -24,12 +24,14 @@ AlertKind = Literal[
     "checkpoint",
     "checkpoint_failed",
     "checkpoint_copied",
+    "evaluation",
+    "evaluation_failed",
     "gradients",
     "stage",
 ]
 """Kinds of events that people can be told of."""
 
-_EVERYDAY = ("lever", "checkpoint", "checkpoint_copied", "gradients", "stage")
+_EVERYDAY = ("lever", "checkpoint", "checkpoint_copied", "evaluation", "gradients", "stage")
 _USUAL: tuple[AlertKind, ...] = tuple(kind for kind in get_args(AlertKind) if kind not in _EVERYDAY)
 
 

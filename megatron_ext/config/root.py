@@ -8,6 +8,7 @@ from megatron_ext.config.adapters import LoraConfig
 from megatron_ext.config.alerts import AlertsConfig
 from megatron_ext.config.base import config
 from megatron_ext.config.data import DataConfig
+from megatron_ext.config.evaluation import EvaluationConfig
 from megatron_ext.config.guard import GuardConfig
 from megatron_ext.config.layout import Layout, StepShape, resolve_layout
 from megatron_ext.config.machine import CheckpointConfig, RuntimeConfig
@@ -45,6 +46,8 @@ class RunConfig:
     """Training and validation data."""
     checkpoint: CheckpointConfig
     """Where training state is saved and continued from."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """What looks at each checkpoint while the run goes on."""
     guard: GuardConfig = Field(default_factory=GuardConfig)
     """Steps that go wrong."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)

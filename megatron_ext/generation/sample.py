@@ -25,10 +25,15 @@ class Continuation:
     prompt: Prompt
     text: str
     """Without special tokens, and up to the text that stopped it."""
-    tokens: int
-    """Made for it, with the one that ended it."""
+    ids: Sequence[int]
+    """The tokens made for it, with the one that ended it."""
     ended: bool
     """By a token or text that ends it, and not by its length."""
+
+    @property
+    def tokens(self) -> int:
+        """How many were made."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def _continuation(
             model.name,
             model.positions,
         )
-    return Continuation(prompt, text, len(new), ended)
+    return Continuation(prompt, text, new.tolist(), ended)
 
 
 def _settings(model: TextModel, how: Continuing, room: int) -> tuple[Any, list[int], list[str]]:

@@ -45,17 +45,27 @@ class TextModel:
 
 @contextmanager
 def text_model(checkpoint: str | Path, *, trust_remote_code: bool = False, device: str = "cpu") -> Iterator[TextModel]:
-    """Open `checkpoint`, in fp32.
-
-    A Megatron checkpoint (where it holds adapters, with their base) is exported to a temporary directory first: the
-    exported model's logits are the checkpoint's (tools/verify.py), and transformers generates with a cache.
+    """Open `checkpoint`, in fp32, as transformers computes with it: it generates with a cache.
 
     Raises:
         DataError: it has no tokenizer.
         CheckpointError: its weights are no numbers.
     """
+    with hugging_face_directory(checkpoint) as directory:
+        yield _loaded(directory, checkpoint, trust_remote_code, device)
+
+
+@contextmanager
+def hugging_face_directory(checkpoint: str | Path) -> Iterator[Path]:
+    """`checkpoint` itself, or a temporary export of a Megatron one (where it holds adapters, with their base).
+
+    The exported model's logits are the checkpoint's (tools/verify.py).
+
+    Raises:
+        DataError: it has no tokenizer.
+    """
     if is_hugging_face(checkpoint):
-        yield _loaded(checkpoint, checkpoint, trust_remote_code, device)
+        yield Path(checkpoint)
         return
     if tokenizer_directory(checkpoint) is None:
         raise DataError(
@@ -68,10 +78,10 @@ def text_model(checkpoint: str | Path, *, trust_remote_code: bool = False, devic
             merge_lora(MergeLoraOptions(adapters=str(checkpoint), target=str(exported), to="hf"), silent)
         else:
             convert(checkpoint, exported)
-        yield _loaded(exported, checkpoint, trust_remote_code, device)
+        yield exported
 
 
-def _loaded(directory: str | Path, name: str | Path, trust_remote_code: bool, device: str) -> TextModel:
+def _loaded(directory: Path, name: str | Path, trust_remote_code: bool, device: str) -> TextModel:
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     network = load_hugging_face(directory, trust_remote_code=trust_remote_code)
     weights = network.state_dict()
@@ -79,7 +89,7 @@ def _loaded(directory: str | Path, name: str | Path, trust_remote_code: bool, de
         raise CheckpointError(
             f"{name}: {describe(broken, len(weights))}, so that nothing can be generated; take a checkpoint from before"
         )
-    return TextModel(str(name), Path(directory), network.to(device), tokenizer, learned_positions(network))
+    return TextModel(str(name), directory, network.to(device), tokenizer, learned_positions(network))
 
 
 def learned_positions(network: nn.Module) -> int | None:

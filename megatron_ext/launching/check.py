@@ -40,7 +40,7 @@ class Findings:
 
 
 def check_job(job: Job, run: RunConfig, steps: int) -> Findings:
-    """Hold the job against the run and the profile; the run's own files are looked at by training/preflight.py.
+    """Hold the job against the run and the profile; the run's own files are looked at by training/startup_checks.py.
 
     Args:
         steps: of the whole run.
@@ -127,7 +127,7 @@ def _seconds_a_step(job: Job, run: RunConfig, processes: int) -> tuple[float, st
         return seconds, f"as measured in {path}, on however many GPUs that was", int(last[-1]["iteration"])
     if job.profile.peak_tflops is None:
         return None
-    work = max(run.step_tokens) * training_flops_per_token(run.model, run.data.sequence_length, run.adapters)
+    work = max(run.step_tokens) * training_flops_per_token(run.model, run.data.sequence_length, run.adapters, run.task)
     rate = processes * job.profile.peak_tflops * 1e12 * _USUAL_MFU
     return work / rate, f"a guess: {_USUAL_MFU:.0%} of the peak, nothing was measured", 0
 

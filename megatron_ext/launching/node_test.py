@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,13 +18,39 @@ import torch.distributed as dist
 import megatron_ext
 from megatron_ext.config import RunConfig, dump_yaml, to_mapping
 from megatron_ext.data.dataset import dataset_fingerprint
-from megatron_ext.errors import DataError
+from megatron_ext.errors import DataError, EnvironmentFault
 from megatron_ext.launching.node_report import Link, RankReport
 from megatron_ext.runtime.core_guard import versions
+from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.process_groups import groups_by_kind
+from megatron_ext.runtime.watchdog import STALLS
 
+_MOST_MINUTES = 10.0
+"""For the whole test: a node that hangs in it is ended then."""
 _REPEATS = 3
 """Each rate is the best of so many: what else a machine does makes it slower, and nothing faster."""
+
+
+def measure_all(run: RunConfig, device: torch.device) -> list[RankReport]:
+    """What all ranks find, by rank. Every rank calls it, after `split_process_group`.
+
+    A rank that dies meanwhile, or does not come to the end, is named, and all end with exit code 2.
+
+    Raises:
+        EnvironmentFault: this rank could not be tested to the end.
+    """
+    limits = run.runtime.watchdog
+    limits = replace(limits, first_step_minutes=min(_MOST_MINUTES, limits.first_step_minutes))
+    way_out = "leave its node out (sbatch --exclude), or mend it"
+    with Liveness(limits, Path(run.checkpoint.directory) / STALLS, way_out=way_out) as others, others.step():
+        try:
+            reports: list[RankReport] = [None] * dist.get_world_size()  # type: ignore[list-item]
+            dist.all_gather_object(reports, measure_node(run, device))
+        except RuntimeError as error:
+            others.end_if_missing()
+            place, why = f"rank {dist.get_rank()} on {socket.gethostname()}", " ".join(str(error).split())
+            raise EnvironmentFault(f"the test of the nodes did not come to its end: {place}: {why}") from error
+    return reports
 
 
 def measure_node(run: RunConfig, device: torch.device) -> RankReport:

@@ -93,12 +93,7 @@ def convert(
     if verify is not None:
         verify = replace(verify, tokenizer=verify.tokenizer or own, generation=verify.generation and to_hf)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
-
-    def check(partial: Path) -> Examined | None:
-        if watched.not_finite:
-            log.warning("%s: %s: it computes nothing of use", source, describe(watched.not_finite, len(watched.specs)))
-        return None if verify is None else _verified(opened, partial, Path(target), verify)
-
+    check = _check_of(opened, watched, Path(target), verify)
     if to == "megatron" and hf_class is not None:
         raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
     if to_hf:
@@ -106,6 +101,18 @@ def convert(
         written = write_hugging_face(content, architecture, why, output, check)
         return Conversion("to Hugging Face", why, architecture, opened.model, written)
     return _to_megatron(opened, content, output, check)
+
+
+def _check_of(opened: Checkpoint, watched: WatchedSource, target: Path, verify: Comparison | None) -> Check:
+    """What the complete result is looked at with before it gets its name."""
+
+    def check(partial: Path) -> Examined | None:
+        if watched.not_finite:
+            bad = describe(watched.not_finite, len(watched.specs))
+            log.warning("%s: %s: it computes nothing of use", opened.directory, bad)
+        return None if verify is None else _verified(opened, partial, target, verify)
+
+    return check
 
 
 def _to_megatron(opened: Checkpoint, content: ModelToWrite, output: Output, check: Check) -> Conversion:

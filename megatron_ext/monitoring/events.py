@@ -1,5 +1,6 @@
 """What happens to a run besides its steps, for its records and for those who are told of it."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -7,6 +8,8 @@ from typing import Any, Literal
 Severity = Literal["info", "warning", "error"]
 
 STARTED = "started"
+EVALUATION = "evaluation"
+"""The results of a checkpoint's evaluation, at the step of the checkpoint."""
 
 _SEVERITIES: dict[str, Severity] = {
     "failed": "error",
@@ -20,6 +23,7 @@ _SEVERITIES: dict[str, Severity] = {
     "slow_rank": "warning",
     "disk": "warning",
     "checkpoint_failed": "warning",
+    "evaluation_failed": "warning",
 }
 
 
@@ -37,6 +41,8 @@ class Event:
     """More for the records: values of JSON by name."""
     panels: Mapping[str, float] = field(default_factory=dict)
     """Numbers that are drawn over the steps of the run, by the name of their panel."""
+    at: float = field(default_factory=time.time, compare=False, repr=False)
+    """When, in seconds since 1970."""
 
     @property
     def severity(self) -> Severity:

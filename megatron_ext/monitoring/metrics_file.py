@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_ext.files import open_regular, write_bytes
+from megatron_ext.monitoring.events import EVALUATION
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,10 @@ def _is_torn(path: Path) -> bool:
         return size > 0 and file.read() != b"\n"
 
 
-_OF_STEPS = ("start", "skip", "nonfinite", "spike", "lever", "stage", "checkpoint", "checkpoint_copied", "gradients")
+_OF_STEPS = (
+    *("start", "skip", "nonfinite", "spike", "lever", "stage", "checkpoint", "checkpoint_copied", "gradients"),
+    EVALUATION,
+)
 """Events that happen again where steps are made again; others, such as a failure, have happened once for all."""
 
 
@@ -192,6 +196,16 @@ def read_history(path: str | Path) -> RunHistory:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The reports of a run in order of steps, as `RunHistory` has them."""
     return read_history(path).reports
+
+
+def read_evaluated(path: Path) -> set[int]:
+    """The steps whose checkpoints were evaluated, by the metrics file at `path`; none where there is no file."""
+    if not path.is_file():
+        return set()
+    mark = f'"event": "{EVALUATION}"'.encode()
+    with BufferedReader(open_regular(path)) as file:
+        found = [parsed(line) for line in iter(lambda: file.readline(_LONGEST), b"") if mark in line]
+    return {record["iteration"] for record in found if isinstance(record, dict) and "results" in record}
 
 
 def parsed(line: bytes) -> Any:

@@ -107,8 +107,11 @@ class Monitor:
         After the end, which the watchdog's thread may have told of before the main one, nothing more.
         """
         with self._locked():
-            for sink in () if self._is_closed else self._sinks:
+            sinks = () if self._is_closed else self._sinks
+            for sink in sinks:
                 sink.event(event)
+            for sink in sinks if event.severity == "error" else ():  # with which the run ends, and maybe this process
+                sink.flush()
 
     def ended(self, iteration: int, signal: str | None) -> None:
         """Say how the run has ended, after so many steps, and finish all records.
@@ -170,8 +173,8 @@ def open_sinks(run: RunConfig, iteration: int, run_id: str) -> list[Sink]:
     if run.alerts.webhook is not None or run.alerts.email is not None or others:
         from megatron_ext.monitoring.sinks.alerts import AlertsSink
 
-        # Before W&B, whose run ends with its own closing, and after the files, which have what is not sent.
-        sinks.insert(2, AlertsSink(run.alerts, directory, metrics_path(run).parent, others))
+        # Before W&B, whose run ends with its own closing; and before the files, of which one may hang: that is told.
+        sinks.insert(0, AlertsSink(run.alerts, directory, metrics_path(run).parent, others))
     return sinks
 
 

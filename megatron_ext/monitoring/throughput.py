@@ -43,7 +43,9 @@ class Pace:
     ) -> None:
         self._plan, self._clock, self._devices, self._peak, self._last = plan, clock, devices, peak_tflops, last
         lengths = {stage.sequence_length for stage in plan.stages}
-        self._flops = {length: training_flops_per_token(run.model, length, run.adapters) for length in lengths}
+        self._flops = {
+            length: training_flops_per_token(run.model, length, run.adapters, run.task) for length in lengths
+        }
         """Of a token, by the sequence length."""
         self._last_iteration, self._last_time = iteration, clock.now()
         self._passed: list[tuple[int, int]] = []

@@ -5,7 +5,8 @@ from dataclasses import replace
 from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.canonical.adapters import adapter_tensors
 from megatron_ext.canonical.counts import count_parameters
-from megatron_ext.config import Layout, RunConfig, dump_yaml, smallest_world_size, to_mapping
+from megatron_ext.config import Layout, PreferenceTask, RunConfig, dump_yaml, smallest_world_size, to_mapping
+from megatron_ext.config.preference import turned_off
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.errors import ConversionError
 from megatron_ext.planning.amounts import flops
@@ -38,13 +39,14 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
     memory = state_memory(run, layout)
     if plan is not None and run.data.stages:
         run = replace(run, train=replace(run.train, train_iters=plan.total_steps))
-    each = training_flops_per_token(run.model, run.data.sequence_length, run.adapters)
+    each = training_flops_per_token(run.model, run.data.sequence_length, run.adapters, run.task)
     lines = [
         dump_yaml(to_mapping(run)),
         _grid(layout, assumed=world_size is None),
         "",
         f"parameters      {counts.total:,} in all, {counts.active:,} active for each token",
         *_adapters(run, counts.total),
+        *_preference(run),
         f"training        {_work(run, each, plan)}",
         f"state memory    {memory.bytes / 2**30:,.3g} GiB on the fullest rank ({memory.parameters:,} parameters, "
         "without activations)",
@@ -77,6 +79,21 @@ def _adapters(run: RunConfig, of: int) -> list[str]:
     return [f"adapters        {sum(sizes):,} parameters in {len(sizes) // 2:,} pairs are trained, {share}"]
 
 
+def _preference(run: RunConfig) -> list[str]:
+    """What answers are compared with, and what of the model is left out of account for it."""
+    if not isinstance(run.task, PreferenceTask):
+        return []
+    kinds = {
+        "adapters_off": "the base, computed beside each step with the adapters switched off",
+        "file": "the weights that the run starts from, by files beside the pairs that are computed once",
+        "none": "none",
+    }
+    lines = [f"reference       {kinds[run.task.reference_of(has_adapters=run.adapters is not None)]}"]
+    if off := turned_off(run.task, run.model, run.adapters):
+        lines.append(f"off             {', '.join(off)}: answers and reference are of one function of the weights")
+    return lines
+
+
 def _work(run: RunConfig, each: float, plan: RunPlan | None) -> str:
     """Tokens, and floating-point operations a token and in all."""
     if plan is None and run.data.stages:
@@ -84,7 +101,9 @@ def _work(run: RunConfig, each: float, plan: RunPlan | None) -> str:
     if plan is None:
         tokens = run.planned_samples * run.data.sequence_length
         return f"{tokens:,} tokens, {flops(each)} a token, {flops(each * tokens)} in all"
-    total = sum(training_flops_per_token(run.model, s.sequence_length, run.adapters) * s.tokens for s in plan.stages)
+    total = sum(
+        training_flops_per_token(run.model, s.sequence_length, run.adapters, run.task) * s.tokens for s in plan.stages
+    )
     return f"{plan.total_tokens:,} tokens, {flops(total / plan.total_tokens)} a token, {flops(total)} in all"
 
 

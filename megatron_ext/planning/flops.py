@@ -1,11 +1,13 @@
 """Floating-point operations of training: what a model asks for, whatever a machine does besides."""
 
 from megatron_ext.canonical.adapters import adapter_pairs
-from megatron_ext.config import LoraConfig, ModelConfig
+from megatron_ext.config import PRETRAIN, LoraConfig, ModelConfig, PreferenceTask, TaskConfig
 
 
-def training_flops_per_token(model: ModelConfig, sequence_length: int, adapters: LoraConfig | None = None) -> float:
-    """Model FLOPs of the forward and backward pass of one token.
+def training_flops_per_token(
+    model: ModelConfig, sequence_length: int, adapters: LoraConfig | None = None, task: TaskConfig = PRETRAIN
+) -> float:
+    """Model FLOPs of the forward and backward pass of one token, and of the pass of a reference if `task` has one.
 
     6 for each multiply-add of a matrix product (2 forward, 4 backward), causal attention counted as half of the full
     score matrix, as in Megatron-LM (core_v0.16.0, training.py). The router, norms, biases and recomputed activations
@@ -24,7 +26,9 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int, adapters:
     if adapters is None:
         return 6.0 * products
     core = model.num_layers * _core(model, sequence_length)
-    return 4.0 * (products - core) + 6.0 * (core + _of_adapters(model, adapters))
+    is_read_twice = isinstance(task, PreferenceTask) and task.reference_of(has_adapters=True) == "adapters_off"
+    reference = 2.0 * products if is_read_twice else 0.0
+    return 4.0 * (products - core) + 6.0 * (core + _of_adapters(model, adapters)) + reference
 
 
 def attention_products(model: ModelConfig, sequence_length: int) -> float:

@@ -105,7 +105,7 @@ class Trajectory:
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
-    sources: tuple[tuple[float, int], ...] = ()
+    sources: tuple[tuple[float, float], ...] = ()
     """Loss and units of each source, step after step."""
 
 
@@ -151,7 +151,7 @@ def train_cell(cell: Cell, trainable: Trainable, groups: Groups) -> Trajectory:
         # What the weights say of random tokens, and a little more or less, so that no difference is zero.
         table = -80 + 20 * torch.rand(_MOST_PAIRS, 2, generator=torch.Generator().manual_seed(cell.seed))
         task = replace(task, table=table)
-    losses, norms, sources = list[float](), list[float](), list[tuple[float, int]]()
+    losses, norms, sources = list[float](), list[float](), list[tuple[float, float]]()
     for step, shape in enumerate(shape for shape in cell.shapes for _ in range(cell.steps)):
         set_rotary_base(trainable.chunks, shape.rotary_base)
         batch = random_batch(

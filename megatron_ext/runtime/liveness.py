@@ -39,6 +39,8 @@ STACKS = 20.0
 """Seconds that a stalled run waits for the stacks of all ranks."""
 TELLING = 20.0
 """Seconds that those who are told of the end have for it."""
+FILES = 10.0
+"""Seconds that the end waits for a file system, which may be what hangs."""
 _SILENT_BEATS = 3
 """Heartbeats of a rank that are missed in a row, once a collective has failed, before it is called lost."""
 _LOOK = 1.0
@@ -63,11 +65,17 @@ class Liveness:
     Args:
         directory: below which stacks are written.
         told: of what ends the run so.
+        way_out: what to do then; the end of the message.
     """
 
     def __init__(
-        self, limits: WatchdogConfig | None = None, directory: Path | None = None, told: Told = tell_nobody
+        self,
+        limits: WatchdogConfig | None = None,
+        directory: Path | None = None,
+        told: Told = tell_nobody,
+        way_out: str = "the same command goes on from the newest checkpoint",
     ) -> None:
+        self._way_out = way_out
         self._watchdog = Watchdog(limits or WatchdogConfig(enabled=False))
         self._watches = limits is not None and limits.enabled
         self._directory, self._told = directory or Path(), told
@@ -120,16 +128,18 @@ class Liveness:
         """
         begun, heard = time.monotonic(), self._beats()
         silence = _SILENT_BEATS * BEAT
-        while self._store is not None and time.monotonic() < begun + max(patience, silence):
-            lost = None
+        while self._store is not None:
+            lost, waited = None, time.monotonic() - begun
             with contextlib.suppress(RuntimeError):
                 lost = self._missing()
-            if lost is None and time.monotonic() > begun + silence:
+            if lost is None and waited > silence:
                 lost = self._silent_since(heard)  # of another host, where nobody else noticed
                 self._silence = silence
             if lost is not None and self._once.acquire(blocking=False):
                 self._say(lost, ends=False)
                 raise SystemExit(2)
+            if waited > max(patience, silence):  # after a look, however busy the machine is
+                return
             time.sleep(0.2)
 
     def _beats(self) -> list[str] | None:
@@ -198,7 +208,8 @@ class Liveness:
                 said = self._store.compare_set(_STALL, "", said).decode()
         finder, why, named = json.loads(said)
         folder = self._directory / named
-        write_stack(folder, self._rank, f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()}): {why}")
+        header = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()}): {why}"
+        _at_most(FILES, lambda: write_stack(folder, self._rank, header))
         alone = f"{why}. It is at {standing.place}. Its stacks are in {folder}"
         try:
             if self._store is None:
@@ -208,7 +219,7 @@ class Liveness:
                 self._say_stalled(why, finder, standing, folder)
         except RuntimeError:  # the store is gone
             self._speak(alone)
-        release_all()
+        _at_most(FILES, release_all)
         os._exit(2)
 
     def _say_stalled(self, why: str, finder: int, standing: Standing, folder: Path) -> None:
@@ -281,7 +292,7 @@ class Liveness:
         if lost == self._rank or not self._once.acquire(blocking=False):
             return  # others miss this one, which was stopped and goes on; or the main thread is about to end
         self._say(lost)
-        release_all()
+        _at_most(FILES, release_all)
         os._exit(2)
 
     def _say(self, lost: int, *, ends: bool = True) -> None:
@@ -302,13 +313,11 @@ class Liveness:
 
     def _speak(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            os.write(2, f"error: {text}; the same command goes on from the newest checkpoint\n".encode())
+            os.write(2, f"error: {text}; {self._way_out}\n".encode())
 
     def _tell(self, kind: str, text: str, *, ends: bool = True) -> None:
         """Tell those who are told why the run ends; they cannot hold it up."""
-        telling = threading.Thread(target=self._told, args=(kind, text, ends), name="telling", daemon=True)
-        telling.start()
-        telling.join(TELLING)
+        _at_most(TELLING, lambda: self._told(kind, text, ends))
 
     def _message(self, lost: int) -> str:
         peer = self._peers[lost]
@@ -325,6 +334,13 @@ class Liveness:
     def _read(self, key: str) -> str:
         """What the store has under `key`, without waiting for it; "" if nothing."""
         return self._store.get(key).decode() if self._store.check([key]) else ""
+
+
+def _at_most(seconds: float, work: Callable[[], None]) -> None:
+    """Do `work` on a thread of its own and wait so long for it: what hangs there holds up nobody."""
+    thread = threading.Thread(target=work, name=f"at most {seconds:g} s", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _connect() -> Any:

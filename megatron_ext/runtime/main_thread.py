@@ -109,7 +109,10 @@ def _place(frame: FrameType | None) -> tuple[bool, str]:
 def _call(frame: FrameType) -> str:
     """The source of the call at which `frame` stands: its line, or the part of it."""
     line, last, start, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-    text = linecache.getline(frame.f_code.co_filename, line or frame.f_lineno)
+    number = line or frame.f_lineno
+    if number is None:  # between two lines, such as where Python leaves a block
+        return "no line of its source"
+    text = linecache.getline(frame.f_code.co_filename, number)
     if start is None or line != last:
         return text.strip()
     return text.encode()[start:end].decode(errors="replace").strip()

@@ -1,5 +1,6 @@
 """The weights beside which a run trains and which its checkpoints do not hold: the same at each resume."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from megatron_ext.mcore.build import Trainable
 from megatron_ext.mcore.transformer_config import DTYPES
 from megatron_ext.training.start import OpenForeign, load_weights
 
+log = logging.getLogger(__name__)
+
 
 class FrozenBase:
     """The base of a run, on this rank, once it is loaded."""
@@ -25,11 +28,25 @@ class FrozenBase:
     def __init__(self, run: RunConfig, trainable: Trainable, open_foreign: OpenForeign, device: torch.device) -> None:
         assert run.adapters is not None
         assert run.checkpoint.initialize_from is not None
-        self._model, self._adapters = run.model, run.adapters
+        self._run, self._adapters = run, run.adapters
+        self._trainable, self._open_foreign, self._device = trainable, open_foreign, device
         self.path = Path(run.checkpoint.initialize_from)
-        shards = trainable.base_weights()
-        load_weights(self.path, run.model, shards, open_foreign)
-        self.fingerprint = fingerprint_of_weights(shards, run, device)
+        load_weights(self.path, run.model, trainable.base_weights(), open_foreign)
+        self.fingerprint = self._in_memory()
+
+    def mend(self) -> None:
+        """Load the base again where it is not what was loaded. Every rank must call this.
+
+        No checkpoint of the run holds it, so that going back to one heals no bit that has flipped in it.
+        """
+        if self._in_memory() == self.fingerprint:
+            return
+        log.warning("the weights beside the adapters had changed in memory; they are loaded from %s again", self.path)
+        load_weights(self.path, self._run.model, self._trainable.base_weights(), self._open_foreign)
+
+    def _in_memory(self) -> str:
+        """The fingerprint of the base as it is now, over all ranks."""
+        return fingerprint_of_weights(self._trainable.base_weights(), self._run, self._device)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of it, for whoever needs both together."""
@@ -47,7 +64,7 @@ class FrozenBase:
                 "precision.kind back, or start a new run in another checkpoint.directory"
             )
         then = load_config(LoraConfig, record["adapters"], source="the checkpoint's adapters")
-        if changed := changed_adapters(self._model, then, self._adapters):
+        if changed := changed_adapters(self._run.model, then, self._adapters):
             raise CheckpointError(
                 "adapters: not those of the checkpoint:\n" + "\n".join(f"  {line}" for line in changed) + "\nSet them "
                 "back, or start a new run in another checkpoint.directory"

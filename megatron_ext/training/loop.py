@@ -12,7 +12,7 @@ import torch
 from megatron_ext.checkpoint.both_places import prepare_directory
 from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
-from megatron_ext.errors import MegatronExtError, TrainingError
+from megatron_ext.errors import MegatronExtError
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size, noting_failure
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
@@ -30,16 +30,17 @@ from megatron_ext.training.findings import Findings
 from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
+from megatron_ext.training.hooks.evaluating import Evaluating
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
-from megatron_ext.training.preflight import examine_run
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
+from megatron_ext.training.startup_checks import examine_run
 from megatron_ext.training.verdict import Skip
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def open_and_train(
         is_first = groups.world.rank() == 0
         moment = exit_moment(run.train.exit_at) if is_first else None
         others = Liveness(
-            run.runtime.watchdog, Path(run.checkpoint.directory) / STALLS, partial(_tell_of_end, session, hooks)
+            run.runtime.watchdog, Path(run.checkpoint.directory) / STALLS, partial(_tell_of_stall, session, hooks)
         )
         with others, StopSignals(speaks=is_first, ends_at=moment.seconds if moment else None) as stop:
             try:
@@ -126,13 +127,10 @@ def open_and_train(
     return signal
 
 
-def _tell_of_end(session: Session, hooks: Sequence[Hook], kind: str, text: str, ends: bool) -> None:
-    """Have the records say why the run ends, while its main thread waits for what does not come."""
+def _tell_of_stall(session: Session, hooks: Sequence[Hook], kind: str, text: str, ends: bool) -> None:
+    """What the watch over the other ranks calls."""
     for hook in hooks:
-        if isinstance(hook, Reports):
-            hook.event(Event(kind, session.state.iteration, text))
-            if ends:
-                hook.on_error(TrainingError(text))
+        hook.on_stall(Event(kind, session.state.iteration, text), ends=ends)
 
 
 def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, list[Hook]]:
@@ -144,6 +142,8 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
     if data.validation is not None:
         hooks.append(Validation(run.train, data.validation, clock, reports.validation))
     hooks.append(DiskRoom(run, reports.event))
+    if run.evaluation.on_checkpoint is not None:
+        hooks.append(Evaluating(run.evaluation, Path(run.checkpoint.directory), metrics_path(run), reports.event))
     return guard, [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
 
 
@@ -156,7 +156,7 @@ def telling_hooks(hooks: Sequence[Hook]) -> Iterator[None]:
         for hook in hooks:
             hook.on_error(error)
         raise
-    for hook in hooks:
+    for hook in reversed(hooks):  # reports, the first of them, take what others tell at their end
         hook.close()
 
 

@@ -77,8 +77,8 @@ class StoredReference:
                 if self._continues:
                     raise CheckpointError(
                         f"{path}: is not there: what the reference of this run said of its pairs. Take it from a copy, "
-                        "or start a new run from the weights of checkpoint.initialize_from, which computes it: another "
-                        "checkpoint.directory"
+                        "or have another run compute it, from the same checkpoint.initialize_from with another "
+                        "checkpoint.directory and train.stop_at_iteration = 1; this one goes on then"
                     )
                 self._compute(session, prefix, path)
         found: list[Tensor] = []

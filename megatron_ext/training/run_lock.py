@@ -28,7 +28,7 @@ def run_lock(directory: str | Path) -> Iterator[None]:
                 said = [f"checkpoint.directory = {str(directory)!r}: {error.strerror}"]
         dist.broadcast_object_list(said, src=0)
         if said[0] is not None:
-            raise CheckpointError(said[0])
+            raise CheckpointError(said[0]).everywhere()
         if dist.get_rank() != 0:
             held.enter_context(joined(directory, "training"))
         yield

@@ -11,10 +11,9 @@ import torch
 
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
-from megatron_ext.checkpoint.retention import Retention
 from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
-from megatron_ext.config import CheckpointConfig, Layout, RunConfig
+from megatron_ext.config import Layout, RunConfig
 from megatron_ext.data.stream.plan import RunPlan, StagePlan
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.stream.progress import to_json
@@ -26,6 +25,7 @@ from megatron_ext.mcore.moe.router import require_directions
 from megatron_ext.mcore.optimizer import optimizer_steps, set_learning_rate, set_optimizer_steps
 from megatron_ext.mcore.rotary import set_rotary_base
 from megatron_ext.mcore.state import optimizer_shards
+from megatron_ext.planning.room import retention_of
 from megatron_ext.runtime.deterministic import naming_what_is_not
 from megatron_ext.runtime.pace import Pace
 from megatron_ext.runtime.process_groups import Groups
@@ -185,11 +185,11 @@ class Session:
 
     def validate(
         self, batches: Iterable[Batch], num_sources: int = 1
-    ) -> tuple[dict[str, float], list[tuple[float | None, int]]]:
+    ) -> tuple[dict[str, float], list[tuple[float | None, float]]]:
         """The task's sums over `batches`, the loss first; of each source its loss, None without a unit, and units."""
         losses, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
         return {name: float(loss) for name, loss in losses.items()}, sources.read() if sources is not None else [
-            (None, 0)
+            (None, 0.0)
         ] * num_sources
 
     def save(self) -> Path:
@@ -228,6 +228,8 @@ class Session:
         steps since.
         """
         self.checkpoints.restore(verdict.checkpoint, only=_TRAINED_STATE)
+        if self.base is not None:
+            self.base.mend()
         self.stream.seek(Position(self.plan.samples_at(verdict.resume_at)))
         self.state = dataclasses.replace(
             self.state, iteration=verdict.resume_at, consumed_samples=self.stream.position().samples
@@ -301,15 +303,6 @@ def starting_state(run: RunConfig) -> TrainingState:
     return read_state(newest) if newest is not None else TrainingState()
 
 
-def _retention(settings: CheckpointConfig) -> Retention:
-    return Retention(
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
-        keep_matching=settings.keep_matching,
-        keep_initial=settings.save_initial,
-    )
-
-
 def open_session(
     run: RunConfig,
     layout: Layout,
@@ -336,7 +329,7 @@ def open_session(
         run.checkpoint.directory,
         recorded_run(run, run.model.rotary_base),
         tokenizer=Path(run.data.tokenizer),
-        retention=_retention(run.checkpoint),
+        retention=retention_of(run.checkpoint),
         second_place=SecondPlace(run.checkpoint.copy_to) if run.checkpoint.copy_to is not None else None,
         rank_state=RankState(lambda: random_state(device), lambda saved: restore_random_state(saved, device)),
         asynchronous=run.checkpoint.async_save,

@@ -48,10 +48,10 @@ class SourceSums:
     def __add__(self, other: "SourceSums") -> "SourceSums":
         return SourceSums(self.losses_S + other.losses_S, self.units_S + other.units_S)
 
-    def read(self) -> list[tuple[float | None, int]]:
+    def read(self) -> list[tuple[float | None, float]]:
         """Of each source the mean loss and the number of units; None where no unit counted."""
         losses, units = torch.stack([self.losses_S, self.units_S]).tolist()
-        return [(loss / count if count else None, round(count)) for loss, count in zip(losses, units, strict=True)]
+        return [(loss / count if count else None, count) for loss, count in zip(losses, units, strict=True)]
 
 
 @dataclass(frozen=True)

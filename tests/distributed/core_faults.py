@@ -70,8 +70,9 @@ def train_with_core_experts(cell: Cell) -> Trajectory:
 
 
 def expert_gradients_of_wrong_group(pool: GlooPool) -> bool:
-    reference = pool.run(1, train_with_core_experts, Cell(MOE, ParallelConfig()))[0]
-    faulty = pool.run(2, train_with_core_experts, Cell(MOE, replace(TP2, expert_tensor_parallel_size=1)))[0]
+    reference = pool.run(1, train_with_core_experts, Cell(MOE, ParallelConfig(), steps=2))[0]
+    split = replace(TP2, expert_tensor_parallel_size=1)
+    faulty = pool.run(2, train_with_core_experts, Cell(MOE, split, steps=2))[0]
     return compare(faulty, reference).worst > CLEAR
 
 
@@ -87,8 +88,8 @@ def train_with_batched_messages(cell: Cell) -> Trajectory:
 def interleaved_batched_messages(pool: GlooPool) -> bool:
     model = tiny_model()
     chunks = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
-    reference = run_layout(pool, Cell(model, ParallelConfig()), 1)
-    faulty = pool.run(2, train_with_batched_messages, Cell(model, chunks))[0]
+    reference = run_layout(pool, Cell(model, ParallelConfig(), steps=2), 1)
+    faulty = pool.run(2, train_with_batched_messages, Cell(model, chunks, steps=2))[0]
     return compare(faulty, reference).norm > CLEAR
 
 

@@ -22,6 +22,7 @@ from megatron_ext.merging.lora_options import MergeLoraOptions
 from megatron_ext.model_io.compare import compare_weights
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.training.verdict import Rollback, Take
 from tests.distributed.runs import Part, load_and_save_to, open_part, started_otherwise, train_and_save
 
 ALONE = ParallelConfig(use_distributed_optimizer=False)
@@ -126,6 +127,34 @@ def test_another_base_or_other_adapters_are_refused(
     from_adapters = (("initialize_from", str(tmp_path / "run")),)
     assert "holds adapters alone" in refused(Part(MODEL, tmp_path / "new", checkpoint=from_adapters))
     assert "does not fit this run" in refused(Part(MODEL, tmp_path / "run"))
+
+
+def weights_after_going_back(part: Part) -> tuple[bool, bool]:
+    """Change a bit of the base, go back, and look: whether the base, and all that is trained, is what it was."""
+    with open_part(part) as session:
+        base, trained = session.trainable.base_weights(), session.trainable.saved_weights()
+        before = [[shard.data.clone() for shard in shards] for shards in (base, trained)]
+        checkpoint = session.checkpoints.newest()
+        assert checkpoint is not None
+        session.judge = lambda _: Take()
+        session.step(session.stream.next())
+        assert all(torch.equal(shard.data, old) for shard, old in zip(base, before[0], strict=True)), "nothing moves it"
+        base[0].data.view(torch.int32).flatten()[7] ^= 1 << 30
+        session.judge = lambda _: Rollback("a bit has flipped", checkpoint, 4)
+        session.step(session.stream.next())
+        base_now, trained_now = (
+            all(torch.equal(shard.data, old) for shard, old in zip(shards, olds, strict=True))
+            for shards, olds in zip((base, trained), before, strict=True)
+        )
+        return base_now, trained_now
+
+
+def test_going_back_heals_the_base_that_no_checkpoint_holds(
+    pool: GlooPool, base: Callable[[int], Path], tmp_path: Path
+) -> None:
+    part = beside(base(1), tmp_path / "run")
+    pool.run(1, train_and_save, part, 1)
+    assert pool.run(1, weights_after_going_back, part) == [(True, True)]
 
 
 def shards(whole: dict[str, torch.Tensor], parts: int) -> list[TensorShard]:

@@ -1,4 +1,4 @@
-"""Adapters train in every layout what one process trains, and leave the base as it is."""
+"""Adapters leave the base as it is, where all of it, or a stage, has none too. Their layouts: test_parity.py."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,80 +12,22 @@ from megatron_ext.config import (
     Fp8Precision,
     LoraConfig,
     LoraTarget,
-    MultiLatentAttention,
+    ModelConfig,
     ParallelConfig,
     Precision,
     RecomputeConfig,
 )
 from megatron_ext.mcore.adapters.plan import adapters_off
-from megatron_ext.proving.parity import Cell, Trajectory, build_cell, compare, run_layout, train_cell
+from megatron_ext.proving.parity import Cell, build_cell, compare, run_layout, train_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from tests.distributed.test_parity import TOLERANCE, GridCase, layout
-
-ADAPTERS = LoraConfig(
-    targets=[
-        LoraTarget(match=["q", "down"], rank=2, alpha=8.0),
-        LoraTarget(match=["layers.*", "embedding.*", "output_layer"], rank=4, alpha=8.0),
-    ],
-    lr_ratio=4.0,
-)
-LATENT = MultiLatentAttention(kv_lora_rank=24, q_lora_rank=40, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=8)
-LATENT_ATTENTION: dict[str, Any] = {"multi_latent_attention": LATENT, "num_query_groups": None}
-MODELS = {
-    "dense": tiny_model(),
-    "latent": tiny_model(**LATENT_ATTENTION),
-    "MoE": tiny_model(moe=True),
-    "latent MoE": tiny_model(moe=True, **LATENT_ATTENTION),
-}
-# In the suite each way of splitting is met once: without sequence parallelism, and with everything at once.
-CELLS = [
-    ("latent", layout("TP2", 2, tp=2), False),
-    ("MoE", layout("TP2 SP PP2 EP2 ETP1", 4, tp=2, sp=True, pp=2, ep=2, etp=1), True),
-]
-PRODUCT = [
-    ("dense", layout("TP2", 2, tp=2), True),
-    ("dense", layout("TP2 SP", 2, tp=2, sp=True), False),
-    ("dense", layout("TP2 SP PP2 DP2", 8, tp=2, sp=True, pp=2), True),
-    ("dense", layout("CP2 DP2", 4, cp=2), False),
-    ("MoE", layout("DP2", 2), False),
-    ("MoE", layout("EP2", 2, ep=2), True),
-    ("MoE", layout("PP2 VPP2 EP2", 4, pp=2, vpp=2, ep=2), False),
-    ("MoE", layout("TP2 SP EP2 ETP1", 2, tp=2, sp=True, ep=2, etp=1), False),
-    ("latent MoE", layout("TP2 SP CP2 EP2 ETP1", 4, tp=2, sp=True, cp=2, ep=2, etp=1), True),
-]
+from tests.distributed.layouts import TOLERANCE, layout
+from tests.distributed.test_parity import ADAPTERS
 
 
-def cell_of(kind: str) -> Cell:
+def cell_of(model: ModelConfig, adapters: LoraConfig = ADAPTERS) -> Cell:
     plain = ParallelConfig(use_distributed_optimizer=False)
-    return Cell(MODELS[kind], plain, steps=3, adapters=ADAPTERS)
-
-
-@pytest.fixture(scope="module")
-def references(pool: GlooPool) -> dict[str, Trajectory]:
-    """Filled with each model on one process, as cells ask for it."""
-    return {}
-
-
-@pytest.mark.parametrize(
-    ("kind", "entry", "recomputes"),
-    [*CELLS, *(pytest.param(*cell, marks=pytest.mark.product) for cell in PRODUCT)],
-    ids=lambda value: getattr(value, "name", str(value)).replace(" ", "-"),
-)
-def test_adapters_train_as_on_one_process(
-    kind: str, entry: GridCase, recomputes: bool, pool: GlooPool, references: dict[str, Trajectory]
-) -> None:
-    """Recompute on every other: behind a frozen embedding it would compute no gradient at all."""
-    cell = cell_of(kind)
-    if kind not in references:
-        references[kind] = run_layout(pool, cell, 1)
-    recompute = RecomputeConfig(granularity="full") if recomputes else RecomputeConfig()
-    parallel = replace(entry.parallel, use_distributed_optimizer=recomputes)
-    measured = run_layout(pool, replace(cell, parallel=parallel, recompute=recompute), entry.processes)
-    difference = compare(measured, references[kind])
-    print(f"{kind} {entry.name}: loss {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
-    assert min(references[kind].norms) > 0.1
-    assert difference.worst < TOLERANCE
+    return Cell(model, plain, steps=3, adapters=adapters)
 
 
 @pytest.mark.product
@@ -94,7 +36,7 @@ def test_a_stage_without_adapters_trains_nothing(layer: int, pool: GlooPool) -> 
     """Its layers pass gradients on, recomputed or not; a tied embedding is frozen on both stages."""
     adapters = LoraConfig(targets=[LoraTarget(match=[f"layers.{layer}.*"], rank=4)])
     tied = tiny_model(moe=True, untie_embeddings_and_output_weights=False)
-    cell = replace(cell_of("MoE"), model=tied, adapters=adapters)
+    cell = cell_of(tied, adapters)
     split = replace(cell, parallel=layout("PP2 EP2", 4, pp=2, ep=2).parallel)
     recomputed = replace(split, recompute=RecomputeConfig(granularity="full"))
     assert compare(run_layout(pool, recomputed, 4), run_layout(pool, cell, 1)).worst < TOLERANCE
@@ -103,7 +45,7 @@ def test_a_stage_without_adapters_trains_nothing(layer: int, pool: GlooPool) -> 
 def first_moves(ratio: float) -> tuple[float, float]:
     """How far the first step moves the halves A and B, on the average."""
     adapters = replace(ADAPTERS, lr_ratio=ratio)
-    cell = replace(cell_of("dense"), parallel=ParallelConfig(), adapters=adapters, steps=1)
+    cell = replace(cell_of(tiny_model(), adapters), parallel=ParallelConfig(), steps=1)
     trainable, groups = build_cell(cell)
     before = {shard.key: shard.data.clone() for shard in trainable.saved_weights()}
     train_cell(cell, trainable, groups)

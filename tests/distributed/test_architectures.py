@@ -26,9 +26,9 @@ from megatron_ext.mcore.state import ParameterShard
 from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
+from tests.distributed.layouts import TOLERANCE, GridCase, layout
 from tests.distributed.runs import Part, load_and_save_to, started_otherwise, train_and_save
-from tests.distributed.test_checkpoint import assert_same_tensors
-from tests.distributed.test_parity import TOLERANCE, GridCase, layout
+from tests.distributed.tensors import assert_same_tensors
 
 # Large weights, so that attention is far from uniform and what is wrong in it shows.
 SMALL: dict[str, Any] = {"num_layers": 2, "init_method_std": 0.1}

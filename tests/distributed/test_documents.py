@@ -115,7 +115,7 @@ def test_every_architecture_under_context_parallelism(kind: str, documents: bool
 
 
 def test_documents_matter_in_training(pool: GlooPool) -> None:
-    cell = Cell(MODELS["dense"], ParallelConfig(), documents=True)
+    cell = Cell(MODELS["dense"], ParallelConfig(), steps=2, documents=True)
     whole = run_layout(pool, replace(cell, documents=False), 1)
     assert compare(run_layout(pool, cell, 1), whole).worst > 1e-3
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_ext.config import load_run
 from megatron_ext.launching.node_report import RankReport, bad_nodes, table
-from megatron_ext.launching.node_test import measure_node
+from megatron_ext.launching.node_test import measure_all
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool
@@ -24,9 +24,7 @@ def measure(path: Path, odd: int) -> list[RankReport]:
     here = dist.get_rank() == odd
     run = load_run(path, [*LAYOUT, *(["optimizer.lr=1", "data.train=[{path: gone/train}]"] if here else [])])
     split_process_group(run.parallel, run.runtime)
-    reports: list[RankReport] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(reports, measure_node(run, choose_device(run.runtime)))
-    return reports
+    return measure_all(run, choose_device(run.runtime))
 
 
 def test_each_rank_measures_and_the_odd_one_is_named(pool: GlooPool, tmp_path: Path) -> None:

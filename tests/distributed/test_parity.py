@@ -1,7 +1,8 @@
 """Every layout trains like one process: the parity grid."""
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +15,22 @@ from megatron_ext.config import (
     GumbelNoise,
     InputJitter,
     LearnedNoise,
+    LoraConfig,
+    LoraTarget,
+    MultiLatentAttention,
     ParallelConfig,
     RecomputeConfig,
+    SftTask,
 )
 from megatron_ext.proving.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SOURCES, random_batch, tiny_model
+from tests.distributed.layouts import TOLERANCE, GridCase, layout
 from tests.support.product import alternating
 
-# fp32 rounds to 6e-8. Splitting a matrix product or a batch changes the order of additions, and Adam turns a relative
-# error of a gradient into the same relative error of a step; after 5 steps the largest difference seen is 7e-7. Real
-# faults (a gradient reduced over the wrong group, a loss scaled wrongly) show as 1e-4 and more.
-TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class GridCase:
-    name: str
-    processes: int
-    parallel: ParallelConfig
-
-    @property
-    def data_parallel(self) -> int:
-        p = self.parallel
-        return self.processes // (
-            p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-        )
-
-
-def layout(name: str, processes: int, **degrees: object) -> GridCase:
-    short = {
-        "tp": "tensor_model_parallel_size",
-        "sp": "sequence_parallel",
-        "cp": "context_parallel_size",
-        "pp": "pipeline_model_parallel_size",
-        "vpp": "virtual_pipeline_model_parallel_size",
-        "ep": "expert_model_parallel_size",
-        "etp": "expert_tensor_parallel_size",
-        "dispatch": "moe_token_dispatcher_type",
-    }
-    return GridCase(name, processes, ParallelConfig(**{short[key]: value for key, value in degrees.items()}))
+# A wrong gradient is in the norm of the first step and the loss of the second; what the optimizer keeps wrongly between
+# steps, in the loss of the third. With --product, five, as the table in README.md has them.
+STEPS = 3
 
 
 DENSE = [
@@ -101,22 +78,77 @@ DOCUMENTS = [
     layout("TP2 SP CP2 PP2 EP2 ETP2", 8, tp=2, sp=True, cp=2, pp=2, ep=2, etp=2),
 ]
 WITH_DOCUMENTS = "MoE, documents"
-MODELS = {"dense": tiny_model(), "MoE": tiny_model(moe=True), WITH_DOCUMENTS: tiny_model(moe=True)}
-GRID = (("dense", DENSE), ("MoE", MOE), (WITH_DOCUMENTS, DOCUMENTS))
-CASES = [(kind, entry) for kind, layouts in GRID for entry in layouts]
+ADAPTERS = LoraConfig(
+    targets=[
+        LoraTarget(match=["q", "down"], rank=2, alpha=8.0),
+        LoraTarget(match=["layers.*", "embedding.*", "output_layer"], rank=4, alpha=8.0),
+    ],
+    lr_ratio=4.0,
+)
+LATENT = MultiLatentAttention(kv_lora_rank=24, q_lora_rank=40, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=8)
+LATENT_ATTENTION: dict[str, Any] = {"multi_latent_attention": LATENT, "num_query_groups": None}
+# Labels with weights between 0 and 1, packed samples, and noise on the embeddings.
+SFT = SftTask(kind="sft", weighting="row", neftune_alpha=5.0)
+ALONE = ParallelConfig(use_distributed_optimizer=False)
+KINDS = {
+    "dense": Cell(tiny_model(), ALONE),
+    "MoE": Cell(tiny_model(moe=True), ALONE),
+    WITH_DOCUMENTS: Cell(tiny_model(moe=True), ALONE, documents=True),
+    "latent, LoRA": Cell(tiny_model(**LATENT_ATTENTION), ALONE, adapters=ADAPTERS),
+    "MoE, LoRA": Cell(tiny_model(moe=True), ALONE, adapters=ADAPTERS),
+    "dense, LoRA, SFT": Cell(tiny_model(), ALONE, documents=True, task=SFT, adapters=ADAPTERS),
+    "MoE, SFT": Cell(tiny_model(moe=True), ALONE, documents=True, task=SFT),
+    "dense, LoRA": Cell(tiny_model(), ALONE, adapters=ADAPTERS),
+    "latent MoE, LoRA": Cell(tiny_model(moe=True, **LATENT_ATTENTION), ALONE, adapters=ADAPTERS),
+}
+"""What every layout must train as one process does."""
+EVERY_RUN = (
+    ("dense", DENSE),
+    ("MoE", MOE),
+    (WITH_DOCUMENTS, DOCUMENTS),
+    ("latent, LoRA", [layout("TP2", 2, tp=2)]),
+    ("MoE, LoRA", [layout("TP2 SP PP2 EP2 ETP1", 4, tp=2, sp=True, pp=2, ep=2, etp=1)]),
+    ("dense, LoRA, SFT", [layout("TP2 SP CP2", 4, tp=2, sp=True, cp=2)]),
+    ("MoE, SFT", [layout("CP2 PP2 EP2", 4, cp=2, pp=2, ep=2)]),
+)
+# Ways of splitting adapters that those above have met, or that other models have.
+WITH_PRODUCT = (
+    ("dense, LoRA", [layout("TP2", 2, tp=2), layout("TP2 SP", 2, tp=2, sp=True), layout("CP2 DP2", 4, cp=2)]),
+    ("dense, LoRA", [layout("TP2 SP PP2 DP2", 8, tp=2, sp=True, pp=2)]),
+    ("MoE, LoRA", [layout("DP2", 2), layout("EP2", 2, ep=2), layout("PP2 VPP2 EP2", 4, pp=2, vpp=2, ep=2)]),
+    ("MoE, LoRA", [layout("TP2 SP EP2 ETP1", 2, tp=2, sp=True, ep=2, etp=1)]),
+    ("latent MoE, LoRA", [layout("TP2 SP CP2 EP2 ETP1", 4, tp=2, sp=True, cp=2, ep=2, etp=1)]),
+)
+CASES = [(kind, entry) for kind, layouts in EVERY_RUN for entry in layouts]
+PRODUCT_CASES = [(kind, entry) for kind, layouts in WITH_PRODUCT for entry in layouts]
 RECOMPUTE = {"no recompute": RecomputeConfig(), "full recompute": RecomputeConfig(granularity="full")}
 # Each layout meets one combination of optimizer and recompute; with --product, all four.
 OPTIONS = [(optimizer, recompute) for recompute in RECOMPUTE for optimizer in (True, False)]
 
 
+class References(dict[str, Trajectory]):
+    """Each kind on one process, trained when it is asked for."""
+
+    def __init__(self, pool: GlooPool, kinds: dict[str, Cell]) -> None:
+        super().__init__()
+        self._pool, self._kinds = pool, kinds
+
+    def __missing__(self, kind: str) -> Trajectory:
+        self[kind] = run_layout(self._pool, self._kinds[kind], 1)
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
-def references(pool: GlooPool) -> dict[str, Trajectory]:
-    """Each model on one process, without any option."""
-    plain = ParallelConfig(use_distributed_optimizer=False)
-    return {
-        kind: run_layout(pool, Cell(model, plain, documents=kind == WITH_DOCUMENTS), 1)
-        for kind, model in MODELS.items()
-    }
+def kinds(request: pytest.FixtureRequest) -> dict[str, Cell]:
+    """How each kind is trained in the grid."""
+    steps = 5 if request.config.getoption("--product") else STEPS
+    return {kind: replace(cell, steps=steps) for kind, cell in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def references(pool: GlooPool, kinds: dict[str, Cell]) -> References:
+    """Each kind on one process, without any option."""
+    return References(pool, kinds)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +156,7 @@ def table(repository: Path) -> Iterator[dict[tuple[str, str], dict[str, Differen
     """Collects measured differences; a complete grid is written into tests/README.md."""
     rows: dict[tuple[str, str], dict[str, Difference]] = {}
     yield rows
-    if len(rows) == len(CASES) and all(len(cells) == len(OPTIONS) for cells in rows.values()):
+    if len(rows) == len(CASES) + len(PRODUCT_CASES) and all(len(cells) == len(OPTIONS) for cells in rows.values()):
         write_table(repository / "tests" / "README.md", rows)
 
 
@@ -134,26 +166,35 @@ def name_of(value: tuple[str, GridCase] | tuple[bool, str]) -> str:
     return f"{first}-{second.name}" if isinstance(second, GridCase) else column_of(bool(first), second)
 
 
-@pytest.mark.parametrize(("case", "option"), alternating(CASES, OPTIONS), ids=name_of)
+@pytest.mark.parametrize(
+    ("case", "option"),
+    [
+        *alternating(CASES, OPTIONS),
+        *(pytest.param(*both, marks=pytest.mark.product) for both in itertools.product(PRODUCT_CASES, OPTIONS)),
+    ],
+    ids=name_of,
+)
 def test_layout_equals_one_process(
     case: tuple[str, GridCase],
     option: tuple[bool, str],
     pool: GlooPool,
-    references: dict[str, Trajectory],
+    kinds: dict[str, Cell],
+    references: References,
     table: dict[tuple[str, str], dict[str, Difference]],
 ) -> None:
     kind, entry = case
     distributed_optimizer, recompute = option
     parallel = replace(entry.parallel, use_distributed_optimizer=distributed_optimizer)
-    cell = Cell(MODELS[kind], parallel, recompute=RECOMPUTE[recompute], documents=kind == WITH_DOCUMENTS)
+    cell = replace(kinds[kind], parallel=parallel, recompute=RECOMPUTE[recompute])
     difference = compare(run_layout(pool, cell, entry.processes), references[kind])
+    assert min(references[kind].norms) > 0.1
     table.setdefault((kind, entry.name), {})[column_of(*option)] = difference
     print(f"{kind} {entry.name}, {column_of(*option)}: {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
     assert difference.worst < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_losses_of_the_sources_make_up_the_loss(kind: str, references: dict[str, Trajectory]) -> None:
+@pytest.mark.parametrize("kind", ["dense", "MoE", WITH_DOCUMENTS, "MoE, SFT"])
+def test_the_losses_of_the_sources_make_up_the_loss(kind: str, references: References) -> None:
     """Each layout reports what one process does of every source: `compare` has their losses and units too."""
     one = references[kind]
     for step, loss in enumerate(one.losses):
@@ -165,23 +206,23 @@ def test_the_losses_of_the_sources_make_up_the_loss(kind: str, references: dict[
 
 @pytest.mark.parametrize("kind", ["dense", "MoE"])
 @pytest.mark.parametrize("gather", [False, True], ids=["reduce", "reduce-and-gather"])
-def test_overlap_changes_nothing(kind: str, gather: bool, pool: GlooPool, references: dict[str, Trajectory]) -> None:
+def test_overlap_changes_nothing(
+    kind: str, gather: bool, pool: GlooPool, kinds: dict[str, Cell], references: References
+) -> None:
     expert_degree = 2 if kind == "MoE" else 1
     parallel = ParallelConfig(
         expert_model_parallel_size=expert_degree, overlap_grad_reduce=True, overlap_param_gather=gather
     )
-    difference = compare(run_layout(pool, Cell(MODELS[kind], parallel), 4), references[kind])
+    difference = compare(run_layout(pool, replace(kinds[kind], parallel=parallel), 4), references[kind])
     assert difference.worst < TOLERANCE
 
 
 @pytest.mark.parametrize("modules", [["core_attn"], ["moe"], ["shared_experts"], ["mlp"]], ids=lambda m: m[0])
 def test_selective_recompute_changes_nothing(
-    modules: list[str], pool: GlooPool, references: dict[str, Trajectory]
+    modules: list[str], pool: GlooPool, kinds: dict[str, Cell], references: References
 ) -> None:
     recompute = RecomputeConfig(granularity="selective", modules=modules)
-    difference = compare(
-        run_layout(pool, Cell(MODELS["MoE"], ParallelConfig(), recompute=recompute), 1), references["MoE"]
-    )
+    difference = compare(run_layout(pool, replace(kinds["MoE"], recompute=recompute), 1), references["MoE"])
     assert difference.worst < TOLERANCE
 
 
@@ -244,7 +285,7 @@ def test_every_feature_is_met() -> None:
 def test_every_router_feature_equals_one_process(features: tuple[str, ...], pool: GlooPool) -> None:
     """Also with recompute: noise must then be drawn again as it was, and nothing be counted twice."""
     settings = {key: value for name in features for key, value in FEATURES[name].items()}
-    cell = Cell(tiny_model(moe=True, **settings), ParallelConfig(), steps=3)
+    cell = Cell(tiny_model(moe=True, **settings), ParallelConfig(), steps=STEPS)
     is_global = "global" in str(settings)
     plain = {rows: run_layout(pool, replace(cell, micro_batch=rows), 1) for rows in ((1, 2) if is_global else (1,))}
     for entry in FEATURE_LAYOUTS:
@@ -258,9 +299,11 @@ def test_every_router_feature_equals_one_process(features: tuple[str, ...], pool
             assert difference.worst < TOLERANCE, entry.name
 
 
-def test_recomputed_attention_sees_the_same_documents(pool: GlooPool, references: dict[str, Trajectory]) -> None:
+def test_recomputed_attention_sees_the_same_documents(
+    pool: GlooPool, kinds: dict[str, Cell], references: References
+) -> None:
     recompute = RecomputeConfig(granularity="selective", modules=["core_attn"])
-    cell = Cell(MODELS["MoE"], ParallelConfig(context_parallel_size=2), recompute=recompute, documents=True)
+    cell = replace(kinds[WITH_DOCUMENTS], parallel=ParallelConfig(context_parallel_size=2), recompute=recompute)
     assert compare(run_layout(pool, cell, 2), references[WITH_DOCUMENTS]).worst < TOLERANCE
 
 
@@ -279,7 +322,7 @@ BF16_LAYOUTS = [
 @pytest.fixture(scope="module")
 def bf16_references(pool: GlooPool) -> dict[bool, Trajectory]:
     """The MoE on one process in bf16, without and with documents."""
-    alone = Cell(MODELS["MoE"], ParallelConfig(), Bf16Precision(kind="bf16"))
+    alone = Cell(KINDS["MoE"].model, ParallelConfig(), Bf16Precision(kind="bf16"), steps=STEPS)
     return {documents: run_layout(pool, replace(alone, documents=documents), 1) for documents in (False, True)}
 
 
@@ -292,17 +335,21 @@ def test_context_parallelism_in_bf16(
     entry: GridCase, documents: bool, recompute: str, pool: GlooPool, bf16_references: dict[bool, Trajectory]
 ) -> None:
     precision = Bf16Precision(kind="bf16")
-    cell = Cell(MODELS["MoE"], entry.parallel, precision, RECOMPUTE[recompute], documents=documents)
+    cell = Cell(KINDS["MoE"].model, entry.parallel, precision, RECOMPUTE[recompute], steps=STEPS, documents=documents)
     difference = compare(run_layout(pool, cell, entry.processes), bf16_references[documents])
     print(f"{entry.name}, {recompute}: loss {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
     assert difference.loss < BF16_TOLERANCE.loss
     assert difference.norm < BF16_TOLERANCE.norm
 
 
-def test_a_difference_would_be_seen(pool: GlooPool, references: dict[str, Trajectory]) -> None:
-    """The grid can fail: without its balance loss the MoE model trains measurably differently."""
-    cell = Cell(replace(MODELS["MoE"], moe_aux_loss_coeff=0.0), ParallelConfig())
-    assert compare(run_layout(pool, cell, 1), references["MoE"]).worst > 100 * TOLERANCE
+@pytest.mark.parametrize("kind", ["MoE", "MoE, SFT"])
+def test_a_difference_would_be_seen(kind: str, pool: GlooPool, kinds: dict[str, Cell], references: References) -> None:
+    """The grid can fail: without its balance loss, or its noise, the model trains measurably differently."""
+    cell = kinds[kind]
+    other = replace(cell, model=replace(cell.model, moe_aux_loss_coeff=0.0))
+    if kind == "MoE, SFT":
+        other = replace(cell, task=SftTask(kind="sft", weighting="row"))
+    assert compare(run_layout(pool, other, 1), references[kind]).worst > 100 * TOLERANCE
 
 
 def column_of(distributed_optimizer: bool, recompute: str) -> str:
@@ -313,7 +360,8 @@ def write_table(path: Path, rows: dict[tuple[str, str], dict[str, Difference]]) 
     """Replace the table between the markers of `path`."""
     columns = [column_of(*option) for option in OPTIONS]
     lines = ["| model | layout | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
-    for (kind, name), cells in rows.items():
+    for kind, name in sorted(rows, key=lambda row: list(KINDS).index(row[0])):
+        cells = rows[kind, name]
         figures = [f"{cells[c].loss:.0e} / {cells[c].norm:.0e}" for c in columns]
         lines.append(f"| {kind} | {name} | " + " | ".join(figures) + " |")
     begin, end = "<!-- parity grid: written by tests/distributed/test_parity.py -->", "<!-- end of parity grid -->"

@@ -31,12 +31,12 @@ from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.proving.parity import Cell, compare, run_layout
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
-from megatron_ext.testing.pool import GlooPool
+from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training import loop
 from megatron_ext.training.data import open_data
 from megatron_ext.training.session import starting_state
-from tests.distributed.test_parity import TOLERANCE, GridCase, layout
+from tests.distributed.layouts import TOLERANCE, GridCase, layout
 from tests.unit.data.chats import chat_tokenizer, turns
 
 LENGTH, STEPS = 256, 5
@@ -209,3 +209,59 @@ def test_a_run_is_that_of_transformers(work: Path, tmp_path: Path, pool: GlooPoo
         assert [one[key] for one in ours] == pytest.approx([one[key] for one in expected], rel=1e-5, abs=2e-6)
     assert ours[-1]["loss"] < 0.69
     assert {"logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"} <= ours[0].keys()
+
+
+def test_interrupted_it_goes_on_bit_for_bit(work: Path, tmp_path: Path, pool: GlooPool) -> None:
+    """Adapters beside a bf16 base, recomputed, saved while training goes on; another loss is refused on the way."""
+    common = [
+        "adapters.targets=[{rank: 4, dropout: 0.5}]",
+        "precision.kind=bf16",
+        "recompute.granularity=full",
+        "checkpoint.async_save=true",
+        "train.eval_interval=2",
+        "train.train_iters=6",
+    ]
+
+    def places(name: str) -> list[str]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        directory, metrics = tmp_path / name / "run", tmp_path / name / "metrics.jsonl"
+        return [*common, f"checkpoint.directory={directory}", f"logging.metrics_file={metrics}"]
+
+    pool.run(1, train_here, work / "run.yaml", places("whole"))
+    pool.run(1, train_here, work / "run.yaml", [*places("parts"), "train.stop_at_iteration=3"])
+    with pytest.raises(WorkerFailure, match="task.loss: 'sigmoid' in the checkpoint, 'hinge' in this run"):
+        pool.run(1, train_here, work / "run.yaml", [*places("parts"), "task.loss=hinge"])
+    pool.run(1, train_here, work / "run.yaml", places("parts"))
+    whole, parts = (list(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts"))
+    for key in ("loss", "grad_norm", "rewards/margins", "validation_loss", "validation_rewards/accuracies"):
+        expected, found = ({r["iteration"]: r[key] for r in records if key in r} for records in (whole, parts))
+        assert expected
+        assert expected.items() <= found.items()  # its last step before the interruption is validated too
+    first, *_, last = (record for record in whole if "loss" in record)
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6), "policy and reference are one at the first step"
+    assert (first["rewards/margins"], first["rewards/accuracies"]) == (0, 0)
+    assert last["loss"] < first["loss"]
+    assert not list((work / "d").glob("train.reference-bf16*")), "adapters are switched off, and nothing is kept"
+
+
+def test_a_run_goes_on_with_its_reference_alone(work: Path, tmp_path: Path, pool: GlooPool) -> None:
+    """Of all weights the fingerprint is known at the start; later they are others, and cannot say it again."""
+    data = tmp_path / "d"
+    data.mkdir()
+    for file in (work / "d").iterdir():
+        if ".reference-" not in file.name:
+            (data / file.name).symlink_to(file)
+    overrides = [
+        f"data.train=[{{path: {data / 'train'}}}]",
+        f"checkpoint.directory={tmp_path / 'run'}",
+        "logging.metrics_file=null",
+        "train.train_iters=2",
+    ]
+    pool.run(2, train_here, work / "run.yaml", [*overrides, "train.stop_at_iteration=1"])
+    (kept,) = data.glob("*.reference-*")
+    kept.rename(tmp_path / kept.name)
+    with pytest.raises(WorkerFailure, match=r"what the reference of this run said of its pairs. Take it from a copy"):
+        pool.run(1, train_here, work / "run.yaml", overrides)
+    (tmp_path / kept.name).rename(kept)
+    pool.run(1, train_here, work / "run.yaml", overrides)
+    assert [file.name for file in data.glob("*reference*")] == [kept.name]

@@ -1,7 +1,6 @@
-"""Supervised fine-tuning: every layout as one process, one process as transformers, interrupted as not."""
+"""Supervised fine-tuning: one process as transformers, interrupted as not. Its layouts: test_parity.py."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_ext.config import LoraConfig, LoraTarget, ParallelConfig, SftTask, dump_yaml, load_run, to_mapping
+from megatron_ext.config import dump_yaml, load_run, to_mapping
 from megatron_ext.data.prepare.chat import ChatPreparation
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.stream.position import Position
@@ -21,49 +20,15 @@ from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.open import read_any_model
 from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.monitoring.metrics_file import read_metrics
-from megatron_ext.proving.parity import Cell, compare, run_layout
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
-from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training import loop
 from megatron_ext.training.data import open_data
 from megatron_ext.training.session import starting_state
-from tests.distributed.test_parity import TOLERANCE
 from tests.unit.data.chats import chat_tokenizer, turns
 
 LENGTH, STEPS = 64, 5
-
-
-@pytest.mark.parametrize(
-    ("moe", "adapters", "processes", "parallel"),
-    [
-        (
-            False,
-            LoraConfig(targets=[LoraTarget(rank=4)]),
-            4,
-            ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
-        ),
-        (
-            True,
-            None,
-            4,
-            ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2, pipeline_model_parallel_size=2),
-        ),
-    ],
-    ids=["dense with adapters TP2 SP CP2", "MoE CP2 PP2 EP2"],
-)
-def test_a_layout_trains_as_one_process(
-    moe: bool, adapters: LoraConfig | None, processes: int, parallel: ParallelConfig, pool: GlooPool
-) -> None:
-    """With weights of labels between 0 and 1, packed samples, and noise on the embeddings."""
-    task = SftTask(kind="sft", weighting="row", neftune_alpha=5.0)
-    cell = Cell(tiny_model(moe=moe), parallel, documents=True, task=task, adapters=adapters)
-    alone = replace(cell, parallel=ParallelConfig(use_distributed_optimizer=False))
-    one = run_layout(pool, alone, 1)
-    assert compare(run_layout(pool, cell, processes), one).worst < TOLERANCE
-    quiet = replace(alone, task=SftTask(kind="sft"), steps=1)
-    assert run_layout(pool, quiet, 1).losses[0] != pytest.approx(one.losses[0], rel=1e-4)
 
 
 def noise_here() -> torch.Tensor:

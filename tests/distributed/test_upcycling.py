@@ -21,7 +21,7 @@ from megatron_ext.upcycling.options import UpcycleOptions
 from megatron_ext.upcycling.plan import make_plan
 from megatron_ext.upcycling.run import upcycle
 from tests.distributed.runs import Part, train_and_save
-from tests.unit.model_io.test_convert import write_checkpoint
+from tests.support.checkpoints import write_checkpoint
 
 TP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 LAYOUTS = {

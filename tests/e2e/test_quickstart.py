@@ -15,7 +15,7 @@ import pytest
 
 from examples.quickstart import measure
 from megatron_ext.monitoring.metrics_file import read_metrics
-from tests.support.commands import TOOLS
+from tests.support.commands import train
 from tests.support.workspace import ROOT, reported_losses
 
 MOST_BYTES = 6 * 2**30
@@ -118,7 +118,9 @@ def test_two_stages_are_read_and_each_source_has_its_losses(done: tuple[Path, st
     print(f"last step: {last['sources']}; validation: {validation[-1]}")
 
 
-def test_the_other_layout_trains_what_the_first_would_have(done: tuple[Path, str, int], share: int) -> None:
+def test_the_other_layout_trains_what_the_first_would_have(
+    done: tuple[Path, str, int], share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the checkpoint in the middle, the layout of the first half repeats the first losses of the second half."""
     out, _, _ = done
     same = out / "same layout"
@@ -126,15 +128,10 @@ def test_the_other_layout_trains_what_the_first_would_have(done: tuple[Path, str
     checkpoint = f"iter_{half:07d}"
     shutil.copytree(out / "moe" / checkpoint, same / checkpoint)
     (start, *_) = (json.loads(line) for line in (out / "moe" / "metrics.jsonl").read_text().splitlines())
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(start["world_size"])]
-    run = [TOOLS / "train.py", same / checkpoint / "run.yaml", f"checkpoint.directory={same}"]
-    subprocess.run(
-        [sys.executable, *launcher, *run, f"train.stop_at_iteration={half + 3}"],
-        cwd=out.parents[1],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    run = same / checkpoint / "run.yaml"
+    monkeypatch.chdir(out.parents[1])
+    again = train(start["world_size"], run, f"checkpoint.directory={same}", f"train.stop_at_iteration={half + 3}")
+    assert again.returncode == 0, again.stderr
     measured, expected = reported_losses(out / "moe")[half : half + 3], reported_losses(same)
     difference = max(abs(a - b) / b for a, b in zip(measured, expected, strict=True))
     print(f"largest relative difference of the loss after the change of layout: {difference:.1e}")

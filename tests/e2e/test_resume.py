@@ -14,7 +14,7 @@ import pytest
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.data.prepare.preprocess import preprocess
-from megatron_ext.monitoring.metrics_file import read_metrics
+from megatron_ext.monitoring.metrics_file import read_history, read_metrics
 from tests.support.commands import TOOLS, train
 from tests.support.workspace import prepare_data, reported_losses, run_mapping, write_run
 
@@ -24,7 +24,7 @@ LAYOUT = [
     "parallel.expert_model_parallel_size=2",
     "parallel.expert_tensor_parallel_size=1",
 ]
-STEPS = 40
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mapping = run_mapping(directory, moe=True)
     mapping["train"] |= {"train_iters": STEPS, "eval_interval": 10, "eval_iters": 2}
     mapping["checkpoint"] |= {"save_interval": 5}
+    mapping["evaluation"] = {"on_checkpoint": 'echo "{\\"step\\": $STEP}"'}
     mapping["data"]["train"].append({"path": str(directory / "data" / "test"), "weight": 0.2, "id": "rare"})
     write_run(directory / "run.yaml", mapping)
     return directory
@@ -83,23 +84,25 @@ def kill_a_rank_after(launcher: subprocess.Popen[bytes], directory: Path, *, ran
     assert launcher.wait(timeout=60) != 0
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(
-    rank: int, work: Path, uninterrupted: Path
-) -> None:
-    directory = work / f"killed-{rank}"
+def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(work: Path, uninterrupted: Path) -> None:
+    directory = work / "killed"
     arguments = [work / "run.yaml", *LAYOUT, f"checkpoint.directory={directory}"]
-    kill_a_rank_after(start(4, *arguments), directory, rank=rank, step=12)
-    stopped_at = read_metrics(directory / "metrics.jsonl")[-1]["iteration"]
-    checkpoint = find_checkpoint(directory)
-    assert checkpoint is not None
-    saved = read_state(checkpoint).iteration
-    assert saved < STEPS, "it was not killed in the middle"
+    saved = 0
+    for rank, step in ((0, 12), (3, 22)):
+        kill_a_rank_after(start(4, *arguments), directory, rank=rank, step=step)
+        stopped_at = read_metrics(directory / "metrics.jsonl")[-1]["iteration"]
+        checkpoint = find_checkpoint(directory)
+        assert checkpoint is not None
+        before, saved = saved, read_state(checkpoint).iteration
+        assert before < saved < STEPS, "it was not killed in the middle"
+        print(f"rank {rank} killed at step {stopped_at}, goes on from step {saved}")
     process = train(4, *arguments)
     assert process.returncode == 0, process.stderr
-    print(f"rank {rank} killed at step {stopped_at}, continued from step {saved}")
     assert f"at step {saved}" in process.stderr
     assert reports(directory) == reports(uninterrupted)
+    # Each checkpoint is evaluated, and reported once.
+    evaluated = [event for event in read_history(directory / "metrics.jsonl").events if event["event"] == "evaluation"]
+    assert sorted(event["results"]["step"] for event in evaluated) == list(range(5, STEPS + 1, 5))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_a_finished_run_does_nothing(work: Path, uninterrupted: Path) -> None:
     before = reports(uninterrupted)
     process = train(4, work / "run.yaml", *LAYOUT, f"checkpoint.directory={uninterrupted}")
     assert process.returncode == 0
-    assert "nothing to do: 40 of 40 steps are done" in process.stderr
+    assert f"nothing to do: {STEPS} of {STEPS} steps are done" in process.stderr
     assert reports(uninterrupted) == before
 
 

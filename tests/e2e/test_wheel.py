@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.testing.tiny import tiny_model
+from tests.support.checkpoints import write_checkpoint
 from tests.support.workspace import ROOT
-from tests.unit.model_io.test_convert import write_checkpoint
 from tests.unit.monitoring.test_report import write_metrics
 
 

@@ -1,7 +1,9 @@
-"""Damage to files, from a seed: bytes flipped, ends cut off, foreign bytes put in."""
+"""Damage to files, from a seed: bytes flipped, ends cut off, foreign bytes put in; and reading all that is there."""
 
 import random
 from pathlib import Path
+
+from megatron_ext.model_io.open import open_checkpoint
 
 FOREIGN = (b"[", b"{" * 3000, b"[" * 3000, b"9" * 6000, b"\0" * 9, b'"', b"\xff", b"1e99")
 
@@ -21,3 +23,9 @@ def damage(path: Path, generator: random.Random, within: int | None = None) -> N
         position = generator.randrange(end)
         content[position:position] = generator.choice(FOREIGN)
     path.write_bytes(content)
+
+
+def read_all(path: Path) -> None:
+    opened = open_checkpoint(path)
+    for name in opened.tensors.specs:
+        opened.tensors.read(name)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from megatron_ext.command import parse_command, run_command
 from megatron_ext.config.base import config
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import CheckpointError, ConfigError
 
 
 @config
@@ -162,6 +162,26 @@ def test_what_the_system_says_of_files_is_one_message(
         run_command(fail)
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("is_everywhere", [True, False])
+def test_what_every_rank_knows_is_said_by_one(
+    is_everywhere: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        error = CheckpointError("the checkpoint was not saved")
+        error.is_everywhere = is_everywhere
+        raise error
+
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    said = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            run_command(fail)
+        assert ended.value.code == 2
+        said[rank] = capsys.readouterr().err
+    assert said == {"0": "error: the checkpoint was not saved\n", "1": "" if is_everywhere else said["0"]}
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_fault() -> None:

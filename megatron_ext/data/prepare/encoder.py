@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from megatron_ext.data.indexed import token_dtype
-from megatron_ext.data.prepare.running_scores import SPACES, RunningScores
+from megatron_ext.data.prepare.running_scores import SPACES, Line
 from megatron_ext.data.prepare.segment_reading import SegmentReader, segment_reader
-from megatron_ext.data.prepare.segment_table import MOST_TOKENS, SegmentHash, SegmentTable
+from megatron_ext.data.prepare.segment_table import MOST_TOKENS, SegmentHash, SegmentTable, gather
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
 
@@ -53,7 +53,7 @@ def encoder_for(tokenizer: Tokenizer, notice: Notice = lambda texts: None) -> En
     """
     plain = BatchEncoder(tokenizer, notice)
     reader = segment_reader(tokenizer)
-    if reader is None or any(_END in piece and piece != _END for piece in reader.pieces):
+    if reader is None or _END in reader.cut_out or any(_END in piece and piece != _END for piece in reader.pieces):
         return plain
     texts = [text for text in HARD_TEXTS if text]
     if not np.array_equal(SegmentEncoder(tokenizer, reader).encode(texts), BatchEncoder(tokenizer).encode(texts)):
@@ -116,6 +116,7 @@ class SegmentEncoder:
         self._may_cut[_pairs_within(reader.pieces)] = False
         self._hashes = [SegmentHash(multiplier) for multiplier in _MULTIPLIERS]
         self._table = SegmentTable(self._dtype)
+        self._cut_out = np.array(list(reader.cut_out.values()), dtype=self._dtype)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """See `Encoder`."""
@@ -154,8 +155,8 @@ class SegmentEncoder:
         for window in self._windows(text, is_cut):
             parts.append(ids := self._ids_of_window(window, total))
             if scores is not None:
-                is_over = self._reader.reads_lines and window.endswith("\n")
-                total = 0.0 if is_over else scores.after(total, ids)
+                cut_out = np.flatnonzero(np.isin(ids, self._cut_out))
+                total = scores.after(0.0 if len(cut_out) else total, ids[cut_out[-1] + 1 :] if len(cut_out) else ids)
         return np.concatenate([*parts, end])
 
     def _ids_of_window(self, window: str, total: float) -> np.ndarray:
@@ -195,18 +196,20 @@ class SegmentEncoder:
             codes = _codes(text[at : at + _BATCH + 1])
             alone = (codes[1:] == ord(_END)) | (codes[1:] == ord("\n")) & self._reader.reads_lines
             cuts = np.flatnonzero(self._may_cut[_pair_hashes(codes)] | alone)
-            if len(cuts):
-                # The last one of the first characters; else the first one, behind one segment that is long.
-                return at + int(cuts[-1 if at == start else 0]) + 1
-        return len(text)
+            if len(cuts) and at == start:
+                return at + int(cuts[-1]) + 1
+            if len(cuts):  # behind one segment that is long, or tokens that are cut out of that
+                stop = at + int(cuts[0]) + 1
+                return self._reader.first_place(text, start, stop) or stop
+        return self._reader.first_place(text, start, len(text)) or len(text)
 
     def _look_up(self, text: str, ends_D: np.ndarray, total: float = 0.0) -> np.ndarray:
         """Ids of `text`, which has _END at the places `ends_D`, where documents end; `total` of scores before it."""
         codes_C = _codes(text)
         cut_C = self._may_cut[_pair_hashes(codes_C)]
-        for alone in (ends_D, self._line_ends(codes_C)):
-            cut_C[alone[alone > 0] - 1] = True
-            cut_C[alone[alone < len(cut_C)]] = True
+        breaks = self._breaks(text, codes_C, ends_D)
+        for places in breaks:
+            cut_C[places[(places > 0) & (places <= len(cut_C))] - 1] = True
         starts_S = np.concatenate(([0], np.flatnonzero(cut_C) + 1))
         keys_S, checks_S = (made(codes_C, starts_S) for made in self._hashes)
         counts_S, offsets_S, missing = self._table.find(keys_S, checks_S)
@@ -215,13 +218,13 @@ class SegmentEncoder:
             new = [text[start:stop] for start, stop in zip(starts_S[missing].tolist(), stops.tolist(), strict=True)]
             counts_S[missing], offsets_S[missing] = self._read(new, keys_S[missing], checks_S[missing])
         if not counts_S.all():
-            ends = np.sort(np.concatenate([ends_D, self._line_ends(codes_C)]))
-            self._read_unclear(_Lines(text, ends, total), starts_S, counts_S, offsets_S)
-        return self._table.gather(counts_S, offsets_S)
+            self._read_unclear(_Text(text, codes_C, *breaks, total), starts_S, counts_S, offsets_S)
+        return gather(self._table.tokens, counts_S, offsets_S)
 
-    def _line_ends(self, codes_C: np.ndarray) -> np.ndarray:
-        """Where lines end, if the library reads each by itself."""
-        return np.flatnonzero(codes_C == ord("\n")) if self._reader.reads_lines else np.empty(0, dtype=np.int64)
+    def _breaks(self, text: str, codes_C: np.ndarray, ends_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where ends of documents, and tokens that the library cuts out of them, begin and end."""
+        starts, stops = self._reader.places(text, codes_C)
+        return np.sort(np.concatenate([ends_D, starts])), np.sort(np.concatenate([ends_D + 1, stops]))
 
     def _read(self, segments: list[str], keys: np.ndarray, checks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read segments that are not in the table, and keep them; tokens of each, 0 where not clear, and where."""
@@ -229,72 +232,49 @@ class SegmentEncoder:
         number = np.array([first.setdefault(segment, len(first)) for segment in segments])
         texts = list(first)
         self._notice(texts)
-        short = [text for text in texts if len(text) <= _LONGEST_SEGMENT and text != _END]
-        known = dict(zip(short, self._reader.read(short), strict=True))
-        known[_END] = [self._tokenizer.eod]
+        cut_out: dict[str, list[int] | None] = {token: [number] for token, number in self._reader.cut_out.items()}
+        cut_out[_END] = [self._tokenizer.eod]
+        short = [text for text in texts if len(text) <= _LONGEST_SEGMENT and text not in cut_out]
+        known = dict(zip(short, self._reader.read(short), strict=True)) | cut_out
         ids = [one if (one := known.get(text)) and len(one) <= MOST_TOKENS else [] for text in texts]
         where = np.zeros(len(texts), dtype=np.int64)
         where[number] = np.arange(len(number))
         counts, offsets = self._table.add(keys[where], checks[where], ids)
         return counts[number], offsets[number]
 
-    def _read_unclear(self, lines: "_Lines", starts_S: np.ndarray, counts_S: np.ndarray, offsets_S: np.ndarray) -> None:
+    def _read_unclear(self, text: "_Text", starts_S: np.ndarray, counts_S: np.ndarray, offsets_S: np.ndarray) -> None:
         """Read the segments without tokens, some of them with their whole lines or documents, and put these in."""
-        text, unclear = lines.text, np.flatnonzero(counts_S == 0)
-        stops_S = np.append(starts_S[1:], len(text))
-        found: list[tuple[int, int, list[int]]]  # first segment, the one behind the last, ids
-        if self._reader.reads_apart:
-            spans = zip(starts_S[unclear].tolist(), stops_S[unclear].tolist(), strict=True)
-            read = self._tokenizer.encode_batch([text[start:stop] for start, stop in spans])
-            found = [(at, at + 1, ids) for at, ids in zip(unclear.tolist(), read, strict=True)]
-        elif self._reader.scores is None:
-            first = np.unique(np.searchsorted(lines.ends, starts_S[unclear]))
-            whole = [(int(lines.ends[n - 1]) + 1 if n else 0, int(lines.ends[n])) for n in first.tolist()]
-            read = self._tokenizer.encode_batch([text[start:stop] for start, stop in whole])
-            places = np.searchsorted(starts_S, np.array(whole)).tolist()
-            found = [(begin, end, ids) for (begin, end), ids in zip(places, read, strict=True)]
+        unclear = np.flatnonzero(counts_S == 0)
+        bounds = np.append(starts_S, len(text.text))
+        before = np.searchsorted(text.starts, starts_S[unclear])  # breaks, for each
+        line_starts = np.concatenate(([0], text.stops))
+        begins, ends = unclear, unclear + 1
+        read: Sequence[list[int]]
+        if self._reader.scores is not None:
+            firsts = np.searchsorted(starts_S, line_starts[before])
+            line = Line(text.codes, bounds, counts_S, offsets_S, self._table.tokens, unclear, firsts, text.total)
+            read = self._reader.read_behind(line, text.text)
         else:
-            found = list(self._read_behind(self._reader.scores, lines, unclear, starts_S, stops_S, counts_S, offsets_S))
-        counts, offsets = self._table.lend([ids for _, _, ids in found])
-        for (begin, end, _), count, offset in zip(found, counts, offsets, strict=True):
+            if not self._reader.reads_apart:
+                before = np.unique(before)
+                begins, ends = np.searchsorted(starts_S, [line_starts[before], text.starts[before]])
+            spans = zip(bounds[begins].tolist(), bounds[ends].tolist(), strict=True)
+            read = self._tokenizer.encode_batch([text.text[start:stop] for start, stop in spans])
+        counts, offsets = self._table.lend(read)
+        for begin, end, count, offset in zip(begins.tolist(), ends.tolist(), counts, offsets, strict=True):
             counts_S[begin:end] = 0
             counts_S[begin], offsets_S[begin] = count, offset
 
-    def _read_behind(
-        self,
-        scores: RunningScores,
-        lines: "_Lines",
-        unclear: np.ndarray,
-        starts_S: np.ndarray,
-        stops_S: np.ndarray,
-        counts_S: np.ndarray,
-        offsets_S: np.ndarray,
-    ) -> Iterator[tuple[int, int, list[int]]]:
-        """Ids of the segments `unclear`, read behind all that stands before them in their lines."""
-        line_starts = np.concatenate(([0], lines.ends + 1))[np.searchsorted(lines.ends, starts_S[unclear])]
-        firsts = np.searchsorted(starts_S, line_starts).tolist()
-        spans = zip(starts_S[unclear].tolist(), stops_S[unclear].tolist(), strict=True)
-        line, at, total = -1, 0, 0.0
-        for segment, first, (start, stop) in zip(unclear.tolist(), firsts, spans, strict=True):
-            if first != line:
-                line = at = first
-                total = 0.0 if first else lines.total
-            if at < segment:
-                total = scores.after(total, self._table.gather(counts_S[at:segment], offsets_S[at:segment]))
-            ids, total = scores.read(lines.text[start:stop], total)
-            yield segment, segment + 1, ids
-            at = segment + 1
-
 
 @dataclass(frozen=True)
-class _Lines:
-    """A text of documents, or a part of one."""
+class _Text:
+    """Documents end to end, or a part of one; where it is broken, and the sum of scores before it."""
 
     text: str
-    ends: np.ndarray
-    """Where lines and documents end."""
+    codes: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
     total: float
-    """Of scores before the first line."""
 
 
 def _codes(text: str) -> np.ndarray:

@@ -5,16 +5,21 @@ and all that stands before is part of the sum. That sum is had here from the ids
 and from there on a segment is read by the library's own steps: no line need be held or read whole.
 
 Source: tokenizers, models/unigram/model.rs, `encode_optimized`.
+
+Legend of array shapes: C characters, S segments, U unclear segments.
 """
 
 from array import array
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from megatron_ext.data.prepare.segment_table import gather
+
 SPACES = (" ", "▁")
 """The space, and what stands for it in a vocabulary."""
-_UNKNOWN_PENALTY = 10.0
+UNKNOWN_PENALTY = 10.0
 """By how much an unknown character scores less than the worst piece, in the tokenizers library as in SentencePiece."""
 _NO_PIECE = -1e12
 """Score of what is no piece, so that no text is read so."""
@@ -31,11 +36,35 @@ Edge = tuple[int, float, bool]
 def edges_of(vocabulary: Sequence[tuple[str, float]]) -> tuple[dict[str, Edge], Edge]:
     """All beginnings of pieces, and what a character is that begins none."""
     longer = {piece[:end] for piece, _ in vocabulary for end in range(1, len(piece))}
-    unknown = min(score for _, score in vocabulary) - _UNKNOWN_PENALTY
+    unknown = min(score for _, score in vocabulary) - UNKNOWN_PENALTY
     edges = {piece: (-1, _NO_PIECE, True) for piece in longer if len(piece) > 1}
     edges |= {piece: (-1, unknown, True) for piece in longer if len(piece) == 1}
     edges |= {piece: (number, score, piece in longer) for number, (piece, score) in enumerate(vocabulary)}
     return edges, (-1, unknown, False)
+
+
+class Line(NamedTuple):
+    """Segments of a text, some of which are not clear.
+
+    Attributes:
+        codes: code points of the text, uint32 [C].
+        bounds: where each segment begins, and the end of the text, int64 [S + 1].
+        counts: tokens of each segment, 0 where they are looked for, int64 [S].
+        offsets: where these tokens begin in `tokens`, int64 [S].
+        tokens: of the segments that are known.
+        unclear: numbers of the segments that are looked for, in order, int64 [U].
+        firsts: number of the segment that the sum before each of these begins with, int64 [U].
+        total: the sum before segment 0.
+    """
+
+    codes: np.ndarray
+    bounds: np.ndarray
+    counts: np.ndarray
+    offsets: np.ndarray
+    tokens: np.ndarray
+    unclear: np.ndarray
+    firsts: np.ndarray
+    total: float
 
 
 class RunningScores:
@@ -44,24 +73,29 @@ class RunningScores:
     Args:
         vocabulary: pieces and scores, exactly as the library has them, in the order of their ids.
         byte_ids: of the byte pieces, by byte.
+
+    Attributes:
+        byte_ids: the same, int64 [256].
+        added: what each token adds to a sum, float64 [vocabulary].
     """
 
     def __init__(self, vocabulary: Sequence[tuple[str, float]], byte_ids: Sequence[int]) -> None:
         self._edges, self._unknown = edges_of(vocabulary)
         self._byte_ids = byte_ids
+        self.byte_ids = np.array(byte_ids, dtype=np.int64)
         self._begun: dict[str, tuple[list[int], float]] = {}
         # Of a character that is written in bytes the first one stands for all.
-        self._scores = np.array([score for _, score in vocabulary], dtype=np.float64)
+        self.added = np.array([score for _, score in vocabulary], dtype=np.float64)
         for byte, number in enumerate(byte_ids):
-            self._scores[number] = 0.0 if 0x80 <= byte < 0xC0 else self._unknown[1]
+            self.added[number] = 0.0 if 0x80 <= byte < 0xC0 else self._unknown[1]
 
     def after(self, total: float, ids: np.ndarray) -> float:
         """The sum behind `ids`, which stand behind `total`."""
         if len(ids) < _FEW:
-            for score in self._scores[ids].tolist():
+            for score in self.added[ids].tolist():
                 total += score
             return total
-        scores = self._scores[ids]
+        scores = self.added[ids]
         scores[0] = total + scores[0]
         return float(np.add.accumulate(scores)[-1])  # one after the other, as the library adds
 
@@ -74,6 +108,21 @@ class RunningScores:
                 self._begun.clear()
             known = self._begun[segment] = self._read(segment, 0.0)
         return known
+
+    def read_behind(self, line: Line, text: str) -> list[list[int]]:
+        """Ids of the unclear segments of `text`, each read behind all that its sum begins with."""
+        first, at, total, result = -1, 0, 0.0, []
+        bounds = line.bounds.tolist()
+        for segment, begin in zip(line.unclear.tolist(), line.firsts.tolist(), strict=True):
+            if begin != first:
+                first = at = begin
+                total = 0.0 if begin else line.total
+            if at < segment:
+                total = self.after(total, gather(line.tokens, line.counts[at:segment], line.offsets[at:segment]))
+            ids, total = self.read(text[bounds[segment] : bounds[segment + 1]], total)
+            result.append(ids)
+            at = segment + 1
+        return result
 
     def _read(self, segment: str, total: float) -> tuple[list[int], float]:
         text = segment.replace(*SPACES)

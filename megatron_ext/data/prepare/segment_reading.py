@@ -6,17 +6,26 @@ crosses it. What is left is rounding: of unigram segmentations whose scores are 
 their `running_scores` they are read behind that sum, or else their lines and documents are read whole.
 """
 
+import importlib.util
 import json
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_ext.data.prepare.running_scores import SPACES, RunningScores, edges_of, running_scores
+import numpy as np
+
+from megatron_ext.data.prepare.running_scores import SPACES, Line, RunningScores, edges_of, running_scores
 from megatron_ext.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron_ext.data.prepare.compiled_paths import CompiledPaths
 
 _NEAR = 1e-6
 """Differences of scores that rounding could turn: sums of documents of 1e7 tokens are good to 1e-7."""
 _NO_PIECE = -1e12
 _NOTHING = (-1, _NO_PIECE, False)
+_BEFORE_COMPILED = 5000
+"""New segments that Python reads before the compiled code is loaded, which takes as long."""
 
 
 class SegmentReader:
@@ -24,26 +33,60 @@ class SegmentReader:
 
     Attributes:
         pieces: all that can be a token: text may be cut between two characters that stand side by side in none.
-        reads_lines: whether the library reads each line by itself, the newline being a token that is cut out before.
+        cut_out: tokens that the library cuts out of a text before it reads what is between them, and their ids.
+        reads_lines: whether the newline is one of these.
         reads_apart: whether a segment is read as itself, whatever stands around it.
         scores: what reads segments by all that stands before them in their line, where that can be known.
+        compiled: reads segments of unigram models faster, once there were many and where numba is installed.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, model: dict[str, Any], added: Sequence[dict[str, Any]], *, adds_up: bool
     ) -> None:
         self._tokenizer = tokenizer
-        self._added = [token["content"] for token in added if token["id"] not in tokenizer.special_ids]
+        tokens = {token["content"]: token["id"] for token in added if token["id"] not in tokenizer.special_ids}
+        plain = {token["content"] for token in added if not token["special"]}
         self.pieces = [*tokenizer.vocabulary, *(token["content"] for token in added)]
-        self.reads_lines = [token for token in self._added if "\n" in token] == ["\n"]
+        self.reads_lines = [token for token in tokens if "\n" in token] == ["\n"]
+        # Where a token has spaces, which may be written in two ways, only the library finds them all.
+        are_found = model["type"] == "Unigram" and not any(space in token for token in plain for space in SPACES)
+        found = plain if are_found else {"\n"} if self.reads_lines else set()
+        self.cut_out = {token: number for token, number in tokens.items() if token in found}
+        self._hidden = [token for token in tokens if token not in self.cut_out]
+        by_length = sorted(self.cut_out, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, by_length))) if by_length else None
+        longer = [token for token in by_length if len(token) > 1]
+        self._longer = re.compile("|".join(map(re.escape, longer))) if longer else None
+        self._single = [ord(token) for token in self.cut_out if len(token) == 1]
         self._unigram = _Unigram(model["vocab"]) if model["type"] == "Unigram" else None
+        self._vocabulary, self._seen = model["vocab"], 0
+        self.compiled: CompiledPaths | None = None
         self.reads_apart = self._unigram is None
         self.scores: RunningScores | None = None
         # Sums begin anew behind a token that is cut out of the text, which special ones are not.
-        cut_out = [token["content"] for token in added if not token["special"]]
-        if self._unigram is not None and adds_up and cut_out in ([], ["\n"]):
+        if self._unigram is not None and adds_up and plain == self.cut_out.keys():
             special = tokenizer.special_ids | {token["id"] for token in added if token["special"]}
             self.scores = running_scores(model["vocab"], tokenizer.vocabulary, special)
+
+    def places(self, text: str, codes_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where tokens that are cut out begin and end in a text: the first ones, and of these the longest."""
+        found = [match.span() for match in self._longer.finditer(text)] if self._longer is not None else []
+        starts, stops = np.array(found, dtype=np.int64).reshape(-1, 2).T
+        for code in self._single:
+            more = np.flatnonzero(codes_C == code)
+            if len(starts):
+                before = np.searchsorted(starts, more, side="right")
+                more = more[more >= np.concatenate(([0], stops))[before]]
+            starts, stops = np.concatenate([starts, more]), np.concatenate([stops, more + 1])
+            starts, stops = np.sort(starts), np.sort(stops)
+        return starts, stops
+
+    def first_place(self, text: str, start: int, stop: int) -> int | None:
+        """Where a token that is cut out begins behind `start`, or ends, if it begins there; None: not before `stop`."""
+        found = self._any.search(text, start, stop) if self._any is not None else None
+        if found is None:
+            return None
+        return found.start() if found.start() > start else found.end()
 
     def read(self, segments: Sequence[str]) -> list[list[int] | None]:
         """Ids of each segment; None where they may depend on the text around it."""
@@ -51,18 +94,34 @@ class SegmentReader:
             return list(self._tokenizer.encode_batch(segments))
         result: list[list[int] | None] = []
         foreign = []
-        for number, segment in enumerate(segments):
-            if any(token in segment and token != segment for token in self._added):
-                result.append(None)
-                continue
-            ids, is_known = self._unigram.best(segment)
-            if ids is not None and not (is_known and self._tokenizer.special_ids.isdisjoint(ids)):
+        special = self._tokenizer.special_ids
+        for number, (ids, is_known) in enumerate(self._best(self._unigram, segments)):
+            if any(token in segments[number] and token != segments[number] for token in self._hidden):
+                ids = None
+            if ids is not None and not (is_known and special.isdisjoint(ids)):
                 foreign.append(number)
             result.append(ids)
         read = self._tokenizer.encode_batch([segments[number] for number in foreign]) if foreign else []
         for number, ids in zip(foreign, read, strict=True):
             result[number] = ids
         return result
+
+    def read_behind(self, line: Line, text: str) -> list[list[int]]:
+        """Ids of the unclear segments of `text`, each read behind all that its sum begins with."""
+        assert self.scores is not None
+        if self.compiled is not None:
+            return self.compiled.read_behind(line, self.scores.added, self.scores.byte_ids)
+        return self.scores.read_behind(line, text)
+
+    def _best(self, unigram: "_Unigram", segments: Sequence[str]) -> list[tuple[list[int] | None, bool]]:
+        if self.compiled is not None:
+            return self.compiled.best(segments)
+        self._seen += len(segments)
+        if self._seen > _BEFORE_COMPILED and importlib.util.find_spec("numba") is not None:
+            from megatron_ext.data.prepare.compiled_paths import CompiledPaths  # slow to import
+
+            self.compiled = CompiledPaths(self._vocabulary, _NEAR)
+        return [unigram.best(segment) for segment in segments]
 
 
 class _Unigram:

@@ -59,7 +59,11 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 class SegmentTable:
-    """Tokens of segments by their hashes: open addressing, an entry being 24 bits of check, 8 of count, 32 of place."""
+    """Tokens of segments by their hashes: open addressing, an entry being 24 bits of check, 8 of count, 32 of place.
+
+    Attributes:
+        tokens: of all segments, end to end.
+    """
 
     def __init__(self, dtype: np.dtype[np.generic]) -> None:
         self._dtype = dtype
@@ -68,7 +72,7 @@ class SegmentTable:
     def _clear(self) -> None:
         self._keys = np.zeros(1 << _SLOT_BITS, dtype=np.uint64)
         self._entries = np.zeros(1 << _SLOT_BITS, dtype=np.uint64)
-        self._tokens, self._used, self._size = np.empty(1 << 20, dtype=self._dtype), 0, 0
+        self.tokens, self._used, self._size = np.empty(1 << 20, dtype=self._dtype), 0, 0
 
     def find(self, keys_S: np.ndarray, checks_S: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of each segment, int64 [S]; where they begin, int64 [S]; which segments are not here."""
@@ -103,9 +107,9 @@ class SegmentTable:
         """Hold tokens until the next call; their counts and where they begin."""
         counts = np.array([len(one) for one in ids])
         flat = [token for one in ids for token in one]
-        while self._used + len(flat) > len(self._tokens):
-            self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
-        self._tokens[self._used : self._used + len(flat)] = flat
+        while self._used + len(flat) > len(self.tokens):
+            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
+        self.tokens[self._used : self._used + len(flat)] = flat
         return counts, self._used + np.cumsum(counts) - counts
 
     def _insert(self, keys: np.ndarray, entries: np.ndarray) -> None:
@@ -119,12 +123,13 @@ class SegmentTable:
             keys, entries = keys[left], entries[left]
             slots = (slots[left] + 1) & ((1 << _SLOT_BITS) - 1)
 
-    def gather(self, counts_S: np.ndarray, offsets_S: np.ndarray) -> np.ndarray:
-        """The tokens of the segments, end to end [T]."""
-        places_T = np.repeat(offsets_S - (np.cumsum(counts_S) - counts_S), counts_S)
-        places_T += np.arange(len(places_T))
-        tokens_T: np.ndarray = self._tokens[places_T]
-        return tokens_T
+
+def gather(tokens: np.ndarray, counts_S: np.ndarray, offsets_S: np.ndarray) -> np.ndarray:
+    """The `tokens` of segments, end to end [T]."""
+    places_T = np.repeat(offsets_S - (np.cumsum(counts_S) - counts_S), counts_S)
+    places_T += np.arange(len(places_T))
+    tokens_T: np.ndarray = tokens[places_T]
+    return tokens_T
 
 
 def _home(keys: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT
 from megatron_ext.config import ModelConfig
 from megatron_ext.model_io.adapters import Adapters
 from megatron_ext.model_io.peft.files import write_directory
+from megatron_ext.model_io.peft.fused import join
 from megatron_ext.model_io.peft.names import FEED_FORWARD, Experts, HuggingFaceNames
 
 PeftLayout = Literal["stacked", "experts"]
@@ -33,6 +34,7 @@ class _Content:
     """What is put together for a PEFT directory."""
 
     use_rslora: bool
+    are_transposed: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
@@ -59,7 +61,7 @@ class _Content:
             "alpha_pattern": {name: _number(value) for name, value in alphas.items() if value != alpha},
             "use_rslora": self.use_rslora,
             "bias": "none",
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": self.are_transposed,
             "modules_to_save": None,
             "inference_mode": True,
         }
@@ -86,17 +88,22 @@ def export_peft(
         How many tensors were written.
 
     Raises:
-        ConversionError: PEFT cannot have an adapter there; nothing that looks complete is left behind.
+        ConversionError: it cannot be written; nothing that looks complete is left behind.
     """
     names = HuggingFaceNames(architecture, adapters.model)
     experts = names.experts() if layout == "stacked" else {}
-    content = _Content(adapters.config.use_rslora)
+    content = _Content(adapters.config.use_rslora, names.are_transposed)
+    together: dict[str, list[AdapterPair]] = {}
     of_experts: dict[int, dict[str, list[AdapterPair]]] = {}
     for pair in adapters.pairs:
         if pair.is_expert and experts:
             of_experts.setdefault(pair.layer or 0, {}).setdefault(pair.projection, []).append(pair)
+        elif names.fused(pair) is not None:
+            together.setdefault(names.module(pair), []).append(pair)
         else:
             _add_module(content, adapters, pair, names.module(pair), as_parameter=bool(experts))
+    for module, of_module in together.items():
+        _add_together(content, adapters, of_module, module, names)
     for layer, pairs in of_experts.items():
         _add_experts(content, adapters, pairs, experts[layer])
     inputs = [adapters.directory, *([Path(base)] if Path(base).exists() else [])]
@@ -118,6 +125,19 @@ def _add_module(content: _Content, adapters: Adapters, pair: AdapterPair, module
     else:
         content.modules.append(name)
     content.sizes[name] = pair.rank, pair.scale
+
+
+def _add_together(
+    content: _Content, adapters: Adapters, pairs: list[AdapterPair], module: str, names: HuggingFaceNames
+) -> None:
+    """The adapters of queries, keys and values as one of the module that has them together."""
+    rule = names.fused(pairs[0])
+    assert rule is not None
+    halves = {p.projection: (adapters.tensors.read(p.a), adapters.tensors.read(p.b), p.scale) for p in pairs}
+    a_RI, b_OR, scale = join(halves, rule, adapters.model)
+    content.tensors[f"{PREFIX}{module}.lora_A.weight"], content.tensors[f"{PREFIX}{module}.lora_B.weight"] = a_RI, b_OR
+    content.modules.append(module)
+    content.sizes[module] = len(a_RI), scale
 
 
 def _trimmed(half: Tensor, pair: AdapterPair, model: ModelConfig) -> Tensor:

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_ext.architectures.tables.base import Architecture
-from megatron_ext.architectures.tables.rules import GateUp, Qkv, Rename
+from megatron_ext.architectures.tables.rules import BlockQkv, Rule, Transpose
 from megatron_ext.canonical.adapters import AdapterPair
 from megatron_ext.config import ModelConfig
-from megatron_ext.errors import ConversionError
 from megatron_ext.model_io.engine import expanded
 
 FEED_FORWARD = ("gate", "up", "down")
@@ -34,30 +33,31 @@ class HuggingFaceNames:
             rule.megatron.format(**holes): (rule, holes) for rule, holes in expanded(architecture.weights, model)
         }
 
-    def module(self, pair: AdapterPair) -> str:
+    def modules(self, pair: AdapterPair) -> list[str]:
         """The module whose weight `pair` adds to, such as `model.layers.0.self_attn.q_proj`.
 
-        Raises:
-            ConversionError: the class has no such module of its own.
+        The newest name comes last: transformers 5 calls GPT-NeoX's `embed_out` `lm_head`.
         """
-        if (module := self.module_or_none(pair)) is None:
-            raise ConversionError(
-                f"{self._architecture.hf_class} has no linear layer of its own for {pair.projection} of "
-                f"{pair.weight}, so PEFT can have no adapter there; merge the adapters instead (tools/merge_lora.py)"
-            )
-        return module
-
-    def module_or_none(self, pair: AdapterPair) -> str | None:
-        """The same, None where there is none."""
         rule, holes = self._rules[pair.weight]
         names = rule.hf_names()
-        if isinstance(rule, Qkv | GateUp):
-            name = names[pair.projection]
-        elif isinstance(rule, Rename):
-            name = names["tensor"]
-        else:
-            return None
-        return name.format(**holes).removesuffix(".weight")
+        own = names.get(pair.projection, names.get("tensor", ""))
+        found = [own, *(alias.other for alias in self._architecture.aliases if alias.hf == own)]
+        return [name.format(**holes).removesuffix(".weight") for name in found]
+
+    def module(self, pair: AdapterPair) -> str:
+        """Its newest name."""
+        return self.modules(pair)[-1]
+
+    def fused(self, pair: AdapterPair) -> Rule | None:
+        """What the weight is made by, where its module has queries, keys and values together."""
+        rule, _ = self._rules[pair.weight]
+        is_qkv = pair.weight.endswith("linear_qkv.weight")  # latent attention's queries are none of three
+        return rule if is_qkv and "tensor" in rule.hf_names() else None
+
+    @property
+    def are_transposed(self) -> bool:
+        """Whether the class has weights stored [inputs, outputs]."""
+        return any(isinstance(rule, Transpose | BlockQkv) for rule, _ in self._rules.values())
 
     def experts(self) -> Mapping[int, Experts]:
         """The routed experts of each layer, where the class keeps them in one; empty where each is a module."""

@@ -23,6 +23,7 @@ from megatron_ext.model_io.adapters import Advance, stream_fingerprint, write_ad
 from megatron_ext.model_io.open import Checkpoint, open_checkpoint
 from megatron_ext.model_io.peft.export import PREFIX
 from megatron_ext.model_io.peft.files import CONFIG_FILE, read_directory
+from megatron_ext.model_io.peft.fused import split
 from megatron_ext.model_io.peft.names import Experts, HuggingFaceNames
 
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -30,7 +31,6 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (False, None),
     "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -74,6 +74,15 @@ class _Directory:
         self.left -= set(keys)
         a, b = (self.tensors[key].float() for key in keys)
         return _Halves(a, b, self._scale(name))
+
+    def take_any(self, modules: Sequence[str], *, embedding: bool) -> _Halves | None:
+        """The adapter at the first of several names of a module that has one."""
+        for module in modules:
+            weight = f"{module}.weight"
+            name = weight if weight in (self.config.get("target_parameters") or ()) else module
+            if (one := self.take(module, name, embedding=embedding)) is not None:
+                return one
+        return None
 
     def _scale(self, name: str) -> float:
         rank = _by_pattern(self.config.get("rank_pattern") or {}, name, self.config.get("r"))
@@ -148,18 +157,18 @@ def _found(opened: Checkpoint, directory: _Directory) -> dict[tuple[str, str], _
     if opened.architecture is None:
         raise ConversionError(f"{opened.directory}: PEFT's names are those of a Hugging Face directory; give one")
     names = HuggingFaceNames(opened.architecture, opened.model)
-    everything = adapter_pairs(opened.model, LoraConfig(targets=[LoraTarget(match=["*"], rank=1)]))
-    found = {}
-    for pair in everything:
-        if pair.weight == OUTPUT and not opened.model.untie_embeddings_and_output_weights:
+    found: dict[tuple[str, str], _Halves] = {}
+    # Tied weights have no halves: merging one would change the other end of the model.
+    ours = "*" if opened.model.untie_embeddings_and_output_weights else "layers.*"
+    for pair in adapter_pairs(opened.model, LoraConfig(targets=[LoraTarget(match=[ours], rank=1)])):
+        one, together = directory.take_any(names.modules(pair), embedding=pair.is_embedding), names.fused(pair)
+        if one is None:
             continue
-        module = names.module_or_none(pair)
-        if module is None:
-            continue
-        name = f"{module}.weight" if f"{module}.weight" in (directory.config.get("target_parameters") or ()) else module
-        one = directory.take(module, name, embedding=pair.is_embedding)
-        if one is not None:
+        if together is None:
             found[pair.weight, pair.projection] = one
+            continue
+        for projection, (a, b) in split(one.a, one.b, together, opened.model).items():
+            found[pair.weight, projection] = _Halves(a, b, one.scale)
     for layer, experts in names.experts().items():
         found |= _of_tensors(opened.model, layer, experts, directory)
     return found

@@ -37,7 +37,7 @@ def message_of(alert: Alert, names: RunNames) -> Message:
     if alert.before:
         lines.append(f"and {alert.before} more of this kind before it, since the last message")
     if alert.place is not None:
-        when = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(alert.happened))
+        when = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(event.at))
         lines.append(f"it happened {when}, and could not be sent before that process ended")
     lines.append(alert.place or names.place)
     return Message(f"{names.run}: {event.kind.replace('_', ' ')}", "\n".join(lines), event.severity)

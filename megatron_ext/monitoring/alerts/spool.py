@@ -2,12 +2,11 @@
 
 import json
 import logging
-import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ class Alert:
     event: Event
     before: int = 0
     """How many of its kind were held back before it."""
-    happened: float = field(default_factory=time.time)
-    """When, in seconds since 1970."""
     place: str | None = None
     """Where the process ran that was to tell of it; None: it is this one."""
 
@@ -45,7 +42,7 @@ class Spool:
 
     def __init__(self, folder: Path, name: str, place: str, *, is_runs: bool = True) -> None:
         self._place, self._is_runs = place, is_runs
-        own = name if is_runs else f"{name}.{socket.gethostname()}.{os.getpid()}"
+        own = name if is_runs else f"{name}.{socket.gethostname()}.{time.time_ns()}"
         self.path, self._all = folder / f"{_FILE}.{own}.json", f"{_FILE}.{name}.*json"
         self._adopted: list[Path] = []
         self._waiting: Callable[[], Sequence[Alert]] = list
@@ -62,7 +59,7 @@ class Spool:
                 self._adopted.append(path)
             except (OSError, ValueError, LookupError, TypeError) as error:
                 log.warning("%s: its alerts cannot be read (%s) and are not sent; look, and remove it", path, error)
-        return sorted(left, key=lambda alert: alert.happened)
+        return sorted(left, key=lambda alert: alert.event.at)
 
     def start(self, waiting: Callable[[], Sequence[Alert]]) -> None:
         """Keep what `waiting` returns, whenever it has changed."""
@@ -102,10 +99,11 @@ class Spool:
             self._is_written = False
 
     def _to_json(self, alert: Alert) -> dict[str, Any]:
-        told = {"kind": alert.event.kind, "iteration": alert.event.iteration, "text": alert.event.text}
-        return {**told, "before": alert.before, "happened": alert.happened, "place": alert.place or self._place}
+        event = alert.event
+        told = {"kind": event.kind, "iteration": event.iteration, "text": event.text, "at": event.at}
+        return {**told, "before": alert.before, "place": alert.place or self._place}
 
 
 def _from_json(entry: Mapping[str, Any]) -> Alert:
-    event = Event(str(entry["kind"]), int(entry["iteration"]), str(entry["text"]))
-    return Alert(event, int(entry["before"]), float(entry["happened"]), str(entry["place"]))
+    event = Event(str(entry["kind"]), int(entry["iteration"]), str(entry["text"]), at=float(entry["at"]))
+    return Alert(event, int(entry["before"]), str(entry["place"]))

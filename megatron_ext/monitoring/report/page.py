@@ -4,7 +4,7 @@ import html
 import importlib.resources
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from megatron_ext.config.yaml_text import dump_yaml
 from megatron_ext.errors import DataError
 from megatron_ext.files import write_text
 from megatron_ext.foreign import reading
+from megatron_ext.monitoring.report.evaluations import evaluation_table, evaluations, sample_table
 from megatron_ext.monitoring.report.figures import number, read_figures
 from megatron_ext.monitoring.report.phases import SUMMARY_HEADER, Phase, summary_rows
 from megatron_ext.monitoring.report.plots import plot_data, silent
@@ -50,6 +51,7 @@ def report_page(
         *(_experts_section(index, phase) for index, phase in enumerate(phases) if phase.routed),
         *(_times_section(index, phase) for index, phase in enumerate(phases) if _has_times(phase)),
         *(_section(f"Events, {phase.name}", _events_table(index, phase)) for index, phase in enumerate(phases)),
+        *(_evaluation_section(index, phase) for index, phase in enumerate(phases) if evaluations(phase)),
         *(_figures_section(Path(path)) for path in figures),
     ]
     if generated is not None:
@@ -73,7 +75,12 @@ def report_page(
 def tables(phases: Sequence[Phase]) -> dict[str, str]:
     """What changes while the runs go on, beside the plots: HTML by its id."""
     events = {f"events-{index}": _events_table(index, phase) for index, phase in enumerate(phases)}
-    return {"summary": _summary_table(phases), **events}
+    found = {
+        f"evaluation-{index}": _evaluation_tables(index, phase)
+        for index, phase in enumerate(phases)
+        if evaluations(phase)
+    }
+    return {"summary": _summary_table(phases), **events, **found}
 
 
 def _summary_table(phases: Sequence[Phase]) -> str:
@@ -82,7 +89,12 @@ def _summary_table(phases: Sequence[Phase]) -> str:
 
 def section_names(phases: Sequence[Phase]) -> list[str]:
     """What the page has sections of; with others it is another page."""
-    kinds = {"sources": has_sources, "experts": lambda phase: bool(phase.routed), "times": _has_times}
+    kinds: dict[str, Callable[[Phase], bool]] = {
+        "sources": has_sources,
+        "experts": lambda phase: bool(phase.routed),
+        "times": _has_times,
+        "evaluation": lambda phase: bool(evaluations(phase)),
+    }
     return [f"{kind} {phase.name}" for phase in phases for kind, has in kinds.items() if has(phase)] + [
         f"{phase.name} {len(phase.starts)}" for phase in phases
     ]
@@ -111,6 +123,17 @@ def _events_table(index: int, phase: Phase) -> str:
     note = f"<p>The last {len(shown)} of {len(phase.events):,}.</p>" if len(shown) < len(phase.events) else ""
     body = note + _table(("step", "event", "what happened"), rows) if rows else "<p>Nothing but steps.</p>"
     return f'<div id="events-{index}">{body}</div>'
+
+
+def _evaluation_section(index: int, phase: Phase) -> str:
+    return _section(f"Evaluation, {phase.name}", _evaluation_tables(index, phase))
+
+
+def _evaluation_tables(index: int, phase: Phase) -> str:
+    found = _table(*evaluation_table(phase))
+    header, rows = sample_table(phase)
+    samples = f"<h3>What the newest checkpoints write</h3>{_table(header, rows)}" if rows else ""
+    return f'<div id="evaluation-{index}">{found}{samples}</div>'
 
 
 def _experts_section(index: int, phase: Phase) -> str:

@@ -27,7 +27,7 @@ CURVES = {
     "perplexity": "perplexity",
     "rewards/accuracies": "share of pairs told apart",
     "rewards/margins": "margin: reward of chosen - of rejected",
-    "rewards/chosen": "reward of the chosen answer",
+    "rewards/chosen": "reward of the chosen answer (below 0 in most runs)",
     "rewards/rejected": "reward of the rejected answer",
     "logps/chosen": "log-probability of the chosen answer",
     "logps/rejected": "log-probability of the rejected answer",

@@ -28,7 +28,7 @@ def drawable(records: Sequence[dict[str, Any]], source: str) -> list[dict[str, A
             record["moe"] = None
         record["sources"] = _whole_sources(record.get("sources"))
         for name in ("step_seconds", "figures"):
-            record[name] = _numbers_of(record.get(name))
+            record[name] = numbers_of(record.get(name))
     return kept
 
 
@@ -85,7 +85,7 @@ def _whole_sources(sources: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def _numbers_of(values: Any) -> dict[str, float]:
+def numbers_of(values: Any) -> dict[str, float]:
     """The numbers of a mapping by their names."""
     if not isinstance(values, dict):
         return {}

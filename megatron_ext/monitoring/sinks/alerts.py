@@ -53,17 +53,17 @@ class AlertsSink:
         """Nothing."""
 
     def event(self, event: Event) -> None:
-        """Hand it on; returns at once, but for errors, with which the run ends, and maybe this process."""
-        if event.kind not in self._kinds:
-            return
-        for outbox in self._outboxes:
+        """Hand it on; returns at once."""
+        for outbox in self._outboxes if event.kind in self._kinds else ():
             outbox.put(event)
-        if event.severity == "error":
-            for outbox, seconds in self._within(FLUSH_SECONDS):
-                outbox.flush(seconds)
+
+    def flush(self) -> None:
+        """Wait a little for what is not sent yet."""
+        for outbox, seconds in self._within(FLUSH_SECONDS):
+            outbox.flush(seconds)
 
     def close(self, *, failed: bool) -> None:
-        """Wait a little for what is not sent yet."""
+        """As `flush`, with what was held back; the rest is kept."""
         for outbox, seconds in self._within(FLUSH_SECONDS):
             outbox.close(seconds)
 
@@ -75,7 +75,7 @@ class AlertsSink:
 
 
 def _channels(settings: AlertsConfig) -> list[Channel]:
-    """The places of `settings` whose secrets are there; of the others preflight has spoken."""
+    """The places of `settings` whose secrets are there; the startup checks have spoken of the others."""
     channels: list[Channel] = []
     if settings.webhook is not None and (url := os.environ.get(settings.webhook.url_variable)):
         channels.append(Webhook(url))

@@ -22,5 +22,8 @@ class Sink(Protocol):
     def event(self, event: Event) -> None:
         """Something else that happened; the first one is that the run has started. From any thread."""
 
+    def flush(self) -> None:
+        """The process may end now: have what it was told of leave it, if that takes seconds."""
+
     def close(self, *, failed: bool) -> None:
         """The run is over; with `failed`, not as it should be."""

@@ -57,6 +57,9 @@ class ConsoleSink:
             level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[event.severity]
             log.log(level, "step %d: %s", event.iteration, event.text)
 
+    def flush(self) -> None:
+        """Nothing waits."""
+
     def close(self, *, failed: bool) -> None:
         """Nothing is left to say."""
 

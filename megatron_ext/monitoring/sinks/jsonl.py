@@ -29,6 +29,9 @@ class JsonlSink:
         """The event with its details."""
         self._file.write({**event.record(), "time": time.time()})
 
+    def flush(self) -> None:
+        """Nothing waits."""
+
     def close(self, *, failed: bool) -> None:
         """Close the file."""
         self._file.close()

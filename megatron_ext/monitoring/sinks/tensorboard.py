@@ -91,6 +91,9 @@ class TensorboardSink:
             numbers = [self._scalar(name, value) for name, value in event.panels.items()]
             self._add(event.iteration, [self._summary.text(f"events/{event.kind}", event.text), *numbers])
 
+    def flush(self) -> None:
+        """Nothing waits."""
+
     def close(self, *, failed: bool) -> None:
         """Close the file."""
         if self._file is not None:

@@ -9,11 +9,14 @@ from typing import Any, Literal
 
 from megatron_ext.config import WandbConfig
 from megatron_ext.monitoring.alerts.message import Message
-from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.events import EVALUATION, Event
 from megatron_ext.monitoring.sources import ValidationReport, validation_panels
 from megatron_ext.monitoring.step_report import StepRecord, step_panels_of
 
 log = logging.getLogger(__name__)
+
+EVALUATED = f"{EVALUATION}/step"
+"""The axis of what is known of a checkpoint later than its step."""
 
 # Without a limit wandb waits at the end until the network is back, and the job with it.
 _FINISH_SECONDS = 60
@@ -56,15 +59,18 @@ class WandbSink:
 
     def event(self, event: Event) -> None:
         """Its numbers; of the rest W&B is told by alerts."""
-        if event.panels:
+        if event.kind == EVALUATION:
+            # W&B takes nothing for steps that are behind it: these have an axis of their own.
+            self.log({**event.panels, EVALUATED: event.iteration}, None)
+        elif event.panels:
             self.log(event.panels, event.iteration)
 
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Report `values` for `step`."""
+    def log(self, values: Mapping[str, Any], step: int | None) -> None:
+        """Report `values` for `step`, or with None beside what is reported next."""
         if self._run is None:
             return
         try:
-            self._run.log(dict(values), step=step)
+            self._run.log(dict(values), **({"commit": False} if step is None else {"step": step}))
         except Exception as error:  # noqa: BLE001 - whatever W&B does, training goes on
             log.warning("W&B stopped taking reports (%s); everything is in the metrics file", error)
             self._run = None
@@ -80,6 +86,9 @@ class WandbSink:
         levels = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
         # Rates are limited before: W&B itself would drop what comes too soon.
         self._run.alert(message.title[:63], message.text, level=levels[message.severity], wait_duration=0.001)
+
+    def flush(self) -> None:
+        """W&B's own process has everything."""
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the run, in a time that is limited."""
@@ -137,7 +146,7 @@ def _start(
         raise RuntimeError("no credentials: set WANDB_API_KEY or run `wandb login`")
     where = Path(settings.directory) if settings.directory else directory
     where.mkdir(parents=True, exist_ok=True)
-    return wandb.init(
+    run = wandb.init(
         project=settings.project,
         entity=settings.entity,
         name=settings.name or directory.name,
@@ -150,3 +159,6 @@ def _start(
         config=dict(configuration),
         settings=wandb.Settings(init_timeout=30, finish_timeout=_FINISH_SECONDS, console="off", silent=True),
     )
+    run.define_metric(EVALUATED, hidden=True)
+    run.define_metric(f"{EVALUATION}/*", step_metric=EVALUATED)
+    return run

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.monitoring.events import Event
 from megatron_ext.training.verdict import Rollback, Verdict
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class StepDone:
 class Hook:
     """Does something around the steps of a run; a hook overrides what it needs.
 
-    Every rank has the same hooks in the same order. All but `on_error` and `close` are called on every rank at the same
-    points, with the same figures, and may communicate; whether they do must not depend on the rank.
+    Every rank has the same hooks in the same order. All but `on_error`, `on_stall` and `close` are called on every rank
+    at the same points, with the same figures, and may communicate; whether they do must not depend on the rank.
     """
 
     name = ""
@@ -58,6 +59,12 @@ class Hook:
 
     def on_error(self, error: BaseException) -> None:
         """The run ends with `error`, maybe before `on_start`. No collective: another rank may never join it."""
+
+    def on_stall(self, event: Event, *, ends: bool) -> None:
+        """A rank is lost or hangs, which `event` says; with `ends` this rank ends next, and no `on_error` follows.
+
+        Called from a thread of its own while the main thread waits for what does not come. No collective.
+        """
 
     def close(self) -> None:
         """The run ends as it should."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_ext.checkpoint.find import complete_checkpoints
+from megatron_ext.checkpoint.find import complete_checkpoints, iteration_of
 from megatron_ext.config import RunConfig
 from megatron_ext.monitoring.events import Event, Tell
 from megatron_ext.planning.amounts import size
@@ -52,7 +52,8 @@ class DiskRoom(Hook):
             return
         self._looked_at = time.monotonic()
         directory = Path(self._settings.directory)
-        coming = checkpoints_to_come(self._settings, self._last - iteration, len(complete_checkpoints(directory)))
+        there = [iteration_of(path) for path in complete_checkpoints(directory)]
+        coming = checkpoints_to_come(self._settings, iteration, self._last, there)
         free = shutil.disk_usage(
             next(place for place in (directory, *directory.absolute().parents) if place.exists())
         ).free

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.data.stream.position import Consumption
+from megatron_ext.errors import TrainingError
 from megatron_ext.mcore.model import routers
 from megatron_ext.mcore.moe.metrics import ExpertStatistics, collect_statistics
 from megatron_ext.monitoring.clock import Clock
@@ -125,6 +126,12 @@ class Reports(Hook):
             self._monitor.failed(error)
         elif dist.get_rank() == 0:
             tell_of_failed_start(self._run, error)
+
+    def on_stall(self, event: Event, *, ends: bool) -> None:
+        """Say so in all records, and why the run ends."""
+        self.event(event)
+        if ends:
+            self.on_error(TrainingError(event.text))
 
     def close(self) -> None:
         """Say how the run ended and finish all records."""

@@ -42,13 +42,13 @@ class Saving(Hook):
     def after_step(self, session: Session, done: StepDone) -> None:
         """Save where it is time to, and tell what has become of the save before."""
         if (outcome := session.checkpoints.outcome()) is not None:
-            self._tell_once(outcome, done.iteration)
+            self._tell_once(outcome)
         self._tell_copies(session, done.iteration)
         # A run that went back says so on disk at once: it would go on from what it went back from.
         if done.signal or isinstance(done.verdict, Rollback) or done.is_due(self._settings.save_interval):
             with self._clock.stopped():
                 self._save(session, done.iteration, is_last=bool(done.signal) or done.iteration >= done.last)
-        self._tell_settled(session, done.iteration)
+        self._tell_settled(session)
 
     def figures(self) -> Mapping[str, float]:
         """How many steps the second place is behind, where there is one."""
@@ -63,7 +63,7 @@ class Saving(Hook):
     def _save(self, session: Session, iteration: int, *, is_last: bool) -> None:
         checkpoints = session.checkpoints
         checkpoints.settle()
-        self._tell_settled(session, iteration)
+        self._tell_settled(session)
         self._is_last = is_last
         try:
             session.stage()
@@ -76,7 +76,7 @@ class Saving(Hook):
             return
         if is_last or not self._settings.async_save:
             outcome = checkpoints.settle()
-            self._tell_settled(session, iteration)
+            self._tell_settled(session)
             if is_last and outcome is not None and outcome.error is not None:
                 raise outcome.error
         if is_last:
@@ -85,20 +85,21 @@ class Saving(Hook):
             finally:
                 self._tell_copies(session, iteration)
 
-    def _tell_settled(self, session: Session, iteration: int) -> None:
+    def _tell_settled(self, session: Session) -> None:
         """Tell of what every rank knows by now."""
         for outcome in session.checkpoints.settled():
-            self._tell_once(outcome, iteration)
+            self._tell_once(outcome)
             if outcome.error is None:
                 for hook in self._others:
                     hook.after_save(outcome.checkpoint)
 
-    def _tell_once(self, outcome: Outcome, iteration: int) -> None:
+    def _tell_once(self, outcome: Outcome) -> None:
+        """Tell of a save as of the step that it has, however much later it is known."""
         if self._told is not None and self._told.iteration == outcome.iteration:
             return
         self._told = outcome
         if outcome.error is not None:
-            self._tell_failure(outcome.error, iteration)
+            self._tell_failure(outcome.error, outcome.iteration)
             return
         seconds = {"stalled_seconds": outcome.stalled, "seconds": outcome.seconds}
         text = (
@@ -108,7 +109,7 @@ class Saving(Hook):
         details = {"checkpoint": str(outcome.checkpoint), "bytes": outcome.bytes, **seconds}
         if (lag := self._session.checkpoints.lag() if self._session is not None else None) is not None:
             details["checkpoint_lag"] = lag
-        self._tell(Event("checkpoint", iteration, text, details))
+        self._tell(Event("checkpoint", outcome.iteration, text, details))
 
     def _tell_copies(self, session: Session, iteration: int) -> None:
         for copy in session.checkpoints.copied():

@@ -1,11 +1,14 @@
 """The tables of our own class: what a config.json may say, and what is refused by name."""
 
+import inspect
 from typing import Any
 
 import pytest
 
 from megatron_ext.architectures.own import MEGATRON_EXT
 from megatron_ext.architectures.tables.fields import config_to_hf, config_to_megatron
+from megatron_ext.architectures.tables.own_fields import Training
+from megatron_ext.config.model_fields import EXPERT_FIELDS
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
 
@@ -53,3 +56,12 @@ def test_absent_fields_mean_what_the_class_means() -> None:
     differing = {name: (theirs[name], ours[name]) for name in ours if name in theirs and theirs[name] != ours[name]}
     # What only training reads is written out in full.
     assert set(differing) == {"megatron_training"}
+
+
+def test_what_only_models_with_experts_have_is_what_the_fields_say() -> None:
+    from megatron_ext.model_io.huggingface.modeling import configuration_megatron_ext as shipped
+
+    rules = [rule for rule in MEGATRON_EXT.config if not isinstance(rule, Training)]
+    of_experts = {name for rule in rules if EXPERT_FIELDS.issuperset(rule.megatron_names()) for name in rule.hf_names()}
+    said = inspect.signature(shipped.MegatronExtConfig).parameters
+    assert {name: said[name].default for name in of_experts - {"num_experts"}} == shipped.MOE_ONLY

@@ -9,7 +9,7 @@ from megatron_ext.config.layout import Layout, resolve_layout, smallest_world_si
 from megatron_ext.errors import ConfigError
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 
 GRIDS = [
     ParallelConfig(),

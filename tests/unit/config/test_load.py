@@ -27,38 +27,7 @@ from megatron_ext.config.help import describe_keys
 from megatron_ext.config.load import raise_faults
 from megatron_ext.config.yaml_text import parse_yaml
 from megatron_ext.errors import ConfigError
-
-
-def mapping(**sections: Any) -> dict[str, Any]:
-    """A minimal valid run with sections merged in."""
-    base: dict[str, Any] = {
-        "model": {
-            "num_layers": 4,
-            "hidden_size": 64,
-            "ffn_hidden_size": 96,
-            "num_attention_heads": 4,
-            "vocab_size": 1000,
-        },
-        "precision": {"kind": "fp32"},
-        "train": {"train_iters": 100, "global_batch_size": 8},
-        "optimizer": {"kind": "adam", "lr": 1e-3},
-        "schedule": {"kind": "cosine"},
-        "data": {"sequence_length": 64, "train": [{"path": "a"}], "tokenizer": "t", "cache_dir": "c"},
-        "checkpoint": {"directory": "d"},
-    }
-    for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values}
-    return base
-
-
-def load(raw: Any, *overrides: str) -> RunConfig:
-    return load_config(RunConfig, raw, overrides, source="run.yaml")
-
-
-def faults(raw: Any, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(raw, *overrides)
-    return str(caught.value)
+from tests.support.minimal_run import faults, load, mapping
 
 
 def test_minimal_run_is_valid() -> None:

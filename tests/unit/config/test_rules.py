@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.rules import RULES
+from tests.support.minimal_run import faults, load, mapping
 from tests.unit.config import violations_of_models, violations_of_runs
 from tests.unit.config.parts_of_runs import ADAPTED, EVERYTHING, LATENT, LLAMA3, MOE, YARN
-from tests.unit.config.test_load import faults, load, mapping
 
 VIOLATIONS = [*violations_of_models.VIOLATIONS, *violations_of_runs.VIOLATIONS]
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
 from megatron_ext.data.prepare import encoder as module
-from megatron_ext.data.prepare import segment_table
+from megatron_ext.data.prepare import segment_reading, segment_table
 from megatron_ext.data.prepare.encoder import BatchEncoder, SegmentEncoder, encoder_for
-from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, Training, train_tokenizer
 from tests.unit.data import tokenizers as kinds
 
 SAMPLES = os.environ.get("MEGATRON_EXT_SAMPLE_DATA")
@@ -81,6 +81,53 @@ def test_a_long_line_is_never_held_by_the_library_as_a_whole(
     monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: given.extend(map(len, texts)) or read(texts))
     assert encoder.encode([text, "ハ" * 999]).tolist() == expected
     assert max(given) < 256
+
+
+SYMBOLS = ["<tool>", "<to", "xy", "yz", "★", "アイ"]
+
+
+@pytest.fixture(scope="module")
+def with_symbols(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("s")
+    (directory / "c.txt").write_text("ハハ アイアイ tool xyzzy aaaa bcde ---- </s>\n" * 40)
+    return train_tokenizer([directory / "c.txt"], directory / "t", 305, Training(user_symbols=SYMBOLS))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["python", "compiled"])
+def test_tokens_that_are_cut_out_of_long_lines(
+    with_symbols: Tokenizer, monkeypatch: pytest.MonkeyPatch, is_compiled: bool
+) -> None:
+    if is_compiled:
+        pytest.importorskip("numba")
+    monkeypatch.setattr(segment_reading, "_BEFORE_COMPILED", 0 if is_compiled else 1 << 60)
+    draw = np.random.default_rng(4)
+    words = [
+        *SYMBOLS,
+        "xyz",
+        "zyx",
+        "ハハハハハ",
+        "-----",
+        "a" * 90,
+        " ",
+        "é😀",
+        "\0",
+        "</s>",
+        "<unk>",
+        "<too",
+        "アアイ",
+    ]
+    texts = ["".join(words[i] for i in draw.integers(len(words), size=n)) for n in (9, 1500, 40, 700)]
+    texts += ["a\n".join(texts), "-" * 500 + "xy" + "-" * 400]
+    expected = BatchEncoder(with_symbols).encode(texts).tolist()
+    monkeypatch.setattr(module, "_BATCH", 150)
+    encoder, given = encoder_for(with_symbols), [0]
+    assert isinstance(encoder, SegmentEncoder)
+    read = with_symbols.encode_batch
+    monkeypatch.setattr(with_symbols, "encode_batch", lambda texts: given.extend(map(len, texts)) or read(texts))
+    for _ in range(2):
+        assert encoder.encode(texts).tolist() == expected
+    assert max(given) < 256
+    assert (encoder._reader.compiled is not None) == is_compiled
 
 
 def test_what_is_new_is_noticed_once(tokenizer: Tokenizer) -> None:

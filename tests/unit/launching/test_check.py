@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext.launching.check import Findings, check_job
 from megatron_ext.launching.job_file import Job
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 from tests.unit.launching.jobs import job, profile
 
 

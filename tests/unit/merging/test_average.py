@@ -23,7 +23,7 @@ from megatron_ext.model_io.compare import compare_weights
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.model_io.test_convert import write_checkpoint
+from tests.support.checkpoints import write_checkpoint
 
 MODEL = tiny_model(moe=True)
 

@@ -20,8 +20,8 @@ from megatron_ext.model_io.compare import compare_weights
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
+from tests.support.checkpoints import write_checkpoint
 from tests.unit.model_io.drawn_adapters import write_drawn
-from tests.unit.model_io.test_convert import write_checkpoint
 
 MODEL = tiny_model(moe=True)
 ADAPTERS = LoraConfig(targets=[LoraTarget(match=["*"], rank=4, alpha=8.0)])

@@ -21,10 +21,10 @@ from megatron_ext.model_io.logits import megatron_logits
 from megatron_ext.model_io.open import read_hugging_face_model
 from megatron_ext.testing.tiny import tiny_model
 from tests.conftest import WRITE_CONVERSION_TABLE
+from tests.support.checkpoints import write_checkpoint
 from tests.unit.model_io import references
 from tests.unit.model_io.readme_table import BEGIN, END, OWN, REMOTE, Proof, fault, read_table, write_table
 from tests.unit.model_io.references import REFERENCES, YARN, Sizes, Tensors, randomize, save
-from tests.unit.model_io.test_convert import write_checkpoint
 
 # fp32 rounds to 6e-8; three layers of sums in another order leave 2e-6 of the logits' scale at most. Tried: GELU for
 # its tanh approximation shows as 2e-4, an epsilon of 1e-5 for 1e-6 as 5e-4, a wrong score of groups of experts as 1e-1.

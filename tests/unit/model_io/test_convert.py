@@ -2,21 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint import streams as tensors
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
 from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource, TensorSpec
-from megatron_ext.config import GatingNormalization, ModelConfig, to_mapping
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import ConversionError
 from megatron_ext.files import OURS
@@ -26,38 +22,12 @@ from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.logits import load_hugging_face
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
+from tests.support.checkpoints import MODELS, edit_config, write_checkpoint
 from tests.support.workspace import write_corpus
+from tests.unit.model_io.gradients import gradients
 
 # fp32 rounding of sums taken in another order; measured 0 (dense) to 5e-7 (MoE) of the logits' scale.
 TOLERANCE = 1e-5
-
-MODELS = {
-    "dense": tiny_model(),
-    "dense tied": tiny_model(untie_embeddings_and_output_weights=False, rotary_base=5e5, kv_channels=10),
-    "MoE": tiny_model(moe=True, num_moe_experts=5, moe_ffn_hidden_size=41),
-    "MoE pre-softmax": tiny_model(
-        moe=True, moe_router_pre_softmax=True, moe_router_topk_scaling_factor=1.7, moe_router_topk=3
-    ),
-    "MoE plain": tiny_model(
-        moe=True, moe_gating_normalization=None, moe_shared_expert_intermediate_size=None, moe_layer_freq=2
-    ),
-    "MoE population std": tiny_model(
-        moe=True, moe_gating_normalization=GatingNormalization(scale=2.0, eps=1e-3, correction=0)
-    ),
-}
-
-
-def write_checkpoint(
-    directory: Path, model: ModelConfig, *, drop: str | None = None, seed: int = 5, run: Mapping[str, Any] | None = None
-) -> Path:
-    """A Megatron checkpoint with random weights, of a `run` if there was one."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {name: shape for name, shape in model_shapes(model).items() if name != drop}
-    specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
-    with MegatronSink(directory, specs, {**(run or {}), "model": to_mapping(model)}) as sink:
-        for name, shape in shapes.items():
-            sink.write(name, torch.randn(shape, generator=generator) * 0.1 + (1.0 if "norm" in name else 0.0))
-    return directory
 
 
 def megatron_and_exported_logits(source: str, exported: str) -> tuple[float, float]:
@@ -192,71 +162,6 @@ def test_sources_that_are_nothing_are_named(tmp_path: Path) -> None:
         convert(tmp_path, tmp_path / "out")
 
 
-def gradients(checkpoint: str, exported: str) -> dict[str, float]:
-    """Largest relative difference of each weight's gradient from transformers', on the same weights and tokens."""
-    from megatron_ext.architectures.registry import architecture_for
-    from megatron_ext.checkpoint.find import require_checkpoint
-    from megatron_ext.checkpoint.load import load_shards
-    from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
-    from megatron_ext.mcore.model import build_chunks
-    from megatron_ext.mcore.state import model_shards, shards_of
-    from megatron_ext.mcore.transformer_config import transformer_config
-    from megatron_ext.model_io.checkpoint_model import read_model
-    from megatron_ext.model_io.engine import MEGATRON, tasks_to_megatron
-    from megatron_ext.runtime.process_groups import split_process_group
-    from megatron_ext.runtime.seeds import seed_everything
-
-    model, parallel = read_model(checkpoint), ParallelConfig()
-    split_process_group(parallel, RuntimeConfig(device="cpu"))
-    seed_everything(0)
-    config = transformer_config(model, parallel, Fp32Precision(kind="fp32"), RecomputeConfig())
-    (network,) = build_chunks(model, parallel, config, torch.device("cpu"))
-    load_shards(require_checkpoint(checkpoint), model_shards([network]))
-    tokens = torch.randint(0, model.vocab_size, (2, 33), generator=torch.Generator().manual_seed(3))
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    network(inputs, positions, None, labels=labels).mean().backward()
-
-    reference = load_hugging_face(exported).train()
-    logits = reference(inputs).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-    theirs = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in reference.named_parameters()}
-    expected = {
-        task.writes[MEGATRON]: task.make({role: theirs[name] for role, name in task.reads.items()})[MEGATRON]
-        for task in tasks_to_megatron(architecture_for(model)[0].weights, model)
-    }
-    own = MegatronGradients(shards_of(network))
-    return {
-        name: float((own.whole(name, g.shape) - g).abs().max() / (g.abs().max() + 1e-12))
-        for name, g in expected.items()
-    }
-
-
-class MegatronGradients:
-    """Gradients of a one-process model by canonical name."""
-
-    def __init__(self, pieces: dict) -> None:
-        from megatron_ext.canonical.naming import stored_names
-
-        flat = [
-            (piece, param.grad.flatten()[piece.start : piece.start + piece.data.numel()])
-            for param, ps in pieces.items()
-            for piece in ps
-        ]
-        self.pieces = flat
-        self.places = stored_names({piece.key: piece.global_shape for piece, _ in flat})
-
-    def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
-        place = self.places[name]
-        result = torch.zeros(shape)
-        for piece, values in self.pieces:
-            stacked = len(place.index)
-            if piece.key == place.key and piece.offset[:stacked] == place.index:
-                where = tuple(slice(o, o + s) for o, s in zip(piece.offset[stacked:], piece.data.shape, strict=True))
-                result[where] = values.view(piece.data.shape)
-        return result
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_equal_transformers(name: str, tmp_path: Path, pool: GlooPool) -> None:
     model = MODELS[name]
@@ -278,13 +183,6 @@ def test_stored_layout_is_megatrons(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True))
     keys = MegatronSource(source)._reader.tensors
     assert tuple(keys["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].size) == (4, 96, 64)
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    """Change config.json on purpose: the directory's manifest, where it has one, goes."""
-    (directory / MANIFEST_FILE).unlink(missing_ok=True)
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_tied_model_with_another_output_layer_is_refused(tmp_path: Path) -> None:

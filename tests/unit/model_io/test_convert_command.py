@@ -24,9 +24,9 @@ from megatron_ext.locks import LOCK_FILE
 from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.model_io.compare import LogitComparison
 from megatron_ext.model_io.convert import convert
+from tests.support.checkpoints import MODELS, edit_config, write_checkpoint
 from tests.support.workspace import ROOT
 from tests.unit.model_io.hub_server import hub_server
-from tests.unit.model_io.test_convert import MODELS, edit_config, write_checkpoint
 from tools import convert as convert_tool
 from tools import verify as verify_tool
 

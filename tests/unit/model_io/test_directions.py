@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.hf_directory import INDEX_FILE, HuggingFaceSource
-from megatron_ext.checkpoint.run_file import write_run
-from megatron_ext.checkpoint.state_file import STATE_FILE
 from megatron_ext.checkpoint.streams import MegatronSource, TensorSpec
-from megatron_ext.config import ModelConfig, load_run, read_yaml
-from megatron_ext.data.tokenizer import train_tokenizer
+from megatron_ext.config import ModelConfig, load_run
 from megatron_ext.errors import ConversionError
 from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.model_io.checkpoint_model import read_model
@@ -27,11 +24,9 @@ from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.huggingface.model_card import MODEL_CARD
 from megatron_ext.model_io.logits import load_hugging_face
 from megatron_ext.model_io.model_to_write import ModelToWrite
-from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.same_run import check_same_model
-from tests.support.workspace import write_corpus
-from tests.unit.model_io.test_convert import MODELS, edit_config, write_checkpoint
+from tests.support.checkpoints import MODELS, edit_config, write_checkpoint
 
 SIGMOID = tiny_model(moe=True, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
 
@@ -135,76 +130,6 @@ def test_shards_hold_what_was_asked_for_and_transformers_reads_them(tmp_path: Pa
     assert not compare_weights(source, tmp_path / "hf").different
 
 
-def test_how_to_stop_and_sample_survives_both_ways(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320)
-    source = write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320))
-    convert(source, tmp_path / "hf", tokenizer=tokenizer.directory)
-    settings = GenerationConfig.from_pretrained(tmp_path / "hf")
-    settings.update(eos_token_id=[2, 7], temperature=0.7, do_sample=True)
-    settings.save_pretrained(tmp_path / "hf")
-    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
-    convert(tmp_path / "hf", tmp_path / "back")
-    convert(tmp_path / "back", tmp_path / "again")
-    kept = GenerationConfig.from_pretrained(tmp_path / "again")
-    assert (kept.eos_token_id, kept.temperature, kept.do_sample) == ([2, 7], 0.7, True)
-    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ messages }}"
-
-
-def test_a_tokenizer_of_two_files_is_carried_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """GPT-2's vocab.json and merges.txt, which transformers reads."""
-    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
-    edit_config(tmp_path / "hf", eos_token_id=2)
-    beside = {
-        "vocab.json": json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2, "ab": 3}),
-        "merges.txt": "#version: 0.2\na b\n",
-        "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer"}),
-        "generation_config.json": json.dumps({"eos_token_id": [2, 3], "temperature": 0.5}, indent=2) + "\n",
-        "chat_template.jinja": "{{ messages }}",
-    }
-    for name, content in beside.items():
-        (tmp_path / "hf" / name).write_text(content)
-    caplog.clear()
-    convert(tmp_path / "hf", tmp_path / "back", verify=Comparison())
-    convert(tmp_path / "back", tmp_path / "again")
-    kept = {name: (tmp_path / "again" / name).read_text() for name in beside}
-    assert (
-        json.loads(kept.pop("generation_config.json")).items() >= {"eos_token_id": [2, 3], "temperature": 0.5}.items()
-    )
-    assert kept == {name: content for name, content in beside.items() if name in kept}
-    assert AutoTokenizer.from_pretrained(tmp_path / "again").encode("ab") == [3]
-    assert "is not read here" not in caplog.text
-    assert "carries no tokenizer" not in caplog.text
-
-
-def test_how_to_sample_survives_another_tokenizer_and_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320)
-    convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320)), tmp_path / "hf")
-    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
-    caplog.clear()
-    convert(tmp_path / "hf", tmp_path / "one", to="hf", tokenizer=tokenizer.directory)
-    assert not caplog.messages
-    convert(tmp_path / "hf", tmp_path / "none", to="hf")
-    assert "the checkpoint carries no tokenizer" in caplog.text
-    for name in ("one", "none"):
-        assert json.loads((tmp_path / name / "generation_config.json").read_text())["temperature"] == 0.5
-
-
-def test_a_tied_output_layer_that_is_stored_too_must_be_equal(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf")
-    weights = load_file(tmp_path / "hf" / "model.safetensors")
-    (tmp_path / "hf" / MANIFEST_FILE).unlink(missing_ok=True)
-    save_file(
-        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "hf/model.safetensors"
-    )
-    convert(tmp_path / "hf", tmp_path / "back")
-    assert "output_layer.weight" not in open_checkpoint(tmp_path / "back").tensors.specs
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, tmp_path / "hf/model.safetensors")
-    with pytest.raises(ConversionError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
-        convert(tmp_path / "hf", tmp_path / "other")
-
-
 def test_an_index_may_name_a_tied_output_layer_that_no_shard_holds(tmp_path: Path) -> None:
     convert(write_checkpoint(tmp_path / "megatron", MODELS["dense tied"]), tmp_path / "hf", shard_bytes=20_000)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
@@ -224,35 +149,6 @@ def test_what_transformers_does_not_accept_is_one_message(change: dict[str, Any]
     edit_config(tmp_path / "hf", **change)
     with pytest.raises(ConversionError, match=f"hf: transformers does not load it: .*{next(iter(change))}"):
         load_hugging_face(tmp_path / "hf")
-
-
-@pytest.mark.parametrize("stated", [[2, 7], [5, 7], 5])
-def test_several_ids_that_end_a_text_are_kept(stated: list[int] | int, tmp_path: Path) -> None:
-    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320)
-    convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320)), tmp_path / "hf")
-    edit_config(tmp_path / "hf", eos_token_id=stated)
-    (tmp_path / "hf" / "generation_config.json").unlink()
-    convert(tmp_path / "hf", tmp_path / "again", to="hf", tokenizer=tokenizer.directory)
-    expected = stated if isinstance(stated, list) and tokenizer.eod in stated else tokenizer.eod
-    for name in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == expected
-
-
-def test_a_tokenizer_with_code_of_its_own_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
-    tokenizer = train_tokenizer([write_corpus(tmp_path / "corpus.jsonl")], tmp_path / "tokenizer", 320).directory
-    code = {"AutoTokenizer": ["tokenization_theirs.Theirs", None]}
-    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": "Theirs", "auto_map": code}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tokenizer / "tokenization_theirs.py").write_text("raise SystemExit('foreign code ran')")
-    convert(write_checkpoint(tmp_path / "megatron", tiny_model(vocab_size=320)), tmp_path / "hf")
-    edit_config(tmp_path / "hf", eos_token_id=5)
-    convert(tmp_path / "hf", tmp_path / "again", to="hf", tokenizer=tokenizer)
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == 5
-    assert "token ids in the export are those of the source's config.json" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -283,67 +179,6 @@ def test_training_that_megatron_has_otherwise_is_said_once(
 
 
 # --- the model card -----------------------------------------------------------------------------------------
-
-
-def trained(directory: Path, model: ModelConfig) -> Path:
-    """A checkpoint as a run of 20 steps of 8 sequences of 32 tokens leaves it."""
-    checkpoint = require_checkpoint(write_checkpoint(directory, model))
-    run = read_yaml(checkpoint / "run.yaml")
-    (checkpoint / MANIFEST_FILE).unlink()
-    write_run(checkpoint, {**run, "data": {"sequence_length": 32}, "optimizer": {"lr": 0.003}})
-    state = json.loads((checkpoint / STATE_FILE).read_text())
-    (checkpoint / STATE_FILE).write_text(json.dumps(state | {"iteration": 20, "consumed_samples": 160}))
-    return directory
-
-
-def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
-    done = convert(trained(tmp_path / "megatron", MODELS["MoE"]), tmp_path / "hf", verify=Comparison())
-    card = (tmp_path / "hf" / MODEL_CARD).read_text()
-    for part in (
-        "library_name: transformers",
-        "`MegatronExtForCausalLM`",
-        done.why,
-        "5 in 3 of 4 layers, 2 a token",
-        "20 steps, 5,120 tokens",
-        "  lr: 0.003",
-        "trust_remote_code=True",
-        "tensors equal bit for bit",
-        "argmax agreement  100.00%",
-    ):
-        assert part in card, part
-
-
-def test_weights_convert_without_a_training_state(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "megatron", MODELS["dense"])
-    (require_checkpoint(source) / STATE_FILE).unlink()
-    (require_checkpoint(source) / MANIFEST_FILE).unlink()
-    convert(source, tmp_path / "hf")
-    assert "steps" not in (tmp_path / "hf" / MODEL_CARD).read_text()
-
-
-def test_a_card_claims_no_more_than_was_done(tmp_path: Path) -> None:
-    convert(write_checkpoint(tmp_path / "megatron", MODELS["dense"]), tmp_path / "hf")
-    card = (tmp_path / "hf" / MODEL_CARD).read_text()
-    assert "Not compared with the model it was made of" in card
-    assert "trust_remote_code" not in card
-    assert "AutoTokenizer" not in card, "it has no tokenizer"
-    assert "steps" not in card
-
-
-def test_an_export_whose_code_is_elsewhere_says_where(tmp_path: Path) -> None:
-    every = {"moe_first_k_dense": 0, "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": None}
-    source = write_checkpoint(tmp_path / "megatron", tiny_model(moe=True, **every))
-    convert(source, tmp_path / "hf", hf_class="TanukiForCausalLM")
-    card = (tmp_path / "hf" / MODEL_CARD).read_text()
-    repository = "weblab-GENIAC/Tanuki-8x8B-dpo-v1.0"
-    assert f"Its modelling code is in [{repository}](https://huggingface.co/{repository})" in card
-    assert "trust_remote_code=True" in card
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": f"{repository}--configuration_tanuki.TanukiConfig",
-        "AutoModelForCausalLM": f"{repository}--modeling_tanuki.TanukiForCausalLM",
-    }
-    with pytest.raises(ConversionError, match="brings its own modelling code; pass --trust-remote-code to run it"):
-        load_hugging_face(tmp_path / "hf")
 
 
 # --- verified before it gets its name -----------------------------------------------------------------------

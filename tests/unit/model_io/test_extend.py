@@ -24,6 +24,7 @@ from megatron_ext.model_io.extend import ExtendedRows, extend
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.model_io.options import ExtendOptions
 from megatron_ext.testing.tiny import tiny_model
+from tests.support.checkpoints import write_checkpoint
 from tests.unit.data.tokenizers import (
     byte_level,
     sentencepiece_model,
@@ -33,7 +34,6 @@ from tests.unit.data.tokenizers import (
     write,
     write_settings,
 )
-from tests.unit.model_io.test_convert import write_checkpoint
 
 NEW = ["<|im_start|>", "<tool_call>"]
 

@@ -16,8 +16,8 @@ from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.upcycling.methods.mix import Mix
 from megatron_ext.upcycling.options import UpcycleOptions
 from megatron_ext.upcycling.plan import make_plan
+from tests.support.checkpoints import write_checkpoint
 from tests.unit.data.tokenizers import byte_level, unigram, write, write_settings
-from tests.unit.model_io.test_convert import write_checkpoint
 
 
 def checkpoints(*directories: Path) -> Any:

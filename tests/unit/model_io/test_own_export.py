@@ -17,8 +17,9 @@ from megatron_ext.model_io.compare import checkpoint_logits, compare_logits, com
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.logits import load_hugging_face
 from megatron_ext.testing.pool import GlooPool
+from tests.support.checkpoints import edit_config
+from tests.unit.model_io.gradients import gradients
 from tests.unit.model_io.own_models import MODELS, SCALED, export, tokens, write_checkpoint
-from tests.unit.model_io.test_convert import edit_config, gradients
 
 # fp32 rounding of sums taken in another order: measured up to 2.4e-6 of the logits' scale.
 TOLERANCE = 1e-5

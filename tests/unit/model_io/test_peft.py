@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_ext.config import LoraConfig, LoraTarget
 from megatron_ext.errors import ConversionError
 from megatron_ext.merging.lora import merge_lora, silent
 from megatron_ext.merging.lora_options import MergeLoraOptions
-from megatron_ext.model_io.adapters import open_adapters
+from megatron_ext.model_io.adapters import Adapters, open_adapters
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.model_io.peft.export import export_peft
 from megatron_ext.model_io.peft.files import CONFIG_FILE, WEIGHTS_FILE, read_directory
@@ -34,6 +35,8 @@ EVERYWHERE = LoraConfig(
     ]
 )
 
+IN_LAYERS = replace(EVERYWHERE, targets=[EVERYWHERE.targets[0], LoraTarget(match=["layers.*"], rank=4, alpha=8.0)])
+
 
 def reference(name: str, directory: Path) -> Path:
     """A Hugging Face directory of this class."""
@@ -51,6 +54,8 @@ MAKERS = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "DeepseekV3ForCausalLM": "deepseek_v3",
+    "GPT2LMHeadModel": "gpt2",
+    "GPTNeoXForCausalLM": "gpt_neox",
 }
 
 
@@ -75,7 +80,8 @@ def test_peft_computes_what_the_merged_weights_do(name: str, tmp_path: Path) -> 
     base = reference(name, tmp_path)
     opened = open_checkpoint(base)
     assert opened.architecture is not None
-    write_drawn(base, tmp_path / "adapters", EVERYWHERE)
+    is_tied = not opened.model.untie_embeddings_and_output_weights
+    write_drawn(base, tmp_path / "adapters", IN_LAYERS if is_tied else EVERYWHERE)
     merge_lora(MergeLoraOptions(adapters=str(tmp_path / "adapters"), target=str(tmp_path / "merged"), to="hf"), silent)
     merged, plain = logits_of(loaded(tmp_path / "merged")), logits_of(loaded(base))
     adapters = open_adapters(tmp_path / "adapters")
@@ -90,6 +96,8 @@ def test_peft_computes_what_the_merged_weights_do(name: str, tmp_path: Path) -> 
     assert not [str(one.message) for one in caught if "missing" in str(one.message)]
     assert effect > 0.02
     assert difference < 1e-5
+    import_peft(tmp_path / "peft", tmp_path / "back", base, torch.float32, no_progress, force=False)
+    assert_products_are_equal(open_adapters(tmp_path / "back"), adapters)
 
 
 def no_progress(done: int, total: int) -> None:
@@ -118,17 +126,23 @@ def test_adapters_come_back_as_they_were(layout: str, exported: Path, tmp_path: 
     assert after.base_fingerprint == before.base_fingerprint
     assert sum(len(target.match) for target in after.config.targets) < 20, "layers alike are named together"
     expected, found = ({pair.weight + pair.projection: pair for pair in one.pairs} for one in (before, after))
+    for key, pair in found.items():
+        if "gate" not in key and "up" not in key:
+            assert (pair.rank, pair.scale) == (expected[key].rank, expected[key].scale)
+    assert_products_are_equal(after, before)
+
+
+def assert_products_are_equal(measured: Adapters, wanted: Adapters) -> None:
+    """Of every projection, but for the padding of the vocabulary."""
+    expected, found = ({pair.weight + pair.projection: pair for pair in one.pairs} for one in (wanted, measured))
     assert sorted(expected) == sorted(found)
     for key, pair in found.items():
-        other = expected[key]
-        product = pair.scale * (after.tensors.read(pair.b) @ after.tensors.read(pair.a))
-        wanted = other.scale * (before.tensors.read(other.b) @ before.tensors.read(other.a))
-        rows = (slice(0, SIZES.vocabulary),) if pair.projection in ("head", "embed") else (slice(None),)
-        columns = rows[0] if pair.projection == "embed" else slice(None)
-        rows = (slice(None),) if pair.projection == "embed" else rows
-        assert torch.allclose(product[(*rows, columns)], wanted[(*rows, columns)], atol=1e-6), key
-        if "gate" not in key and "up" not in key:
-            assert (pair.rank, pair.scale) == (other.rank, other.scale)
+        products = []
+        for adapters, one in ((measured, pair), (wanted, expected[key])):
+            product = one.scale * (adapters.tensors.read(one.b).float() @ adapters.tensors.read(one.a).float())
+            product = product.t() if one.projection == "embed" else product
+            products.append(product[: SIZES.vocabulary] if one.projection in ("head", "embed") else product)
+        assert torch.allclose(*products, atol=1e-6), key
 
 
 def changed(source: Path, target: Path, **fields: Any) -> Path:

@@ -15,8 +15,8 @@ from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.huggingface.token_ids import check_reading, check_rows, special_tokens, write_generation
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
+from tests.support.checkpoints import edit_config, write_checkpoint
 from tests.unit.data.tokenizers import byte_level, write, write_settings
-from tests.unit.model_io.test_convert import edit_config, write_checkpoint
 
 
 def config_of(directory: Path, name: str = "config.json") -> dict[str, Any]:

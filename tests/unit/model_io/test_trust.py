@@ -8,7 +8,7 @@ from megatron_ext.errors import ConversionError
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.huggingface.companion_files import shipped_code
 from megatron_ext.model_io.logits import load_hugging_face
-from tests.unit.model_io.test_convert import MODELS, edit_config, write_checkpoint
+from tests.support.checkpoints import MODELS, edit_config, write_checkpoint
 
 
 def test_changed_code_is_not_run_unasked(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,15 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.monitoring.alerts import outbox
 from megatron_ext.monitoring.alerts.environment import missing_secrets
 from megatron_ext.monitoring.alerts.rate_limit import RateLimit
+from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.monitor import Monitor
 from megatron_ext.monitoring.sinks.alerts import AlertsSink
+from megatron_ext.monitoring.sinks.jsonl import JsonlSink
+from tests.support.minimal_run import load, mapping
 from tests.support.smtp_server import SmtpServer, certificate_context
 from tests.support.webhook_server import WebhookServer
-from tests.unit.config.test_load import load, mapping
+from tests.unit.training.plans import plan_of_run
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +185,24 @@ def test_an_error_is_sent_before_the_process_may_end(
     server = webhook([503])
     alerts = sink(tmp_path, monkeypatch, server.url)
     alerts.event(Event("lost_rank", 7, "rank 3 on node 2 has ended"))
+    alerts.flush()
     assert len(server.texts) == 1
+
+
+def test_an_alert_leaves_although_the_file_system_of_the_records_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: Callable[..., WebhookServer]
+) -> None:
+    server, hangs = webhook(), threading.Event()
+    monkeypatch.setenv("HOOK", server.url)
+    run = load(mapping(checkpoint={"directory": str(tmp_path)}, alerts={"webhook": {"url_variable": "HOOK"}}))
+    monitor = Monitor(run, run.resolve(1), plan_of_run(run), 0, "abcd1234", Clock())
+    monkeypatch.setattr(JsonlSink, "event", lambda self, event: hangs.wait(60))
+    told = threading.Thread(target=monitor.event, args=[Event("stall", 3, "nothing moves")], daemon=True)
+    told.start()
+    wait(lambda: any("nothing moves" in text for text in server.texts))
+    hangs.set()
+    told.join()
+    monitor.close()
 
 
 def test_a_redirect_to_a_page_is_no_delivery(
@@ -189,6 +211,7 @@ def test_a_redirect_to_a_page_is_no_delivery(
     server = webhook([302])
     alerts = sink(tmp_path, monkeypatch, server.url)
     alerts.event(Event("lost_rank", 7, "rank 3 on node 2 has ended"))
+    alerts.flush()
     assert len(server.texts) == 1
     assert "tried again: HTTP status 302" in caplog.text
 

@@ -20,7 +20,7 @@ from megatron_ext.monitoring.monitor import Monitor, StepReport
 from megatron_ext.monitoring.sources import SourceReport, ValidationReport, step_panels, validation_panels
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 from tests.unit.training.plans import part, plan_of, plan_of_run
 
 

@@ -17,6 +17,8 @@ import pytest
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.monitoring.report import figure_lines, read_phases, run_file, summary_rows, write_report
+from megatron_ext.monitoring.report.evaluations import evaluation_table, sample_table
+from megatron_ext.monitoring.report.page import report_page
 from megatron_ext.monitoring.report.phases import RunFiles
 from megatron_ext.monitoring.report.plots import MOST_POINTS, plot_data, thin
 from megatron_ext.monitoring.report.serve import ReportServer
@@ -401,3 +403,27 @@ def test_a_phone_draws_it(named: list[str], tmp_path: Path) -> None:
     # Seven curves; three of the sources of one run, two heat maps and four curves for its experts, parts of its steps.
     assert re.search(r'data-drawn="17"', done.stdout), done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_evaluations_are_a_table_of_checkpoints_and_what_they_write(tmp_path: Path) -> None:
+    path = write_metrics(tmp_path / "m.jsonl", 6, loss=5.0)
+    file = MetricsFile(Path(path))
+    for step, results in (
+        (2, {"score": 0.51239, "x": "nan"}),
+        (4, {"score": 7, "score_interval": 0.25, "text/ja/loss": 2.0}),
+    ):
+        folder = tmp_path / f"e{step}"
+        folder.mkdir()
+        row = {"prompt": "<p>", "continuation": f"text {step}"}
+        (folder / "samples.json").write_text(json.dumps([row]) if step == 4 else "damaged")
+        file.write({"event": "evaluation", "iteration": step, "text": "", "results": results, "folder": str(folder)})
+    file.close()
+    (phase,) = read_phases([f"a={path}"])
+    assert evaluation_table(phase) == (
+        ["checkpoint", "score", "text/ja/loss"],
+        [["2", "0.5124", "-"], ["4", "7 ± 0.25", "2"]],
+    )
+    assert sample_table(phase) == (["prompt", "step 4"], [["<p>", "text 4"]])
+    page = report_page("t", [phase])
+    assert "<h2>Evaluation, a</h2>" in page
+    assert "<td>&lt;p&gt;</td><td>text 4</td>" in page

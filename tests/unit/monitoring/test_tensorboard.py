@@ -17,7 +17,7 @@ from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.monitor import Monitor, StepReport
 from megatron_ext.monitoring.sinks.tensorboard import require_tensorboard
 from megatron_ext.monitoring.sources import SourceReport, ValidationReport
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 from tests.unit.training.plans import plan_of_run
 
 

@@ -50,6 +50,8 @@ def test_online_reports_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     server.go_away()
     assert set(server.started) == {"abcd1234"}
     assert [(line["_step"], line["loss"]) for line in server.history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    late = [(line["_step"], line["evaluation/step"]) for line in server.history if "evaluation/score" in line]
+    assert late == [(2, 1), (3, 3)]  # whatever step the run has come to
     told = [(alert["title"], alert["text"], alert["severity"]) for alert in server.alerts]
     assert told == [("moe: skip", "step 1: a spike", "WARN")] * 2
     assert server.history[0]["load"]["values"] == [0.5, 0.25, 0.25]
@@ -82,9 +84,13 @@ def test_wandb_may_die(tmp_path: Path) -> None:
 
 
 def test_numbers_of_events_are_drawn() -> None:
-    drawn: list[tuple[dict[str, Any], int]] = []
+    drawn: list[tuple[dict[str, Any], dict[str, Any]]] = []
     sink = WandbSink(WandbConfig(mode="off"), "id", Path("unused"), {})
-    sink._run = SimpleNamespace(log=lambda values, step: drawn.append((values, step)))
+    sink._run = SimpleNamespace(log=lambda values, **how: drawn.append((values, how)))
     sink.event(Event("skip", 3, "a skip"))
     sink.event(Event("gradients", 4, "gradients", {}, {"gradients/norm/layer_000/mlp": 0.5}))
-    assert drawn == [({"gradients/norm/layer_000/mlp": 0.5}, 4)]
+    sink.event(Event("evaluation", 2, "late", {}, {"evaluation/score": 0.5}))
+    assert drawn == [
+        ({"gradients/norm/layer_000/mlp": 0.5}, {"step": 4}),
+        ({"evaluation/score": 0.5, "evaluation/step": 2}, {"commit": False}),
+    ]

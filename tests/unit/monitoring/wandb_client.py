@@ -12,6 +12,7 @@ import psutil
 
 from megatron_ext.config import WandbConfig
 from megatron_ext.monitoring.alerts.message import Message
+from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.sinks import wandb as wandb_sink
 from megatron_ext.monitoring.sinks.wandb import WandbSink
 
@@ -27,6 +28,7 @@ def main(directory: str, mode: str, first: str, last: str, kill: str = "") -> No
             process.kill()
     for step in range(int(first), int(last) + 1):
         run.log({"loss": 1.0 / step, "load": wandb_sink._load([0.5, 0.25, 0.25])}, step)
+    run.event(Event("evaluation", int(first), "late", panels={"evaluation/score": 0.5}))
     with contextlib.suppress(ConnectionError):  # after its death; whoever sends keeps it then
         run.send(Message("moe: skip", "step 1: a spike", "warning"))
     run.close()

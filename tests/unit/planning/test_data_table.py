@@ -9,7 +9,7 @@ from megatron_ext.config import DataConfig, load_config, load_run
 from megatron_ext.errors import ConfigError
 from megatron_ext.planning.data_table import plan_table, plan_warnings
 from megatron_ext.training.planned import stated_plan
-from megatron_ext.training.preflight import check_run
+from megatron_ext.training.startup_checks import check_run
 from tests.support.workspace import ROOT
 from tests.unit.data.plans import planned, stored
 

@@ -10,7 +10,7 @@ from megatron_ext.planning.peak_memory import peak_memory
 from megatron_ext.testing.live_memory import measure_step
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 
 LLAMA_LAYERS = ModelConfig(
     num_layers=8,

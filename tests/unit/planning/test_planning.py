@@ -15,6 +15,7 @@ from megatron_ext.config import (
     MultiLatentAttention,
     ParallelConfig,
     Precision,
+    PreferenceTask,
     TrainConfig,
 )
 from megatron_ext.config.layout import resolve_layout
@@ -25,7 +26,7 @@ from megatron_ext.runtime.core_guard import versions
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.planned import stated_plan
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 
 TANUKI_8X8B = ModelConfig(
     num_layers=32,
@@ -74,6 +75,9 @@ def test_frozen_weights_ask_for_no_gradient_of_theirs() -> None:
     # Two of eight experts work: 26,624 widths of attention and 442,368 / 4 of experts in each of 32 layers.
     of_adapters = 32 * rank * (26_624 + 442_368 / 4)
     assert adapted == pytest.approx(4 * of_weights + 6 * (core + of_adapters))
+    adapters, task = LoraConfig(targets=[LoraTarget(rank=rank)]), PreferenceTask(kind="preference")
+    compared = training_flops_per_token(TANUKI_8X8B, tokens, adapters, task)
+    assert compared - adapted == pytest.approx(2 * (of_weights + core)), "the reference is a forward pass of the base"
 
 
 def allocated_bytes(

@@ -2,10 +2,12 @@
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from megatron_ext.runtime.main_thread import MainThread, Standing, late_rank
+from megatron_ext.runtime.main_thread import MainThread, Standing, _place, late_rank
 
 WAITS = Standing(waiting=50, still=50, in_step=False, steps=7, place="")
 HANGS = replace(WAITS, waiting=0)
@@ -45,3 +47,11 @@ def test_what_the_main_thread_is_at() -> None:
     assert first.waiting == first.still == 0
     assert second.still > 0
     assert second.waiting == 0  # for another thread, and not for a rank
+
+
+def test_an_instruction_that_is_of_no_line_is_looked_at_too() -> None:
+    """A look comes at any instruction; an error would end the thread that looks, and with it the run."""
+
+    code = SimpleNamespace(co_filename="f.py", co_name="leave", co_positions=lambda: iter([(None, None, None, None)]))
+    frame: Any = SimpleNamespace(f_code=code, f_lasti=0, f_lineno=None)
+    assert _place(frame) == (False, "f.py, line None, in leave: no line of its source")

@@ -1,11 +1,13 @@
 """How long a step may take, learned from the run, and what counts as no progress."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_ext.config import WatchdogConfig
+from megatron_ext.runtime import liveness
 from megatron_ext.runtime.main_thread import Standing
 from megatron_ext.runtime.watchdog import Watchdog, write_stack
 
@@ -80,3 +82,37 @@ def test_the_stack_of_every_thread_is_written(tmp_path: Path) -> None:
     assert "in test_the_stack_of_every_thread_is_written" in text
     (tmp_path / "file").write_text("")
     write_stack(tmp_path / "file" / "b", 3, "why")  # said all the same
+
+
+def test_a_file_system_that_hangs_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hangs, told, codes = threading.Event(), list[str](), list[int]()
+    monkeypatch.setattr(liveness, "FILES", 0.05)
+    monkeypatch.setattr(liveness, "write_stack", lambda *arguments: hangs.wait(60))
+    monkeypatch.setattr(liveness, "release_all", lambda: hangs.wait(60))
+    monkeypatch.setattr(liveness.os, "_exit", codes.append)
+    monkeypatch.setattr(liveness.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(liveness.dist, "get_world_size", lambda: 1)
+    watching = liveness.Liveness(LIMITS, tmp_path, lambda kind, text, ends: told.append(kind))
+    watching._end_stalled("nothing moves", MOVES)
+    hangs.set()
+    assert (codes, told) == ([2], ["stall"])
+    assert "error: nothing moves. It is at " in capfd.readouterr().err
+
+
+def test_after_a_failed_collective_a_rank_of_another_host_that_is_silent_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[int] = []
+    monkeypatch.setattr(liveness, "BEAT", 0.02)
+    monkeypatch.setattr(liveness.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(liveness.dist, "get_world_size", lambda: 3)
+    watching = liveness.Liveness(LIMITS)
+    watching._store, beats = object(), iter(range(1000))
+    monkeypatch.setattr(watching, "_missing", lambda: None)
+    monkeypatch.setattr(watching, "_beats", lambda: [str(next(beats)), str(next(beats)), "7"])  # rank 2 has died
+    monkeypatch.setattr(watching, "_say", lambda lost, ends: said.append(lost))
+    with pytest.raises(SystemExit):
+        watching.end_if_missing(patience=0.01)
+    assert said == [2]

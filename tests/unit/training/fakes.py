@@ -16,7 +16,7 @@ from megatron_ext.training.session import Session
 from megatron_ext.training.step import SourceSums, StepResult, never
 from megatron_ext.training.tasks.pretrain import Pretrain
 from megatron_ext.training.verdict import Rollback, Take, Verdict
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 from tests.unit.training.plans import plan_of_run
 
 BATCH = 8

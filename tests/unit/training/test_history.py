@@ -44,7 +44,9 @@ def test_steps_that_were_passed_over_for_one_reason_are_one_row(
     assert json.loads(capsys.readouterr().out) == log.entries()
     monkeypatch.setattr("sys.argv", ["history.py", str(tmp_path)])
     history.main()
-    assert "2 to 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 to 3" in printed
+    assert "5 entries" in " ".join(printed.split())
 
 
 def test_the_log_is_bounded_and_keeps_its_beginning() -> None:

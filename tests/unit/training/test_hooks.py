@@ -53,6 +53,18 @@ def done(session: FakeSession, verdict: Any = None, signal: int = 0, **losses: f
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("ends", [False, True])
+def test_reports_say_that_a_rank_is_lost_and_that_the_run_ends_of_it(ends: bool, tmp_path: Path) -> None:
+    session = fake_session(tmp_path)
+    reports = Reports(session.run, session.layout, Clock())
+    reports.on_start(session)
+    reports.on_stall(Event("lost_rank", 0, "rank 3 has ended"), ends=ends)
+    _, *said = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["event"] for line in said] == ["lost_rank", "failed"][: 1 + ends]
+    assert all("rank 3 has ended" in line["text"] for line in said)
+
+
+@pytest.mark.usefixtures("alone")
 def test_reports_name_every_sum_of_the_task_and_every_skip(tmp_path: Path) -> None:
     session = fake_session(tmp_path, logging={"log_interval": 2})
     session.groups.world = dist.group.WORLD

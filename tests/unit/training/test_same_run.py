@@ -10,7 +10,7 @@ from megatron_ext.checkpoint.run_file import write_run
 from megatron_ext.config import to_mapping
 from megatron_ext.errors import CheckpointError
 from megatron_ext.training.same_run import changed_keys, check_same_data, rereads
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 
 
 def changes(tmp_path: Path, saved: dict[str, Any], *overrides: str) -> list[str]:

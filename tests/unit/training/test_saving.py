@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_ext.checkpoint.finite import NotFiniteError
 from megatron_ext.checkpoint.manager import CheckpointManager
+from megatron_ext.checkpoint.retention import Retention
 from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.config import CheckpointConfig
@@ -42,7 +43,13 @@ class Run(Hook):
         self.step = 0
         second = SecondPlace(config.copy_to) if config.copy_to is not None else None
         run = {"parallel": {}}
-        manager = CheckpointManager(directory, run, asynchronous=config.async_save, second_place=second)
+        manager = CheckpointManager(
+            directory,
+            run,
+            retention=Retention(keep_last=config.keep_last),
+            second_place=second,
+            asynchronous=config.async_save,
+        )
         manager.register("model", tensors=lambda: [TensorShard("w", (2000,), (0,), self.weight, is_writer=True)])
         counts = {"consumed_samples": 0, "data": [], "optimizer_steps": 0}
         manager.register("progress", scalars=lambda: {"iteration": self.step, **counts})
@@ -103,7 +110,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_makes_up_for_it(tmp_path: Pa
     full_disk(False)
     run.train(3)
     assert run.complete == ["4", "6"]
-    assert run.told()[0] == ("checkpoint_failed", 3)
+    assert run.told()[0] == ("checkpoint_failed", 2), "the step that was not saved, not the one at which it was known"
     assert "File too large" in run.events[0].text
     assert "It is tried again at the next step that saves" in run.events[0].text
     assert [kind for kind, _ in run.told()] == ["checkpoint_failed", "checkpoint", "checkpoint"]
@@ -140,3 +147,10 @@ def test_a_run_that_fails_waits_for_what_is_on_its_way(tmp_path: Path) -> None:
     run.train(2)
     run.saving.on_error(TrainingError("the loss is nan"))
     assert run.session.checkpoints.newest() == tmp_path / "iter_0000002"
+
+
+def test_a_checkpoint_that_somebody_reads_stays(tmp_path: Path) -> None:
+    run = Run(tmp_path, save_interval=1, keep_last=2, async_save=False)
+    run.session.checkpoints.keep(lambda: [tmp_path / "iter_0000001"])
+    run.train(4)
+    assert sorted(path.name[-1] for path in tmp_path.glob("iter_*")) == ["1", "3", "4"]

@@ -9,7 +9,7 @@ import pytest
 from megatron_ext.config import RunConfig
 from megatron_ext.training.schedule import learning_rate, rates_at_ends
 from megatron_ext.training.schedule_faults import decay_moved, schedule_end, schedule_faults, schedule_warnings
-from tests.unit.config.test_load import load, mapping
+from tests.support.minimal_run import load, mapping
 from tests.unit.training.plans import Part, part, plan_of, plan_of_run
 
 

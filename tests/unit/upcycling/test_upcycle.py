@@ -1,9 +1,7 @@
 """Upcycling whole models: what is copied, what is drawn, and that the function is kept, measured on logits."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +14,11 @@ from megatron_ext.config import load_run, to_mapping
 from megatron_ext.config.load import read_yaml
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import ConfigError, ConversionError, DataError
-from megatron_ext.model_io import compare as verify
 from megatron_ext.model_io.checkpoint_model import read_model
 from megatron_ext.model_io.compare import checkpoint_logits, compare_logits, compare_weights
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.model_io.text import comparison_batches
-from megatron_ext.testing.tiny import tiny_model
-from megatron_ext.upcycling import check
 from megatron_ext.upcycling.depth import deepened_model, parse_layers
 from megatron_ext.upcycling.describe import describe_plan
 from megatron_ext.upcycling.methods.copy import Copy
@@ -31,50 +26,11 @@ from megatron_ext.upcycling.methods.drop import Drop
 from megatron_ext.upcycling.methods.fine_grained import FineGrained
 from megatron_ext.upcycling.methods.mix import Mix
 from megatron_ext.upcycling.methods.shared_routed import SharedRouted
-from megatron_ext.upcycling.options import UpcycleOptions
 from megatron_ext.upcycling.plan import make_plan
 from megatron_ext.upcycling.run import upcycle
+from tests.support.checkpoints import write_checkpoint
 from tests.support.workspace import write_corpus
-from tests.unit.model_io.test_convert import write_checkpoint
-
-# The default of --tolerance.
-TOLERANCE = 1e-5
-DENSE = tiny_model()
-DENSE_MODELS = {
-    "grouped-query, untied": DENSE,
-    "tied": replace(DENSE, untie_embeddings_and_output_weights=False),
-    "GPT-2": replace(
-        DENSE,
-        num_query_groups=None,
-        position_embedding_type="learned_absolute",
-        normalization="LayerNorm",
-        activation_func="gelu_tanh",
-        gated_linear_unit=False,
-        add_bias_linear=True,
-        untie_embeddings_and_output_weights=False,
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("dense")
-    return {name: write_checkpoint(folder / name, model) for name, model in DENSE_MODELS.items()}
-
-
-EXPERTS: dict[str, Any] = {"num_experts": 4, "shared_expert_size": 40, "first_k_dense": 1, "router_std": 1.0}
-
-
-def options(source: Path | list[Path], target: Path | str, **changes: Any) -> UpcycleOptions:
-    sources = [str(path) for path in (source if isinstance(source, list) else [source])]
-    return UpcycleOptions(**({"sources": sources, "target": str(target)} | EXPERTS | changes))
-
-
-def made(o: UpcycleOptions) -> check.FunctionCheck:
-    function = upcycle(make_plan(o)).function
-    assert function is not None
-    return function
-
+from tests.unit.upcycling.models import DENSE, DENSE_MODELS, EXPERTS, TOLERANCE, made, options
 
 METHODS: dict[str, dict[str, Any]] = {
     "copy": {"method": Copy()},
@@ -346,112 +302,6 @@ def test_the_training_configuration_is_the_dense_models_run(
     assert ("the training configuration changes parallel" in caplog.text) == changed
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"expert_size": 48}, "moe_ffn_hidden_size = 48: copying needs experts of the dense layer's width, 96"),
-        ({"topk": 9}, "model.moe_router_topk = 9, model.num_moe_experts = 4"),
-        ({"topk": 1}, "set moe_router_pre_softmax: true"),
-        ({"method": Mix()}, "sources: 1 given; --method mix takes two or more"),
-        ({"first_k_dense": 4}, "first_k_dense = 4, layer_freq = 1: leave none of the 4 layers to become MoE"),
-        ({"method": FineGrained(granularity=2, scale="paper"), "topk": 2}, "pass --no-gating-normalization"),
-        ({"num_experts": None}, "num_experts: required, but where --layers alone"),
-        ({"num_experts": None, "layers": "0-3"}, "shared_expert_size = 40: has no effect without num_experts"),
-        ({"method": Drop(), "tolerance": 1e-3}, "tolerance = 0.001: has no effect, since the function changes"),
-    ],
-)
-def test_a_model_that_cannot_be_made_is_refused_and_nothing_is_written(
-    changes: dict[str, Any], complaint: str, dense: dict[str, Path], tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError) as error:
-        make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", **changes))
-    assert complaint in str(error.value)
-    assert not (tmp_path / "moe").exists()
-
-
-def test_sources_that_do_not_go_together_are_refused(dense: dict[str, Path], tmp_path: Path) -> None:
-    first, other = dense["grouped-query, untied"], write_checkpoint(tmp_path / "x", replace(DENSE, rotary_base=5e5))
-    with pytest.raises(ConversionError, match="rotary_base is 10000.0 in .*, 500000.0 in"):
-        make_plan(options([first, other], tmp_path / "moe", method=Mix()))
-    with pytest.raises(ConfigError, match="takes one"):
-        make_plan(options([first, other], tmp_path / "moe"))
-    with pytest.raises(ConfigError, match="num_experts = 4: must be a multiple of the 3 sources"):
-        make_plan(options([first] * 3, tmp_path / "moe", method=Mix()))
-    with pytest.raises(ConfigError, match=r"source_weights = \[1.0, -1.0\]: sum to 0"):
-        make_plan(options([first] * 2, tmp_path / "moe", method=Mix(source_weights=[1.0, -1.0])))
-
-
-def test_a_moe_source_is_refused(dense: dict[str, Path], tmp_path: Path) -> None:
-    upcycle(make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", logits=False)))
-    with pytest.raises(ConfigError, match="the source is a MoE model already"):
-        make_plan(options(tmp_path / "moe", tmp_path / "x"))
-
-
-def test_an_existing_target_is_kept_unless_forced(dense: dict[str, Path], tmp_path: Path) -> None:
-    source = dense["grouped-query, untied"]
-
-    def again(**changes: Any) -> None:
-        upcycle(make_plan(options(source, tmp_path / "moe", logits=False, **changes)))
-
-    again(seed=1)
-    with pytest.raises(ConversionError, match="not empty"):
-        again(seed=2)
-    (tmp_path / "moe").rename(tmp_path / "aside")
-    with pytest.raises(ConversionError, match="moe.yaml exists"):
-        again(seed=2)
-    (tmp_path / "aside").rename(tmp_path / "moe")
-    again(seed=2, force=True)
-    (tmp_path / "moe.yaml").write_text("mine: true\n")
-    with pytest.raises(ConversionError, match="not replaced, even with --force"):
-        again(seed=3, force=True)
-    assert (tmp_path / "moe.yaml").read_text() == "mine: true\n"
-
-
-def test_places_beside_the_target_are_looked_at_before_the_work(dense: dict[str, Path], tmp_path: Path) -> None:
-    source = dense["grouped-query, untied"]
-    with pytest.raises(ConversionError, match="is a directory; name a file in it"):
-        upcycle(make_plan(options(source, tmp_path / "moe", figures=str(tmp_path))))
-    (tmp_path / "moe.yaml").mkdir()
-    with pytest.raises(ConversionError, match="not replaced, even with --force"):
-        upcycle(make_plan(options(source, tmp_path / "moe", force=True)))
-    assert [path.name for path in tmp_path.iterdir()] == ["moe.yaml"]
-
-
-def test_a_target_needs_a_name(dense: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for nameless in ("", "/"):
-        with pytest.raises(ConfigError, match="give the name of a directory to write"):
-            make_plan(options(dense["tied"], nameless))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert make_plan(options(dense["tied"], ".")).options.target == str(tmp_path / "here")
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_routers_that_cannot_choose_are_refused(dtype: str, dense: dict[str, Path], tmp_path: Path) -> None:
-    """1e-12 is zero in fp16, and a router of zeros would be divided by its deviation."""
-    plan = make_plan(options(dense["tied"], tmp_path / "moe", router_std=1e-12, dtype=dtype, logits=False))
-    if dtype == "fp16":
-        with pytest.raises(DataError, match="does not tell experts apart in torch.float16: router_std is too small"):
-            upcycle(plan)
-        assert list(tmp_path.iterdir()) == []
-    else:
-        upcycle(plan)
-
-
-@pytest.mark.parametrize("logits", [True, False])
-def test_a_dense_model_that_diverged_is_named(logits: bool, tmp_path: Path) -> None:
-    with MegatronSink(
-        tmp_path / "dense",
-        {n: TensorSpec(s, torch.float32) for n, s in model_shapes(DENSE).items()},
-        {"model": to_mapping(DENSE)},
-    ) as sink:
-        for name, shape in model_shapes(DENSE).items():
-            sink.write(name, torch.full(shape, math.nan if name == "decoder.final_layernorm.weight" else 1.0))
-    with pytest.raises(ConversionError, match=r"dense: 1 of \d+ tensors hold NaN .*decoder\.final_layernorm\.weight"):
-        upcycle(make_plan(options(tmp_path / "dense", tmp_path / "moe", router_std=None, logits=logits)))
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
-
-
 def test_a_bias_that_balances_starts_at_zero(dense: dict[str, Path], tmp_path: Path) -> None:
     function = made(options(dense["tied"], tmp_path / "moe", score_function="sigmoid", expert_bias=True))
     assert function.logits.relative <= TOLERANCE
@@ -492,24 +342,6 @@ def test_routers_from_activations_do_not_depend_on_the_source_and_use_all_the_te
         upcycle(short)
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"router_init": "activations"}, "router_init = activations: needs --text"),
-        ({"router_init": "activations", "text": "t"}, "router_std = 1.0: has no effect"),
-        ({"text": "t", "logits": False}, "text = t: has no effect with --no-logits"),
-        ({"figures": "f", "logits": False}, "figures = f: has no effect with --no-logits"),
-        ({"figures": "f", "check": True}, "figures = f: has no effect with --check"),
-        ({"tolerance": 1e-3, "logits": False}, "tolerance = 0.001: has no effect with --no-logits"),
-    ],
-)
-def test_an_option_without_effect_is_refused(
-    changes: dict[str, Any], complaint: str, dense: dict[str, Path], tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        make_plan(options(dense["grouped-query, untied"], tmp_path / "moe", **changes))
-
-
 def test_what_is_not_made_anew_keeps_its_dtype(tmp_path: Path) -> None:
     """bf16 matrices beside fp32 norms, as some models have them."""
     shapes = model_shapes(DENSE)
@@ -524,15 +356,6 @@ def test_what_is_not_made_anew_keeps_its_dtype(tmp_path: Path) -> None:
     after = MegatronSource(tmp_path / "moe").specs
     assert after["decoder.final_layernorm.weight"].dtype == torch.float32
     assert after["decoder.layers.1.mlp.experts.0.linear_fc1.weight"].dtype == torch.bfloat16
-
-
-def test_short_memory_is_found_before_the_work(
-    dense: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(ConversionError, match="its logits need the model in fp32"):
-        upcycle(make_plan(options(dense["tied"], tmp_path / "moe")))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_card_of_an_export_says_what_was_measured_and_not_how_the_dense_model_was_trained(

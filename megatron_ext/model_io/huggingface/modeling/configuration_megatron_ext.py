@@ -25,16 +25,21 @@ CHOICES = {
     "scoring_func": ("softmax", "sigmoid"),
     "group_score": ("top2_sum", "max"),
 }
-# What only a model with experts can have, and its value in a dense one.
+# What only a model with experts can have, and its value in a dense one. What is shipped reads nothing of the framework:
+# a test there derives this from the tags of its fields.
 MOE_ONLY = {
+    "num_experts_per_tok": 2,
     "shared_expert_intermediate_size": None,
     "shared_expert_gate": False,
     "moe_intermediate_size": None,
     "moe_layer_pattern": None,
+    "scoring_func": "softmax",
     "softmax_before_topk": False,
     "norm_topk_prob": None,
     "routed_scaling_factor": None,
     "n_group": None,
+    "topk_group": None,
+    "group_score": "top2_sum",
     "expert_bias": False,
     "gating_normalization": None,
     "router_noise": None,

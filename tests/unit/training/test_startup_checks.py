@@ -22,7 +22,7 @@ from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.training import data_files
 from megatron_ext.training.findings import Findings
-from megatron_ext.training.preflight import check_run, examine
+from megatron_ext.training.startup_checks import check_run, examine
 from tests.support.commands import TOOLS, command, train
 from tests.support.workspace import prepare_data, run_mapping, write_run
 
@@ -213,8 +213,10 @@ def test_room_for_checkpoints(work: Path) -> None:
     assert estimated == pytest.approx(real, rel=0.001)
     free = shutil.disk_usage(work).free
     many = free // estimated + 10
-    keep = found(work, new(work), f"checkpoint.keep_last={many}", f"train.train_iters={4 * many}").warnings
+    copied = f"checkpoint.copy_to={work / 'copies'}"
+    keep = found(work, new(work), copied, f"checkpoint.keep_last={many}", f"train.train_iters={4 * many}").warnings
     assert any(f"{many + 1:,} checkpoints of about" in warning for warning in keep)
+    assert any(f"copies': {many + 1:,} copies of about" in warning for warning in keep)
     keep = found(work, new(work), "checkpoint.keep_last=1", f"train.train_iters={4 * many}").warnings
     assert not any("checkpoints of about" in warning for warning in keep)
     huge = replace(run, model=replace(run.model, hidden_size=2**26, ffn_hidden_size=2**26))

@@ -1,6 +1,5 @@
 """What a run finds on this machine, looked at before anything starts: files, what it goes on from, room on the disk."""
 
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint.both_places import Ahead, ahead_of
-from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.find import complete_checkpoints, find_checkpoint, iteration_of, require_checkpoint
 from megatron_ext.checkpoint.publish import in_the_way
 from megatron_ext.checkpoint.state_file import TrainingState, read_state, require_whole_model
 from megatron_ext.checkpoint.tokenizer_files import TOKENIZER_FOLDER, has_tokenizer
@@ -24,15 +23,17 @@ from megatron_ext.data.stream.make_plan import SourceSize
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, named
 from megatron_ext.monitoring.alerts.environment import missing_secrets
+from megatron_ext.monitoring.monitor import metrics_path
 from megatron_ext.monitoring.sinks.tensorboard import require_tensorboard
 from megatron_ext.planning.amounts import size
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.epochs import MANY_EPOCHS, source_uses
 from megatron_ext.planning.memory import checkpoint_bytes
-from megatron_ext.planning.room import checkpoints_to_come
+from megatron_ext.planning.room import checkpoints_to_come, saved_steps
 from megatron_ext.runtime.cpu_speed import slow_precision
 from megatron_ext.training.data_files import DataFiles, collecting
 from megatron_ext.training.findings import Findings
+from megatron_ext.training.lost_run import begins_anew
 from megatron_ext.training.planned import plan_data, stated_plan, with_planned_length
 from megatron_ext.training.same_run import (
     changed_keys,
@@ -191,15 +192,25 @@ class _Examination:
         """Find what the run would go on or start from."""
         if self._ahead is not None:
             self.found.start = f"{self._ahead.place.url}/{self._ahead.name}, which is brought back: {self._ahead.why}"
-        elif (newest := self._newest()) is not None:
+            return
+        if (newest := self._newest()) is not None:
             self._look_at_resume(newest)
             if self._run is not None and self._run.adapters is not None:
                 self._look_at_base(str(checkpoint.initialize_from))
-        elif checkpoint.initialize_from is not None:
+            return
+        self._look_at_what_is_left(Path(checkpoint.directory))
+        if checkpoint.initialize_from is not None:
             with collecting(self.found.faults, "checkpoint.initialize_from", checkpoint.initialize_from):
                 self._look_at_weights(Path(checkpoint.initialize_from))
         else:
             self.found.start = "a new run, from fresh weights"
+
+    def _look_at_what_is_left(self, directory: Path) -> None:
+        """Note what an earlier start has left of a run that begins anew."""
+        if self._run is not None:
+            with collecting(self.found.faults):
+                if (said := begins_anew(directory, metrics_path(self._run))) is not None:
+                    self.found.warnings.append(f"{directory}: {said}")
 
     def _look_at_resume(self, newest: Path) -> None:
         done, faults = self._state.iteration, self.found.faults
@@ -324,11 +335,12 @@ class _Examination:
         """Note whether the checkpoints to come have room on the disk."""
         settings = run.checkpoint
         last = min(run.train.train_iters, run.train.stop_at_iteration or run.train.train_iters)
-        steps = last - self._state.iteration
-        if steps <= 0:
+        done = self._state.iteration
+        if last <= done:
             return
-        saves = math.ceil(steps / settings.save_interval) if settings.save_interval else 1
-        coming = checkpoints_to_come(settings, steps, len(complete_checkpoints(Path(settings.directory))))
+        saves = len(saved_steps(settings, done, last))
+        there = [iteration_of(path) for path in complete_checkpoints(Path(settings.directory))]
+        coming = checkpoints_to_come(settings, done, last, there)
         free = shutil.disk_usage(_existing(Path(settings.directory))).free
         each = checkpoint_bytes(run.model, run.precision, run.adapters)
         keep = f"keep_last = {settings.keep_last}" if settings.keep_last else "all are kept"
@@ -343,6 +355,17 @@ class _Examination:
                 f"{where}: {coming:,} checkpoints of about {size(each)} will stand there ({keep}), but only "
                 f"{size(free)} are free; set a smaller checkpoint.keep_last, or make room"
             )
+        if settings.copy_to is not None and "://" not in settings.copy_to:
+            second = Path(settings.copy_to)
+            free = shutil.disk_usage(_existing(second)).free
+            coming = checkpoints_to_come(
+                settings, done, last, [iteration_of(path) for path in complete_checkpoints(second)]
+            )
+            if each * coming > free:
+                self.found.warnings.append(
+                    f"checkpoint.copy_to = {named(settings.copy_to)}: {coming:,} copies of about {size(each)} will "
+                    f"stand there ({keep}), but only {size(free)} are free"
+                )
 
 
 def _existing(path: Path) -> Path:
