@@ -77,7 +77,7 @@ def _look_at_memory(job: Job, peak: PeakMemory, found: Findings) -> None:
         found.notes.append("memory          not checked: the profile has no gpu_memory_gib")
         return
     state, total = peak.state / 2**30, peak.total / 2**30
-    line = f"a step takes about {total:.3g} GiB (its state {state:.3g}) on the fullest rank, and a GPU has {room:g}"
+    line = f"with {state:.3g} GiB of state a step takes {total:.3g} GiB on the fullest rank, and a GPU has {room:g}"
     if state >= room:
         found.faults.append(f"{line}: split the model further (TP, PP, EP), or take more nodes")
     elif total > _FULL * room:

@@ -152,21 +152,22 @@ class LayerFormulas:
 
     def _matrices(self) -> float:
         """Widths kept of a feed-forward network: what is projected, and what is activated."""
-        model = self._model
-        if not model.gated_linear_unit:
-            return 2.0
-        return 4.0 if model.add_bias_linear else 3.0
+        return 3.0 if self._model.gated_linear_unit else 2.0
+
+    def _linear_matrices(self) -> float:
+        """Of a dense one, or shared experts: gated ones with biases are megatron-core's, which keeps all between."""
+        return 5.0 if self._model.gated_linear_unit and self._model.add_bias_linear else self._matrices()
 
     def _dense(self) -> float:
         if "mlp" in self._again:
             return 0.0
-        return self._matrices() * self._dense_width()
+        return self._linear_matrices() * self._dense_width()
 
     def _dense_width(self) -> float:
         return self.tokens * self._model.ffn_hidden_size / self._layout.tp * self.bytes
 
     def _dense_working(self) -> float:
-        again = self._matrices() if "mlp" in self._again else 0.0
+        again = self._linear_matrices() if "mlp" in self._again else 0.0
         return (again + (5.0 if self._model.gated_linear_unit else 2.0)) * self._dense_width()
 
     @property
@@ -207,7 +208,7 @@ class LayerFormulas:
     def _shared(self) -> float:
         if "shared_experts" in self._again:
             return 0.0
-        return self._matrices() * self._shared_width()
+        return self._linear_matrices() * self._shared_width()
 
     def _shared_width(self) -> float:
         return self.tokens * (self._model.moe_shared_expert_intermediate_size or 0) / self._layout.tp * self.bytes

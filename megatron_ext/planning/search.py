@@ -136,9 +136,7 @@ class Legality:
         self._values = {name: value for name, value in values_of(run).items() if not name.startswith("recompute.")}
         # Of stages only batches and lengths meet a layout.
         sizes = {(s.sequence_length, s.micro_batch_size, s.global_batch_size): s for s in run.data.stages}
-        stages = [replace(stage, schedule=None) for size, stage in sizes.items() if any(size)]
-        self._values["data.stages"] = stages
-        self._has_stages = bool(stages)
+        self._stages = [replace(stage, schedule=None) for size, stage in sizes.items() if any(size)]
         # What reads nothing that a layout changes says of each variant what it says of the run.
         self._rules = [rule for rule in RULES if any(name.startswith(_CHANGED) for name in rule.keys + rule.given)]
 
@@ -147,7 +145,7 @@ class Legality:
         values = self._values | dict(values_of(variant, _CHANGED))
         if any(rule.violations(values) for rule in self._rules):
             return False
-        return not (self._has_stages and stage_violations(values))
+        return not (self._stages and stage_violations(values | {"data.stages": self._stages}))
 
 
 def _divisors(number: int, most: int) -> list[int]:

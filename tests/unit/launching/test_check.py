@@ -28,7 +28,7 @@ def test_a_job_that_fits_says_what_it_is(tmp_path: Path) -> None:
     findings = found(job(tmp_path, cluster), run(tmp_path))
     assert (findings.faults, findings.warnings) == ([], [])
     assert "16 processes: TP 1 x CP 1 x DP 16 x PP 1" in findings.notes[0]
-    assert "memory          a step takes about" in findings.notes[1]
+    assert "of state a step takes" in findings.notes[1]
     assert "a guess: 35% of the peak, nothing was measured" in findings.notes[2]
 
 

@@ -17,7 +17,8 @@ from megatron_ext.planning.plan_text import advice, table
 from megatron_ext.planning.proven import PROVEN, kind_of
 from megatron_ext.planning.search import MICRO_BATCHES, candidates, search, with_layout
 from megatron_ext.planning.step_time import step_time
-from tests.distributed.test_parity import DENSE, MODELS, MOE
+from megatron_ext.testing.tiny import tiny_model
+from tests.distributed.test_parity import DENSE, MOE
 from tests.unit.config.test_load import load, mapping
 from tests.unit.planning.test_peak_memory import LLAMA_LAYERS, MEASURED_GIB, run_of
 
@@ -80,7 +81,7 @@ def test_what_the_rules_allow_is_offered_and_nothing_else(
 def test_the_parity_grid_is_what_is_called_proven() -> None:
     """The words of planning/proven.py are the layouts of tests/distributed/test_parity.py."""
     for is_moe, grid in ((False, DENSE), (True, MOE)):
-        run = replace(load(mapping()), model=MODELS["MoE" if is_moe else "dense"])
+        run = replace(load(mapping()), model=tiny_model(moe=is_moe))
         names = set()
         for case in grid:
             train = replace(run.train, global_batch_size=64)
@@ -167,6 +168,20 @@ def test_a_model_that_fits_nowhere_is_said_to() -> None:
     found = search(replace(run, precision=Bf16Precision(kind="bf16")), 4, H100)
     assert not found.chosen
     assert "none fits: the least that any needs is" in table(run, found, 4, H100, 14, None)
+
+
+def test_a_run_of_stages_is_planned_by_all_of_them() -> None:
+    stages = [
+        {"name": "short", "mix": {"ja": 1}, "steps": 3, "lr_scale": 0.5},
+        {"name": "long", "mix": {"ja": 1}, "steps": 2, "sequence_length": 1024, "global_batch_size": 4},
+    ]
+    sources = {"ja": {"path": "a", "tokens": 10_000_000}}
+    data = {"train": [], "cache_dir": None, "sources": sources, "stages": stages}
+    run = load(mapping(data=data, train={"train_iters": 0}, model={"max_position_embeddings": 1024}))
+    found = candidates(run, 4, H100)
+    assert found
+    assert all(is_accepted(one.run, 4) for one in found[::7])
+    assert max(one.run.train.micro_batch_size * one.layout.dp for one in found) == 4
 
 
 def test_no_layout_is_a_clear_error() -> None:
