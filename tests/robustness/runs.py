@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.training import loop
 from megatron_ext.training.run_lock import run_lock
+from megatron_ext.training.session import Session
 
 # What can be half done when a process dies: every one of these is a moment to be killed at.
 _MOMENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile")
@@ -60,14 +62,32 @@ def train_and_die(path: Path, overrides: list[str], directory: Path, moment: int
 
 
 def train_and_die_at(path: Path, overrides: list[str], rank: int, operation: str, below: str, file: str) -> None:
-    """Train; `rank` is killed before its first `operation` on a file below `below` whose path goes on with `file`."""
+    """Train; `rank` is killed before its first `operation` on a file below `below` whose path goes on with `file`.
+
+    Or, where `operation` is "validation", in the middle of the first one.
+    """
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:
         if event == operation and str(arguments[0]).startswith(below) and f"/{file}" in str(arguments[0]):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is Session.validate.__code__:
+            sys.setprofile(die)
+
+    left = 300  # calls of a validation; it makes more than twice as many
+
+    def die(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     if dist.get_rank() == rank:
-        sys.addaudithook(look)
+        if operation == "validation":
+            sys.setprofile(count)
+        else:
+            sys.addaudithook(look)
     train_here(path, overrides)
 
 

@@ -1,0 +1,296 @@
+#!/usr/bin/env python
+"""Runs that are killed again and again, at random moments: do they end as the run that was not?
+
+python benchmarks/kills.py --folder DIR                200 kills, half an hour on 2 quiet cores
+python benchmarks/kills.py --folder DIR --record       and append the table to benchmarks/RESULTS.md
+python benchmarks/kills.py --folder DIR --kills 10     does it run?
+
+One rank gets kill -9 at a moment drawn with --seed: after any number of seconds, or before any of the calls that
+Python makes while it starts, validates, reports, saves, completes or copies a checkpoint. The others end by
+themselves, or are killed soon after, as it is drawn. The same command goes on until it is killed again or has done
+all steps. Then nothing may tell the run from one that was never killed: reports, TensorBoard, W&B, every tensor of
+the last checkpoint, to the last bit in fp32 and bf16, and with adapters; to rounding where the number of ranks changes
+from start to start. Ranks are forked from one process that has imported everything.
+"""
+
+import argparse
+import json
+import pickle
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import run_records
+from killed_ranks import ANYWHERE, Fork, Moment
+from report import hardware, markdown_table, record, versions
+from run_data import prepare
+
+from megatron_ext.checkpoint.find import require_checkpoint
+from megatron_ext.checkpoint.metadata import METADATA_FILE
+from megatron_ext.checkpoint.second_place import SecondPlace
+from megatron_ext.checkpoint.torch_dist import TorchDistReader
+from megatron_ext.config import dump_yaml
+from megatron_ext.locks import LOCK_FILE
+
+VOCABULARY, STEPS, PROCESSES = 512, 8, 2
+GRACE = (0.0, 0.3, 30.0)
+"""Seconds that the other ranks have for an end of their own."""
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+"""Of a loss, where the number of ranks changes."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Runs that are alike: how they compute, and whether the number of ranks changes."""
+
+    name: str
+    precision: str
+    share: float
+    """Of all kills."""
+    sizes: tuple[int, ...] = (PROCESSES,)
+    has_adapters: bool = False
+
+    @property
+    def folder(self) -> str:
+        """That of its runs."""
+        return self.name.replace(", ", "_").replace(" ", "_")
+
+    def configuration(self, folder: Path, directory: Path) -> dict[str, Any]:
+        """The run in `directory`, with data and the base of adapters below `folder`."""
+        raw: dict[str, Any] = {
+            "model": {
+                "num_layers": 2,
+                "hidden_size": 32,
+                "ffn_hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "vocab_size": VOCABULARY,
+                "max_position_embeddings": 64,
+                "num_moe_experts": 4,
+                "moe_ffn_hidden_size": 32,
+                "moe_gating_normalization": {},
+                "moe_aux_loss_coeff": 0.01,
+            },
+            "precision": {"kind": self.precision},
+            # One sample a micro-batch: then the auxiliary loss is that of any number of ranks.
+            "train": {
+                "train_iters": STEPS,
+                "global_batch_size": 4,
+                "micro_batch_size": 1,
+                "eval_interval": 3,
+                "eval_iters": 2,
+            },
+            "optimizer": {"kind": "adam", "lr": 1e-3},
+            "schedule": {"kind": "cosine", "warmup_iters": 2},
+            "data": {
+                "sequence_length": 64,
+                "tokenizer": str(folder / "tokenizer"),
+                "train": [{"path": str(folder / "data" / "train")}],
+                "validation": [{"path": str(folder / "data" / "validation")}],
+            },
+            "checkpoint": {
+                "directory": str(directory / "run"),
+                "save_interval": 2,
+                "keep_last": 3,
+                "copy_to": str(directory / "second"),
+            },
+            "logging": {"tensorboard_directory": str(directory / "tensorboard"), "wandb": {"mode": "offline"}},
+            "runtime": {"device": "cpu", "threads": 1},
+        }
+        if self.has_adapters:
+            raw["adapters"] = {"targets": [{"rank": 4}]}
+            raw["checkpoint"]["initialize_from"] = str(folder / KINDS[0].folder / "calm" / "run")
+        return raw
+
+
+KINDS = (
+    Kind("fp32", "fp32", 0.35),
+    Kind("bf16", "bf16", 0.35),
+    Kind("adapters, bf16", "bf16", 0.1, has_adapters=True),
+    Kind("1, 2, 4 ranks, fp32", "fp32", 0.1, (1, 2, 4)),
+    Kind("1, 2, 4 ranks, bf16", "bf16", 0.1, (1, 2, 4)),
+)
+
+
+@dataclass
+class Life:
+    """One run from its first step to its last, in a directory of its own."""
+
+    kind: Kind
+    directory: Path
+    fork: Fork
+    kills: Counter[str] = field(default_factory=Counter)
+    starts: int = 0
+
+    def start(self, size: int, moment: Moment | None = None, grace: float = 0) -> bool:
+        """Start it, or go on with it; whether it was killed."""
+        self.directory.mkdir(exist_ok=True)
+        yaml = self.directory / "run.yaml"
+        yaml.write_text(dump_yaml(self.kind.configuration(self.directory.parent.parent, self.directory)))
+        call = [str(yaml), f"parallel.expert_model_parallel_size={min(size, 2)}"]
+        self.starts += 1
+        with (self.directory / "log").open("a") as log:
+            log.write(f"== start {self.starts} on {size} ranks: {moment}, {grace} s\n")
+        killed = self.fork.train(size, call, self.directory / "log", moment, grace)
+        if killed and moment is not None:
+            self.kills[moment.place] += 1
+        return killed
+
+    def counts(self) -> dict[tuple[int, str], int]:
+        """Calls of each rank at each place, after a start that was not killed."""
+        files = ((rank, self.directory / f"calls.{rank}.json") for rank in range(PROCESSES))
+        return {(rank, place): count for rank, file in files for place, count in json.loads(file.read_text()).items()}
+
+
+def moments(counts: dict[tuple[int, str], int], seconds: float, draws: random.Random) -> Iterator[Moment]:
+    """Moments without end, each place as often as the others."""
+    names = sorted({place for _, place in counts})
+    while True:
+        for place in draws.sample([ANYWHERE, *names], len(names) + 1):
+            rank = draws.choice([rank for rank in range(PROCESSES) if place == ANYWHERE or (rank, place) in counts])
+            if place == ANYWHERE:
+                yield Moment(rank, place, draws.uniform(0, seconds))
+            else:
+                # A start that goes on from the middle of the run has fewer of them left.
+                yield Moment(rank, place, draws.randint(1, max(counts[rank, place] // 2, 1)))
+
+
+def different(life: Life, calm: Life) -> tuple[list[str], float]:
+    """What tells a run from the one that was never killed; and how far its losses are from there, at most."""
+    ours, theirs = life.directory / "run", calm.directory / "run"
+    faults, apart = [], 0.0
+    found, wanted = run_records.metrics(ours), run_records.metrics(theirs)
+    order = [(one["iteration"], "loss" in one) for one in found]
+    if order != [(one["iteration"], "loss" in one) for one in wanted]:
+        return [f"metrics.jsonl has {order}"], 0.0
+    for one, other in zip(found, wanted, strict=True):
+        key = "loss" if "loss" in one else "validation_loss"
+        apart = max(apart, abs(one[key] - other[key]) / other[key])
+    if [path.name for path in (*ours.iterdir(), *(life.directory / "second").iterdir()) if path.suffix == ".partial"]:
+        faults.append("unfinished files are left")
+    if (ours / LOCK_FILE).exists():
+        faults.append("the lock is left")
+    if (newest := SecondPlace(str(life.directory / "second")).complete()[-1]) != f"iter_{STEPS:07d}":
+        faults.append(f"the newest of the second place is {newest}")
+    shown = [run_records.wandb(ours), run_records.tensorboard(life.directory / "tensorboard")]
+    expected = [run_records.wandb(theirs), run_records.tensorboard(calm.directory / "tensorboard")]
+    if len(life.kind.sizes) > 1:
+        if apart > TOLERANCE[life.kind.precision]:
+            faults.append(f"losses are {apart:.1e} apart")
+        if [set(one) for one in shown] != [set(one) for one in expected]:
+            faults.append("W&B or TensorBoard have other steps")
+        return faults, apart
+    faults += [
+        f"step {one['iteration']} was reported otherwise"
+        for one, other in zip(found, wanted, strict=True)
+        if one != other
+    ]
+    for name, one, other in zip(("W&B", "TensorBoard"), shown, expected, strict=True):
+        if not one or one != other:
+            faults.append(f"{name} has other figures")
+    faults += other_tensors(require_checkpoint(ours), require_checkpoint(theirs))
+    return faults, apart
+
+
+def other_tensors(ours: Path, theirs: Path) -> list[str]:
+    """What the tensors of two checkpoints have otherwise, weights and optimizer alike."""
+    keys, others = (
+        sorted(pickle.loads((place / METADATA_FILE).read_bytes()).state_dict_metadata) for place in (ours, theirs)
+    )
+    if keys != others:
+        return ["the checkpoint has other tensors"]
+    one, other = TorchDistReader(ours), TorchDistReader(theirs)
+    return [f"{key} is another" for key in keys if not (one.read(key) == other.read(key)).all()]
+
+
+@dataclass
+class Sum:
+    """What became of the runs of one kind."""
+
+    kind: Kind
+    kills: Counter[str] = field(default_factory=Counter)
+    lives: int = 0
+    starts: int = 0
+    apart: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, life: Life, calm: Life) -> None:
+        """Take a run that has come to its end."""
+        found, apart = different(life, calm)
+        self.kills += life.kills
+        self.lives, self.starts, self.apart = self.lives + 1, self.starts + life.starts, max(self.apart, apart)
+        self.faults += [f"{life.directory}: {fault}" for fault in found]
+
+
+def live_through(kind: Kind, folder: Path, fork: Fork, kills: int, draws: random.Random) -> Sum:
+    """Kill runs of this kind so often."""
+    place = folder / kind.folder
+    place.mkdir()
+    calm, begun = Life(kind, place / "calm", fork), time.monotonic()
+    calm.start(PROCESSES)
+    coming, total = moments(calm.counts(), time.monotonic() - begun, draws), Sum(kind)
+    begun = time.monotonic()
+    while (killed := total.kills.total()) < kills:
+        life = Life(kind, place / f"killed_{total.lives + 1}", fork)
+        while life.start(
+            draws.choice(kind.sizes),
+            next(coming) if killed + life.kills.total() < kills else None,
+            draws.choice(GRACE),
+        ):
+            pass
+        total.add(life, calm)
+        took = time.monotonic() - begun
+        print(f"{kind.name}: {total.kills.total()} kills in {took:.0f} s, {len(total.faults)} faults", flush=True)
+    return total
+
+
+def table(sums: list[Sum]) -> str:
+    """Both tables."""
+    names = sorted({name for one in sums for name in one.kills}, key=lambda name: (name == ANYWHERE, name))
+    rows = [[name, *(str(one.kills[name]) for one in sums)] for name in names]
+    rows += [
+        ["kills", *(str(one.kills.total()) for one in sums)],
+        ["runs", *(str(one.lives) for one in sums)],
+        ["starts", *(str(one.starts) for one in sums)],
+        ["losses apart, at most", *(f"{one.apart:.1e}" if one.apart else "0" for one in sums)],
+        ["faults", *(str(len(one.faults)) for one in sums)],
+    ]
+    return markdown_table(["killed", *(one.kind.name for one in sums)], rows)
+
+
+def main() -> None:
+    """Kill, compare and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, metavar="N", help="in all (default 200)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default 0)")
+    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="a new folder for all runs")
+    parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
+    options = parser.parse_args()
+    folder, begin = options.folder.absolute(), time.monotonic()
+    folder.mkdir(parents=True)
+    prepare(folder, VOCABULARY)
+    fork, draws, sums = Fork(), random.Random(options.seed), list[Sum]()
+    for kind in KINDS:
+        sums.append(live_through(kind, folder, fork, round(options.kills * kind.share), draws))
+    faults = [fault for one in sums for fault in one.faults]
+    kills, took = sum(one.kills.total() for one in sums), time.monotonic() - begin
+    text = f"""{hardware()}; {versions("torch", "megatron-core")}
+
+{table(sums)}
+
+{kills} kills in {took:.0f} s; {len(faults)} faults. Every run had {STEPS} steps, a checkpoint after every second one
+and a validation after every third."""
+    print(text)
+    for fault in faults[:20]:
+        print(fault)
+    if options.record:
+        record("Runs that are killed", text)
+    raise SystemExit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
