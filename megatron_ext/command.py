@@ -195,8 +195,8 @@ def chosen_command(tool: str, about: str, options: Mapping[str, type]) -> tuple[
         sys.exit(2 if action == "" else 0)
     if action not in options:
         close = difflib.get_close_matches(action, options, n=1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError(f"{tool} {action}: no such command{meant}; it has {', '.join(options)}")
+        meant = f"; did you mean {close[0]}?" if close else "."
+        raise ConfigError(f"{tool} {action}: no such command{meant} It has: {', '.join(options)}")
     return action, arguments
 
 
