@@ -12,12 +12,14 @@ from megatron_ext.config import EvaluationConfig
 from megatron_ext.monitoring.events import EVALUATION, Event, Tell
 from megatron_ext.monitoring.metrics_file import read_evaluated
 from megatron_ext.training.hooks.base import Hook, StepDone
-from megatron_ext.training.hooks.side_process import SideProcess
+from megatron_ext.training.hooks.side_process import EvaluationError, SideProcess
 from megatron_ext.training.session import Session
 
 FOLDER = "evaluation"
 """Of the checkpoint directory: what evaluations leave, a folder for each checkpoint."""
 _LOOK = 0.2
+_SAID = 20
+"""Results in one line for people."""
 
 
 class Evaluating(Hook):
@@ -120,7 +122,7 @@ class Evaluating(Hook):
             self._running = SideProcess(
                 self._settings.on_checkpoint, checkpoint, step, folder, 60 * self._settings.timeout_minutes
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the command
             text = f"the evaluation of {checkpoint.name} did not start: {error}; it is tried again when the run goes on"
             self._tell(Event("evaluation_failed", self._iteration, text, {"checkpoint": str(checkpoint)}))
 
@@ -132,14 +134,18 @@ class Evaluating(Hook):
             "seconds": seconds,
             "lag_steps": self._newest - process.step,
         }
-        results = {} if failure else process.results()
-        if not failure and not results:
-            failure = f'it printed no line such as {{"name": 1.5}}, see {process.output}'
+        results: dict[str, float] = {}
+        if not failure:
+            try:
+                results = process.results()
+            except EvaluationError as error:
+                failure = str(error)
         if failure:
             text = f"the evaluation of {name} failed: {failure}; it is tried again when the run goes on"
             self._tell(Event("evaluation_failed", self._iteration, text, details))
             return
-        said = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
+        said = ", ".join(f"{key} {value:.4g}" for key, value in list(results.items())[:_SAID])
+        said += f" and {len(results) - _SAID} more" if len(results) > _SAID else ""
         text = f"evaluated {name} in {seconds:.0f} s ({details['lag_steps']} steps behind): {said}"
         panels = {f"evaluation/{key}": value for key, value in results.items()}
         self._tell(Event(EVALUATION, process.step, text, {"results": results, **details}, panels))

@@ -14,6 +14,14 @@ _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "NODE_RANK", "SLURM_PROCID", "SLURM_LOCAL
 _PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMPI_", "MV2_", "PMI", "MEGATRON_EXT_STOP")
 _TAIL = 300
 """Characters of a failure's last words."""
+_MOST_OUTPUT = 64 << 20
+"""Bytes of output that are read: training waits while they are."""
+_MOST_NUMBERS = 1000
+"""Numbers of a checkpoint; each becomes a plot."""
+
+
+class EvaluationError(Exception):
+    """What a command said cannot be used."""
 
 
 class SideProcess:
@@ -67,12 +75,34 @@ class SideProcess:
             return f"it took longer than evaluation.timeout_minutes, {self._limit / 60:g}"
         if code == 0:
             return ""
-        said = self._errors.read_text(errors="replace").strip()[-_TAIL:]
-        return f"exit code {code}: {' '.join(said.split()) or 'it said nothing'} (all of it: {self._errors})"
+        try:
+            said = _end_of(self._errors)
+        except OSError as error:  # it has removed its own folder
+            return f"exit code {code}; what it said cannot be read: {error}"
+        return f"exit code {code}: {said or 'it said nothing'} (all of it: {self._errors})"
 
     def results(self) -> dict[str, float]:
-        """The numbers that it printed, by name."""
-        return dict(_numbers(self.output))
+        """The numbers that it printed, by name.
+
+        Raises:
+            EvaluationError: there are none, too many, or its output cannot be read.
+        """
+        try:
+            if (size := self.output.stat().st_size) > _MOST_OUTPUT:
+                raise EvaluationError(
+                    f"it printed {size:,} bytes, and {_MOST_OUTPUT:,} are the most that are read for numbers; let it "
+                    "write elsewhere what are none"
+                )
+            found = dict(_numbers(self.output))
+        except OSError as error:
+            raise EvaluationError(f"its output cannot be read: {error}") from error
+        if len(found) > _MOST_NUMBERS:
+            raise EvaluationError(
+                f"it printed {len(found):,} numbers, see {self.output}; {_MOST_NUMBERS:,} are the most"
+            )
+        if not found:
+            raise EvaluationError(f'it printed no line such as {{"name": 1.5}}, see {self.output}')
+        return found
 
     def end(self) -> None:
         """End it, with all that it started."""
@@ -80,17 +110,30 @@ class SideProcess:
         self._process.wait()
 
 
+def _end_of(path: Path) -> str:
+    """The last words in the file at `path`, on one line."""
+    with open(path, "rb") as file:
+        file.seek(-min(file.seek(0, os.SEEK_END), 4 * _TAIL), os.SEEK_END)
+        said = file.read().decode(errors="replace").strip()[-_TAIL:]
+    return " ".join(said.split())
+
+
 def _numbers(path: Path) -> Iterator[tuple[str, float]]:
     """The numbers of the lines of `path` that are JSON objects of numbers alone."""
-    for line in path.read_text(errors="replace").splitlines():
-        if not line.lstrip().startswith("{"):
-            continue
-        try:
-            said = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in said.values()):
-            yield from ((str(name), float(value)) for name, value in said.items())
+    with open(path, errors="replace") as lines:
+        for line in lines:
+            if not line.lstrip().startswith("{"):
+                continue
+            try:
+                said = json.loads(line)
+                if any(isinstance(value, bool) or not isinstance(value, int | float) for value in said.values()):
+                    continue
+                numbers = [float(value) for value in said.values()]
+            except (ValueError, OverflowError, RecursionError):
+                continue
+            # Half a character, which JSON can spell and no file can hold, becomes a question mark.
+            names = [name.encode(errors="replace").decode() for name in said]
+            yield from zip(names, numbers, strict=True)
 
 
 def _without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

@@ -61,5 +61,7 @@ def _of_difference(task: PreferenceTask, difference: Tensor) -> Tensor:
 
 def _odds_ratio_loss(means: Tensor) -> Tensor:
     """ORPO's loss of the odds of both answers, eq. 7 there, of their mean log-probabilities."""
+    # An answer that is certain has a mean of 0 in fp32, and no odds: the least that is not certain stands for it.
+    means = means.clamp(max=-torch.finfo(means.dtype).tiny)
     log_odds = means - torch.log(-torch.expm1(means))
     return -F.logsigmoid(log_odds[..., 0] - log_odds[..., 1])

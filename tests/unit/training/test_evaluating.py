@@ -20,6 +20,7 @@ from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.metrics_file import MetricsFile, read_evaluated, read_history
 from megatron_ext.training.hooks.base import StepDone
 from megatron_ext.training.hooks.evaluating import Evaluating
+from megatron_ext.training.hooks.side_process import EvaluationError, SideProcess
 from megatron_ext.training.verdict import Take
 
 
@@ -104,9 +105,10 @@ def test_each_checkpoint_is_evaluated_once_also_across_a_stop(tmp_path: Path) ->
     [
         ("echo no room >&2; exit 3", "failed: exit code 3: no room (all of it: ", {}),
         ('echo \'{"a": "b"}\'', 'failed: it printed no line such as {"name": 1.5}', {}),
+        ('rm -r "$EVALUATION_DIRECTORY"; exit 3', "failed: exit code 3; what it said cannot be read: ", {}),
         ("sleep 60", "failed: it took longer than evaluation.timeout_minutes, 0.001", {"timeout_minutes": 0.001}),
     ],
-    ids=["exit code", "no numbers", "too long"],
+    ids=["exit code", "no numbers", "folder removed", "too long"],
 )
 def test_failures_are_told_and_tried_again(
     command: str, complaint: str, settings: dict[str, Any], tmp_path: Path
@@ -118,6 +120,32 @@ def test_failures_are_told_and_tried_again(
     assert (event.kind, event.severity) == ("evaluation_failed", "warning")
     assert complaint in event.text
     assert read_evaluated(run.metrics) == set()
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (b'{"a": 1' + b"0" * 400 + b'}\n{"a": 1}\n', {"a": 1.0}),
+        (b'{"\\ud800": 1}\n\xff\n', {"?": 1.0}),
+        (b'{"a":' * 100_000 + b"\n", "it printed no line such as"),
+        (b"".join(b'{"%d": 1}\n' % i for i in range(1001)), "it printed 1,001 numbers"),
+        (None, "its output cannot be read: [Errno 2]"),
+    ],
+    ids=["beyond a float", "half a character", "deep", "too many", "removed"],
+)
+def test_no_output_ends_the_run(output: bytes | None, expected: dict[str, float] | str, tmp_path: Path) -> None:
+    process = SideProcess("true", tmp_path, 1, tmp_path / "own", 60.0)
+    process.end()
+    if output is None:
+        process.output.unlink()
+    else:
+        process.output.write_bytes(output)
+    if isinstance(expected, dict):
+        assert process.results() == expected
+    else:
+        with pytest.raises(EvaluationError) as error:
+            process.results()
+        assert expected in str(error.value)
 
 
 def test_a_checkpoint_that_went_before_its_turn_is_told(tmp_path: Path) -> None:

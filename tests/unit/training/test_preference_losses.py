@@ -83,3 +83,13 @@ def test_rewards_and_losses_at_the_beginning() -> None:
         same = pair_losses(task, SUMS, TOKENS, SUMS)
         assert same.loss.tolist() == pytest.approx([loss, loss], abs=1e-6)
         assert not same.rewards.any()
+
+
+def test_orpo_of_answers_that_are_certain_is_finite() -> None:
+    sums = torch.tensor([[0.0, -3.0], [-3.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    task = load_config(PreferenceTask, {"kind": "preference", "loss": "orpo"}, source="task")
+    loss = pair_losses(task, sums, torch.ones(3, 2), None).loss
+    loss.sum().backward()
+    assert bool(loss.isfinite().all())
+    assert sums.grad is not None
+    assert bool(sums.grad.isfinite().all())
