@@ -1,6 +1,7 @@
 """What every command line shares: options made from a configuration, help that teaches, and exit codes."""
 
 import argparse
+import difflib
 import errno
 import io
 import itertools
@@ -8,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -170,6 +171,33 @@ def parse_command(
     for name, info in unions.items():
         _choose_kind(name, info, given, raw)
     return load_config(cls, {**raw, **given}, source=file or parser.prog)
+
+
+def chosen_command(tool: str, about: str, options: Mapping[str, type]) -> tuple[str, list[str]]:
+    """The first word of a command line that has several commands, and the arguments behind it.
+
+    Without one, or where help is asked for, say what there is and exit.
+
+    Args:
+        tool: its name, for messages.
+        about: printed before the list.
+        options: by command, the configuration that it takes.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    action, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if action in ("", "-h", "--help"):
+        print(about)
+        for name, taken in options.items():
+            print(f"{name}: {', '.join(fields_of(taken)).replace('_', '-')}")
+        print(f"\nWhat they mean: {tool} COMMAND --help, with one of {', '.join(options)}")
+        sys.exit(2 if action == "" else 0)
+    if action not in options:
+        close = difflib.get_close_matches(action, options, n=1)
+        meant = f"; did you mean {close[0]}?" if close else "."
+        raise ConfigError(f"{tool} {action}: no such command{meant} It has: {', '.join(options)}")
+    return action, arguments
 
 
 def _add_union(parser: argparse.ArgumentParser, name: str, info: Any) -> None:

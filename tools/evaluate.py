@@ -15,7 +15,6 @@ evaluation:
   on_checkpoint: python tools/evaluate.py probe "$CHECKPOINT" --prompts questions.jsonl --chat --texts ja=ja.jsonl
 """
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from megatron_ext.command import ending_on_sigterm, parse_command, run_command
-from megatron_ext.config.base import PathName, config, fields_of
+from megatron_ext.command import chosen_command, ending_on_sigterm, parse_command, run_command
+from megatron_ext.config.base import PathName, config
 from megatron_ext.errors import ConfigError, note_path
 
 if TYPE_CHECKING:
@@ -281,17 +280,8 @@ COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Parse the command line and do what its first word says."""
-    action, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if action in ("", "-h", "--help"):
-        print(__doc__)
-        for name, (_, options) in COMMANDS.items():
-            print(f"{name}: {', '.join(fields_of(options)).replace('_', '-')}")
-        print("\nWhat they mean: tools/evaluate.py COMMAND --help")
-        sys.exit(2 if action == "" else 0)
-    if action not in COMMANDS:
-        close = difflib.get_close_matches(action, COMMANDS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"tools/evaluate.py {action}: no such command{meant} It has: {', '.join(COMMANDS)}")
+    options = {name: taken for name, (_, taken) in COMMANDS.items()}
+    action, arguments = chosen_command("tools/evaluate.py", __doc__, options)
     COMMANDS[action][0](arguments)
 
 

@@ -11,13 +11,11 @@ python tools/inspect_data.py step RUN.yaml 1200 [section.key=value ...]        w
 A dataset is given as in `data.train`, or by its .bin, so that a shell can list them.
 """
 
-import difflib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_ext.command import parse_command, run_command
+from megatron_ext.command import chosen_command, parse_command, run_command
 from megatron_ext.config import load_run
-from megatron_ext.config.base import fields_of
 from megatron_ext.data.inspect.options import (
     DocumentsOptions,
     LengthsOptions,
@@ -26,7 +24,6 @@ from megatron_ext.data.inspect.options import (
     RowsOptions,
     StepOptions,
 )
-from megatron_ext.errors import ConfigError
 
 
 def _documents(argv: Sequence[str]) -> Iterator[str]:
@@ -94,17 +91,7 @@ OPTIONS = {
 
 def main() -> None:
     """Parse the command line and print what was asked for."""
-    action, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if action in ("", "-h", "--help"):
-        print(__doc__)
-        for name, options in OPTIONS.items():
-            print(f"{name}: {', '.join(fields_of(options)).replace('_', '-')}")
-        print(f"\nWhat they mean: tools/inspect_data.py COMMAND --help, with one of {', '.join(COMMANDS)}")
-        sys.exit(2 if action == "" else 0)
-    if action not in COMMANDS:
-        close = difflib.get_close_matches(action, COMMANDS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"tools/inspect_data.py {action}: no such command{meant} It has: {', '.join(COMMANDS)}")
+    action, arguments = chosen_command("tools/inspect_data.py", __doc__, OPTIONS)
     for line in COMMANDS[action](arguments):
         print(line)
 

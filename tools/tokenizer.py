@@ -12,18 +12,16 @@ train, merge and export write a directory that tools/preprocess.py takes (--toke
 encode texts alike. The tokenizer of a published model needs neither: give its directory to tools/preprocess.py.
 """
 
-import difflib
 import itertools
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_ext.command import ending_on_sigterm, parse_command, prefer_huge_pages, run_command
-from megatron_ext.config.base import PathName, config, fields_of
+from megatron_ext.command import chosen_command, ending_on_sigterm, parse_command, prefer_huge_pages, run_command
+from megatron_ext.config.base import PathName, config
 from megatron_ext.errors import ConfigError, note_path
 from megatron_ext.files import require_writable
 from megatron_ext.model_io.options import ExtendOptions
@@ -263,17 +261,8 @@ COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Parse the command line and do what its first word says."""
-    action, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if action in ("", "-h", "--help"):
-        print(__doc__)
-        for name, (_, options) in COMMANDS.items():
-            print(f"{name}: {', '.join(fields_of(options)).replace('_', '-')}")
-        print("\nWhat they mean: tools/tokenizer.py COMMAND --help")
-        sys.exit(2 if action == "" else 0)
-    if action not in COMMANDS:
-        close = difflib.get_close_matches(action, COMMANDS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"tools/tokenizer.py {action}: no such command{meant} It has: {', '.join(COMMANDS)}")
+    options = {name: taken for name, (_, taken) in COMMANDS.items()}
+    action, arguments = chosen_command("tools/tokenizer.py", __doc__, options)
     COMMANDS[action][0](arguments)
 
 
