@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from megatron_ext.config import (
     LoraConfig,
@@ -17,29 +16,24 @@ from megatron_ext.config import (
     ParallelConfig,
     PreferenceTask,
     RecomputeConfig,
-    dump_yaml,
     load_run,
-    to_mapping,
 )
 from megatron_ext.data.prepare.chat import ChatPreparation
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.stream.position import Position
 from megatron_ext.data.supervised import Supervised
-from megatron_ext.model_io.open import read_any_model
-from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.proving.parity import Cell, compare, run_layout
-from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
-from megatron_ext.training import loop
 from megatron_ext.training.data import open_data
 from megatron_ext.training.session import starting_state
+from tests.distributed.chat_runs import STEPS, train_here, write_chat_run
 from tests.distributed.layouts import TOLERANCE, GridCase, layout
 from tests.unit.data.chats import chat_tokenizer, turns
 
-LENGTH, STEPS = 256, 5
+LENGTH = 256
 
 ADAPTERS = LoraConfig(targets=[LoraTarget(rank=4)])
 CELLS = [
@@ -102,42 +96,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row = {"prompt": turns(f"question {number}"), "chosen": turns("", chosen)[1:]}
             file.write(json.dumps({**row, "rejected": turns("", rejected)[1:]}) + "\n")
     preprocess([directory / "p.jsonl"], tokenizer, directory / "d", how=ChatPreparation(kind="preference"))
-    config = LlamaConfig(
-        vocab_size=360,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory / "hf")
-    run = {
-        "model": to_mapping(read_any_model(directory / "hf")),
-        "precision": {"kind": "fp32"},
-        "task": {"kind": "preference"},
-        "train": {"train_iters": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "eval_iters": 1},
-        "optimizer": {"kind": "adam", "lr": 1e-3, "weight_decay": 0.0},
-        "schedule": {"kind": "constant"},
-        "data": {
-            "sequence_length": LENGTH,
-            "tokenizer": str(directory / "d" / "tokenizer"),
-            "train": [{"path": str(directory / "d" / "train")}],
-            "validation": [{"path": str(directory / "d" / "train")}],
-        },
-        "checkpoint": {"directory": str(directory / "run"), "initialize_from": str(directory / "hf")},
-        "logging": {"metrics_file": str(directory / "metrics.jsonl")},
-        "runtime": {"device": "cpu", "threads": 1},
-    }
-    (directory / "run.yaml").write_text(dump_yaml(run))
+    write_chat_run(directory, "preference", LENGTH)
     return directory
-
-
-def train_here(path: Path, overrides: list[str]) -> None:
-    run = load_run(path, overrides)
-    groups, device = split_process_group(run.parallel, run.runtime), choose_device(run.runtime)
-    loop.open_and_train(run, run.resolve(dist.get_world_size()), groups, device, open_hugging_face)
 
 
 def pairs_here(path: Path, overrides: list[str]) -> list[list[int]]:

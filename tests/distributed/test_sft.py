@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from megatron_ext.config import dump_yaml, load_run, to_mapping
+from megatron_ext.config import load_run
 from megatron_ext.data.prepare.chat import ChatPreparation
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.stream.position import Position
@@ -17,18 +17,15 @@ from megatron_ext.data.supervised import Supervised
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.mcore.embedding_noise import add_noise
 from megatron_ext.model_io.convert import convert
-from megatron_ext.model_io.open import read_any_model
-from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.monitoring.metrics_file import read_metrics
-from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
-from megatron_ext.training import loop
 from megatron_ext.training.data import open_data
 from megatron_ext.training.session import starting_state
+from tests.distributed.chat_runs import STEPS, train_here, write_chat_run
 from tests.unit.data.chats import chat_tokenizer, turns
 
-LENGTH, STEPS = 64, 5
+LENGTH = 64
 
 
 def noise_here() -> torch.Tensor:
@@ -58,42 +55,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row = {"messages": turns(f"question {number}", f"{number} " * (1 + number % 6)), "weight": 1 + number % 3}
             file.write(json.dumps(row) + "\n")
     preprocess([directory / "c.jsonl"], tokenizer, directory / "d", how=ChatPreparation(max_tokens=LENGTH))
-    config = LlamaConfig(
-        vocab_size=360,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory / "hf")
-    run = {
-        "model": to_mapping(read_any_model(directory / "hf")),
-        "precision": {"kind": "fp32"},
-        "task": {"kind": "sft"},
-        "train": {"train_iters": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "eval_iters": 1},
-        "optimizer": {"kind": "adam", "lr": 1e-3, "weight_decay": 0.0},
-        "schedule": {"kind": "constant"},
-        "data": {
-            "sequence_length": LENGTH,
-            "tokenizer": str(directory / "d" / "tokenizer"),
-            "train": [{"path": str(directory / "d" / "train")}],
-            "validation": [{"path": str(directory / "d" / "train")}],
-        },
-        "checkpoint": {"directory": str(directory / "run"), "initialize_from": str(directory / "hf")},
-        "logging": {"metrics_file": str(directory / "metrics.jsonl")},
-        "runtime": {"device": "cpu", "threads": 1},
-    }
-    (directory / "run.yaml").write_text(dump_yaml(run))
+    write_chat_run(directory, "sft", LENGTH)
     return directory
-
-
-def train_here(path: Path, overrides: list[str]) -> None:
-    run = load_run(path, overrides)
-    groups, device = split_process_group(run.parallel, run.runtime), choose_device(run.runtime)
-    loop.open_and_train(run, run.resolve(dist.get_world_size()), groups, device, open_hugging_face)
 
 
 def packs_here(path: Path, overrides: list[str]) -> list[list[dict[str, Any]]]:

@@ -90,6 +90,12 @@ def test_draws_follow_the_probabilities_that_transformers_processors_leave() -> 
     assert float((found - expected).abs().max()) < 5 * 0.5 / rows**0.5  # five standard deviations
 
 
+def test_no_seed_draws_for_a_prompt_what_another_draws_for_its_neighbour() -> None:
+    rows = [Sampling(1.0, seed=seed).processors(range(8), [0] * 8)[-1] for seed in range(8)]
+    drawn = torch.cat([step(torch.zeros(8, 1, dtype=torch.long), torch.zeros(8, 16)) for step in rows])
+    assert len(drawn.unique(dim=0)) == 64
+
+
 def test_a_stop_text_ends_a_continuation_and_is_no_part_of_it(model: TextModel) -> None:
     how = Continuing(max_new_tokens=12)
     whole = texts(model, how)

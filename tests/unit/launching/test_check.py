@@ -64,6 +64,19 @@ def test_what_cannot_run_is_a_fault(cluster: Any, job_values: Any, sections: Any
     assert any(message.format(tmp_path) in fault for fault in findings.faults), findings.faults
 
 
+def test_tensor_parallelism_across_nodes_is_warned_of(tmp_path: Path) -> None:
+    split = run(tmp_path, parallel={"tensor_model_parallel_size": 4})
+    within, across = (
+        found(job(tmp_path, profile(gpus_per_node=gpus, shared=["/"]), nodes=8 // gpus), split).warnings
+        for gpus in (4, 2)
+    )
+    assert within == []
+    assert across == [
+        "parallel.tensor_model_parallel_size = 4 is more than the 2 GPUs of a node: every layer would wait for the "
+        "network"
+    ]
+
+
 def test_a_local_disk_is_warned_of_on_several_nodes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_ext.launching.check._file_system", lambda place: "ext4")
     two = job(tmp_path, profile())

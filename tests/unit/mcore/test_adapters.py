@@ -7,6 +7,7 @@ import torch
 
 from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.mcore.adapters import AdapterPlan, with_adapters
+from megatron_ext.mcore.adapters.low_rank import ModuleAdapters
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.model import build_chunks
@@ -50,6 +51,17 @@ def test_named_parts_are_changed_where_they_are(pool: GlooPool) -> None:
     ]
     assert sorted(adapted) == sorted(expected)
     assert torch.equal(before, after)
+
+
+def test_outputs_of_adapters_stand_where_those_of_the_module_do() -> None:
+    """Queries, keys and values take turns by query groups, which TP splits; of gate and up it splits each."""
+    q, k = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 6.0])
+    qkv = ModuleAdapters((), (("q", 4), ("k", 2), ("v", 2)), groups=2, groups_are_split=True)
+    assert qkv.assemble({"k": k, "q": q}, 1).tolist() == [1, 2, 5, 0, 3, 4, 6, 0]
+    assert qkv.assemble({"k": k[1:], "q": q[2:]}, 2).tolist() == [3, 4, 6, 0]
+    gated = ModuleAdapters((), (("gate", 4), ("up", 4)))
+    assert gated.assemble({"up": q}, 1).tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
+    assert gated.assemble({"up": q[:2]}, 2).tolist() == [0, 0, 1, 2]
 
 
 def rewriting() -> tuple[bool, bool, str]:

@@ -163,6 +163,26 @@ def test_steps_of_stages_count_with_their_own_tokens_and_work(
     assert caplog.messages[1].endswith(f"| left {left:.0f} s")
 
 
+def test_steps_that_were_passed_over_are_neither_time_nor_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six steps all but the first and the last, one of each stage; the report after that starts anew."""
+    clock, watch = Time(monkeypatch), Clock()
+    run = load(mapping(checkpoint={"directory": str(tmp_path)}))
+    plan = plan_of(part("short", 3), part("long", 4, 8, 256))
+    monitor = Monitor(run, run.resolve(1), plan, 0, "abcd1234", watch)
+    monitor.passed_over(1, 3)
+    monitor.passed_over(3, 5)
+    for iteration in (6, 7):
+        clock.now += 20
+        monitor.step(step(iteration))
+    monitor.close()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert [first["seconds_per_step"], second["seconds_per_step"]] == [10, 20]
+    assert [first["tokens_per_second"], second["tokens_per_second"]] == [(512 + 2048) / 20, 2048 / 20]
+    short, long = (tokens * training_flops_per_token(run.model, length) for tokens, length in ((512, 64), (2048, 256)))
+    work = [(short + long) / 20, long / 20]
+    assert [one["tflops_per_device"] * 1e12 for one in (first, second)] == pytest.approx(work)
+
+
 def test_a_terminal_shows_columns_and_as_many_as_it_has_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

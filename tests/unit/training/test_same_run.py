@@ -9,7 +9,7 @@ import pytest
 from megatron_ext.checkpoint.run_file import write_run
 from megatron_ext.config import to_mapping
 from megatron_ext.errors import CheckpointError
-from megatron_ext.training.same_run import changed_keys, check_same_data, rereads
+from megatron_ext.training.same_run import changed_keys, check_same_data, check_same_task, levers, rereads
 from tests.support.minimal_run import load, mapping
 
 
@@ -35,6 +35,21 @@ def test_keys_that_are_newer_than_the_checkpoint_have_their_defaults(tmp_path: P
     saved = to_mapping(load(mapping()))
     del saved["data"]["reset_position_ids"], saved["checkpoint"]["load_optimizer"]
     assert changes(tmp_path, saved, "train.seed=5") == ["train.seed: 1234 -> 5"]
+
+
+def test_the_beta_of_preferences_may_change_as_a_learning_rate_may_but_not_their_loss(tmp_path: Path) -> None:
+    """Such a change is told at the start, and is a lever in the guard's audit."""
+    task = {"kind": "preference", "loss": "robust", "beta": 0.1, "label_smoothing": 0.1}
+    data, checkpoint = {"cache_dir": None}, {"initialize_from": "m"}
+    run = load(mapping(task=task, data=data, checkpoint=checkpoint))
+    write_run(tmp_path, to_mapping(run))
+    now = replace(run, task=replace(run.task, beta=0.2, label_smoothing=0.05))
+    check_same_task(now.task, tmp_path)
+    changed = [("task.beta", "0.1", "0.2"), ("task.label_smoothing", "0.1", "0.05")]
+    assert changed_keys(now, tmp_path) == [f"{key}: {old} -> {new}" for key, old, new in changed]
+    assert levers(now, tmp_path) == changed
+    with pytest.raises(CheckpointError, match=r"task\.loss: 'robust' in the checkpoint, 'sigmoid' in this run"):
+        check_same_task(replace(run.task, loss="sigmoid"), tmp_path)
 
 
 def test_the_length_of_stages_is_no_key_of_its_own(tmp_path: Path) -> None:
