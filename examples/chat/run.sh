@@ -16,7 +16,7 @@ out=build/chat
 source "$here/../steps.sh"
 
 one_source $out "${MEGATRON_EXT_SAMPLE_DATA:-python}"
-share=$(share_of_steps $out "${CHAT_SHARE:-}")
+share=$(share_of_steps $out "${CHAT_SHARE:-}" CHAT_SHARE)
 pretraining=$((120 * share / 100)) sft=$((80 * share / 100)) dpo=$((40 * share / 100))
 
 # --- text, conversations, pairs ----------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ else
   step corpus $corpus/documentation.jsonl tool corpus --kind documentation --output $corpus/documentation.jsonl
   step "conversations and pairs" $pairs "$python" "$here/python_chats.py" $chats $pairs
 fi
-step tokenizer $out/tokenizer tool tokenizer train "$corpus" --output $out/tokenizer --vocab-size 2048
+step tokenizer $out/tokenizer tool tokenizer train "$corpus" --output $out/tokenizer --vocab-size 4096
 step "preprocess (text)" $out/data/text \
   tool preprocess "$corpus" --tokenizer $out/tokenizer --output $out/data/text --split 0.96 0.02 0.02
 conversations() {
