@@ -39,8 +39,8 @@ def sections_for(directory: str | Path, max_position_embeddings: int, tokenizer:
     with reading(path, DataError, kind="what tools/preprocess.py writes", advice=PREPARE_AGAIN):
         kind: Kind = said.get("kind", "text")
         task, epochs, rate = _TASKS[kind]
-        tokens, has_validation = int(said["splits"]["train"]["tokens"]), bool(said["splits"]["validation"]["documents"])
-        longest = PIECES[kind] * int(said["splits"]["train"].get("longest", 1))
+        train, has_validation = said["splits"]["train"], "validation" in said["splits"]
+        tokens, longest = int(train["tokens"]), PIECES[kind] * int(train.get("longest", 1))
     length = min(max_position_embeddings, _LONGEST_SEQUENCE)
     if longest > length:
         raise ConversionError(
