@@ -31,12 +31,15 @@ one_source() {
   echo "$2" > "$1/source"
 }
 
-# share_of_steps FOLDER [SHARE]: percent of the steps to train, measured once and kept, so that what is started again
-# goes on with the same number
+# share_of_steps FOLDER SHARE VARIABLE: percent of the steps to train. SHARE is what VARIABLE of the environment has;
+# empty, it is measured. Kept, so that what is started again goes on with the same number
 share_of_steps() {
   if [ ! -e "$1/share" ]; then
     local share=${2:-$("$python" "$root/examples/quickstart/measure.py")}
-    case $share in 100 | 75 | 50 | 25) ;; *) echo "error: a share of $share: must be 100, 75, 50 or 25 (percent)" >&2; exit 2 ;; esac
+    case $share in
+      100 | 75 | 50 | 25) ;;
+      *) echo "error: $3 = $share: must be 100, 75, 50 or 25 (percent of the steps)" >&2; exit 2 ;;
+    esac
     echo "$share" > "$1/share"
   fi
   cat "$1/share"

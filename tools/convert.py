@@ -3,6 +3,7 @@
 
   python tools/convert.py MEGATRON_CHECKPOINT HF_DIRECTORY
   python tools/convert.py HF_DIRECTORY MEGATRON_CHECKPOINT
+  python tools/convert.py HF_DIRECTORY MEGATRON_CHECKPOINT --data PREPARED_CHATS
   python tools/convert.py RUN HF_DIRECTORY --dtype bf16 --verify --push-to-hub USER/NAME
   python tools/convert.py RUN SMALLER_RUN --to megatron --dtype bf16
   python tools/convert.py HF_DIRECTORY --refresh-code --verify
@@ -64,6 +65,7 @@ def _convert(o: ConvertOptions, target: str, how: "Comparison") -> "Verification
             shard_bytes=int((o.shard_size or 5.0) * 1e9),
             workers=o.workers,
             force=o.force,
+            data=o.data,
             verify=how if o.verify else None,
             name=o.push_to_hub,
             progress=progress,

@@ -16,8 +16,8 @@ out=build/chat
 source "$here/../steps.sh"
 
 one_source $out "${MEGATRON_EXT_SAMPLE_DATA:-python}"
-share=$(share_of_steps $out "${CHAT_SHARE:-}")
-pretraining=$((120 * share / 100)) sft=$((80 * share / 100)) dpo=$((40 * share / 100))
+share=$(share_of_steps $out "${CHAT_SHARE:-}" CHAT_SHARE)
+pretraining=$((120 * share / 100)) sft=$((160 * share / 100)) dpo=$((80 * share / 100))
 
 # --- text, conversations, pairs ----------------------------------------------------------------------------------------
 if [ -n "${MEGATRON_EXT_SAMPLE_DATA:-}" ]; then
@@ -27,14 +27,14 @@ else
   step corpus $corpus/documentation.jsonl tool corpus --kind documentation --output $corpus/documentation.jsonl
   step "conversations and pairs" $pairs "$python" "$here/python_chats.py" $chats $pairs
 fi
-step tokenizer $out/tokenizer tool tokenizer train "$corpus" --output $out/tokenizer --vocab-size 2048
+step tokenizer $out/tokenizer tool tokenizer train "$corpus" --output $out/tokenizer --vocab-size 4096
 step "preprocess (text)" $out/data/text \
   tool preprocess "$corpus" --tokenizer $out/tokenizer --output $out/data/text --split 0.96 0.02 0.02
 conversations() {
   local input=$1 output=$2
   shift 2
   tool preprocess "$input" "$@" --tokenizer $out/tokenizer --chat-template "$here/template.jinja" --output "$output" \
-    --bad-lines skip --split 0.96 0.02 0.02
+    --bad-lines skip --split 0.9 0.05 0.05
 }
 step "preprocess (conversations)" $out/data/chat conversations "$chats" $out/data/chat --chat --max-tokens 256
 step "preprocess (pairs)" $out/data/pairs conversations "$pairs" $out/data/pairs --preference --max-tokens 128
@@ -50,9 +50,9 @@ tuned() {
     "data.sources={$data: {path: $out/data/$data/train}}" "data.stages=[{name: $data, mix: {$data: 1}, steps: $steps}]" \
     "data.validation=[{path: $out/data/$data/validation}]" "$@"
 }
-tuned sft chat pretrained $sft
 # So few steps need large ones.
-tuned dpo pairs sft $dpo optimizer.lr=1e-3 schedule.min_lr=1e-4 train.global_batch_size=8
+tuned sft chat pretrained $sft optimizer.lr=2e-3 schedule.min_lr=2e-4
+tuned dpo pairs sft $dpo optimizer.lr=1e-3 schedule.min_lr=1e-4 train.global_batch_size=16
 
 # --- merged -> Hugging Face --------------------------------------------------------------------------------------------
 step merge $out/merged tool merge_lora $out/dpo $out/merged --dtype fp32

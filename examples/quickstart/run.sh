@@ -24,7 +24,7 @@ if [ -n "${CORPUS:-}" ]; then source=$CORPUS; elif [ -n "${MEGATRON_EXT_SAMPLE_D
 one_source $out "$source"
 
 # --- how long ----------------------------------------------------------------------------------------------------------
-share=$(share_of_steps $out "${QUICKSTART_SHARE:-}")
+share=$(share_of_steps $out "${QUICKSTART_SHARE:-}" QUICKSTART_SHARE)
 of_steps() { echo $(($1 * share / 100)); }
 dense_steps=$(of_steps 200)
 

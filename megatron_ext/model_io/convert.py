@@ -64,6 +64,7 @@ def convert(
     force: bool = False,
     verify: Comparison | None = None,
     name: str | None = None,
+    data: str | Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
     """Convert `source` to `target`, by default to the other format.
@@ -77,6 +78,7 @@ def convert(
         workers: threads. The result does not depend on them.
         force: replace an existing target.
         verify: compare the result with the source before it gets its name.
+        data: prepared dataset that the training configuration beside a Megatron target trains on.
         name: what the model card of a Hugging Face export calls the model. Default: the target's own name.
 
     Raises:
@@ -100,7 +102,7 @@ def convert(
         architecture, why = _class_of(opened, hf_class, verify)
         written = write_hugging_face(content, architecture, why, output, check)
         return Conversion("to Hugging Face", why, architecture, opened.model, written)
-    return _to_megatron(opened, content, output, check)
+    return _to_megatron(opened, content, output, check, data)
 
 
 def _check_of(opened: Checkpoint, watched: WatchedSource, target: Path, verify: Comparison | None) -> Check:
@@ -115,11 +117,13 @@ def _check_of(opened: Checkpoint, watched: WatchedSource, target: Path, verify: 
     return check
 
 
-def _to_megatron(opened: Checkpoint, content: ModelToWrite, output: Output, check: Check) -> Conversion:
+def _to_megatron(
+    opened: Checkpoint, content: ModelToWrite, output: Output, check: Check, data: str | Path | None
+) -> Conversion:
     """Write a Megatron checkpoint, and beside it a run that trains the model; where a run of ours can."""
     why = f"config.json names {opened.architecture.hf_class}" if opened.architecture else "Megatron, as before"
     made = f"converted from {opened.directory}"
-    target = Target(str(output.target), opened.model, made, opened.run, content.tokenizer)
+    target = Target(str(output.target), opened.model, made, opened.run, content.tokenizer, data=data)
     recipe, place = recipe_if_trainable(target), recipe_path(output.target)
     if recipe is not None:
         require_recipe_place(place, force=output.force)

@@ -34,6 +34,9 @@ class ConvertOptions:
     """Convert the weights. Default: keep them as they are."""
     tokenizer: PathName | None = None
     """Tokenizer to put into a Hugging Face export. Default: the one of the training run."""
+    data: PathName | None = None
+    """Prepared dataset (what tools/preprocess.py wrote) that the training configuration beside a Megatron target trains
+    on: of conversations it becomes a fine-tuning run, ready to start. Default: what the source's run read."""
     shard_size: float | None = Field(default=None, gt=0)
     """Largest safetensors file of a Hugging Face export, in GB. Default: 5."""
     workers: int = Field(default_factory=default_workers, ge=1)
@@ -100,6 +103,7 @@ def refuse_unused(o: ConvertOptions, *, to_hugging_face: bool) -> None:
         ("--text", o.text is not None, o.verify and o.logits, compares_logits),
         ("--tolerance", o.tolerance is not None, o.verify and o.logits, compares_logits),
         ("--trust-remote-code", o.trust_remote_code, o.verify and o.logits, compares_logits),
+        ("--data", o.data is not None, not to_hugging_face, "a Megatron target, which has a training configuration"),
         ("--shard-size", o.shard_size is not None, to_hugging_face, "a Hugging Face target, not a Megatron checkpoint"),
         ("--no-private", not o.private, o.push_to_hub is not None, "--push-to-hub"),
         (
@@ -118,7 +122,7 @@ def refuse_unused(o: ConvertOptions, *, to_hugging_face: bool) -> None:
 def _refuse_beside_refresh(o: ConvertOptions) -> None:
     """Raise ConfigError for what says how a target is to be written, beside --refresh-code, which writes none."""
     defaults = ConvertOptions(source=o.source)
-    for name in ("target", "to", "hf_class", "dtype", "tokenizer", "shard_size", "workers", "force"):
+    for name in ("target", "to", "hf_class", "dtype", "tokenizer", "data", "shard_size", "workers", "force"):
         if getattr(o, name) != getattr(defaults, name):
             option = name if name == "target" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} is not for --refresh-code, which replaces the code in SOURCE and nothing else")

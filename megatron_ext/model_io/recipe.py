@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ext.config import ModelConfig, RunConfig, dump_yaml, load_config, to_mapping
 from megatron_ext.config.base import fields_of
 from megatron_ext.errors import ConfigError, ConversionError
+from megatron_ext.model_io.prepared_data import sections_for
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Target:
     tokenizer: Path | None = None
     comments: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Lines above a section, by the line that begins it (`train:`)."""
+    data: str | Path | None = None
+    """A prepared dataset to train on, which then says task, batches and steps; None: what the source's run read."""
 
 
 def recipe_path(target: str | Path) -> Path:
@@ -74,7 +77,10 @@ def training_recipe(target: Target) -> Recipe:
 
     Raises:
         ConfigError: there is no run that trains this model.
+        ConversionError: `target.data` is not what this model can be trained on.
     """
+    if target.data is not None:
+        return _recipe_for_data(target, target.data)
     source, defaults = target.source_run, _defaults(target)
     raw = {name: source[name] for name in RunConfig.__dataclass_fields__ if name in source}
     raw = {**defaults, **raw} if "train" in raw else defaults
@@ -91,16 +97,33 @@ def training_recipe(target: Target) -> Recipe:
     if raw["data"].get("stages"):
         # They say how long the run is; what was cut short on the way may be longer now.
         raw["train"] = {key: value for key, value in raw["train"].items() if key != "train_iters"}
-    raw["checkpoint"] = {
-        **raw.get("checkpoint", {}),
-        "directory": f"{target.checkpoint}-trained",
-        "initialize_from": target.checkpoint,
-    }
+    raw["checkpoint"] = {**raw.get("checkpoint", {}), **_places(target)}
     run, changes = _trainable(raw)
-    comments = {line: list(lines) for line, lines in target.comments.items()}
+    comments = _lists(target)
     for note in notes:
         comments.setdefault("train:", []).append(f"{note}.")
-    return Recipe(_commented(dump_yaml(_without_defaults(run)), target, comments, changes), notes)
+    known = "train" in source
+    made_from = "the source's run" if known else "usual values; fill in data.train, and your own batches"
+    return Recipe(_commented(dump_yaml(_without_defaults(run)), target, comments, changes, made_from), notes)
+
+
+def _recipe_for_data(target: Target, data: str | Path) -> Recipe:
+    """A run on a prepared dataset; of the source's run it has the layout and the precision."""
+    raw = sections_for(data, target.model.max_position_embeddings, target.tokenizer)
+    raw["precision"] = _UNKNOWN["precision"]
+    raw |= {name: target.source_run[name] for name in ("parallel", "precision") if name in target.source_run}
+    raw |= {"model": to_mapping(target.model), "checkpoint": {**raw["checkpoint"], **_places(target)}}
+    run, changes = _trainable(raw)
+    made_from = f"what {data} holds and usual values"
+    return Recipe(_commented(dump_yaml(_without_defaults(run)), target, _lists(target), changes, made_from))
+
+
+def _places(target: Target) -> dict[str, str]:
+    return {"directory": f"{target.checkpoint}-trained", "initialize_from": target.checkpoint}
+
+
+def _lists(target: Target) -> dict[str, list[str]]:
+    return {line: list(lines) for line, lines in target.comments.items()}
 
 
 def recipe_if_trainable(target: Target) -> Recipe | None:
@@ -177,10 +200,9 @@ def _plain(value: Any) -> Any:
     return _without_defaults(value) if hasattr(value, "__dataclass_fields__") else value
 
 
-def _commented(text: str, target: Target, comments: dict[str, list[str]], changes: dict[str, str]) -> str:
-    made_from = (
-        "the source's run" if "train" in target.source_run else "usual values; fill in data.train, and your own batches"
-    )
+def _commented(
+    text: str, target: Target, comments: dict[str, list[str]], changes: dict[str, str], made_from: str
+) -> str:
     header = [
         f"{RECIPE_HEAD}{target.checkpoint}, {target.made}. Made from {made_from}.",
         f"#   torchrun --nproc-per-node N tools/train.py {recipe_path(target.checkpoint)}",

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
+from megatron_ext.config import Fp32Precision, LoraConfig, LoraTarget, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.mcore.adapters import AdapterPlan, with_adapters
 from megatron_ext.mcore.adapters.low_rank import ModuleAdapters
+from megatron_ext.mcore.adapters.plan import adapter_plan
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.model import build_chunks
@@ -81,3 +82,13 @@ def test_a_rewrite_is_pure_and_knows_its_names(pool: GlooPool) -> None:
     assert identity
     assert pure
     assert "no layer has a part self_attention.linear_qvk" in message
+
+
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 4.0), (True, 8.0)], ids=["LoRA", "rsLoRA"])
+def test_every_module_is_built_with_the_scale_of_its_rank(use_rslora: bool, scale: float) -> None:
+    """alpha / rank, of rsLoRA alpha / sqrt(rank): 16 / 4 and 16 / 2."""
+    adapters = LoraConfig(targets=[LoraTarget(match=["*"], rank=4, alpha=16.0)], use_rslora=use_rslora)
+    plan = adapter_plan(tiny_model(moe=True), adapters)
+    pairs = [pair for make in plan.values() for _, pair in make.args[0].pairs]
+    assert len({pair.projection for pair in pairs}) >= 7
+    assert {pair.scale for pair in pairs} == {scale}

@@ -1,5 +1,6 @@
 """Merging adapters: the sums of published examples, what rounding loses, and what is refused."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_ext.model_io.open import open_checkpoint
 from megatron_ext.testing.tiny import tiny_model
 from tests.support.checkpoints import write_checkpoint
 from tests.unit.model_io.drawn_adapters import write_drawn
+from tools import merge_lora as merge_lora_command
 
 MODEL = tiny_model(moe=True)
 ADAPTERS = LoraConfig(targets=[LoraTarget(match=["*"], rank=4, alpha=8.0)])
@@ -125,6 +127,18 @@ def test_what_bf16_loses_is_told(base: Path, tmp_path: Path) -> None:
     exact = merge(tmp_path / "adapters 0.0005", tmp_path / "exact", dtype="fp32")
     assert exact.worst < 1e-3
     assert MegatronSource(tmp_path / "exact").specs[EMBEDDING].dtype is torch.float32
+
+
+def test_the_command_warns_of_what_is_lost_above_a_fifth(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_drawn(base, tmp_path / "adapters", ADAPTERS, std=1e-4)
+    for dtype, warned in (("bf16", True), ("fp32", False)):
+        monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "adapters"), str(tmp_path / dtype), "--dtype", dtype])
+        merge_lora_command.main()
+        said = capsys.readouterr().out
+        assert len(re.findall(r"lost by rounding +[0-9.]+%  ", said)) >= 5
+        assert ("warning: rounding has lost up to" in said) == warned
 
 
 def test_adapters_are_not_merged_twice_nor_into_others(base: Path, tmp_path: Path) -> None:
