@@ -96,8 +96,6 @@ def convert(
         verify = replace(verify, tokenizer=verify.tokenizer or own, generation=verify.generation and to_hf)
         comparison_input(opened.directory, verify)  # what stands in its way is found before the work
     check = _check_of(opened, watched, Path(target), verify)
-    if to == "megatron" and hf_class is not None:
-        raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
     if to_hf:
         architecture, why = _class_of(opened, hf_class, verify)
         written = write_hugging_face(content, architecture, why, output, check)
@@ -136,6 +134,8 @@ def _to_megatron(
 
 def goes_to_hugging_face(source: str | Path, to: str | None, hf_class: str | None) -> bool:
     """Whether a conversion writes a Hugging Face directory: asked for, or by default the format `source` has not."""
+    if to == "megatron" and hf_class is not None:
+        raise ConversionError(f"--hf-class {hf_class}: a Megatron checkpoint has no Hugging Face class")
     return to == "hf" or (to is None and (hf_class is not None or not is_hugging_face(source)))
 
 
