@@ -1,4 +1,4 @@
-"""The four commands of docs/post_training.md as they stand there: from a Hugging Face model to a verified chat model."""
+"""The four commands of docs/post_training.md, as they stand there, from a Hugging Face model to a chat model."""
 
 import json
 import shlex
