@@ -274,7 +274,8 @@ def _join(
     if not splits:
         names = [source["path"] for source in plan["sources"]]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "no document"
+        nothing = "empty" if not any(source["bytes"] for source in plan["sources"]) else "no document in it"
+        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or nothing
         raise DataError(f"{names[0]}{more}: no text there is left ({why})")
     if (made := how.finish(output, splits, tokenizer)) is not splits:
         splits, sums = dict(made), {}  # other files than those that were summed
