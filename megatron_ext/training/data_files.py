@@ -48,7 +48,8 @@ class DataFiles:
         tokens = [self._look_at_source(f"data.train.{number}", source) for number, source in train.items()]
         tokens += [self._look_at_source(f"data.sources.{name}", source) for name, source in staged.items()]
         sizes = None
-        if len(self._faults) == before and self._tokenizer is not None:
+        # How much of a source there is depends on the task; where that is wrong, nothing true can be said of the plan.
+        if len(self._faults) == before and self._tokenizer is not None and self._values.get("task") is not None:
             ids = [*source_ids(list(train.values())), *staged]
             paths = [source.path for source in (*train.values(), *staged.values())]
             packed_to = pack_length(

@@ -149,19 +149,21 @@ def test_validation_reads_the_same_packs_for_every_run(chats: Path) -> None:
 def test_a_task_reads_data_of_its_kind(chats: Path) -> None:
     tokenizer = Tokenizer(chats / "d" / "tokenizer")
 
-    def looked_at(task: SftTask | PretrainTask | None) -> tuple[DataFiles, list[str]]:
+    def looked_at(task: SftTask | PretrainTask | None) -> tuple[DataFiles, dict[str, SourceSize] | None, list[str]]:
         faults: list[str] = []
         source = DataSource(path=str(chats / "d" / "train"))
         values = {"task": task, "data.train": [source], "data.sequence_length": LENGTH}
         files = DataFiles(values, tokenizer, faults)
-        files.look()
-        return files, faults
+        return files, files.look(), faults
 
-    files, faults = looked_at(SftTask(kind="sft"))
+    files, sizes, faults = looked_at(SftTask(kind="sft"))
+    assert sizes
     assert not faults
     assert "samples packed into" in files.packed[0]
-    assert not looked_at(None)[1]  # a task that is wrong itself
-    _, (fault,) = looked_at(PretrainTask(kind="pretrain"))
+    _, sizes, faults = looked_at(None)  # a task that is wrong itself: how much of the data there is, is not known
+    assert sizes is None
+    assert not faults
+    _, _, (fault,) = looked_at(PretrainTask(kind="pretrain"))
     assert "task.kind = pretrain reads data of tools/preprocess.py, and this is of tools/preprocess.py --chat" in fault
 
 
