@@ -17,6 +17,7 @@ evaluation:
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -157,7 +158,7 @@ def loss(arguments: Sequence[str]) -> None:
         [
             (
                 *(name, f"{len(one.nats):,}", f"{sum(one.tokens):,}", f"{sum(one.bytes):,}"),
-                *(f"{one.loss:.4f}", f"{one.perplexity:.4g}", f"{one.bits_per_byte:.4f} ± {one.bits_interval:.4f}"),
+                *(f"{one.loss:.4f}", f"{one.perplexity:.4g}", f"{one.bits_per_byte:.4f}{_half(one.bits_interval)}"),
             )
             for name, one in found.items()
         ],
@@ -165,6 +166,11 @@ def loss(arguments: Sequence[str]) -> None:
     print(f"windows of {windows.size} tokens, each {windows.stride} further on")
     said = {"model": o.model, "window": windows.size, "stride": windows.stride}
     _write(o.output, {**said, "texts": {name: one.record() for name, one in found.items()}})
+
+
+def _half(interval: float) -> str:
+    """One document alone has no interval."""
+    return "" if math.isnan(interval) else f" ± {interval:.4f}"
 
 
 def forgetting(arguments: Sequence[str]) -> None:
@@ -181,7 +187,7 @@ def forgetting(arguments: Sequence[str]) -> None:
         ("text", "bits/byte before", "after", "difference (95 %)", "relative", ""),
         [
             (
-                *(name, f"{one.before:.4f}", f"{one.after:.4f}", f"{one.difference:+.4f} ± {one.interval:.4f}"),
+                *(name, f"{one.before:.4f}", f"{one.after:.4f}", f"{one.difference:+.4f}{_half(one.interval)}"),
                 *(f"{one.difference / one.before:+.2%}", one.verdict),
             )
             for name, one in found.items()
@@ -290,7 +296,7 @@ def main() -> None:
         sys.exit(2 if action == "" else 0)
     if action not in COMMANDS:
         close = difflib.get_close_matches(action, COMMANDS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
+        meant = f"; did you mean {close[0]}?" if close else "."
         raise ConfigError(f"tools/evaluate.py {action}: no such command{meant} It has: {', '.join(COMMANDS)}")
     COMMANDS[action][0](arguments)
 

@@ -272,7 +272,7 @@ def main() -> None:
         sys.exit(2 if action == "" else 0)
     if action not in COMMANDS:
         close = difflib.get_close_matches(action, COMMANDS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
+        meant = f"; did you mean {close[0]}?" if close else "."
         raise ConfigError(f"tools/tokenizer.py {action}: no such command{meant} It has: {', '.join(COMMANDS)}")
     COMMANDS[action][0](arguments)
 
