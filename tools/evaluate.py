@@ -16,6 +16,7 @@ evaluation:
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -156,7 +157,7 @@ def loss(arguments: Sequence[str]) -> None:
         [
             (
                 *(name, f"{len(one.nats):,}", f"{sum(one.tokens):,}", f"{sum(one.bytes):,}"),
-                *(f"{one.loss:.4f}", f"{one.perplexity:.4g}", f"{one.bits_per_byte:.4f} ± {one.bits_interval:.4f}"),
+                *(f"{one.loss:.4f}", f"{one.perplexity:.4g}", f"{one.bits_per_byte:.4f}{_half(one.bits_interval)}"),
             )
             for name, one in found.items()
         ],
@@ -164,6 +165,11 @@ def loss(arguments: Sequence[str]) -> None:
     print(f"windows of {windows.size} tokens, each {windows.stride} further on")
     said = {"model": o.model, "window": windows.size, "stride": windows.stride}
     _write(o.output, {**said, "texts": {name: one.record() for name, one in found.items()}})
+
+
+def _half(interval: float) -> str:
+    """One document alone has no interval."""
+    return "" if math.isnan(interval) else f" ± {interval:.4f}"
 
 
 def forgetting(arguments: Sequence[str]) -> None:
@@ -180,7 +186,7 @@ def forgetting(arguments: Sequence[str]) -> None:
         ("text", "bits/byte before", "after", "difference (95 %)", "relative", ""),
         [
             (
-                *(name, f"{one.before:.4f}", f"{one.after:.4f}", f"{one.difference:+.4f} ± {one.interval:.4f}"),
+                *(name, f"{one.before:.4f}", f"{one.after:.4f}", f"{one.difference:+.4f}{_half(one.interval)}"),
                 *(f"{one.difference / one.before:+.2%}", one.verdict),
             )
             for name, one in found.items()

@@ -42,11 +42,13 @@ def _positive(text: str) -> float:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from megatron_ext.data.inspect.plot import check_plot
     from megatron_ext.planning.assumptions import assumptions_for
     from megatron_ext.planning.plan_run import planned_run, run_to_plan, write_planned
     from megatron_ext.planning.plan_text import advice, table
     from megatron_ext.planning.search import search
 
+    check_plot(arguments.plot)
     run = run_to_plan(arguments.run, arguments.overrides)
     uses_te = run.runtime.backend == "transformer_engine"
     assumed = assumptions_for(arguments.gpu, arguments.assumptions, transformer_engine=uses_te)

@@ -93,6 +93,7 @@ def _pieces(tokenizer: Any, documents: Iterable[str], window: int) -> Iterator[T
 def plot_routing(routing: Routing, path: str) -> None:
     """Write a heat map for each text to `path`: layers by experts, 1 being an even share."""
     from matplotlib.figure import Figure  # seconds to import, seldom needed
+    from matplotlib.ticker import MaxNLocator
 
     layers, names = list(routing.shares), list(next(iter(routing.shares.values())))
     columns = min(len(names), 3)
@@ -109,12 +110,13 @@ def plot_routing(routing: Routing, path: str) -> None:
         whole = [load + [math.nan] * (experts - len(load)) for load in loads]
         image = panel.imshow(whole, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
         panel.set_title(name)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     for unused in list(axes.flat)[len(names) :]:
         unused.set_visible(False)
     figure.supxlabel("expert")
     figure.supylabel("layer")
-    figure.colorbar(image, ax=axes, label="share of the text's assignments, 1 = even (darkest: 2 and more)")
+    figure.colorbar(image, ax=axes, label="load: 1 is even, darkest 2 and more")
     content = io.BytesIO()
     figure.savefig(content, format=Path(path).suffix.lower()[1:], dpi=120)
     write_bytes(path, content.getvalue())

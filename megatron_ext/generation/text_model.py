@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.state_file import holds_adapters
 from megatron_ext.data.tokenizer import load_tokenizer
-from megatron_ext.errors import CheckpointError, DataError
+from megatron_ext.errors import CheckpointError, DataError, EnvironmentFault
 from megatron_ext.merging.lora import merge_lora, silent
 from megatron_ext.merging.lora_options import MergeLoraOptions
 from megatron_ext.model_io.checkpoint_model import tokenizer_directory
@@ -50,7 +51,13 @@ def text_model(checkpoint: str | Path, *, trust_remote_code: bool = False, devic
     Raises:
         DataError: it has no tokenizer.
         CheckpointError: its weights are no numbers.
+        EnvironmentFault: there is no such device.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault(
+            f"device = 'cuda': torch finds no CUDA device (torch {torch.__version__}); take --device cpu, or check the "
+            "driver with nvidia-smi"
+        )
     with hugging_face_directory(checkpoint) as directory:
         yield _loaded(directory, checkpoint, trust_remote_code, device)
 

@@ -1,7 +1,10 @@
 """The layouts of a plan as a picture: the memory of each by what it is for, beside the tokens of a day."""
 
+import io
 from pathlib import Path
 
+from megatron_ext.errors import ConfigError
+from megatron_ext.files import write_bytes
 from megatron_ext.planning.assumptions import Assumptions
 from megatron_ext.planning.search import Search
 
@@ -9,10 +12,16 @@ _GIB = 2**30
 
 
 def draw(found: Search, assumed: Assumptions, path: str) -> None:
-    """Draw the chosen layouts into a file at `path`, of the kind that its ending says."""
+    """Draw the chosen layouts into a file at `path`, of the kind that its ending says.
+
+    Raises:
+        ConfigError: none was chosen.
+    """
+    if not found.chosen:
+        raise ConfigError(f"--plot {path}: no layout fits, so there is none to draw; see above what it takes")
     from matplotlib.figure import Figure  # seconds to import, seldom needed
 
-    figure = Figure(figsize=(10, 1.2 + 0.6 * max(len(found.chosen), 1)), layout="constrained")
+    figure = Figure(figsize=(10, 1.5 + 0.6 * len(found.chosen)), layout="constrained")
     memory, speed = figure.subplots(1, 2, sharey=True)
     places, names = list(range(len(found.chosen))), list[str]()
     left = [0.0] * len(places)
@@ -26,7 +35,7 @@ def draw(found: Search, assumed: Assumptions, path: str) -> None:
     memory.barh(places, rest, left=left, label="reserved, fragmentation", color="lightgrey")
     memory.axvline(assumed.memory_gib, color="black", linestyle="--", linewidth=1)
     memory.set_xlabel(f"GiB on the fullest rank (dashed: a GPU's {assumed.memory_gib:g})")
-    memory.legend(fontsize="x-small", loc="lower left")
+    figure.legend(fontsize="small", loc="outside upper center", ncols=5)
     for choice in found.chosen:
         at = choice.candidate.layout
         experts = f" EP{at.ep} ETP{at.etp}" if choice.candidate.run.model.is_moe else ""
@@ -36,6 +45,6 @@ def draw(found: Search, assumed: Assumptions, path: str) -> None:
     speed.set_xlabel("billion tokens a day, predicted")
     memory.set_yticks(places, names)
     memory.invert_yaxis()
-    if not Path(path).suffix:
-        path = f"{path}.png"
-    figure.savefig(path, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix.lower()[1:], dpi=150)
+    write_bytes(path, content.getvalue())

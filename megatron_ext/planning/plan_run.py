@@ -30,7 +30,9 @@ def run_to_plan(path: str, overrides: list[str]) -> RunConfig:
     raw = read_yaml(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or {"train", "data"} & set(raw):
         return load_run(path, overrides)
-    length = min(int(raw["model"].get("max_position_embeddings", 4096)), 4096)
+    longest = raw["model"].get("max_position_embeddings")
+    # What is no number is said by the loader, with the other faults.
+    length = int(min(longest, 4096)) if isinstance(longest, int | float) and longest >= 1 else 4096
     around = {**_SHAPE_ALONE, "data": {**_SHAPE_ALONE["data"], "sequence_length": length}}
     return load_config(RunConfig, {**around, **raw}, overrides, source=path)
 
@@ -41,6 +43,8 @@ def planned_run(found: Search, number: int, tokens: float | None) -> RunConfig:
     Raises:
         ConfigError: there is no such layout.
     """
+    if not found.chosen:
+        raise ConfigError("--write: no layout fits, so there is none to write; see above what it takes")
     if number > len(found.chosen):
         raise ConfigError(f"--choose {number}: the table has {len(found.chosen)} layouts")
     run = found.chosen[number - 1].candidate.run

@@ -117,8 +117,8 @@ def advice(run: RunConfig, tokens: float | None, dense_tokens: float | None) -> 
         ratio = wanted / active
         best = compute_optimum(each * wanted)
         lines += [
-            f"                {short_number(wanted)} are {ratio:.3g} an active parameter, "
-            f"{ratio / TOKENS_A_PARAMETER:.3g} times that; the same compute is optimal for a dense model "
+            f"                {short_number(wanted)} are {_figure(ratio)} an active parameter, "
+            f"{_figure(ratio / TOKENS_A_PARAMETER)} times that; the same compute is optimal for a dense model "
             f"of {short_number(best.parameters)}",
             *(_suggested(one, length) for one in suggestions(active, wanted, each)),
             f"this run        learning rate {run.optimizer.lr:.2g}, batch "
@@ -129,8 +129,12 @@ def advice(run: RunConfig, tokens: float | None, dense_tokens: float | None) -> 
     return "\n".join(lines)
 
 
+def _figure(number: float) -> str:
+    return f"{number:.3g}" if number < 100 else f"{number:,.0f}"
+
+
 def _suggested(one: Suggestion, length: int) -> str:
-    batch = f"{short_number(one.batch_tokens)} tokens = {one.batch_tokens / length:,.0f} samples"
+    batch = f"{short_number(one.batch_tokens)} tokens = {max(one.batch_tokens / length, 1):,.0f} samples"
     return f"suggestion      learning rate {one.learning_rate:.2g}, batch {batch} ({one.source})"
 
 

@@ -81,11 +81,7 @@ def search(run: RunConfig, world_size: int, assumed: Assumptions, best: int = 5)
     """
     found = candidates(run, world_size, assumed)
     if not found:
-        run.resolve(world_size)
-        raise ConfigError(
-            f"no layout of this run is legal on {world_size} GPUs: try another number of them, or another "
-            f"train.global_batch_size than {run.train.global_batch_size}"
-        )
+        raise ConfigError(_nothing_legal(run, world_size))
     chosen, too_large = list[Choice](), 0
     smallest: PeakMemory | None = None
     for candidate in sorted(found, key=lambda one: one.time.seconds / one.time.tokens):
@@ -100,6 +96,19 @@ def search(run: RunConfig, world_size: int, assumed: Assumptions, best: int = 5)
         if len(chosen) == best:
             break
     return Search(len(found), too_large, chosen, smallest if not chosen else None)
+
+
+def _nothing_legal(run: RunConfig, world_size: int) -> str:
+    batch = run.train.global_batch_size
+    lines = [
+        f"no layout of this run is legal on {world_size} GPUs: try another number of them, or batches that are "
+        f"multiples of it, such as train.global_batch_size={-(-batch // world_size) * world_size} instead of {batch}"
+    ]
+    try:
+        run.resolve(world_size)
+    except ConfigError as error:
+        lines += [f"in the layout that it has: {error}"]
+    return "\n".join(lines)
 
 
 def candidates(run: RunConfig, world_size: int, assumed: Assumptions) -> list[Candidate]:

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The four commands of docs/post_training.md as they stand there: from a Hugging Face model to a chat model."""
-=======
-"""The four commands of docs/post_training.md, as they stand there, from a Hugging Face model to a chat model."""
->>>>>>> chat16b
 
 import json
 import shlex

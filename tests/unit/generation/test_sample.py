@@ -12,8 +12,9 @@ import torch
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSink, HuggingFaceSource
 from megatron_ext.config import LoraConfig, LoraTarget, ModelConfig
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_ext.errors import CheckpointError, ConversionError, DataError
+from megatron_ext.errors import CheckpointError, ConversionError, DataError, EnvironmentFault
 from megatron_ext.generation.sample import generate
+from megatron_ext.generation.text_model import text_model
 from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.merging.lora import merge_lora, silent
 from megatron_ext.merging.lora_options import MergeLoraOptions
@@ -189,3 +190,12 @@ def test_a_damaged_header_of_weights_is_one_message(exported: Path, tmp_path: Pa
     weights.write_bytes(weights.read_bytes().replace(b"model.norm.weight", b"model.norm.weigh\xff"))
     with pytest.raises(ConversionError, match="edited: transformers does not load it: .*header"):
         generate(edited, ["a"], **GREEDY)  # type: ignore[arg-type]
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentFault, match="device = 'cuda': torch finds no CUDA device"), \
+            text_model(tmp_path / "model", device="cuda"):  # fmt: skip
+        pass

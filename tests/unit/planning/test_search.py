@@ -12,6 +12,7 @@ from megatron_ext.config import Bf16Precision, ParallelConfig, RecomputeConfig, 
 from megatron_ext.errors import ConfigError
 from megatron_ext.planning.assumptions import GPUS, as_yaml, assumptions_for
 from megatron_ext.planning.memory import stage_states
+from megatron_ext.planning.plan_plot import draw
 from megatron_ext.planning.plan_run import planned_run, run_to_plan, write_planned
 from megatron_ext.planning.plan_text import advice, table
 from megatron_ext.planning.proven import PROVEN, kind_of
@@ -168,6 +169,10 @@ def test_a_model_that_fits_nowhere_is_said_to() -> None:
     found = search(replace(run, precision=Bf16Precision(kind="bf16")), 4, H100)
     assert not found.chosen
     assert "none fits: the least that any needs is" in table(run, found, 4, H100, 14, None)
+    with pytest.raises(ConfigError, match="no layout fits"):
+        planned_run(found, 1, None)
+    with pytest.raises(ConfigError, match="no layout fits"):
+        draw(found, H100, "plan.png")
 
 
 def test_a_run_of_stages_is_planned_by_all_of_them() -> None:
@@ -186,5 +191,15 @@ def test_a_run_of_stages_is_planned_by_all_of_them() -> None:
 
 def test_no_layout_is_a_clear_error() -> None:
     run = small(moe=False, batch=1)
-    with pytest.raises(ConfigError, match="no layout|global_batch_size"):
+    said = r"no layout.* on 7 GPUs.*train.global_batch_size=7 instead of 1\n.*that it has"
+    with pytest.raises(ConfigError, match=said):
         search(run, 7, H100)
+
+
+@pytest.mark.parametrize("longest", ["four", "null", "2k", "-4", ".nan", "[1]"])
+def test_a_shape_that_is_wrong_is_said_by_the_loader(tmp_path: Path, longest: str) -> None:
+    shape = tmp_path / "model.yaml"
+    shape.write_text("model: {num_layers: 8, hidden_size: 1024, ffn_hidden_size: 4096, num_attention_heads: 16,"
+                     f" vocab_size: 32000, max_position_embeddings: {longest}}}\n")  # fmt: skip
+    with pytest.raises(ConfigError, match="model.max_position_embeddings"):
+        run_to_plan(str(shape), [])
