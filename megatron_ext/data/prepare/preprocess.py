@@ -272,11 +272,7 @@ def _join(
             splits[name] = dict(zip(_COUNTED, counts.sum(axis=0).tolist(), strict=True))
         files += counts
     if not splits:
-        names = [source["path"] for source in plan["sources"]]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        nothing = "empty" if not any(source["bytes"] for source in plan["sources"]) else "no document in it"
-        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or nothing
-        raise DataError(f"{names[0]}{more}: no text there is left ({why})")
+        raise DataError(_nothing_left(plan, left_out))
     if (made := how.finish(output, splits, tokenizer)) is not splits:
         splits, sums = dict(made), {}  # other files than those that were summed
     results = {
@@ -297,6 +293,15 @@ def _join(
 
 
 _COUNTED = ("documents", "tokens", "bytes")
+
+
+def _nothing_left(plan: dict[str, Any], left_out: dict[str, int]) -> str:
+    names = [source["path"] for source in plan["sources"]]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    if not any(source["bytes"] for source in plan["sources"]):
+        return f"{names[0]}{more}: empty, without a byte"
+    why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "no document in it"
+    return f"{names[0]}{more}: no text there is left ({why})"
 
 
 def _buckets(plan: dict[str, Any]) -> int:

@@ -114,6 +114,9 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, prepared: Path) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="no text"):
         preprocess([tmp_path / "empty.jsonl"], prepared / "t", tmp_path / "d")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="empty.jsonl: empty, without a byte"):
+        preprocess([tmp_path / "empty.jsonl"], prepared / "t", tmp_path / "d")
 
 
 def test_changes_are_noticed(prepared: Path, tmp_path: Path) -> None:
