@@ -69,6 +69,8 @@ def _read(path: Path, *, chat: bool, system: str | None) -> Iterator[Prompt]:
         rows = ({"prompt": line} for row in rows for line in row["text"].splitlines() if line.strip())
     for number, row in enumerate(rows, start=1):
         where, text = f"{path}, row {number}", row.get("prompt", row.get("text"))
+        if not isinstance(text, str | list | None):
+            raise DataError(f"{where}: {'prompt' if 'prompt' in row else 'text'} = {text!r}: expected a text")
         if "messages" in row or "conversations" in row or not isinstance(text, str):
             yield _asked(row, system, where)
         else:

@@ -143,6 +143,7 @@ def test_conversations_are_written_by_the_template_up_to_the_answer(model: TextM
     ("text", "complaint"),
     [
         ('{"other": 1}\n', "rows.jsonl, row 1: the row has other; expected prompt, text"),
+        ('{"text": 3}\n', "rows.jsonl, row 1: text = 3: expected a text"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "row 1: the conversation asks nothing"),
         ("", "rows.jsonl: "),
     ],
