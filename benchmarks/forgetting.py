@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What does a model forget? Continual pretraining by LoRA, merged, then SFT by LoRA; beside all parameters.
 
-  python benchmarks/forgetting.py --record            the folder of MEGATRON_EXT_SAMPLE_DATA; 20 CPU minutes
+  python benchmarks/forgetting.py --record            the folder of MEGATRON_EXT_SAMPLE_DATA; half an hour on 2 cores
   python benchmarks/forgetting.py --tiny              to see that it runs
 
 A small model learns English and Hindi pages; then Japanese ones, some of them about commands of which the others say
