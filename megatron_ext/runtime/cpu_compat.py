@@ -128,6 +128,8 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def __init__(self) -> None:
         self.changes: list[tuple[str, Callable[[types.ModuleType], None]]] = []
+        self.around: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {}
+        """What is open while the module of this name is executed."""
 
     def add(self, prefix: str, change: Callable[[types.ModuleType], None]) -> None:
         if self not in sys.meta_path:
@@ -136,12 +138,15 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> Any:
         changes = [change for prefix, change in self.changes if fullname.startswith(prefix)]
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target) if changes else None
+        around = self.around.get(fullname, contextlib.nullcontext)
+        is_ours = bool(changes) or fullname in self.around
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target) if is_ours else None
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
             run = spec.loader.exec_module
 
             def exec_module(module: types.ModuleType) -> None:
-                run(module)
+                with around():
+                    run(module)
                 for change in changes:
                     change(module)
 
@@ -214,6 +219,23 @@ def keep_compiler_out() -> None:
     name = "megatron.core.jit"
     if name not in sys.modules and not torch.cuda.is_available():
         _after_import.add(name, lambda module: module.disable_jit_fuser())
+        # 0.19 compiles a method of its inference router without asking there.
+        _after_import.around["megatron.core.transformer.moe.router"] = _nothing_compiled
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """While open, `torch.compile` leaves functions as they are written."""
+    real = torch.compile
+
+    def as_written(function: Any = None, **_: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    torch.compile = as_written  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = real
 
 
 @contextlib.contextmanager
