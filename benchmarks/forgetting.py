@@ -86,6 +86,10 @@ class Plan:
         """Where the model of this name is."""
         return self.folder / "models" / name.replace(", ", "-").replace(" ", "_")
 
+    def beside(self, name: str, ending: str) -> Path:
+        """Another file or folder of it; its seed is no ending to be replaced."""
+        return self.place(f"{name}{ending}")
+
 
 def mapping(plan: Plan, way: Way, stage: str, seed: int) -> dict[str, Any]:
     """A run of `stage`, which is `early`, `new` or `chat`, on one process."""
@@ -126,11 +130,11 @@ def mapping(plan: Plan, way: Way, stage: str, seed: int) -> dict[str, Any]:
 
 def make(plan: Plan, run: dict[str, Any], name: str, start: Path | None) -> None:
     """Train a model from `start` and write it as a Hugging Face directory; as one rank of a process group."""
-    place, training = plan.place(name), plan.place(name).with_suffix(".run")
+    place, training = plan.place(name), plan.beside(name, ".run")
     run["checkpoint"] = {"directory": str(training), "save_interval": 200, "keep_last": 1}
     if start is not None:
         run["checkpoint"]["initialize_from"] = str(start)
-    file = training.with_suffix(".yaml")
+    file = plan.beside(name, ".yaml")
     file.write_text(dump_yaml(run))
     config = load_run(file)
     groups, device = split_process_group(config.parallel, config.runtime), choose_device(config.runtime)
@@ -146,7 +150,7 @@ def make(plan: Plan, run: dict[str, Any], name: str, start: Path | None) -> None
 def ask(plan: Plan, name: str) -> None:
     """Write what a model still knows beside it."""
     probes, tokenizer = read_probes(plan.folder / "probes.json"), plan.folder / "data" / "chat" / "tokenizer"
-    figures_of(plan.place(name), tokenizer, probes).write(plan.place(name).with_suffix(".json"))
+    figures_of(plan.place(name), tokenizer, probes).write(plan.beside(name, ".json"))
 
 
 def go(plan: Plan, pool: GlooPool, name: str, run: dict[str, Any], start: Path | None) -> Path:
@@ -154,7 +158,7 @@ def go(plan: Plan, pool: GlooPool, name: str, run: dict[str, Any], start: Path |
     place = plan.place(name)
     if not place.exists():
         pool.run(1, make, plan, run, name, start, timeout=_LONGEST)
-    if not place.with_suffix(".json").exists():
+    if not plan.beside(name, ".json").exists():
         pool.run(1, ask, plan, name, timeout=_LONGEST)
         print(f"done: {name}", flush=True)
     return place
@@ -173,7 +177,7 @@ def results_of(plan: Plan, seeds: int) -> dict[str, list[Figures]]:
     """Of every model in the order of the table."""
 
     def figures(name: str) -> Figures:
-        return read_figures(plan.place(name).with_suffix(".json"))
+        return read_figures(plan.beside(name, ".json"))
 
     found = {"early languages alone": [figures("early")]}
     for pretraining, tunings in TUNING.items():
