@@ -54,9 +54,10 @@ def write_export(
     _copy_beside(given, beside, directory)
     foreign = given is not None and beside is not None and given != beside
     trained = bool(content.run.get("data"))
-    tokenizer = read_tokenizer(directory)
+    where = given or beside or directory
+    tokenizer = read_tokenizer(directory, where)
     if tokenizer is not None:
-        check_rows(tokenizer, given or beside or directory, model.vocab_size, refuse=trained or foreign)
+        check_rows(tokenizer, where, model.vocab_size, refuse=trained or foreign)
     said = _said(given if foreign else None) or content.hf_config or _said(beside)
     special = special_tokens(tokenizer, directory, said, vocab_size=model.vocab_size, decides=trained or foreign)
     name = str(_prevailing_dtype(specs)).removeprefix("torch.")
@@ -76,7 +77,7 @@ def write_export(
     brought = given is not None and (given / GENERATION_FILE).is_file()
     write_generation(directory / GENERATION_FILE, special, decides=trained or foreign, foreign=foreign and not brought)
     if tokenizer is not None:
-        check_reading(tokenizer, directory)
+        check_reading(tokenizer, directory, where)
     for file_name in architecture.code:
         (directory / file_name).write_text(shipped_code(file_name))
 

@@ -20,8 +20,13 @@ _OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forc
 """Settings of generation, beside `*_token_id`, that name tokens by their ids."""
 
 
-def read_tokenizer(directory: Path) -> Any | None:
-    """Transformers' tokenizer of an export; None, and a warning, where there are files of one that it cannot read."""
+def read_tokenizer(directory: Path, where: Path) -> Any | None:
+    """Transformers' tokenizer of an export; None, and a warning, where there are files of one that it cannot read.
+
+    Args:
+        directory: the export being written, under a name that it loses when it is whole.
+        where: the folder that its tokenizer was copied from, which messages name.
+    """
     if not any(next(directory.glob(pattern), None) for pattern in VOCABULARIES):
         return None
     try:
@@ -30,7 +35,7 @@ def read_tokenizer(directory: Path) -> Any | None:
         log.warning(
             "%s; its files are carried on as they are, and token ids in the export are those of the source's "
             "config.json",
-            error,
+            _of_source(error, directory, where),
         )
         return None
 
@@ -124,21 +129,26 @@ def check_rows(tokenizer: Any, where: Path, vocab_size: int, *, refuse: bool) ->
     log.warning("%s, and must not be used", what)
 
 
-def check_reading(before: Any, directory: Path) -> None:
-    """Warn where transformers reads the tokenizer otherwise, beside an export's config.json, than `before` that."""
+def check_reading(before: Any, directory: Path, where: Path) -> None:
+    """Warn where transformers reads the tokenizer of `where` otherwise, beside an export's config.json, than before."""
     try:
         after = load_tokenizer(directory)
     except DataError as error:
-        log.warning("beside this model's config.json: %s", error)
+        log.warning("beside this model's config.json: %s", _of_source(error, directory, where))
         return
     for text in HARD_TEXTS:
         if before(text).input_ids != after(text).input_ids:
             log.warning(
                 "%s: beside a model of this class transformers reads the tokenizer as %s, not as %s, and %r otherwise; "
                 'set "tokenizer_class" in tokenizer_config.json',
-                directory,
+                where,
                 type(after).__name__,
                 type(before).__name__,
                 text[:40],
             )
             return
+
+
+def _of_source(error: DataError, directory: Path, where: Path) -> str:
+    """What `error` says of the tokenizer in `directory`, said of the folder that it was copied from."""
+    return str(error).replace(str(directory), str(where))

@@ -56,7 +56,10 @@ def test_ids_and_every_file_survive_a_tokenizer_that_cannot_be_read(
     convert(tmp_path / "back", tmp_path / "again")
     for name in files.keys() - {"generation_config.json"}:
         assert (tmp_path / "again" / name).read_text() == files[name], name
-    assert "cannot be read as a tokenizer" in caplog.text
+    source = tmp_path / "back" / "iter_0000000" / "tokenizer"
+    assert f"{source}: cannot be read as a tokenizer" in caplog.text
+    assert f"from_pretrained('{source}')" in caplog.text
+    assert ".partial" not in caplog.text
     before, after = config_of(llama), config_of(tmp_path / "again")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert after[name] == before[name]
@@ -139,10 +142,10 @@ def test_a_trained_model_is_not_exported_with_a_larger_tokenizer(llama: Path, tm
 
 def test_a_class_that_reads_otherwise_is_said(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = load_tokenizer(write(byte_level(), llama))
-    check_reading(before, llama)
+    check_reading(before, llama, llama)
     assert not caplog.text
     write_settings(llama, {"tokenizer_class": "BertTokenizer", "eos_token": "<|endoftext|>"})
-    check_reading(before, llama)
+    check_reading(before, llama, llama)
     assert "tokenizer" in caplog.text
     assert replace(open_checkpoint(llama).content, tokenizer=None).companion_files == llama
 
