@@ -160,8 +160,8 @@ def _say_spelt(tokenizer: Tokenizer, said: Path, texts: Sequence[str]) -> None:
         if mark := tokenizer.spells(text):
             said.touch()
             log.warning(
-                "a document spells out the special token %r: in documents that is text, not the token itself. A corpus "
-                "of conversations needs them as tokens; plain text does not",
+                "a document spells out the special token %r: in documents that is text, not the token itself. "
+                "Conversations need them as tokens (prepare their messages with --chat); plain text does not",
                 mark,
             )
             return

@@ -27,6 +27,7 @@ def test_another_end_of_documents_is_another_tokenizer(
     prefix = tmp_path / "d" / "train"
     preprocess([tmp_path / "c.jsonl"], directory, tmp_path / "d", split=(1, 0, 0))
     assert caplog.text.count("spells out the special token '<|endoftext|>'") == 1
+    assert "prepare their messages with --chat" in caplog.text
     counts = check_dataset(prefix, Tokenizer(directory))
     described = json.loads((tmp_path / "d" / "dataset.json").read_text())
     assert (counts.documents, described["eod"], described["eod_token"], described["vocab_size"]) == (
