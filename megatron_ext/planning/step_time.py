@@ -32,7 +32,7 @@ _GATED_WEIGHTED = 62
 _DISPATCHED = 12
 """Of a row and hidden unit: gathered to the experts and summed again."""
 _MOE_TOKEN = 48
-"""Of a token and hidden unit of an MoE layer beside its rows: the router's fp32 input, and the gradients of what forks."""
+"""Of a token and hidden unit of an MoE layer beside its rows: the router's fp32 input, gradients of what forks."""
 _ROUTED = 240
 """Of a token and expert: the router's fp32 scores, selection and loss."""
 _WEIGHT_GRADIENT = 12
