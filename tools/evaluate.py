@@ -32,11 +32,9 @@ if TYPE_CHECKING:
 
 
 @config
-class LossOptions:
-    """Options of `loss`."""
+class ReadingOptions:
+    """How models read texts."""
 
-    model: PathName
-    """Hugging Face directory or Megatron checkpoint (also one of adapters)."""
     texts: list[str] = Field(min_length=1)
     """Texts as NAME=PATH, such as ja=ja.jsonl: files or folders of .jsonl, .json, .txt, these compressed, tables."""
     documents: int | None = Field(default=None, ge=1)
@@ -54,6 +52,24 @@ class LossOptions:
     """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
     output: PathName | None = None
     """JSON file of all figures."""
+
+
+@config
+class LossOptions(ReadingOptions):
+    """Options of `loss`."""
+
+    model: PathName
+    """Hugging Face directory or Megatron checkpoint (also one of adapters)."""
+
+
+@config
+class ForgettingOptions(ReadingOptions):
+    """Options of `forgetting`: both models read the same texts, each in windows of its own tokens."""
+
+    before: PathName
+    """The model before: Hugging Face directory or Megatron checkpoint."""
+    after: PathName
+    """The model after, which may have another tokenizer."""
 
 
 @config
@@ -86,32 +102,6 @@ class ProbeOptions:
     """Where to compute, in fp32. The devices of the run are busy."""
     trust_remote_code: bool = False
     """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
-
-
-@config
-class ForgettingOptions:
-    """Options of `forgetting`."""
-
-    before: PathName
-    """The model before: Hugging Face directory or Megatron checkpoint."""
-    after: PathName
-    """The model after, which may have another tokenizer."""
-    texts: list[str] = Field(min_length=1)
-    """Texts as NAME=PATH, which both read."""
-    documents: int | None = Field(default=None, ge=1)
-    """So many documents of each are read, the first ones. Unset: all."""
-    window: int | None = Field(default=None, ge=2)
-    """As of `loss`, for each model."""
-    stride: int | None = Field(default=None, ge=1)
-    """As of `loss`."""
-    batch_size: int = Field(default=8, ge=1)
-    """Windows at once."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute, in fp32."""
-    trust_remote_code: bool = False
-    """Run modelling code inside a Hugging Face directory. Code that this framework shipped needs no trust."""
-    output: PathName | None = None
-    """JSON file of all figures."""
 
 
 @config
@@ -291,7 +281,7 @@ def main() -> None:
     COMMANDS[action][0](arguments)
 
 
-def _losses(name: str, o: LossOptions | ForgettingOptions) -> "tuple[Windows, dict[str, TextLoss]]":
+def _losses(name: str, o: ReadingOptions) -> "tuple[Windows, dict[str, TextLoss]]":
     """The loss of the model `name` on each text, and the windows that it was read in."""
     texts = _by_name(o.texts)
     from megatron_ext.evaluation.text_loss import read_texts, text_loss, windows_of

@@ -19,6 +19,29 @@ from megatron_ext.planning.memory import StateMemory
 _BACKWARD = 2
 """Backward over forward, in products."""
 
+# Bytes that the elementwise kernels of the torch backend read and write in bf16, forward and backward, counted kernel
+# by kernel as they stand there; fused ones need a half or a third.
+_NORM_RESIDUAL = 52
+"""Of a token and hidden unit: both norms, both residual sums and their gradients."""
+_ROTARY = 44
+"""Of a token and channel of queries and keys: cos, sin, negate, concatenate, two products and a sum."""
+_GATED = 36
+"""Of a token and unit of a dense gated network: the gate's activation times the other half."""
+_GATED_WEIGHTED = 62
+"""Of a row and unit of a routed expert: the same times the routing weight."""
+_DISPATCHED = 12
+"""Of a row and hidden unit: gathered to the experts and summed again."""
+_MOE_TOKEN = 48
+"""Of a token and hidden unit of an MoE layer beside its rows: the router's fp32 input, gradients of what forks."""
+_ROUTED = 240
+"""Of a token and expert: the router's fp32 scores, selection and loss."""
+_WEIGHT_GRADIENT = 12
+"""Of a weight and micro-batch: a bf16 gradient added to its fp32 sum."""
+_CROSS_ENTROPY = 66
+"""Of a token and vocabulary entry: about twenty kernels a block of logits."""
+_UPDATE = 42
+"""Of a parameter and step: Adam in fp32, the gradient's norm, zeros and copies."""
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -75,7 +98,7 @@ def step_time(
         messages=number * messages,
         bubble=bubble,
         data_parallel=max(cost.data_parallel(state) for state in states),
-        optimizer=assumed.slack * parameters * 42 / (layout.dp * layout.cp) / (assumed.memory_tb_s * 1e12),
+        optimizer=assumed.slack * parameters * _UPDATE / (layout.dp * layout.cp) / (assumed.memory_tb_s * 1e12),
         tokens=shape.size * shape.length,
         model_flops=shape.size * shape.length * training_flops_per_token(run.model, shape.length, run.adapters),
         world_size=layout.world_size,
@@ -138,7 +161,7 @@ class _Cost:
         # The backward pass of attention has five products to the forward pass's two.
         core = 2 * scores * (1 + 2.5) / (self._peak * assumed.attention)
         split = layout.tp if self._run.parallel.sequence_parallel else 1
-        moved = 52 * self._tokens / split * hidden + 44 * tokens * (queries + keys)
+        moved = _NORM_RESIDUAL * self._tokens / split * hidden + _ROTARY * tokens * (queries + keys)
         return self._product(tokens * weights, assumed.products, assumed.fp8_products) + core + self._moved(moved)
 
     def _moved(self, numbers_times_bytes: float) -> float:
@@ -151,9 +174,9 @@ class _Cost:
         width = model.ffn_hidden_size if width is None else width
         matrices = 3 if model.gated_linear_unit else 2
         products = tokens * matrices * model.hidden_size * width
-        gradients = 12 * matrices * model.hidden_size * width / self._layout.tp
+        gradients = _WEIGHT_GRADIENT * matrices * model.hidden_size * width / self._layout.tp
         return self._product(products, self._assumed.products, self._assumed.fp8_products) + self._moved(
-            36 * tokens * width + gradients
+            _GATED * tokens * width + gradients
         )
 
     def _experts(self) -> float:
@@ -164,9 +187,9 @@ class _Cost:
         width = model.expert_ffn_hidden_size / layout.etp
         matrices = 3 if model.gated_linear_unit else 2
         experts = (model.num_moe_experts or 0) / layout.ep
-        gradients = 12 * experts * matrices * model.hidden_size * width
-        moved = 62 * rows * width + 12 * rows * model.hidden_size + gradients
-        moved += self._tokens / split * (48 * model.hidden_size + 240 * (model.num_moe_experts or 0))
+        gradients = _WEIGHT_GRADIENT * experts * matrices * model.hidden_size * width
+        moved = _GATED_WEIGHTED * rows * width + _DISPATCHED * rows * model.hidden_size + gradients
+        moved += self._tokens / split * (_MOE_TOKEN * model.hidden_size + _ROUTED * (model.num_moe_experts or 0))
         shared = self._dense(model.moe_shared_expert_intermediate_size or 0)
         products = rows * matrices * model.hidden_size * width
         return (
@@ -180,7 +203,9 @@ class _Cost:
         """Output layer, loss and the gradient of both tables."""
         model, tokens = self._model, self._tokens / self._layout.tp
         vocabulary = model.padded_vocab_size
-        moved = 66 * tokens * vocabulary + 24 * vocabulary * model.hidden_size / self._layout.tp
+        # The tables of both ends have their gradient.
+        gradients = 2 * _WEIGHT_GRADIENT * vocabulary * model.hidden_size / self._layout.tp
+        moved = _CROSS_ENTROPY * tokens * vocabulary + gradients
         return 6 * tokens * vocabulary * model.hidden_size / (self._peak * self._assumed.products) + self._moved(moved)
 
     def _rate(self, ranks: int) -> float:

@@ -7,11 +7,15 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_ext.config import dump_yaml, load_run, to_mapping
+from megatron_ext.data.stream.batches import MicroBatch
+from megatron_ext.data.stream.position import Position
 from megatron_ext.model_io.open import read_any_model
 from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.training import loop
+from megatron_ext.training.data import open_data
+from megatron_ext.training.session import starting_state
 
 STEPS = 5
 
@@ -53,3 +57,14 @@ def train_here(path: Path, overrides: list[str]) -> None:
     run = load_run(path, overrides)
     groups, device = split_process_group(run.parallel, run.runtime), choose_device(run.runtime)
     loop.open_and_train(run, run.resolve(dist.get_world_size()), groups, device, open_hugging_face)
+
+
+def batches_here(path: Path, overrides: list[str]) -> list[list[MicroBatch]]:
+    """The micro-batches of every step, without training."""
+    run = load_run(path, overrides)
+    groups = split_process_group(run.parallel, run.runtime)
+    data = open_data(run, starting_state(run), groups.dp, torch.device("cpu"))
+    data.train.seek(Position(0))
+    steps = [list(data.train.next()) for _ in range(STEPS)]
+    data.close()
+    return steps

@@ -16,20 +16,15 @@ from megatron_ext.config import (
     ParallelConfig,
     PreferenceTask,
     RecomputeConfig,
-    load_run,
 )
 from megatron_ext.data.prepare.chat import ChatPreparation
 from megatron_ext.data.prepare.preprocess import preprocess
-from megatron_ext.data.stream.position import Position
 from megatron_ext.data.supervised import Supervised
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.proving.parity import Cell, compare, run_layout
-from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
-from megatron_ext.training.data import open_data
-from megatron_ext.training.session import starting_state
-from tests.distributed.chat_runs import STEPS, train_here, write_chat_run
+from tests.distributed.chat_runs import batches_here, train_here, write_chat_run
 from tests.distributed.layouts import TOLERANCE, GridCase, layout
 from tests.unit.data.chats import chat_tokenizer, turns
 
@@ -102,15 +97,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pairs_here(path: Path, overrides: list[str]) -> list[list[int]]:
     """The numbers of the pairs of every step."""
-    run = load_run(path, overrides)
-    groups = split_process_group(run.parallel, run.runtime)
-    data = open_data(run, starting_state(run), groups.dp, torch.device("cpu"))
-    data.train.seek(Position(0))
     steps = []
-    for _ in range(STEPS):
-        pairs = [micro.pairs for micro in data.train.next()]
+    for batch in batches_here(path, overrides):
+        pairs = [micro.pairs for micro in batch]
         steps.append([int(number) for one in pairs if one is not None for number in one.numbers[one.is_pair_BP]])
-    data.close()
     return steps
 
 

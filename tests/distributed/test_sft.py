@@ -9,20 +9,15 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
-from megatron_ext.config import load_run
 from megatron_ext.data.prepare.chat import ChatPreparation
 from megatron_ext.data.prepare.preprocess import preprocess
-from megatron_ext.data.stream.position import Position
 from megatron_ext.data.supervised import Supervised
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.mcore.embedding_noise import add_noise
 from megatron_ext.model_io.convert import convert
 from megatron_ext.monitoring.metrics_file import read_metrics
-from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
-from megatron_ext.training.data import open_data
-from megatron_ext.training.session import starting_state
-from tests.distributed.chat_runs import STEPS, train_here, write_chat_run
+from tests.distributed.chat_runs import batches_here, train_here, write_chat_run
 from tests.unit.data.chats import chat_tokenizer, turns
 
 LENGTH = 64
@@ -61,14 +56,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def packs_here(path: Path, overrides: list[str]) -> list[list[dict[str, Any]]]:
     """The packs of every step, as their samples: tokens, labels and weights."""
-    run = load_run(path, overrides)
-    groups = split_process_group(run.parallel, run.runtime)
-    data = open_data(run, starting_state(run), groups.dp, torch.device("cpu"))
     steps = []
-    data.train.seek(Position(0))
-    for _ in range(STEPS):
+    for batch in batches_here(path, overrides):
         samples: list[dict[str, Any]] = []
-        for micro in data.train.next():
+        for micro in batch:
             assert micro.document_lengths is not None
             for row, lengths in enumerate(micro.document_lengths.tolist()):
                 columns = [x[row].split(lengths) for x in (micro.tokens, micro.labels, micro.loss_mask)]
@@ -76,7 +67,6 @@ def packs_here(path: Path, overrides: list[str]) -> list[list[dict[str, Any]]]:
                     dict(zip(("tokens", "labels", "weights"), one, strict=True)) for one in zip(*columns, strict=True)
                 ]
         steps.append([sample for sample in samples if sample["weights"].any()])
-    data.close()
     return steps
 
 

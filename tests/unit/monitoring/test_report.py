@@ -3,8 +3,6 @@
 import base64
 import json
 import re
-import shutil
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -23,50 +21,7 @@ from megatron_ext.monitoring.report.phases import RunFiles
 from megatron_ext.monitoring.report.plots import MOST_POINTS, plot_data, thin
 from megatron_ext.monitoring.report.serve import ReportServer
 from megatron_ext.monitoring.report.sources import mean_loss, source_rows
-
-LOADS = {"1": [0.5, 0.25, 0.25], "2": [0.4, 0.3, 0.3]}
-HEALTH = {"max_violation": 0.5, "dead_experts": 0, "entropy": 0.9, "top1": 0.4, "max1_max2": 1.5, "drop_rate": 0.0}
-
-
-def write_metrics(path: Path, steps: int, *, loss: float, experts: bool = False) -> str:
-    file = MetricsFile(path)
-    described = {"layout": {"processes": 4, "TP": 2}, "versions": {"torch": "2.13"}, "run": {"train": {"seed": 7}}}
-    file.write({"event": "start", "iteration": 0, "time": 100.0, **described})
-    for step in range(1, steps + 1):
-        record: dict[str, object] = {
-            "iteration": step,
-            "loss": loss - step / 10,
-            "learning_rate": 1e-3,
-            "consumed_tokens": step * 1000,
-            "tokens_per_second": 500.0 + step,
-            "tflops_per_device": 0.25,
-            "grad_norm": 1.0 / step,
-            "memory_bytes": 2**31,
-            "time": 100.0 + 36 * step,
-        }
-        if experts:
-            record["moe"] = {layer: {**HEALTH, "load": load} for layer, load in LOADS.items()}
-            record |= sources_of(step)
-            record |= {"step_seconds": {"data": 0.25, "forward_backward": 1.0}, "figures": {"checkpoint_lag": 2}}
-        file.write(record)
-    file.write({"iteration": steps, "validation_loss": loss, **(VALIDATED if experts else {})})
-    if experts:
-        file.write({"event": "skip", "iteration": 3, "text": "a </script> spike", "time": 100.0})
-        file.write({"event": "failed", "iteration": 5, "text": "out of memory", "time": 100.0})
-    file.close()
-    return str(path)
-
-
-def sources_of(step: int) -> dict[str, object]:
-    """Two sources, of which the second comes with the second stage, in every other step."""
-    values = {"supervised_tokens": 100.0, "consumed_tokens": step * 900, "epochs": step / 10}
-    sources = {"en": {"loss": 4.0 - step / 10, **values}}
-    if step % 2 == 0:
-        sources["ja"] = {"loss": 5.0 - step, **values}
-    return {"stage": "first" if step < 3 else "second", "sources": sources}
-
-
-VALIDATED = {"sources": {"en": {"loss": 3.5, "perplexity": 33.1}, "ja": {"loss": 4.5, "perplexity": 90.0}}}
+from tests.unit.monitoring.reported_runs import write_metrics
 
 
 class Page(HTMLParser):
@@ -88,13 +43,6 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._in_data and data.strip():
             self.data = json.loads(data)
-
-
-@pytest.fixture
-def named(tmp_path: Path) -> list[str]:
-    dense = write_metrics(tmp_path / "dense.jsonl", 10, loss=9.0)
-    moe = write_metrics(tmp_path / "moe.jsonl", 5, loss=4.0, experts=True)
-    return [f"dense={dense}", f"MoE={moe}"]
 
 
 def test_summary(named: list[str]) -> None:
@@ -327,82 +275,6 @@ def test_a_running_job_is_served_and_followed(named: list[str], tmp_path: Path) 
     with pytest.raises(ConfigError, match="choose another port"):
         ReportServer(named, "x", int(server.url.split(":")[2].strip("/")))
     server.close()
-
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def browse(address: str, folder: Path, width: int = 1280) -> subprocess.CompletedProcess[str]:
-    """Open the page and let its scripts run; stdout is what became of it, stderr has what the console says."""
-    if BROWSER is None:
-        pytest.skip("no Chromium here")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=2000"]
-    command += ["--enable-logging=stderr", "--dump-dom", address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-USED = """<script>
-const over = document.querySelector("#curves .u-over"), place = over.getBoundingClientRect();
-const at = (target, kind, share) => target.dispatchEvent(new MouseEvent(kind, {
-  clientX: place.left + share * place.width, clientY: place.top + 20, bubbles: true, button: 0, movementX: 9 }));
-document.querySelectorAll("input[type=checkbox]")[1].click();  // smoothed
-const results = document.documentElement.dataset;
-results.smoothed = document.querySelectorAll("#curves .plot")[0].textContent.includes("dense, smoothed");
-setTimeout(() => {
-  const fresh = document.querySelector("#curves .u-over");
-  at(fresh, "mouseenter", 0.25); at(fresh, "mousemove", 0.222);
-  setTimeout(() => {
-    results.note = document.querySelector("#curves .note").textContent;
-    results.hover = document.querySelector("#curves .u-legend").textContent.includes("3000");
-    at(fresh, "mousedown", 0.2); at(fresh, "mousemove", 0.6); at(document, "mouseup", 0.6);
-    setTimeout(() => { drawAll(); results.zoomed = zooms.has("curves loss (nats a token)"); }, 100);
-  }, 100);
-}, 100);
-</script></body>"""
-
-
-def test_a_reader_zooms_hovers_and_smoothes(named: list[str], tmp_path: Path) -> None:
-    write_report(tmp_path / "r.html", "x", read_phases(named), [], None)
-    page = (tmp_path / "r.html").read_text().replace("</body>", USED)
-    (tmp_path / "r.html").write_text(page)
-    done = browse((tmp_path / "r.html").as_uri(), tmp_path)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    assert 'data-smoothed="true"' in done.stdout
-    assert 'data-hover="true"' in done.stdout
-    assert 'data-note="MoE, step 3, skip: a &lt;/script&gt; spike"' in done.stdout.replace(
-        "</script>", "&lt;/script&gt;"
-    )
-    assert 'data-zoomed="true"' in done.stdout
-
-
-def test_a_browser_follows_a_running_job(named: list[str], tmp_path: Path) -> None:
-    class Running(ReportServer):
-        """The run takes another step whenever somebody has looked."""
-
-        def page(self) -> bytes:
-            shown = super().page()
-            step = {"iteration": 11, "loss": 1.5, "consumed_tokens": 11_000}
-            with open(tmp_path / "dense.jsonl", "a") as file:
-                file.write(json.dumps({**step, "tokens_per_second": 5, "tflops_per_device": 1}) + "\n")
-            return shown
-
-    server = Running(named, "x", 0)
-    threading.Thread(target=server.serve, daemon=True).start()
-    done = browse(server.url, tmp_path)
-    server.close()
-    assert "CONSOLE" not in done.stderr, done.stderr
-    assert "<td>1.500</td>" in done.stdout
-    assert "live; looked at" in done.stdout
-
-
-def test_a_phone_draws_it(named: list[str], tmp_path: Path) -> None:
-    write_report(tmp_path / "r.html", "x", read_phases(named), [], None)
-    done = browse((tmp_path / "r.html").as_uri(), tmp_path, 390)
-    # Seven curves; three of the sources of one run, two heat maps and four curves for its experts, parts of its steps.
-    assert re.search(r'data-drawn="17"', done.stdout), done.stderr
-    assert "CONSOLE" not in done.stderr, done.stderr
 
 
 def test_evaluations_are_a_table_of_checkpoints_and_what_they_write(tmp_path: Path) -> None:
