@@ -7,11 +7,15 @@ Legend of array shapes: C characters, S segments, U unclear segments, T tokens, 
 pieces.
 """
 
+import contextlib
+import glob
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
 
 from megatron_ext.data.prepare.running_scores import SPACES, UNKNOWN_PENALTY, Line
 
@@ -119,12 +123,40 @@ def _table_of(keys_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.uint64]:
     return table, numbers, shift
 
 
+class _KeptCode(FunctionCache):  # type: ignore[misc]
+    """Compiled code of one function on the disk, which spares time and is never needed.
+
+    numba's own ends the program with what a full disk or a file cut short raises, at every start. And it writes the
+    list of a function's files before the files: killed in between, or on a disk that is full, it would take the code
+    of an older source for that of this one.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever bytes that are no code of ours raise
+            self._forget()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            if not self._cache_file._load_index():
+                self._forget()
+            super().save_overload(sig, data)
+        except Exception:
+            self._forget()
+
+    def _forget(self) -> None:
+        with contextlib.suppress(OSError):
+            for path in Path(self.cache_path).glob(glob.escape(self._impl.filename_base) + ".*"):
+                path.unlink(missing_ok=True)
+
+
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled at its first call and kept on the disk, where there is a place for it."""
-    try:
-        result: Callable[..., Any] = numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        result = numba.njit(nogil=True)(function)
+    result: Callable[..., Any] = numba.njit(nogil=True)(function)
+    with contextlib.suppress(RuntimeError):  # no folder can be written to
+        result._cache = _KeptCode(function)  # type: ignore[attr-defined]
     return result
 
 

@@ -6,7 +6,6 @@ crosses it. What is left is rounding: of unigram segmentations whose scores are 
 their `running_scores` they are read behind that sum, or else their lines and documents are read whole.
 """
 
-import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -61,6 +60,7 @@ class SegmentReader:
         self._unigram = _Unigram(model["vocab"]) if model["type"] == "Unigram" else None
         self._vocabulary, self._seen = model["vocab"], 0
         self.compiled: CompiledPaths | None = None
+        self._may_compile = True
         self.reads_apart = self._unigram is None
         self.scores: RunningScores | None = None
         # Sums begin anew behind a token that is cut out of the text, which special ones are not.
@@ -118,10 +118,13 @@ class SegmentReader:
         if self.compiled is not None:
             return self.compiled.best(segments)
         self._seen += len(segments)
-        if self._seen > _BEFORE_COMPILED and importlib.util.find_spec("numba") is not None:
-            from megatron_ext.data.prepare.compiled_paths import CompiledPaths  # slow to import
+        if self._seen > _BEFORE_COMPILED and self._may_compile:
+            try:
+                from megatron_ext.data.prepare.compiled_paths import CompiledPaths  # slow to import
 
-            self.compiled = CompiledPaths(self._vocabulary, _NEAR)
+                self.compiled = CompiledPaths(self._vocabulary, _NEAR)
+            except ImportError:  # numba is not here, or is made for another numpy
+                self._may_compile = False
         return [unigram.best(segment) for segment in segments]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,14 @@ def test_tokens_that_are_cut_out_of_long_lines(
         assert encoder.encode(texts).tolist() == expected
     assert max(given) < 256
     assert (encoder._reader.compiled is not None) == is_compiled
+
+
+def test_numba_that_cannot_be_imported(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment_reading, "_BEFORE_COMPILED", 0)
+    monkeypatch.setitem(sys.modules, "megatron_ext.data.prepare.compiled_paths", None)
+    encoder = encoder_for(tokenizer)
+    for texts in (["fox", "the fox"], ["a quick fox"]):
+        assert encoder.encode(texts).tolist() == BatchEncoder(tokenizer).encode(texts).tolist()
 
 
 def test_what_is_new_is_noticed_once(tokenizer: Tokenizer) -> None:
