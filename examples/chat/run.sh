@@ -17,7 +17,7 @@ source "$here/../steps.sh"
 
 one_source $out "${MEGATRON_EXT_SAMPLE_DATA:-python}"
 share=$(share_of_steps $out "${CHAT_SHARE:-}" CHAT_SHARE)
-pretraining=$((120 * share / 100)) sft=$((160 * share / 100)) dpo=$((80 * share / 100))
+pretraining=$((120 * share / 100)) sft=$((160 * share / 100)) dpo=$((60 * share / 100))
 
 # --- text, conversations, pairs ----------------------------------------------------------------------------------------
 if [ -n "${MEGATRON_EXT_SAMPLE_DATA:-}" ]; then
@@ -55,9 +55,8 @@ tuned() {
 }
 # What it writes to the questions that were set aside: does it stop, does it repeat itself?
 asking="python $root/tools/evaluate.py probe \"\$CHECKPOINT\" --prompts $PWD/$rows/questions.jsonl --max-new-tokens 60"
-# So few steps need large ones.
-tuned sft chat pretrained $sft optimizer.lr=2e-3 schedule.min_lr=2e-4
-tuned dpo pairs sft $dpo optimizer.lr=1e-3 schedule.min_lr=1e-4 train.global_batch_size=16
+tuned sft chat pretrained $sft
+tuned dpo pairs sft $dpo
 
 # --- merged -> Hugging Face --------------------------------------------------------------------------------------------
 step merge $out/merged tool merge_lora $out/dpo $out/merged --dtype fp32

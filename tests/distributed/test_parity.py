@@ -92,7 +92,7 @@ LATENT_ATTENTION: dict[str, Any] = {"multi_latent_attention": LATENT, "num_query
 SFT = SftTask(kind="sft", weighting="row", neftune_alpha=5.0)
 # The reference by switching adapters off, and by a table; sums and means of answers' tokens.
 DPO = PreferenceTask(kind="preference", nll=0.5)
-DPO_BY_MEANS = PreferenceTask(kind="preference", log_probs="mean", beta=5.0, balance_losses=True)
+DPO_BY_MEANS = PreferenceTask(kind="preference", log_probs="mean", beta=1.0, balance_losses=True)
 ALONE = ParallelConfig(use_distributed_optimizer=False)
 KINDS = {
     "dense": Cell(tiny_model(), ALONE),
