@@ -58,7 +58,7 @@ def _require_one(directory: str | Path, owner: str) -> None:
         shown = ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")
         raise CheckpointError(
             f"checkpoint.directory = {str(directory)!r} is not the same directory for all ranks: what rank 0 on "
-            f"{told[0][0]} writes there is not seen on {shown} (ranks {blind[0]} to {blind[-1]}). Each rank writes what "
+            f"{told[0][0]} writes there is not seen on {shown} (ranks {blind[0]} to {blind[-1]}). Each writes what "
             "it alone holds, and reads what others wrote: put it on a file system that every node sees. Training waits "
             "for a copy in memory, not for that file system. Only a run on one node may have it on a local disk, with "
             "a shared checkpoint.copy_to"
