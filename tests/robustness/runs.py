@@ -1,5 +1,6 @@
 """Whole runs inside the processes of the pool, for tests that stop, kill and watch them."""
 
+import contextlib
 import os
 import random
 import signal
@@ -38,11 +39,14 @@ def train_here(path: Path, overrides: list[str]) -> int:
 def lock_own_disk(place: Path) -> str:
     """Take the lock of a directory that each rank has for itself, as on a node's own disk; why it is refused."""
     module._SEEN_WITHIN = 0.0
-    try:
-        with module.run_lock(place / str(dist.get_rank()) / "run"):
-            return ""
-    except CheckpointError as error:
-        return str(error)
+    own = place / str(dist.get_rank())
+    own.mkdir()
+    with contextlib.chdir(own):
+        try:
+            with module.run_lock("run"):
+                return ""
+        except CheckpointError as error:
+            return str(error)
 
 
 def train_and_signal(path: Path, overrides: list[str], rank: int, number: int, metrics: Path, step: int) -> int:
