@@ -11,7 +11,7 @@ from megatron_ext.config import WandbConfig
 from megatron_ext.monitoring.alerts.message import Message
 from megatron_ext.monitoring.events import EVALUATION, Event
 from megatron_ext.monitoring.replay import EVALUATED, first_with_wandb, late, replay
-from megatron_ext.monitoring.sinks.wandb_files import recorded_until
+from megatron_ext.monitoring.sinks.wandb_files import recorded_until, remove_empty
 from megatron_ext.monitoring.sources import ValidationReport, validation_panels
 from megatron_ext.monitoring.step_report import StepRecord, step_panels_of
 
@@ -49,7 +49,9 @@ class WandbSink:
         self._run: Any = None
         self._held, self._step = -1, iteration
         """The last step that W&B has of earlier starts, and the one that reports have come to."""
-        recorded = recorded_until(_folder(settings, directory), run_id)
+        folder = _folder(settings, directory)
+        recorded = recorded_until(folder, run_id)
+        remove_empty(folder, run_id)
         modes: list[Literal["online", "offline"]] = ["offline"] if settings.mode == "offline" else ["online", "offline"]
         for mode in modes:
             try:

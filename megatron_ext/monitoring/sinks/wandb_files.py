@@ -1,7 +1,9 @@
 """How far the files of a W&B run reach that earlier starts have left on this machine."""
 
+import contextlib
 import json
 import logging
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,23 @@ def recorded_until(where: Path, run_id: str) -> int | None:
     except Exception as error:  # noqa: BLE001 - whatever W&B writes, training goes on
         log.warning("how far W&B's files in %s reach is not known (%s): steps may be missing there", where, error)
         return None
+
+
+def remove_empty(where: Path, run_id: str) -> None:
+    """Remove what offline starts of W&B run `run_id` have left that were killed before W&B wrote what run they are.
+
+    Nothing is in them, and one such folder has `wandb sync` (0.31) send none.
+    """
+    for path in where.glob(f"wandb/offline-run-*-{run_id}*/run-{run_id}.wandb"):
+        with contextlib.suppress(Exception):  # it is W&B's, and no reason to fail
+            if not _names_run(path):
+                shutil.rmtree(path.parent)
+
+
+def _names_run(path: Path) -> bool:
+    """Whether a file says what run it is of, as the first records of all do."""
+    with open(path, "rb") as file:
+        return any(_parsed(record).WhichOneof("record_type") == "run" for record in _records(file.read(_WINDOW), 0))
 
 
 def _last_step(path: Path) -> int:
@@ -73,13 +92,18 @@ def _records(content: bytes, begin: int) -> Iterator[bytes]:
 
 def _step(record: bytes) -> int | None:
     """The step of a record of W&B; None where it is of something else."""
-    from wandb.proto import wandb_internal_pb2
-
-    messages: Any = wandb_internal_pb2  # of which mypy sees nothing
-    found = messages.Record.FromString(record)
+    found = _parsed(record)
     if found.WhichOneof("record_type") != "history":
         return None
     if found.history.HasField("step"):
         return int(found.history.step.num)
     named = [item for item in found.history.item if "_step" in (item.key, *item.nested_key)]
     return int(json.loads(named[0].value_json)) if named else None
+
+
+def _parsed(record: bytes) -> Any:
+    """A record of W&B as its own library reads it."""
+    from wandb.proto import wandb_internal_pb2
+
+    messages: Any = wandb_internal_pb2  # of which mypy sees nothing
+    return messages.Record.FromString(record)
