@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from megatron_ext.config import WandbConfig
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.sinks import wandb_files
@@ -116,10 +118,11 @@ def test_wandb_may_die(tmp_path: Path) -> None:
     assert "W&B stopped taking reports" in report(tmp_path, "offline", "1", "20", "kill")
 
 
-def test_numbers_of_events_are_drawn() -> None:
+def test_numbers_of_events_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    sink = WandbSink(WandbConfig(mode="off"), "id", Path("unused"), {}, Path("unused"), 3)
-    sink._run = SimpleNamespace(log=lambda values, **how: drawn.append((values, how)))
+    run = SimpleNamespace(log=lambda values, **how: drawn.append((values, how)))
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.wandb._start", lambda *_: run)
+    sink = WandbSink(WandbConfig(mode="offline"), "id", tmp_path, {}, tmp_path / "metrics.jsonl", 3)
     sink.event(Event("skip", 3, "a skip"))
     sink.event(Event("gradients", 4, "gradients", {"gradients": {"layer_000": {"mlp": {"norm": 0.5}}}}))
     sink.event(Event("evaluation", 2, "late", {"results": {"score": 0.5}}))
