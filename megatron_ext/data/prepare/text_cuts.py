@@ -1,7 +1,7 @@
 """Where a text may be cut so that the tokenizers library gives its parts the ids of the whole.
 
 The library reads a text in steps: added tokens are cut out, each stretch between is normalized, split into words, and
-each word is read by itself. At a cut, each of these steps must do on both sides what it does in the whole. For steps that
+each word is read by itself. At a cut, each of these steps must do on both sides what it does in the whole. Of steps that
 are understood here this follows from the two characters at its sides. They are a place for a cut where
 
 - a word ends there, whatever stands around; or
