@@ -1,8 +1,8 @@
 """Where a text may be cut so that the tokenizers library gives its parts the ids of the whole.
 
 The library reads a text in steps: added tokens are cut out, each stretch between is normalized, split into words, and
-each word is read by itself. At a cut, each of these steps must do on both sides what it does in the whole. Of steps that
-are understood here this follows from the two characters at its sides. They are a place for a cut where
+each word is read by itself. At a cut, each of these steps must do on both sides what it does in the whole. Where a step
+is understood here, this follows from the two characters at the sides. They are a place for a cut where
 
 - a word ends there, whatever stands around; or
 - the model merges pairs, and the last token before it and the first one behind it stay two when read together: merges
