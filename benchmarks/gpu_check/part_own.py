@@ -133,7 +133,9 @@ def _both_layouts(name: str, x: Tensor, tile: Tile) -> Operation:
         both = quantize_both(x, E4M3, tile, maxima, triton=triton)
         return [tensor for one in both for tensor in (one.values.view(torch.uint8), one.scale)]
 
-    return Operation(f"FP8 {name} in both layouts, maxima included", run, (6 if tile == WHOLE else 8) * x.numel(), exact=True)
+    return Operation(
+        f"FP8 {name} in both layouts, maxima included", run, (6 if tile == WHOLE else 8) * x.numel(), exact=True
+    )
 
 
 def _transposed(experts: Tensor) -> Operation:
