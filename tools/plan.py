@@ -49,7 +49,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from megatron_ext.planning.plan_text import advice, table
     from megatron_ext.planning.run_length import run_length
     from megatron_ext.planning.search import search
-    from megatron_ext.training.planned import stated_plan
+    from megatron_ext.training.planned import expected_plan
 
     check_plot(arguments.plot)
     if arguments.write:
@@ -57,7 +57,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     run = run_to_plan(arguments.run, arguments.overrides)
     uses_te = run.runtime.backend == "transformer_engine"
     assumed = assumptions_for(arguments.gpu, arguments.assumptions, transformer_engine=uses_te)
-    length = run_length(run, stated_plan(run.data, run.train))
+    length = run_length(run, expected_plan(run))
     if arguments.tokens is not None:
         length = replace(length, tokens=arguments.tokens)
     said = advice(run, length, arguments.dense_tokens)

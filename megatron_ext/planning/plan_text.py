@@ -56,8 +56,8 @@ def _kinds(run: RunConfig, length: RunLength) -> list[str]:
     """What the steps of the run are like, where they differ."""
     if length.tokens is None:
         return [
-            "tokens          how many the stages have, their sources say: state `tokens` of each in data.sources, or "
-            "give --tokens; until then all steps are taken to be like those of the last stage"
+            "tokens          how many the stages have, their sources say: prepare them, state `tokens` of each in "
+            "data.sources, or give --tokens; until then all steps are taken to be like those of the last stage"
         ]
     if len(length.kinds) == 1:
         return []

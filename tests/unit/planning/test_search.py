@@ -31,7 +31,7 @@ from megatron_ext.planning.search import MICRO_BATCHES, Candidate, candidates, s
 from megatron_ext.planning.step_time import step_time
 from megatron_ext.proving.prove import plan_proof
 from megatron_ext.testing.tiny import tiny_model
-from megatron_ext.training.planned import stated_plan
+from megatron_ext.training.planned import expected_plan
 from tests.distributed.test_parity import DENSE, MOE
 from tests.support.workspace import ROOT
 from tests.unit.config.test_load import load, mapping
@@ -218,7 +218,7 @@ def test_a_run_of_stages_is_planned_by_all_of_them() -> None:
 def test_the_kind_of_step_that_most_tokens_are_in_is_the_one_that_is_timed() -> None:
     """A run that ends with a few long samples is not as slow as those, and its stages say how long it is."""
     run = load_run(ROOT / "examples" / "recipes" / "calm2_7b.yaml")
-    length = run_length(run, stated_plan(run.data, run.train))
+    length = run_length(run, expected_plan(run))
     assert length.tokens == pytest.approx(1.3e12, rel=1e-4)
     assert [(run.step_shapes[n].length, round(share, 3)) for n, share in length.kinds] == [(4096, 0.95), (32768, 0.05)]
     layout = run.resolve(64)
@@ -228,6 +228,16 @@ def test_the_kind_of_step_that_most_tokens_are_in_is_the_one_that_is_timed() -> 
     days = (0.95 * short.seconds / short.tokens + 0.05 * long.seconds / long.tokens) * 1.3e12 / 86400
     assert length.tokens / tokens_a_second(one, length, H100) / 86400 == pytest.approx(days, rel=1e-3)
     assert run_length(run).tokens is None  # nothing is known of stages without a plan
+
+
+def test_what_is_prepared_says_how_long_stages_are(tmp_path: Path) -> None:
+    data = {"train": [], "cache_dir": None, "sources": {"ja": {"path": str(tmp_path / "train")}},
+            "stages": [{"name": "all", "take": {"ja": {"epochs": 2}}}]}  # fmt: skip
+    run = load(mapping(data=data, train={"train_iters": 0}))
+    assert expected_plan(run) is None
+    (tmp_path / "train.bin").touch()
+    (tmp_path / "dataset.json").write_text('{"vocab_size": 9, "splits": {"train": {"documents": 3, "tokens": 6401}}}')
+    assert run_length(run, expected_plan(run)).tokens == 2 * 6400 // (8 * 64) * (8 * 64)
 
 
 def test_the_steps_of_a_ramp_count_by_their_tokens() -> None:
