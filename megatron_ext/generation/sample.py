@@ -92,24 +92,12 @@ def continued(
     """
     encoder = Encoder(model, how.chat_template)
     encoded = [encoder.encode(prompt) for prompt in prompts]
-    _warn_of_lengths(model, max(map(len, encoded), default=0), how.max_new_tokens)
     # Padding would take of the positions that there are.
     size = 1 if write is not None or model.positions is not None else how.batch_size
     for at in range(0, len(prompts), size):
         rows = prompts[at : at + size]
         numbers = range(first + at, first + at + len(rows))
         yield from _batch(model, rows, encoded[at : at + size], numbers, how, write)
-
-
-def _warn_of_lengths(model: TextModel, longest: int, room: int) -> None:
-    """Say that texts may be longer than what the model is for, where it computes its positions and goes on anyway."""
-    declared = model.declared_positions
-    if model.positions is None and declared is not None and longest + room > declared:
-        log.warning(
-            "prompts of up to %s tokens and %s more go beyond the %s positions that %s is declared for "
-            "(max_position_embeddings): what it writes there is guesswork",
-            *(f"{longest:,}", f"{room:,}", f"{declared:,}", model.name),
-        )
 
 
 def _batch(

@@ -40,12 +40,6 @@ class TextModel:
     """How many positions it has learned; None where they are computed, and so have no end."""
 
     @property
-    def declared_positions(self) -> int | None:
-        """The longest text that its configuration says it is for."""
-        said = getattr(self.network.config, "max_position_embeddings", None)
-        return said if isinstance(said, int) else None
-
-    @property
     def rows(self) -> int:
         """Tokens that it embeds."""
         return int(self.network.get_input_embeddings().weight.shape[0])

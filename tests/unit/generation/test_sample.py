@@ -13,9 +13,7 @@ from megatron_ext.checkpoint.hf_directory import HuggingFaceSink, HuggingFaceSou
 from megatron_ext.config import LoraConfig, LoraTarget, ModelConfig
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.errors import CheckpointError, ConversionError, DataError, EnvironmentFault
-from megatron_ext.generation.prompts import Prompt
-from megatron_ext.generation.sample import Continuing, continued, generate
-from megatron_ext.generation.sampling import Sampling
+from megatron_ext.generation.sample import generate
 from megatron_ext.generation.text_model import require_model, text_model
 from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.merging.lora import merge_lora, silent
@@ -117,18 +115,6 @@ def test_a_continuation_ends_at_the_last_learned_position(
             DataError, match=r"has [\d,]+ tokens, but \S+gpt2 has learned 20 positions only .* at most 19"
         ):
             generate(tmp_path / "gpt2", [prompt], **GREEDY)  # type: ignore[arg-type]
-
-
-def test_a_text_beyond_the_declared_positions_is_warned_of(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with text_model(exported) as model:
-        declared = model.network.config.max_position_embeddings
-        model.network.config.max_position_embeddings = 8
-        list(continued(model, [Prompt("the model")], Continuing(Sampling(0.0), 4)))
-        assert "go beyond the 8 positions" in caplog.text
-        caplog.clear()
-        model.network.config.max_position_embeddings = declared
-        list(continued(model, [Prompt("the model")], Continuing(Sampling(0.0), 4)))
-        assert not caplog.text
 
 
 def test_a_model_that_is_not_there_is_said_before_others_are_asked(exported: Path, tmp_path: Path) -> None:
