@@ -287,6 +287,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["runtime.backend = 'transformer_engine'", "runtime.device = 'cpu'", "runtime.backend: torch"],
     ),
     (
+        {"runtime": {"backend": "transformer_engine", "kernels": "triton"}},
+        ["runtime.kernels = 'triton'", "runtime.backend = 'transformer_engine'", "remove runtime.kernels"],
+    ),
+    (
         {"recompute": {"granularity": "selective", "modules": ["layernorm"]}},
         ["recompute.modules = ['layernorm']", "runtime.backend: transformer_engine only"],
     ),
