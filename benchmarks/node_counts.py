@@ -3,7 +3,7 @@
 
 python benchmarks/node_counts.py                            a few minutes on two quiet cores, 10 GB of memory
 python benchmarks/node_counts.py --layers 70 --stages 6     the real depth and stages
-python benchmarks/node_counts.py --layers 70 --stages 6 --ranks 48 30 36 48    EP 8 too
+python benchmarks/node_counts.py --layers 70 --stages 6 --ranks 48 30 36       EP 8 too; 20 GB
 
 The layout of examples/recipes/llmjp4_291b.yaml, shrunk: 70 layers, 128 experts top-8, PP 6, VPP 2, embedding and loss
 counted as layers, so that the first and last stage have fewer of them; one process stands for a node. EP 8 takes 48
