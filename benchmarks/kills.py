@@ -8,11 +8,12 @@ python benchmarks/kills.py --folder DIR --kills 10     does it run?
 Ctrl-C (SIGINT) ends it with what it has by then.
 
 One rank gets kill -9 at a moment drawn with --seed: after any number of seconds, or before any of the calls that
-Python makes while it starts, validates, reports, saves, completes or copies a checkpoint. The others end by
-themselves, or are killed soon after, as it is drawn. The same command goes on until it is killed again or has done
-all steps. Then nothing may tell the run from one that was never killed: reports, TensorBoard, what W&B has, every
-tensor of the last checkpoint, to the last bit in fp32 and bf16, and with adapters; to rounding where the number of
-ranks changes from start to start. Ranks are forked from one process that has imported everything.
+Python makes while it starts, asks a reference what it says of pairs, validates, reports, saves, completes or copies a
+checkpoint. The others end by themselves, or are killed soon after, as it is drawn. The same command goes on until it is
+killed again or has done all steps. Then nothing may tell the run from one that was never killed: reports, TensorBoard,
+what W&B has, every tensor of the last checkpoint, what the reference said, to the last bit in fp32 and bf16, with
+adapters, in fine-tuning and preference optimisation; to rounding where the number of ranks changes from start to start.
+Ranks are forked from one process that has imported everything.
 """
 
 import argparse
@@ -25,12 +26,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import run_records
-from killed_ranks import ANYWHERE, Fork, Moment
+from killed_ranks import ANYWHERE, ONCE, Fork, Moment
 from report import hardware, markdown_table, record, versions
-from run_data import prepare
+from run_data import prepare, prepare_chats
 
 from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.metadata import METADATA_FILE
@@ -40,6 +41,7 @@ from megatron_ext.config import dump_yaml
 from megatron_ext.locks import LOCK_FILE
 
 VOCABULARY, STEPS, PROCESSES = 512, 8, 2
+LENGTHS = {"text": 64, "chat": 256}
 GRACE = (0.0, 0.3, 30.0)
 """Seconds that the other ranks have for an end of their own."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
@@ -56,6 +58,12 @@ class Kind:
     """Of all kills."""
     sizes: tuple[int, ...] = (PROCESSES,)
     has_adapters: bool = False
+    task: Literal["pretrain", "sft", "preference"] = "pretrain"
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether what the reference says of the pairs is a file beside them."""
+        return self.task == "preference" and not self.has_adapters
 
     @property
     def folder(self) -> str:
@@ -72,7 +80,7 @@ class Kind:
                 "num_attention_heads": 4,
                 "num_query_groups": 2,
                 "vocab_size": VOCABULARY,
-                "max_position_embeddings": 64,
+                "max_position_embeddings": LENGTHS["chat"],
                 "num_moe_experts": 4,
                 "moe_ffn_hidden_size": 32,
                 "moe_gating_normalization": {},
@@ -89,12 +97,8 @@ class Kind:
             },
             "optimizer": {"kind": "adam", "lr": 1e-3},
             "schedule": {"kind": "cosine", "warmup_iters": 2},
-            "data": {
-                "sequence_length": 64,
-                "tokenizer": str(folder / "tokenizer"),
-                "train": [{"path": str(folder / "data" / "train")}],
-                "validation": [{"path": str(folder / "data" / "validation")}],
-            },
+            "data": self._data(folder, directory),
+            "task": {"kind": self.task},
             "checkpoint": {
                 "directory": str(directory / "run"),
                 "save_interval": 2,
@@ -106,14 +110,29 @@ class Kind:
         }
         if self.has_adapters:
             raw["adapters"] = {"targets": [{"rank": 4}]}
+        if self.has_adapters or self.task != "pretrain":
             raw["checkpoint"]["initialize_from"] = str(folder / KINDS[0].folder / "calm" / "run")
         return raw
 
+    def _data(self, folder: Path, directory: Path) -> dict[str, Any]:
+        """The section `data`. Runs that keep a reference beside their pairs have links to them of their own."""
+        place = folder / {"pretrain": "data", "sft": "chat", "preference": "pairs"}[self.task]
+        read = directory / "pairs" if self.keeps_reference else place
+        return {
+            "sequence_length": LENGTHS["text" if self.task == "pretrain" else "chat"],
+            "tokenizer": str(folder / "tokenizer" if self.task == "pretrain" else place / "tokenizer"),
+            "train": [{"path": str(read / "train")}],
+            "validation": [{"path": str(read / "validation")}],
+        }
+
 
 KINDS = (
-    Kind("fp32", "fp32", 0.35),
-    Kind("bf16", "bf16", 0.35),
+    Kind("fp32", "fp32", 0.2),
+    Kind("bf16", "bf16", 0.2),
     Kind("adapters, bf16", "bf16", 0.1, has_adapters=True),
+    Kind("SFT, bf16", "bf16", 0.1, task="sft"),
+    Kind("DPO, LoRA, bf16", "bf16", 0.1, has_adapters=True, task="preference"),
+    Kind("DPO, file, fp32", "fp32", 0.1, task="preference"),
     Kind("1, 2, 4 ranks, fp32", "fp32", 0.1, (1, 2, 4)),
     Kind("1, 2, 4 ranks, bf16", "bf16", 0.1, (1, 2, 4)),
 )
@@ -132,6 +151,10 @@ class Life:
     def start(self, size: int, moment: Moment | None = None, grace: float = 0) -> bool:
         """Start it, or go on with it; whether it was killed."""
         self.directory.mkdir(exist_ok=True)
+        if self.kind.keeps_reference and not (pairs := self.directory / "pairs").is_dir():
+            pairs.mkdir()
+            for file in (self.directory.parent.parent / "pairs").iterdir():
+                (pairs / file.name).symlink_to(file)
         yaml = self.directory / "run.yaml"
         yaml.write_text(dump_yaml(self.kind.configuration(self.directory.parent.parent, self.directory)))
         call = [str(yaml), f"parallel.expert_model_parallel_size={min(size, 2)}"]
@@ -159,7 +182,8 @@ def moments(counts: dict[tuple[int, str], int], seconds: float, draws: random.Ra
                 yield Moment(rank, place, draws.uniform(0, seconds))
             else:
                 # A start that goes on from the middle of the run has fewer of them left.
-                yield Moment(rank, place, draws.randint(1, max(counts[rank, place] // 2, 1)))
+                most = counts[rank, place] // (1 if place in ONCE else 2)
+                yield Moment(rank, place, draws.randint(1, max(most, 1)))
 
 
 class Difference(NamedTuple):
@@ -207,6 +231,11 @@ def different(life: Life, calm: Life) -> Difference:
         faults.append("W&B has other figures")
     if events != calm_events:
         faults.append("TensorBoard has other figures")
+    if life.kind.keeps_reference:
+        said, wanted_to = (
+            {f.name: f.read_bytes() for f in one.directory.glob("pairs/*.reference-*")} for one in (life, calm)
+        )
+        faults += [] if said == wanted_to else ["the reference says something else of the pairs"]
     faults += other_tensors(require_checkpoint(ours), require_checkpoint(theirs))
     return Difference(faults, apart, lost)
 
@@ -305,6 +334,7 @@ def main() -> None:
     """Kill, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, metavar="N", help="in all (default 200)")
+    parser.add_argument("--kinds", nargs="+", choices=[k.name for k in KINDS], metavar="KIND", help="not all of them")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default 0)")
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="a new folder for all runs")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
@@ -312,11 +342,16 @@ def main() -> None:
     folder, begin = options.folder.absolute(), time.monotonic()
     folder.mkdir(parents=True)
     prepare(folder, VOCABULARY)
+    prepare_chats(folder, LENGTHS["chat"])
     fork, series = Fork(), list[Series]()
+    wanted = [kind for kind in KINDS if options.kinds is None or kind.name in options.kinds]
+    kills = options.kills / sum(kind.share for kind in wanted)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it starts with &
     try:
         for kind in KINDS:
-            series.append(Series(kind, folder, fork, round(options.kills * kind.share), options.seed))
+            if kind in wanted or kind is KINDS[0]:  # whose model the others begin with
+                wants = round(kills * kind.share) if kind in wanted else 0
+                series.append(Series(kind, folder, fork, wants, options.seed))
         while (next_one := min(series, key=lambda one: one.done)).done < 1:
             next_one.live()
     except KeyboardInterrupt:
