@@ -6,7 +6,7 @@ python examples/chat/rows.py CHATS ANSWERS OUTPUT          chats.jsonl, question
 CHATS holds conversations; ANSWERS those that pairs are made of, or preferences, of which the chosen answer is taken.
 Which of two real answers is the right one, a model of a few minutes cannot see. That an answer repeats itself it can,
 and it does so itself. So the rule is: an answer of at least three words is chosen, and rejected is the same answer
-stuck in one of its words: from there on it has only that word, as many words in all.
+stuck in one of its words, but for the last two: from there on it has only that word, as many words in all.
 """
 
 import json
@@ -35,7 +35,7 @@ def stuck(answer: str, draws: random.Random) -> str | None:
     words = answer.split(" ")
     if len(words) < FEWEST_WORDS:
         return None
-    at = draws.randrange(len(words) - 1)
+    at = draws.randrange(len(words) - 2)
     repeated = " ".join(words[:at] + [words[at]] * (len(words) - at))
     return None if repeated == answer else repeated
 
