@@ -6,8 +6,8 @@ python examples/chat/rows.py CHATS ANSWERS OUTPUT          chats.jsonl, question
 CHATS holds conversations; ANSWERS those that pairs are made of, or preferences, of which the chosen answer is taken.
 Which of two real answers is the right one, a model of a few minutes cannot see. That an answer repeats itself it can,
 and it does so itself. So the rule is: an answer is chosen, and rejected is the same answer stuck at a character, drawn
-from its second quarter to its third: from there on the 2 to 8 characters before it come again and again, and it is as
-long in all.
+from its second quarter: from there on the 2 to 8 characters before it come again and again. It ends at four fifths of
+the characters, which are about as many tokens, so that neither is told by its length.
 """
 
 import json
@@ -35,10 +35,10 @@ def stuck(answer: str, draws: random.Random) -> str | None:
     """`answer` as a model gets stuck in it; None where it is too short, or repeats itself already."""
     if len(answer) < FEWEST_CHARACTERS:
         return None
-    at = draws.randrange(len(answer) // 4, len(answer) * 3 // 4)
+    at = draws.randrange(len(answer) // 4, len(answer) // 2)
     piece = answer[max(at - draws.randint(2, 8), 0) : at]
-    repeated = (answer[:at] + piece * len(answer))[: len(answer)]
-    return None if repeated == answer else repeated
+    repeated = (answer[:at] + piece * len(answer))[: len(answer) * 4 // 5]
+    return None if answer.startswith(repeated) else repeated
 
 
 def pairs_of(rows: Iterable[Messages], draws: random.Random) -> Iterator[dict[str, Messages]]:
