@@ -20,6 +20,8 @@ from typing import Any
 from run_data import ROOT
 
 ANYWHERE = "at any time"
+ONCE = ("asking the reference", "writing the reference")
+"""Places that only the first start comes to."""
 PATIENCE = 900.0
 """Seconds that a start may take."""
 
@@ -30,11 +32,13 @@ def places() -> dict[str, list[tuple[Any, str]]]:
     from megatron_ext.checkpoint.manager import CheckpointManager
     from megatron_ext.checkpoint.save import Save
     from megatron_ext.monitoring.monitor import Monitor
-    from megatron_ext.training import loop
+    from megatron_ext.training import loop, reference
     from megatron_ext.training.session import Session
 
     return {
         "while it starts": [(loop, name) for name in ("prepare_directory", "open_data", "build_hooks", "open_session")],
+        "asking the reference": [(reference.StoredReference, "_compute")],
+        "writing the reference": [(reference, "_write")],
         "taking up a checkpoint": [(CheckpointManager, "restore")],
         "in validation": [(Session, "validate")],
         "in a report": [(Monitor, name) for name in ("step", "validation", "event")],

@@ -44,17 +44,49 @@ def random_run(choose: random.Random) -> tuple[RunConfig, int]:
 def _random_mapping(choose: random.Random) -> dict[str, Any]:
     moe, latent = choose.random() < 0.6, choose.random() < 0.15
     heads = choose.choice([4, 8])
+    parallel = _random_layout(choose, moe)
+    model = _random_model(choose, heads, moe)
+    if latent:
+        model |= _latent_attention(choose)
+    if moe:
+        model |= _random_experts(choose)
+        parallel |= {
+            "expert_model_parallel_size": choose.choice([1, 2, 4]),
+            "expert_tensor_parallel_size": choose.choice([1, None]),
+            "moe_token_dispatcher_type": choose.choice(["alltoall", "alltoall", "allgather"]),
+        }
+    return {
+        "model": model,
+        "parallel": parallel,
+        "recompute": _random_recompute(choose, moe),
+        "precision": {"kind": choose.choice(["fp32", "bf16"])},
+        "train": {"train_iters": 2, "global_batch_size": 32, "micro_batch_size": choose.choice([1, 2, 4])},
+        "optimizer": {"kind": "adam", "lr": 1e-3},
+        "schedule": {"kind": "constant"},
+        "data": {"sequence_length": choose.choice([256, 512]), "tokenizer": "t", "train": [{"path": "a"}]},
+        "checkpoint": {"directory": "d"},
+        "runtime": {"device": "cpu", "threads": 1},
+    }
+
+
+def _random_layout(choose: random.Random, moe: bool) -> dict[str, Any]:
+    """Section `parallel`, without what experts add."""
     tp = choose.choice([1, 1, 2, 4])
-    parallel: dict[str, Any] = {
+    layout = {
         "tensor_model_parallel_size": tp,
         "sequence_parallel": tp > 1 and (moe or choose.random() < 0.7),
         "pipeline_model_parallel_size": choose.choice([1, 1, 2, 4]),
         "context_parallel_size": choose.choice([1, 1, 1, 2]),
         "use_distributed_optimizer": choose.random() < 0.8,
     }
-    if parallel["pipeline_model_parallel_size"] > 1 and choose.random() < 0.5:
-        parallel["virtual_pipeline_model_parallel_size"] = 2
-    model: dict[str, Any] = {
+    if layout["pipeline_model_parallel_size"] > 1 and choose.random() < 0.5:
+        layout["virtual_pipeline_model_parallel_size"] = 2
+    return layout
+
+
+def _random_model(choose: random.Random, heads: int, moe: bool) -> dict[str, Any]:
+    """Section `model` of a dense one with grouped-query attention."""
+    return {
         "num_layers": choose.choice([4, 4, 8]),
         "hidden_size": choose.choice([64, 128]),
         "ffn_hidden_size": choose.choice([160, 256, 384]),
@@ -68,53 +100,43 @@ def _random_mapping(choose: random.Random) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": choose.random() < 0.8,
         "add_bias_linear": not moe and choose.random() < 0.15,
     }
-    if latent:
-        model |= {
-            "qk_layernorm": None,
-            "num_query_groups": None,
-            "multi_latent_attention": {
-                "q_lora_rank": choose.choice([None, 48]),
-                "kv_lora_rank": 32,
-                "qk_head_dim": 16,
-                "qk_pos_emb_head_dim": 16,
-                "v_head_dim": 32,
-            },
-        }
-    modules = ["core_attn", "mlp"]
-    if moe:
-        modules += ["moe", "shared_experts"]
-        model |= {
-            "num_moe_experts": choose.choice([4, 8]),
-            "moe_router_topk": choose.choice([1, 2, 4]),
-            "moe_router_pre_softmax": True,
-            "moe_ffn_hidden_size": choose.choice([64, 128]),
-            "moe_first_k_dense": choose.choice([0, 1]),
-            "moe_shared_expert_intermediate_size": choose.choice([None, 64]),
-            "moe_gating_normalization": choose.choice([None, {}]),
-            "moe_aux_loss_coeff": 0.01,
-        }
-        parallel |= {
-            "expert_model_parallel_size": choose.choice([1, 2, 4]),
-            "expert_tensor_parallel_size": choose.choice([1, None]),
-            "moe_token_dispatcher_type": choose.choice(["alltoall", "alltoall", "allgather"]),
-        }
-    recompute: dict[str, Any] = {}
-    if (kind := choose.choice([None, None, "full", "selective"])) == "full":
-        recompute = {"granularity": kind, "method": choose.choice(["uniform", "block"])}
-    elif kind:
-        recompute = {"granularity": kind, "modules": [choose.choice(modules)]}
+
+
+def _latent_attention(choose: random.Random) -> dict[str, Any]:
     return {
-        "model": model,
-        "parallel": parallel,
-        "precision": {"kind": choose.choice(["fp32", "bf16"])},
-        "train": {"train_iters": 2, "global_batch_size": 32, "micro_batch_size": choose.choice([1, 2, 4])},
-        "recompute": recompute,
-        "optimizer": {"kind": "adam", "lr": 1e-3},
-        "schedule": {"kind": "constant"},
-        "data": {"sequence_length": choose.choice([256, 512]), "tokenizer": "t", "train": [{"path": "a"}]},
-        "checkpoint": {"directory": "d"},
-        "runtime": {"device": "cpu", "threads": 1},
+        "qk_layernorm": None,
+        "num_query_groups": None,
+        "multi_latent_attention": {
+            "q_lora_rank": choose.choice([None, 48]),
+            "kv_lora_rank": 32,
+            "qk_head_dim": 16,
+            "qk_pos_emb_head_dim": 16,
+            "v_head_dim": 32,
+        },
     }
+
+
+def _random_experts(choose: random.Random) -> dict[str, Any]:
+    return {
+        "num_moe_experts": choose.choice([4, 8]),
+        "moe_router_topk": choose.choice([1, 2, 4]),
+        "moe_router_pre_softmax": True,
+        "moe_ffn_hidden_size": choose.choice([64, 128]),
+        "moe_first_k_dense": choose.choice([0, 1]),
+        "moe_shared_expert_intermediate_size": choose.choice([None, 64]),
+        "moe_gating_normalization": choose.choice([None, {}]),
+        "moe_aux_loss_coeff": 0.01,
+    }
+
+
+def _random_recompute(choose: random.Random, moe: bool) -> dict[str, Any]:
+    kind = choose.choice([None, None, "full", "selective"])
+    if kind == "full":
+        return {"granularity": kind, "method": choose.choice(["uniform", "block"])}
+    if kind == "selective":
+        modules = ["core_attn", "mlp", *(["moe", "shared_experts"] if moe else [])]
+        return {"granularity": kind, "modules": [choose.choice(modules)]}
+    return {}
 
 
 def _name(run: RunConfig, processes: int) -> str:

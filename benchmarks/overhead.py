@@ -33,7 +33,7 @@ WATCHED = {
     "+ guard": ["logging.log_interval=20"],
     "+ all metrics of every step": ["logging.tensorboard_directory={directory}/tensorboard"],
     "+ a checkpoint every 20 steps": [
-        "logging.tensorboard=true",
+        "logging.tensorboard_directory={directory}/tensorboard",
         "checkpoint.save_interval=20",
         "checkpoint.keep_last=2",
     ],
@@ -82,15 +82,16 @@ def job(folder: Path, name: str, overrides: list[str], last: int) -> Cost:
     directory = folder / f"run {name}"
     given = [override.format(directory=directory) for override in overrides]
     command = [sys.executable, str(ROOT / "tools" / "train.py"), str(folder / "run.yaml"), *given]
-    process = psutil.Popen(
-        [*command, f"checkpoint.directory={directory}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    with open(folder / "last_job.log", "w") as log:
+        process = psutil.Popen(
+            [*command, f"checkpoint.directory={directory}"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     first, end = (_at_report(process, directory / "metrics.jsonl", step) for step in (FIRST, last))
     if process.wait():
-        sys.exit(f"{' '.join(command)}: ended with {process.returncode}")
+        sys.exit(f"{' '.join(command)}: ended with {process.returncode}; see {log.name}")
     shutil.rmtree(directory)
     return Cost(*((after - before) / (last - FIRST) for before, after in zip(first, end, strict=True)))
 
@@ -102,7 +103,7 @@ def _at_report(process: psutil.Popen, metrics: Path, step: int) -> Cost:
             used = process.cpu_times()
             return Cost(time.monotonic(), used.user + used.system)
         time.sleep(0.02)
-    sys.exit(f"the job ended with {process.returncode} before step {step}")
+    sys.exit(f"{metrics.parent.name}: ended with {process.returncode} before step {step}; see last_job.log")
 
 
 def _columns(found: list[Cost], bare: list[Cost]) -> list[str]:

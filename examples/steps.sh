@@ -24,7 +24,7 @@ step() {
 # one_source FOLDER SOURCE: results in FOLDER are of one corpus alone
 one_source() {
   mkdir -p "$1"
-  if [ -e "$1/source" ] && [ "$(cat "$1/source")" != "$2" ]; then
+  if [ -s "$1/source" ] && [ "$(cat "$1/source")" != "$2" ]; then
     echo "error: $1 holds results for another corpus ($(cat "$1/source")); move it away first" >&2
     exit 2
   fi
@@ -34,7 +34,7 @@ one_source() {
 # share_of_steps FOLDER SHARE VARIABLE: percent of the steps to train. SHARE is what VARIABLE of the environment has;
 # empty, it is measured. Kept, so that what is started again goes on with the same number
 share_of_steps() {
-  if [ ! -e "$1/share" ]; then
+  if [ ! -s "$1/share" ]; then
     local share=${2:-$("$python" "$root/examples/quickstart/measure.py")}
     case $share in
       100 | 75 | 50 | 25) ;;

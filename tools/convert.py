@@ -6,6 +6,7 @@
   python tools/convert.py HF_DIRECTORY MEGATRON_CHECKPOINT --data PREPARED_CHATS
   python tools/convert.py RUN HF_DIRECTORY --dtype bf16 --verify --push-to-hub USER/NAME
   python tools/convert.py RUN SMALLER_RUN --to megatron --dtype bf16
+  python tools/convert.py TIED_MODEL MEGATRON_CHECKPOINT --to megatron --untie
   python tools/convert.py HF_DIRECTORY --refresh-code --verify
 
 One process, no GPU, a few tensors in memory. Every tensor is accounted for, or nothing is written.
@@ -66,6 +67,7 @@ def _convert(o: ConvertOptions, target: str, how: "Comparison") -> "Verification
             workers=o.workers,
             force=o.force,
             data=o.data,
+            untie=o.untie,
             verify=how if o.verify else None,
             name=o.push_to_hub,
             progress=progress,

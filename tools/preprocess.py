@@ -54,6 +54,9 @@ class PreprocessOptions:
     chat_template: PathName | None = None
     """With chat or preference: a chat template (.jinja) to use instead of the tokenizer's own. The output holds a copy
     of the tokenizer with it; give that to data.tokenizer of the run, and exports carry it."""
+    template_variables: list[str] = Field(default_factory=list)
+    """With chat or preference: variables of the template, as NAME=VALUE, such as enable_thinking=false. The copy of the
+    template in the output has them as defaults, so that runs and exports write conversations alike."""
     turns: Literal["all", "last", "unroll"] = "all"
     """With chat: every answer of a conversation is trained on, the last alone, or each in a sample of its own (for
     templates that write earlier turns otherwise, such as those that take their reasoning away)."""
@@ -70,7 +73,7 @@ class PreprocessOptions:
 
 
 _OF_TEXT = ("text_key", "min_characters", "max_characters", "max_repetition", "filters")
-_OF_CHAT = ("chat_template", "turns", "strings", "max_tokens", "long")
+_OF_CHAT = ("chat_template", "template_variables", "turns", "strings", "max_tokens", "long")
 
 
 def _check(o: PreprocessOptions) -> None:
@@ -106,6 +109,7 @@ def main() -> None:
             strings=o.strings,
             max_tokens=o.max_tokens,
             long=o.long,
+            template_variables=tuple(o.template_variables),
         )
     options = TextOptions(
         text_key=o.text_key,

@@ -17,16 +17,18 @@ source "$here/../steps.sh"
 
 one_source $out "${MEGATRON_EXT_SAMPLE_DATA:-python}"
 share=$(share_of_steps $out "${CHAT_SHARE:-}" CHAT_SHARE)
-pretraining=$((120 * share / 100)) sft=$((160 * share / 100)) dpo=$((80 * share / 100))
+pretraining=$((120 * share / 100)) sft=$((160 * share / 100)) dpo=$((60 * share / 100))
 
 # --- text, conversations, pairs ----------------------------------------------------------------------------------------
 if [ -n "${MEGATRON_EXT_SAMPLE_DATA:-}" ]; then
-  corpus=$MEGATRON_EXT_SAMPLE_DATA/corpus chats=$MEGATRON_EXT_SAMPLE_DATA/sft pairs=$MEGATRON_EXT_SAMPLE_DATA/preference
+  corpus=$MEGATRON_EXT_SAMPLE_DATA/corpus chats=$MEGATRON_EXT_SAMPLE_DATA/sft answers=$MEGATRON_EXT_SAMPLE_DATA/preference
 else
-  corpus=$out/corpus chats=$out/chats.jsonl pairs=$out/pairs.jsonl
+  corpus=$out/corpus chats=$out/python_chats.jsonl answers=$out/python_chats.jsonl
   step corpus $corpus/documentation.jsonl tool corpus --kind documentation --output $corpus/documentation.jsonl
-  step "conversations and pairs" $pairs "$python" "$here/python_chats.py" $chats $pairs
+  step "conversations" $chats "$python" "$here/python_chats.py" $chats
 fi
+rows=$out/rows
+step "questions and pairs" $rows/pairs.jsonl "$python" "$here/rows.py" "$chats" "$answers" $rows
 step tokenizer $out/tokenizer tool tokenizer train "$corpus" --output $out/tokenizer --vocab-size 4096
 step "preprocess (text)" $out/data/text \
   tool preprocess "$corpus" --tokenizer $out/tokenizer --output $out/data/text --split 0.96 0.02 0.02
@@ -36,8 +38,8 @@ conversations() {
   tool preprocess "$input" "$@" --tokenizer $out/tokenizer --chat-template "$here/template.jinja" --output "$output" \
     --bad-lines skip --split 0.9 0.05 0.05
 }
-step "preprocess (conversations)" $out/data/chat conversations "$chats" $out/data/chat --chat --max-tokens 256
-step "preprocess (pairs)" $out/data/pairs conversations "$pairs" $out/data/pairs --preference --max-tokens 128
+step "preprocess (conversations)" $out/data/chat conversations $rows/chats.jsonl $out/data/chat --chat --max-tokens 256
+step "preprocess (pairs)" $out/data/pairs conversations $rows/pairs.jsonl $out/data/pairs --preference --max-tokens 128
 
 # --- pretrained -> SFT -> DPO ------------------------------------------------------------------------------------------
 step pretraining $out/pretrained/"$(iteration $pretraining)" train 2 "$here/pretrain.yaml" train.train_iters=$pretraining
@@ -48,18 +50,20 @@ tuned() {
   step "$name" $out/"$name"/"$(iteration "$steps")" train 2 "$here/$name.yaml" checkpoint.directory=$out/"$name" \
     checkpoint.initialize_from=$out/"$start" data.tokenizer=$out/data/"$data"/tokenizer \
     "data.sources={$data: {path: $out/data/$data/train}}" "data.stages=[{name: $data, mix: {$data: 1}, steps: $steps}]" \
-    "data.validation=[{path: $out/data/$data/validation}]" "$@"
+    "data.validation=[{path: $out/data/$data/validation}]" \
+    "evaluation.on_checkpoint=$asking" "$@"
 }
-# So few steps need large ones.
-tuned sft chat pretrained $sft optimizer.lr=2e-3 schedule.min_lr=2e-4
-tuned dpo pairs sft $dpo optimizer.lr=1e-3 schedule.min_lr=1e-4 train.global_batch_size=16
+# What it writes to the questions that were set aside: does it stop, does it repeat itself?
+asking="python $root/tools/evaluate.py probe \"\$CHECKPOINT\" --prompts $PWD/$rows/questions.jsonl --max-new-tokens 60"
+tuned sft chat pretrained $sft
+tuned dpo pairs sft $dpo
 
 # --- merged -> Hugging Face --------------------------------------------------------------------------------------------
 step merge $out/merged tool merge_lora $out/dpo $out/merged --dtype fp32
 step export $out/hf tool convert $out/merged $out/hf
 step verify $out/verification.json tool verify $out/merged $out/hf --text $out/data/text/validation \
   --figures $out/verification.json
-step answers $out/answers.json "$python" "$here/ask.py" $out/hf "$chats" $out/answers.json
+step answers $out/answers.json "$python" "$here/ask.py" $out/hf $rows/questions.jsonl $out/answers.json
 
 echo "== report"
 tool report pretrained=$out/pretrained SFT=$out/sft DPO=$out/dpo --title "megatron_ext: pretrained, SFT, DPO" \

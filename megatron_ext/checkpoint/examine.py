@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.checkpoint.find import find_checkpoint
+from megatron_ext.checkpoint.find import find_checkpoint, require_directory
 from megatron_ext.checkpoint.integrity import require_whole
 from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.manifest import MANIFEST_FILE, check_manifest, read_manifest, write_manifest
@@ -69,8 +69,7 @@ def finished_directory(path: str | Path) -> Path:
         CheckpointError: there is no such directory.
     """
     directory = Path(path)
-    if not directory.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
+    require_directory(directory)
     if (directory / MANIFEST_FILE).exists():
         return directory
     return find_checkpoint(directory) or directory

@@ -57,10 +57,17 @@ def find_checkpoint(path: str | Path) -> Path | None:
 
 def require_checkpoint(path: str | Path) -> Path:
     """`find_checkpoint`, raising CheckpointError where there is none."""
+    require_directory(path)
     found = find_checkpoint(path)
     if found is None:
         raise CheckpointError(f"{path}: no complete Megatron checkpoint (a directory iter_* with {METADATA_FILE}) here")
     return found
+
+
+def require_directory(path: str | Path) -> None:
+    """Raise CheckpointError where there is no directory `path`; a model's name on the hub is taken for one easily."""
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path}: no such directory (a model of the Hugging Face hub: `hf download` it first)")
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -37,6 +37,9 @@ from megatron_ext.model_io.open import (
 )
 from megatron_ext.model_io.routing_ties import settle_ties
 from megatron_ext.model_io.text import comparison_batches
+from megatron_ext.model_io.untie import with_two_ends
+
+_TIED = "untie_embeddings_and_output_weights"
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,12 @@ def _generated(path: str | Path, network: Any, rows: Tensor) -> tuple[Generation
 
 
 def compare_fields(a: str | Path, b: str | Path) -> tuple[str, ...]:
-    """The fields in which two checkpoints' configurations say another function, each with both values."""
+    """The fields in which two checkpoints' configurations say another function, each with both values.
+
+    Whether embedding and output layer are one matrix is seen in their weights.
+    """
     different = differing_fields(read_any_model(a), read_any_model(b))
-    return tuple(f"{name} is {x!r} in {a}, {y!r} in {b}" for name, x, y in different)
+    return tuple(f"{name} is {x!r} in {a}, {y!r} in {b}" for name, x, y in different if name != _TIED)
 
 
 def comparison_input(path: str | Path, how: Comparison) -> list[Tensor]:
@@ -210,9 +216,12 @@ def require_memory(model: ModelConfig, path: str | Path) -> None:
 def compare_weights(a: str | Path, b: str | Path) -> WeightComparison:
     """Compare two checkpoints, Megatron or Hugging Face, without their vocabulary padding.
 
-    Where one side stores a tensor in a narrower dtype, the other is rounded to that dtype first.
+    Where one side has its embedding as the output layer too, and the other has both, it is compared with both. Where
+    one side stores a tensor in a narrower dtype, the other is rounded to that dtype first.
     """
     left, right = open_checkpoint(a), open_checkpoint(b)
+    if left.model.untie_embeddings_and_output_weights != right.model.untie_embeddings_and_output_weights:
+        left, right = with_two_ends(left), with_two_ends(right)
     if left.tensors.specs.keys() != right.tensors.specs.keys():
         only = sorted(left.tensors.specs.keys() ^ right.tensors.specs.keys())
         raise ConversionError(f"{a} and {b} hold different tensors: {', '.join(only[:10])}")

@@ -19,6 +19,7 @@ from megatron_ext.model_io.finite import WatchedSource, describe
 from megatron_ext.model_io.model_to_write import ModelToWrite
 from megatron_ext.model_io.open import Checkpoint, is_hugging_face, open_checkpoint, warn_of_what_stays
 from megatron_ext.model_io.recipe import Target, recipe_if_trainable, recipe_path, require_recipe_place
+from megatron_ext.model_io.untie import untied
 from megatron_ext.model_io.write import (
     DTYPES,
     Check,
@@ -65,6 +66,7 @@ def convert(
     verify: Comparison | None = None,
     name: str | None = None,
     data: str | Path | None = None,
+    untie: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
     """Convert `source` to `target`, by default to the other format.
@@ -79,12 +81,13 @@ def convert(
         force: replace an existing target.
         verify: compare the result with the source before it gets its name.
         data: prepared dataset that the training configuration beside a Megatron target trains on.
+        untie: give a model whose embedding is its output layer too an output layer of its own.
         name: what the model card of a Hugging Face export calls the model. Default: the target's own name.
 
     Raises:
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
-    opened = open_checkpoint(source)
+    opened = untied(open_checkpoint(source)) if untie else open_checkpoint(source)
     warn_of_what_stays(opened)
     own = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     watched = WatchedSource(opened.content.stream)

@@ -14,7 +14,7 @@ from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.fields import left_behind
 from megatron_ext.architectures.tables.normalized import NormalizedHfSource
 from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT, model_shapes
-from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
+from megatron_ext.checkpoint.find import find_checkpoint, require_directory
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSource
 from megatron_ext.checkpoint.run_file import read_run
 from megatron_ext.checkpoint.state_file import TrainingState, read_state, require_whole_model
@@ -81,16 +81,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         ConversionError: it is neither, or holds other tensors than its configuration says (all are named).
-        CheckpointError: it cannot be read.
+        CheckpointError: it is not there, or cannot be read.
     """
     path = Path(path)
+    require_directory(path)
     if is_hugging_face(path):
         return _open_hugging_face(path)
-    if find_checkpoint(path) is None:
+    found = find_checkpoint(path)
+    if found is None:
         raise ConversionError(
             f"{path}: neither a Hugging Face directory (config.json) nor a Megatron checkpoint (iter_*)"
         )
-    require_whole_model(require_checkpoint(path))
+    require_whole_model(found)
     model, stream = read_model(path), MegatronSource(path)
     check_source(stream, model_shapes(model), where=str(stream.directory))
     try:

@@ -37,6 +37,9 @@ class ConvertOptions:
     data: PathName | None = None
     """Prepared dataset (what tools/preprocess.py wrote) that the training configuration beside a Megatron target trains
     on: of conversations it becomes a fine-tuning run, ready to start. Default: what the source's run read."""
+    untie: bool = False
+    """Give a model whose embedding is its output layer too an output layer of its own, equal to it: the same function,
+    in which either may have adapters or be trained alone."""
     shard_size: float | None = Field(default=None, gt=0)
     """Largest safetensors file of a Hugging Face export, in GB. Default: 5."""
     workers: int = Field(default_factory=default_workers, ge=1)
@@ -122,7 +125,7 @@ def refuse_unused(o: ConvertOptions, *, to_hugging_face: bool) -> None:
 def _refuse_beside_refresh(o: ConvertOptions) -> None:
     """Raise ConfigError for what says how a target is to be written, beside --refresh-code, which writes none."""
     defaults = ConvertOptions(source=o.source)
-    for name in ("target", "to", "hf_class", "dtype", "tokenizer", "data", "shard_size", "workers", "force"):
+    for name in ("target", "to", "hf_class", "dtype", "tokenizer", "data", "untie", "shard_size", "workers", "force"):
         if getattr(o, name) != getattr(defaults, name):
             option = name if name == "target" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} is not for --refresh-code, which replaces the code in SOURCE and nothing else")

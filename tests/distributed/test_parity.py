@@ -19,6 +19,7 @@ from megatron_ext.config import (
     LoraTarget,
     MultiLatentAttention,
     ParallelConfig,
+    PreferenceTask,
     RecomputeConfig,
     SftTask,
 )
@@ -89,6 +90,9 @@ LATENT = MultiLatentAttention(kv_lora_rank=24, q_lora_rank=40, qk_head_dim=8, qk
 LATENT_ATTENTION: dict[str, Any] = {"multi_latent_attention": LATENT, "num_query_groups": None}
 # Labels with weights between 0 and 1, packed samples, and noise on the embeddings.
 SFT = SftTask(kind="sft", weighting="row", neftune_alpha=5.0)
+# The reference by switching adapters off, and by a table; sums and means of answers' tokens.
+DPO = PreferenceTask(kind="preference", nll=0.5)
+DPO_BY_MEANS = PreferenceTask(kind="preference", log_probs="mean", beta=1.0, balance_losses=True)
 ALONE = ParallelConfig(use_distributed_optimizer=False)
 KINDS = {
     "dense": Cell(tiny_model(), ALONE),
@@ -98,6 +102,8 @@ KINDS = {
     "MoE, LoRA": Cell(tiny_model(moe=True), ALONE, adapters=ADAPTERS),
     "dense, LoRA, SFT": Cell(tiny_model(), ALONE, documents=True, task=SFT, adapters=ADAPTERS),
     "MoE, SFT": Cell(tiny_model(moe=True), ALONE, documents=True, task=SFT),
+    "dense, LoRA, DPO": Cell(tiny_model(), ALONE, task=DPO, adapters=ADAPTERS),
+    "MoE, DPO": Cell(tiny_model(moe=True), ALONE, task=DPO_BY_MEANS),
     "dense, LoRA": Cell(tiny_model(), ALONE, adapters=ADAPTERS),
     "latent MoE, LoRA": Cell(tiny_model(moe=True, **LATENT_ATTENTION), ALONE, adapters=ADAPTERS),
 }
@@ -110,6 +116,8 @@ EVERY_RUN = (
     ("MoE, LoRA", [layout("TP2 SP PP2 EP2 ETP1", 4, tp=2, sp=True, pp=2, ep=2, etp=1)]),
     ("dense, LoRA, SFT", [layout("TP2 SP CP2", 4, tp=2, sp=True, cp=2)]),
     ("MoE, SFT", [layout("CP2 PP2 EP2", 4, cp=2, pp=2, ep=2)]),
+    ("dense, LoRA, DPO", [layout("TP2 SP CP2", 4, tp=2, sp=True, cp=2)]),
+    ("MoE, DPO", [layout("CP2 PP2 VPP2 EP2", 4, cp=2, pp=2, vpp=2, ep=2)]),
 )
 # Ways of splitting adapters that those above have met, or that other models have.
 WITH_PRODUCT = (

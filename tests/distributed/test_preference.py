@@ -1,4 +1,4 @@
-"""Preference optimisation: every layout as one process, a run against transformers, interrupted as not."""
+"""Preference optimisation: a run against transformers, interrupted as not. Its layouts: test_parity.py."""
 
 import json
 import math
@@ -31,17 +31,8 @@ from tests.unit.data.chats import chat_tokenizer, turns
 LENGTH = 256
 
 ADAPTERS = LoraConfig(targets=[LoraTarget(rank=4)])
-CELLS = [
-    (layout("TP2 SP CP2", 4, tp=2, sp=True, cp=2), False, ADAPTERS, PreferenceTask(kind="preference", nll=0.5)),
-    (
-        layout("CP2 PP2 VPP2 EP2", 4, cp=2, pp=2, vpp=2, ep=2),
-        True,
-        None,
-        PreferenceTask(kind="preference", loss="ipo", log_probs="mean", balance_losses=True),
-    ),
-]
-PRODUCT = [
-    (layout("DP2", 2), False, None, PreferenceTask(kind="preference")),
+LOSSES = [
+    (layout("DP2", 2), False, None, PreferenceTask(kind="preference", loss="ipo", log_probs="mean")),
     (layout("TP2", 2, tp=2), False, None, PreferenceTask(kind="preference", loss="orpo")),
     (layout("CP4", 4, cp=4), False, ADAPTERS, PreferenceTask(kind="preference", loss="hinge")),
     (layout("PP2 DP2", 4, pp=2), True, ADAPTERS, PreferenceTask(kind="preference", label_smoothing=0.1)),
@@ -61,12 +52,13 @@ PRODUCT = [
 ]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("entry", "moe", "adapters", "task"),
-    [*CELLS, *(pytest.param(*cell, marks=pytest.mark.product) for cell in PRODUCT)],
+    LOSSES,
     ids=lambda value: value.name.replace(" ", "-") if isinstance(value, GridCase) else "",
 )
-def test_a_layout_trains_as_one_process(
+def test_every_loss_in_a_layout_is_that_of_one_process(
     entry: GridCase, moe: bool, adapters: LoraConfig | None, task: PreferenceTask, pool: GlooPool
 ) -> None:
     """Rows of one pair and of two, of which global batches cut the rest; the reference by both ways; recomputed."""

@@ -141,7 +141,7 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
         (["tokenizer.py", "trian", "c.jsonl"], ["tools/tokenizer.py trian: no such command; did you mean train?"]),
         (
             ["upcycle.py", "nowhere", "target", "--num-experts", "4"],
-            ["HERE/nowhere: neither a Hugging Face directory"],
+            ["HERE/nowhere: no such directory"],
         ),
         (["upcycle.py", "nowhere", "target", "--num-experts", "four"], ["num_experts = 'four': must be an integer"]),
         (
@@ -150,11 +150,11 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
         ),
         (
             ["average.py", "nowhere", "elsewhere", "target"],
-            ["HERE/nowhere: neither a Hugging Face directory"],
+            ["HERE/nowhere: no such directory"],
         ),
-        (["convert.py", "nowhere", "target"], ["HERE/nowhere: "]),
+        (["convert.py", "nowhere", "target"], ["HERE/nowhere: no such directory"]),
         (["verify.py", "nowhere", "target"], ["HERE/nowhere: "]),
-        (["generate.py", "nowhere", "--prompts", "a"], ["HERE/nowhere: "]),
+        (["generate.py", "nowhere", "--prompts", "a"], ["HERE/nowhere: no such directory"]),
         (["report.py", "--metrics", "a=nowhere.jsonl", "--output", "r.html"], ["HERE/nowhere.jsonl: "]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

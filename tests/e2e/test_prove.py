@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +23,12 @@ def test_the_quickstart_layout_is_proven() -> None:
     print(process.stdout)
 
 
-def test_fine_tuning_of_adapters_is_proven_without_their_dropout(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "task", [{"kind": "sft", "weighting": "sample"}, {"kind": "preference", "beta": 0.5}], ids=["SFT", "DPO"]
+)
+def test_post_training_of_adapters_is_proven_without_their_dropout(task: dict[str, Any], tmp_path: Path) -> None:
     mapping = run_mapping(tmp_path, moe=True)
-    mapping["task"] = {"kind": "sft", "weighting": "sample"}
+    mapping["task"] = task
     mapping["adapters"] = {"targets": [{"match": ["layers.*"], "rank": 4, "dropout": 0.1}], "lr_ratio": 16.0}
     mapping["checkpoint"]["initialize_from"] = "base"
     mapping["parallel"] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -34,9 +38,9 @@ def test_fine_tuning_of_adapters_is_proven_without_their_dropout(tmp_path: Path)
     assert "adapters.targets: dropout -> 0.0" in plan.changes
     assert plan.cell.adapters is not None
     assert (plan.cell.adapters.lr_ratio, plan.cell.adapters.targets[0].rank) == (16.0, 4)
-    assert (plan.cell.task.kind, plan.cell.documents) == ("sft", True)
+    assert (plan.cell.task.kind, plan.cell.documents) == (task["kind"], True)
     proof = prove(plan)
-    print(f"adapters of a MoE model, TP2 SP, SFT: {proof.difference.worst:.1e}")
+    print(f"adapters of a MoE model, TP2 SP, {plan.cell.task.kind}: {proof.difference.worst:.1e}")
     assert proof.holds
 
 

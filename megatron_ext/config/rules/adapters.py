@@ -61,7 +61,8 @@ def _tied_weights_have_no_halves(model: ModelConfig | None, adapters: LoraConfig
         if projection.module in (EMBEDDING_MODULE, OUTPUT_MODULE):
             return (
                 f"adapters.targets: matches {projection.module}, which is one matrix with the other end of the model "
-                "(model.untie_embeddings_and_output_weights = False): merging would change both; leave it out"
+                "(model.untie_embeddings_and_output_weights = False): merging would change both. Leave it out, or "
+                "begin with a model that has both: tools/convert.py MODEL TARGET --to megatron --untie"
             )
     return None
 

@@ -21,6 +21,7 @@ from megatron_ext.data.prepare.faults import Faults
 from megatron_ext.data.prepare.join import FILE_SHIFT
 from megatron_ext.data.prepare.parts import DOCUMENT, Part, Told
 from megatron_ext.data.prepare.shard_work import SPLITS, Task, TextOptions, hash_of, mixed, splits_of
+from megatron_ext.data.prepare.template_variables import read_variables
 from megatron_ext.data.supervised import TEMPLATE_FILE, TOKENIZER_FOLDER, fingerprint_of
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.load import load_tokenizer
@@ -43,6 +44,7 @@ class ChatPreparation:
         strings: prompts and answers that are strings are text as it is, or turns in the template.
         max_tokens: of a sample.
         long: rows that are longer are left out, or without the turns at their end.
+        template_variables: NAME=VALUE, for variables of the template.
     """
 
     kind: Literal["chat", "preference"] = "chat"
@@ -51,6 +53,7 @@ class ChatPreparation:
     strings: Literal["plain", "chat"] = "plain"
     max_tokens: int | None = None
     long: Literal["drop", "cut"] = "drop"
+    template_variables: tuple[str, ...] = ()
     contents: tuple[str, ...] = field(default=("*.mask", "*.weights", TOKENIZER_FOLDER), init=False)
 
     def dtype(self, tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -67,6 +70,8 @@ class ChatPreparation:
         for warning in template.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         chosen = {name: getattr(self, name) for name in ("turns", "strings", "max_tokens", "long")}
+        if self.template_variables:
+            chosen["template_variables"] = read_variables(self.template_variables)
         return {"kind": self.kind, "chat_template": fingerprint_of(template.text), **chosen}
 
     def worker(self, work: Path, options: TextOptions, tokenizer: Tokenizer) -> "ChatWorker":
@@ -102,7 +107,7 @@ class ChatPreparation:
 
     def _template(self, loaded: Any, directory: Path) -> ChatTemplate:
         text = None if self.template_file is None else read_template(self.template_file)
-        return ChatTemplate(loaded, directory, text)
+        return ChatTemplate(loaded, directory, text, self.template_variables)
 
     def _write_tokenizer(self, folder: Path, tokenizer: Tokenizer, ends: set[int]) -> None:
         """The tokenizer with the template that the data was made with, and every token that its answers end with."""

@@ -333,6 +333,12 @@ def _of_hh(text: str, name: str) -> list[dict[str, Any]]:
 
 def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row has; in tables each has every column that any has."""
+    if row.get("chat_template_kwargs"):
+        raise BadRow(
+            "variables of its own",
+            "chat_template_kwargs: rows have no variables of the chat template of their own; remove it, and give "
+            "tools/preprocess.py those of all rows as --template-variables",
+        )
     return {name: value for name, value in row.items() if value is not None}
 
 

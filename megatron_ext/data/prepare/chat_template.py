@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.prepare.chat_rows import ASSISTANT, BadRow, Conversation
+from megatron_ext.data.prepare.template_variables import with_variables
 from megatron_ext.errors import DataError
 from megatron_ext.foreign import reading
 
@@ -35,14 +36,15 @@ class ChatTemplate:
     Args:
         loaded: that tokenizer.
         text: the template; default: that of the tokenizer.
+        variables: NAME=VALUE, what variables of it are where nobody says otherwise.
 
     Raises:
-        DataError: there is no template, or its marks train on what a generation prompt brings itself.
+        DataError: there is no template or no such variable, or its marks train on what a generation prompt brings.
     """
 
-    def __init__(self, loaded: Any, directory: Path, text: str | None = None) -> None:
+    def __init__(self, loaded: Any, directory: Path, text: str | None = None, variables: Sequence[str] = ()) -> None:
         self._loaded, self._directory = loaded, directory
-        self.text = _template_of(loaded, directory) if text is None else text
+        self.text = with_variables(_template_of(loaded, directory) if text is None else text, variables)
         self.has_marks = bool(_MARK.search(self.text))
         self._marked = _MARK.sub(_with_character, self.text)
         self._control = [token.content for token in loaded.added_tokens_decoder.values() if token.special]
@@ -60,7 +62,21 @@ class ChatTemplate:
                 f"{self._directory}: the chat template writes the date of today into every conversation; give one "
                 "that does not (--chat-template)"
             )
-        return [*dated, *self._warnings_of_marks()]
+        return [*dated, *self._warnings_of_beginnings(), *self._warnings_of_marks()]
+
+    def _warnings_of_beginnings(self) -> list[str]:
+        """Data has one token where a text begins; who generates might get two."""
+        bos = self._loaded.bos_token
+        try:
+            text = self._render([{"role": "user", "content": _USER}], None, answering=True)
+        except BadRow:
+            return []
+        if bos is None or not text.startswith(bos) or self._loaded(bos).input_ids.count(self._loaded.bos_token_id) < 2:
+            return []
+        return [
+            f"{self._directory}: the chat template writes {bos!r}, and the tokenizer puts one in front of any text: "
+            "encode what the template has written with add_special_tokens=False, or it begins twice"
+        ]
 
     def _warnings_of_marks(self) -> list[str]:
         if not self.has_marks:

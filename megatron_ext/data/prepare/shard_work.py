@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_ext.data.prepare.corpus import Shard
-from megatron_ext.data.prepare.documents import read_shard
+from megatron_ext.data.prepare.documents import read_shard, where_in
 from megatron_ext.data.prepare.encoder import encoder_for
 from megatron_ext.data.prepare.faults import Faults
 from megatron_ext.data.prepare.filters import Dropped, chain_of
@@ -96,6 +96,8 @@ class ShardWorker:
                 told.dropped[kept.reason] = seen = told.dropped.get(kept.reason, 0) + 1
                 if seen <= _SAMPLES:
                     told.samples.append((kept.reason, str(task.shard.path), text[:_SAMPLE_CHARACTERS]))
+            elif kept and (why := self._encoder.why_not(kept)) is not None:
+                faults.meet(partial(where_in, task.shard.path, place), why)
             elif kept:
                 yield place, kept
             else:

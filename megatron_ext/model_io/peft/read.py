@@ -108,6 +108,12 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
+_TIED = (
+    ". Its embedding is its output layer too, and has no adapters; for such give --base a model that has both "
+    "(tools/convert.py {} TARGET --to hf --untie)"
+)
+
+
 class _Read:
     """The adapters of a directory as a stream under our names."""
 
@@ -138,7 +144,10 @@ def import_peft(
     found = _found(opened, directory)
     if directory.left:
         some = ", ".join(sorted(directory.left)[:5])
-        raise ConversionError(f"{source}: {len(directory.left)} tensors belong to no projection of the model: {some}")
+        raise ConversionError(
+            f"{source}: {len(directory.left)} tensors belong to no projection of the model: {some}"
+            f"{'' if opened.model.untie_embeddings_and_output_weights else _TIED.format(base)}"
+        )
     if not found:
         raise ConversionError(f"{source}: has no adapters of the model at {base}")
     config = _config_of(opened.model, found)

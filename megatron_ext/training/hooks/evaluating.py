@@ -146,5 +146,4 @@ class Evaluating(Hook):
         said = ", ".join(f"{key} {value:.4g}" for key, value in list(results.items())[:_SAID])
         said += f" and {len(results) - _SAID} more" if len(results) > _SAID else ""
         text = f"evaluated {name} in {seconds:.0f} s ({details['lag_steps']} steps behind): {said}"
-        panels = {f"evaluation/{key}": value for key, value in results.items()}
-        self._tell(Event(EVALUATION, process.step, text, {"results": results, **details}, panels))
+        self._tell(Event(EVALUATION, process.step, text, {"results": results, **details}))

@@ -25,6 +25,12 @@ THINKING = (
     "{% else %}{{ said }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Qwen3 since 2025: asked not to, it begins answers with an empty block.
+ASKED_TO_THINK = THINKING.replace(
+    "{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+)
 TOOLS = (
     "{% if tools %}{{ tools | tojson + '\n' }}{% endif %}{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}"

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers, processors
+from tokenizers import Tokenizer as Fast
 
 from megatron_ext.data.prepare.chat_rows import BadRow, Conversation, Left, conversation_of
 from megatron_ext.data.prepare.chat_samples import ChatEncoder, ChatSample
 from megatron_ext.data.prepare.chat_template import ChatTemplate
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.load import load_tokenizer
-from megatron_ext.errors import DataError
-from tests.unit.data.chats import CHATML, PLAIN_CHATML, THINKING, TOOLS, chat_tokenizer, turns
+from megatron_ext.errors import ConfigError, DataError
+from tests.unit.data.chats import ASKED_TO_THINK, CHATML, PLAIN_CHATML, THINKING, TOOLS, chat_tokenizer, turns
 from tests.unit.data.tokenizers import unigram, write
 
 
@@ -28,9 +29,11 @@ def loaded_from(directory: Path) -> tuple[Any, Tokenizer]:
     return load_tokenizer(directory), Tokenizer(directory)
 
 
-def encoder_of(directory: Path, template: str | None = None, **options: Any) -> ChatEncoder:
+def encoder_of(
+    directory: Path, template: str | None = None, variables: tuple[str, ...] = (), **options: Any
+) -> ChatEncoder:
     loaded, tokenizer = loaded_from(directory)
-    return ChatEncoder(ChatTemplate(loaded, directory, template), loaded, tokenizer, **options)
+    return ChatEncoder(ChatTemplate(loaded, directory, template, variables), loaded, tokenizer, **options)
 
 
 def sample_of(encoder: ChatEncoder, messages: list[dict[str, Any]], **row: Any) -> ChatSample:
@@ -90,6 +93,17 @@ def test_marks_count_within_macros_and_with_spaces_taken_away(directory: Path) -
     ]
 
 
+def test_a_template_may_change_what_messages_say(directory: Path) -> None:
+    """As Llama-2 and 3, which take spaces away: what is trained on is cut by marks, not sought in the text."""
+    strips = CHATML.replace("message['content'] +", "message['content'] | trim +")
+    assert trained(directory, sample_of(encoder_of(directory, strips), turns(" b ", "  b\n"))) == ["b<|im_end|>"]
+
+
+def test_ends_count_where_they_are_padding_too(tmp_path: Path) -> None:
+    directory = chat_tokenizer(tmp_path / "t", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    assert trained(directory, sample_of(encoder_of(directory), turns("a", "b"))) == ["b<|im_end|>"]
+
+
 def test_messages_with_weight_0_are_context(directory: Path) -> None:
     messages = turns("a", "b", "c", "d")
     messages[1]["weight"] = 0
@@ -109,6 +123,49 @@ def test_a_template_that_takes_reasoning_away(directory: Path) -> None:
         ["<think>\nadd\n</think>\n\n2<|im_end|>"],
         ["<think>\n\n</think>\n\n2<|im_end|>"],
     ]
+
+
+def test_variables_of_a_template_say_what_is_trained_on(directory: Path) -> None:
+    """As Qwen3, which without thinking brings an empty block in the prompt; with it, the model writes that."""
+    for said, expected in (("false", "2<|im_end|>"), ("true", "<think>\n\n</think>\n\n2<|im_end|>")):
+        encoder = encoder_of(directory, ASKED_TO_THINK, (f"enable_thinking={said}",))
+        assert trained(directory, sample_of(encoder, turns("1+1?", "2"))) == [expected]
+
+
+def test_variables_are_defaults_of_the_template(directory: Path) -> None:
+    """Whoever reads the template gets what was trained on, unless they say otherwise; also within its macros."""
+    loaded, _ = loaded_from(directory)
+
+    def rendered(template: str, given: str, **said: Any) -> str:
+        text = ChatTemplate(loaded, directory, template, (given,)).text
+        return str(
+            loaded.apply_chat_template(
+                turns("u"), chat_template=text, tokenize=False, add_generation_prompt=True, **said
+            )
+        )
+
+    block = "assistant\n<think>\n\n</think>\n\n"
+    assert rendered(ASKED_TO_THINK, "enable_thinking=false").endswith(block)
+    assert rendered(ASKED_TO_THINK, "enable_thinking=true").endswith("assistant\n")
+    assert rendered(ASKED_TO_THINK, "enable_thinking=false", enable_thinking=True).endswith("assistant\n")
+    macro = "\n{% macro shown() %}{{ named }}{% endmacro %}{{ shown() }}"
+    assert rendered(macro, "named=no") == "\nno", "a text, as YAML 1.2 has it"
+
+
+@pytest.mark.parametrize(
+    ("given", "fault", "said"),
+    [
+        ("enable_thinkin=false", DataError, "has no such variable; it has enable_thinking"),
+        ("bos_token=x", DataError, "has no such variable; it has enable_thinking"),
+        ("messages=x", ConfigError, "messages is what each row says"),
+        ("enable_thinking", ConfigError, "expected NAME=VALUE, such as enable_thinking=false"),
+        ("enable_thinking=[1]", ConfigError, "expected a text, a number, true or false"),
+        ("enable_thinking=.inf", ConfigError, "expected a text, a number, true or false"),
+    ],
+)
+def test_variables_that_mean_nothing_are_refused(directory: Path, given: str, fault: type, said: str) -> None:
+    with pytest.raises(fault, match=said):
+        encoder_of(directory, ASKED_TO_THINK, (given,))
 
 
 def test_what_the_generation_prompt_brings_is_not_trained_on(directory: Path) -> None:
@@ -184,6 +241,20 @@ def test_beginning_twice_is_refused(directory: Path) -> None:
         sample_of(encoder_of(directory, twice), turns("u", "a"))
     once = sample_of(encoder_of(directory, "{{ bos_token }}" + CHATML), turns("u", "a"))
     assert list(once.ids).count(loaded_from(directory)[0].bos_token_id) == 1
+
+
+def test_it_is_said_where_whoever_generates_might_begin_twice(directory: Path, tmp_path: Path) -> None:
+    """The template writes the token, and the tokenizer one more in front of any text."""
+    template = "{{ bos_token }}" + CHATML
+    assert warnings_of(directory, template) == []
+    adding = chat_tokenizer(tmp_path / "t")
+    fast = Fast.from_file(str(adding / "tokenizer.json"))
+    bos = fast.token_to_id("<|endoftext|>")
+    fast.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", bos)])
+    fast.save(str(adding / "tokenizer.json"))
+    (said,) = warnings_of(adding, template)
+    assert "with add_special_tokens=False, or it begins twice" in said
+    assert list(sample_of(encoder_of(adding, template), turns("u", "a")).ids).count(bos) == 1
 
 
 @pytest.mark.parametrize("place", [0, 1])

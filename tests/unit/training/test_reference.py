@@ -1,5 +1,7 @@
 """Files of what a reference says of pairs: whole or not there, and of these pairs alone."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,20 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     reference._write(path, table, SAID)
     assert torch.equal(reference._read(path, SAID, 5), table)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("at", ["save", "sync", "writing"])
+def test_a_kill_leaves_nothing_that_looks_complete(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is on the disk; the next start writes it anew."""
+    path, table = reference.reference_file(tmp_path / "train", "float32:0a"), -torch.rand(5, 2)
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(reference, at, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        reference._write(path, table, SAID)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not list(tmp_path.glob("train.reference*"))
+    reference._write(path, table, SAID)
+    assert torch.equal(reference._read(path, SAID, 5), table)
 
 
 @pytest.mark.parametrize(
