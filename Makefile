@@ -6,6 +6,7 @@
 # make test-core                                 what touches megatron-core, on Python 3.12 with megatron-core 0.19
 # make test-newest [TE=1]                        every test there; TE=1 builds
 #                                                Transformer Engine there (needs nvcc, no GPU) for the tests of it
+# make prove-recipes                             every recipe's layout, shrunk to this machine
 # make docs                                      the guides as pages in build/docs
 # make lock                                      renews the tested versions of every Python that is here
 PYTHON ?=
@@ -25,7 +26,7 @@ CORE_TESTS := tests/unit/mcore tests/unit/runtime tests/distributed/test_core_gu
   tests/distributed/test_parity.py tests/distributed/test_gradient_norm.py tests/distributed/test_checkpoint.py \
   tests/distributed/test_fp8.py tests/distributed/test_adapters.py tests/distributed/test_adapter_checkpoints.py
 
-.PHONY: setup quickstart chat test test-all test-foreign test-core test-newest lint docs lock clean
+.PHONY: setup quickstart chat test test-all test-foreign test-core test-newest prove-recipes lint docs lock clean
 
 setup: $(READY)
 
@@ -77,6 +78,12 @@ lint: $(READY)
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mkdocs build --quiet --strict
 	for run in $$(grep -l "^model:" examples/*/*.yaml); do $(VENV)/bin/python tools/train.py $$run --check --config-only > /dev/null || exit 1; done
+
+# The first --world-size that a recipe names is what it is for.
+prove-recipes: $(READY)
+	for run in examples/recipes/*.yaml; do \
+	  $(VENV)/bin/python tools/prove.py $$run $$(sed -n 's/.*\(--world-size [0-9]*\).*/\1/p' $$run | head -1) || exit 1; \
+	done
 
 docs: $(READY)
 	$(VENV)/bin/mkdocs build --strict

@@ -29,6 +29,7 @@ from report import hardware, markdown_table, record, versions
 
 from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Bf16Precision, Fp8Precision, ModelConfig, Precision
+from megatron_ext.config.machine import Kernels
 from megatron_ext.planning.flops import training_flops_per_token
 
 LENGTH, MICRO_BATCH, MICRO_BATCHES = 4096, 2, 4
@@ -47,6 +48,7 @@ class Peer:
     name: str
     backend: str
     precision: Precision
+    kernels: Kernels = "torch"
 
 
 def _fp8(recipe: str) -> Fp8Precision:
@@ -58,6 +60,8 @@ PEERS = [
     Peer("megatron-core local, bf16", "core", BF16),
     Peer("torch, bf16", "torch", BF16),
     *(Peer(f"torch, fp8 {recipe}", "torch", _fp8(recipe)) for recipe in ("tensorwise", "rowwise", "delayed")),
+    Peer("our kernels, bf16", "torch", BF16, "triton"),
+    *(Peer(f"our kernels, fp8 {recipe}", "torch", _fp8(recipe), "triton") for recipe in ("rowwise", "delayed")),
     Peer("Transformer Engine, bf16", "transformer_engine", BF16),
     *(
         Peer(f"Transformer Engine, fp8 {recipe}", "transformer_engine", _fp8(recipe))
@@ -157,7 +161,7 @@ def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
     start_process_group(runtime, device, alone=True)
     groups = split_process_group(parallel, runtime)
     backend: Backend = "transformer_engine" if peer.backend == "transformer_engine" else "torch"
-    cell = Cell(model, parallel, peer.precision, seed=0, lr=1e-4, backend=backend)
+    cell = Cell(model, parallel, peer.precision, seed=0, lr=1e-4, backend=backend, kernels=peer.kernels)
     build = partial(build_core_trainable, length=length) if peer.backend == "core" else build_trainable
     trainable = build(cell, groups, device)
     set_learning_rate(trainable.optimizer, cell.lr)

@@ -5,6 +5,8 @@ python benchmarks/kills.py --folder DIR                200 kills, half an hour o
 python benchmarks/kills.py --folder DIR --record       and append the table to benchmarks/RESULTS.md
 python benchmarks/kills.py --folder DIR --kills 10     does it run?
 
+Ctrl-C (SIGINT) ends it with what it has by then.
+
 One rank gets kill -9 at a moment drawn with --seed: after any number of seconds, or before any of the calls that
 Python makes while it starts, asks a reference what it says of pairs, validates, reports, saves, completes or copies a
 checkpoint. The others end by themselves, or are killed soon after, as it is drawn. The same command goes on until it is
@@ -18,6 +20,7 @@ import argparse
 import json
 import pickle
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -190,7 +193,7 @@ class Difference(NamedTuple):
     apart: float = 0.0
     """How far its losses are from there, at most, relative to them."""
     lost: int = 0
-    """Steps that W&B has not: offline its own process (0.31) writes 32 KB at a time, and loses the rest by kill -9."""
+    """Steps that W&B has not."""
 
 
 def different(life: Life, calm: Life) -> Difference:
@@ -213,7 +216,7 @@ def different(life: Life, calm: Life) -> Difference:
     there, expected = run_records.wandb(ours), run_records.wandb(theirs)
     lost = len({step for _, step in expected} - {step for _, step in there})
     events, calm_events = (run_records.tensorboard(one.directory / "tensorboard") for one in (life, calm))
-    if not set(there) <= set(expected) or set(events) != set(calm_events):
+    if set(there) != set(expected) or set(events) != set(calm_events):
         faults.append("W&B or TensorBoard have other steps")
     if len(life.kind.sizes) > 1:
         if apart > TOLERANCE[life.kind.precision]:
@@ -224,7 +227,7 @@ def different(life: Life, calm: Life) -> Difference:
         for one, other in zip(found, wanted, strict=True)
         if one != other
     ]
-    if any(expected.get(key) != figure for key, figure in there.items()):
+    if there != expected:
         faults.append("W&B has other figures")
     if events != calm_events:
         faults.append("TensorBoard has other figures")
@@ -263,32 +266,53 @@ class Sum:
     def add(self, life: Life, calm: Life) -> None:
         """Take a run that has come to its end."""
         found = different(life, calm)
+        self.lost, self.apart = self.lost + found.lost, max(self.apart, found.apart)
+        self._count(life, found.faults)
+
+    def fail(self, life: Life, why: str) -> None:
+        """Take a run that cannot be compared."""
+        self._count(life, [why])
+
+    def _count(self, life: Life, faults: list[str]) -> None:
         self.kills += life.kills
-        self.lives, self.starts, self.lost = self.lives + 1, self.starts + life.starts, self.lost + found.lost
-        self.apart = max(self.apart, found.apart)
-        self.faults += [f"{life.directory}: {fault}" for fault in found.faults]
+        self.lives, self.starts = self.lives + 1, self.starts + life.starts
+        self.faults += [f"{life.directory}: {fault}" for fault in faults]
 
 
-def live_through(kind: Kind, folder: Path, fork: Fork, kills: int, draws: random.Random) -> Sum:
-    """Kill runs of this kind so often."""
-    place = folder / kind.folder
-    place.mkdir()
-    calm, begun = Life(kind, place / "calm", fork), time.monotonic()
-    calm.start(PROCESSES)
-    coming, total = moments(calm.counts(), time.monotonic() - begun, draws), Sum(kind)
-    begun = time.monotonic()
-    while (killed := total.kills.total()) < kills:
-        life = Life(kind, place / f"killed_{total.lives + 1}", fork)
-        while life.start(
-            draws.choice(kind.sizes),
-            next(coming) if killed + life.kills.total() < kills else None,
-            draws.choice(GRACE),
-        ):
-            pass
-        total.add(life, calm)
-        took = time.monotonic() - begun
-        print(f"{kind.name}: {total.kills.total()} kills in {took:.0f} s, {len(total.faults)} faults", flush=True)
-    return total
+class Series:
+    """Runs of one kind after each other, beside the one that was never killed, which is made first."""
+
+    def __init__(self, kind: Kind, folder: Path, fork: Fork, kills: int, seed: int) -> None:
+        self._place, self._fork, self.kills = folder / kind.folder, fork, kills
+        self._draws, self.sum = random.Random(f"{seed} {kind.name}"), Sum(kind)
+        self._place.mkdir()
+        self._calm, begun = Life(kind, self._place / "calm", fork), time.monotonic()
+        self._calm.start(PROCESSES)
+        self._coming = moments(self._calm.counts(), time.monotonic() - begun, self._draws)
+
+    @property
+    def done(self) -> float:
+        """The share of its kills that was made."""
+        return self.sum.kills.total() / self.kills if self.kills else 1.0
+
+    def live(self) -> None:
+        """One more run, killed as often as there are kills left to make."""
+        total, begun = self.sum, time.monotonic()
+        life, left = Life(total.kind, self._place / f"killed_{total.lives + 1}", self._fork), self.kills
+        left -= total.kills.total()
+        try:
+            while life.start(
+                self._draws.choice(total.kind.sizes),
+                next(self._coming) if life.kills.total() < left else None,
+                self._draws.choice(GRACE),
+            ):
+                pass
+            total.add(life, self._calm)
+        except SystemExit as error:  # it ended otherwise than it may, or its records cannot be read
+            total.fail(life, str(error))
+        took, said = time.monotonic() - begun, f"{life.kills.total()} kills in {life.starts} starts"
+        made = f"{total.kills.total()} of {self.kills}"
+        print(f"{total.kind.name}: {said}, {took:.0f} s; {made}, {len(total.faults)} faults", flush=True)
 
 
 def table(sums: list[Sum]) -> str:
@@ -300,7 +324,7 @@ def table(sums: list[Sum]) -> str:
         ["runs", *(str(one.lives) for one in sums)],
         ["starts", *(str(one.starts) for one in sums)],
         ["losses apart, at most", *(f"{one.apart:.1e}" if one.apart else "0" for one in sums)],
-        ["steps lost by W&B's own process", *(str(one.lost) for one in sums)],
+        ["steps that W&B lacks", *(str(one.lost) for one in sums)],
         ["faults", *(str(len(one.faults)) for one in sums)],
     ]
     return markdown_table(["killed", *(one.kind.name for one in sums)], rows)
@@ -319,12 +343,20 @@ def main() -> None:
     folder.mkdir(parents=True)
     prepare(folder, VOCABULARY)
     prepare_chats(folder, LENGTHS["chat"])
-    fork, draws, sums = Fork(), random.Random(options.seed), list[Sum]()
+    fork, series = Fork(), list[Series]()
     wanted = [kind for kind in KINDS if options.kinds is None or kind.name in options.kinds]
-    share = options.kills / sum(kind.share for kind in wanted)
-    for kind in KINDS:
-        if kind in wanted or kind is KINDS[0]:  # whose model the others begin with
-            sums.append(live_through(kind, folder, fork, round(share * kind.share) if kind in wanted else 0, draws))
+    kills = options.kills / sum(kind.share for kind in wanted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it starts with &
+    try:
+        for kind in KINDS:
+            if kind in wanted or kind is KINDS[0]:  # whose model the others begin with
+                wants = round(kills * kind.share) if kind in wanted else 0
+                series.append(Series(kind, folder, fork, wants, options.seed))
+        while (next_one := min(series, key=lambda one: one.done)).done < 1:
+            next_one.live()
+    except KeyboardInterrupt:
+        print("interrupted: this is what there is")
+    sums = [one.sum for one in series]
     faults = [fault for one in sums for fault in one.faults]
     kills, took = sum(one.kills.total() for one in sums), time.monotonic() - begin
     text = f"""{hardware()}; {versions("torch", "megatron-core")}

@@ -80,7 +80,7 @@ def cost_of_sinks(folder: Path, layers: int, experts: int) -> list[tuple[str, st
         sink.close(failed=False)
     begun = time.perf_counter()
     for one in reports:
-        step_panels_of(one)
+        step_panels_of(one.values)
     return [*rows, ("panels of W&B, without W&B", f"{(time.perf_counter() - begun) / len(reports) * 1e3:.2f}")]
 
 

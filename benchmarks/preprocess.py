@@ -1,18 +1,22 @@
 #!/usr/bin/env python
 """Preparing data: the tokenizer's own speed by the batch, ours, and Megatron-LM's way, in one run, with memory.
 
-    raw    SentencePiece encodes all texts, which are in memory already, in one call with as many threads
-    ours   tools/preprocess.py's work, from the text to finished files
+    raw    SentencePiece, or of a --tokenizer without its model the tokenizers library, encodes all texts, which are in
+           memory already, by as many threads
+    ours   tools/preprocess.py's work, from the text to finished files; with numba (the extra `fast`), and without
     peer   as Megatron-LM's preprocess_data.py: a pool encodes line by line, the main process writes each document
 
 Imports, reading (raw) and loading the tokenizer are the start; processes that begin, and segments of text that no
 worker knows yet, count as work.
 
-Text: a corpus that is drawn from the sample corpora (MEGATRON_EXT_SAMPLE_DATA), half Japanese, half English by
-documents; their 2.4 MB come again and again, so `--corpus FILE.jsonl` of your own tells more.
+Text, from the sample corpora (MEGATRON_EXT_SAMPLE_DATA), half Japanese, half English:
+
+    again  documents of their lines, which come again and again, as in a corpus that is large beside its vocabulary
+    new    drawn character by character, each by the few before, so that most words are new ones; or --corpus
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -21,70 +25,100 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import psutil
 import sentencepiece
+import tokenizers
+from report import hardware, markdown_table, record, versions
 
+from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.progress import amount_of_bytes
 
-ROWS = ("raw", "ours", "peer")
+ROWS = ("raw", "ours", "ours, without numba", "peer")
+COLUMNS = ("text, workers", "way", "MB/s", "of raw", "x peer", "start s", "CPU s", "most of a process")
+SAMPLES = (("ja_novel", "ja_tldr"), ("en_novel", "en_tldr"))
+_AT_ONCE = 10_000
+_CONTEXTS = (3, 4)
+"""Characters that the next one is drawn by, in Japanese and in English."""
 
 
 def main() -> None:
     """Run every way in a process of its own, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", metavar="FILE", help="a .jsonl file (default: drawn from the sample corpora)")
-    parser.add_argument("--megabytes", type=int, default=200, metavar="N", help="of the drawn corpus (default 200)")
+    parser.add_argument("--texts", nargs="+", choices=("again", "new"), default=["again", "new"], help="default: both")
+    parser.add_argument("--corpus", metavar="FILE", help="a .jsonl file to take for the new text")
+    parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="of each drawn text (default 100)")
     parser.add_argument("--vocab-size", type=int, default=16_000, metavar="N", help="pieces (default 16,000)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads and processes (default 2)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="one that is there (default: a unigram model is trained)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     parser.add_argument("--tiny", action="store_true", help="one MB, to see that it runs")
+    parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     parser.add_argument("--job", nargs=2, metavar=("ROW", "FOLDER"), help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.job:
-        run_job(*o.job, workers=o.workers)
+        run_job(*o.job, workers=o.workers[0])
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, o)
-        size = (folder / "c.jsonl").stat().st_size
-        print(f"{amount_of_bytes(size)} of JSON Lines, {o.workers} workers")
-        print(
-            f"{'':6}{'MB/s':>8}{'of raw':>8}{'x peer':>8}{'start s':>9}{'CPU s':>8}{'most of a process':>20}",
-            flush=True,
-        )
-        found = {row: measured(row, folder, o.workers) for row in ROWS}
-        for row, (start, seconds, cpu, memory) in found.items():
-            share, times = (found[other][1] / seconds for other in ("raw", "peer"))
-            speeds = f"{row:6}{size / 1e6 / seconds:8.1f}{share:8.0%}{times:8.1f}"
-            print(f"{speeds}{start:9.1f}{cpu:8.1f}{amount_of_bytes(memory):>20}")
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="preprocess-") as name:
+        for text in o.texts:
+            folder = Path(name, text)
+            folder.mkdir()
+            size = prepare(folder, text, o)
+            for workers in o.workers:
+                found = {}
+                for row in ROWS:
+                    found[row] = measured(row, folder, workers)
+                    print(text, workers, row, *found[row], file=sys.stderr, flush=True)
+                lines += table_rows(f"{text} ({amount_of_bytes(size)}), {workers}", found, size)
+    extra = ["numba"] if importlib.util.find_spec("numba") else []
+    with_what = f"{o.vocab_size:,} pieces" if o.tokenizer is None else Path(o.tokenizer).name
+    said = f"{hardware()}. {versions('sentencepiece', 'tokenizers', 'numpy', *extra)}. {with_what}."
+    print(table := f"{said}\n\n{markdown_table(COLUMNS, lines)}")
+    if o.record:
+        record("Preparing data" + (" (tiny)" if o.tiny else ""), table)
 
 
-def prepare(folder: Path, o: argparse.Namespace) -> None:
-    """Write the corpus and train its tokenizer."""
-    samples = os.environ.get("MEGATRON_EXT_SAMPLE_DATA")
-    if o.corpus is None and samples is None:
-        raise SystemExit("error: give --corpus FILE, or the sample corpora in MEGATRON_EXT_SAMPLE_DATA")
-    if o.corpus is not None:
-        (folder / "c.jsonl").symlink_to(Path(o.corpus).resolve())
-        files = [folder / "c.jsonl"]
+def table_rows(what: str, found: dict[str, tuple[float, float, float, int]], size: int) -> list[list[str]]:
+    """Rows of the table of one text and number of workers."""
+    rows = []
+    for row, (start, seconds, cpu, memory) in found.items():
+        share, times = (found[other][1] / seconds for other in ("raw", "peer"))
+        speeds = [f"{size / 1e6 / seconds:.1f}", f"{share:.0%}", f"{times:.1f}"]
+        rows.append([what, row, *speeds, f"{start:.1f}", f"{cpu:.1f}", amount_of_bytes(memory)])
+    return rows
+
+
+def prepare(folder: Path, text: str, o: argparse.Namespace) -> int:
+    """Write the corpus and train its tokenizer; bytes of the corpus."""
+    corpus, size = folder / "c.jsonl", 1_000_000 if o.tiny else o.megabytes * 1_000_000
+    if text == "new" and o.corpus is not None:
+        corpus.symlink_to(Path(o.corpus).resolve())
+    elif (samples := os.environ.get("MEGATRON_EXT_SAMPLE_DATA")) is None:
+        raise SystemExit("error: set MEGATRON_EXT_SAMPLE_DATA to the sample corpora")
     else:
-        files = [
-            Path(str(samples), "corpus", f"{name}.jsonl") for name in ("ja_novel", "ja_tldr", "en_novel", "en_tldr")
-        ]
-        draw_corpus(folder / "c.jsonl", files, 1_000_000 if o.tiny else o.megabytes * 1_000_000)
-    train_tokenizer(files, folder / "t", 4000 if o.tiny else o.vocab_size)
+        files = [[Path(samples, "corpus", f"{name}.jsonl") for name in names] for names in SAMPLES]
+        draw: Callable[[Path, list[list[Path]], int], None] = draw_corpus if text == "again" else draw_words
+        draw(corpus, files, size)
+    (folder / "without").mkdir()
+    (folder / "without" / "numba.py").write_text("raise ImportError('left out')\n")
+    if o.tokenizer is not None:
+        (folder / "t").symlink_to(Path(o.tokenizer).resolve())
+    else:
+        train_tokenizer([corpus], folder / "t", 4000 if o.tiny else o.vocab_size)
+    return corpus.stat().st_size
 
 
-def draw_corpus(path: Path, files: list[Path], size: int) -> None:
+def draw_corpus(path: Path, files: list[list[Path]], size: int) -> None:
     """Documents of lines that are shuffled within one to six documents of a language."""
-    texts = [[json.loads(line)["text"] for line in file.read_text().splitlines()] for file in files]
-    languages, draw, written = (texts[0] + texts[1], texts[2] + texts[3]), random.Random(0), 0
+    languages, draw, written = [list(texts_of(some)) for some in files], random.Random(0), 0
     with open(path, "wb") as out:
         while written < size:
             lines = [
@@ -94,10 +128,46 @@ def draw_corpus(path: Path, files: list[Path], size: int) -> None:
             written += out.write(json.dumps({"text": "\n".join(lines)}, ensure_ascii=False).encode() + b"\n")
 
 
+def draw_words(path: Path, files: list[list[Path]], size: int) -> None:
+    """Documents in turns, of characters that each follow the few before it somewhere in the text of a language."""
+    draws = [
+        documents_of("\0".join(texts_of(some)), *more) for some, *more in zip(files, _CONTEXTS, (1, 2), strict=True)
+    ]
+    written, number = [0, 0], 0
+    with open(path, "wb") as out:
+        while sum(written) < size:
+            data = json.dumps({"text": next(draws[number])}, ensure_ascii=False).encode()
+            written[number] += out.write(data + b"\n")
+            number = int(written[1] < written[0])
+
+
+def documents_of(text: str, context: int, seed: int) -> Iterator[str]:
+    """Documents without end, drawn from `text`, in which a zero ends one."""
+    behind: defaultdict[str, list[str]] = defaultdict(list)
+    for at in range(len(text) - context):
+        behind[text[at : at + context]].append(text[at + context])
+    draw = random.Random(seed)
+    while True:
+        at = draw.randrange(len(text) - context)
+        last, drawn = text[at : at + context], []
+        while (following := behind.get(last)) and (character := following[int(draw.random() * len(following))]) != "\0":
+            drawn.append(character)
+            last = last[1:] + character
+        if drawn:
+            yield "".join(drawn)
+
+
+def texts_of(files: list[Path]) -> Iterator[str]:
+    """The documents of JSON Lines."""
+    return (json.loads(line)["text"] for file in files for line in file.read_text().splitlines())
+
+
 def measured(row: str, folder: Path, workers: int) -> tuple[float, float, float, int]:
     """Seconds of start and of work, seconds of CPU, and bytes of the largest process of one way."""
     call = [sys.executable, __file__, "--job", row, str(folder), "--workers", str(workers)]
-    process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
+    hidden = [str(folder / "without")] if "without" in row else []
+    paths = os.pathsep.join([*hidden, *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
     cpu: dict[int, float] = {}
     memory = 0
     while process.poll() is None:
@@ -122,45 +192,60 @@ def run_job(row: str, name: str, workers: int) -> None:
     if row == "raw":
         lines = (folder / "c.jsonl").read_bytes().splitlines()
         texts = [json.loads(line)["text"] for line in lines]
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "t" / "tokenizer.model"))
+        encode = raw_encoder(folder / "t", workers)
         begun.append(time.perf_counter())
-        pieces.encode(texts, num_threads=workers)
-    elif row == "ours":
+        for first in range(0, len(texts), _AT_ONCE):
+            encode(texts[first : first + _AT_ONCE])
+    elif row.startswith("ours"):
         told = lambda *_: begun.append(time.perf_counter())  # noqa: E731
-        preprocess([folder / "c.jsonl"], folder / "t", folder / "ours", workers=workers, progress=told)
+        preprocess([folder / "c.jsonl"], folder / "t", folder / "ours", workers=workers, progress=told, force=True)
     else:
-        eod = Tokenizer(folder / "t").eod
+        tokenizer = Tokenizer(folder / "t")
         begun.append(time.perf_counter())
-        as_the_peer(folder, workers, eod)
+        as_the_peer(folder, workers, tokenizer.eod, token_dtype(tokenizer.vocab_size).type)
     print(json.dumps([begun[0] - begin, time.perf_counter() - begun[0]]))
 
 
-_pieces: sentencepiece.SentencePieceProcessor | None = None
+def raw_encoder(tokenizer: Path, threads: int) -> Callable[[list[str]], object]:
+    """The library's own encoding of many texts."""
+    if (tokenizer / "tokenizer.model").is_file():
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
+        return partial(pieces.encode, num_threads=threads)
+    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(threads)}
+    library = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    return partial(library.encode_batch_fast, add_special_tokens=False)
 
 
-def as_the_peer(folder: Path, workers: int, eod: int) -> None:
+_encode: Callable[[str], list[int]] | None = None
+
+
+def as_the_peer(folder: Path, workers: int, eod: int, dtype: Any) -> None:
     """Encode and write as Megatron-LM's tools/preprocess_data.py does."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(folder / "peer.bin"), dtype=np.uint16)
-    start = partial(start_peer, str(folder / "t" / "tokenizer.model"))
+    builder = IndexedDatasetBuilder(str(folder / "peer.bin"), dtype=dtype)
+    start = partial(start_peer, folder / "t")
     with multiprocessing.Pool(workers, initializer=start) as pool, open(folder / "c.jsonl", encoding="utf-8") as lines:
         for ids in pool.imap(encode_line, lines, 32):
             builder.add_document(torch.IntTensor([*ids, eod]), [len(ids) + 1])
     builder.finalize(str(folder / "peer.idx"))
 
 
-def start_peer(model: str) -> None:
+def start_peer(tokenizer: Path) -> None:
     """Open the tokenizer in a process of the pool."""
-    global _pieces
-    _pieces = sentencepiece.SentencePieceProcessor(model_file=model)
+    global _encode
+    if (tokenizer / "tokenizer.model").is_file():
+        _encode = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model")).encode
+        return
+    library = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    _encode = lambda text: list(library.encode(text, add_special_tokens=False).ids)  # noqa: E731
 
 
 def encode_line(line: str) -> list[int]:
     """Token ids of the text of a line."""
-    assert _pieces is not None
-    return list(_pieces.encode(json.loads(line)["text"]))
+    assert _encode is not None
+    return list(_encode(json.loads(line)["text"]))
 
 
 if __name__ == "__main__":

@@ -47,14 +47,14 @@ def tensorboard(directory: Path) -> dict[tuple[str, int], Any]:
 
 
 def wandb(directory: Path) -> dict[tuple[str, int], str]:
-    """Each panel's value at each step, as JSON, over the folders of all starts.
-
-    What a start records again must be what was recorded before.
-    """
+    """Each panel's value at each step, as JSON, over the folders of all starts, which are one run; no step twice."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     shown: dict[tuple[str, int], str] = {}
-    for path in sorted((directory / "wandb").glob("*run-*/*.wandb")):
+    files = sorted((directory / "wandb").glob("*run-*/*.wandb"))
+    if len({path.name for path in files}) > 1:
+        raise SystemExit(f"{directory}: W&B has several runs: {', '.join(path.parent.name for path in files)}")
+    for path in files:
         for content in _leveldb_records(path.read_bytes()):
             record = Record.FromString(content)
             if record.WhichOneof("record_type") != "history":
@@ -62,8 +62,10 @@ def wandb(directory: Path) -> dict[tuple[str, int], str]:
             step = record.history.step.num
             for item in record.history.item:
                 name = item.key or "/".join(item.nested_key)
-                if name.startswith(_PANELS) and shown.setdefault((name, step), item.value_json) != item.value_json:
-                    raise SystemExit(f"{path}: {name} of step {step} was recorded otherwise before")
+                if name.startswith(_PANELS):
+                    if (name, step) in shown:
+                        raise SystemExit(f"{path}: {name} of step {step} was recorded before")
+                    shown[name, step] = item.value_json
     return shown
 
 

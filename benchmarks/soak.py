@@ -13,6 +13,7 @@ the undisturbed run to the last bit, the metrics file must have each step once, 
 """
 
 import argparse
+import html
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 from report import hardware, markdown_table, record, versions
@@ -35,9 +37,12 @@ from run_data import ROOT, prepare
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.config import dump_yaml
 from megatron_ext.config.alerts import AlertsConfig
+from megatron_ext.monitoring.events import STARTED
 from megatron_ext.monitoring.metrics_file import read_metrics
 
 VOCABULARY, PROCESSES = 1024, 2
+REFUSED = "step 0: failed before its first step"
+"""How the alert of a start that was refused begins."""
 URL_VARIABLE = "MEGATRON_EXT_SOAK_WEBHOOK"
 
 
@@ -82,8 +87,9 @@ class Soak:
     webhook: Webhook
     draws: random.Random
     log: Path
-    done: Counter = field(default_factory=Counter)
-    launcher: subprocess.Popen | None = None
+    done: Counter[str] = field(default_factory=Counter)
+    refused_starts: int = 0
+    launcher: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the run, or go on with it, as an operator does."""
@@ -183,6 +189,7 @@ def damage(soak: Soak) -> None:
     code = soak.ended()
     if code != 2:
         raise SystemExit(f"{newest.name}/{file.name} was damaged, and the run ended with {code} instead of 2")
+    soak.refused_starts += 1
     shutil.rmtree(newest)
 
 
@@ -233,7 +240,7 @@ def disturb(soak: Soak, steps: int, kinds: list[Disturbance]) -> None:
         raise SystemExit(f"the run ended with exit code {code} at step {soak.steps()}; see {soak.log}")
 
 
-def configuration(folder: Path, directory: Path, steps: int) -> dict:
+def configuration(folder: Path, directory: Path, steps: int) -> dict[str, Any]:
     """The run."""
     return {
         "model": {
@@ -273,20 +280,45 @@ def losses(directory: Path) -> dict[int, tuple[float, float]]:
     return {report["iteration"]: (report["loss"], report["grad_norm"]) for report in reports}
 
 
-def untold(soak: Soak) -> list[str]:
-    """Events of the run that never came to the webhook, though people are to be told of them."""
-    kinds = set(AlertsConfig().events)
-    found = []
+@dataclass
+class Told:
+    """What people had to be told of, beside what the webhook took."""
+
+    due: Counter[str]
+    """The events of the kinds that are told, as a message has them, and how often each happened."""
+    came: Counter[str]
+    late: int
+    """Messages that a later start has sent."""
+
+    @property
+    def lost(self) -> list[str]:
+        """What never came."""
+        return sorted((self.due - self.came).elements())
+
+    @property
+    def again(self) -> int:
+        """Messages that came twice: the sender was killed before it could note that it had sent them."""
+        return sum((self.came - self.due).values())
+
+
+def told(soak: Soak) -> Told:
+    """Compare the run's own events, and the starts that were refused, with the messages that came."""
+    due = Counter({REFUSED: soak.refused_starts})
     for name in ("metrics.jsonl", "metrics.superseded.jsonl"):
-        for line in (soak.directory / name).read_text().splitlines():
+        for line in (soak.directory / name).read_text().splitlines() if (soak.directory / name).exists() else ():
             event = json.loads(line)
-            is_told = any(event["text"] in text for text in soak.webhook.texts) if event.get("event") in kinds else True
-            if not is_told:
-                found.append(f"step {event['iteration']}: {event['event']}: {event['text']}")
-    return found
+            kind = event.get("event")
+            if (STARTED if kind == "start" else kind) in AlertsConfig().events:
+                due[f"step {event['iteration']}: {event['text'].splitlines()[0]}"] += 1
+    came, late = Counter[str](), 0
+    for text in soak.webhook.texts:
+        _, said, *rest = html.unescape(text).splitlines()
+        came[REFUSED if said.startswith(REFUSED) else said] += 1
+        late += any("could not be sent before that process ended" in line for line in rest)
+    return Told(due, came, late)
 
 
-def run(folder: Path, small_disk: Path | None, steps: int, seed: int) -> tuple[Soak, list[str]]:
+def run(folder: Path, small_disk: Path | None, steps: int, seed: int) -> tuple[Soak, Told, list[str]]:
     """Both runs, and what they have otherwise."""
     prepare(folder, VOCABULARY)
     soaks = []
@@ -305,7 +337,8 @@ def run(folder: Path, small_disk: Path | None, steps: int, seed: int) -> tuple[S
         f"step {step}: {found.get(step)} for {wanted[step]}" for step in wanted if found.get(step) != wanted[step]
     ]
     never = [f"{kind.__name__} was never drawn: take more steps" for kind in kinds if not soak.done[kind.__name__]]
-    return soak, faults + untold(soak) + never
+    alerts = told(soak)
+    return soak, alerts, faults + [f"nobody was told: {one}" for one in alerts.lost] + never
 
 
 def main() -> None:
@@ -319,17 +352,17 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
     begin = time.monotonic()
-    soak, faults = run(options.folder, options.small_disk, options.steps, options.seed)
+    soak, alerts, faults = run(options.folder, options.small_disk, options.steps, options.seed)
     rows = [[name.replace("_", " "), str(count)] for name, count in sorted(soak.done.items()) if count]
-    verdict = "every loss and gradient norm is the undisturbed run's, and every event was told"
-    if faults:
-        verdict = f"{len(faults)} faults"
+    verdict = f"{len(faults)} faults" if faults else "every loss and gradient norm is the undisturbed run's"
+    due = alerts.due.total()
     text = f"""{hardware()}; {versions("torch", "megatron-core")}
 
 {markdown_table(["disturbance", "times"], rows)}
 
-{options.steps} steps in {time.monotonic() - begin:.0f} s: {verdict};
-{len(soak.webhook.texts)} alerts came, {soak.webhook.refused} were refused before."""
+{options.steps} steps in {time.monotonic() - begin:.0f} s: {verdict}.
+Alerts: {due} were due, {due - len(alerts.lost)} came, {len(alerts.lost)} lost; a later start has sent {alerts.late}
+of them, {soak.webhook.refused} attempts were refused, {alerts.again} came twice."""
     print(text)
     for fault in faults[:10]:
         print(fault)

@@ -5,11 +5,13 @@ python tools/evaluate.py loss hf-model --texts ja=ja.jsonl en=en/ --output loss.
 python tools/evaluate.py forgetting hf-before runs/sft --texts ja=ja.jsonl en=en.jsonl
 python tools/evaluate.py routing runs/moe --texts ja=ja.jsonl en=en.jsonl hi=hi.jsonl --plot routing.png
 python tools/evaluate.py probe runs/sft/iter_0001000 --prompts questions.jsonl --chat --texts ja=ja.jsonl
+python tools/evaluate.py lm-eval runs/moe --tasks tasks/ --num-fewshot 4
 python tools/evaluate.py choose runs/sft --low text/ja/bits_per_byte --high samples/end_of_turn_rate
 
 loss: perplexity and bits per byte of texts. forgetting: how both changed from one model to another. routing: which
 experts serve which text. choose: a table of a run's checkpoints and metrics, and the best by a rule. probe: figures of
-what one checkpoint writes to fixed prompts and of its loss on texts, as JSON lines; beside a run, for each checkpoint:
+what one checkpoint writes to fixed prompts and of its loss on texts, as JSON lines. lm-eval: scores of tasks of
+lm-evaluation-harness, kept beside the checkpoint. Beside a run, for each checkpoint (several commands joined by &&):
 
 evaluation:
   on_checkpoint: python tools/evaluate.py probe "$CHECKPOINT" --prompts questions.jsonl --chat --texts ja=ja.jsonl
@@ -19,6 +21,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -26,6 +29,7 @@ from pydantic import Field
 from megatron_ext.command import chosen_command, ending_on_sigterm, parse_command, run_command
 from megatron_ext.config.base import PathName, config
 from megatron_ext.errors import ConfigError, note_path
+from megatron_ext.evaluation.harness_options import HarnessOptions
 
 if TYPE_CHECKING:
     from megatron_ext.evaluation.text_loss import TextLoss, Windows
@@ -265,11 +269,39 @@ def probe(arguments: Sequence[str]) -> None:
             print(json.dumps(figures), flush=True)
 
 
+def lm_eval(arguments: Sequence[str]) -> None:
+    """Print the scores of tasks, as JSON lines too, and keep them beside the checkpoint."""
+    o = parse_command(HarnessOptions, "Scores of lm-evaluation-harness.", positional=["model"], argv=arguments)
+    from megatron_ext.evaluation.harness import evaluate, keep, kept_place, metrics_of, require_harness, stay_offline
+
+    if not o.online:
+        stay_offline()
+    require_harness()
+    from megatron_ext.generation.text_model import hugging_face_directory, text_model
+    from megatron_ext.monitoring.report.evaluations import result_table
+
+    place = Path(o.output) if o.output else kept_place(o.model)
+    _require_output(str(place))
+    with (
+        ending_on_sigterm(),
+        hugging_face_directory(o.model, verify=o.verify) as directory,
+        text_model(directory, trust_remote_code=o.trust_remote_code, device=o.device) as model,
+    ):
+        found = evaluate(model, o)
+    metrics = metrics_of(found)
+    keep(place, o.model, found, metrics)
+    (_, *names), ((_, *cells),) = result_table({0: metrics})
+    _table(("metric", "score (95 %)"), list(zip(names, cells, strict=True)))
+    print(json.dumps(metrics))
+    print(f"kept: {place}")
+
+
 COMMANDS: dict[str, Any] = {
     "loss": (loss, LossOptions),
     "forgetting": (forgetting, ForgettingOptions),
     "routing": (routing, RoutingOptions),
     "probe": (probe, ProbeOptions),
+    "lm-eval": (lm_eval, HarnessOptions),
     "choose": (choose, ChooseOptions),
 }
 

@@ -7,7 +7,9 @@ from typing import Literal
 
 from megatron_ext.errors import DataError
 from megatron_ext.monitoring.events import EVALUATION
+from megatron_ext.monitoring.kept_results import kept_results
 from megatron_ext.monitoring.metrics_file import METRICS_FILE, read_history
+from megatron_ext.monitoring.report.records import numbers_of
 
 Results = Mapping[int, Mapping[str, float]]
 """Metrics by name, by the step of a checkpoint."""
@@ -29,21 +31,24 @@ class Choice:
 
 
 def evaluated_results(run: str | Path) -> dict[int, dict[str, float]]:
-    """What a run's metrics file says of its checkpoints: evaluations, and validations of the same steps.
+    """What is known of a run's checkpoints: evaluations beside it and by hand, and validations of the same steps.
 
     Raises:
-        DataError: there is no such file, or no checkpoint was evaluated.
+        DataError: there is no metrics file, or no checkpoint was evaluated.
     """
     path = Path(run) / METRICS_FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise DataError(f"{path}: no metrics file here; give a run's checkpoint directory, or its metrics.jsonl")
     history = read_history(path)
-    found: dict[int, dict[str, float]] = {}
+    found = {step: numbers_of(metrics) for step, metrics in kept_results(path.parent).items()}
     for event in history.events:
         if event["event"] == EVALUATION and isinstance(results := event.get("results"), dict):
-            found[event["iteration"]] = {n: float(v) for n, v in results.items() if isinstance(v, int | float)}
+            numbers = {n: float(v) for n, v in results.items() if isinstance(v, int | float)}
+            found.setdefault(event["iteration"], {}).update(numbers)
     if not found:
-        raise DataError(f"{path}: no checkpoint was evaluated; see evaluation.on_checkpoint")
+        raise DataError(
+            f"{path}: no checkpoint was evaluated; see evaluation.on_checkpoint, or tools/evaluate.py lm-eval"
+        )
     for report in history.reports:
         if "validation_loss" in report and report["iteration"] in found:
             found[report["iteration"]]["validation_loss"] = float(report["validation_loss"])

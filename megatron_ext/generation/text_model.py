@@ -17,6 +17,7 @@ from megatron_ext.errors import CheckpointError, DataError, EnvironmentFault
 from megatron_ext.merging.lora import merge_lora, silent
 from megatron_ext.merging.lora_options import MergeLoraOptions
 from megatron_ext.model_io.checkpoint_model import tokenizer_directory
+from megatron_ext.model_io.compare import Comparison
 from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.finite import describe, is_finite
 from megatron_ext.model_io.logits import load_hugging_face
@@ -63,13 +64,18 @@ def text_model(checkpoint: str | Path, *, trust_remote_code: bool = False, devic
 
 
 @contextmanager
-def hugging_face_directory(checkpoint: str | Path) -> Iterator[Path]:
+def hugging_face_directory(checkpoint: str | Path, *, verify: bool = False) -> Iterator[Path]:
     """`checkpoint` itself, or a temporary export of a Megatron one (where it holds adapters, with their base).
 
     The exported model's logits are the checkpoint's (tools/verify.py).
 
+    Args:
+        verify: compare weights and logits of the export with the checkpoint's. Of adapters there is nothing to compare:
+            their merge is its own.
+
     Raises:
         DataError: it has no tokenizer.
+        ConversionError: the export is not the same model.
     """
     if is_hugging_face(checkpoint):
         yield Path(checkpoint)
@@ -84,7 +90,7 @@ def hugging_face_directory(checkpoint: str | Path) -> Iterator[Path]:
         if holds_adapters(require_checkpoint(checkpoint)):
             merge_lora(MergeLoraOptions(adapters=str(checkpoint), target=str(exported), to="hf"), silent)
         else:
-            convert(checkpoint, exported)
+            convert(checkpoint, exported, verify=Comparison() if verify else None)
         yield exported
 
 

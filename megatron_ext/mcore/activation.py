@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
 
 
-def gated_activation(projected: Tensor, activation: Activation, weights: Tensor | None = None) -> Tensor:
+def gated_activation(
+    projected: Tensor, activation: Activation, weights: Tensor | None = None, *, triton: bool = False
+) -> Tensor:
     """Return `activation(gate) * up`, times `weights`, for the halves gate and up of the last dimension.
 
     Plain autograd would keep the activated gate and each product for the backward pass; here they are computed again
@@ -21,10 +24,15 @@ def gated_activation(projected: Tensor, activation: Activation, weights: Tensor 
         projected: [..., 2 F], gate before up.
         activation: applied elementwise to the gate.
         weights: [...], one factor a row (routing weights), of any floating dtype.
+        triton: by our own kernels where there is one, which is of SwiGLU (mcore/kernels/swiglu.py).
 
     Returns:
         [..., F] in the dtype of `projected`.
     """
+    if triton and activation is F.silu:
+        from megatron_ext.mcore.kernels.swiglu import swiglu
+
+        return swiglu(projected, weights)
     output: Tensor = _GatedActivation.apply(projected, weights, activation)
     return output
 

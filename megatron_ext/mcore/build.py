@@ -123,6 +123,7 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
     config = transformer_config(model, run.parallel, run.precision, run.recompute, run.runtime.backend)
     # On a CPU every order of sums is fixed already.
     config.deterministic_mode = config.deterministic_mode or (run.runtime.deterministic and device.type == "cuda")
+    config.triton_kernels = run.runtime.kernels == "triton"
     chunks = build_chunks(model, run.parallel, config, device, adapter_plan(model, adapters))
     initialize_weights(model, list(chunks), run.train.seed, adapters)
     if adapters is not None:

@@ -30,7 +30,8 @@ class FeedForward(CompleteMLP):
         if not self.config.gated_linear_unit or self.config.add_bias_linear:
             return super().forward(hidden_states, *args, **kwargs)
         projected, _ = self.linear_fc1(hidden_states)
-        output, _ = self.linear_fc2(gated_activation(projected, self.config.activation_func))
+        activated = gated_activation(projected, self.config.activation_func, triton=self.config.triton_kernels)
+        output, _ = self.linear_fc2(activated)
         return output, None
 
 

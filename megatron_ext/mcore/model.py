@@ -197,7 +197,9 @@ class LanguageModel(LanguageModule):
         weighted square of log(Z), Z being the sum over the vocabulary of the exponentiated logits.
         """
         group, z_loss = self.pg_collection.tp, self.model.output_z_loss_coeff
-        losses_SB, log_sums_SB = vocab_parallel_cross_entropy(logits, labels.t(), self.model.vocab_size, group)
+        losses_SB, log_sums_SB = vocab_parallel_cross_entropy(
+            logits, labels.t(), self.model.vocab_size, group, triton=self.config.triton_kernels
+        )
         if not (self.training and z_loss):
             return losses_SB.t()
         return torch.stack((losses_SB, z_loss * log_sums_SB.square())).transpose(1, 2)

@@ -25,6 +25,8 @@ class _MoreFields:
 
     torch_fp8: Fp8Precision | None = None
     """The recipe of mcore/fp8; megatron-core's own `fp8` field speaks to Transformer Engine alone."""
+    triton_kernels: bool = False
+    """Whether the torch backend's layers and loss take our own kernels (mcore/kernels/) where there are some."""
     yarn_rotary_scaling_factor: float = 1.0
     """megatron-core's attention looks for this name and the next two, which it declares nowhere, and takes YaRN's
     factor on queries and keys from them; at 1.0 there is none."""

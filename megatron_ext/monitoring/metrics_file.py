@@ -139,7 +139,7 @@ def _finite(value: Any) -> Any:
         return str(value)
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return value
 
@@ -198,14 +198,36 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return read_history(path).reports
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of the metrics file at `path`, line by line, without what a killed process left of one."""
+    for _, record in _lines(path):
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+            yield record
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """What was recorded each time the run was started or continued; empty where there is no file at `path`."""
+    return [one for one in _of_event(path, "start") if isinstance(one.get("iteration"), int)]
+
+
 def read_evaluated(path: Path) -> set[int]:
     """The steps whose checkpoints were evaluated, by the metrics file at `path`; none where there is no file."""
+    return {record["iteration"] for record in _of_event(path, EVALUATION) if "results" in record}
+
+
+def _of_event(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind of event, without reading the others."""
     if not path.is_file():
-        return set()
-    mark = f'"event": "{EVALUATION}"'.encode()
+        return []
+    mark = f'"event": "{kind}"'.encode()
     with BufferedReader(open_regular(path)) as file:
         found = [parsed(line) for line in iter(lambda: file.readline(_LONGEST), b"") if mark in line]
-    return {record["iteration"] for record in found if isinstance(record, dict) and "results" in record}
+    return [record for record in found if isinstance(record, dict) and record.get("event") == kind]
+
+
+def as_recorded(value: Mapping[str, Any]) -> Any:
+    """`value` as it comes out of a metrics file that it was written to."""
+    return parsed(json.dumps(_finite(value)).encode())
 
 
 def parsed(line: bytes) -> Any:

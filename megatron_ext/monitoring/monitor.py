@@ -16,6 +16,7 @@ from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.description import describe_start
 from megatron_ext.monitoring.events import STARTED, Event
 from megatron_ext.monitoring.metrics_file import METRICS_FILE
+from megatron_ext.monitoring.replay import WANDB_RUN, wandb_run_of
 from megatron_ext.monitoring.sinks.base import Sink
 from megatron_ext.monitoring.sinks.console import ConsoleSink
 from megatron_ext.monitoring.sinks.jsonl import JsonlSink
@@ -35,9 +36,11 @@ def metrics_path(run: RunConfig) -> Path:
     return Path(run.logging.metrics_file or Path(run.checkpoint.directory) / METRICS_FILE)
 
 
-def new_run_id() -> str:
-    """An identifier for a W&B run."""
-    return secrets.token_hex(4)
+def new_run_id(run: RunConfig) -> str:
+    """An identifier for the W&B run of `run`, which has no checkpoint; that of an earlier start without one, if any."""
+    is_on = run.logging.wandb.mode != "off"
+    earlier = wandb_run_of(metrics_path(run), to_mapping(run)) if is_on else None
+    return earlier or secrets.token_hex(4)
 
 
 class Monitor:
@@ -74,6 +77,8 @@ class Monitor:
         how = f"continued at step {iteration}" if iteration else "started"
         processes = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
         described = {"world_size": layout.world_size, **describe_start(run, layout)}
+        if run.logging.wandb.mode != "off":
+            described[WANDB_RUN] = run_id
         self.event(Event(STARTED, iteration, f"{how}, of {plan.total_steps} steps, on {processes}", described))
 
     def step(self, report: StepReport) -> None:
@@ -167,7 +172,7 @@ def open_sinks(run: RunConfig, iteration: int, run_id: str) -> list[Sink]:
     if run.logging.wandb.mode != "off":
         from megatron_ext.monitoring.sinks.wandb import WandbSink
 
-        wandb = WandbSink(run.logging.wandb, run_id, directory, configuration)
+        wandb = WandbSink(run.logging.wandb, run_id, directory, configuration, metrics_path(run), iteration)
         sinks.append(wandb)
         others = [wandb] if run.alerts.wandb else []
     if run.alerts.webhook is not None or run.alerts.email is not None or others:

@@ -51,9 +51,9 @@ def step_values(sources: Mapping[str, SourceReport]) -> dict[str, Any]:
     return {name: dict(vars(source)) for name, source in sources.items()}
 
 
-def step_panels(sources: Mapping[str, SourceReport]) -> dict[str, float]:
-    """For W&B, by panel."""
-    values = {f"sources/{key}/{name}": value for name, source in sources.items() for key, value in vars(source).items()}
+def step_panels(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """For W&B, by panel, of what `step_values` gives."""
+    values = {f"sources/{key}/{name}": value for name, source in sources.items() for key, value in source.items()}
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -78,6 +78,25 @@ def consumption_line(consumption: "Consumption") -> str:
 def validation_values(report: ValidationReport) -> dict[str, Any]:
     """For the metrics file, by source."""
     return {name: _with_perplexity("loss", loss, report) for name, loss in report.sources.items()}
+
+
+def validation_record(iteration: int, report: ValidationReport) -> dict[str, Any]:
+    """The line of the metrics file."""
+    others = {f"validation_{name}": value for name, value in report.others.items()}
+    return {"iteration": iteration, "validation_loss": report.loss, "sources": validation_values(report), **others}
+
+
+def recorded_validation(record: Mapping[str, Any]) -> ValidationReport:
+    """The inverse of `validation_record`."""
+    sources = record["sources"]
+    prefix = "validation_"
+    others = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+    return ValidationReport(
+        others.pop("loss"),
+        {name: values["loss"] for name, values in sources.items()},
+        others,
+        has_perplexity=all("perplexity" in values for values in sources.values()),
+    )
 
 
 def _with_perplexity(name: str, loss: float, report: ValidationReport) -> dict[str, float]:

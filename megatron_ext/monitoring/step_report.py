@@ -1,6 +1,7 @@
 """One report of training: what the ranks know of a step, and what every sink is given of it."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -110,23 +111,27 @@ _GROUPS = {
         "supervised_tokens",
         "stage",
     ),
-    "throughput": ("seconds_per_step", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"),
+    "throughput": ("seconds_per_step", "tokens_per_second", "tflops_per_device", "mfu"),
 }
 
 
-def step_panels_of(record: StepRecord) -> dict[str, Any]:
+def step_panels_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """What is drawn of a report, under the groups that W&B and TensorBoard make panels of.
 
     A number each, but for `train/stage`, a text, and `moe/load/layer_...`, the share of each expert.
+
+    Args:
+        values: a line of the metrics file, as it is written or as it was read again.
     """
-    values, report = record.values, record.report
-    panels: dict[str, Any] = {f"train/{name}": value for name, value in report.losses.items()}
+    # The sums of the task stand between the step and the learning rate, where `step_record` puts them.
+    sums = list(itertools.takewhile(lambda name: name != "learning_rate", values))
+    panels: dict[str, Any] = {f"train/{name}": values[name] for name in sums if name not in ("iteration", "perplexity")}
     for group, names in _GROUPS.items():
         panels |= {f"{group}/{name}": values[name] for name in names if name in values}
-    panels |= {f"throughput/memory_{name}_bytes": used for name, used in report.memory.items()}
-    panels |= {f"step_seconds/{part}": seconds for part, seconds in report.step_seconds.items()}
-    panels |= {f"run/{name}": figure for name, figure in report.figures.items()}
-    panels |= step_panels(report.sources)
-    for layer, health in (report.experts or {}).items():
-        panels |= {f"moe/{name}/layer_{layer:03d}": value for name, value in health_values(health).items()}
+    panels |= {f"throughput/{name}": used for name, used in values.items() if name.startswith("memory_")}
+    panels |= {f"step_seconds/{part}": seconds for part, seconds in values.get("step_seconds", {}).items()}
+    panels |= {f"run/{name}": figure for name, figure in values.get("figures", {}).items()}
+    panels |= step_panels(values.get("sources", {}))
+    for layer, health in values.get("moe", {}).items():
+        panels |= {f"moe/{name}/layer_{int(layer):03d}": value for name, value in health.items()}
     return panels

@@ -1,6 +1,7 @@
 """The plan of a run's data as people read it: a table of stages and sources, and what is worth a second look."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 from megatron_ext.config import DataConfig
 from megatron_ext.config.data import DEFAULT_MAX_EPOCHS
@@ -12,6 +13,8 @@ _HANDFUL = 50
 """Steps' worth of samples below which a source is hardly seen."""
 _PASSED_OVER = 0.01
 """Of a source, above which what is passed over is worth a warning."""
+_ROUNDED_UP = 0.01
+"""Of what a stage takes, above which it is worth a warning that its last step reads more."""
 _LARGE_SHARE = 0.1
 """Of a stage's tokens, from which on a language is missed when it disappears."""
 
@@ -65,7 +68,7 @@ def _source_lines(plan: RunPlan, stage: StagePlan) -> list[str]:
 def plan_warnings(plan: RunPlan, data: DataConfig) -> list[str]:
     """What of the plan is seldom meant."""
     found = [*_misjudged(plan, data), *_repeated(plan, data), *_passed_over(plan), *_forgotten(plan, data)]
-    return [*found, *_handfuls(plan), *_coarse(plan)]
+    return [*found, *_handfuls(plan), *_coarse(plan), *_rounded_up(plan), *_turned_back(plan), *_unread(plan, data)]
 
 
 def _misjudged(plan: RunPlan, data: DataConfig) -> list[str]:
@@ -149,3 +152,32 @@ def _coarse(plan: RunPlan) -> list[str]:
         for name, count in stage.counts.items()
         if stage.samples >= PERIOD and PERIOD * count / stage.samples < 100
     ]
+
+
+def _rounded_up(plan: RunPlan) -> list[str]:
+    """Exact amounts that whole steps make much larger."""
+    warnings = []
+    for stage in plan.stages:
+        taken, read = sum(stage.taken.values()), stage.offset + stage.samples
+        if stage.taken and plan.ends(stage) and read > (1 + _ROUNDED_UP) * taken:
+            warnings.append(
+                f"stage {stage.name} takes {taken:,} samples and reads {read:,}: it ends with a whole step of "
+                f"{stage.global_batch_size:,}; a smaller global_batch_size of its own keeps closer to it"
+            )
+    return warnings
+
+
+def _turned_back(plan: RunPlan) -> list[str]:
+    """A stage behind one with a rotary base of its own has the model's again: what was learned does not fit that."""
+    return [
+        f"stage {stage.name} has model.rotary_base again, after {before.rotary_base:,.0f} in {before.name}: say "
+        "rotary_base there too, if that is to stay"
+        for before, stage in pairwise(plan.stages)
+        if before.rotary_base is not None and stage.rotary_base is None
+    ]
+
+
+def _unread(plan: RunPlan, data: DataConfig) -> list[str]:
+    """A source that is there and in no stage was forgotten, or is misspelt."""
+    read = {name for stage in plan.stages for name in stage.counts}
+    return [f"data.sources.{name} is read by no stage" for name in data.sources if name not in read]

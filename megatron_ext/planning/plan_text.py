@@ -1,5 +1,6 @@
 """A plan as people read it: the table of layouts, where memory and time go, the assumptions, and what papers say."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,7 +9,14 @@ from megatron_ext.config import RunConfig
 from megatron_ext.planning.amounts import flops, short_number
 from megatron_ext.planning.assumptions import Assumptions, as_yaml
 from megatron_ext.planning.flops import training_flops_per_token
-from megatron_ext.planning.scaling import TOKENS_A_PARAMETER, Suggestion, compute_optimum, suggestions, upcycling
+from megatron_ext.planning.scaling import (
+    TOKENS_A_PARAMETER,
+    Suggestion,
+    compute_optimum,
+    scratch_catches_up,
+    suggestions,
+    upcycling,
+)
 from megatron_ext.planning.search import Choice, Search
 
 _GIB = 2**30
@@ -141,8 +149,12 @@ def _suggested(one: Suggestion, length: int) -> str:
 def _upcycled(run: RunConfig, each: float, length: int, dense_tokens: float) -> list[str]:
     dense = replace(run.model, num_moe_experts=None, moe_ffn_hidden_size=None, moe_shared_expert_intermediate_size=None)
     found = upcycling(dense_tokens, training_flops_per_token(dense, length), each)
+    meet = scratch_catches_up(count_parameters(dense).total, dense_tokens)
+    reached = "at no number of them" if math.isinf(meet) else f"from {short_number(meet)} on"
     return [
         f"upcycled        better than the dense model that goes on from {short_number(found.better_than_dense)} tokens "
         f"on; than the same MoE from scratch up to {short_number(found.scratch_catches_up)} at least",
         "                (half and all of the dense model's compute: Komatsuzaki et al. 2023, arXiv 2212.05055)",
+        f"                by a law of both trainings' tokens from scratch is as good {reached}",
+        "                (Liew et al. 2025, arXiv 2502.03009, fitted to 8 experts, top-2, of small dense models)",
     ]

@@ -95,3 +95,45 @@ def upcycling(dense_tokens: float, dense_flops: float, moe_flops: float) -> Upcy
     """
     sunk = dense_tokens * dense_flops / moe_flops
     return Upcycling(sunk / 2, sunk)
+
+
+# Liew, Kato and Takase 2025 (arXiv 2502.03009), equation 12 and table 2: nats a token on SlimPajama, of 8 experts with
+# two active. Logarithms are natural: of any other base the law would never let the model from scratch catch up, and
+# with them it does where the authors stopped.
+_IRREDUCIBLE = 0.165
+
+
+def upcycled_loss(parameters: float, dense_tokens: float, tokens: float) -> float:
+    """Loss of a MoE that was upcycled from a dense model of so many `parameters`.
+
+    What the dense model has read makes the loss lower and its fall with more tokens slower: the interaction of both.
+
+    Args:
+        parameters: of the dense model.
+        dense_tokens: that it was trained on.
+        tokens: that the MoE was trained on since.
+    """
+    slope = -0.085 + 7.98e-4 * math.log(dense_tokens)
+    return float(16.3 * dense_tokens**-0.043 * tokens**slope + 8.53 * parameters**-0.112 + _IRREDUCIBLE)
+
+
+def scratch_moe_loss(parameters: float, tokens: float) -> float:
+    """Loss of the same MoE from random weights; `parameters` are those of its dense counterpart."""
+    return float(32.0 * tokens**-0.161 + 7.05 * parameters**-0.080 + _IRREDUCIBLE)
+
+
+_FEWEST_TOKENS, _MOST_TOKENS, _STEP = 1e8, 1e14, 1.01
+
+
+def scratch_catches_up(parameters: float, dense_tokens: float) -> float:
+    """Tokens of the MoE at which the one from scratch first has the loss of the upcycled one, by the joint law.
+
+    For fewer than that upcycling is the better use of a dense model that is there. To within a hundredth; infinite
+    where the law has no such point up to 1e14 tokens.
+    """
+    tokens = _FEWEST_TOKENS
+    while tokens < _MOST_TOKENS:
+        if scratch_moe_loss(parameters, tokens) <= upcycled_loss(parameters, dense_tokens, tokens):
+            return tokens
+        tokens *= _STEP
+    return math.inf

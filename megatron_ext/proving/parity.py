@@ -21,7 +21,7 @@ from megatron_ext.config import (
     TaskConfig,
     TrainConfig,
 )
-from megatron_ext.config.machine import Backend
+from megatron_ext.config.machine import Backend, Kernels
 from megatron_ext.mcore.build import Trainable, build_trainable
 from megatron_ext.mcore.initialization import draw_tensors
 from megatron_ext.mcore.optimizer import set_learning_rate
@@ -69,6 +69,7 @@ class Cell:
     documents: bool = False
     """Samples hold several documents, and attention stays within them."""
     backend: Backend = "torch"
+    kernels: Kernels = "torch"
     task: TaskConfig = PRETRAIN
     adapters: LoraConfig | None = None
     """What is trained in place of the weights. Their output halves, zero in a run, begin at random:
@@ -96,7 +97,7 @@ class Cell:
     @property
     def runtime(self) -> RuntimeConfig:
         """As a run's section `runtime`."""
-        return RuntimeConfig(device="cpu", threads=1, backend=self.backend)
+        return RuntimeConfig(device="cpu", threads=1, backend=self.backend, kernels=self.kernels)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 
@@ -64,6 +65,8 @@ class Machine:
     """Installed version."""
     transformer_engine_fault: str | None = None
     """Why it cannot be imported, where it is installed and there is a GPU."""
+    triton: Version | None = None
+    """Installed version."""
 
 
 def installed(distribution: str) -> Version | None:
@@ -88,6 +91,7 @@ def this_machine() -> Machine:
         cuda=tuple(int(part) for part in cuda.split(".")[:2]) if cuda else None,  # type: ignore[arg-type]
         transformer_engine=version,
         transformer_engine_fault=_import_fault() if gpus and version else None,
+        triton=installed("triton"),
     )
 
 
@@ -153,6 +157,8 @@ def _torch_fp8_fault(precision: Fp8Precision, machine: Machine, has_experts: boo
         return f"needs compute capability 8.9, {_weakest(machine)}"
     if has_experts and any(gpu.capability != (9, 0) for gpu in machine.gpus):
         return f"of routed experts has a kernel in torch for compute capability 9.0 alone, {_weakest(machine)}"
+    if precision.recipe == "rowwise" and any(gpu.capability >= (10, 0) for gpu in machine.gpus):
+        return "has no cuBLAS kernel from compute capability 10.0 on (torch takes a slow one, or fails)"
     return None
 
 
@@ -170,6 +176,22 @@ def _recipe_fault(name: str, machine: Machine) -> str | None:
     return None
 
 
+def kernels_fault(machine: Machine) -> str | None:
+    """Why our Triton kernels cannot run here; None where they can.
+
+    With TRITON_INTERPRET=1 in the environment Triton computes them on a CPU, for tests.
+    """
+    if machine.triton is None:
+        return "Triton is not installed; pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not machine.gpus:
+        return "Triton compiles for GPUs, and torch finds none"
+    if any(gpu.capability < (8, 0) for gpu in machine.gpus):
+        return f"our Triton kernels need compute capability 8.0, {_weakest(machine)}"
+    return None
+
+
 def require(runtime: RuntimeConfig, precision: Precision, *, has_experts: bool, machine: Machine | None = None) -> None:
     """Raise EnvironmentFault where this machine cannot train with the backend of `runtime` in `precision`.
 
@@ -177,11 +199,13 @@ def require(runtime: RuntimeConfig, precision: Precision, *, has_experts: bool, 
         machine: what to judge by; default: this one, without its GPUs in a run on CPU.
     """
     if machine is None:
-        machine = Machine() if runtime.device == "cpu" else this_machine()
+        machine = Machine(triton=installed("triton")) if runtime.device == "cpu" else this_machine()
     if fault := backend_fault(runtime.backend, machine):
         raise EnvironmentFault(f"runtime.backend = {runtime.backend!r}: {fault}")
     if fault := precision_fault(runtime.backend, precision, machine, has_experts=has_experts):
         raise EnvironmentFault(f"precision.kind = {precision.kind!r}: {fault}")
+    if runtime.kernels == "triton" and (fault := kernels_fault(machine)):
+        raise EnvironmentFault(f"runtime.kernels = {runtime.kernels!r}: {fault}; or set runtime.kernels: torch")
 
 
 def _weakest(machine: Machine) -> str:

@@ -22,6 +22,7 @@ from megatron_ext.runtime.accelerators import (
     backend_fault,
     fuses_weight_gradients,
     installed,
+    kernels_fault,
     precision_fault,
     this_machine,
 )
@@ -153,6 +154,8 @@ def _torch_kernels(machine: Machine) -> Iterator[tuple[str, str]]:
     else:
         yield "experts", "grouped_mm has no kernel below compute capability 8.0: a loop inside torch"
     yield "optimizer", "active: torch's fused AdamW"
+    fault = kernels_fault(machine)
+    yield "our own kernels", f"cannot run: {fault}" if fault else "off; runtime.kernels: triton takes them"
 
 
 def _te_kernels() -> Iterator[tuple[str, str]]:

@@ -39,6 +39,7 @@ class DataFiles:
         """How the files were compared with what was written."""
         self.packed: list[str] = []
         """What packing saves of each source, where documents are packed."""
+        self.warnings: list[str] = []
 
     def look(self) -> dict[str, SourceSize] | None:
         """Size of each source that is trained on, by id; None where one is not as it must be."""
@@ -67,8 +68,10 @@ class DataFiles:
                 for name, path, count in zip(ids, paths, tokens, strict=True)
             }
         if self._values.get("train.eval_interval") is not None:
-            for number, source in self._sources("validation").items():
-                self._look_at_source(f"data.validation.{number}", source)
+            blend = self._sources("validation")
+            there = {n: self._look_at_source(f"data.validation.{n}", source) for n, source in blend.items()}
+            if len(self._faults) == before and self._kind == "text":
+                self._note_repeated(blend, there)
         self._sum_data()
         return sizes
 
@@ -82,6 +85,26 @@ class DataFiles:
         if self._kind == "text":
             return packs.saved()
         return packs.filled("pairs" if self._kind == "preference" else "samples")
+
+    def _note_repeated(self, blend: Mapping[str, DataSource], there: Mapping[str, int]) -> None:
+        """Warn of a validation set that is read over and over each time: its loss says no more than once would.
+
+        Args:
+            there: tokens of each source of the blend.
+        """
+        keys = ("train.eval_iters", "train.global_batch_size", "data.sequence_length")
+        steps, batch, length = (self._values.get(key) for key in keys)
+        if not (steps and batch and length and all(there.values())):
+            return
+        total = sum(source.weight for source in blend.values())
+        for number, source in blend.items():
+            samples, wanted = (there[number] - 1) // length, steps * batch * source.weight / total
+            if wanted >= 2 * samples:
+                self.warnings.append(
+                    f"data.validation.{number}.path = {source.path}: its {there[number]:,} tokens are {samples:,} x "
+                    f"{length:,}, and validation reads {wanted:,.0f} such samples of it: no more is known than from "
+                    "reading it once; keep more text for it (tools/preprocess.py --split), or lower train.eval_iters"
+                )
 
     def _sum_data(self) -> None:
         """Read the files of the data and compare their checksums, where that takes seconds."""

@@ -19,6 +19,7 @@ from megatron_ext.config import (
     TrainConfig,
 )
 from megatron_ext.config.load import raise_faults, read_run_text, values_of
+from megatron_ext.config.rules.stages import can_be_planned
 from megatron_ext.data.stream.make_plan import SourceSize
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, named
@@ -155,16 +156,15 @@ class _Examination:
         files = DataFiles(self._values, self._tokenizer, self.found.faults)
         sizes = files.look()
         self.found.sums, self.found.packed = files.sums, files.packed
+        self.found.warnings += files.warnings
         if sizes is not None:
             self._fingerprints = [size.fingerprint for size in sizes.values()]
         return sizes
 
     def _plan(self, sizes: Mapping[str, SourceSize]) -> None:
         """Plan the data, as far as the configuration is right."""
-        if self._data is None or self._train is None:
+        if self._data is None or self._train is None or not can_be_planned(self._data, self._train):
             return
-        if any(weight <= 0 for stage in self._data.stages for weight in stage.mix.values()):
-            return  # a rule of the configuration says so
         with collecting(self.found.faults):
             where = self._newest()
             try:

@@ -13,8 +13,12 @@ import pytest
 
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.state_file import read_state
+from megatron_ext.config import load_run
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.monitoring.metrics_file import read_history, read_metrics
+from megatron_ext.planning.assumptions import GPUS
+from megatron_ext.planning.plan_run import planned_run, write_planned
+from megatron_ext.planning.search import search
 from tests.support.commands import TOOLS, train
 from tests.support.workspace import prepare_data, reported_losses, run_mapping, write_run
 
@@ -54,6 +58,14 @@ def reports(directory: Path) -> list[tuple[Any, ...]]:
         "moe",
     )
     return [tuple(record.get(name) for name in names) for record in records]
+
+
+def planned(run: Path, processes: int, target: Path) -> Path:
+    """`run` in the layout of the planner's table that splits the experts most, as tools/plan.py writes it."""
+    found = search(load_run(run), processes, GPUS["h100"], best=100)
+    places = [place for place, one in enumerate(found.chosen, 1) if one.candidate.layout.ep == processes]
+    write_planned(planned_run(found, places[0], None), str(target))
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +121,9 @@ def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(work
     ("processes", "layout"),
     [
         (1, ["parallel.use_distributed_optimizer=false"]),
-        (4, ["parallel.expert_model_parallel_size=4", "train.micro_batch_size=1"]),
+        (4, ["train.micro_batch_size=1"]),
     ],
-    ids=["one process", "EP4 DP4, other micro-batch"],
+    ids=["one process", "EP4 DP4 as planned, other micro-batch"],
 )
 def test_another_layout_continues_the_curve_and_the_data(
     processes: int, layout: list[str], work: Path, uninterrupted: Path, tmp_path: Path
@@ -119,9 +131,8 @@ def test_another_layout_continues_the_curve_and_the_data(
     directory = tmp_path / "run"
     first = train(4, work / "run.yaml", *LAYOUT, f"checkpoint.directory={directory}", "train.stop_at_iteration=7")
     assert first.returncode == 0, first.stderr
-    second = train(
-        processes, work / "run.yaml", *layout, f"checkpoint.directory={directory}", "train.stop_at_iteration=20"
-    )
+    run = planned(work / "run.yaml", processes, tmp_path / "planned.yaml") if processes == 4 else work / "run.yaml"
+    second = train(processes, run, *layout, f"checkpoint.directory={directory}", "train.stop_at_iteration=20")
     assert second.returncode == 0, second.stderr
     pairs = zip(reported_losses(directory), reported_losses(uninterrupted)[:20], strict=True)
     difference = max(abs(a - b) / b for a, b in pairs)

@@ -1,5 +1,6 @@
 """Whole runs inside the processes of the pool, for tests that stop, kill and watch them."""
 
+import contextlib
 import os
 import random
 import signal
@@ -14,9 +15,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ext.config import load_run
+from megatron_ext.errors import CheckpointError
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.training import loop
+from megatron_ext.training import run_lock as module
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.session import Session
 
@@ -31,6 +34,19 @@ def train_here(path: Path, overrides: list[str]) -> int:
     layout, device = run.resolve(dist.get_world_size()), choose_device(run.runtime)
     with run_lock(run.checkpoint.directory):
         return loop.open_and_train(run, layout, groups, device)
+
+
+def lock_own_disk(place: Path) -> str:
+    """Take the lock of a directory that each rank has for itself, as on a node's own disk; why it is refused."""
+    module._SEEN_WITHIN = 0.0
+    own = place / str(dist.get_rank())
+    own.mkdir()
+    with contextlib.chdir(own):
+        try:
+            with module.run_lock("run"):
+                return ""
+        except CheckpointError as error:
+            return str(error)
 
 
 def train_and_signal(path: Path, overrides: list[str], rank: int, number: int, metrics: Path, step: int) -> int:

@@ -1,6 +1,8 @@
 """No tool writes what another process is writing: the second is refused, and the first one's work stays whole."""
 
 import os
+import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.files import publish_directory
+from megatron_ext.testing.pool import GlooPool
+from tests.robustness.runs import lock_own_disk
 from tests.unit.test_locks import holder
 
 SPECS = {"embedding.word_embeddings.weight": TensorSpec((4, 2), torch.float32)}
@@ -55,3 +59,14 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="somebody else made it meanwhile"):
         publish_directory(tmp_path / "mine", tmp_path / "theirs", replace=False)
     assert os.listdir(tmp_path / "theirs") == ["theirs"]
+
+
+def test_a_directory_that_each_node_has_for_itself_is_refused_before_anything_is_trained(
+    tmp_path: Path, pool: GlooPool
+) -> None:
+    said = pool.run(3, lock_own_disk, tmp_path)
+    assert len(set(said)) == 1  # on every rank alike
+    here = re.escape(socket.gethostname())
+    assert re.search(rf"what rank 0 on {here} writes there is not seen on {here} \(ranks 1 to 2\)", said[0])
+    assert "put it on a file system that every node sees" in said[0]
+    assert list(tmp_path.glob("*/*")) == []

@@ -11,6 +11,7 @@ from megatron_ext.config.rules.registry import (
     EXPERTS,
     GROUPS,
     HEADS,
+    KERNELS,
     MLA,
     PP,
     RECIPE,
@@ -35,6 +36,13 @@ def _multiple(recipe: str) -> int:
 def _te_needs_cuda(backend: str, device: str) -> str | None:
     if backend == TE and device == "cpu":
         return "Transformer Engine computes on CUDA only; set runtime.backend: torch, or remove runtime.device"
+    return None
+
+
+@rule(KERNELS, BACKEND)
+def _te_has_its_own_kernels(kernels: str, backend: str) -> str | None:
+    if kernels == "triton" and backend == TE:
+        return "Transformer Engine's layers have kernels of their own; remove runtime.kernels, or set backend: torch"
     return None
 
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_ext.config.base import fields_of
-from megatron_ext.config.data import Amount, DataSource, Stage, StagedSource
+from megatron_ext.config.data import Amount, DataConfig, DataSource, Stage, StagedSource
 from megatron_ext.config.rules.registry import rule, violations
+from megatron_ext.config.training import TrainConfig
 
 _OWN = {
     "sequence_length": "data.sequence_length",
@@ -36,12 +37,35 @@ def _one_way_to_say_what_is_read(
     return faults
 
 
-@rule(given=("data.train", "data.cache_dir"))
-def _computed_order_needs_ids(train: Sequence[DataSource], cache_dir: str | None) -> str | None:
-    ids = [source.id or source.path for source in train]
-    if cache_dir is None and (twice := next((name for name in ids if ids.count(name) > 1), None)):
-        return f"data.train: {twice!r} is there twice; one entry with the sum of the weights reads the same"
-    return None
+@rule(given=("data.train", "data.validation", "data.cache_dir"))
+def _computed_order_needs_ids(
+    train: Sequence[DataSource], validation: Sequence[DataSource], cache_dir: str | None
+) -> list[str]:
+    faults = []
+    for key, blend in (("data.train", train), ("data.validation", validation)):
+        ids = [source.id or source.path for source in blend]
+        if cache_dir is None and (twice := next((name for name in ids if ids.count(name) > 1), None)):
+            faults.append(f"{key}: {twice!r} is there twice; one entry with the sum of the weights reads the same")
+    return faults
+
+
+@rule(given=("data.sources",))
+def _ids_can_be_read(sources: Mapping[str, StagedSource]) -> list[str]:
+    return [
+        f"data.sources: the id {name!r} cannot be shown in tables and reports; give it a name of letters"
+        for name in sources
+        if not name.strip() or not name.isprintable()
+    ]
+
+
+@rule(given=("data.stages", "model.position_embedding_type"))
+def _a_base_is_of_rotary_embedding(stages: Sequence[Stage], positions: str) -> list[str]:
+    return [
+        f"data.stages.{number}.rotary_base = {stage.rotary_base:g}, model.position_embedding_type = {positions!r}: "
+        "learned positions have no base; leave it out"
+        for number, stage in enumerate(stages)
+        if stage.rotary_base is not None and positions != "rope"
+    ]
 
 
 @rule(given=("data.pack_documents", "data.stages", "data.train", "data.cache_dir", "data.sequence_length"))
@@ -97,6 +121,12 @@ def _faults_of(stage: Stage) -> Iterator[str]:
     for name, amount in stage.take.items():
         if len(_said(amount)) != 1:
             yield f"take.{name}: exactly one of epochs, tokens and samples, not {_said(amount) or 'none'}"
+
+
+def can_be_planned(data: DataConfig, train: TrainConfig) -> bool:
+    """Whether the rules above find nothing wrong with what is read: a plan of anything else means nothing."""
+    said = _one_way_to_say_what_is_read(data.train, data.stages, data.sources, data.cache_dir, train.train_iters)
+    return not said and not _stages_are_whole(data.stages)
 
 
 def _said(amount: Amount) -> list[str]:

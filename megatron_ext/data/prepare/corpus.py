@@ -11,7 +11,7 @@ from megatron_ext.data.prepare.columns import row_groups
 from megatron_ext.errors import DataError
 from megatron_ext.files import UNFINISHED
 
-_TEXT_ENDINGS, _COLUMN_ENDINGS = (".jsonl", ".json", ".txt"), (".parquet", ".arrow")
+PLAIN_ENDINGS, _COLUMN_ENDINGS = (".jsonl", ".json", ".txt"), (".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
 READABLE = (
     ".jsonl (an object a line), .json (an array of objects, or objects) and .txt (a document), also as .gz and .zst, "
@@ -134,7 +134,7 @@ def ending_of(path: Path) -> str | None:
     name = path.name.lower()
     inner = Path(name).stem if name.endswith(COMPRESSED) else name
     ending = Path(inner).suffix
-    return ending if ending in _TEXT_ENDINGS or (ending in _COLUMN_ENDINGS and inner == name) else None
+    return ending if ending in PLAIN_ENDINGS or (ending in _COLUMN_ENDINGS and inner == name) else None
 
 
 def is_compressed(path: Path) -> bool:

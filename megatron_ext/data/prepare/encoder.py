@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_ext.data.indexed import token_dtype
+from megatron_ext.data.prepare.long_texts import PART, LongTexts
 from megatron_ext.data.prepare.running_scores import SPACES, Line
 from megatron_ext.data.prepare.segment_reading import SegmentReader, segment_reader
 from megatron_ext.data.prepare.segment_table import MOST_TOKENS, SegmentHash, SegmentTable, gather
@@ -23,8 +24,6 @@ from megatron_ext.data.tokenizer.probe import HARD_TEXTS
 
 _BATCH = 1 << 16
 """Characters that are encoded at once: their arrays stay in the processor's cache."""
-_LONG, _AROUND, _TRIES = 1 << 19, 1 << 12, 1000
-"""Characters of a text that the library is given at once, those around a cut, and lines that are tried for one."""
 _PAIR_BITS = 20
 _LONGEST_SEGMENT = 255
 """Characters of the longest segment that is read by itself."""
@@ -44,6 +43,9 @@ class Encoder(Protocol):
             DataError: see `Tokenizer.encode`.
         """
 
+    def why_not(self, text: str) -> str | None:
+        """Why a text is not read in the memory that a process has, or None."""
+
 
 def encoder_for(tokenizer: Tokenizer, notice: Notice = lambda texts: None) -> Encoder:
     """The fastest encoder that gives the ids of `tokenizer`.
@@ -62,48 +64,40 @@ def encoder_for(tokenizer: Tokenizer, notice: Notice = lambda texts: None) -> En
 
 
 class BatchEncoder:
-    """Encodes by the tokenizer's library.
-
-    That takes a hundred times the size of a text in memory, so long ones are cut where a line begins with a letter and
-    the library, given the thousands of characters around, ends a token: no pre-tokenizer looks further than one word.
-    Sums of scores reach further (see `segment_reading`): texts are read whole by unigram models.
-    """
+    """Encodes by the tokenizer's library."""
 
     def __init__(self, tokenizer: Tokenizer, notice: Notice = lambda texts: None) -> None:
         self._tokenizer, self._notice, self._dtype = tokenizer, notice, token_dtype(tokenizer.vocab_size)
-        self._cuts = tokenizer.fast is not None and type(tokenizer.fast.model).__name__ != "Unigram"
+        self._long = LongTexts(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """See `Encoder`."""
         self._notice(texts)
-        if any(len(text) > _LONG for text in texts):
-            return np.concatenate([ids for text in texts for ids in self._ids_of_long(text)])
+        ids = [np.empty(0, dtype=self._dtype)]
+        batch: list[str] = []
+        size = 0
+        for text in texts:
+            if len(text) > PART:
+                ids += [*self._ids_of(batch), *self._long.ids(text), np.array([self._tokenizer.eod], dtype=self._dtype)]
+                batch, size = [], 0
+                continue
+            batch.append(text)
+            size += len(text)
+            if size > PART:
+                ids += self._ids_of(batch)
+                batch, size = [], 0
+        return np.concatenate([*ids, *self._ids_of(batch)])
+
+    def why_not(self, text: str) -> str | None:
+        """See `Encoder`."""
+        return self._long.why_not(text)
+
+    def _ids_of(self, texts: list[str]) -> list[np.ndarray]:
         ids: list[int] = []
-        for read in self._tokenizer.encode_batch(texts):
+        for read in self._tokenizer.encode_batch(texts) if texts else []:
             ids += read
             ids.append(self._tokenizer.eod)
-        return np.array(ids, dtype=self._dtype)
-
-    def _ids_of_long(self, text: str) -> Iterator[np.ndarray]:
-        start = 0
-        while (stop := self._cut_of(text, start)) is not None:
-            yield np.array(self._tokenizer.encode(text[start:stop]), dtype=self._dtype)
-            start = stop
-        yield np.array([*self._tokenizer.encode(text[start:]), self._tokenizer.eod], dtype=self._dtype)
-
-    def _cut_of(self, text: str, start: int) -> int | None:
-        """Where `text`, from `start` on, is cut next; None: nowhere."""
-        at = start + _LONG
-        for _ in range(_TRIES if self._cuts else 0):
-            at = text.find("\n", at) + 1
-            if at == 0 or at == len(text):
-                return None
-            around = text[max(start, at - _AROUND) : at], text[at : at + _AROUND]
-            if text[at].isalpha():
-                left, right, both = self._tokenizer.encode_batch([*around, "".join(around)])
-                if left + right == both:
-                    return at
-        return None
+        return [np.array(ids, dtype=self._dtype)]
 
 
 class SegmentEncoder:
@@ -117,6 +111,8 @@ class SegmentEncoder:
         self._hashes = [SegmentHash(multiplier) for multiplier in _MULTIPLIERS]
         self._table = SegmentTable(self._dtype)
         self._cut_out = np.array(list(reader.cut_out.values()), dtype=self._dtype)
+        self._long = LongTexts(tokenizer)
+        self._is_cut = reader.reads_apart or reader.scores is not None
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """See `Encoder`."""
@@ -136,6 +132,13 @@ class SegmentEncoder:
         ids.append(self._ids_of(batch))
         return np.concatenate(ids)
 
+    def why_not(self, text: str) -> str | None:
+        """See `Encoder`."""
+        if self._reader.scores is not None or len(text) <= PART:
+            return None
+        windows = self._windows(text) if self._is_cut else [text]
+        return next((why for window in windows if (why := self._long.why_not(window)) is not None), None)
+
     def _ids_of(self, texts: list[str]) -> np.ndarray:
         """Ids of documents that are short, each with its end."""
         if not texts:
@@ -146,13 +149,11 @@ class SegmentEncoder:
     def _ids_of_one(self, text: str) -> np.ndarray:
         """Ids of a document that is long, or holds what stands for the end of one."""
         end = np.array([self._tokenizer.eod], dtype=self._dtype)
-        scores = self._reader.scores
-        is_cut = scores is not None or self._reader.reads_apart
-        if not is_cut and (_END in text or not self._reader.reads_lines):
+        if not self._is_cut:
             self._notice([text])
-            return np.append(np.array(self._tokenizer.encode(text), dtype=self._dtype), end)
-        parts, total = [end[:0]], 0.0
-        for window in self._windows(text, is_cut):
+            return np.concatenate([*self._long.ids(text), end])
+        scores, parts, total = self._reader.scores, [end[:0]], 0.0
+        for window in self._windows(text):
             parts.append(ids := self._ids_of_window(window, total))
             if scores is not None:
                 cut_out = np.flatnonzero(np.isin(ids, self._cut_out))
@@ -162,36 +163,30 @@ class SegmentEncoder:
     def _ids_of_window(self, window: str, total: float) -> np.ndarray:
         """Ids of a part of a long text, which stands behind scores of that total, where they count."""
         scores = self._reader.scores
-        is_segment = window == _END or len(window) > 2 * _BATCH
-        if not is_segment or (scores is None and not self._reader.reads_apart):
+        if window != _END and len(window) <= 2 * _BATCH:
             return self._look_up(window + _END, np.array([len(window)]), total)[:-1]
         self._notice([window])
-        ids = self._tokenizer.encode(window) if scores is None else scores.read(window, total)[0]
-        return np.array(ids, dtype=self._dtype)
+        if scores is None:
+            return np.concatenate(self._long.ids(window))
+        return np.array(scores.read(window, total)[0], dtype=self._dtype)
 
-    def _windows(self, text: str, is_cut: bool) -> Iterator[str]:
-        """A long text in pieces that end with a line, or where no token can be, and _END by itself.
-
-        Args:
-            is_cut: a piece may end within a line.
-        """
+    def _windows(self, text: str) -> Iterator[str]:
+        """A long text in pieces that end with a line, or where no token can be, and _END by itself."""
         start = 0
         while start < len(text):
             end = text.find(_END, start, start + _BATCH + 1)
-            if is_cut and end >= 0:
+            if end >= 0:
                 stop = end if end > start else end + 1
             elif len(text) - start <= _BATCH:
                 stop = len(text)
             else:
                 stop = self._reader.reads_lines and text.rfind("\n", start, start + _BATCH) + 1
-                stop = stop or self._cut_behind(text, start, is_cut)
+                stop = stop or self._cut_behind(text, start)
             yield text[start:stop]
             start = stop
 
-    def _cut_behind(self, text: str, start: int, is_cut: bool) -> int:
-        """Where a window that begins at `start` ends within a line, or, where that cannot be, with the line."""
-        if not is_cut:
-            return text.find("\n", start + _BATCH) + 1 or len(text)
+    def _cut_behind(self, text: str, start: int) -> int:
+        """Where a window that begins at `start` ends within a line, or, where that cannot be, with the text."""
         for at in range(start, len(text), _BATCH):
             codes = _codes(text[at : at + _BATCH + 1])
             alone = (codes[1:] == ord(_END)) | (codes[1:] == ord("\n")) & self._reader.reads_lines

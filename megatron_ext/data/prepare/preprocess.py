@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
 from megatron_ext.data.indexed import write_synced
-from megatron_ext.data.prepare.corpus import corpus_files, is_compressed, split_into_shards
+from megatron_ext.data.prepare.corpus import PLAIN_ENDINGS, corpus_files, ending_of, is_compressed, split_into_shards
 from megatron_ext.data.prepare.filters import fingerprint_of
 from megatron_ext.data.prepare.join import MOST_FILES, check_parts, find_copies, join_split
 from megatron_ext.data.prepare.parts import Part, Told
@@ -47,6 +47,9 @@ _CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE, DROPPED_FILE)
 _PLAN_FILE, _JOINED = "plan.json", "joined"
 _SHARD_BYTES, _LARGEST_SHARD_BYTES, _SHARDS = 4 << 20, 1 << 26, 256
 _BUCKET_BYTES = 1 << 26
+_MOST_HERE = 1 << 20
+"""Bytes of text that one worker reads within the command, sooner than another process begins. That one holds no
+transformers, which the command needs for loading the tokenizer: half of what a process may take."""
 _EXPANDS = 5
 """How many times its size a compressed file is about."""
 _SAMPLES = 100
@@ -86,6 +89,9 @@ def preprocess(
     files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
     options = options or TextOptions(text_key=text_key, split=tuple(split))
     options = replace(options, split=_checked_fractions(options.split))
+    if options.max_characters is not None and options.min_characters > options.max_characters:
+        lengths = f"min_characters = {options.min_characters}, max_characters = {options.max_characters}"
+        raise DataError(f"{lengths}: no document is as long as the one and as short as the other; lower the first")
     plan = {**_plan(files, tokenizer, options), **how.describe(tokenizer)}
     if (done := _published(Path(output), plan)) is not None:
         return done
@@ -149,8 +155,12 @@ def _continue_or_restart(output: Path, plan: dict[str, Any]) -> None:
     work = unfinished_place(output)
     plan = {**plan, "shard_bytes": _SHARD_BYTES, "parts": 2}
     if (work / OURS).is_file() and not work.is_symlink():
-        if (begun := _plan_of(work)) == plan:
+        begun = _plan_of(work)
+        # Shards that were done when the first bad line ended it have none.
+        if begun in (plan, {**plan, "bad_lines": "stop"}):
             shutil.rmtree(work / _JOINED, ignore_errors=True)
+            if begun != plan:
+                write_synced(work / _PLAN_FILE, json.dumps(plan).encode())
             return
         if begun is not None:
             print(f"{work}: begun with other text, tokenizer or options; starts anew", file=sys.stderr)
@@ -206,7 +216,7 @@ def _run_shards(
         counts += Part(work, task.number).size(SPLITS)
     progress(done, total, _note(counts))
     start = partial(_start, work, how, options, tokenizer)
-    if workers == 1 or len(missing) <= 1:
+    if min(workers, len(missing)) <= 1 and sum(map(_size_in_memory, missing)) <= _MOST_HERE:
         start()
         finished: Iterator[Task] = (_done(work, task) for task in missing)
     else:
@@ -215,6 +225,12 @@ def _run_shards(
         done += task.shard.stop - task.shard.start
         counts += Part(work, task.number).size(SPLITS)
         progress(done, total, _note(counts))
+
+
+def _size_in_memory(task: Task) -> float:
+    """Bytes of text that a shard may hold at once."""
+    is_plain = ending_of(task.shard.path) in PLAIN_ENDINGS and not is_compressed(task.shard.path)
+    return task.shard.stop - task.shard.start if is_plain else math.inf
 
 
 def _note(counts: np.ndarray) -> str:

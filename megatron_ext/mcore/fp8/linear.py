@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from megatron_ext.mcore.fp8.products import product
+from megatron_ext.mcore.fp8.quantize import Quantized
 from megatron_ext.mcore.fp8.scaling import Role, Scaling
 
 
@@ -28,8 +29,10 @@ class _LinearFunction(torch.autograd.Function):
         ctx.scaling, ctx.group, ctx.gathers, ctx.reduces = scaling, group, gathers, reduces
         whole = _gather(x, group)[0] if gathers else x
         x_MK = whole.reshape(-1, whole.shape[-1])
-        y_MN = product(scaling.quantize(Role.INPUT, x_MK), scaling.quantize(Role.WEIGHT, weight_NK), x.dtype, fast=True)
-        return y_MN.view(*whole.shape[:-1], -1)
+        x_max, ctx.x_max = scaling.lasting_maxima(Role.INPUT, x_MK)
+        weight_max, ctx.weight_max = scaling.lasting_maxima(Role.WEIGHT, weight_NK)
+        quantized = scaling.quantize(Role.INPUT, x_MK, x_max), scaling.quantize(Role.WEIGHT, weight_NK, weight_max)
+        return product(*quantized, x.dtype, fast=True).view(*whole.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -37,10 +40,11 @@ class _LinearFunction(torch.autograd.Function):
         scaling, (needs_x, needs_weight, *_) = ctx.scaling, ctx.needs_input_grad
         grad_MN = grads[0].reshape(-1, grads[0].shape[-1])
         whole, gathering = _gather(x, ctx.group, wait=False) if ctx.gathers and needs_weight else (x, None)
+        grad, grad_t = _gradient_operands(scaling, grad_MN, needs_x, needs_weight)
         grad_x = grad_weight = reducing = None
-        if needs_x:
-            weight_KN = scaling.quantize(Role.WEIGHT, weight_NK.t())
-            grad_MK = product(scaling.quantize(Role.GRADIENT, grad_MN), weight_KN, x.dtype, fast=False)
+        if grad is not None:
+            weight_KN = scaling.quantize(Role.WEIGHT, weight_NK.t(), ctx.weight_max)
+            grad_MK = product(grad, weight_KN, x.dtype, fast=False)
             grad_x = grad_MK.view(*grads[0].shape[:-1], -1)
             if ctx.gathers:
                 grad_x, reducing = _reduce_scatter(grad_x, ctx.group)
@@ -49,17 +53,26 @@ class _LinearFunction(torch.autograd.Function):
         if needs_weight:
             if gathering is not None:
                 gathering.wait()
-            grad_weight = _weight_gradient(scaling, grad_MN, whole.reshape(-1, whole.shape[-1]), weight_NK.dtype)
+            x_MK = whole.reshape(-1, whole.shape[-1])
+            if grad_t is None:
+                grad_weight = grad_MN.t() @ x_MK
+            else:
+                x_KM = scaling.quantize(Role.INPUT, x_MK.t(), ctx.x_max)
+                grad_weight = product(grad_t, x_KM, weight_NK.dtype, fast=False)
         if reducing is not None:
             reducing.wait()
         return grad_x, grad_weight, None, None, None, None
 
 
-def _weight_gradient(scaling: Scaling, grad_MN: Tensor, x_MK: Tensor, dtype: torch.dtype) -> Tensor:
-    if not scaling.precision.fp8_wgrad:
-        return grad_MN.t() @ x_MK
-    grad_NM, x_KM = scaling.quantize(Role.GRADIENT, grad_MN.t()), scaling.quantize(Role.INPUT, x_MK.t())
-    return product(grad_NM, x_KM, dtype, fast=False)
+def _gradient_operands(
+    scaling: Scaling, grad_MN: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Quantized | None, Quantized | None]:
+    """The gradient for the input's product, and its transpose for the weight's; None where not needed in fp8."""
+    transposes = needs_weight and scaling.precision.fp8_wgrad
+    if needs_x and transposes:
+        return scaling.quantize_both(Role.GRADIENT, grad_MN)
+    straight = scaling.quantize(Role.GRADIENT, grad_MN) if needs_x else None
+    return straight, scaling.quantize(Role.GRADIENT, grad_MN.t()) if transposes else None
 
 
 def _gather(part: Tensor, group: Any, *, wait: bool = True) -> tuple[Tensor, Any]:
@@ -83,7 +96,7 @@ class _Fp8Products(torch.nn.Module):
 
     def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)
-        self.scaling = Scaling(config.torch_fp8)
+        self.scaling = Scaling(config.torch_fp8, triton=config.triton_kernels)
 
     def _forward_impl(
         self,

@@ -18,6 +18,7 @@ Tile = tuple[int | None, int | None]
 """Rows and columns that share a scale; None is all of them."""
 WHOLE: Tile = (None, None)
 ROW: Tile = (1, None)
+_KERNEL_TILES = (WHOLE, ROW)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def scale_for(maxima: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(ratio.isfinite(), power, torch.nan)
 
 
-def quantize(x_RK: Tensor, dtype: torch.dtype, tile: Tile, maxima: Tensor, *, saturate: bool = False) -> Quantized:
+def quantize(
+    x_RK: Tensor, dtype: torch.dtype, tile: Tile, maxima: Tensor, *, saturate: bool = False, triton: bool = False
+) -> Quantized:
     """Cast to fp8 with one scale a tile.
 
     Args:
@@ -71,13 +74,44 @@ def quantize(x_RK: Tensor, dtype: torch.dtype, tile: Tile, maxima: Tensor, *, sa
         maxima: what `tile_maxima` gives, or an estimate. Where it is NaN or infinite the tile becomes NaN: a cast
             would turn infinity into the largest number, and what must stop the run would be hidden.
         saturate: whether `maxima` may be too small; larger values then become the largest fp8 number.
+        triton: in one pass, by our own kernel (mcore/kernels/fp8_cast.py), where rows or whole tensors share a scale.
     """
     scale = scale_for(maxima, dtype)
+    if triton and tile in _KERNEL_TILES:
+        from megatron_ext.mcore.kernels.fp8_cast import cast
+
+        return Quantized(cast(x_RK, scale, dtype, saturates=saturate), scale, tile)
     # A power of two is exact in every floating type, and so is the product.
     scaled = x_RK * _over_elements(scale.reciprocal().to(x_RK.dtype), tile, x_RK)
     if saturate:
         scaled = scaled.clamp_(-LARGEST[dtype], LARGEST[dtype])
     return Quantized(scaled.to(dtype).contiguous(), scale, tile)
+
+
+def quantize_both(
+    x_RK: Tensor,
+    dtype: torch.dtype,
+    tile: Tile,
+    maxima: tuple[Tensor, Tensor],
+    *,
+    saturate: bool = False,
+    triton: bool = False,
+) -> tuple[Quantized, Quantized]:
+    """A matrix and its transpose in fp8, each with its own scales; bit for bit what two calls of `quantize` give.
+
+    Args:
+        maxima: those of the matrix and of its transpose.
+    """
+    if triton and tile in _KERNEL_TILES:
+        from megatron_ext.mcore.kernels.fp8_cast import cast_both
+
+        scale, scale_t = (scale_for(largest, dtype) for largest in maxima)
+        values, values_t = cast_both(x_RK, scale, scale_t, dtype, saturates=saturate)
+        return Quantized(values, scale, tile), Quantized(values_t, scale_t, tile)
+    straight = quantize(x_RK, dtype, tile, maxima[0], saturate=saturate)
+    if tile == WHOLE:
+        return straight, Quantized(straight.values.t().contiguous(), straight.scale, tile)
+    return straight, quantize(x_RK.t(), dtype, tile, maxima[1], saturate=saturate)
 
 
 def _over_elements(per_tile: Tensor, tile: Tile, x_RK: Tensor) -> Tensor:

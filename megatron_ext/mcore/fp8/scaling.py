@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config import Fp8Precision
-from megatron_ext.mcore.fp8.quantize import E4M3, E5M2, ROW, WHOLE, Quantized, Tile, quantize, tile_maxima
+from megatron_ext.mcore.fp8.quantize import (
+    E4M3,
+    E5M2,
+    ROW,
+    WHOLE,
+    Quantized,
+    Tile,
+    quantize,
+    quantize_both,
+    tile_maxima,
+)
 
 
 class Role(enum.IntEnum):
@@ -45,9 +55,11 @@ class Scaling(torch.nn.Module):
     amax_history: Tensor
     latest: Tensor
 
-    def __init__(self, precision: Fp8Precision, *, gradient_format: torch.dtype | None = None) -> None:
+    def __init__(
+        self, precision: Fp8Precision, *, gradient_format: torch.dtype | None = None, triton: bool = False
+    ) -> None:
         super().__init__()
-        self.precision = precision
+        self.precision, self.triton = precision, triton
         self.gradient_format = gradient_format or (E5M2 if precision.format == "hybrid" else E4M3)
         if self.is_delayed:
             self.register_buffer("amax_history", torch.zeros(len(Role), precision.amax_history_len), persistent=False)
@@ -74,7 +86,19 @@ class Scaling(torch.nn.Module):
         """
         if maxima is None:
             maxima = self.maxima(role, x_RK)
-        return quantize(x_RK, self.dtype(role), self.tile(role), maxima, saturate=self.is_delayed)
+        return quantize(x_RK, self.dtype(role), self.tile(role), maxima, saturate=self.is_delayed, triton=self.triton)
+
+    def quantize_both(self, role: Role, x_RK: Tensor) -> tuple[Quantized, Quantized]:
+        """Quantise a matrix and its transpose, for a product that contracts K and one that contracts R."""
+        largest = self.maxima(role, x_RK)
+        maxima = (largest, largest if self.tile(role) == WHOLE else self.maxima(role, x_RK.t()))
+        options = {"saturate": self.is_delayed, "triton": self.triton}
+        return quantize_both(x_RK, self.dtype(role), self.tile(role), maxima, **options)
+
+    def lasting_maxima(self, role: Role, x_RK: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`maxima`, and once more if they are those of the transpose too: it need not be read for them again."""
+        maxima = self.maxima(role, x_RK)
+        return maxima, maxima if self.tile(role) == WHOLE else None
 
     def maxima(self, role: Role, x_RK: Tensor) -> Tensor:
         """The magnitudes that scales are made from, one a tile; with delayed scaling the estimate, and recorded."""

@@ -46,7 +46,9 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         self.rows_token_R = chosen_R % tokens
         self.places_TK = self._places(routing_map_TE, chosen_R) if self._sums_by_gathering(hidden) else None
         self.tokens_per_expert_E = routing_map_TE.sum(dim=0)
-        rows_RH: Tensor = _CopyToRows.apply(hidden.view(tokens, -1), self.rows_token_R, self.places_TK)
+        rows_RH: Tensor = _CopyToRows.apply(
+            hidden.view(tokens, -1), self.rows_token_R, self.places_TK, self.config.triton_kernels
+        )
         return rows_RH, weights_TE.t().reshape(-1).index_select(0, chosen_R)
 
     def _chosen(self, flat_map: Tensor, tokens: int) -> Tensor:
@@ -56,13 +58,12 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         # Dropless: the number of rows is known, and the host need not wait for the device to count them.
         return torch.nonzero_static(flat_map, size=tokens * self.config.moe_router_topk).squeeze(-1)
 
-    @staticmethod
-    def _sums_by_gathering(hidden: Tensor) -> bool:
+    def _sums_by_gathering(self, hidden: Tensor) -> bool:
         """Whether a token's rows are gathered and summed, or each row added to its token's sum.
 
         On CUDA rows are added by atomic operations, in another order each time, with a rounding after each.
         """
-        return hidden.is_cuda
+        return hidden.is_cuda or self.config.triton_kernels
 
     def _places(self, routing_map_TE: Tensor, chosen_R: Tensor) -> Tensor:
         """The rows [T, K] of each token, by expert."""
@@ -91,14 +92,20 @@ class LocalTokenDispatcher(MoETokenDispatcher):
     def combine_postprocess(self, rows_RH: Tensor) -> Tensor:
         """Return the sum of each token's rows, in the shape of the layer's input."""
         tokens = math.prod(self.hidden_shape[:-1])
-        combined_TH: Tensor = _SumRows.apply(rows_RH, self.rows_token_R, self.places_TK, tokens)
+        combined_TH: Tensor = _SumRows.apply(
+            rows_RH, self.rows_token_R, self.places_TK, tokens, self.config.triton_kernels
+        )
         return combined_TH.view(self.hidden_shape)
 
 
-def _sum_rows(rows_RH: Tensor, rows_token_R: Tensor, places_TK: Tensor | None, tokens: int) -> Tensor:
+def _sum_rows(rows_RH: Tensor, rows_token_R: Tensor, places_TK: Tensor | None, tokens: int, triton: bool) -> Tensor:
     """Return the sum of each token's rows, [T, H]; by gathering them where their places are known."""
     if places_TK is None or len(rows_RH) == 0:
         return rows_RH.new_zeros(tokens, rows_RH.shape[1]).index_add_(0, rows_token_R, rows_RH)
+    if triton:
+        from megatron_ext.mcore.kernels.gather_sum import gather_sum
+
+        return gather_sum(rows_RH, places_TK)
     topk = places_TK.shape[1]
     is_dropless = len(rows_RH) == tokens * topk
     places = places_TK if is_dropless else places_TK.clamp(max=len(rows_RH) - 1)
@@ -112,29 +119,31 @@ class _CopyToRows(torch.autograd.Function):
     """A copy of its token for each row; autograd of index_select would add the rows' gradients one by one."""
 
     @staticmethod
-    def forward(ctx: Any, tokens_TH: Tensor, rows_token_R: Tensor, places_TK: Tensor | None) -> Tensor:
+    def forward(ctx: Any, tokens_TH: Tensor, rows_token_R: Tensor, places_TK: Tensor | None, triton: bool) -> Tensor:
         ctx.save_for_backward(rows_token_R, places_TK)
-        ctx.tokens = len(tokens_TH)
+        ctx.tokens, ctx.triton = len(tokens_TH), triton
         return tokens_TH.index_select(0, rows_token_R)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         rows_token_R, places_TK = ctx.saved_tensors
-        return _sum_rows(grads[0], rows_token_R, places_TK, ctx.tokens), None, None
+        return _sum_rows(grads[0], rows_token_R, places_TK, ctx.tokens, ctx.triton), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     """The sum of each token's rows; autograd of index_add would keep the rows, only to know their shape."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, rows_token_R: Tensor, places_TK: Tensor | None, tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, rows_RH: Tensor, rows_token_R: Tensor, places_TK: Tensor | None, tokens: int, triton: bool
+    ) -> Tensor:
         ctx.save_for_backward(rows_token_R)
-        return _sum_rows(rows_RH, rows_token_R, places_TK, tokens)
+        return _sum_rows(rows_RH, rows_token_R, places_TK, tokens, triton)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (rows_token_R,) = ctx.saved_tensors
-        return grads[0].index_select(0, rows_token_R), None, None, None
+        return grads[0].index_select(0, rows_token_R), None, None, None, None
 
 
 class MoELayer(CoreMoELayer):

@@ -94,7 +94,7 @@ class GroupedExperts(MegatronModule):
         """The hidden units times their token's routing weight [T, F]."""
         activation = self.config.activation_func
         if self.config.gated_linear_unit:
-            return gated_activation(projected, activation, weights_T)
+            return gated_activation(projected, activation, weights_T, triton=self.config.triton_kernels)
         return (activation(projected) * weights_T.unsqueeze(-1)).to(projected.dtype)
 
     def _of_each_token(self, bias: Tensor, counts_E: Tensor, tokens: int) -> Tensor:

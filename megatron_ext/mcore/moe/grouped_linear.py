@@ -24,11 +24,42 @@ def grouped_linear(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Ten
     """
     if tokens_TI.device.type == "cpu":
         return _CpuGroupedLinear.apply(tokens_TI, weight_EOI, ends_E)
-    if any(size * tokens_TI.itemsize % 16 for size in weight_EOI.shape[1:]):
-        # The grouped kernel takes rows of whole 16 bytes only; no model in use has others, but a converted one may.
-        parts = tokens_TI.tensor_split(ends_E[:-1].tolist())
-        return torch.cat([part @ weight.t() for part, weight in zip(parts, weight_EOI, strict=True)])
-    return F.grouped_mm(tokens_TI, weight_EOI.transpose(1, 2), offs=ends_E)
+    if torch.cuda.get_device_capability(tokens_TI.device) >= _WRITES_NOTHING_FOR_IDLE:
+        weight_EOI = _IdleGradient.apply(weight_EOI, ends_E)
+    return _grouped_kernel(tokens_TI, weight_EOI, ends_E)
+
+
+# Compute capability from which on torch's grouped kernel leaves the weight gradients of experts without tokens as the
+# memory was (pytorch#172439).
+_WRITES_NOTHING_FOR_IDLE = (10, 0)
+
+
+def _grouped_kernel(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """The grouped product of torch, which takes rows of whole 16 bytes only.
+
+    No model in use has others, but a converted one may: both widths are then filled up with zeros.
+    """
+    width, step = weight_EOI.shape[1], 16 // tokens_TI.itemsize
+    fill_O, fill_I = (-size % step for size in weight_EOI.shape[1:])
+    if fill_O or fill_I:
+        tokens_TI, weight_EOI = F.pad(tokens_TI, (0, fill_I)), F.pad(weight_EOI, (0, fill_I, 0, fill_O))
+    output = F.grouped_mm(tokens_TI, weight_EOI.transpose(1, 2), offs=ends_E)
+    return output[:, :width] if fill_O else output
+
+
+class _IdleGradient(torch.autograd.Function):
+    """The weights as they are; their gradient is zero for experts that had no tokens, whatever came back for them."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        return weight_EOI.view_as(weight_EOI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (ends_E,) = ctx.saved_tensors
+        busy_E = ends_E.diff(prepend=ends_E.new_zeros(1)) > 0
+        return grads[0].where(busy_E.view(-1, 1, 1), 0.0), None
 
 
 class _CpuGroupedLinear(torch.autograd.Function):

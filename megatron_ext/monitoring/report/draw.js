@@ -113,7 +113,24 @@ function drawTimes(parent) {
   plot(plots, "seconds of a step, by part", curves.reverse(), { wide: true, stacked: true, group: parent.dataset.phase });
 }
 
-const drawing = { experts: drawExperts, sources: drawSources, times: drawTimes };
+// Of each metric of several checkpoints a curve over steps, with the ends of its interval where it has one.
+function drawEvaluated(parent) {
+  const found = data.phases[Number(parent.dataset.phase)].evaluated;
+  parent.replaceChildren();
+  if (!found) return;
+  const plots = element("div", "plots", parent), color = palette[0];
+  for (const [name, { value, half }] of Object.entries(found.metrics)) {
+    const end = (sign) => value.map((v, i) => (v === null || half[i] === null ? null : v + sign * half[i]));
+    const bounds = half ? [["+ interval", 1], ["- interval", -1]] : [];
+    const curves = [
+      { name, x: found.step, y: value, color },
+      ...bounds.map(([text, sign]) => ({ name: text, x: found.step, y: end(sign), color, faint: true })),
+    ];
+    plot(plots, name, curves, { group: `evaluated ${parent.dataset.phase}` });
+  }
+}
+
+const drawing = { experts: drawExperts, sources: drawSources, times: drawTimes, evaluated: drawEvaluated };
 
 function controls(parent, redraw) {
   const choices = ["tokens", "step"];

@@ -1,4 +1,4 @@
-"""What evaluations beside a run found: a table of checkpoints and metrics, and what the newest ones write."""
+"""What evaluations found, beside a run or by hand: checkpoints and metrics, and what the newest ones write."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,28 @@ INTERVAL = "_interval"
 SAMPLES_FILE = "samples.json"
 """In the folder of an evaluation: prompts and continuations."""
 _MOST_CHECKPOINTS, _MOST_SHOWN, _MOST_PROMPTS = 100, 4, 20
+_MOST_CURVES = 60
 
 
 def evaluations(phase: Phase) -> dict[int, dict[str, float]]:
-    """The results for each checkpoint, by its step; of one that was evaluated twice, the last."""
-    found = {
+    """The results for each checkpoint, by its step; of one that was evaluated twice beside the run, the last."""
+    beside = {
         event["iteration"]: numbers_of(event.get("results")) for event in phase.events if event["event"] == EVALUATION
     }
-    return dict(sorted(found.items()))
+    return {step: phase.kept.get(step, {}) | beside.get(step, {}) for step in sorted({*phase.kept, *beside})}
+
+
+def evaluation_data(phase: Phase) -> dict[str, Any]:
+    """All that is drawn of evaluations, ready for JSON: steps, each metric of two or more, half of its interval."""
+    found = evaluations(phase)
+    names = list(dict.fromkeys(name for metrics in found.values() for name in metrics if not name.endswith(INTERVAL)))
+    metrics: dict[str, dict[str, list[float | None]]] = {}
+    for name in names[:_MOST_CURVES]:
+        values = [metrics_of_one.get(name) for metrics_of_one in found.values()]
+        halves = [metrics_of_one.get(name + INTERVAL) for metrics_of_one in found.values()]
+        if sum(value is not None for value in values) > 1:
+            metrics[name] = {"value": values} | ({"half": halves} if any(h is not None for h in halves) else {})
+    return {"step": list(found), "metrics": metrics}
 
 
 def evaluation_table(phase: Phase) -> tuple[list[str], list[list[str]]]:

@@ -126,7 +126,8 @@ def _events_table(index: int, phase: Phase) -> str:
 
 
 def _evaluation_section(index: int, phase: Phase) -> str:
-    return _section(f"Evaluation, {phase.name}", _evaluation_tables(index, phase))
+    plots = f'<div class="evaluated" data-phase="{index}"></div>'
+    return _section(f"Evaluation, {phase.name}", _evaluation_tables(index, phase) + plots)
 
 
 def _evaluation_tables(index: int, phase: Phase) -> str:

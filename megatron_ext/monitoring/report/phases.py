@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_ext.errors import DataError, note_path
 from megatron_ext.foreign import reading
+from megatron_ext.monitoring.kept_results import kept_results
 from megatron_ext.monitoring.metrics_file import METRICS_FILE
-from megatron_ext.monitoring.report.records import drawable, drawable_events, drawable_starts
+from megatron_ext.monitoring.report.records import drawable, drawable_events, drawable_starts, numbers_of
 from megatron_ext.monitoring.report.run_file import RunFile
 from megatron_ext.planning.amounts import flops
 
@@ -24,6 +25,8 @@ class Phase:
     """What was recorded each time the run was started, or continued."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """What else happened: `event`, `iteration` and `text`."""
+    kept: dict[int, dict[str, float]] = field(default_factory=dict)
+    """What evaluations by hand found, by the step of the checkpoint."""
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
@@ -90,7 +93,8 @@ class RunFiles:
 def _phase(name: str, path: Path, file: RunFile) -> Phase:
     history = file.history
     records = drawable(history.reports, str(path))
-    return Phase(name, records, drawable_starts(history.starts), drawable_events(history.events))
+    kept = {step: numbers_of(metrics) for step, metrics in kept_results(path.parent).items()}
+    return Phase(name, records, drawable_starts(history.starts), drawable_events(history.events), kept)
 
 
 def read_phases(named_files: Sequence[str]) -> list[Phase]:

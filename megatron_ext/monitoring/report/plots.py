@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.report.evaluations import evaluation_data
 from megatron_ext.monitoring.report.phases import Phase
 from megatron_ext.monitoring.report.sources import has_sources, source_data, stretches
 
@@ -106,6 +107,8 @@ def _phase_data(phase: Phase, scales: dict[str, float]) -> dict[str, Any]:
             data["curves"][name] = values
     if parts := {part: None for step in steps for part in step["step_seconds"]}:
         data["seconds"] = {part: [_finite(step["step_seconds"].get(part, 0.0)) for step in steps] for part in parts}
+    if (evaluated := evaluation_data(phase))["metrics"]:
+        data["evaluated"] = evaluated
     if has_sources(phase):
         data["sources"] = source_data(phase)
     if phase.routed:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.metrics_file import MetricsFile
-from megatron_ext.monitoring.sources import ValidationReport, validation_values
+from megatron_ext.monitoring.sources import ValidationReport, validation_record
 from megatron_ext.monitoring.step_report import StepRecord
 
 
@@ -21,9 +21,7 @@ class JsonlSink:
 
     def validation(self, iteration: int, report: ValidationReport) -> None:
         """Loss, in all and by source."""
-        record = {"iteration": iteration, "validation_loss": report.loss, "sources": validation_values(report)}
-        others = {f"validation_{name}": value for name, value in report.others.items()}
-        self._file.write({**record, **others, "time": time.time()})
+        self._file.write({**validation_record(iteration, report), "time": time.time()})
 
     def event(self, event: Event) -> None:
         """The event with its details."""

@@ -71,7 +71,7 @@ class TensorboardSink:
     def step(self, record: StepRecord) -> None:
         """Every number as a curve, the load of experts as histograms over time, the stage where it changes."""
         parts = []
-        for name, value in step_panels_of(record).items():
+        for name, value in step_panels_of(record.values).items():
             if isinstance(value, list):
                 parts.append(self._load(name, value))
             elif isinstance(value, int | float):

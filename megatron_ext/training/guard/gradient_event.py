@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_ext.mcore.gradients import gradient_statistics
-from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.events import GRADIENTS, Event
 
 if TYPE_CHECKING:
     from megatron_ext.training.session import Session
@@ -15,12 +15,10 @@ def gradient_event(session: "Session", step: int) -> Event:
     layers = session.run.model.num_layers
     found = gradient_statistics(session.chunks, session.optimizer, layers, session.groups.world)
     records: dict[str, dict[str, dict[str, float]]] = {}
-    panels: dict[str, float] = {}
     for (layer, group), statistics in found.items():
         place = "outside" if layer is None else f"layer_{layer:03d}"
         records.setdefault(place, {})[group] = asdict(statistics)
-        panels |= {f"gradients/{name}/{place}/{group}": value for name, value in asdict(statistics).items()}
     (layer, group), largest = max(found.items(), key=lambda item: item[1].norm)
     where = group if layer is None else f"{group} of layer {layer}"
     text = f"gradients by layer and group: the largest norm, {largest.norm:.4g}, has {where}"
-    return Event("gradients", step, text, {"gradients": records}, panels)
+    return Event(GRADIENTS, step, text, {GRADIENTS: records})

@@ -10,13 +10,12 @@ from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.checkpoint.find import complete_checkpoints, is_checkpoint, iteration_of
 from megatron_ext.config import EvaluationConfig
 from megatron_ext.monitoring.events import EVALUATION, Event, Tell
+from megatron_ext.monitoring.kept_results import evaluation_folder
 from megatron_ext.monitoring.metrics_file import read_evaluated
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.side_process import EvaluationError, SideProcess
 from megatron_ext.training.session import Session
 
-FOLDER = "evaluation"
-"""Of the checkpoint directory: what evaluations leave, a folder for each checkpoint."""
 _LOOK = 0.2
 _SAID = 20
 """Results in one line for people."""
@@ -117,7 +116,7 @@ class Evaluating(Hook):
             self._tell(Event("evaluation_failed", self._iteration, text, {"checkpoint": str(checkpoint)}))
             return
         assert self._settings.on_checkpoint is not None
-        folder, step = self._directory / FOLDER / checkpoint.name, iteration_of(checkpoint)
+        folder, step = evaluation_folder(checkpoint), iteration_of(checkpoint)
         try:
             self._running = SideProcess(
                 self._settings.on_checkpoint, checkpoint, step, folder, 60 * self._settings.timeout_minutes
@@ -147,5 +146,4 @@ class Evaluating(Hook):
         said = ", ".join(f"{key} {value:.4g}" for key, value in list(results.items())[:_SAID])
         said += f" and {len(results) - _SAID} more" if len(results) > _SAID else ""
         text = f"evaluated {name} in {seconds:.0f} s ({details['lag_steps']} steps behind): {said}"
-        panels = {f"evaluation/{key}": value for key, value in results.items()}
-        self._tell(Event(EVALUATION, process.step, text, {"results": results, **details}, panels))
+        self._tell(Event(EVALUATION, process.step, text, {"results": results, **details}))

@@ -39,7 +39,8 @@ class Reports(Hook):
 
     def __init__(self, run: RunConfig, layout: Layout, clock: Clock) -> None:
         self._run, self._layout, self._clock = run, layout, clock
-        self._run_id = new_run_id()
+        self._run_id = ""
+        """Set on the first rank, which alone reports, and in every checkpoint."""
         self._monitor: Monitor | None = None
         """On rank 0, while the run goes on."""
         self._micro_batches = 0
@@ -62,6 +63,7 @@ class Reports(Hook):
         self._next = self._reported + self._run.logging.log_interval
         self._reported_at = time.monotonic()
         if dist.get_rank() == 0:
+            self._run_id = self._run_id or new_run_id(self._run)
             self._monitor = Monitor(
                 self._run, self._layout, session.plan, session.state.iteration, self._run_id, self._clock
             )

@@ -89,6 +89,25 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"train": {"train_iters": 0}}, ["train.train_iters = 0: must be greater than or equal to 1"]),
     ({"data": {"train": [{"path": "a"}, {"path": "a"}], "cache_dir": None}}, ["data.train: 'a' is there twice"]),
     (
+        {"data": {**ONE_STAGE, "validation": [{"path": "a", "id": "v"}, {"path": "b", "id": "v"}]}},
+        ["data.validation: 'v' is there twice"],
+    ),
+    (
+        {
+            "model": {"position_embedding_type": "learned_absolute"},
+            "data": {
+                **STAGED,
+                "sources": {"ja": {"path": "a"}, "a\nb": {"path": "b"}, "": {"path": "c"}},
+                "stages": [{"name": "A", "mix": {"ja": 1}, "steps": 2, "rotary_base": 1e6}],
+            },
+        },
+        [
+            "data.sources: the id 'a\\nb' cannot be shown",
+            "data.sources: the id '' cannot be shown",
+            "data.stages.0.rotary_base = 1e+06, model.position_embedding_type = 'learned_absolute': learned positions",
+        ],
+    ),
+    (
         {
             "data": {
                 **STAGED,
@@ -266,6 +285,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     (
         {"runtime": TE | {"device": "cpu"}},
         ["runtime.backend = 'transformer_engine'", "runtime.device = 'cpu'", "runtime.backend: torch"],
+    ),
+    (
+        {"runtime": {"backend": "transformer_engine", "kernels": "triton"}},
+        ["runtime.kernels = 'triton'", "runtime.backend = 'transformer_engine'", "remove runtime.kernels"],
     ),
     (
         {"recompute": {"granularity": "selective", "modules": ["layernorm"]}},

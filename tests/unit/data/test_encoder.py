@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
 from megatron_ext.data.prepare import encoder as module
-from megatron_ext.data.prepare import segment_reading, segment_table
+from megatron_ext.data.prepare import long_texts, segment_reading, segment_table
 from megatron_ext.data.prepare.encoder import BatchEncoder, SegmentEncoder, encoder_for
 from megatron_ext.data.tokenizer import Tokenizer, Training, train_tokenizer
 from tests.unit.data import tokenizers as kinds
@@ -179,19 +179,13 @@ def test_tokenizers_that_look_around_them_are_read_by_the_library(
     assert encoder.encode(kinds.LINES).tolist() == expected
 
 
-def test_long_texts_are_cut_where_the_library_ends_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_documents_are_read_by_the_library_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer(kinds.write(kinds.byte_level(), tmp_path))
-    draw = np.random.default_rng(2)
-    parts = ["fox", "\n", "\n", "  ", "a", "日本", "=", "<|im_end|>", "1"]
-    text = "".join(parts[i] for i in draw.integers(len(parts), size=3000))
-    whole = [*tokenizer.encode(text), tokenizer.eod]
-    monkeypatch.setattr(module, "_LONG", 50)
-    monkeypatch.setattr(module, "_AROUND", 40)
-    encoder = BatchEncoder(tokenizer)
-    assert len(list(encoder._ids_of_long(text))) > 50
-    assert encoder.encode(["short", text, "x" * 99]).tolist() == [
-        *(*tokenizer.encode("short"), tokenizer.eod, *whole, *tokenizer.encode("x" * 99), tokenizer.eod)
-    ]
+    texts = ["short", "fox 日本 " * 40, "x" * 99, "a fox\n" * 30, "end"]
+    expected = [number for text in texts for number in (*tokenizer.encode(text), tokenizer.eod)]
+    monkeypatch.setattr(module, "PART", 50)
+    monkeypatch.setattr(long_texts, "PART", 50)
+    assert BatchEncoder(tokenizer).encode(texts).tolist() == expected
 
 
 @pytest.mark.skipif(SAMPLES is None, reason="needs the sample corpora")

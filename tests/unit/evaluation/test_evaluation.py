@@ -2,25 +2,32 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.errors import ConfigError, DataError, EnvironmentFault
 from megatron_ext.evaluation.choice import choose, evaluated_results
 from megatron_ext.evaluation.forgetting import changes
+from megatron_ext.evaluation.harness import RESULTS_FILE, evaluate, keep, metrics_of, require_harness
+from megatron_ext.evaluation.harness_options import HarnessOptions
 from megatron_ext.evaluation.routing import Routing
 from megatron_ext.evaluation.samples import repetition, sample_metrics, scripts_of
 from megatron_ext.evaluation.text_loss import TextLoss, Windows, half_interval, read_texts, text_loss, windows_of
 from megatron_ext.generation.prompts import Prompt
 from megatron_ext.generation.sample import Continuation
 from megatron_ext.generation.text_model import TextModel, text_model
+from megatron_ext.monitoring.kept_results import evaluation_folder
 from megatron_ext.monitoring.metrics_file import MetricsFile
+from megatron_ext.monitoring.report.evaluations import evaluation_data, evaluation_table
+from megatron_ext.monitoring.report.phases import RunFiles
 from tests.support.commands import TOOLS, command
 from tests.unit.data.chats import chat_tokenizer
 from tests.unit.model_io.own_models import MODELS, write_checkpoint
@@ -207,3 +214,78 @@ def test_the_probe_of_a_checkpoint_prints_json_lines(checkpoint: Path, model: Te
     assert texts["text/ja/loss"] == pytest.approx(expected.loss, rel=1e-5)
     kept = json.loads((tmp_path / "samples.json").read_text())
     assert [row["prompt"] for row in kept] == ["hi", "a b"]
+
+
+TASK = """
+task: continued
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_a_local_task_of_the_harness_is_kept_beside_the_checkpoint(
+    checkpoint: Path, model: TextModel, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    data = tmp_path / "task.jsonl"
+    rows = [
+        {"text": "the model", "choices": ["learns", "text"], "answer": 0},
+        {"text": "every token", "choices": ["a", "counts"], "answer": 1},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(TASK.replace("DATA", str(data)))
+    found = evaluate(model, HarnessOptions(model=str(checkpoint), tasks=[str(tmp_path)]))
+    metrics = metrics_of(found)
+    assert metrics["continued/acc"] == sum(_answer(model, row) == row["answer"] for row in rows) / len(rows)
+    (tmp_path / "task.yaml").write_text(TASK.replace("DATA", str(tmp_path / "none.jsonl")))
+    with pytest.raises(DataError, match="task.yaml: cannot be read as a task .*the data set of a task is read from"):
+        evaluate(model, HarnessOptions(model="m", tasks=[str(tmp_path / "task.yaml")]))
+
+
+@torch.no_grad()
+def _answer(model: TextModel, row: dict[str, Any]) -> int:
+    """The likeliest choice, computed as the harness says that it does."""
+    scores = []
+    for choice in row["choices"]:
+        ids = model.tokenizer(f"{row['text']} {choice}", return_tensors="pt")["input_ids"]
+        before = model.tokenizer(row["text"], return_tensors="pt")["input_ids"].shape[1]
+        logits = model.network(ids).logits.log_softmax(-1)[0, before - 1 : -1]
+        scores.append(float(logits.gather(1, ids[0, before:, None]).sum()))
+    return scores.index(max(scores))
+
+
+def test_the_harness_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(EnvironmentFault, match=r"needs lm-evaluation-harness: pip install lm-eval \(or megatron-ext\["):
+        require_harness()
+
+
+def test_scores_by_hand_join_those_beside_the_run(tmp_path: Path) -> None:
+    results = {"arc": {"name": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1, "f1_stderr,none": "N/A"}}
+    metrics = metrics_of({"results": results})
+    assert metrics == {"arc/acc": 0.5, "arc/acc_interval": pytest.approx(0.196), "arc/em/strict": 1.0}
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({"event": "evaluation", "iteration": 200, "text": "", "results": {"loss": 1.5}})
+    file.close()
+    place = evaluation_folder(tmp_path / "iter_0000100") / RESULTS_FILE
+    keep(place, "runs/a", {"results": results}, metrics)
+    keep(place, "runs/a", {"results": {}}, {"arc/acc": 0.75, "jcqa/acc": 0.25})
+    (place.parent / "samples.json").write_text("[]")
+    (place.parent / "damaged.json").write_text('{"metrics"')
+    assert evaluated_results(tmp_path) == {100: metrics | {"arc/acc": 0.75, "jcqa/acc": 0.25}, 200: {"loss": 1.5}}
+    assert len(json.loads(place.read_text())["runs"]) == 2
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(DataError, match="not written by tools/evaluate.py lm-eval"):
+        keep(tmp_path / "other.json", "runs/a", {}, {})
+    phase = RunFiles([str(tmp_path)]).phases()[0]
+    assert evaluation_table(phase)[1][0][:2] == ["100", "0.75 ± 0.2"]
+    assert evaluation_data(replace(phase, kept={100: {"x": 1.0, "x_interval": 0.5}, 200: {"x": 2.0}})) == {
+        "step": [100, 200],
+        "metrics": {"x": {"value": [1.0, 2.0], "half": [0.5, None]}},
+    }

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.mcore.activation import gated_activation
-from megatron_ext.mcore.moe.grouped_linear import COARSE_STEP, FINE_STEP, _windows, grouped_linear
+from megatron_ext.mcore.moe.grouped_linear import (
+    COARSE_STEP,
+    FINE_STEP,
+    _grouped_kernel,
+    _IdleGradient,
+    _windows,
+    grouped_linear,
+)
 from megatron_ext.mcore.norm import _CpuRmsNorm
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -96,6 +103,27 @@ def test_grouped_linear(dtype: torch.dtype, counts: list[int]) -> None:
     )
     print(f"{dtype} {counts}: {measured:.1e}")
     assert measured < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("widths", [(24, 40), (23, 40), (24, 37)], ids=["whole", "input", "output"])
+def test_grouped_kernel_is_given_whole_16_bytes(widths: tuple[int, int]) -> None:
+    """torch has the kernel of CUDA for CPU too: widths that it does not take are filled up, without asking the host."""
+    ends = torch.tensor([3, 3, 20]).to(torch.int32)
+    measured = error(
+        lambda tokens, weights: _grouped_kernel(tokens, weights, ends),
+        lambda tokens, weights: looped(tokens, weights, ends.tolist()),
+        random(20, widths[0], dtype=torch.bfloat16),
+        random(3, widths[1], widths[0], dtype=torch.bfloat16, seed=2),
+    )
+    assert measured < TOLERANCE[torch.bfloat16]
+
+
+def test_idle_experts_get_no_gradient_whatever_the_kernel_left_there() -> None:
+    weights, ends = random(3, 2, 2).requires_grad_(), torch.tensor([3, 3, 20]).to(torch.int32)
+    left = torch.ones(3, 2, 2)
+    left[1] = torch.nan
+    (gradient,) = torch.autograd.grad(_IdleGradient.apply(weights, ends), weights, left)
+    assert gradient.sum(dim=(1, 2)).tolist() == [4, 0, 4]
 
 
 def test_windows_cover_every_row_last_by_its_own_expert() -> None:

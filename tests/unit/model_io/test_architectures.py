@@ -1,5 +1,6 @@
 """Every architecture against transformers: logits after import, and export that brings every bit back."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,14 @@ from megatron_ext.testing.tiny import tiny_model
 from tests.conftest import WRITE_CONVERSION_TABLE
 from tests.support.checkpoints import write_checkpoint
 from tests.unit.model_io import references
+from tests.unit.model_io.consumers import (
+    BY_ACCELERATE_ALONE,
+    LLAMA_CPP,
+    NO_DENSE_LAYERS,
+    dispatched_by_accelerate,
+    unknown_to_llama_cpp,
+    unknown_to_vllm,
+)
 from tests.unit.model_io.readme_table import BEGIN, END, OWN, REMOTE, Proof, fault, read_table, write_table
 from tests.unit.model_io.references import REFERENCES, YARN, Sizes, Tensors, randomize, save
 
@@ -76,8 +85,16 @@ def table() -> dict[str, Proof]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def names() -> dict[str, list[str]]:
+    """The tensors of an export of each class."""
+    return {}
+
+
 @pytest.mark.parametrize("hf_class", REFERENCES)
-def test_conversion_both_ways(hf_class: str, tmp_path: Path, table: dict[str, Proof]) -> None:
+def test_conversion_both_ways(
+    hf_class: str, tmp_path: Path, table: dict[str, Proof], names: dict[str, list[str]]
+) -> None:
     torch.manual_seed(0)
     s = Sizes()
     network = REFERENCES[hf_class](s)
@@ -86,15 +103,36 @@ def test_conversion_both_ways(hf_class: str, tmp_path: Path, table: dict[str, Pr
     assert proof.relative < TOLERANCE
     assert proof.argmax == 1.0
     assert proof.bitwise
+    names[hf_class] = list(HuggingFaceSource(tmp_path / "back").specs)
     if hf_class not in REMOTE:
         assert_same_meaning(tmp_path / "hf", tmp_path / "back")
         exported = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "back", attn_implementation="eager", experts_implementation="eager"
+            tmp_path / "back", attn_implementation="eager", experts_implementation="eager", device_map={"": "cpu"}
         )
         prompt = tokens_for(s)[:, :5]
         settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         assert type(exported).__name__ == hf_class
         assert torch.equal(exported.generate(prompt, **settings), network.generate(prompt, **settings))
+        if hf_class in BY_ACCELERATE_ALONE:
+            dispatched = dispatched_by_accelerate(tmp_path / "back", exported).state_dict()
+            assert all(torch.equal(tensor, dispatched[key]) for key, tensor in exported.state_dict().items())
+
+
+def test_vllm_has_a_place_for_every_tensor(names: dict[str, list[str]]) -> None:
+    for hf_class, tensors in names.items():
+        if hf_class != "TanukiForCausalLM":  # a fork of it has that class
+            assert unknown_to_vllm(hf_class, tensors) == [], hf_class
+
+
+def test_llama_cpp_has_a_name_for_every_tensor(names: dict[str, list[str]]) -> None:
+    pytest.importorskip("gguf")
+    for hf_class, tensors in names.items():
+        if hf_class in LLAMA_CPP:
+            unknown = unknown_to_llama_cpp(hf_class, tensors, Sizes().layers)
+            if hf_class in NO_DENSE_LAYERS:
+                assert unknown
+                unknown = [name for name in unknown if not re.search(r"\.mlp\.(gate|up|down)_proj", name)]
+            assert unknown == [], hf_class
 
 
 VARIANTS: dict[str, tuple[str, Callable[[Sizes], Any], Sizes]] = {

@@ -17,7 +17,7 @@ from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.monitoring.monitor import Monitor, StepReport
-from megatron_ext.monitoring.sources import SourceReport, ValidationReport, step_panels, validation_panels
+from megatron_ext.monitoring.sources import SourceReport, ValidationReport, step_panels, step_values, validation_panels
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.testing.tiny import tiny_model
 from tests.support.minimal_run import load, mapping
@@ -64,7 +64,7 @@ def test_sources_and_the_stage_are_reported(tmp_path: Path, caplog: pytest.LogCa
         in caplog.text
     )
     assert "step 2/100 | loss 2.5000 | lr" in caplog.text
-    assert step_panels({"ja": sources["masked"]}) == {
+    assert step_panels(step_values({"ja": sources["masked"]})) == {
         "sources/supervised_tokens/ja": 0.0,
         "sources/consumed_tokens/ja": 64,
         "sources/epochs/ja": 0.1,

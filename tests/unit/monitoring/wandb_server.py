@@ -47,6 +47,8 @@ class WandbServer:
             return {}
         request = json.loads(body)
         data: dict[str, Any] = {"viewer": _USER, "model": None, "serverInfo": {"cliVersionInfo": {}, "features": []}}
+        if "RunResumeStatus" in request["query"] and self.started:
+            data["model"] = {"id": "p", "name": "megatron_ext", "entity": _PROJECT["entity"], "bucket": self._resumed()}
         if "upsertBucket" in request["query"]:
             name = request["variables"]["name"]
             self.started.append(name)
@@ -56,7 +58,7 @@ class WandbServer:
                 "displayName": name,
                 "config": "{}",
                 "project": _PROJECT,
-                "historyLineCount": 0,
+                "historyLineCount": len(self.history),
             }
             data["upsertBucket"] = {"bucket": bucket, "inserted": True}
         if "notifyScriptableRunAlert" in request["query"]:
@@ -66,6 +68,13 @@ class WandbServer:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in request["variables"]["files"]]
             data["createRunFiles"] = {"runID": "b", "uploadHeaders": [], "files": files}
         return {"data": data}
+
+    def _resumed(self) -> dict[str, Any]:
+        """What a client that goes on with the run is told of it."""
+        tail = [json.dumps(line) for line in self.history[-1:]]
+        counts = {"historyLineCount": len(self.history), "eventsLineCount": 0, "logLineCount": 0}
+        tails = {"historyTail": json.dumps(tail), "eventsTail": "[]", "summaryMetrics": "{}", "config": "{}"}
+        return {"id": "b", "name": self.started[-1], "tags": [], "wandbConfig": '{"t": 1}', **counts, **tails}
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self

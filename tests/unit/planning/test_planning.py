@@ -17,6 +17,7 @@ from megatron_ext.config import (
     Precision,
     PreferenceTask,
     TrainConfig,
+    load_run,
 )
 from megatron_ext.config.layout import resolve_layout
 from megatron_ext.planning.check import describe_run
@@ -27,6 +28,7 @@ from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.planned import stated_plan
 from tests.support.minimal_run import load, mapping
+from tests.support.workspace import ROOT
 
 TANUKI_8X8B = ModelConfig(
     num_layers=32,
@@ -48,6 +50,16 @@ def test_parameters_of_tanuki_8x8b() -> None:
 def test_parameters_of_tanuki_8b() -> None:
     dense = replace(TANUKI_8X8B, num_moe_experts=None, vocab_size=65040, make_vocab_size_divisible_by=16)
     assert count_parameters(dense).total == count_parameters(dense).active == 7_512_395_776
+
+
+@pytest.mark.parametrize(
+    ("recipe", "total", "active"),
+    [("llmjp4_32b_a3.8b", 32_139_028_992, 3_827_476_992), ("llmjp3_8x1.8b", 9_266_759_680, None)],
+)
+def test_recipes_have_the_parameters_of_the_published_models(recipe: str, total: int, active: int | None) -> None:
+    counts = count_parameters(load_run(ROOT / "examples" / "recipes" / f"{recipe}.yaml").model)
+    assert counts.total == total
+    assert active is None or counts.active == active
 
 
 def test_vocabulary_padding_is_not_counted() -> None:

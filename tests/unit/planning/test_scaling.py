@@ -1,19 +1,25 @@
 """What papers say, against the figures that they print."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from megatron_ext.planning.flops import training_flops_per_token
+from megatron_ext.planning.plan_text import advice
 from megatron_ext.planning.scaling import (
     compute_optimum,
     days_of,
     loss,
+    scratch_catches_up,
+    scratch_moe_loss,
     suggestions,
     tokens_for_loss,
     tokens_within,
+    upcycled_loss,
     upcycling,
 )
+from tests.support.minimal_run import load, mapping
 from tests.unit.planning.test_planning import TANUKI_8X8B
 
 
@@ -52,3 +58,21 @@ def test_upcycling_is_worth_at_most_what_the_dense_model_cost() -> None:
     found = upcycling(1e12, 50e9, 80e9)
     assert found.scratch_catches_up * 80e9 == pytest.approx(1e12 * 50e9)
     assert found.better_than_dense == found.scratch_catches_up / 2
+
+
+def test_the_joint_law_of_upcycling_meets_where_its_authors_stopped() -> None:
+    """A 1B model of 74B tokens was upcycled for 37B (arXiv 2502.03009, table 7): there the law has both alike."""
+    meet = scratch_catches_up(1e9, 74e9)
+    assert meet == pytest.approx(37e9, rel=0.05)
+    assert upcycled_loss(1e9, 74e9, meet) == pytest.approx(scratch_moe_loss(1e9, meet), rel=1e-3)
+    assert upcycled_loss(1e9, 74e9, meet / 3) < scratch_moe_loss(1e9, meet / 3)
+    # More sunk tokens are worth more, but never more than about themselves for models of this size.
+    assert 1 < scratch_catches_up(1e9, 1e9) / 1e9 < 2
+    assert scratch_catches_up(1e9, 3e11) < 3e11
+    assert scratch_catches_up(1e8, 1e12) == math.inf
+
+
+@pytest.mark.parametrize(("dense", "said"), [(2e12, "from 353B on"), (1e14, "at no number of them")])
+def test_the_plan_says_where_upcycling_ends(dense: float, said: str) -> None:
+    run = replace(load(mapping()), model=TANUKI_8X8B)
+    assert f"from scratch is as good {said}" in advice(run, 1e12, dense)

@@ -1,5 +1,6 @@
 """The planner offers what the rules allow, all of it, and nothing else; its times are those of a GPU."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.config import Bf16Precision, ParallelConfig, RecomputeConfig, RunConfig, load_config, to_mapping
+from megatron_ext.config import (
+    Bf16Precision,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+    load_config,
+    load_run,
+    smallest_world_size,
+    to_mapping,
+)
 from megatron_ext.errors import ConfigError
 from megatron_ext.planning.assumptions import GPUS, as_yaml, assumptions_for
 from megatron_ext.planning.memory import stage_states
 from megatron_ext.planning.plan_plot import draw
 from megatron_ext.planning.plan_run import planned_run, run_to_plan, write_planned
 from megatron_ext.planning.plan_text import advice, table
-from megatron_ext.planning.proven import PROVEN, kind_of
+from megatron_ext.planning.proven import PROVEN, is_proven, kind_of
 from megatron_ext.planning.search import MICRO_BATCHES, candidates, search, with_layout
 from megatron_ext.planning.step_time import step_time
+from megatron_ext.proving.prove import plan_proof
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.test_parity import DENSE, MOE
+from tests.support.workspace import ROOT
 from tests.unit.config.test_load import load, mapping
 from tests.unit.planning.test_peak_memory import LLAMA_LAYERS, MEASURED_GIB, run_of
 
@@ -89,6 +101,17 @@ def test_the_parity_grid_is_what_is_called_proven() -> None:
             one = replace(run, parallel=case.parallel, train=train)
             names.add(kind_of(one, one.resolve(case.processes)))
         assert names == PROVEN[is_moe]
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in sorted((ROOT / "examples" / "recipes").glob("*.yaml"))])
+def test_the_layout_of_a_recipe_is_of_a_proven_kind(recipe: str) -> None:
+    """And can be proven: `make prove-recipes` does, on as many processes as a machine holds."""
+    path = ROOT / "examples" / "recipes" / f"{recipe}.yaml"
+    run, named = load_run(path), re.search(r"--world-size (\d+)", path.read_text())
+    processes = int(named[1]) if named else smallest_world_size(run.parallel)
+    assert is_proven(run, run.resolve(processes))
+    plan = plan_proof(run, processes, 8)
+    assert plan.processes <= 8
 
 
 MEASURED_TFLOPS = {"dense": 450.8, "8x8B": 353.0, "64 experts": 233.1}

@@ -87,3 +87,36 @@ def test_this_machine_is_described_without_importing_transformer_engine() -> Non
     assert this_machine().transformer_engine_fault is None
     with pytest.raises(EnvironmentFault, match=r"runtime\.backend = 'transformer_engine': .* no GPU"):
         require(TE, BF16, has_experts=False)
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [
+        (
+            Machine((Gpu("a GPU", (9, 0), 1),)),
+            "Triton is not installed; pip install triton; or set runtime.kernels: torch",
+        ),
+        (Machine(triton=Version("3.7.0")), "Triton compiles for GPUs, and torch finds none; or set"),
+        (
+            Machine((Gpu("a GPU", (7, 5), 1),), triton=Version("3.7.0")),
+            "need compute capability 8.0, and a GPU has 7.5",
+        ),
+    ],
+)
+def test_our_own_kernels_are_refused_where_they_cannot_run(
+    here: Machine, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    precision = Fp32Precision(kind="fp32")
+    with pytest.raises(EnvironmentFault, match=rf"runtime.kernels = 'triton': .*{expected}"):
+        require(RuntimeConfig(kernels="triton"), precision, has_experts=False, machine=here)
+    require(RuntimeConfig(), precision, has_experts=False, machine=here)
+
+
+def test_our_own_kernels_run_on_gpus_and_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels, precision = RuntimeConfig(kernels="triton"), Fp32Precision(kind="fp32")
+    gpu = Machine((Gpu("a GPU", (8, 0), 1),), triton=Version("3.7.0"))
+    require(kernels, precision, has_experts=False, machine=gpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    require(kernels, precision, has_experts=False, machine=Machine(triton=Version("3.7.0")))

@@ -11,7 +11,7 @@ from megatron_ext.runtime.accelerators import Gpu, Machine
 from megatron_ext.runtime.doctor import Report, apex_finding, examine
 
 H100 = Machine((Gpu("NVIDIA H100", (9, 0), 80 * 2**30),), (13, 0), Version("2.20.2"))
-B200 = Machine((Gpu("NVIDIA B200", (10, 0), 180 * 2**30),), (13, 0), None)
+B200 = Machine((Gpu("NVIDIA B200", (10, 0), 180 * 2**30),), (13, 0), None, triton=Version("3.7.0"))
 
 
 def finding(report: Report, section: str, name: str) -> str:
@@ -23,6 +23,7 @@ def test_a_hopper_node_with_transformer_engine() -> None:
     report = examine(H100)
     assert finding(report, "Machine", "GPU 0") == "NVIDIA H100, compute capability 9.0, 80 GiB"
     assert finding(report, "Backend torch", "fp8 rowwise") == "runs"
+    assert finding(report, "Backend torch", "our own kernels").startswith("cannot run: Triton is not installed")
     assert "no kernel in torch" in finding(report, "Backend torch", "fp8 mxfp8")
     assert finding(report, "Backend transformer_engine", "fp8 blockwise") == "runs"
     assert "needs Blackwell" in finding(report, "Backend transformer_engine", "fp8 mxfp8")
@@ -33,6 +34,8 @@ def test_a_blackwell_node_without_transformer_engine() -> None:
     report = examine(B200)
     assert "pip install" in finding(report, "Backend transformer_engine", "cannot run")
     assert finding(report, "Backend torch", "fp8 tensorwise").startswith("dense models only")
+    assert "no cuBLAS kernel from compute capability 10.0 on" in finding(report, "Backend torch", "fp8 rowwise")
+    assert finding(report, "Backend torch", "our own kernels") == "off; runtime.kernels: triton takes them"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -257,10 +257,25 @@ def test_a_check_of_stages_shows_their_rates_and_what_does_not_fit(work: Path, t
     mapping["schedule"] = {"kind": "wsd", "warmup_iters": 2, "decay": {"stage": "last"}, "decay_style": "linear"}
     mapping["checkpoint"]["directory"] = str(tmp_path / "run")
     path = str(write_run(tmp_path / "run.yaml", mapping))
-    text = check_run(path, [], None, files=True, open_foreign=open_hugging_face)
+    how: Any = {"files": True, "open_foreign": open_hugging_face}
+    text = check_run(path, [], None, **how)
     assert re.search(r"first +4 steps +2.05K tokens  8 x 64  lr 0.0005 to 0.001", text)
     assert re.search(r"last +2 steps +512 tokens  8 x 32  lr 0.00025 to 0", text)
     assert re.search(r"in all +6 steps +2.56K tokens", text)
     longer = ["schedule.warmup_tokens=3000", "schedule.warmup_iters=0"]
     with pytest.raises(ConfigError, match=r"schedule\.warmup_tokens = 3000: the warmup is longer than the 2560 tokens"):
-        check_run(path, longer, None, files=True, open_foreign=open_hugging_face)
+        check_run(path, longer, None, **how)
+    no_stages, no_length = {**mapping["data"], "stages": []}, {**stages[0]}
+    del no_length["steps"]
+    for data, fault in (
+        (no_stages, "data.train: is required, or data.sources with data.stages"),
+        ({**mapping["data"], "stages": [no_length, stages[1]]}, "data.stages.0.tokens: exactly one of tokens, steps"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(fault)):
+            check_run(str(write_run(tmp_path / "run.yaml", mapping | {"data": data})), [], None, **how)
+
+
+def test_validation_data_that_are_read_over_and_over_are_said(work: Path) -> None:
+    often = ["train.eval_interval=2", "train.eval_iters=1000"]
+    assert re.search(r"data\.validation\.0\.path = .* and validation reads 8,000 such samples", check(work, *often))
+    assert "such samples" not in check(work, *often[:1], "train.eval_iters=1")

@@ -1,0 +1,147 @@
+"""Our Triton kernels beside the torch steps that they stand for: the same results? the same bits twice? how fast?"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import answers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.mcore.fp8.quantize import E4M3, ROW, WHOLE, Tile, quantize, quantize_both, tile_maxima
+from megatron_ext.mcore.moe.dispatcher import _sum_rows
+from megatron_ext.runtime.accelerators import kernels_fault, this_machine
+
+LIMIT = 1e-2
+"""Accepted of ||a - b|| / ||b||: bf16 rounded once or three times. The casts must have the same bits."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel: `run(triton)` gives all its results."""
+
+    name: str
+    run: Callable[[bool], Sequence[Tensor]]
+    moved: int
+    """Bytes that the kernel moves."""
+    exact: bool = False
+
+    def measure(self) -> dict[str, Any]:
+        """Errors against the torch steps, whether it repeats, and the milliseconds of both."""
+        expected, first, second = self.run(False), self.run(True), self.run(True)
+        repeats = all(torch.equal(_bits(a), _bits(b)) for a, b in zip(first, second, strict=True))
+        if self.exact:
+            errors = [float((_bits(a) != _bits(b)).float().mean()) for a, b in zip(first, expected, strict=True)]
+        else:
+            errors = [_error(a, b) for a, b in zip(first, expected, strict=True)]
+        in_torch, ours = (answers.timed(lambda triton=triton: self.run(triton)) for triton in (False, True))
+        return {
+            "errors": [f"{error:.1e}" for error in errors],
+            "repeats": repeats,
+            "ok": repeats and all(error < (1e-9 if self.exact else LIMIT) for error in errors),
+            "torch ms": round(in_torch, 4),
+            "ms": round(ours, 4),
+            "TB/s": round(self.moved / ours / 1e9, 3),
+        }
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().float(), b.detach().float()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def part(_: str) -> dict:
+    """Each kernel in the sizes of the part `kernels`."""
+    if (fault := kernels_fault(this_machine())) is not None:
+        return {"skipped": fault}
+    results: dict[str, dict] = {}
+    for operation in operations(answers.device()):
+        try:
+            results[operation.name] = operation.measure()
+        except Exception as error:  # the others are still worth knowing
+            text = str(error).splitlines() or [""]
+            results[operation.name] = {"error": f"{type(error).__name__}: {text[0][:300]}", "ok": False}
+        answers.keep(results)
+        answers.say(f"{operation.name}: {results[operation.name]}")
+    return results
+
+
+def operations(where: torch.device) -> list[Operation]:
+    """Those of a micro-batch of 8192 tokens; a 64th of each size where kernels are interpreted."""
+    small = 1 if where.type == "cuda" else 64
+    tokens, hidden, ffn, rows, width = 8192 // small, 4096 // small, 14336 // small, 49152 // small, 1408 // small
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=where).to(torch.bfloat16)
+
+    weights = torch.rand(rows, device=where)
+    x, experts = random(tokens, ffn), random(8, 2 * width, hidden // 2)
+    return [
+        *(
+            _swiglu(name, random(n, 2 * f), w)
+            for name, n, f, w in (("dense", tokens, ffn, None), ("experts", rows, width, weights))
+        ),
+        _gather_sum(random(rows, hidden // 2), torch.randperm(rows, device=where).view(tokens, -1)),
+        *(_cross_entropy(random(tokens, entries // small)) for entries in (32768, 131072)),
+        *(_both_layouts(name, x, tile) for name, tile in (("tensorwise", WHOLE), ("rowwise", ROW))),
+        _transposed(experts),
+    ]
+
+
+def _swiglu(name: str, projected: Tensor, weights: Tensor | None) -> Operation:
+    inputs = [projected.requires_grad_(), *([] if weights is None else [weights.requires_grad_()])]
+    grad = torch.randn_like(projected[:, : projected.shape[1] // 2])
+
+    def run(triton: bool) -> list[Tensor]:
+        output = gated_activation(projected, F.silu, weights, triton=triton)
+        return [output, *torch.autograd.grad(output, inputs, grad)]
+
+    return Operation(f"SwiGLU, {name}, forward and backward", run, 16 * grad.numel())
+
+
+def _gather_sum(rows: Tensor, places: Tensor) -> Operation:
+    nothing = torch.empty(0)
+    moved = 2 * rows.numel() * (places.shape[1] + 1) // places.shape[1]
+    return Operation("sum of each token's rows", lambda t: [_sum_rows(rows, nothing, places, len(places), t)], moved)
+
+
+def _cross_entropy(logits: Tensor) -> Operation:
+    tokens, entries = logits.shape
+    labels = torch.randint(0, entries, (tokens,), device=logits.device)
+
+    def run(triton: bool) -> list[Tensor]:
+        leaf = logits.detach().requires_grad_()
+        losses, log_sums = vocab_parallel_cross_entropy(leaf * 1, labels, entries, answers.Group(), triton=triton)
+        (gradient,) = torch.autograd.grad((losses + 1e-3 * log_sums.square()).sum(), leaf)
+        return [losses, log_sums, gradient]
+
+    # With the copy that keeps the logits for the next time: 4 bytes more.
+    return Operation(f"cross-entropy of {tokens} x {entries} (with a copy)", run, 10 * logits.numel())
+
+
+def _both_layouts(name: str, x: Tensor, tile: Tile) -> Operation:
+    def run(triton: bool) -> list[Tensor]:
+        straight = tile_maxima(x, tile)
+        maxima = straight, straight if tile == WHOLE else tile_maxima(x.t(), tile)
+        both = quantize_both(x, E4M3, tile, maxima, triton=triton)
+        return [tensor for one in both for tensor in (one.values.view(torch.uint8), one.scale)]
+
+    return Operation(
+        f"FP8 {name} in both layouts, maxima included", run, (6 if tile == WHOLE else 8) * x.numel(), exact=True
+    )
+
+
+def _transposed(experts: Tensor) -> Operation:
+    def run(triton: bool) -> list[Tensor]:
+        turned = experts.transpose(1, 2)
+        one = quantize(turned, E4M3, WHOLE, tile_maxima(turned, WHOLE), triton=triton)
+        return [one.values.view(torch.uint8), one.scale]
+
+    return Operation("FP8 tensorwise of experts, transposed, maxima included", run, 5 * experts.numel(), exact=True)

@@ -1,0 +1,178 @@
+"""Every kernel against the torch formula that it stands for: bits where the formula has no exponential."""
+
+#   shapes are drawn by Hypothesis; rows and columns beyond a kernel's block, and far below it, are among them
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.mcore.fp8.quantize import E4M3, E5M2, ROW, WHOLE, Tile, quantize, quantize_both, tile_maxima
+from megatron_ext.mcore.moe.dispatcher import _sum_rows
+
+# Exponentials of the interpreter are numpy's, torch's its own: a unit in the last place of fp32 each. Where that moves
+# a number over a rounding boundary, bf16 differs by a unit of its 8 bits.
+UNIT = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7}
+# Softmax is exp(x - log(Z)) with log(Z) up to 16, where fp32 has steps of 1e-6.
+UNIT_OF_SOFTMAX = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7}
+DTYPES = st.sampled_from(list(UNIT))
+FORMATS = st.sampled_from([E4M3, E5M2])
+FEW = settings(max_examples=12)
+
+
+class OneRank:
+    """Stands for the TP group of one rank."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(measured: Tensor, expected: Tensor, unit: float) -> None:
+    """Equal but for a unit in the last place, or near zero for that of a typical number."""
+    assert measured.dtype == expected.dtype
+    measured, expected = measured.detach().float().cpu(), expected.detach().float().cpu()
+    torch.testing.assert_close(measured, expected, rtol=unit, atol=unit / 8, equal_nan=True)
+
+
+@FEW
+@given(rows=st.integers(1, 3), width=st.integers(1, 1500), dtype=DTYPES, weighted=st.booleans())
+@example(rows=2, width=1024, dtype=torch.bfloat16, weighted=True)
+@example(rows=0, width=8, dtype=torch.bfloat16, weighted=True)
+def test_swiglu(where: torch.device, rows: int, width: int, dtype: torch.dtype, weighted: bool) -> None:
+    """The formula in fp32, rounded once; the torch steps round in between."""
+    projected, upstream = random(rows, 2 * width, dtype=dtype), random(rows, width, dtype=dtype, seed=1)
+    weights = [random(rows, seed=2).abs()] if weighted else []
+    here = [x.to(where).requires_grad_() for x in (projected, *weights)]
+    exact = [x.float().requires_grad_() for x in (projected, *weights)]
+    gate, up = exact[0].chunk(2, dim=-1)
+    reference = F.silu(gate) * up * (exact[1].unsqueeze(-1) if weighted else 1)
+    output = gated_activation(here[0], F.silu, *here[1:], triton=True)
+    grads = torch.autograd.grad(output, here, upstream.to(where))
+    wanted = torch.autograd.grad(reference, exact, upstream.float())
+    assert_near(output, reference.to(dtype), UNIT[dtype])
+    assert_near(grads[0], wanted[0].to(dtype), UNIT[dtype])
+    if weighted:  # sums of up to 1500 terms, in another order
+        torch.testing.assert_close(grads[1].cpu(), wanted[1], rtol=1e-5, atol=1e-4)
+
+
+def test_only_swiglu_has_a_kernel(where: torch.device) -> None:
+    projected = random(3, 8).to(where)
+    assert torch.equal(gated_activation(projected, F.gelu, triton=True), gated_activation(projected, F.gelu))
+
+
+@FEW
+@given(
+    tokens=st.integers(1, 5),
+    places=st.integers(1, 4),
+    width=st.integers(1, 1100),
+    dtype=DTYPES,
+    dropped=st.integers(0, 3),
+)
+def test_gather_sum(
+    where: torch.device, tokens: int, places: int, width: int, dtype: torch.dtype, dropped: int
+) -> None:
+    """The same bits as adding up in fp32 by place, and nothing from rows that are not there."""
+    count = max(tokens * places - dropped, 1)
+    order = torch.randperm(tokens * places, generator=torch.Generator().manual_seed(3))
+    places_TK, rows = order.clamp(max=count).view(tokens, places), random(count, width, dtype=dtype)
+    filled = torch.cat((rows.float(), torch.zeros(1, width)))
+    expected = torch.zeros(tokens, width)
+    for nth in range(places):
+        expected += filled[places_TK[:, nth]]
+    measured = _sum_rows(rows.to(where), torch.empty(0), places_TK.to(where), tokens, triton=True)
+    assert torch.equal(measured.cpu(), expected.to(dtype))
+
+
+@FEW
+@given(tokens=st.integers(1, 3), real=st.integers(1, 5000), padding=st.integers(0, 70), dtype=DTYPES)
+@example(tokens=2, real=4096, padding=0, dtype=torch.float32)
+def test_cross_entropy(where: torch.device, tokens: int, real: int, padding: int, dtype: torch.dtype) -> None:
+    """Loss, log(Z) and the gradient of both, which lies in the logits' memory and is 0 in the padding."""
+    whole = 4 * random(tokens, real + padding, dtype=dtype)
+    labels = torch.randint(0, real, (tokens,), generator=torch.Generator().manual_seed(1))
+    upstream = torch.rand(2, tokens, generator=torch.Generator().manual_seed(2))
+    results = []
+    for triton, device in ((False, torch.device("cpu")), (True, where)):
+        logits = whole.clone().to(device).requires_grad_()
+        found = vocab_parallel_cross_entropy(logits, labels.to(device), real, OneRank(), triton=triton)
+        stacked = torch.stack(found)
+        (gradient,) = torch.autograd.grad(stacked, logits, upstream.to(device))
+        assert gradient.data_ptr() == logits.data_ptr()
+        assert not gradient[:, real:].any()
+        results.append((stacked.detach().cpu(), gradient.cpu()))
+    (expected, wanted), (measured, gradient) = results
+    torch.testing.assert_close(measured, expected, rtol=1e-6, atol=4e-6)
+    assert_near(gradient, wanted, UNIT_OF_SOFTMAX[dtype])
+
+
+def operand(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Magnitudes over 30 powers of two, so that every binade of fp8, its subnormals and zero are met."""
+    powers = torch.randint(-20, 10, (rows, columns), generator=torch.Generator().manual_seed(1))
+    return (random(rows, columns) * 2.0**powers).to(dtype)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.cpu().contiguous().view(torch.uint8)
+
+
+@FEW
+@given(
+    shape=st.tuples(st.integers(1, 130), st.integers(1, 130)),
+    dtype=DTYPES,
+    form=FORMATS,
+    tile=st.sampled_from([WHOLE, ROW]),
+    saturate=st.booleans(),
+)
+def test_fp8_cast_in_both_layouts(
+    where: torch.device, shape: tuple[int, int], dtype: torch.dtype, form: torch.dtype, tile: Tile, saturate: bool
+) -> None:
+    """Bit for bit what quantising a matrix and then its transpose gives."""
+    x = operand(*shape, dtype)
+    maxima = tile_maxima(x, tile), tile_maxima(x.t(), tile)
+    if saturate:  # an estimate that some numbers exceed
+        maxima = (maxima[0] / 16, maxima[1] / 16)
+    expected = [
+        quantize(m, form, tile, largest, saturate=saturate) for m, largest in zip((x, x.t()), maxima, strict=True)
+    ]
+    there = tuple(largest.to(where) for largest in maxima)
+    both = quantize_both(x.to(where), form, tile, there, saturate=saturate, triton=True)
+    in_torch = quantize_both(x, form, tile, maxima, saturate=saturate)
+    one = quantize(x.t().to(where), form, tile, there[1], saturate=saturate, triton=True)  # of a view
+    for measured, wanted in zip((*both, *in_torch, one), (*expected, *expected, expected[1]), strict=True):
+        assert measured.values.shape == wanted.values.shape
+        assert measured.values.is_contiguous()
+        assert torch.equal(bits(measured.values), bits(wanted.values))
+        assert torch.equal(measured.scale.cpu(), wanted.scale)
+
+
+@pytest.mark.parametrize("tile", [WHOLE, ROW], ids=["tensorwise", "rowwise"])
+def test_fp8_cast_of_stacked_experts(where: torch.device, tile: Tile) -> None:
+    x = torch.stack([operand(70, 40, torch.bfloat16) * 2.0**n for n in range(3)])
+    for weights in (x, x.transpose(1, 2)):
+        maxima = tile_maxima(weights, tile)
+        expected = quantize(weights, E4M3, tile, maxima)
+        measured = quantize(weights.to(where), E4M3, tile, maxima.to(where), triton=True)
+        assert torch.equal(bits(measured.values), bits(expected.values))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("saturate", [False, True])
+def test_fp8_cast_leaves_what_is_not_finite_visible(where: torch.device, value: float, saturate: bool) -> None:
+    x = random(3, 5).to(where)
+    x[1, 2] = value
+    straight, turned = quantize_both(
+        x, E4M3, ROW, (tile_maxima(x, ROW), tile_maxima(x.t(), ROW)), saturate=saturate, triton=True
+    )
+    assert straight.values.float().isnan().any(dim=1).tolist() == [False, True, False]
+    assert turned.values.float().isnan().all(dim=1).tolist() == [False, False, True, False, False]
