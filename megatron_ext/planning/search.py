@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_ext.config import Layout, ParallelConfig, RecomputeConfig, RunConfig
 from megatron_ext.config.load import values_of
@@ -204,7 +205,8 @@ class Legality:
             parts = [sections[name] for name in read]
             key = (number, *map(id, parts))
             if key not in self._said:
-                variant = replace(self._run, **dict(zip(read, parts, strict=True)))
+                changed: dict[str, Any] = dict(zip(read, parts, strict=True))
+                variant = replace(self._run, **changed)
                 values = others | dict(values_of(variant, read))
                 self._said[key] = parts, not any(rule.violations(values) for rule in rules)
             if not self._said[key][1]:
