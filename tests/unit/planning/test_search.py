@@ -156,6 +156,7 @@ def test_assumptions_are_printed_as_they_are_read(tmp_path: Path) -> None:
     file.write_text("netwrk_gb_s: 20\n")
     with pytest.raises(ConfigError, match="did you mean 'network_gb_s'"):
         assumptions_for("h100", str(file))
+    assert assumptions_for("H200", None) == GPUS["h200"]
     with pytest.raises(ConfigError, match="--gpu v100: must be one of h100, h200"):
         assumptions_for("v100", None)
 
