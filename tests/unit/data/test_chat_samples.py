@@ -282,6 +282,27 @@ def test_tools(directory: Path) -> None:
         sample_of(encoder_of(directory, silent), messages, tools=[{"name": "f"}])
 
 
+def test_messages_and_reasoning_that_a_template_leaves_out_are_refused(directory: Path) -> None:
+    """As Gemma's without a word for system; a message that the template writes otherwise is not left out."""
+    opening = "{% for message in messages %}"
+    unknown = CHATML.replace(opening, "{% for message in messages if message['role'] != 'system' %}")
+    late = CHATML.replace(opening, opening + "{% if loop.first or message['role'] != 'system' %}").replace(
+        "{% endfor %}", "{% endif %}{% endfor %}"
+    )
+    system, asked = {"role": "system", "content": "s3"}, turns("u", "a")
+    for template, messages, number in ((unknown, [system, *asked], 0), (late, [*asked, system, *asked], 2)):
+        with pytest.raises(BadRow, match=f"leaves out message {number}, of the role system, without a word"):
+            sample_of(encoder_of(directory, template), messages)
+    sample_of(encoder_of(directory, late), [system, *asked])
+    other = CHATML.replace("{{ message['content'] + '<|im_end|>\n' }}", "{{ message['content'] | upper }}<|im_end|>\n")
+    sample_of(encoder_of(directory, other), [{**system, "content": "said"}, *asked])
+    reasoned = [asked[0], {**asked[1], "reasoning_content": "since"}]
+    with pytest.raises(BadRow, match="leaves out reasoning_content without a word"):
+        sample_of(encoder_of(directory), reasoned)
+    written = CHATML.replace("{% generation %}", "{% generation %}{{ message['reasoning_content'] }}")
+    assert trained(directory, sample_of(encoder_of(directory, written), reasoned)) == ["sincea<|im_end|>"]
+
+
 def test_what_a_template_raises_is_said(directory: Path) -> None:
     template = "{{ raise_exception('roles must alternate') }}" + CHATML
     with pytest.raises(BadRow, match="refuses it: roles must alternate"):
