@@ -35,6 +35,7 @@ from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook
 from megatron_ext.training.reference import StoredReference
 from megatron_ext.training.same_run import (
+    check_same_adapters,
     check_same_data,
     check_same_model,
     check_same_task,
@@ -206,6 +207,7 @@ class Session:
         """Continue from `checkpoint`, saved in any layout."""
         state = read_state(checkpoint)
         check_same_model(trained_model(self.run.model, state, checkpoint), checkpoint)
+        check_same_adapters(self.run.model, self.run.adapters, checkpoint)
         if state.consumed_samples:
             check_same_task(self.run.task, checkpoint)
             check_same_data(self.run.data, self.run.train, checkpoint)
