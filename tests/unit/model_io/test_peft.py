@@ -178,6 +178,9 @@ def test_older_shapes_of_experts_are_understood(exported: Path, tmp_path: Path) 
         ({"bias": "all", "init_lora_weights": "pissa"}, "bias is 'all', init_lora_weights is 'pissa'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"r": "many"}, "no numbers"),
+        ({"r": 5}, r"has \d+ rows, and adapter_config.json says r = 5 for it"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens is \[1\]"),
+        ({"lora_of_tomorrow": {"on": True}}, "lora_of_tomorrow is"),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else next(iter(value)),
 )
