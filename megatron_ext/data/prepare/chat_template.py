@@ -6,6 +6,7 @@ added to the conversation before it, with the beginning of an answer; that works
 is the beginning of their text of more.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -23,7 +24,8 @@ Pieces = list[tuple[str, int | None]]
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters: Unicode has them in no text
 _MARK = re.compile(r"{%(?P<left>[-+]?)\s*(?P<end>end)?generation\s*(?P<right>[-+]?)%}")
 _USER, _ANSWER = "eb41", "c7f0"
-_REASONING = "reasoning_content"
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""What an answer may have beside its content, by the names that templates know."""
 _DIGITS = "9317406852"  # which no template writes in another case
 _NAME, _ARGUMENT, _RESULT, _TOOL = "fn5b1", "ar7d2", "re93f", "to4c6"
 WAYS_OUT = (
@@ -193,13 +195,16 @@ class ChatTemplate:
         return str(rendered)
 
     def _require_tools(self, conversation: Conversation) -> None:
-        """Raise BadRow where the template leaves out, without a word, what the conversation has of tools."""
+        """Raise BadRow where the template leaves out, without a word, what it has of tools and reasoning."""
         has = {
             "tools": bool(conversation.tools),
             "tool_calls": any(message.get("tool_calls") for message in conversation.messages),
             "messages of the role tool": any(message["role"] == "tool" for message in conversation.messages),
-            _REASONING: any(message.get(_REASONING) for message in conversation.messages),
         }
+        for message in conversation.messages:
+            thoughts = {name for name in _THOUGHTS if message.get(name)}
+            # Some have the same under two names.
+            has |= dict.fromkeys(thoughts, True) if thoughts <= self._leaves_out else {}
         if lost := [what for what, is_there in has.items() if is_there and what in self._leaves_out]:
             raise BadRow("left out by the template", f"the chat template leaves out {', '.join(lost)} without a word")
 
@@ -233,12 +238,13 @@ class ChatTemplate:
 
     def _leaves_out_reasoning(self) -> frozenset[str]:
         """Many templates take that of earlier answers away; of the last one only those that know none of it."""
-        reasoned = {"role": ASSISTANT, _REASONING: _RESULT, "content": _ANSWER}
-        try:
-            text = self._render([{"role": "user", "content": _USER}, reasoned], None)
-        except BadRow:
-            return frozenset()
-        return frozenset() if _RESULT in text else frozenset({_REASONING})
+        lost = set()
+        for name in _THOUGHTS:
+            reasoned = {"role": ASSISTANT, name: _RESULT, "content": _ANSWER}
+            with contextlib.suppress(BadRow):
+                if _RESULT not in self._render([{"role": "user", "content": _USER}, reasoned], None):
+                    lost.add(name)
+        return frozenset(lost)
 
     def _require_written(self, conversation: Conversation, text: str) -> None:
         """Raise BadRow where the template leaves out a message: of a role, or at a place, that it does not know.
