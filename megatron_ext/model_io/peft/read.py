@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ext.canonical.adapters import AdapterPair, adapter_pairs
 from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT
-from megatron_ext.checkpoint.streams import TensorSpec
+from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.config import LoraConfig, LoraTarget, ModelConfig
 from megatron_ext.config.adapters import Projection, projections
 from megatron_ext.errors import ConversionError
@@ -107,6 +107,21 @@ class _Directory:
             raise ConversionError(f"{self.directory / CONFIG_FILE}: r = {rank!r}, lora_alpha = {alpha!r}: no numbers")
         return rank, float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    def pass_over(self, module: str, base: TensorSource, weight: str, rows: int) -> None:
+        """Leave out a copy of `weight` of the `base`, which PEFT writes beside adapters of either end of a model.
+
+        Args:
+            rows: of it that are tokens.
+        """
+        for key in (f"{module}.base_layer.weight", f"{module}.weight"):
+            if key not in self.left:
+                continue
+            copy = self.tensors[key]
+            own = base.read(weight)[:rows].to(copy.dtype)
+            if copy.shape != own.shape or not torch.equal(copy, own):
+                raise ConversionError(f"{self.directory}: {key} is another than that of the base, which is not adapted")
+            self.left.remove(key)
+
     def swaps_parameters(self) -> bool:
         """Whether adapters of whole expert tensors were written by a PEFT that took their dimensions the other way."""
         version = str(self.config.get("peft_version") or "")
@@ -186,6 +201,9 @@ def _found(opened: Checkpoint, directory: _Directory) -> dict[tuple[str, str], _
     # Tied weights have no halves: merging one would change the other end of the model.
     ours = "*" if opened.model.untie_embeddings_and_output_weights else "layers.*"
     for pair in adapter_pairs(opened.model, LoraConfig(targets=[LoraTarget(match=[ours], rank=1)])):
+        if pair.weight in (EMBEDDING, OUTPUT):
+            for module in names.modules(pair):
+                directory.pass_over(module, opened.tensors, pair.weight, opened.model.vocab_size)
         one, together = directory.take_any(names.modules(pair), embedding=pair.is_embedding), names.fused(pair)
         if one is None:
             continue
