@@ -30,6 +30,15 @@ class ShardReader(Protocol):
         """Fill `target` with the shard of `key` at `offset`, converting the dtype where it differs."""
 
 
+def holds_optimizer(checkpoint: Path) -> bool:
+    """Whether `checkpoint` holds more than weights; what was converted or imported has no more."""
+    reader = TorchDistReader(checkpoint)
+    try:
+        return any(key.startswith("optimizer.") for key in reader.tensors)
+    finally:
+        reader.close()
+
+
 def load_shards(checkpoint: Path, shards: Sequence[TensorShard]) -> None:
     """Fill the memory of `shards` from `checkpoint`. In a run every rank must call this.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_ext.checkpoint.find import find_checkpoint
+from megatron_ext.checkpoint.load import holds_optimizer
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
 from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.state_file import TrainingState, read_state
@@ -211,11 +212,14 @@ class Session:
         if state.consumed_samples:
             check_same_task(self.run.task, checkpoint)
             check_same_data(self.run.data, self.run.train, checkpoint)
-        if self.run.checkpoint.load_optimizer:
+        was_trained = state.iteration > 0 or holds_optimizer(checkpoint)
+        if self.run.checkpoint.load_optimizer and was_trained:
             self.checkpoints.restore(checkpoint)
         else:
             hooks = [hook.name for hook in self.hooks if hook.name]
-            kept = [name for name, one in (("base", self.base), ("reference", self.reference)) if one is not None]
+            # Weights that nothing was trained from are the reference themselves.
+            own = (("base", self.base), ("reference", self.reference if was_trained else None))
+            kept = [name for name, one in own if one is not None]
             self.checkpoints.restore(checkpoint, only=[*kept, "model", "progress", *hooks])
             self._take_over_weights()
         self._set_rotary_base(self.plan.stage_of_step(max(self.state.iteration - 1, 0)))

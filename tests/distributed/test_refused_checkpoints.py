@@ -34,7 +34,7 @@ def test_training_goes_on_in_the_folder_of_converted_weights(pool: GlooPool, tmp
     with MegatronSink(tmp_path / "converted", source.specs, run) as sink:
         for name in source.specs:
             sink.write(name, source.read(name))
-    part = Part(DENSE, tmp_path / "converted", ALONE, seed=99, checkpoint=(("load_optimizer", False),))
+    part = Part(DENSE, tmp_path / "converted", ALONE, seed=99)
     assert len(pool.run(1, train_and_save, part, 2)[0]) == 2
 
 
