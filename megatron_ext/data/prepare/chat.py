@@ -55,7 +55,9 @@ class ChatPreparation:
     max_tokens: int | None = None
     long: Literal["drop", "cut"] = "drop"
     template_variables: tuple[str, ...] = ()
-    contents: tuple[str, ...] = field(default=("*.mask", "*.weights", TOKENIZER_FOLDER), init=False)
+    contents: tuple[str, ...] = field(
+        default=("*.mask", "*.weights", TOKENIZER_FOLDER, "*.reference-*.safetensors*"), init=False
+    )
 
     def dtype(self, tokenizer: Tokenizer) -> np.dtype[Any]:
         """Of what workers write."""
