@@ -13,7 +13,7 @@ from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.load import holds_optimizer
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
 from megatron_ext.checkpoint.second_place import SecondPlace
-from megatron_ext.checkpoint.state_file import TrainingState, read_state
+from megatron_ext.checkpoint.state_file import TrainingState, holds_adapters, read_state
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.data.stream.plan import RunPlan, StagePlan
 from megatron_ext.data.stream.position import Position
@@ -212,12 +212,12 @@ class Session:
         if state.consumed_samples:
             check_same_task(self.run.task, checkpoint)
             check_same_data(self.run.data, self.run.train, checkpoint)
-        was_trained = state.iteration > 0 or holds_optimizer(checkpoint)
+        was_trained = not holds_adapters(checkpoint) or holds_optimizer(checkpoint)
         if self.run.checkpoint.load_optimizer and was_trained:
             self.checkpoints.restore(checkpoint)
         else:
             hooks = [hook.name for hook in self.hooks if hook.name]
-            # Weights that nothing was trained from are the reference themselves.
+            # Adapters from elsewhere have no reference yet: it is the base.
             own = (("base", self.base), ("reference", self.reference if was_trained else None))
             kept = [name for name, one in own if one is not None]
             self.checkpoints.restore(checkpoint, only=[*kept, "model", "progress", *hooks])
