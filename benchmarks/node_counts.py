@@ -3,7 +3,7 @@
 
 python benchmarks/node_counts.py                            a few minutes on two quiet cores, 10 GB of memory
 python benchmarks/node_counts.py --layers 70 --stages 6     the real depth and stages
-python benchmarks/node_counts.py --layers 70 --stages 6 --ranks 48 30 36 48    EP 8 too
+python benchmarks/node_counts.py --layers 70 --stages 6 --ranks 48 30 36       EP 8 too; 20 GB
 
 The layout of examples/recipes/llmjp4_291b.yaml, shrunk: 70 layers, 128 experts top-8, PP 6, VPP 2, embedding and loss
 counted as layers, so that the first and last stage have fewer of them; one process stands for a node. EP 8 takes 48
@@ -155,6 +155,7 @@ def main() -> None:
         last, batch = STEPS * len(options.ranks), math.lcm(*options.ranks)
         first = Stretch(options.ranks[0], batch, last, last, options.layers, options.stages, Path(folder) / "whole")
         whole = pool.run(first.ranks, train, first, timeout=3000)[0][0]
+        print(f"never moved: losses {whole}", file=sys.stderr)
         for number, ranks in enumerate(options.ranks, start=1):
             part = replace(first, ranks=ranks, until=number * STEPS, directory=Path(folder) / "moved")
             answers = pool.run(ranks, train, part, timeout=3000)
@@ -163,12 +164,12 @@ def main() -> None:
             there = sum(path.stat().st_size for path in require_checkpoint(part.directory).iterdir() if path.is_file())
             apart = max(abs(a - b) / abs(b) for a, b in zip(moved[-STEPS:], whole[len(moved) - STEPS :], strict=False))
             worst = max(worst, apart)
-            print(f"{ranks} ranks: {moved[-STEPS:]}", file=sys.stderr)
             peak = max(memory for _, _, memory in answers) / 2**20
             sizes = [max(files) / 1e6, sum(files) / len(files) / 1e6, there / 1e6]
             cells = [*(f"{size:.2f}" for size in sizes), f"{peak:.0f}"]
             degrees = [str(part.data_ranks), str(part.parallel().expert_model_parallel_size)]
             rows.append([f"{ranks}", *degrees, f"{part.until - STEPS + 1}-{part.until}", f"{apart:.1e}", *cells])
+            print(f"{ranks} ranks: losses {moved[-STEPS:]}; {rows[-1]}", file=sys.stderr)
     columns = [
         "ranks",
         "DP",

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Preparing data: the tokenizer's own speed by the batch, ours, and Megatron-LM's way, in one run, with memory.
 
-    raw    SentencePiece encodes all texts, which are in memory already, in one call with as many threads
+    raw    SentencePiece, or of a --tokenizer without its model the tokenizers library, encodes all texts, which are in
+           memory already, by as many threads
     ours   tools/preprocess.py's work, from the text to finished files; with numba (the extra `fast`), and without
     peer   as Megatron-LM's preprocess_data.py: a pool encodes line by line, the main process writes each document
 
@@ -29,12 +30,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import psutil
 import sentencepiece
+import tokenizers
 from report import hardware, markdown_table, record, versions
 
+from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.progress import amount_of_bytes
@@ -42,6 +45,7 @@ from megatron_ext.progress import amount_of_bytes
 ROWS = ("raw", "ours", "ours, without numba", "peer")
 COLUMNS = ("text, workers", "way", "MB/s", "of raw", "x peer", "start s", "CPU s", "most of a process")
 SAMPLES = (("ja_novel", "ja_tldr"), ("en_novel", "en_tldr"))
+_AT_ONCE = 10_000
 _CONTEXTS = (3, 4)
 """Characters that the next one is drawn by, in Japanese and in English."""
 
@@ -53,6 +57,7 @@ def main() -> None:
     parser.add_argument("--corpus", metavar="FILE", help="a .jsonl file to take for the new text")
     parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="of each drawn text (default 100)")
     parser.add_argument("--vocab-size", type=int, default=16_000, metavar="N", help="pieces (default 16,000)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="one that is there (default: a unigram model is trained)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     parser.add_argument("--tiny", action="store_true", help="one MB, to see that it runs")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
@@ -74,7 +79,8 @@ def main() -> None:
                     print(text, workers, row, *found[row], file=sys.stderr, flush=True)
                 lines += table_rows(f"{text} ({amount_of_bytes(size)}), {workers}", found, size)
     extra = ["numba"] if importlib.util.find_spec("numba") else []
-    said = f"{hardware()}. {versions('sentencepiece', 'tokenizers', 'numpy', *extra)}. {o.vocab_size:,} pieces."
+    with_what = f"{o.vocab_size:,} pieces" if o.tokenizer is None else Path(o.tokenizer).name
+    said = f"{hardware()}. {versions('sentencepiece', 'tokenizers', 'numpy', *extra)}. {with_what}."
     print(table := f"{said}\n\n{markdown_table(COLUMNS, lines)}")
     if o.record:
         record("Preparing data" + (" (tiny)" if o.tiny else ""), table)
@@ -103,7 +109,10 @@ def prepare(folder: Path, text: str, o: argparse.Namespace) -> int:
         draw(corpus, files, size)
     (folder / "without").mkdir()
     (folder / "without" / "numba.py").write_text("raise ImportError('left out')\n")
-    train_tokenizer([corpus], folder / "t", 4000 if o.tiny else o.vocab_size)
+    if o.tokenizer is not None:
+        (folder / "t").symlink_to(Path(o.tokenizer).resolve())
+    else:
+        train_tokenizer([corpus], folder / "t", 4000 if o.tiny else o.vocab_size)
     return corpus.stat().st_size
 
 
@@ -183,45 +192,60 @@ def run_job(row: str, name: str, workers: int) -> None:
     if row == "raw":
         lines = (folder / "c.jsonl").read_bytes().splitlines()
         texts = [json.loads(line)["text"] for line in lines]
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "t" / "tokenizer.model"))
+        encode = raw_encoder(folder / "t", workers)
         begun.append(time.perf_counter())
-        pieces.encode(texts, num_threads=workers)
+        for first in range(0, len(texts), _AT_ONCE):
+            encode(texts[first : first + _AT_ONCE])
     elif row.startswith("ours"):
         told = lambda *_: begun.append(time.perf_counter())  # noqa: E731
         preprocess([folder / "c.jsonl"], folder / "t", folder / "ours", workers=workers, progress=told, force=True)
     else:
-        eod = Tokenizer(folder / "t").eod
+        tokenizer = Tokenizer(folder / "t")
         begun.append(time.perf_counter())
-        as_the_peer(folder, workers, eod)
+        as_the_peer(folder, workers, tokenizer.eod, token_dtype(tokenizer.vocab_size).type)
     print(json.dumps([begun[0] - begin, time.perf_counter() - begun[0]]))
 
 
-_pieces: sentencepiece.SentencePieceProcessor | None = None
+def raw_encoder(tokenizer: Path, threads: int) -> Callable[[list[str]], object]:
+    """The library's own encoding of many texts."""
+    if (tokenizer / "tokenizer.model").is_file():
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
+        return partial(pieces.encode, num_threads=threads)
+    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(threads)}
+    library = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    return partial(library.encode_batch_fast, add_special_tokens=False)
 
 
-def as_the_peer(folder: Path, workers: int, eod: int) -> None:
+_encode: Callable[[str], list[int]] | None = None
+
+
+def as_the_peer(folder: Path, workers: int, eod: int, dtype: Any) -> None:
     """Encode and write as Megatron-LM's tools/preprocess_data.py does."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(folder / "peer.bin"), dtype=np.uint16)
-    start = partial(start_peer, str(folder / "t" / "tokenizer.model"))
+    builder = IndexedDatasetBuilder(str(folder / "peer.bin"), dtype=dtype)
+    start = partial(start_peer, folder / "t")
     with multiprocessing.Pool(workers, initializer=start) as pool, open(folder / "c.jsonl", encoding="utf-8") as lines:
         for ids in pool.imap(encode_line, lines, 32):
             builder.add_document(torch.IntTensor([*ids, eod]), [len(ids) + 1])
     builder.finalize(str(folder / "peer.idx"))
 
 
-def start_peer(model: str) -> None:
+def start_peer(tokenizer: Path) -> None:
     """Open the tokenizer in a process of the pool."""
-    global _pieces
-    _pieces = sentencepiece.SentencePieceProcessor(model_file=model)
+    global _encode
+    if (tokenizer / "tokenizer.model").is_file():
+        _encode = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model")).encode
+        return
+    library = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    _encode = lambda text: list(library.encode(text, add_special_tokens=False).ids)  # noqa: E731
 
 
 def encode_line(line: str) -> list[int]:
     """Token ids of the text of a line."""
-    assert _pieces is not None
-    return list(_pieces.encode(json.loads(line)["text"]))
+    assert _encode is not None
+    return list(_encode(json.loads(line)["text"]))
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def part(_: str) -> dict:
 
 
 def operations(where: torch.device) -> list[Operation]:
-    """Those of a micro-batch of 8192 tokens; a 64th of each size where kernels are interpreted."""
-    small = 1 if where.type == "cuda" else 64
+    """Those of a micro-batch of 8192 tokens; a 512th of each size where kernels are interpreted."""
+    small = 1 if where.type == "cuda" else 512
     tokens, hidden, ffn, rows, width = 8192 // small, 4096 // small, 14336 // small, 49152 // small, 1408 // small
 
     def random(*shape: int) -> Tensor:
@@ -133,9 +133,8 @@ def _both_layouts(name: str, x: Tensor, tile: Tile) -> Operation:
         both = quantize_both(x, E4M3, tile, maxima, triton=triton)
         return [tensor for one in both for tensor in (one.values.view(torch.uint8), one.scale)]
 
-    return Operation(
-        f"FP8 {name} in both layouts, maxima included", run, (6 if tile == WHOLE else 8) * x.numel(), exact=True
-    )
+    moved = (6 if tile == WHOLE else 8) * x.numel()
+    return Operation(f"FP8 {name} in both layouts, maxima included", run, moved, exact=True)
 
 
 def _transposed(experts: Tensor) -> Operation:

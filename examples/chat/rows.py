@@ -5,8 +5,9 @@ python examples/chat/rows.py CHATS ANSWERS OUTPUT          chats.jsonl, question
 
 CHATS holds conversations; ANSWERS those that pairs are made of, or preferences, of which the chosen answer is taken.
 Which of two real answers is the right one, a model of a few minutes cannot see. That an answer repeats itself it can,
-and it does so itself. So the rule is: an answer of at least three words is chosen, and rejected is the same answer
-stuck in one of its words: from there on it has only that word, as many words in all.
+and it does so itself. So the rule is: an answer is chosen, and rejected is the same answer stuck at a character, drawn
+from its second quarter: from there on the 2 to 8 characters before it come again and again. It ends at four fifths of
+the characters, which are about as many tokens, so that neither is told by its length.
 """
 
 import json
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-FEWEST_WORDS = 3
+FEWEST_CHARACTERS = 16
 MOST_PAIRS, QUESTIONS = 3000, 40
 Messages = list[dict[str, Any]]
 
@@ -32,12 +33,12 @@ def conversations(path: Path) -> Iterator[Messages]:
 
 def stuck(answer: str, draws: random.Random) -> str | None:
     """`answer` as a model gets stuck in it; None where it is too short, or repeats itself already."""
-    words = answer.split(" ")
-    if len(words) < FEWEST_WORDS:
+    if len(answer) < FEWEST_CHARACTERS:
         return None
-    at = draws.randrange(len(words) - 1)
-    repeated = " ".join(words[:at] + [words[at]] * (len(words) - at))
-    return None if repeated == answer else repeated
+    at = draws.randrange(len(answer) // 4, len(answer) // 2)
+    piece = answer[max(at - draws.randint(2, 8), 0) : at]
+    repeated = (answer[:at] + piece * len(answer))[: len(answer) * 4 // 5]
+    return None if answer.startswith(repeated) else repeated
 
 
 def pairs_of(rows: Iterable[Messages], draws: random.Random) -> Iterator[dict[str, Messages]]:

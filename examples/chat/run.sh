@@ -17,7 +17,7 @@ source "$here/../steps.sh"
 
 one_source $out "${MEGATRON_EXT_SAMPLE_DATA:-python}"
 share=$(share_of_steps $out "${CHAT_SHARE:-}" CHAT_SHARE)
-pretraining=$((120 * share / 100)) sft=$((160 * share / 100)) dpo=$((60 * share / 100))
+pretraining=$((120 * share / 100)) sft=$((80 * share / 100)) dpo=$((40 * share / 100))
 
 # --- text, conversations, pairs ----------------------------------------------------------------------------------------
 if [ -n "${MEGATRON_EXT_SAMPLE_DATA:-}" ]; then
@@ -43,18 +43,17 @@ step "preprocess (pairs)" $out/data/pairs conversations $rows/pairs.jsonl $out/d
 
 # --- pretrained -> SFT -> DPO ------------------------------------------------------------------------------------------
 step pretraining $out/pretrained/"$(iteration $pretraining)" train 2 "$here/pretrain.yaml" train.train_iters=$pretraining
-# tuned NAME DATA START STEPS [key=value ...]: a run of this folder on the data of $out
+# What it writes to the questions that were set aside: does it stop, does it repeat itself?
+asking="python \"$root/tools/evaluate.py\" probe \"\$CHECKPOINT\" --prompts \"$PWD/$rows/questions.jsonl\" --max-new-tokens 60"
+# tuned NAME DATA START STEPS: a run of this folder on the data of $out
 tuned() {
   local name=$1 data=$2 start=$3 steps=$4
-  shift 4
   step "$name" $out/"$name"/"$(iteration "$steps")" train 2 "$here/$name.yaml" checkpoint.directory=$out/"$name" \
     checkpoint.initialize_from=$out/"$start" data.tokenizer=$out/data/"$data"/tokenizer \
     "data.sources={$data: {path: $out/data/$data/train}}" "data.stages=[{name: $data, mix: {$data: 1}, steps: $steps}]" \
-    "data.validation=[{path: $out/data/$data/validation}]" \
-    "evaluation.on_checkpoint=$asking" "$@"
+    "data.validation=[{path: $out/data/$data/validation}]" train.micro_batch_size=8 \
+    "evaluation.on_checkpoint=$asking"
 }
-# What it writes to the questions that were set aside: does it stop, does it repeat itself?
-asking="python $root/tools/evaluate.py probe \"\$CHECKPOINT\" --prompts $PWD/$rows/questions.jsonl --max-new-tokens 60"
 tuned sft chat pretrained $sft
 tuned dpo pairs sft $dpo
 

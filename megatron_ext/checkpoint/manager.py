@@ -10,6 +10,7 @@
 Tensors are shards of global tensors, whose keys are those in the checkpoint; scalars are entries of its `state.json`.
 """
 
+import contextlib
 import json
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +25,7 @@ from megatron_ext.checkpoint.copier import Copied, Copier
 from megatron_ext.checkpoint.find import find_checkpoint
 from megatron_ext.checkpoint.host_memory import HostMemory
 from megatron_ext.checkpoint.load import load_shards
+from megatron_ext.checkpoint.publish import remove_leftovers
 from megatron_ext.checkpoint.retention import Retention, remove_superseded
 from megatron_ext.checkpoint.run_file import RUN_FILE, read_run
 from megatron_ext.checkpoint.save import Outcome, Save, SmallFiles
@@ -244,6 +246,9 @@ class CheckpointManager:
             self.finish()
         if self._copies:
             self._finish_copying()
+        if dist.get_rank() == 0:  # a run that was killed in its last save, and has nothing more to save
+            with contextlib.suppress(OSError):
+                remove_leftovers(self.directory)
 
     def close_alone(self) -> None:
         """After a failure: let what is staged be written to its end, if no rank that is gone is needed."""

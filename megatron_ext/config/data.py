@@ -83,7 +83,7 @@ class Stage:
     """A schedule that begins anew here, on purpose, and covers this stage and those after it, until one with another.
     Default: `schedule` of the run goes on."""
     rotary_base: float | None = Field(default=None, gt=0)
-    """Base of rotary embedding from here on. Default: model.rotary_base."""
+    """Base of rotary embedding in this stage. Default: model.rotary_base, also behind a stage with another."""
 
 
 @config

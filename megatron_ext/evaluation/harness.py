@@ -48,7 +48,8 @@ def require_harness() -> None:
         import lm_eval.evaluator
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        missing = "" if error.name in (None, "lm_eval") else f" ({error.name} is missing)"
+        lacking = (error.name or "lm_eval").split(".")[0]
+        missing = "" if lacking == "lm_eval" else f" ({lacking} is missing)"
         raise EnvironmentFault(
             f"this needs lm-evaluation-harness{missing}: pip install lm-eval (or megatron-ext[lm-eval])"
         ) from error

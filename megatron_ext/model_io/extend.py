@@ -91,6 +91,9 @@ def _is_model(source: Path) -> bool:
 
 
 def _extend_tokenizer(source: Path, options: ExtendOptions, tokens: Sequence[str]) -> Added:
+    if not source.is_dir():
+        found = "is no folder" if source.exists() else "no such folder"
+        raise ConversionError(f"{source}: {found}; give that of a model or of a tokenizer")
     if not has_tokenizer(source):
         raise ConversionError(f"{source}: neither a model (Megatron's or Hugging Face's) nor a tokenizer")
     contents = (FAST_FILE, *TOKENIZER_FILES, *TEMPLATE_FOLDERS, "config.json", "*.py")

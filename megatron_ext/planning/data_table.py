@@ -1,6 +1,7 @@
 """The plan of a run's data as people read it: a table of stages and sources, and what is worth a second look."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 from megatron_ext.config import DataConfig
 from megatron_ext.config.data import DEFAULT_MAX_EPOCHS
@@ -67,7 +68,7 @@ def _source_lines(plan: RunPlan, stage: StagePlan) -> list[str]:
 def plan_warnings(plan: RunPlan, data: DataConfig) -> list[str]:
     """What of the plan is seldom meant."""
     found = [*_misjudged(plan, data), *_repeated(plan, data), *_passed_over(plan), *_forgotten(plan, data)]
-    return [*found, *_handfuls(plan), *_coarse(plan), *_rounded_up(plan), *_unread(plan, data)]
+    return [*found, *_handfuls(plan), *_coarse(plan), *_rounded_up(plan), *_turned_back(plan), *_unread(plan, data)]
 
 
 def _misjudged(plan: RunPlan, data: DataConfig) -> list[str]:
@@ -164,6 +165,16 @@ def _rounded_up(plan: RunPlan) -> list[str]:
                 f"{stage.global_batch_size:,}; a smaller global_batch_size of its own keeps closer to it"
             )
     return warnings
+
+
+def _turned_back(plan: RunPlan) -> list[str]:
+    """A stage behind one with a rotary base of its own has the model's again: what was learned does not fit that."""
+    return [
+        f"stage {stage.name} has model.rotary_base again, after {before.rotary_base:,.0f} in {before.name}: say "
+        "rotary_base there too, if that is to stay"
+        for before, stage in pairwise(plan.stages)
+        if before.rotary_base is not None and stage.rotary_base is None
+    ]
 
 
 def _unread(plan: RunPlan, data: DataConfig) -> list[str]:

@@ -3,10 +3,12 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_ext.config import Layout, ParallelConfig, RecomputeConfig, RunConfig
 from megatron_ext.config.load import values_of
 from megatron_ext.config.rules import RULES, stage_violations
+from megatron_ext.config.rules.registry import Rule
 from megatron_ext.errors import ConfigError
 from megatron_ext.planning.assumptions import Assumptions
 from megatron_ext.planning.memory import ModelState, StateMemory
@@ -40,6 +42,11 @@ class Candidate:
     def degrees(self) -> tuple[object, ...]:
         """What tells layouts apart for people: not the chunks of a stage, micro-batches or recompute."""
         return self.layout.tp, self.layout.cp, self.layout.pp, self.layout.ep, self.layout.etp
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, gradients and optimizer of the fullest rank."""
+        return max(state.bytes for state in self.states)
 
     @property
     def is_proven(self) -> bool:
@@ -82,20 +89,22 @@ def search(run: RunConfig, world_size: int, assumed: Assumptions, best: int = 5)
     found = candidates(run, world_size, assumed)
     if not found:
         raise ConfigError(_nothing_legal(run, world_size))
-    chosen, too_large = list[Choice](), 0
-    smallest: PeakMemory | None = None
+    chosen, too_large = list[Choice](), list[Candidate]()
     for candidate in sorted(found, key=lambda one: one.time.seconds / one.time.tokens):
         if any(candidate.degrees == choice.candidate.degrees for choice in chosen):
             continue
-        memory = candidate.memory(assumed)
-        if not assumed.fits(memory.total):
-            too_large += 1
-            smallest = memory if smallest is None or memory.total < smallest.total else smallest
+        # Of most that are too large the state alone is, which is known; the rest is dear to find out.
+        memory = candidate.memory(assumed) if assumed.fits(candidate.state_bytes) else None
+        if memory is None or not assumed.fits(memory.total):
+            too_large.append(candidate)
             continue
         chosen.append(Choice(candidate, memory))
         if len(chosen) == best:
             break
-    return Search(len(found), too_large, chosen, smallest if not chosen else None)
+    smallest = None
+    if not chosen:
+        smallest = min((one.memory(assumed) for one in too_large), key=lambda memory: memory.total)
+    return Search(len(found), len(too_large), chosen, smallest)
 
 
 def _nothing_legal(run: RunConfig, world_size: int) -> str:
@@ -113,21 +122,29 @@ def _nothing_legal(run: RunConfig, world_size: int) -> str:
 
 def candidates(run: RunConfig, world_size: int, assumed: Assumptions) -> list[Candidate]:
     """Every legal layout with its time; the run's own keys that a layout does not say stay as they are."""
-    state, found = ModelState(run), list[Candidate]()
-    legality = Legality(run)
+    state, found, legality = ModelState(run), list[Candidate](), Legality(run)
+    trains = [replace(run.train, micro_batch_size=micro) for micro in _micro_batches(run)]
+    recomputes = _recomputes(run)
     for parallel in _parallels(run, world_size, assumed):
+        if not legality.takes(parallel=parallel):
+            continue
         states: Sequence[StateMemory] | None = None
-        for micro, recompute in itertools.product(_micro_batches(run), _recomputes(run)):
-            variant = with_layout(run, parallel, micro, recompute)
+        for train in trains:
             try:
-                layout = variant.resolve(world_size)
+                layout = replace(run, parallel=parallel, train=train).resolve(world_size)
             except ConfigError:
                 continue
-            if not legality.allows(variant):
+            if not legality.takes(parallel=parallel, train=train):
                 continue
-            states = states or state.stages(variant, layout)
-            time = step_time(variant, layout, states, variant.step_shapes[-1], assumed)
-            found.append(Candidate(variant, layout, states, time))
+            for recompute in recomputes:
+                if not legality.takes(parallel=parallel, train=train, recompute=recompute):
+                    continue
+                variant = replace(run, parallel=parallel, train=train, recompute=recompute)
+                if not legality.takes_stages(variant):
+                    continue
+                states = states or state.stages(variant, layout)
+                time = step_time(variant, layout, states, variant.step_shapes[-1], assumed)
+                found.append(Candidate(variant, layout, states, time))
             if len(found) > MOST_LEGAL:
                 raise ConfigError(f"more than {MOST_LEGAL:,} layouts are legal on {world_size} GPUs; plan for a part")
     return found
@@ -139,22 +156,52 @@ def with_layout(run: RunConfig, parallel: ParallelConfig, micro: int, recompute:
 
 
 class Legality:
-    """The rules of the configuration, for variants of a run that differ by their layout."""
+    """The rules of the configuration, for variants of a run that differ by their layout.
+
+    A rule is asked again only where a section that it reads is another object than before.
+    """
 
     def __init__(self, run: RunConfig) -> None:
-        self._values = {name: value for name, value in values_of(run).items() if not name.startswith("recompute.")}
+        self._run, self._values = run, values_of(run)
         # Of stages only batches and lengths meet a layout.
         sizes = {(s.sequence_length, s.micro_batch_size, s.global_batch_size): s for s in run.data.stages}
         self._stages = [replace(stage, schedule=None) for size, stage in sizes.items() if any(size)]
         # What reads nothing that a layout changes says of each variant what it says of the run.
-        self._rules = [rule for rule in RULES if any(name.startswith(_CHANGED) for name in rule.keys + rule.given)]
+        rules: dict[tuple[str, ...], list[Rule]] = {}
+        for rule in RULES:
+            sections = {name.split(".")[0] for name in rule.keys + rule.given}
+            if read := tuple(name for name in _CHANGED if name in sections):
+                rules.setdefault(read, []).append(rule)
+        self._groups = [(read, some, self._without(read)) for read, some in rules.items()]
+        self._said: dict[tuple[int, ...], tuple[list[object], bool]] = {}
+        """By the sections that were looked at, which are kept: no other gets the place in memory of one."""
 
-    def allows(self, variant: RunConfig) -> bool:
-        """Whether no rule speaks against `variant`."""
-        values = self._values | dict(values_of(variant, _CHANGED))
-        if any(rule.violations(values) for rule in self._rules):
-            return False
-        return not (self._stages and stage_violations(values | {"data.stages": self._stages}))
+    def takes(self, **sections: object) -> bool:
+        """Whether no rule that reads only these of the changed sections speaks against them."""
+        for number, (read, rules, others) in enumerate(self._groups):
+            if not sections.keys() >= set(read):
+                continue
+            parts = [sections[name] for name in read]
+            key = (number, *map(id, parts))
+            if key not in self._said:
+                changed: dict[str, Any] = dict(zip(read, parts, strict=True))
+                variant = replace(self._run, **changed)
+                values = others | dict(values_of(variant, read))
+                self._said[key] = parts, not any(rule.violations(values) for rule in rules)
+            if not self._said[key][1]:
+                return False
+        return True
+
+    def takes_stages(self, variant: RunConfig) -> bool:
+        """Whether each stage of its data goes with the layout of `variant`."""
+        if not self._stages:
+            return True
+        values = self._without(_CHANGED) | dict(values_of(variant, _CHANGED))
+        return not stage_violations(values | {"data.stages": self._stages})
+
+    def _without(self, sections: Sequence[str]) -> dict[str, object]:
+        """The values of the run, but for these sections."""
+        return {name: value for name, value in self._values.items() if name.split(".")[0] not in sections}
 
 
 def _divisors(number: int, most: int) -> list[int]:

@@ -18,7 +18,7 @@ from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from tests.robustness.runs import moments, train_and_die, train_and_signal, train_here
 from tests.support.commands import TOOLS
 
-KILLS = 4
+KILLS = 17
 
 
 def losses(directory: Path) -> list[tuple[int, float]]:

@@ -19,7 +19,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_rows_of_the_chat_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = ["ls -l folder", "ls", "git commit --amend --no-edit", "x x x", "cp -r here there"]
+    answers = ["ls -l folder", "ls", "git commit --amend --no-edit", "x" * 20, "cp -r here there"]
     chats = [{"messages": turns(f"q{n}", answers[n % 5])} for n in range(80)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
     pairs = [{"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": []} for row in chats]
@@ -34,7 +34,9 @@ def test_rows_of_the_chat_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not questions & {row["prompt"][-1]["content"] for row in made}
     assert made
     for row in made:
-        ((chosen,), (rejected,)) = ([one["content"].split() for one in row[name]] for name in ("chosen", "rejected"))
-        assert len(chosen) == len(rejected) > 2
-        at = next(n for n, (a, b) in enumerate(zip(chosen, rejected, strict=True)) if a != b)
-        assert set(rejected[at - 1 :]) == {chosen[at - 1]}
+        ((chosen,), (rejected,)) = ([one["content"] for one in row[name]] for name in ("chosen", "rejected"))
+        assert (len(chosen) >= 16, len(rejected)) == (True, len(chosen) * 4 // 5)
+        at = next(n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+        assert any(
+            all(rejected[n] == rejected[n - width] for n in range(at, len(rejected))) for width in range(2, 9)
+        ), "the characters before it come again and again"

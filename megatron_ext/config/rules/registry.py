@@ -28,7 +28,9 @@ class Rule:
         """The complaints about `values` (leaf key to value). A rule with an unknown key says nothing."""
         if any(key not in values for key in self.keys + self.given):
             return []
-        found = self.check(*(values[key] for key in self.keys + self.given)) or []
+        found = self.check(*(values[key] for key in self.keys + self.given))
+        if not found:
+            return []
         named = ", ".join(f"{key} = {as_written(values[key])!r}" for key in self.keys)
         return [f"{named}: {one}" if named else one for one in ([found] if isinstance(found, str) else found)]
 

@@ -195,7 +195,7 @@ def _text_of(row: Any, text_key: str) -> str:
     text = row[text_key]
     if not isinstance(text, str):
         found = _JSON_NAMES.get(type(text), "an object")
-        raise BadDocument(f"no text under {text_key!r}: it is {found}, not a string; leave such documents out")
+        raise BadDocument(f"no text under {text_key!r}: it is {found}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -9,6 +9,9 @@ _KEPT = 10
 """Faults of a shard whose place is said: finding the number of a line means reading all before it."""
 
 
+SKIPPING = "; --bad-lines skip leaves such documents out, counts them, and goes on from what is done"
+
+
 class BadDocument(Exception):
     """A document that cannot be read; `why` says it in words."""
 
@@ -23,11 +26,13 @@ class Faults:
 
     Attributes:
         are_fatal: the first one ends the reading.
+        advice: what else can be done, for the message of that one.
         count: all that were met.
         messages: file, line and reason of the first of them.
     """
 
     are_fatal: bool = True
+    advice: str = ""
     count: int = 0
     messages: list[str] = field(default_factory=list)
 
@@ -38,7 +43,7 @@ class Faults:
             DataError: faults are fatal.
         """
         if self.are_fatal:
-            raise DataError(f"{where()}: {why}")
+            raise DataError(f"{where()}: {why}{self.advice}")
         self.count += 1
         if len(self.messages) < _KEPT:
             self.messages.append(f"{where()}: {why}")

@@ -89,6 +89,9 @@ def preprocess(
     files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
     options = options or TextOptions(text_key=text_key, split=tuple(split))
     options = replace(options, split=_checked_fractions(options.split))
+    if options.max_characters is not None and options.min_characters > options.max_characters:
+        lengths = f"min_characters = {options.min_characters}, max_characters = {options.max_characters}"
+        raise DataError(f"{lengths}: no document is as long as the one and as short as the other; lower the first")
     plan = {**_plan(files, tokenizer, options), **how.describe(tokenizer)}
     if (done := _published(Path(output), plan)) is not None:
         return done
@@ -152,8 +155,12 @@ def _continue_or_restart(output: Path, plan: dict[str, Any]) -> None:
     work = unfinished_place(output)
     plan = {**plan, "shard_bytes": _SHARD_BYTES, "parts": 2}
     if (work / OURS).is_file() and not work.is_symlink():
-        if (begun := _plan_of(work)) == plan:
+        begun = _plan_of(work)
+        # Shards that were done when the first bad line ended it have none.
+        if begun in (plan, {**plan, "bad_lines": "stop"}):
             shutil.rmtree(work / _JOINED, ignore_errors=True)
+            if begun != plan:
+                write_synced(work / _PLAN_FILE, json.dumps(plan).encode())
             return
         if begun is not None:
             print(f"{work}: begun with other text, tokenizer or options; starts anew", file=sys.stderr)

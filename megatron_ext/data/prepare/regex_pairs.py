@@ -198,11 +198,14 @@ class _Parser:
     def _literal(self, character: str) -> Class:
         if not self._folds:
             return lambda one: one == character
-        return lambda one: one.casefold() == character.casefold()
+        # One character may stand for several: a ligature for its letters.
+        return lambda one: character.casefold() in one.casefold()
 
     def _set(self) -> Class:
         """What stands in brackets."""
         is_negated, members = self._take("^"), []
+        if is_negated and self._folds:
+            raise NotUnderstoodError(self._pattern)
         while not self._take("]"):
             character = self._next()
             if character == "[" or self._pattern.startswith("&&", self._at - 1):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_ext.checkpoint.tokenizer_files import ADDED_FILE, copy_tokenizer
 from megatron_ext.data.tokenizer.load import load_tokenizer
+from megatron_ext.data.tokenizer.pieces import is_text
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.errors import DataError
@@ -54,8 +55,8 @@ def _check_tokens(tokens: Sequence[str], before: Tokenizer) -> None:
         raise DataError("there are no tokens to add")
     seen: set[str] = set()
     for token in tokens:
-        if not token.strip():
-            raise DataError(f"the token {token!r} is empty or white space, and cannot be added")
+        if not token.strip() or not is_text(token):
+            raise DataError(f"the token {token!r} is empty, white space or not UTF-8, and cannot be added")
         if token in before.vocabulary:
             number = before.vocabulary[token]
             raise DataError(f"{before.directory}: {token!r} is token {number} already; leave it out")

@@ -87,6 +87,8 @@ def merge_tokenizers(
         parts = []
         for name, one in languages.items():
             lines = sample(lines_of(_documents(files[name], text_key, held_out=False)), max_lines, max_characters)
+            if not any(line.strip() for line in lines.texts):
+                raise DataError(f"{files[name][0]}: no text of {name}, by which its pieces would be weighed; give some")
             parts.append(Part(name, models[name], one.quota, lines))
         merged = merge_models(parts, scores)
         if names:

@@ -16,6 +16,11 @@ BATCH = 10_000
 """Lines that are encoded at once."""
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 has all its characters: what a command line had of other bytes is in halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def read_model(path: str | Path) -> bytes:
     """The SentencePiece model in the file at `path`, or in the folder of a tokenizer there, unread.
 

@@ -17,6 +17,7 @@ from megatron_ext.data.prepare.workers import interruptible
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
 from megatron_ext.data.tokenizer.model_file import read_model_file
 from megatron_ext.data.tokenizer.names import with_names
+from megatron_ext.data.tokenizer.pieces import is_text
 from megatron_ext.data.tokenizer.reading import Tokenizer
 from megatron_ext.data.tokenizer.sample import MAX_CHARACTERS, MAX_LINES, lines_of, sample
 from megatron_ext.errors import DataError
@@ -136,9 +137,9 @@ def _check_symbols(how: Training) -> None:
         raise DataError("the delimiter is white space, which text has of its own; mark boundaries by |||| or the like")
     seen = {"\n", "<unk>", "<s>", "</s>", "<pad>"}
     for symbol in how.user_symbols:
-        if not symbol or any(character.isspace() or character == "▁" for character in symbol):
+        if not symbol or not is_text(symbol) or any(character.isspace() or character == "▁" for character in symbol):
             raise DataError(
-                f"the symbol {symbol!r} is empty or has spaces, which a fast tokenizer would not find in text"
+                f"the symbol {symbol!r} is empty, not UTF-8 or has spaces, that a fast tokenizer would not find in text"
             )
         if symbol in seen:
             raise DataError(f"the symbol {symbol!r} is a piece already; leave it out")
@@ -158,7 +159,13 @@ def train_tokenizer(
     files = corpus_files(inputs)
     output_place(output, DataError, force=force, contents=CONTENTS, inputs=files)
     with exclusive_output(output, "training a tokenizer"):
-        model = train_sentencepiece(counted(read_documents(files, text_key), "documents read"), vocab_size, how)
+        read, first = counted(read_documents(files, text_key), "documents read"), list[str]()
+        while not (first and first[-1].strip()):
+            if (document := next(read, None)) is None:
+                more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+                raise DataError(f"{files[0]}{more}: no text to train on, every document is empty; give other files")
+            first.append(document)
+        model = train_sentencepiece(itertools.chain(first, read), vocab_size, how)
         documents = itertools.islice(read_documents(files, text_key), _PROOF_TEXTS)
         delimiter = how.pretokenization_delimiter
         texts = (text.replace(delimiter, "") for text in documents) if delimiter else documents

@@ -49,6 +49,8 @@ class WandbSink:
         self._run: Any = None
         self._held, self._step = -1, iteration
         """The last step that W&B has of earlier starts, and the one that reports have come to."""
+        self._row: dict[str, Any] = {}
+        """What is known of that step. W&B takes a row once, so that it gets it when nothing more can come."""
         folder = _folder(settings, directory)
         recorded = recorded_until(folder, run_id)
         remove_empty(folder, run_id)
@@ -87,30 +89,37 @@ class WandbSink:
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Report `values` for `step`, unless W&B has it."""
-        if self._run is None or step <= self._held:
+        if self._run is None or step <= self._held or step < self._step:
             return
+        if step > self._step:
+            self._send_row()
         self._step = step
-        drawn = {name: _load(value) if isinstance(value, list) else value for name, value in values.items()}
+        self._row |= {name: _load(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def _send_row(self) -> None:
+        row, self._row = self._row, {}
+        if self._run is None or not row:
+            return
+        self._held = self._step
         try:
-            self._run.log(drawn, step=step)
+            self._run.log(row, step=self._step, commit=True)
         except Exception as error:  # noqa: BLE001 - whatever W&B does, training goes on
             log.warning("W&B stopped taking reports (%s); everything is in the metrics file", error)
             self._run = None
 
     def _make_up(self, metrics: Path, iteration: int) -> None:
         """Report again what W&B has not, up to where the run goes on."""
-        after, steps = self._held, set[int]()
+        after, steps, self._step = self._held, set[int](), self._held
         try:
             if after < 0:  # it has nothing: from where it was on first
                 first = first_with_wandb(metrics)
                 after = iteration if first is None else first or -1
-            if after >= iteration:
-                return
-            for step, panels in replay(metrics, after, iteration):
+            for step, panels in replay(metrics, after, iteration) if after < iteration else ():
                 self.log(panels, step)
                 steps.add(step)
         except OSError as error:
             log.warning("W&B may lack steps of earlier starts: %s", error)
+        self._send_row()
         self._step = iteration
         if steps:
             log.info("W&B had not all that earlier starts reported: the steps %d to %d again", min(steps), max(steps))
@@ -128,10 +137,12 @@ class WandbSink:
         self._run.alert(message.title[:63], message.text, level=levels[message.severity], wait_duration=0.001)
 
     def flush(self) -> None:
-        """W&B's own process has everything."""
+        """W&B's own process has all but the last row, which may be half a row."""
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the run, in a time that is limited."""
+        if not failed:
+            self._send_row()  # of a run that failed it may be half a row; when it goes on, it is reported again
         if self._run is None:
             return
         folder = Path(self._run.dir).parent

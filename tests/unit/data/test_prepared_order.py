@@ -129,8 +129,8 @@ def test_lines_that_cannot_be_read_are_counted_and_said(
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "b.json").write_text('[{"text": "kept three"}, {"text": null}, {"text": "kept four"}, oh')
     inputs, skip = [tmp_path / "a.jsonl", tmp_path / "b.json"], TextOptions(split=ALL, bad_lines="skip")
-    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON"):
-        preprocess(inputs, place / "t", tmp_path / "d")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON .*; --bad-lines skip leaves"):
+        preprocess(inputs, place / "t", tmp_path / "d", options=TextOptions(split=ALL))
     preprocess(inputs, place / "t", tmp_path / "d", options=skip)
     assert sorted(read(place, tmp_path / "d")) == ["kept four", "kept one", "kept three", "kept two"]
     said = described(tmp_path / "d")
@@ -138,7 +138,8 @@ def test_lines_that_cannot_be_read_are_counted_and_said(
     assert [line.split("/")[-1].split(" ")[0] for line in said["first_bad_lines"]] == [
         *("a.jsonl:2:", "a.jsonl:3:", "a.jsonl:6:", "b.json:1:", "b.json:1:")
     ]
-    assert "6 left out: 1 empty, 5 bad line" in capsys.readouterr().err
+    assert "6 left out: 1 empty, 5 bad line" in (told := capsys.readouterr().err)
+    assert "starts anew" not in told, "what is done when a bad line ends it has none"
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
         file.write('{"text": "x"}\n' * 50)
     (tmp_path / "c.jsonl.gz").write_bytes((tmp_path / "c.jsonl.gz").read_bytes()[:-9])
@@ -197,6 +198,14 @@ def test_filters_that_are_none_are_named(place: Path, tmp_path: Path, name: str,
     with pytest.raises(DataError, match="filters: ") as error:
         preprocess([tmp_path / "c.jsonl"], place / "t", tmp_path / "d", options=TextOptions(filters=(name,)))
     assert expected in str(error.value)
+
+
+def test_lengths_that_no_document_has_are_refused_at_once(place: Path, tmp_path: Path) -> None:
+    write(tmp_path / "c.jsonl", ["some text"])
+    options = TextOptions(min_characters=10, max_characters=5)
+    with pytest.raises(DataError, match="min_characters = 10, max_characters = 5: no document is as long"):
+        preprocess([tmp_path / "c.jsonl"], place / "t", tmp_path / "d", options=options)
+    assert not list(tmp_path.glob("d*"))
 
 
 def test_repetition_by_hand() -> None:

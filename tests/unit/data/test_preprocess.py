@@ -51,6 +51,8 @@ def test_number_of_workers_and_shards_changes_nothing(
     prepared: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SHARD_BYTES", 5000)
+    monkeypatch.setattr(module, "_MOST_HERE", 0)
+    monkeypatch.setattr(module, "_worker", None)
     seen: list[tuple[int, int]] = []
     preprocess(
         [prepared / "c.jsonl"],
@@ -63,6 +65,7 @@ def test_number_of_workers_and_shards_changes_nothing(
     assert files(tmp_path / "d") == files(prepared / "d")
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1] == (prepared / "c.jsonl").stat().st_size
+    assert module._worker is None, "one worker is a process of its own too"
 
 
 def test_an_interrupted_preparation_goes_on(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Texts that the tokenizers library reads in parts have the ids of the whole, wherever they may be cut."""
 
 import io
+import json
 import random
 from collections.abc import Callable
 from functools import cache
@@ -13,12 +14,15 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from megatron_ext.data.prepare import long_texts
+from megatron_ext.data.prepare import encoder, long_texts
 from megatron_ext.data.prepare.long_texts import LongTexts
+from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.prepare.regex_pairs import NotUnderstoodError, RegexPairs
+from megatron_ext.data.prepare.shard_work import TextOptions
 from megatron_ext.data.prepare.text_cuts import TextCuts, text_cuts
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.model_file import read_model_file
+from megatron_ext.errors import DataError
 from tests.unit.data import tokenizers as kinds
 
 LLAMA3 = (
@@ -214,6 +218,8 @@ def test_parts_have_the_ids_of_the_whole(made: Callable[[str], tuple[Tokenizer, 
     check()
     text = "the quick fox it's 12345 x 吾輩は猫である。名前は、まだ無い sun rises"
     assert assert_cuts_are_right(tokenizer, cuts, text) > 4
+    if name not in ("Llama 2", "Mistral", "StarCoder", "NFKC"):  # parts of these begin where there is a space
+        assert assert_cuts_are_right(tokenizer, cuts, "吾輩は猫である。\n名前はまだ無い") > 0
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -260,6 +266,21 @@ def test_one_word_of_a_whole_text_is_refused(
     assert long.why_not("fox " * 900) is None
     assert long.why_not("a fox " + "x" * 999) is None
     assert (long.why_not("a fox " + "x" * 1001 + " fox") or "").startswith("1,002 characters in which this tokenizer")
+
+
+def test_a_document_of_one_word_is_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds.write(MADE["GPT-2"](), tmp_path / "t")
+    monkeypatch.setattr(long_texts, "PART", 64)
+    monkeypatch.setattr(encoder, "PART", 64)
+    monkeypatch.setattr(long_texts, "_LONGEST", 1000)
+    texts = ["a fox", "x" * 2000, "the fox " * 300]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = ([tmp_path / "c.jsonl"], tmp_path / "t", tmp_path / "d")
+    with pytest.raises(DataError, match=r"c\.jsonl:2: 2,000 characters in which this tokenizer sees one word"):
+        preprocess(*arguments)
+    made = preprocess(*arguments, options=TextOptions(bad_lines="skip", split=(1, 0, 0)))
+    assert made["train"].documents == 2
+    assert json.loads((tmp_path / "d" / "dataset.json").read_text())["left_out"]["bad line"] == 1
 
 
 @pytest.mark.parametrize(

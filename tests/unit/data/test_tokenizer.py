@@ -93,6 +93,14 @@ def test_training_repeats(tmp_path: Path) -> None:
         train_tokenizer([corpus], tmp_path / "a", 330)
 
 
+def test_a_corpus_without_text_is_named(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", ""), ("b.jsonl", '{"text": " \\n"}\n')):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=r"a\.jsonl and 1 more: no text to train on"):
+        train_tokenizer([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "t", 330)
+    assert not list(tmp_path.glob("t*"))
+
+
 def test_too_large_a_vocabulary_says_what_fits(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Please set it to a value <="):
         train_tokenizer([write_corpus(tmp_path / "c.jsonl")], tmp_path / "t", 5000)
@@ -133,7 +141,8 @@ def test_what_training_offers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (Training(user_symbols=["a b"]), "'a b' is empty or has spaces"),
+        (Training(user_symbols=["a b"]), "'a b' is empty, not UTF-8 or has spaces"),
+        (Training(user_symbols=["\udcff"]), "not UTF-8"),
         (Training(user_symbols=["▁x"]), "has spaces"),
         (Training(user_symbols=["<x>", "<x>"]), "'<x>' is a piece already"),
         (Training(user_symbols=["</s>"]), "is a piece already"),

@@ -150,6 +150,9 @@ def test_files_are_merged_into_a_tokenizer_that_reads_every_language(tmp_path: P
     assert [line.split()[:2] for line in lines[1:]] == [[n, w] for n in "ab" for w in ("own", "merged")]
     with pytest.raises(DataError, match="exists"):
         merge_tokenizers(languages, tmp_path / "t")
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(DataError, match=r"b\.txt: no text of b, by which its pieces would be weighed"):
+        merge_tokenizers(languages, tmp_path / "v")
 
 
 def test_encoding_prefers_what_the_mix_makes_likely() -> None:

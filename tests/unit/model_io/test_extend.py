@@ -182,13 +182,16 @@ def test_what_cannot_be_extended_is_said_and_nothing_is_left(tmp_path: Path, mon
     source = megatron(tmp_path)
     for tokens, message in {
         (): "no tokens to add",
-        (" ",): "empty or white space",
+        (" ",): "empty, white space",
+        ("\udcff",): "not UTF-8",
         ("<a>", "<a>"): "named twice",
         ("the",): "'the' is token",
     }.items():
         with pytest.raises(DataError, match=message):
             extend(options(source, tmp_path / "out", tokens=list(tokens)))
     (tmp_path / "nothing").mkdir()
+    with pytest.raises(ConversionError, match="nowhere: no such folder; give that of a model or of a tokenizer"):
+        extend(options(tmp_path / "nowhere", tmp_path / "out"))
     with pytest.raises(ConversionError, match="neither a model"):
         extend(options(tmp_path / "nothing", tmp_path / "out"))
     bare = write_checkpoint(tmp_path / "bare", tiny_model())

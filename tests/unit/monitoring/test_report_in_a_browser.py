@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.files import write_text
+from megatron_ext.monitoring.kept_results import METRICS, evaluation_folder
 from megatron_ext.monitoring.report import read_phases, write_report
 from megatron_ext.monitoring.report.serve import ReportServer
 
@@ -32,6 +34,7 @@ const at = (target, kind, share) => target.dispatchEvent(new MouseEvent(kind, {
   clientX: place.left + share * place.width, clientY: place.top + 20, bubbles: true, button: 0, movementX: 9 }));
 document.querySelectorAll("input[type=checkbox]")[1].click();  // smoothed
 const results = document.documentElement.dataset;
+results.evaluated = document.querySelectorAll("#evaluation-0 ~ .evaluated .plot .u-legend").length;
 results.smoothed = document.querySelectorAll("#curves .plot")[0].textContent.includes("dense, smoothed");
 setTimeout(() => {
   const fresh = document.querySelector("#curves .u-over");
@@ -47,6 +50,9 @@ setTimeout(() => {
 
 
 def test_a_reader_zooms_hovers_and_smoothes(named: list[str], tmp_path: Path) -> None:
+    for step, score in ((2, 0.25), (4, 0.75)):
+        place = evaluation_folder(tmp_path / f"iter_{step:07}") / "lm_eval.json"
+        write_text(place, json.dumps({METRICS: {"arc/acc": score, "arc/acc_interval": 0.1, "once": 1} | {"x": score}}))
     write_report(tmp_path / "r.html", "x", read_phases(named), [], None)
     page = (tmp_path / "r.html").read_text().replace("</body>", USED)
     (tmp_path / "r.html").write_text(page)
@@ -54,6 +60,7 @@ def test_a_reader_zooms_hovers_and_smoothes(named: list[str], tmp_path: Path) ->
     assert "CONSOLE" not in done.stderr, done.stderr
     assert 'data-smoothed="true"' in done.stdout
     assert 'data-hover="true"' in done.stdout
+    assert 'data-evaluated="3"' in done.stdout
     assert 'data-note="MoE, step 3, skip: a &lt;/script&gt; spike"' in done.stdout.replace(
         "</script>", "&lt;/script&gt;"
     )

@@ -120,13 +120,17 @@ def test_wandb_may_die(tmp_path: Path) -> None:
 
 def test_numbers_of_events_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    run = SimpleNamespace(log=lambda values, **how: drawn.append((values, how)))
+    run = SimpleNamespace(
+        log=lambda values, **how: drawn.append((values, how)), dir="unused", finish=lambda exit_code: None
+    )
     monkeypatch.setattr("megatron_ext.monitoring.sinks.wandb._start", lambda *_: run)
-    sink = WandbSink(WandbConfig(mode="offline"), "id", tmp_path, {}, tmp_path / "metrics.jsonl", 3)
-    sink.event(Event("skip", 3, "a skip"))
-    sink.event(Event("gradients", 4, "gradients", {"gradients": {"layer_000": {"mlp": {"norm": 0.5}}}}))
-    sink.event(Event("evaluation", 2, "late", {"results": {"score": 0.5}}))
-    assert drawn == [
-        ({"gradients/norm/layer_000/mlp": 0.5}, {"step": 4}),
-        ({"evaluation/score": 0.5, "evaluation/step": 2}, {"step": 4}),
+    sinks = [
+        WandbSink(WandbConfig(mode="offline"), "id", tmp_path, {}, tmp_path / "metrics.jsonl", 3) for _ in range(2)
     ]
+    for sink, failed in zip(sinks, (False, True), strict=True):
+        sink.event(Event("skip", 3, "a skip"))
+        sink.event(Event("gradients", 4, "gradients", {"gradients": {"layer_000": {"mlp": {"norm": 0.5}}}}))
+        sink.event(Event("evaluation", 2, "late", {"results": {"score": 0.5}}))
+        sink.close(failed=failed)  # a row of which more was to come waits for the run to go on
+    row = {"gradients/norm/layer_000/mlp": 0.5, "evaluation/score": 0.5, "evaluation/step": 2}
+    assert drawn == [(row, {"step": 4, "commit": True})]

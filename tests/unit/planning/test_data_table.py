@@ -77,6 +77,14 @@ def test_amounts_far_from_whole_steps_and_sources_that_no_stage_reads_are_warned
     assert not any("whole step" in line for line in warned({"ja": 1000}, [many]))
 
 
+def test_a_rotary_base_that_is_not_kept_is_warned_of() -> None:
+    stages = [{"name": name, "mix": {"ja": 1}, "steps": 60} for name in "AB"]
+    stages[0]["rotary_base"] = 5e5
+    assert warned({"ja": 10_000}, stages) == [
+        "stage B has model.rotary_base again, after 500,000 in A: say rotary_base there too, if that is to stay"
+    ]
+
+
 def test_what_a_change_of_length_passes_over_is_said_and_warned_of_where_it_is_much() -> None:
     first = {"name": "A", "mix": {"ja": 1}, "samples": 21, "global_batch_size": 1, "sequence_length": 2}
     long = {"name": "B", "take": {"ja": {"samples": 5}}, "global_batch_size": 1}

@@ -62,6 +62,11 @@ def test_recipes_have_the_parameters_of_the_published_models(recipe: str, total:
     assert active is None or counts.active == active
 
 
+def test_the_recipe_of_64_experts_has_the_size_of_its_files() -> None:
+    counts = count_parameters(load_run(ROOT / "examples" / "recipes" / "jiniac_5b.yaml").model)
+    assert 2 * counts.total == pytest.approx(10.06e9, rel=1e-3)  # GB in bf16
+
+
 def test_vocabulary_padding_is_not_counted() -> None:
     padded = replace(TANUKI_8X8B, vocab_size=65000)
     assert count_parameters(padded).total == 46_973_325_312 - 24 * 2 * 4096

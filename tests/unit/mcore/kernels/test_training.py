@@ -2,26 +2,19 @@
 
 import pytest
 
-from megatron_ext.config import Bf16Precision, Fp8Precision, Fp32Precision, ModelConfig, ParallelConfig, Precision
+from megatron_ext.config import Fp8Precision, Fp32Precision, ModelConfig, ParallelConfig, Precision
 from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.triton_interpreter import round_to_nearest, why_not_interpreting
 
 SMALL = {"samples": 2, "micro_batch": 1, "length": 16, "steps": 2}
-DENSE_AND_MOE = tiny_model(moe=True, num_layers=2)
 DROPS = tiny_model(moe=True, num_layers=2, moe_expert_capacity_factor=1.0)
-DELAYED = Fp8Precision(kind="fp8", recipe="delayed")
-ROWWISE = Fp8Precision(kind="fp8", recipe="rowwise")
-FP32 = Fp32Precision(kind="fp32")
-# fp32: exponentials and sums differ by a few units in the last place, two steps apart. bf16: SwiGLU is rounded once in
-# place of three times. fp8 has the casts bit for bit, and is fed that SwiGLU.
+# fp32: exponentials and sums differ by a few units in the last place, two steps apart. bf16, which fp8 is computed
+# beside: SwiGLU is rounded once in place of three times, and the casts, the same bit for bit, are fed that.
 CASES: list[tuple[ModelConfig, Precision, float]] = [
-    (DENSE_AND_MOE, FP32, 2e-6),
-    (DROPS, FP32, 2e-6),
-    (DENSE_AND_MOE, Bf16Precision(kind="bf16"), 1e-2),
-    (DENSE_AND_MOE, DELAYED, 2e-2),
-    (DENSE_AND_MOE, ROWWISE, 2e-2),
+    (DROPS, Fp32Precision(kind="fp32"), 2e-6),
+    (tiny_model(moe=True, num_layers=2), Fp8Precision(kind="fp8", recipe="delayed"), 2e-2),
 ]
 SWIGLU, SUMS, LOSS = {"swiglu._forward", "swiglu._backward"}, {"gather_sum._sum"}, {"cross_entropy._log_sum"}
 LOSS |= {"cross_entropy._gradient"}
@@ -46,9 +39,7 @@ def train(cell: Cell) -> tuple[Trajectory, set[str]]:
         GridExecutor.__call__ = call
 
 
-@pytest.mark.parametrize(
-    ("model", "precision", "tolerance"), CASES, ids=["fp32", "drops", "bf16", "delayed", "rowwise"]
-)
+@pytest.mark.parametrize(("model", "precision", "tolerance"), CASES, ids=["fp32", "fp8"])
 def test_training_with_our_kernels_is_training(
     model: ModelConfig, precision: Precision, tolerance: float, pool: GlooPool
 ) -> None:

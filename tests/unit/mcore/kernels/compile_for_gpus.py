@@ -1,0 +1,71 @@
+"""Compiles every kernel for a kind of GPU, on any machine, and prints what of the machine code can be counted.
+
+python compile_for_gpus.py 90 prints, as JSON by kernel: bytes of machine code, and how often some instructions occur.
+"""
+
+import json
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, swiglu
+
+SIZE = "i32"
+SWIGLU = {"projected": "*bf16", "weights": "*fp32", "width": SIZE}
+LOSS = {"logits": "*bf16", "log_sums": "*fp32", "width": SIZE, "real": SIZE}
+STRIDES = ("x_matrix", "x_row", "inverse_matrix", "inverse_row", "inverse_t_column")
+CAST = {
+    **{name: "*fp32" for name in ("inverse", "inverse_t")},
+    **{name: SIZE for name in ("rows", "columns", *STRIDES)},
+    "x": "*bf16",
+}
+
+
+def kernels(capability: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
+    """By name: the kernel, types of its arguments, and those that are constants."""
+    found = {
+        "swiglu": (swiglu._forward, SWIGLU | {"output": "*bf16"}, {"WEIGHTED": True, "BLOCK": swiglu._BLOCK}),
+        "swiglu backward": (
+            swiglu._backward,
+            SWIGLU | {"grad": "*bf16", "grad_projected": "*bf16", "grad_weights": "*fp32"},
+            {"WEIGHTED": True, "BLOCK": swiglu._BLOCK},
+        ),
+        "gather_sum": (
+            gather_sum._sum,
+            {"rows": "*bf16", "places": "*i64", "sums": "*bf16", "row_count": SIZE, "width": SIZE},
+            {"PLACES": 6, "BLOCK": gather_sum._BLOCK},
+        ),
+        "log_sum": (cross_entropy._log_sum, LOSS, {"BLOCK": cross_entropy._BLOCK}),
+        "gradient": (
+            cross_entropy._gradient,
+            LOSS | {"labels": "*i64", "grad_sums": "*fp32", "grad_labels": "*fp32"},
+            {"BLOCK": cross_entropy._BLOCK},
+        ),
+    }
+    for form in ("fp8e4nv", "fp8e5") if capability >= 89 else ():
+        types = CAST | {"values": f"*{form}", "values_t": f"*{form}"}
+        options = {"LARGEST": 448.0, "SATURATES": True, "BOTH": True, "BLOCK": fp8_cast._BLOCK, "x_column": 1}
+        found[f"cast {form}"] = (fp8_cast._cast, types, options)
+    return found
+
+
+def compiled(function: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> dict[str, int]:
+    """Compile as a launch does whose pointers and sizes are multiples of 16."""
+    names = function.arg_names
+    source = ASTSource(
+        function,
+        {name: "constexpr" if name in constants else types[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name not in constants},
+    )
+    code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
+    instructions = {"wide loads": "ld.global.v4", "atomics": "atom.", "casts": "cvt.rn.satfinite.e"}
+    return {"bytes": len(code["cubin"]), **{name: code["ptx"].count(text) for name, text in instructions.items()}}
+
+
+if __name__ == "__main__":
+    wanted = int(sys.argv[1])
+    print(json.dumps({name: compiled(*kernel, wanted) for name, kernel in kernels(wanted).items()}))
