@@ -31,12 +31,15 @@ def main() -> None:
 
 
 def _export(o: PeftOptions) -> None:
+    from megatron_ext.merging.lora import base_stream
     from megatron_ext.model_io.adapters import open_adapters
-    from megatron_ext.model_io.open import read_hugging_face_model
+    from megatron_ext.model_io.open import open_checkpoint, read_hugging_face_model
     from megatron_ext.model_io.peft.export import export_peft
+    from megatron_ext.progress import byte_progress
 
     architecture, _ = read_hugging_face_model(o.base)
     adapters = open_adapters(o.source)
+    base_stream(adapters, open_checkpoint(o.base), byte_progress)
     tensors = export_peft(adapters, architecture, o.target, o.base, o.layout or "stacked", force=o.force)
     print(f"{o.target}: {len(adapters.pairs):,} adapters for {architecture.hf_class} in {tensors:,} tensors")
     if o.layout == "experts" and architecture.stacked:

@@ -30,6 +30,28 @@ class ShardReader(Protocol):
         """Fill `target` with the shard of `key` at `offset`, converting the dtype where it differs."""
 
 
+def holds_optimizer(checkpoint: Path) -> bool:
+    """Whether `checkpoint` holds more than weights; what was converted or imported has no more."""
+    reader = TorchDistReader(checkpoint)
+    try:
+        return _has_optimizer(reader.tensors)
+    finally:
+        reader.close()
+
+
+def _has_optimizer(keys: Collection[str]) -> bool:
+    return any(key.startswith("optimizer.") for key in keys)
+
+
+def _way_out(reader: ShardReader, expected: Collection[str]) -> str:
+    if _has_optimizer(reader.tensors) or not _has_optimizer(expected):
+        return ""
+    return (
+        "\nIt holds no optimizer: start a new run from its weights, with another checkpoint.directory and "
+        "checkpoint.initialize_from; or go on here without, checkpoint.load_optimizer = false"
+    )
+
+
 def load_shards(checkpoint: Path, shards: Sequence[TensorShard]) -> None:
     """Fill the memory of `shards` from `checkpoint`. In a run every rank must call this.
 
@@ -55,7 +77,7 @@ def fill_shards(reader: ShardReader, checkpoint: Path, shards: Sequence[TensorSh
     expected = {shard.key: shard.global_shape for shard in shards}
     present = {key: reader.shape(key) for key in expected if key in reader.tensors}
     if faults := shape_faults(present, expected, "this run needs"):
-        raise CheckpointError(f"{checkpoint} does not fit this run:\n{shown(faults)}")
+        raise CheckpointError(f"{checkpoint} does not fit this run:\n{shown(faults)}{_way_out(reader, expected)}")
     with torch.no_grad():
         for shard in sorted(shards, key=lambda shard: (shard.key, shard.offset)):
             reader.read_into(shard.key, shard.offset, shard.data)

@@ -39,7 +39,8 @@ class CheckpointConfig:
     """Megatron checkpoint or Hugging Face directory whose weights (not optimizer or position) a new run starts from, in
     any layout."""
     load_optimizer: bool = True
-    """When continuing: False starts the optimizer afresh and keeps weights, step and data position."""
+    """When continuing: False starts the optimizer afresh and keeps weights, step and data position. Adapters from
+    PEFT have none, and start it afresh."""
 
 
 @config

@@ -67,7 +67,7 @@ def merge_lora(options: MergeLoraOptions, bar: Bar) -> MergedLora:
     output = Output(Path(options.target), dtype, workers=options.workers, force=options.force)
     inputs = [base.directory, adapters.directory]
     require_place(options.to, output, inputs)
-    stream = _base_stream(adapters, base, own, bar)
+    stream = base_stream(adapters, base, bar)
     merged = WithAdapters(stream, adapters, dtype)
     content = replace(
         base.content,
@@ -90,8 +90,13 @@ def merge_lora(options: MergeLoraOptions, bar: Bar) -> MergedLora:
     return MergedLora(written, base.directory, len(adapters.pairs), merged.losses.shares())
 
 
-def _base_stream(adapters: Adapters, base: Checkpoint, own: str, bar: Bar) -> TensorSource:
-    """The weights of `base` with the adapters' vocabulary padding, once they are found to be the adapters' own."""
+def base_stream(adapters: Adapters, base: Checkpoint, bar: Bar) -> TensorSource:
+    """The weights of `base` with the adapters' vocabulary padding, once they are found to be the adapters' own.
+
+    Raises:
+        ConversionError: they are those of another model, or have these adapters merged into them already.
+    """
+    own = adapters.fingerprint
     for name, theirs, wanted in differing_fields(base.model, adapters.model):
         raise ConversionError(
             f"{base.directory}: another model than the adapters': {name} is {theirs!r}, not {wanted!r}"

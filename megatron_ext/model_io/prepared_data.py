@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN
+from megatron_ext.data.stream.packing import lengths_together
 from megatron_ext.data.supervised import PIECES, TOKENIZER_FOLDER, Kind
 from megatron_ext.errors import ConversionError, DataError
 from megatron_ext.files import read_json_object
@@ -16,6 +17,7 @@ _TASKS: dict[Kind, tuple[dict[str, Any], float, float]] = {
     "preference": ({"kind": "preference", "loss": "sigmoid", "beta": 0.1}, 1.0, 1e-6),
 }
 """Of each kind of data: the task, epochs and the peak of the learning rate, as is usual for all weights."""
+_WHOLES: dict[Kind, str] = {"preference": "pair (both answers, each with its prompt)"}
 _BATCHES = (64, 32, 16, 8)
 _WANTED_STEPS = 100
 """The largest batch is taken with which a run has so many steps, else the smallest."""
@@ -40,12 +42,14 @@ def sections_for(directory: str | Path, max_position_embeddings: int, tokenizer:
         kind: Kind = said.get("kind", "text")
         task, epochs, rate = _TASKS[kind]
         train, has_validation = said["splits"]["train"], "validation" in said["splits"]
-        tokens, longest = int(train["tokens"]), PIECES[kind] * int(train.get("longest", 1))
+        tokens, longest = int(train["tokens"]), int(train.get("longest", 1))
+        if kind == "preference":
+            longest = int(lengths_together(str(directory / "train"), PIECES[kind]).max())
     length = min(max_position_embeddings, _LONGEST_SEQUENCE)
     if longest > length:
         raise ConversionError(
-            f"--data {directory}: has a sample of {longest:,} tokens, and the run reads {length:,} at once; prepare it "
-            f"with --max-tokens {length // PIECES[kind]}"
+            f"--data {directory}: has a {_WHOLES.get(kind, 'sample')} of {longest:,} tokens, and the run reads "
+            f"{length:,} at once; prepare it with --max-tokens {length // PIECES[kind]}"
         )
     rows = epochs * tokens / length
     batch = next((batch for batch in _BATCHES if rows / batch >= _WANTED_STEPS), _BATCHES[-1])

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext.canonical.adapters import adapter_pairs
 from megatron_ext.checkpoint.fingerprint import fingerprint, fingerprint_sum
 from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.state_file import BASE_KEY
-from megatron_ext.config import LoraConfig, ModelConfig, RunConfig, to_mapping
-from megatron_ext.config.load import load_config
+from megatron_ext.config import RunConfig, to_mapping
 from megatron_ext.errors import CheckpointError
 from megatron_ext.mcore.build import Trainable
 from megatron_ext.mcore.transformer_config import DTYPES
@@ -54,7 +52,7 @@ class FrozenBase:
         return {BASE_KEY: {"path": str(self.path.resolve()), "fingerprint": self.fingerprint, "adapters": adapters}}
 
     def check(self, saved: Mapping[str, Any]) -> None:
-        """Raise CheckpointError where a checkpoint's adapters were trained beside another base, or count otherwise."""
+        """Raise CheckpointError where a checkpoint's adapters were trained beside another base."""
         if (record := saved.get(BASE_KEY)) is None:
             return
         if record["fingerprint"] != self.fingerprint:
@@ -62,12 +60,6 @@ class FrozenBase:
                 f"checkpoint.initialize_from = {str(self.path)!r}: holds other weights ({self.fingerprint}) than those "
                 f"beside which the adapters were trained ({record['fingerprint']}, of {record['path']}); set it and "
                 "precision.kind back, or start a new run in another checkpoint.directory"
-            )
-        then = load_config(LoraConfig, record["adapters"], source="the checkpoint's adapters")
-        if changed := changed_adapters(self._run.model, then, self._adapters):
-            raise CheckpointError(
-                "adapters: not those of the checkpoint:\n" + "\n".join(f"  {line}" for line in changed) + "\nSet them "
-                "back, or start a new run in another checkpoint.directory"
             )
 
 
@@ -79,15 +71,3 @@ def fingerprint_of_weights(shards: Sequence[TensorShard], run: RunConfig, device
     dist.all_reduce(halves)
     low, high = halves.tolist()
     return fingerprint(low + (high << 32), DTYPES[run.precision.kind])
-
-
-def changed_adapters(model: ModelConfig, then: LoraConfig, now: LoraConfig) -> list[str]:
-    """What makes the adapters of two configurations compute something else; a line a kind of difference."""
-    old, new = ({pair.a: (pair.rank, pair.scale) for pair in adapter_pairs(model, one)} for one in (then, now))
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    lines = {(old.get(name), new.get(name)): name.removesuffix(".A") for name in reversed(names)}
-    return [f"{name}: {_said(a)} in the checkpoint, {_said(b)} in this run" for (a, b), name in lines.items()]
-
-
-def _said(one: tuple[int, float] | None) -> str:
-    return "none" if one is None else f"rank {one[0]}, scale {one[1]:g}"

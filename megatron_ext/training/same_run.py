@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext.canonical.adapters import adapter_pairs
 from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint.run_file import RUN_FILE, read_run
 from megatron_ext.checkpoint.shape_faults import shape_faults, shown
-from megatron_ext.checkpoint.state_file import STATE_FILE, TrainingState, read_state
+from megatron_ext.checkpoint.state_file import BASE_KEY, STATE_FILE, TrainingState, read_scalars, read_state
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import (
     PRETRAIN,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     RunConfig,
     TaskConfig,
@@ -125,6 +127,33 @@ def check_same_task(task: TaskConfig, checkpoint: Path) -> None:
             + "\nSet it back, or start a new run "
             "from its weights: another checkpoint.directory, and checkpoint.initialize_from"
         )
+
+
+def check_same_adapters(model: ModelConfig, adapters: LoraConfig | None, checkpoint: Path) -> None:
+    """Raise CheckpointError where what `checkpoint` holds of `model` are other adapters than `adapters`, or none."""
+    record = read_scalars(checkpoint).get(BASE_KEY)
+    then = None if record is None else load_config(LoraConfig, record["adapters"], source=str(checkpoint / STATE_FILE))
+    old, new = (
+        {pair.a: (pair.rank, pair.scale) for pair in adapter_pairs(model, one)} if one is not None else {}
+        for one in (then, adapters)
+    )
+    if old == new:
+        return
+    if then is None or adapters is None:
+        held, trained = ("a whole model", "adapters") if then is None else ("adapters alone", "all weights")
+        lines = [f"it holds {held}, and this run trains {trained}"]
+    else:
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        kinds = {(old.get(name), new.get(name)): name.removesuffix(".A") for name in reversed(names)}
+        lines = [f"{name}: {_said(a)} in the checkpoint, {_said(b)} in this run" for (a, b), name in kinds.items()]
+    raise CheckpointError(
+        f"adapters: not those of {checkpoint}:\n" + "\n".join(f"  {line}" for line in lines) + "\nSet them back, or "
+        "start a new run in another checkpoint.directory"
+    )
+
+
+def _said(one: tuple[int, float] | None) -> str:
+    return "none" if one is None else f"rank {one[0]}, scale {one[1]:g}"
 
 
 def check_same_sources(fingerprints: Sequence[str], state: TrainingState, where: str | Path) -> None:

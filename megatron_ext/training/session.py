@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from megatron_ext.checkpoint.find import find_checkpoint
+from megatron_ext.checkpoint.load import holds_optimizer
 from megatron_ext.checkpoint.manager import CheckpointManager, RankState
 from megatron_ext.checkpoint.second_place import SecondPlace
-from megatron_ext.checkpoint.state_file import TrainingState, read_state
+from megatron_ext.checkpoint.state_file import TrainingState, holds_adapters, read_state
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.data.stream.plan import RunPlan, StagePlan
 from megatron_ext.data.stream.position import Position
@@ -35,6 +36,7 @@ from megatron_ext.training.guard.guard import Guard
 from megatron_ext.training.hooks.base import Hook
 from megatron_ext.training.reference import StoredReference
 from megatron_ext.training.same_run import (
+    check_same_adapters,
     check_same_data,
     check_same_model,
     check_same_task,
@@ -206,14 +208,18 @@ class Session:
         """Continue from `checkpoint`, saved in any layout."""
         state = read_state(checkpoint)
         check_same_model(trained_model(self.run.model, state, checkpoint), checkpoint)
+        check_same_adapters(self.run.model, self.run.adapters, checkpoint)
         if state.consumed_samples:
             check_same_task(self.run.task, checkpoint)
             check_same_data(self.run.data, self.run.train, checkpoint)
-        if self.run.checkpoint.load_optimizer:
+        was_trained = not holds_adapters(checkpoint) or holds_optimizer(checkpoint)
+        if self.run.checkpoint.load_optimizer and was_trained:
             self.checkpoints.restore(checkpoint)
         else:
             hooks = [hook.name for hook in self.hooks if hook.name]
-            kept = [name for name, one in (("base", self.base), ("reference", self.reference)) if one is not None]
+            # Adapters from elsewhere have no reference yet: it is the base.
+            own = (("base", self.base), ("reference", self.reference if was_trained else None))
+            kept = [name for name, one in own if one is not None]
             self.checkpoints.restore(checkpoint, only=[*kept, "model", "progress", *hooks])
             self._take_over_weights()
         self._set_rotary_base(self.plan.stage_of_step(max(self.state.iteration - 1, 0)))

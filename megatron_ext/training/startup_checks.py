@@ -40,6 +40,7 @@ from megatron_ext.training.same_run import (
     changed_keys,
     check_holds_weights,
     check_models_agree,
+    check_same_adapters,
     check_same_data,
     check_same_model,
     check_same_sources,
@@ -228,6 +229,8 @@ class _Examination:
                 with collecting(faults):
                     check_same_sources(self._fingerprints or self._state.data, self._state, newest)
         if self._run is not None:
+            with collecting(faults):
+                check_same_adapters(self._run.model, self._run.adapters, newest)
             self.found.changes = changed_keys(self._run, newest)
             if self.found.plan is not None and (moved := moved_decay(self._run, self.found.plan, newest, done)):
                 faults.append(moved)

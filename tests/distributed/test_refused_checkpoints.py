@@ -8,7 +8,7 @@ import pytest
 from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.run_file import read_run
 from megatron_ext.checkpoint.streams import MegatronSink, MegatronSource
-from megatron_ext.config import ParallelConfig, to_mapping
+from megatron_ext.config import LoraConfig, LoraTarget, ParallelConfig, to_mapping
 from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from megatron_ext.testing.tiny import tiny_model
@@ -17,6 +17,7 @@ from tests.distributed.runs import (
     open_part,
     train_and_save,
 )
+from tests.unit.model_io.drawn_adapters import write_drawn
 
 DENSE, MOE = tiny_model(), tiny_model(moe=True)
 ALONE = ParallelConfig(use_distributed_optimizer=False)
@@ -34,7 +35,15 @@ def test_training_goes_on_in_the_folder_of_converted_weights(pool: GlooPool, tmp
     with MegatronSink(tmp_path / "converted", source.specs, run) as sink:
         for name in source.specs:
             sink.write(name, source.read(name))
-    part = Part(DENSE, tmp_path / "converted", ALONE, seed=99, checkpoint=(("load_optimizer", False),))
+    part = Part(DENSE, tmp_path / "converted", ALONE, seed=99)
+    with pytest.raises(WorkerFailure, match=r"It holds no optimizer: .* or go on here without, checkpoint\.load_opt"):
+        pool.run(1, train_and_save, part, 2)
+    adapters = LoraConfig(targets=[LoraTarget(match=["q", "up"], rank=2)])
+    write_drawn(tmp_path / "converted", tmp_path / "adapters", adapters)
+    base = (("initialize_from", str(tmp_path / "converted")),)
+    beside = replace(part, directory=tmp_path / "adapters", adapters=to_mapping(adapters), checkpoint=base)
+    assert len(pool.run(1, train_and_save, beside, 2)[0]) == 2, "adapters from elsewhere start an optimizer afresh"
+    part = replace(part, checkpoint=(("load_optimizer", False),))
     assert len(pool.run(1, train_and_save, part, 2)[0]) == 2
 
 

@@ -38,6 +38,14 @@ def _patterns_match(model: ModelConfig | None, adapters: LoraConfig | None) -> l
                 f"adapters.targets.{number}.match: {pattern!r} matches no projection of the model; it has "
                 f"{', '.join(near)}"
             )
+    got = list(adapted_projections(model, adapters).values())
+    for number, target in enumerate(adapters.targets):
+        matched = [one for one in known if any(one.matches(pattern) for pattern in target.match)]
+        if matched and not any(one is target for one in got):
+            faults.append(
+                f"adapters.targets.{number}: all it matches ({', '.join(target.match)}) goes to targets before it, "
+                "of which the first counts; put it before them, or remove it"
+            )
     return faults
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_ext.checkpoint.tokenizer_files import GENERATION_FILE, SETTINGS_FILE, copy_tokenizer
 from megatron_ext.data.dataset import MANIFEST_FILE
 from megatron_ext.data.prepare.chat_files import RECORD, chat_record, pair_record, unpack_split
-from megatron_ext.data.prepare.chat_rows import BadRow, Left, conversation_of, pair_of
+from megatron_ext.data.prepare.chat_rows import BadRow, Conversation, Left, Pair, conversation_of, pair_of
 from megatron_ext.data.prepare.chat_samples import ChatEncoder
 from megatron_ext.data.prepare.chat_template import ChatTemplate, read_template
 from megatron_ext.data.prepare.documents import read_rows, where_in
@@ -29,6 +29,7 @@ from megatron_ext.errors import DataError
 from megatron_ext.files import read_json_object
 
 _BATCH_TOKENS = 1 << 16
+_SAYS_NOTHING = "with an empty answer, which is trained on"
 _SAMPLES, _SAMPLE_CHARACTERS = 5, 500
 _ORDER = np.uint64(0x6D65676174726F6E)
 
@@ -54,7 +55,9 @@ class ChatPreparation:
     max_tokens: int | None = None
     long: Literal["drop", "cut"] = "drop"
     template_variables: tuple[str, ...] = ()
-    contents: tuple[str, ...] = field(default=("*.mask", "*.weights", TOKENIZER_FOLDER), init=False)
+    contents: tuple[str, ...] = field(
+        default=("*.mask", "*.weights", TOKENIZER_FOLDER, "*.reference-*.safetensors*"), init=False
+    )
 
     def dtype(self, tokenizer: Tokenizer) -> np.dtype[Any]:
         """Of what workers write."""
@@ -189,14 +192,17 @@ class ChatWorker:
     def _made_of(self, row: Mapping[str, Any], told: Told) -> list[np.ndarray]:
         turns = self._how.strings == "chat"
         if self._how.kind == "preference":
-            return [self._pair(row, strings_are_turns=turns)]
-        conversation = conversation_of(row, strings_are_turns=turns)
-        made = [chat_record(sample) for sample in self._encoder.samples(conversation)]
-        _add(told.read, conversation.layout)
+            pair = pair_of(row, strings_are_turns=turns)
+            made, answers = [self._pair(pair)], [pair.chosen, pair.rejected]
+        else:
+            conversation = conversation_of(row, strings_are_turns=turns)
+            made, answers = [chat_record(sample) for sample in self._encoder.samples(conversation)], [conversation]
+            _add(told.read, conversation.layout)
+        if any(map(_says_nothing, answers)):
+            _add(told.read, _SAYS_NOTHING)
         return made
 
-    def _pair(self, row: Mapping[str, Any], *, strings_are_turns: bool) -> np.ndarray:
-        pair = pair_of(row, strings_are_turns=strings_are_turns)
+    def _pair(self, pair: Pair) -> np.ndarray:
         chosen, rejected = self._encoder.whole(pair.chosen), self._encoder.whole(pair.rejected)
         prompts = [list(one.ids[: one.counts.index(True)]) for one in (chosen, rejected)]
         if prompts[0] != prompts[1]:
@@ -230,6 +236,15 @@ def report(directory: str | Path) -> Iterator[str]:
             f"{split['supervised']:,} of them trained on ({share:.1%}), longest {split['longest']:,}"
         )
     yield f"{directory}/{TOKENIZER_FOLDER}: for data.tokenizer, the tokenizer with the chat template"
+
+
+def _says_nothing(conversation: Conversation) -> bool:
+    """Whether an answer that is trained on is empty: the model would learn to end at once."""
+    said = [text for text, is_trained in conversation.pieces if is_trained]
+    for message, is_trained in zip(conversation.messages, conversation.trained, strict=True):
+        if is_trained and not message.get("tool_calls"):
+            said.append(message.get("content", "") + str(message.get("reasoning_content", "")))
+    return any(not text.strip() for text in said)
 
 
 def _add(counts: dict[str, int], what: str) -> int:

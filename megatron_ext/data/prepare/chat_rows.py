@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ext.data.prepare.faults import BadDocument
@@ -93,13 +93,13 @@ def conversation_of(row: Mapping[str, Any], *, strings_are_turns: bool = False) 
     if weight == 0:
         raise Left("weight 0")
     if "messages" in row:
-        return _whole(row["messages"], tools, weight, "messages")
+        return _led(_whole(row["messages"], tools, weight, "messages"), row)
     if "conversations" in row:
-        return _whole(_of_sharegpt(row["conversations"], row.get("system")), tools, weight, "conversations")
+        return _led(_whole(_of_sharegpt(row["conversations"]), tools, weight, "conversations"), row)
     if "instruction" in row:
-        return _whole(_of_alpaca(row), tools, weight, "instruction")
+        return _led(_whole(_of_alpaca(row), tools, weight, "instruction"), row)
     if "prompt" in row and "completion" in row:
-        return _of_completion(row["prompt"], row["completion"], tools, weight, strings_are_turns)
+        return _led(_of_completion(row["prompt"], row["completion"], tools, weight, strings_are_turns), row)
     if "text" in row:
         text = _string(row["text"], "text")
         if not text.strip():
@@ -118,7 +118,7 @@ def asked_of(row: Mapping[str, Any]) -> Conversation:
     if "messages" in row:
         messages, _ = _messages(row["messages"], "messages")
     elif "conversations" in row:
-        messages, _ = _messages(_of_sharegpt(row["conversations"], row.get("system")), "conversations")
+        messages, _ = _messages(_of_sharegpt(row["conversations"]), "conversations")
     elif "instruction" in row:
         messages = _of_alpaca({"output": "", **row})
     elif isinstance(row.get("prompt"), list):
@@ -129,7 +129,7 @@ def asked_of(row: Mapping[str, Any]) -> Conversation:
         messages.pop()
     if not messages:
         raise BadRow("no question", "the conversation asks nothing")
-    return Conversation(messages, tools=_tools(row))
+    return _led(Conversation(messages, [False] * len(messages), tools=_tools(row)), row)
 
 
 def pair_of(row: Mapping[str, Any], *, strings_are_turns: bool = False) -> Pair:
@@ -143,6 +143,10 @@ def pair_of(row: Mapping[str, Any], *, strings_are_turns: bool = False) -> Pair:
     if "chosen" not in row or "rejected" not in row:
         raise BadRow("no known layout", f"the row has {_keys(row)}; expected chosen and rejected")
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if (weight := _weight(row)) == 0:
+        raise Left("weight 0")
+    if weight != 1:
+        raise BadRow("bad weight", f"weight = {weight}: pairs count alike; remove it")
     if chosen == rejected:
         raise Left("chosen is rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -150,17 +154,18 @@ def pair_of(row: Mapping[str, Any], *, strings_are_turns: bool = False) -> Pair:
             chosen, rejected, prompt = _of_hh(chosen, "chosen"), _of_hh(rejected, "rejected"), None
         elif isinstance(prompt, str) and not strings_are_turns:
             both = (Conversation(pieces=((prompt, False), (one, True)), layout="pair") for one in (chosen, rejected))
-            return Pair(*both)
+            return Pair(*(_led(one, row) for one in both))
         else:
             chosen, rejected = ([{"role": ASSISTANT, "content": one}] for one in (chosen, rejected))
-    return _pair_of_messages(prompt, chosen, rejected, _tools(row))
+    pair = _pair_of_messages(prompt, chosen, rejected, _tools(row))
+    return Pair(_led(pair.chosen, row), _led(pair.rejected, row))
 
 
 def _pair_of_messages(prompt: Any, chosen: Any, rejected: Any, tools: Sequence[Any] | None) -> Pair:
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _parsed(prompt, "prompt") or []
     begin, _ = _messages(before, "prompt")
-    first, _ = _messages(chosen, "chosen")
-    second, _ = _messages(rejected, "rejected")
+    first, first_counts = _messages(chosen, "chosen")
+    second, second_counts = _messages(rejected, "rejected")
     if begin and all(one and one[0]["role"] in _OPENING for one in (first, second)):
         # Whole conversations beside a prompt that says their beginning, or their question, once more.
         said = begin if not isinstance(prompt, str) else begin[:1]
@@ -176,13 +181,27 @@ def _pair_of_messages(prompt: Any, chosen: Any, rejected: Any, tools: Sequence[A
     if not prompt_length:
         raise BadRow("no common prompt", "chosen and rejected answer no common prompt: their first messages differ")
     both = []
-    for name, answer in (("chosen", first), ("rejected", second)):
+    for name, answer, counts in (("chosen", first, first_counts), ("rejected", second, second_counts)):
         whole = [*begin, *answer]
         trained = [n >= prompt_length and message["role"] == ASSISTANT for n, message in enumerate(whole)]
         if not any(trained):
             raise BadRow("no answer", f"{name} has no answer of the assistant behind what both have in common")
+        if trained[prompt_length:] != list(counts[common:]):
+            raise BadRow("bad weight", f"{name}: a message has weight 0, but all of an answer is compared; remove it")
         both.append(Conversation(whole, trained, tools, layout="pair"))
     return Pair(*both)
+
+
+def _led(conversation: Conversation, row: Mapping[str, Any]) -> Conversation:
+    """`conversation` behind what its row says as `system`, unless it begins with that."""
+    first: Mapping[str, Any] = {"role": "system", "content": _string(row.get("system", ""), "system")}
+    if not first["content"] or first in conversation.messages[:1]:
+        return conversation
+    if conversation.pieces:
+        raise BadRow("no place for system", "system: text as it is has no place for it; --strings chat has")
+    if conversation.messages[:1] and conversation.messages[0]["role"] == "system":
+        raise BadRow("two systems", "system is not what the conversation's own message of that role says")
+    return replace(conversation, messages=[first, *conversation.messages], trained=[False, *conversation.trained])
 
 
 def _whole(raw: Any, tools: Sequence[Any] | None, weight: float, layout: str) -> Conversation:
@@ -196,11 +215,8 @@ def _whole(raw: Any, tools: Sequence[Any] | None, weight: float, layout: str) ->
 
 def _messages(raw: Any, layout: str) -> tuple[list[dict[str, Any]], list[bool]]:
     """Messages without what only says whether they are trained on, and that."""
-    raw = _parsed(raw, layout)
-    if not isinstance(raw, list | tuple):
-        raise BadRow("no known layout", f"{layout}: expected a list of messages, found {type(raw).__name__}")
     messages, trained = [], []
-    for number, message in enumerate(raw):
+    for number, message in enumerate(_listed(_parsed(raw, layout), layout)):
         where = f"{layout}, message {number}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRow("no known layout", f"{where}: expected an object with role and content, found {message!r:.80}")
@@ -257,11 +273,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     )
 
 
-def _of_sharegpt(raw: Any, system: Any) -> list[dict[str, Any]]:
+def _of_sharegpt(raw: Any) -> list[dict[str, Any]]:
     turns = _listed(_parsed(raw, "conversations"), "conversations")
     found: list[dict[str, Any]] = []
-    if isinstance(system, str) and system:
-        found.append({"role": "system", "content": system})
     for number, turn in enumerate(turns):
         if isinstance(turn, dict) and "role" in turn:
             found.append(turn)
@@ -288,8 +302,7 @@ def _of_alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     asked, given = _string(row["instruction"], "instruction"), row.get("input")
     if isinstance(given, str) and given:
         asked = f"{asked}\n{given}"
-    system = row.get("system")
-    found = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    found: list[dict[str, Any]] = []
     for number, turn in enumerate(row.get("history") or []):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise BadRow("no known layout", f"history, entry {number}: expected [question, answer], found {turn!r:.80}")

@@ -212,8 +212,8 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for part in value.values():
-            yield from _strings(part)
+        for key, part in value.items():
+            yield from (str(key), *_strings(part))
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _strings(part)

@@ -6,6 +6,7 @@ added to the conversation before it, with the beginning of an answer; that works
 is the beginning of their text of more.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -23,6 +24,9 @@ Pieces = list[tuple[str, int | None]]
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters: Unicode has them in no text
 _MARK = re.compile(r"{%(?P<left>[-+]?)\s*(?P<end>end)?generation\s*(?P<right>[-+]?)%}")
 _USER, _ANSWER = "eb41", "c7f0"
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""What an answer may have beside its content, by the names that templates know."""
+_DIGITS = "9317406852"  # which no template writes in another case
 _NAME, _ARGUMENT, _RESULT, _TOOL = "fn5b1", "ar7d2", "re93f", "to4c6"
 WAYS_OUT = (
     "give a training template with {% generation %} marks (--chat-template), or train on the last answer of each row "
@@ -113,7 +117,9 @@ class ChatTemplate:
             BadRow: the template refuses the conversation, leaves parts of it out, or its turns cannot be told apart.
         """
         self._require_tools(conversation)
-        return self._marked_pieces(conversation) if self.has_marks else self._added_pieces(conversation)
+        pieces = self._marked_pieces(conversation) if self.has_marks else self._added_pieces(conversation)
+        self._require_written(conversation, "".join(text for text, _ in pieces))
+        return pieces
 
     def prompt(self, conversation: Conversation) -> str:
         """What a model goes on from to answer `conversation`: all of it, and how an answer begins.
@@ -122,7 +128,9 @@ class ChatTemplate:
             BadRow: the template refuses it, or leaves out what it has of tools.
         """
         self._require_tools(conversation)
-        return self._render(conversation.messages, conversation.tools, answering=True)
+        text = self._render(conversation.messages, conversation.tools, answering=True)
+        self._require_written(conversation, text)
+        return text
 
     def _marked_pieces(self, conversation: Conversation) -> Pieces:
         messages, tools = conversation.messages, conversation.tools
@@ -187,12 +195,16 @@ class ChatTemplate:
         return str(rendered)
 
     def _require_tools(self, conversation: Conversation) -> None:
-        """Raise BadRow where the template leaves out, without a word, what the conversation has of tools."""
+        """Raise BadRow where the template leaves out, without a word, what it has of tools and reasoning."""
         has = {
             "tools": bool(conversation.tools),
             "tool_calls": any(message.get("tool_calls") for message in conversation.messages),
             "messages of the role tool": any(message["role"] == "tool" for message in conversation.messages),
         }
+        for message in conversation.messages:
+            thoughts = {name for name in _THOUGHTS if message.get(name)}
+            # Some have the same under two names.
+            has |= dict.fromkeys(thoughts, True) if thoughts <= self._leaves_out else {}
         if lost := [what for what, is_there in has.items() if is_there and what in self._leaves_out]:
             raise BadRow("left out by the template", f"the chat template leaves out {', '.join(lost)} without a word")
 
@@ -216,13 +228,40 @@ class ChatTemplate:
         try:
             text = self._render(messages, [tool])
         except BadRow:
-            return frozenset()  # it says so itself, of the row
+            return self._leaves_out_reasoning()  # it says so itself, of the row
         written = {
             "tools": _TOOL in text,
             "tool_calls": _NAME in text and _ARGUMENT in text,
             "messages of the role tool": _RESULT in text,
         }
-        return frozenset(what for what, is_there in written.items() if not is_there)
+        return frozenset(what for what, is_there in written.items() if not is_there) | self._leaves_out_reasoning()
+
+    def _leaves_out_reasoning(self) -> frozenset[str]:
+        """Many templates take that of earlier answers away; of the last one only those that know none of it."""
+        lost = set()
+        for name in _THOUGHTS:
+            reasoned = {"role": ASSISTANT, name: _RESULT, "content": _ANSWER}
+            with contextlib.suppress(BadRow):
+                if _RESULT not in self._render([{"role": "user", "content": _USER}, reasoned], None):
+                    lost.add(name)
+        return frozenset(lost)
+
+    def _require_written(self, conversation: Conversation, text: str) -> None:
+        """Raise BadRow where the template leaves out a message: of a role, or at a place, that it does not know.
+
+        Templates change what messages say, so that one not found in `text` is looked for once more, as a number.
+        """
+        messages = list(conversation.messages)
+        for number, message in enumerate(messages):
+            said = message.get("content", "").strip()
+            if message["role"] in (ASSISTANT, "tool") or said in text:
+                continue
+            others = [*messages[:number], {**message, "content": _DIGITS}, *messages[number + 1 :]]
+            if _DIGITS not in self._render(others, conversation.tools):
+                raise BadRow(
+                    "left out by the template",
+                    f"the chat template leaves out message {number}, of the role {message['role']}, without a word",
+                )
 
 
 def read_template(path: str | Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ext.canonical.adapters import AdapterPair, adapter_pairs
 from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT
-from megatron_ext.checkpoint.streams import TensorSpec
+from megatron_ext.checkpoint.streams import TensorSource, TensorSpec
 from megatron_ext.config import LoraConfig, LoraTarget, ModelConfig
 from megatron_ext.config.adapters import Projection, projections
 from megatron_ext.errors import ConversionError
@@ -38,6 +38,14 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, None, "gaussian"),
 }
 """What fields of adapter_config.json may say; anything else computes something else, or has changed the base."""
+_READ_OR_PAST = frozenset(
+    "auto_mapping peft_version base_model_name_or_path revision task_type inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora layers_to_transform layers_pattern rank_pattern "
+    "alpha_pattern megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config velora_config "
+    "qalora_group_size runtime_config target_parameters ensure_weight_tying".split()
+)
+"""Fields that are read here, or that say how training went. Any other, of PEFT's next version too, may change what is
+computed: it must say nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +69,26 @@ class _Directory:
             for key, allowed in _PLAIN.items()
             if key in self.config and self.config[key] not in allowed
         ]
+        others = self.config.keys() - _PLAIN.keys() - _READ_OR_PAST
+        faults += [f"{key} is {self.config[key]!r}" for key in sorted(others) if self.config[key]]
         if faults:
             raise ConversionError(f"{directory / CONFIG_FILE}: {', '.join(faults)}: not what adapters of ours can be")
         self.left = set(self.tensors)
 
-    def take(self, module: str, name: str, *, embedding: bool = False) -> _Halves | None:
-        """The adapter at `module`, whose rank and alpha go by `name`; None if there is none."""
+    def take(self, module: str, name: str, *, embedding: bool = False, experts: int = 1) -> _Halves | None:
+        """The adapter at `module`, whose rank and alpha go by `name`, of each of its experts; None if there is none."""
         ends = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
         keys = [f"{module}.{end}" for end in ends]
         if not set(keys) <= self.left:
             return None
         self.left -= set(keys)
         a, b = (self.tensors[key].float() for key in keys)
-        return _Halves(a, b, self._scale(name))
+        rank, scale = self._sizes(name)
+        if len(a) != rank * experts:
+            raise ConversionError(
+                f"{self.directory}: {keys[0]} has {len(a)} rows, and {CONFIG_FILE} says r = {rank} for it"
+            )
+        return _Halves(a, b, scale)
 
     def take_any(self, modules: Sequence[str], *, embedding: bool) -> _Halves | None:
         """The adapter at the first of several names of a module that has one."""
@@ -84,12 +99,28 @@ class _Directory:
                 return one
         return None
 
-    def _scale(self, name: str) -> float:
+    def _sizes(self, name: str) -> tuple[int, float]:
+        """Rank and scale of the adapter that goes by `name`."""
         rank = _by_pattern(self.config.get("rank_pattern") or {}, name, self.config.get("r"))
         alpha = _by_pattern(self.config.get("alpha_pattern") or {}, name, self.config.get("lora_alpha"))
-        if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise ConversionError(f"{self.directory / CONFIG_FILE}: r = {rank!r}, lora_alpha = {alpha!r}: no numbers")
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return rank, float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def pass_over(self, module: str, base: TensorSource, weight: str, rows: int) -> None:
+        """Leave out a copy of `weight` of the `base`, which PEFT writes beside adapters of either end of a model.
+
+        Args:
+            rows: of it that are tokens.
+        """
+        for key in (f"{module}.base_layer.weight", f"{module}.weight"):
+            if key not in self.left:
+                continue
+            copy = self.tensors[key]
+            own = base.read(weight)[:rows].to(copy.dtype)
+            if copy.shape != own.shape or not torch.equal(copy, own):
+                raise ConversionError(f"{self.directory}: {key} is another than that of the base, which is not adapted")
+            self.left.remove(key)
 
     def swaps_parameters(self) -> bool:
         """Whether adapters of whole expert tensors were written by a PEFT that took their dimensions the other way."""
@@ -170,6 +201,9 @@ def _found(opened: Checkpoint, directory: _Directory) -> dict[tuple[str, str], _
     # Tied weights have no halves: merging one would change the other end of the model.
     ours = "*" if opened.model.untie_embeddings_and_output_weights else "layers.*"
     for pair in adapter_pairs(opened.model, LoraConfig(targets=[LoraTarget(match=[ours], rank=1)])):
+        if pair.weight in (EMBEDDING, OUTPUT):
+            for module in names.modules(pair):
+                directory.pass_over(module, opened.tensors, pair.weight, opened.model.vocab_size)
         one, together = directory.take_any(names.modules(pair), embedding=pair.is_embedding), names.fused(pair)
         if one is None:
             continue
@@ -195,10 +229,10 @@ def _of_tensors(
     block = f"decoder.layers.{layer}.mlp.experts"
     shapes = {experts.gate_up: (hidden, 2 * width), experts.down: (width, hidden)}
     for parameter, module in ((experts.gate_up, inner), (experts.down, experts.module)):
-        one = directory.take(module, f"{experts.module}.{parameter}")
+        one = directory.take(module, f"{experts.module}.{parameter}", experts=model.num_moe_experts or 1)
         if one is None:
             continue
-        a_ERI, b_EOR = _by_expert(one, model.num_moe_experts or 0, shapes[parameter], directory)
+        a_ERI, b_EOR = _by_expert(one, model.num_moe_experts or 1, shapes[parameter], directory)
         for expert, (a, b) in enumerate(zip(a_ERI, b_EOR, strict=True)):
             weight = f"{block}.{expert}.linear_fc{1 if parameter == experts.gate_up else 2}.weight"
             if parameter == experts.down:

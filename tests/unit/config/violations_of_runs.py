@@ -21,6 +21,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["adapters.targets.0.match: 'experts.*' matches no projection of the model; it has"],
     ),
     (
+        {**ADAPTED, "adapters": {"targets": [{"match": ["layers.*"]}, {"match": ["q", "v"], "rank": 4}]}},
+        ["adapters.targets.1: all it matches (q, v) goes to targets before it, of which the first counts"],
+    ),
+    (
         {**ADAPTED, "model": MOE, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
         ["parallel.expert_tensor_parallel_size = 2: adapters of routed experts are not split; set it to 1"],
     ),

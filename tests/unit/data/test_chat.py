@@ -91,6 +91,7 @@ def test_rows_are_counted_by_why_they_are_left_out(tokenizer: Path, tmp_path: Pa
         {"messages": turns("u", "long " * 500)},
         {"text": "plain"},
         {"odd": 1},
+        {"messages": turns("u", "")},
     ]
     source = write_rows(tmp_path / "c.jsonl", rows)
     how = ChatPreparation(max_tokens=200)
@@ -106,8 +107,9 @@ def test_rows_are_counted_by_why_they_are_left_out(tokenizer: Path, tmp_path: Pa
         "too long": 1,
         "no known layout": 1,
     }
-    assert said["read"] == {"rows": 10, "messages": 5, "text": 1}
-    assert said["splits"]["train"]["documents"] == 6
+    nothing = "with an empty answer, which is trained on"
+    assert said["read"] == {"rows": 11, "messages": 6, "text": 1, nothing: 1}
+    assert said["splits"]["train"]["documents"] == 7
     kept = [json.loads(line) for line in (tmp_path / "d" / "dropped.jsonl").read_text().splitlines()]
     assert {one["reason"] for one in kept} == set(left)
 

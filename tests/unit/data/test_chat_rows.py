@@ -26,6 +26,9 @@ ASKED = turns("u", "a")
         ({"instruction": "u", "input": "i", "output": "a", "system": "s"}, turns("u\ni", "a", system="s")),
         ({"instruction": "u2", "output": "a2", "history": [["u", "a"]]}, turns("u", "a", "u2", "a2")),
         ({"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED),
+        ({"prompt": ASKED[:1], "completion": ASKED[1:], "system": "s"}, turns("u", "a", system="s")),
+        ({"messages": ASKED, "system": "s"}, turns("u", "a", system="s")),
+        ({"messages": turns("u", "a", system="s"), "system": "s"}, turns("u", "a", system="s")),
         ({"messages": [ASKED[0], {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}, ASKED),
     ],
     ids=str,
@@ -75,7 +78,7 @@ def test_weights_of_messages_and_rows() -> None:
     ("row", "said"),
     [
         ({"question": "u"}, "the row has question; expected messages"),
-        ({"messages": 3}, "expected a list of messages, found int"),
+        ({"messages": 3}, "expected a list, found int"),
         ({"messages": [{"role": "user"}]}, r"message 0 \(user\): has neither content nor tool_calls"),
         ({"messages": [{"content": "u"}]}, "expected an object with role and content"),
         ({"messages": [{**ASKED[0]}, {**ASKED[1], "weight": 0.5}]}, "weight = 0.5: a message is trained on or not"),
@@ -83,6 +86,9 @@ def test_weights_of_messages_and_rows() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts that are no text"),
         ({"conversations": [{"from": "martian", "value": "u"}]}, "turn 0: expected from"),
         ({"instruction": "u"}, "instruction without an output"),
+        ({"messages": turns("u", "a", system="s"), "system": "t"}, "system is not what the conversation's own message"),
+        ({"messages": ASKED, "system": 3}, "system: expected a string, found int"),
+        ({"prompt": "u", "completion": "a", "system": "s"}, "text as it is has no place for it; --strings chat"),
     ],
     ids=str,
 )
@@ -138,10 +144,23 @@ def test_only_what_differs_in_a_pair_is_compared() -> None:
     assert list(turned.rejected.messages) == OTHER
 
 
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "u"}], ids=["whole", "answers"])
+def test_what_a_pair_says_as_system_leads_both_of_its_answers(prompt: dict[str, str]) -> None:
+    begin = 1 if prompt else 0
+    pair = pair_of({"chosen": ASKED[begin:], "rejected": OTHER[begin:], "system": "s", **prompt})
+    assert list(pair.chosen.messages) == turns("u", "a", system="s")
+    assert list(pair.rejected.messages) == turns("u", "b", system="s")
+    assert list(pair.chosen.trained) == list(pair.rejected.trained) == [False, False, True]
+
+
 def test_pairs_that_are_none() -> None:
     with pytest.raises(Left, match="chosen is rejected"):
         pair_of({"chosen": ASKED, "rejected": ASKED})
+    with pytest.raises(Left, match="weight 0"):
+        pair_of({"chosen": ASKED, "rejected": OTHER, "weight": 0})
     for row, said in [
+        ({"chosen": ASKED, "rejected": OTHER, "weight": 3}, "weight = 3.0: pairs count alike"),
+        ({"chosen": [ASKED[0], {**ASKED[1], "train": False}], "rejected": OTHER}, "chosen: a message has weight 0"),
         ({"chosen": ASKED}, "expected chosen and rejected"),
         ({"chosen": ASKED, "rejected": turns("v", "b")}, "no common prompt"),
         ({"chosen": ASKED, "rejected": ASKED[:1]}, "rejected has no answer"),

@@ -265,6 +265,8 @@ def test_control_tokens_spelt_in_a_row_are_refused(directory: Path, place: int) 
         sample_of(encoder_of(directory), messages)
     with pytest.raises(BadRow, match="spells the control token"):
         list(encoder_of(directory).samples(conversation_of({"prompt": "u", "completion": "<|im_end|>"})))
+    with pytest.raises(BadRow, match="tools: spells the control token"):
+        sample_of(encoder_of(directory, TOOLS), turns("u", "a"), tools=[{"properties": {"<|im_end|>": 1}}])
 
 
 def test_tools(directory: Path) -> None:
@@ -280,6 +282,30 @@ def test_tools(directory: Path) -> None:
     silent = TOOLS.replace("message['tool_calls'] or []", "[]").replace("{% if tools %}", "{% if false %}")
     with pytest.raises(BadRow, match="leaves out tools, tool_calls without a word"):
         sample_of(encoder_of(directory, silent), messages, tools=[{"name": "f"}])
+
+
+def test_messages_and_reasoning_that_a_template_leaves_out_are_refused(directory: Path) -> None:
+    """As Gemma's without a word for system; a message that the template writes otherwise is not left out."""
+    opening = "{% for message in messages %}"
+    unknown = CHATML.replace(opening, "{% for message in messages if message['role'] != 'system' %}")
+    late = CHATML.replace(opening, opening + "{% if loop.first or message['role'] != 'system' %}").replace(
+        "{% endfor %}", "{% endif %}{% endfor %}"
+    )
+    system, asked = {"role": "system", "content": "s3"}, turns("u", "a")
+    for template, messages, number in ((unknown, [system, *asked], 0), (late, [*asked, system, *asked], 2)):
+        with pytest.raises(BadRow, match=f"leaves out message {number}, of the role system, without a word"):
+            sample_of(encoder_of(directory, template), messages)
+    sample_of(encoder_of(directory, late), [system, *asked])
+    other = CHATML.replace("{{ message['content'] + '<|im_end|>\n' }}", "{{ message['content'] | upper }}<|im_end|>\n")
+    sample_of(encoder_of(directory, other), [{**system, "content": "said"}, *asked])
+    reasoned = [asked[0], {**asked[1], "reasoning_content": "since"}]
+    for name in ("reasoning_content", "thinking"):
+        with pytest.raises(BadRow, match=f"leaves out {name} without a word"):
+            sample_of(encoder_of(directory), [asked[0], {**asked[1], name: "since"}])
+    written = CHATML.replace("{% generation %}", "{% generation %}{{ message['reasoning_content'] }}")
+    for more in ({}, {"reasoning": "since"}):
+        both = [asked[0], {**reasoned[1], **more}]
+        assert trained(directory, sample_of(encoder_of(directory, written), both)) == ["sincea<|im_end|>"]
 
 
 def test_what_a_template_raises_is_said(directory: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_ext.canonical.catalogue import OUTPUT
 from megatron_ext.config import LoraConfig, LoraTarget
 from megatron_ext.errors import ConversionError
 from megatron_ext.merging.lora import merge_lora, silent
 from megatron_ext.merging.lora_options import MergeLoraOptions
 from megatron_ext.model_io.adapters import Adapters, open_adapters
 from megatron_ext.model_io.open import open_checkpoint
-from megatron_ext.model_io.peft.export import export_peft
+from megatron_ext.model_io.peft.export import PREFIX, export_peft
 from megatron_ext.model_io.peft.files import CONFIG_FILE, WEIGHTS_FILE, read_directory
 from megatron_ext.model_io.peft.read import import_peft
 from tests.unit.model_io import references
@@ -178,6 +179,9 @@ def test_older_shapes_of_experts_are_understood(exported: Path, tmp_path: Path) 
         ({"bias": "all", "init_lora_weights": "pissa"}, "bias is 'all', init_lora_weights is 'pissa'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"r": "many"}, "no numbers"),
+        ({"r": 5}, r"has \d+ rows, and adapter_config.json says r = 5 for it"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens is \[1\]"),
+        ({"lora_of_tomorrow": {"on": True}}, "lora_of_tomorrow is"),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else next(iter(value)),
 )
@@ -188,6 +192,19 @@ def test_what_is_no_plain_lora_is_refused(fields: dict[str, Any], message: str, 
     with pytest.raises(ConversionError, match=message):
         import_peft(source, tmp_path / "back", exported / "hf", torch.float32, no_progress, force=False)
     assert not (tmp_path / "back").exists()
+
+
+def test_a_copy_of_the_base_beside_adapters_of_its_ends_is_passed_over(exported: Path, tmp_path: Path) -> None:
+    """PEFT writes one unless told otherwise; other weights in its place would be lost."""
+    source, base = changed(exported / "stacked", tmp_path / "other"), exported / "hf"
+    _, tensors = read_directory(source)
+    head, key = open_checkpoint(base).tensors.read(OUTPUT)[: SIZES.vocabulary], f"{PREFIX}lm_head.base_layer.weight"
+    save_file(tensors | {key: head.bfloat16()}, source / WEIGHTS_FILE)
+    import_peft(source, tmp_path / "back", base, torch.float32, no_progress, force=False)
+    assert_products_are_equal(open_adapters(tmp_path / "back"), open_adapters(exported / "adapters"))
+    save_file(tensors | {key: head + 1}, source / WEIGHTS_FILE)
+    with pytest.raises(ConversionError, match="lm_head.base_layer.weight is another than that of the base"):
+        import_peft(source, tmp_path / "again", base, torch.float32, no_progress, force=False)
 
 
 def test_tensors_of_another_model_are_named(exported: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import signal
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_ext.data.prepare.chat import ChatPreparation
 from megatron_ext.errors import CheckpointError
 from megatron_ext.training import reference
 
@@ -19,6 +21,13 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     reference._write(path, table, SAID)
     assert torch.equal(reference._read(path, SAID, 5), table)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pairs_are_prepared_anew_over_what_a_reference_said_of_them() -> None:
+    """With --force, which replaces folders only where it knows all that they hold; an unfinished file, too."""
+    name = reference.reference_file("train", "float32:0a").name
+    for left in (name, f".{name}.123.partial"):
+        assert any(fnmatch(left, pattern) for pattern in ChatPreparation(kind="preference").contents)
 
 
 @pytest.mark.parametrize("at", ["save", "sync", "writing"])

@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 
 from megatron_ext.checkpoint.run_file import write_run
-from megatron_ext.config import to_mapping
+from megatron_ext.checkpoint.state_file import BASE_KEY, UNTRAINED, write_scalars
+from megatron_ext.config import LoraConfig, LoraTarget, to_mapping
 from megatron_ext.errors import CheckpointError
-from megatron_ext.training.same_run import changed_keys, check_same_data, check_same_task, levers, rereads
+from megatron_ext.training.same_run import (
+    changed_keys,
+    check_same_adapters,
+    check_same_data,
+    check_same_task,
+    levers,
+    rereads,
+)
 from tests.support.minimal_run import load, mapping
 
 
@@ -50,6 +58,28 @@ def test_the_beta_of_preferences_may_change_as_a_learning_rate_may_but_not_their
     assert levers(now, tmp_path) == changed
     with pytest.raises(CheckpointError, match=r"task\.loss: 'robust' in the checkpoint, 'sigmoid' in this run"):
         check_same_task(replace(run.task, loss="sigmoid"), tmp_path)
+
+
+def test_other_adapters_or_none_are_told_by_what_they_are_and_not_by_their_tensors(tmp_path: Path) -> None:
+    model, adapters = load(mapping()).model, LoraConfig(targets=[LoraTarget(match=["q", "v"])])
+
+    def said(then: LoraConfig | None, now: LoraConfig | None) -> str:
+        base = {} if then is None else {BASE_KEY: {"path": "m", "fingerprint": "f", "adapters": to_mapping(then)}}
+        write_scalars(tmp_path, {**UNTRAINED, **base})
+        with pytest.raises(CheckpointError) as error:
+            check_same_adapters(model, now, tmp_path)
+        return str(error.value)
+
+    assert "holds a whole model, and this run trains adapters\nSet them back, or start a new run" in said(
+        None, adapters
+    )
+    assert "holds adapters alone, and this run trains all weights" in said(adapters, None)
+    other = LoraConfig(targets=[LoraTarget(match=["q", "v"], rank=8)])
+    lines = said(adapters, other).splitlines()
+    assert len(lines) == 3
+    assert "rank 16, scale 2 in the checkpoint, rank 8, scale 4 in this run" in lines[1]
+    dropped = LoraConfig(targets=[LoraTarget(match=["q", "v"], dropout=0.1)], lr_ratio=4)
+    check_same_adapters(model, dropped, tmp_path)
 
 
 def test_the_length_of_stages_is_no_key_of_its_own(tmp_path: Path) -> None:
