@@ -53,8 +53,8 @@ def check_job(job: Job, run: RunConfig, steps: int) -> Findings:
         found.faults += [f"--nodes {job.nodes} x {job.profile.processes}: {line}" for line in str(error).splitlines()]
     else:
         found.notes.append(
-            f"layout          {processes} processes: TP {layout.tp} x CP {layout.cp} x DP {layout.dp} x PP {layout.pp}, "
-            f"EP {layout.ep}, {layout.num_microbatches} micro-batches a step"
+            f"layout          {processes} processes: TP {layout.tp} x CP {layout.cp} x DP {layout.dp} x PP {layout.pp}"
+            f", EP {layout.ep}, {layout.num_microbatches} micro-batches a step"
         )
         _look_at_groups(job, layout.tp, found)
         _look_at_memory(job, peak_memory(run, layout), found)

@@ -16,8 +16,8 @@ MOST_USED = 0.1
 RULE = (
     f"A node is bad if its product rate is below {SLOW_PRODUCT:.0%} of the median of all ranks, its disk below "
     f"{SLOW_DISK:.0%} of that of all nodes, a group of its ranks below {SLOW_GROUP:.0%} of that of its kind, its clock "
-    f"off where two are more than {MOST_SKEW:g} s apart, more than {MOST_USED:.0%} of a GPU's memory in use, its GPU not healthy, or code, "
-    "libraries, configuration or data other than those of rank 0."
+    f"off where two are more than {MOST_SKEW:g} s apart, more than {MOST_USED:.0%} of a GPU's memory in use, its GPU "
+    "not healthy, or code, libraries, configuration or data other than those of rank 0."
 )
 
 

@@ -37,6 +37,7 @@ from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.run_lock import run_lock
+from megatron_ext.training.same_everywhere import require_same_data, require_same_run
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
@@ -63,6 +64,7 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
     found = _examined(run, source, open_foreign) if launched_rank() == 0 else None
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
+    require_same_run(run)
     groups = split_process_group(run.parallel, run.runtime)
     with noting_failure(), run_lock(run.checkpoint.directory):
         signal = open_and_train(run, layout, groups, device, open_foreign, found)
@@ -100,6 +102,7 @@ def open_and_train(
     )
     # The data first: what is wrong with it is said before minutes go into building the model.
     data = open_data(run, starting_state(run), groups.dp, device)
+    require_same_data(data.fingerprints)
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
     with closing(data), telling_hooks(hooks):

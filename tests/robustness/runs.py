@@ -15,13 +15,15 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ext.config import load_run
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.training import loop
 from megatron_ext.training import run_lock as module
 from megatron_ext.training.run_lock import run_lock
+from megatron_ext.training.same_everywhere import require_same_data, require_same_run
 from megatron_ext.training.session import Session
+from tests.support.minimal_run import load, mapping
 
 # What can be half done when a process dies: every one of these is a moment to be killed at.
 _MOMENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile")
@@ -34,6 +36,24 @@ def train_here(path: Path, overrides: list[str]) -> int:
     layout, device = run.resolve(dist.get_world_size()), choose_device(run.runtime)
     with run_lock(run.checkpoint.directory):
         return loop.open_and_train(run, layout, groups, device)
+
+
+def start_otherwise(folder: Path) -> tuple[str, str]:
+    """What each of the ranks says where the last one was started with other values, and reads other data."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    said = []
+    data = {"tokenizer": "tok", "train": [{"path": str(folder / f"rank_{dist.get_rank()}")}]}  # paths may differ
+    for check in (
+        lambda: require_same_run(load(mapping(data=data), *(["optimizer.lr=0.5"] if last else []))),
+        lambda: require_same_data(("a", "other" if last else "b")),
+    ):
+        try:
+            check()
+        except MegatronExtError as error:
+            said.append(str(error) if error.is_everywhere else f"only here: {error}")
+    require_same_run(load(mapping(data=data)))
+    require_same_data(("a", "b"))
+    return said[0], said[1]
 
 
 def lock_own_disk(place: Path) -> str:
