@@ -37,7 +37,7 @@ from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.run_lock import run_lock
-from megatron_ext.training.same_everywhere import require_same_data, require_same_run
+from megatron_ext.training.same_everywhere import open_everywhere, require_same_run
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
@@ -101,8 +101,7 @@ def open_and_train(
         lambda: prepare_directory(Path(settings.directory), settings.copy_to), "the run cannot go on from where it was"
     )
     # The data first: what is wrong with it is said before minutes go into building the model.
-    data = open_data(run, starting_state(run), groups.dp, device)
-    require_same_data(data.fingerprints)
+    data = open_everywhere(lambda: open_data(run, starting_state(run), groups.dp, device))
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
     with closing(data), telling_hooks(hooks):

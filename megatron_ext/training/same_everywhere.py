@@ -1,14 +1,15 @@
-"""Whether all ranks were started with the same run: each node reads its own files and its own command line."""
+"""Whether all ranks have the same run and data: each node reads its own files and its own command line."""
 
 import hashlib
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_ext.checkpoint.collective import gathered
 from megatron_ext.config import RunConfig, to_mapping
 from megatron_ext.config.load import paths_of
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.errors import ConfigError, DataError, MegatronExtError
+from megatron_ext.training.data import RunData
 
 _SHOWN = 8
 
@@ -29,19 +30,39 @@ def require_same_run(run: RunConfig) -> None:
         ).everywhere()
 
 
-def require_same_data(fingerprints: Sequence[str]) -> None:
-    """Every rank must call this.
+def open_everywhere(open_here: Callable[[], RunData]) -> RunData:
+    """What `open_here` opens on this rank; every rank must call this.
 
     Raises:
+        MegatronExtError: it failed on a rank; on every rank, naming those it failed on, of which the others would
+            only know that they are gone.
         DataError: ranks read other data than rank 0; on every rank.
     """
-    values = {f"source {number}": fingerprint for number, fingerprint in enumerate(fingerprints)}
-    if faults := _differences(values):
+    data, failure = None, None
+    try:
+        data = open_here()
+    except MegatronExtError as error:
+        failure = type(error), str(error)
+    except OSError as error:
+        failure = DataError, f"{error.filename}: {error.strerror}"
+    told = gathered((socket.gethostname(), failure))
+    if failed := [(rank, host, one) for rank, (host, one) in enumerate(told) if one is not None]:
+        if data is not None:
+            data.close()
+        kind, text = failed[0][2]
+        if len({one for _, _, one in failed}) > 1 or len(failed) < len(told):
+            more = f"\n  and {len(failed) - _SHOWN} more ranks" if len(failed) > _SHOWN else ""
+            text = "\n  ".join(f"rank {rank} on {host}: {said}" for rank, host, (_, said) in failed[:_SHOWN]) + more
+        raise kind(text).everywhere()
+    assert data is not None
+    if faults := _differences({f"source {number}": name for number, name in enumerate(data.fingerprints)}):
+        data.close()
         raise DataError(
             "the ranks do not read the same data, by its fingerprints:\n"
             + "\n".join(f"  {fault}" for fault in faults)
             + "\nHave every node see the same files, or copy them there again"
         ).everywhere()
+    return data
 
 
 def _differences(values: Mapping[str, Any]) -> list[str]:
