@@ -10,18 +10,20 @@ from megatron_ext.config import RunConfig, to_mapping
 from megatron_ext.config.load import paths_of
 from megatron_ext.errors import ConfigError, DataError, MegatronExtError
 from megatron_ext.training.data import RunData
+from megatron_ext.training.planned import source_paths
 
 _SHOWN = 8
 
 
 def require_same_run(run: RunConfig) -> None:
-    """Every rank must call this. Paths may differ: what lies there is compared.
+    """Every rank must call this. Paths may differ but for the names they give: what lies there is compared.
 
     Raises:
         ConfigError: ranks have another configuration than rank 0; on every rank, with the keys.
     """
     paths = paths_of(run).keys()  # a list of them has one key
     values = {key: value for key, value in _flat(to_mapping(run)) if not paths & {key, key.rpartition(".")[0]}}
+    values["names of data sources"] = list(source_paths(run.data))  # where none is given, of its path
     if faults := _differences(values):
         raise ConfigError(
             "the ranks were not started with the same configuration:\n"

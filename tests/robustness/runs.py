@@ -43,7 +43,7 @@ def train_here(path: Path, overrides: list[str]) -> int:
 def start_otherwise(folder: Path) -> list[str]:
     """What each rank says where the last one was started with other values, reads other data, and has none."""
     last = dist.get_rank() == dist.get_world_size() - 1
-    data = {"tokenizer": "tok", "train": [{"path": str(folder / f"rank_{dist.get_rank()}")}]}  # paths may differ
+    data = {"tokenizer": "tok", "train": [{"path": str(folder / f"rank_{dist.get_rank()}" / "a")}]}  # paths may differ
     overrides = ["optimizer.lr=0.5"] if last else []
     fails: Any = lambda: open_data_of(("a", "b")) if not last else (folder / "c").read_text()  # noqa: E731
     checks = (
