@@ -41,11 +41,15 @@ quickstart: $(READY)
 chat: $(READY)
 	PYTHON=$(CURDIR)/$(VENV)/bin/python examples/chat/run.sh
 
-test: $(READY) $(OLDEST_TRANSFORMERS)/.ready
+test: $(READY) $(VENV)/.triton $(OLDEST_TRANSFORMERS)/.ready
 	$(VENV)/bin/python $(PYTEST)
 
-test-all: $(READY) $(OLDEST_TRANSFORMERS)/.ready
+test-all: $(READY) $(VENV)/.triton $(OLDEST_TRANSFORMERS)/.ready
 	$(VENV)/bin/python $(PYTEST) --product
+
+$(VENV)/.triton: requirements/triton.txt $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
 
 $(OLDEST_TRANSFORMERS)/.ready: requirements/oldest_transformers.txt | $(READY)
 	rm -rf $(OLDEST_TRANSFORMERS)

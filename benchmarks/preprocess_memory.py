@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """The most memory that a process of tools/preprocess.py takes, by kind of tokenizer and number of workers.
 
-The text: documents of 16 MiB, the largest that are taken, without a line end (Japanese, English, and one letter), and a
-line of 1 GB, which is left out and counted, as one letter is where a tokenizer sees one word in it.
+The text: documents of 16 MiB, the largest that are taken, without a line end (Japanese, the same with a space every
+500,000 characters, English, and one letter), and a line of 1 GB. That is left out and counted, as is a document that a
+tokenizer sees as one word.
 
 Kinds: SentencePiece unigram and BPE as tools/tokenizer.py trains them, both read by segments; Llama 3's (bytes, merged
 within the words of a regular expression) and T5's (unigram within words, Unicode normalized), read by the tokenizers
@@ -35,6 +36,8 @@ from megatron_ext.progress import amount_of_bytes
 
 COLUMNS = ("tokenizer", "workers", "command", "most of a worker", "left out", "s")
 TOOL = Path(__file__).parent.parent / "tools" / "preprocess.py"
+_LONG_WORD = 500_000
+"""Characters of a word that the tokenizers library is given just so."""
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -78,7 +81,9 @@ def write_text(folder: Path, samples: list[Path], longest: int, *, is_tiny: bool
     folder.mkdir()
     size = (1 << 21 if is_tiny else LONGEST_DOCUMENT) - 64
     japanese, english = (" ".join(read_documents(files)).replace("\n", " ") for files in (samples[:2], samples[2:]))
-    lines = [line_of(text, size) for text in ("".join(japanese.split()), english, "x")]
+    unspaced = "".join(japanese.split()) * (1 + size // len(japanese.encode()))
+    words = " ".join(unspaced[at : at + _LONG_WORD] for at in range(0, len(unspaced), _LONG_WORD))
+    lines = [line_of(text, size) for text in (unspaced, words, english, "x")]
     (folder / "documents.jsonl").write_bytes(b"".join(lines))
     with open(folder / "longest.jsonl", "wb") as file:
         file.write(b'{"text": "')

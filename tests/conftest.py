@@ -8,15 +8,17 @@ from typing import Any
 
 import hypothesis
 import pytest
-import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402 - the environment comes first
+
 # Triton reads it when it is imported, and megatron-core imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from megatron_ext.testing.pool import GlooPool  # noqa: E402 - the environment comes first
+from megatron_ext.testing.pool import GlooPool  # noqa: E402
 from tests.support import forkserver  # noqa: E402
 
 # The same examples on every machine, and none that fails because the machine is busy.

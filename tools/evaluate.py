@@ -173,7 +173,10 @@ def forgetting(arguments: Sequence[str]) -> None:
     )
     _require_output(o.output)
     from megatron_ext.evaluation.forgetting import changes
+    from megatron_ext.generation.text_model import require_model
 
+    for name in (o.before, o.after):
+        require_model(name)
     (windows, before), (others, after) = _losses(o.before, o), _losses(o.after, o)
     found = changes(before, after)
     _table(
@@ -272,7 +275,15 @@ def probe(arguments: Sequence[str]) -> None:
 def lm_eval(arguments: Sequence[str]) -> None:
     """Print the scores of tasks, as JSON lines too, and keep them beside the checkpoint."""
     o = parse_command(HarnessOptions, "Scores of lm-evaluation-harness.", positional=["model"], argv=arguments)
-    from megatron_ext.evaluation.harness import evaluate, keep, kept_place, metrics_of, require_harness, stay_offline
+    from megatron_ext.evaluation.harness import (
+        evaluate,
+        keep,
+        kept_place,
+        metrics_of,
+        read_tasks,
+        require_harness,
+        stay_offline,
+    )
 
     if not o.online:
         stay_offline()
@@ -282,12 +293,13 @@ def lm_eval(arguments: Sequence[str]) -> None:
 
     place = Path(o.output) if o.output else kept_place(o.model)
     _require_output(str(place))
+    tasks = read_tasks(o.tasks)  # before a model is exported, which may take long
     with (
         ending_on_sigterm(),
         hugging_face_directory(o.model, verify=o.verify) as directory,
         text_model(directory, trust_remote_code=o.trust_remote_code, device=o.device) as model,
     ):
-        found = evaluate(model, o)
+        found = evaluate(model, tasks, o)
     metrics = metrics_of(found)
     keep(place, o.model, found, metrics)
     (_, *names), ((_, *cells),) = result_table({0: metrics})

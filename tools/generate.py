@@ -77,9 +77,12 @@ def main() -> None:
     o = parse_command(GenerateOptions, __doc__, positional=["checkpoint"])
     _check(o)
     from megatron_ext.files import require_writable, write_text
+    from megatron_ext.generation.text_model import require_model
 
     if o.output:
         require_writable(o.output)
+    for name in (o.checkpoint, *o.samples):
+        require_model(name)
     prompts = _prompts(o)
     rows: list[dict[str, Any]] = []
     with ending_on_sigterm():  # which removes the temporary model

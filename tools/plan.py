@@ -12,6 +12,7 @@ printed. Measure a few steps of the chosen layout before you trust a date.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext.command import path_name, positive_integer, run_command, run_parser
@@ -44,17 +45,25 @@ def _positive(text: str) -> float:
 def _plan(arguments: argparse.Namespace) -> None:
     from megatron_ext.data.inspect.plot import check_plot
     from megatron_ext.planning.assumptions import assumptions_for
-    from megatron_ext.planning.plan_run import planned_run, run_to_plan, write_planned
+    from megatron_ext.planning.plan_run import planned_run, require_new, run_to_plan, write_planned
     from megatron_ext.planning.plan_text import advice, table
+    from megatron_ext.planning.run_length import run_length
     from megatron_ext.planning.search import search
+    from megatron_ext.training.planned import expected_plan
 
     check_plot(arguments.plot)
+    if arguments.write:
+        require_new(arguments.write)
     run = run_to_plan(arguments.run, arguments.overrides)
     uses_te = run.runtime.backend == "transformer_engine"
     assumed = assumptions_for(arguments.gpu, arguments.assumptions, transformer_engine=uses_te)
-    found = search(run, arguments.gpus, assumed, best=arguments.best)
-    print(table(run, found, arguments.gpus, assumed, arguments.days, arguments.tokens))
-    print(advice(run, arguments.tokens, arguments.dense_tokens))
+    length = run_length(run, expected_plan(run))
+    if arguments.tokens is not None:
+        length = replace(length, tokens=arguments.tokens)
+    said = advice(run, length, arguments.dense_tokens)
+    found = search(run, arguments.gpus, assumed, best=arguments.best, length=length)
+    print(table(run, found, arguments.gpus, assumed, arguments.days, length))
+    print(said)
     if arguments.plot:
         from megatron_ext.planning.plan_plot import draw
 
@@ -64,6 +73,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         chosen = planned_run(found, arguments.choose, arguments.tokens)
         write_planned(chosen, arguments.write)
         print(f"written         {Path(arguments.write).absolute()}: layout {arguments.choose} of the table")
+        if run.data.stages and arguments.tokens is not None:
+            print("                with the stages as they are: they say how long it is, and --tokens changes none")
 
 
 if __name__ == "__main__":

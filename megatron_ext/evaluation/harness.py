@@ -6,6 +6,7 @@ import math
 import os
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ def require_harness() -> None:
         import lm_eval.evaluator
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        missing = "" if error.name in (None, "lm_eval") else f" ({error.name} is missing)"
+        lacking = (error.name or "lm_eval").split(".")[0]
+        missing = "" if lacking == "lm_eval" else f" ({lacking} is missing)"
         raise EnvironmentFault(
             f"this needs lm-evaluation-harness{missing}: pip install lm-eval (or megatron-ext[lm-eval])"
         ) from error
@@ -65,26 +67,23 @@ def kept_place(model: str | Path) -> Path:
     return evaluation_folder(require_checkpoint(model).absolute()) / RESULTS_FILE
 
 
-def evaluate(model: "TextModel", asked: HarnessOptions) -> dict[str, Any]:
+def evaluate(model: "TextModel", tasks: "Tasks", asked: HarnessOptions) -> dict[str, Any]:
     """What the harness finds, as its own `simple_evaluate` returns it, without the samples.
 
     The network is the opened one, in fp32, its tokenizer the model's own: nothing is loaded a second time.
 
     Raises:
-        DataError: a task is unknown or cannot be read, or the harness failed in it.
+        DataError: the harness failed in a task.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # It warns of a network that is given to it, and of each setting of a task.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager, tasks = _tasks(asked.tasks)
     network = HFLM(pretrained=model.network, tokenizer=model.tokenizer, batch_size=asked.batch_size)
     try:
         found = simple_evaluate(
             model=network,
-            tasks=tasks,
-            task_manager=manager,
+            tasks=list(tasks.loaded),
+            task_manager=tasks.manager,
             num_fewshot=asked.num_fewshot,
             limit=asked.documents,
             apply_chat_template=asked.chat,
@@ -102,10 +101,27 @@ def evaluate(model: "TextModel", asked: HarnessOptions) -> dict[str, Any]:
     return dict(found)
 
 
-def _tasks(asked: Sequence[str]) -> tuple[Any, list[Any]]:
-    """The harness's manager of tasks, and the tasks themselves with their data."""
+@dataclass(frozen=True)
+class Tasks:
+    """What is asked of a model."""
+
+    manager: Any
+    """The harness's, of tasks."""
+    loaded: Sequence[Any]
+    """Its tasks and groups of them, with their data."""
+
+
+def read_tasks(asked: Sequence[str]) -> Tasks:
+    """Load tasks by their files, folders and names, with their data.
+
+    Raises:
+        ConfigError: there is no such task.
+        DataError: a task or its data cannot be read.
+    """
     from lm_eval.tasks import TaskManager
 
+    # It warns of each setting of a task, and later of a network that is given to it.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     paths = {name: Path(name) for name in asked if Path(name).exists()}
     folders = [path if path.is_dir() else path.parent for path in paths.values()]
     with reading(asked[0], DataError, kind="tasks of lm-evaluation-harness"):
@@ -134,7 +150,7 @@ def _tasks(asked: Sequence[str]) -> tuple[Any, list[Any]]:
         with reading(name, DataError, kind="a task of lm-evaluation-harness", advice=_DATA_HERE):
             built = manager.load([name])
             loaded += [*built.get("groups", {}).values()] or [*built["tasks"].values()]
-    return manager, loaded
+    return Tasks(manager, loaded)
 
 
 def metrics_of(found: Mapping[str, Any]) -> dict[str, float]:

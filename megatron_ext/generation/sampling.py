@@ -12,6 +12,10 @@ from megatron_ext.errors import CheckpointError
 Processor = Callable[[Tensor, Tensor], Tensor]
 """Takes token ids [B, S] and the scores of the next one [B, vocab], and returns scores."""
 
+_COLDEST, _HOTTEST = 1e-6, 1e30
+"""Temperatures that fp32 logits can be divided by: below, the likeliest token is as good as certain; above, all tokens
+are as likely as at infinity."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -45,9 +49,9 @@ class Sampling:
         steps: list[Processor] = []
         if self.repetition_penalty != 1.0:
             steps.append(_unpadded(RepetitionPenaltyLogitsProcessor(self.repetition_penalty), paddings))
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return steps
-        steps.append(TemperatureLogitsWarper(float(self.temperature)))
+        steps.append(TemperatureLogitsWarper(min(float(self.temperature), _HOTTEST)))
         if self.top_k:
             steps.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:

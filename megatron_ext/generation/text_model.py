@@ -45,6 +45,12 @@ class TextModel:
         return int(self.network.get_input_embeddings().weight.shape[0])
 
 
+def require_model(checkpoint: str | Path) -> None:
+    """Raise CheckpointError where there is neither a Hugging Face directory nor a whole checkpoint, before the work."""
+    if not is_hugging_face(checkpoint):
+        require_checkpoint(checkpoint)
+
+
 @contextmanager
 def text_model(checkpoint: str | Path, *, trust_remote_code: bool = False, device: str = "cpu") -> Iterator[TextModel]:
     """Open `checkpoint`, in fp32, as transformers computes with it: it generates with a cache.

@@ -85,9 +85,9 @@ def assumptions_for(gpu: str, path: str | None, *, transformer_engine: bool = Fa
     Raises:
         ConfigError: there is no such GPU, or the file is not right.
     """
-    if gpu not in GPUS:
+    if gpu.lower() not in GPUS:
         raise ConfigError(f"--gpu {gpu}: must be one of {', '.join(GPUS)}; others by --assumptions FILE.yaml")
-    start = GPUS[gpu]
+    start = GPUS[gpu.lower()]
     if transformer_engine:
         start = replace(start, traffic=0.5, expert_launch_us=180, fp8_products=1.33, fp8_grouped=0.6)
     given: Any = read_yaml(path) if path else {}

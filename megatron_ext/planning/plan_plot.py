@@ -40,7 +40,7 @@ def draw(found: Search, assumed: Assumptions, path: str) -> None:
         at = choice.candidate.layout
         experts = f" EP{at.ep} ETP{at.etp}" if choice.candidate.run.model.is_moe else ""
         names.append(f"TP{at.tp} CP{at.cp} PP{at.pp}{experts} DP{at.dp}")
-    rates = [c.candidate.time.tokens / c.candidate.time.seconds * 86400 / 1e9 for c in found.chosen]
+    rates = [choice.rate * 86400 / 1e9 for choice in found.chosen]
     speed.barh(places, rates, color="tab:green")
     speed.set_xlabel("billion tokens a day, predicted")
     memory.set_yticks(places, names)

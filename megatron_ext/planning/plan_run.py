@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ext.config import RunConfig, dump_yaml, load_config, load_run, read_yaml, to_mapping
 from megatron_ext.errors import ConfigError
-from megatron_ext.files import write_text
+from megatron_ext.files import require_writable, write_text
 from megatron_ext.planning.search import Search
 
 _SHAPE_ALONE: dict[str, Any] = {
@@ -54,13 +54,24 @@ def planned_run(found: Search, number: int, tokens: float | None) -> RunConfig:
     return replace(run, train=replace(run.train, train_iters=steps))
 
 
+def require_new(path: str) -> None:
+    """Raise where a plan cannot be written to `path`, before the work is done.
+
+    Raises:
+        ConfigError: something is there.
+        DataError: nothing can be written there.
+    """
+    if Path(path).exists():
+        raise ConfigError(f"--write {path}: is there already; choose another name, or move it away")
+    require_writable(path)
+
+
 def write_planned(run: RunConfig, path: str) -> None:
     """Write `run` to a new file at `path`.
 
     Raises:
         ConfigError: something is there, or the run is not right with so many steps.
     """
-    if Path(path).exists():
-        raise ConfigError(f"--write {path}: is there already; choose another name, or move it away")
+    require_new(path)
     load_config(RunConfig, to_mapping(run), source=f"the run for --write {path}")
     write_text(Path(path), dump_yaml(to_mapping(run)))

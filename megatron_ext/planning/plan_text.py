@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import RunConfig
+from megatron_ext.errors import ConfigError
 from megatron_ext.planning.amounts import flops, short_number
 from megatron_ext.planning.assumptions import Assumptions, as_yaml
 from megatron_ext.planning.flops import training_flops_per_token
+from megatron_ext.planning.run_length import RunLength
 from megatron_ext.planning.scaling import (
     TOKENS_A_PARAMETER,
     Suggestion,
@@ -23,36 +25,45 @@ _GIB = 2**30
 _DAY = 86400
 
 
-def wanted_tokens(run: RunConfig, tokens: float | None) -> float | None:
-    """The tokens asked for, or those of the run; None where its stages' files say how many they are."""
-    if tokens is not None:
-        return tokens
-    planned = run.planned_samples * run.data.sequence_length
-    return float(planned) if planned and not run.data.stages else None
-
-
-def table(run: RunConfig, found: Search, gpus: int, assumed: Assumptions, days: float, tokens: float | None) -> str:
+def table(run: RunConfig, found: Search, gpus: int, assumed: Assumptions, days: float, length: RunLength) -> str:
     """Everything about the layouts that were found."""
-    counts, length = count_parameters(run.model), run.step_shapes[-1].length
-    each = training_flops_per_token(run.model, length, run.adapters)
+    counts, usual = count_parameters(run.model), length.usual(run)
+    each = training_flops_per_token(run.model, usual.length, run.adapters)
     lines = [
         f"model           {short_number(counts.total)} parameters, {short_number(counts.active)} active, "
-        f"{flops(each)} a token at {length:,} tokens a sample",
+        f"{flops(each)} a token at {usual.length:,} tokens a sample",
+        *_kinds(run, length),
         f"GPUs            {gpus} x {assumed.name}, {assumed.memory_gib:g} GiB each; {days:g} days",
-        f"layouts         {found.legal:,} are legal (with micro-batches and recompute); {found.too_large:,} of them "
-        "would be faster than one below and do not fit",
+        f"layouts         {found.legal:,} are legal (with micro-batches and recompute)"
+        + (f"; {found.too_large:,} of them would be faster than one below and do not fit" if found.chosen else ""),
         "",
     ]
     if not found.chosen:
         assert found.smallest is not None
         need = assumed.needed(found.smallest.total) / _GIB
         least = f"the least that any needs is {need:.1f} GiB of {assumed.memory_gib:g}"
-        lines.append(f"none fits: {least}. More GPUs, or shorter samples; `parallel.use_distributed_optimizer: true`")
+        split = run.parallel.use_distributed_optimizer
+        way = "more GPUs, or shorter samples" if split else "parallel.use_distributed_optimizer: true, or more GPUs"
+        lines.append(f"none fits: {least}. What helps: {way}")
     else:
-        lines += [*_rows(found.chosen, assumed, days, wanted_tokens(run, tokens)), ""]
+        lines += [*_rows(found.chosen, assumed, days, length.tokens), ""]
         lines += _explained(found.chosen[0], assumed)
     lines += ["", "assumptions (change any of them by --assumptions FILE.yaml):", *_indented(as_yaml(assumed))]
     return "\n".join(lines)
+
+
+def _kinds(run: RunConfig, length: RunLength) -> list[str]:
+    """What the steps of the run are like, where they differ."""
+    if length.tokens is None:
+        return [
+            "tokens          how many the stages have, their sources say: prepare them, state `tokens` of each in "
+            "data.sources, or give --tokens; until then all steps are taken to be like those of the last stage"
+        ]
+    if len(length.kinds) == 1:
+        return []
+    shapes = run.step_shapes
+    said = [f"{share:.0%} in steps of {shapes[n].size:,} x {shapes[n].length:,}" for n, share in length.kinds]
+    return [f"tokens          {', '.join(said)}; s/step and TFLOP/s are of the first of them"]
 
 
 def _rows(choices: Sequence[Choice], assumed: Assumptions, days: float, tokens: float | None) -> list[str]:
@@ -61,7 +72,6 @@ def _rows(choices: Sequence[Choice], assumed: Assumptions, days: float, tokens: 
     for number, choice in enumerate(choices, start=1):
         one, layout = choice.candidate, choice.candidate.layout
         recompute, time = one.run.recompute, one.time
-        rate = time.tokens / time.seconds
         again = {"full": "full", "selective": "+".join(recompute.modules)}.get(recompute.granularity or "", "-")
         is_moe = one.run.model.is_moe
         rows.append(
@@ -71,8 +81,8 @@ def _rows(choices: Sequence[Choice], assumed: Assumptions, days: float, tokens: 
                 *((str(layout.ep), str(layout.etp)) if is_moe else ("-", "-")),
                 *(str(layout.dp), str(one.run.train.micro_batch_size), again),
                 f"{assumed.needed(choice.memory.total) / _GIB:.1f}",
-                *(f"{time.seconds:.2f}", f"{time.tflops:.0f}", short_number(rate * days * _DAY)),
-                *([f"{tokens / rate / _DAY:.1f}"] if tokens else []),
+                *(f"{time.seconds:.2f}", f"{time.tflops:.0f}", short_number(choice.rate * days * _DAY)),
+                *([f"{tokens / choice.rate / _DAY:.1f}"] if tokens else []),
                 "parity grid" if one.is_proven else "tools/prove.py",
             ]
         )
@@ -112,28 +122,34 @@ def _indented(text: str) -> list[str]:
     return [f"  {line}" for line in text.strip().splitlines()]
 
 
-def advice(run: RunConfig, tokens: float | None, dense_tokens: float | None) -> str:
-    """What papers say of the tokens, of learning rate and batch, and of upcycling."""
-    active, length = count_parameters(run.model).active, run.step_shapes[-1].length
-    each = training_flops_per_token(run.model, length, run.adapters)
+def advice(run: RunConfig, length: RunLength, dense_tokens: float | None) -> str:
+    """What papers say of the tokens, of learning rate and batch, and of upcycling.
+
+    Raises:
+        ConfigError: `dense_tokens` are given, and the model was not upcycled: it has no experts.
+    """
+    active, usual = count_parameters(run.model).active, length.usual(run)
+    each = training_flops_per_token(run.model, usual.length, run.adapters)
     lines = [
         "",
         f"compute-optimal {short_number(TOKENS_A_PARAMETER * active)} tokens, {TOKENS_A_PARAMETER} an active parameter "
         "(Hoffmann et al. 2022, arXiv 2203.15556)",
     ]
-    if wanted := wanted_tokens(run, tokens):
+    if wanted := length.tokens:
         ratio = wanted / active
         best = compute_optimum(each * wanted)
         lines += [
             f"                {short_number(wanted)} are {_figure(ratio)} an active parameter, "
             f"{_figure(ratio / TOKENS_A_PARAMETER)} times that; the same compute is optimal for a dense model "
             f"of {short_number(best.parameters)}",
-            *(_suggested(one, length) for one in suggestions(active, wanted, each)),
+            *(_suggested(one, usual.length) for one in suggestions(active, wanted, each)),
             f"this run        learning rate {run.optimizer.lr:.2g}, batch "
-            f"{short_number(run.train.global_batch_size * length)} tokens",
+            f"{short_number(usual.size * usual.length)} tokens",
         ]
     if dense_tokens is not None:
-        lines += _upcycled(run, each, length, dense_tokens)
+        if not run.model.is_moe:
+            raise ConfigError("--dense-tokens: is for a model that is upcycled, but model.num_moe_experts is not set")
+        lines += _upcycled(run, each, usual.length, dense_tokens)
     return "\n".join(lines)
 
 

@@ -98,8 +98,8 @@ def upcycling(dense_tokens: float, dense_flops: float, moe_flops: float) -> Upcy
 
 
 # Liew, Kato and Takase 2025 (arXiv 2502.03009), equation 12 and table 2: nats a token on SlimPajama, of 8 experts with
-# two active. Logarithms are natural: of any other base the law would never let the model from scratch catch up, and
-# with them it does where the authors stopped.
+# two active; read from a transcript of the paper. Logarithms are natural: of any other base the law would never let the
+# model from scratch catch up, and with them it does where the authors stopped.
 _IRREDUCIBLE = 0.165
 
 

@@ -14,6 +14,7 @@ from megatron_ext.planning.assumptions import Assumptions
 from megatron_ext.planning.memory import ModelState, StateMemory
 from megatron_ext.planning.peak_memory import PeakMemory, peak_memory
 from megatron_ext.planning.proven import is_proven
+from megatron_ext.planning.run_length import RunLength, run_length
 from megatron_ext.planning.step_time import StepTime, step_time
 
 SHORTEST_SLICE = 1024
@@ -36,7 +37,7 @@ class Candidate:
     layout: Layout
     states: Sequence[StateMemory]
     time: StepTime
-    """Of the steps that most of the run's tokens are in: its last kind."""
+    """Of the steps that most of the run's tokens are in."""
 
     @property
     def degrees(self) -> tuple[object, ...]:
@@ -64,6 +65,8 @@ class Choice:
 
     candidate: Candidate
     memory: PeakMemory
+    rate: float
+    """Tokens a second over the whole run, whatever kinds of steps it has."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,19 @@ class Search:
     """Where nothing fits: of the layout that needs least."""
 
 
-def search(run: RunConfig, world_size: int, assumed: Assumptions, best: int = 5) -> Search:
+def search(
+    run: RunConfig, world_size: int, assumed: Assumptions, best: int = 5, length: RunLength | None = None
+) -> Search:
     """The `best` fastest layouts of `run` on `world_size` GPUs that have room there.
+
+    Args:
+        length: with the kinds of steps that the run's tokens are in. Default: what its configuration alone says.
 
     Raises:
         ConfigError: no layout is legal; with what stands in the way of the run as it is.
     """
-    found = candidates(run, world_size, assumed)
+    length = length or run_length(run)
+    found = candidates(run, world_size, assumed, length)
     if not found:
         raise ConfigError(_nothing_legal(run, world_size))
     chosen, too_large = list[Choice](), list[Candidate]()
@@ -98,13 +107,22 @@ def search(run: RunConfig, world_size: int, assumed: Assumptions, best: int = 5)
         if memory is None or not assumed.fits(memory.total):
             too_large.append(candidate)
             continue
-        chosen.append(Choice(candidate, memory))
+        chosen.append(Choice(candidate, memory, tokens_a_second(candidate, length, assumed)))
         if len(chosen) == best:
             break
     smallest = None
     if not chosen:
         smallest = min((one.memory(assumed) for one in too_large), key=lambda memory: memory.total)
     return Search(len(found), len(too_large), chosen, smallest)
+
+
+def tokens_a_second(one: Candidate, length: RunLength, assumed: Assumptions) -> float:
+    """Over the whole run, each kind of step by its share of the tokens."""
+    seconds, shapes = 0.0, one.run.step_shapes
+    for number, share in length.kinds:
+        time = step_time(one.run, one.layout, one.states, shapes[number], assumed)
+        seconds += share * time.seconds / time.tokens
+    return 1 / seconds
 
 
 def _nothing_legal(run: RunConfig, world_size: int) -> str:
@@ -120,8 +138,11 @@ def _nothing_legal(run: RunConfig, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def candidates(run: RunConfig, world_size: int, assumed: Assumptions) -> list[Candidate]:
+def candidates(
+    run: RunConfig, world_size: int, assumed: Assumptions, length: RunLength | None = None
+) -> list[Candidate]:
     """Every legal layout with its time; the run's own keys that a layout does not say stay as they are."""
+    length = length or run_length(run)
     state, found, legality = ModelState(run), list[Candidate](), Legality(run)
     trains = [replace(run.train, micro_batch_size=micro) for micro in _micro_batches(run)]
     recomputes = _recomputes(run)
@@ -143,7 +164,7 @@ def candidates(run: RunConfig, world_size: int, assumed: Assumptions) -> list[Ca
                 if not legality.takes_stages(variant):
                     continue
                 states = states or state.stages(variant, layout)
-                time = step_time(variant, layout, states, variant.step_shapes[-1], assumed)
+                time = step_time(variant, layout, states, length.usual(variant), assumed)
                 found.append(Candidate(variant, layout, states, time))
             if len(found) > MOST_LEGAL:
                 raise ConfigError(f"more than {MOST_LEGAL:,} layouts are legal on {world_size} GPUs; plan for a part")

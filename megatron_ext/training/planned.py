@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_ext.checkpoint.state_file import STATE_FILE, TrainingState
 from megatron_ext.config import DataConfig, RunConfig, TrainConfig
 from megatron_ext.config.data import Stage, source_ids
-from megatron_ext.data.dataset import dataset_fingerprint
+from megatron_ext.data.dataset import MANIFEST_FILE, dataset_fingerprint, described
 from megatron_ext.data.stream.make_plan import SourceSize, make_plan, stages_of
 from megatron_ext.data.stream.packing import packs_of
 from megatron_ext.data.stream.plan import RunPlan, pattern_of
@@ -90,6 +90,28 @@ def stated_plan(data: DataConfig, train: TrainConfig) -> RunPlan | None:
     if not data.stages or set(sizes) != set(data.sources):
         return None
     return plan_data(data, train, sizes, TrainingState(), "the beginning")
+
+
+def expected_plan(run: RunConfig) -> RunPlan | None:
+    """The plan of a new run by files that are prepared, or else by what the configuration says of their tokens.
+
+    Nothing is checked: tools/train.py --check does. None where there are no stages, a source is known neither way, or
+    documents are packed (how many samples that makes takes reading them).
+
+    Raises:
+        ConfigError: as `plan_data`.
+        DataError: what is prepared does not say how much it is.
+    """
+    if not run.data.stages or run.data.pack_documents or run.task.reads != "text":
+        return stated_plan(run.data, run.train)
+    sizes = stated_sizes(run.data)
+    for name, source in run.data.sources.items():
+        path = Path(source.path)
+        if path.with_name(f"{path.name}.bin").is_file() and (path.parent / MANIFEST_FILE).is_file():
+            sizes[name] = SourceSize(described(path.parent / MANIFEST_FILE, path.name)[1].tokens)
+    if set(sizes) != set(run.data.sources):
+        return None
+    return plan_data(run.data, run.train, sizes, TrainingState(), "the beginning")
 
 
 def progress_of(data: DataConfig, train: TrainConfig, state: TrainingState, checkpoint: str | Path) -> Progress | None:

@@ -34,6 +34,7 @@ def options() -> set[str]:
     """The options of all command lines, as they are written there."""
     sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("megatron_ext/**/options.py"), ROOT / "megatron_ext" / "command.py"]
     sources += [*ROOT.glob("megatron_ext/upcycling/methods/*.py"), *ROOT.glob("megatron_ext/merging/*.py")]
+    sources += [*ROOT.glob("megatron_ext/**/*_options.py")]
     text = "\n".join(path.read_text() for path in sources)
     fields = {name.replace("_", "-") for name in re.findall(r"^    (\w+): ", text, re.MULTILINE)}
     return fields | set(re.findall(r'"--([\w-]+)"', text))

@@ -192,12 +192,17 @@ def _normalize_of(step: Mapping[str, Any]) -> _Normalize:
 
 
 def _unless_changed(normalize: Callable[[str], str]) -> _Normalize:
-    """Neither is changed, nor composed with the other; `is_settled` leaves marks that are out."""
+    """Neither is changed, nor composed with the other; `is_settled` leaves marks out. A line end may become a space."""
 
     def unchanged(pair: Pair) -> set[Pair]:
+        left, right = pair
         # A consonant of Hangul or a vowel sign may be composed with what stands before it.
         composes = any("\u1100" <= one <= "\u11ff" or unicodedata.category(one)[0] == "M" for one in pair)
-        return {pair} if not composes and all(normalize(text) == text for text in (*pair, "".join(pair))) else set()
+        made = normalize(right)
+        is_kept = made == right or (made == _SPACE and right.isspace())
+        if composes or not is_kept or normalize(left) != left or normalize(left + right) != left + made:
+            return set()
+        return {(left, made)}
 
     return unchanged
 

@@ -218,6 +218,8 @@ def test_parts_have_the_ids_of_the_whole(made: Callable[[str], tuple[Tokenizer, 
     check()
     text = "the quick fox it's 12345 x 吾輩は猫である。名前は、まだ無い sun rises"
     assert assert_cuts_are_right(tokenizer, cuts, text) > 4
+    if name not in ("Llama 2", "Mistral", "StarCoder", "NFKC"):  # parts of these begin where there is a space
+        assert assert_cuts_are_right(tokenizer, cuts, "吾輩は猫である。\n名前はまだ無い") > 0
 
 
 @pytest.mark.parametrize("name", MADE)

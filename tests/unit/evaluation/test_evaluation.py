@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_ext.errors import ConfigError, DataError, EnvironmentFault
 from megatron_ext.evaluation.choice import choose, evaluated_results
 from megatron_ext.evaluation.forgetting import changes
-from megatron_ext.evaluation.harness import RESULTS_FILE, evaluate, keep, metrics_of, require_harness
+from megatron_ext.evaluation.harness import RESULTS_FILE, evaluate, keep, metrics_of, read_tasks, require_harness
 from megatron_ext.evaluation.harness_options import HarnessOptions
 from megatron_ext.evaluation.routing import Routing
 from megatron_ext.evaluation.samples import repetition, sample_metrics, scripts_of
@@ -240,12 +240,13 @@ def test_a_local_task_of_the_harness_is_kept_beside_the_checkpoint(
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task.yaml").write_text(TASK.replace("DATA", str(data)))
-    found = evaluate(model, HarnessOptions(model=str(checkpoint), tasks=[str(tmp_path)]))
+    asked = HarnessOptions(model=str(checkpoint), tasks=[str(tmp_path)])
+    found = evaluate(model, read_tasks(asked.tasks), asked)
     metrics = metrics_of(found)
     assert metrics["continued/acc"] == sum(_answer(model, row) == row["answer"] for row in rows) / len(rows)
     (tmp_path / "task.yaml").write_text(TASK.replace("DATA", str(tmp_path / "none.jsonl")))
     with pytest.raises(DataError, match="task.yaml: cannot be read as a task .*the data set of a task is read from"):
-        evaluate(model, HarnessOptions(model="m", tasks=[str(tmp_path / "task.yaml")]))
+        read_tasks([str(tmp_path / "task.yaml")])
 
 
 @torch.no_grad()

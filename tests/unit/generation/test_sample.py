@@ -14,7 +14,7 @@ from megatron_ext.config import LoraConfig, LoraTarget, ModelConfig
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.errors import CheckpointError, ConversionError, DataError, EnvironmentFault
 from megatron_ext.generation.sample import generate
-from megatron_ext.generation.text_model import text_model
+from megatron_ext.generation.text_model import require_model, text_model
 from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.merging.lora import merge_lora, silent
 from megatron_ext.merging.lora_options import MergeLoraOptions
@@ -115,6 +115,13 @@ def test_a_continuation_ends_at_the_last_learned_position(
             DataError, match=r"has [\d,]+ tokens, but \S+gpt2 has learned 20 positions only .* at most 19"
         ):
             generate(tmp_path / "gpt2", [prompt], **GREEDY)  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_not_there_is_said_before_others_are_asked(exported: Path, tmp_path: Path) -> None:
+    require_model(exported)
+    for wrong in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(CheckpointError, match=re.escape(str(wrong))):
+            require_model(wrong)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

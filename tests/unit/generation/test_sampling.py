@@ -90,6 +90,21 @@ def test_draws_follow_the_probabilities_that_transformers_processors_leave() -> 
     assert float((found - expected).abs().max()) < 5 * 0.5 / rows**0.5  # five standard deviations
 
 
+def test_extreme_temperatures_are_the_likeliest_token_and_any_that_is_allowed() -> None:
+    """Beyond what fp32 can divide by there are no probabilities: what was written came of NaN."""
+    scores, ids = torch.tensor([[1.0, 3.0, 2.0, -torch.inf]]), torch.tensor([[0]])
+    found: dict[float, set[int]] = {}
+    for temperature in (1e-300, 1e-50, 1e300):
+        chosen = set[int]()
+        for number in range(40):
+            after = scores.clone()
+            for step in Sampling(temperature, top_p=0.99).processors([number], [0]):
+                after = step(ids, after)
+            chosen.add(int(after.argmax()))
+        found[temperature] = chosen
+    assert found == {1e-300: {1}, 1e-50: {1}, 1e300: {0, 1, 2}}
+
+
 def test_no_seed_draws_for_a_prompt_what_another_draws_for_its_neighbour() -> None:
     rows = [Sampling(1.0, seed=seed).processors(range(8), [0] * 8)[-1] for seed in range(8)]
     drawn = torch.cat([step(torch.zeros(8, 1, dtype=torch.long), torch.zeros(8, 16)) for step in rows])

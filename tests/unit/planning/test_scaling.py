@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_ext.errors import ConfigError
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.plan_text import advice
+from megatron_ext.planning.run_length import run_length
 from megatron_ext.planning.scaling import (
     compute_optimum,
     days_of,
@@ -75,4 +77,6 @@ def test_the_joint_law_of_upcycling_meets_where_its_authors_stopped() -> None:
 @pytest.mark.parametrize(("dense", "said"), [(2e12, "from 353B on"), (1e14, "at no number of them")])
 def test_the_plan_says_where_upcycling_ends(dense: float, said: str) -> None:
     run = replace(load(mapping()), model=TANUKI_8X8B)
-    assert f"from scratch is as good {said}" in advice(run, 1e12, dense)
+    assert f"from scratch is as good {said}" in advice(run, run_length(run), dense)
+    with pytest.raises(ConfigError, match="--dense-tokens: is for a model that is upcycled"):
+        advice(load(mapping()), run_length(run), dense)

@@ -26,10 +26,12 @@ from megatron_ext.planning.plan_plot import draw
 from megatron_ext.planning.plan_run import planned_run, run_to_plan, write_planned
 from megatron_ext.planning.plan_text import advice, table
 from megatron_ext.planning.proven import PROVEN, is_proven, kind_of
-from megatron_ext.planning.search import MICRO_BATCHES, candidates, search, with_layout
+from megatron_ext.planning.run_length import run_length
+from megatron_ext.planning.search import MICRO_BATCHES, Candidate, candidates, search, tokens_a_second, with_layout
 from megatron_ext.planning.step_time import step_time
 from megatron_ext.proving.prove import plan_proof
 from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.training.planned import expected_plan
 from tests.distributed.test_parity import DENSE, MOE
 from tests.support.workspace import ROOT
 from tests.unit.config.test_load import load, mapping
@@ -154,6 +156,7 @@ def test_assumptions_are_printed_as_they_are_read(tmp_path: Path) -> None:
     file.write_text("netwrk_gb_s: 20\n")
     with pytest.raises(ConfigError, match="did you mean 'network_gb_s'"):
         assumptions_for("h100", str(file))
+    assert assumptions_for("H200", None) == GPUS["h200"]
     with pytest.raises(ConfigError, match="--gpu v100: must be one of h100, h200"):
         assumptions_for("v100", None)
 
@@ -164,7 +167,8 @@ def test_a_bare_shape_is_planned_and_written(tmp_path: Path) -> None:
                      " num_query_groups: 8, vocab_size: 32000}\n")  # fmt: skip
     run = run_to_plan(str(shape), [])
     found = search(run, 16, H100)
-    text = table(run, found, 16, H100, 14, 2e11)
+    length = replace(run_length(run), tokens=2e11)
+    text = table(run, found, 16, H100, 14, length)
     assert f"{found.legal:,} are legal" in text
     assert "days for 200B" in text
     assert "predicted" in text
@@ -173,7 +177,7 @@ def test_a_bare_shape_is_planned_and_written(tmp_path: Path) -> None:
     rates = [choice.candidate.time.seconds for choice in found.chosen]
     assert rates == sorted(rates)
     assert all(H100.fits(choice.memory.total) for choice in found.chosen)
-    assert "Hoffmann" in advice(run, 2e11, None)
+    assert "Hoffmann" in advice(run, length, None)
     target = tmp_path / "planned.yaml"
     chosen = planned_run(found, 2, 2e11)
     write_planned(chosen, str(target))
@@ -191,7 +195,7 @@ def test_a_model_that_fits_nowhere_is_said_to() -> None:
     run = run_of(replace(LLAMA_LAYERS, num_layers=80), ParallelConfig(), samples=64, rows=1, length=4096)
     found = search(replace(run, precision=Bf16Precision(kind="bf16")), 4, H100)
     assert not found.chosen
-    assert "none fits: the least that any needs is" in table(run, found, 4, H100, 14, None)
+    assert "none fits: the least that any needs is" in table(run, found, 4, H100, 14, run_length(run))
     with pytest.raises(ConfigError, match="no layout fits"):
         planned_run(found, 1, None)
     with pytest.raises(ConfigError, match="no layout fits"):
@@ -210,6 +214,39 @@ def test_a_run_of_stages_is_planned_by_all_of_them() -> None:
     assert found
     assert all(is_accepted(one.run, 4) for one in found[::7])
     assert max(one.run.train.micro_batch_size * one.layout.dp for one in found) == 4
+
+
+def test_the_kind_of_step_that_most_tokens_are_in_is_the_one_that_is_timed() -> None:
+    """A run that ends with a few long samples is not as slow as those, and its stages say how long it is."""
+    run = load_run(ROOT / "examples" / "recipes" / "calm2_7b.yaml")
+    length = run_length(run, expected_plan(run))
+    assert length.tokens == pytest.approx(1.3e12, rel=1e-4)
+    assert [(run.step_shapes[n].length, round(share, 3)) for n, share in length.kinds] == [(4096, 0.95), (32768, 0.05)]
+    layout = run.resolve(64)
+    states = stage_states(run, layout)
+    short, long = (step_time(run, layout, states, shape, H100) for shape in run.step_shapes)
+    one = Candidate(run, layout, states, short)
+    days = (0.95 * short.seconds / short.tokens + 0.05 * long.seconds / long.tokens) * 1.3e12 / 86400
+    assert length.tokens / tokens_a_second(one, length, H100) / 86400 == pytest.approx(days, rel=1e-3)
+    assert run_length(run).tokens is None  # nothing is known of stages without a plan
+
+
+def test_what_is_prepared_says_how_long_stages_are(tmp_path: Path) -> None:
+    data = {"train": [], "cache_dir": None, "sources": {"ja": {"path": str(tmp_path / "train")}},
+            "stages": [{"name": "all", "take": {"ja": {"epochs": 2}}}]}  # fmt: skip
+    run = load(mapping(data=data, train={"train_iters": 0}))
+    assert expected_plan(run) is None
+    (tmp_path / "train.bin").touch()
+    (tmp_path / "dataset.json").write_text('{"vocab_size": 9, "splits": {"train": {"documents": 3, "tokens": 6401}}}')
+    assert run_length(run, expected_plan(run)).tokens == 2 * 6400 // (8 * 64) * (8 * 64)
+
+
+def test_the_steps_of_a_ramp_count_by_their_tokens() -> None:
+    ramp = [{"steps": 10, "global_batch_size": 4}]
+    run = load(mapping(train={"batch_size_ramp": ramp, "train_iters": 100, "global_batch_size": 8}))
+    length = run_length(run)
+    assert length.tokens == (10 * 4 + 90 * 8) * 64
+    assert [(number, round(share, 4)) for number, share in length.kinds] == [(1, 0.9474), (0, 0.0526)]
 
 
 def test_no_layout_is_a_clear_error() -> None:
