@@ -41,11 +41,13 @@ def _test(run: RunConfig) -> None:
     from megatron_ext.runtime.device import choose_device
     from megatron_ext.runtime.logs import setup_logging
     from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
+    from megatron_ext.training.same_everywhere import require_same_run
 
     setup_logging(launched_rank())
     run.resolve(launched_world_size())
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
+    require_same_run(run)  # ranks of other layouts would wait for each other
     split_process_group(run.parallel, run.runtime)
     reports = measure_all(run, device)
     bad = bad_nodes(reports)

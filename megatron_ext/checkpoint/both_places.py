@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.checkpoint.find import checkpoints_of, faults_of, iteration_of
+from megatron_ext.checkpoint.find import checkpoints_of, complete_checkpoints, faults_of, iteration_of
 from megatron_ext.checkpoint.integrity import require_whole
 from megatron_ext.checkpoint.publish import publish
 from megatron_ext.checkpoint.second_place import SecondPlace
@@ -82,7 +82,10 @@ def _bring_back(ahead: Ahead, directory: Path) -> None:
     log.warning("%s; going on from %s/%s, which is brought back", ahead.why, ahead.place.url, ahead.name)
     final = directory / ahead.name
     partial = unfinished_place(final)
-    ahead.place.fetch(ahead.name, partial)
+    try:
+        ahead.place.fetch(ahead.name, partial)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n  {_way_out(ahead, directory)}") from error
     if ahead.damaged is not None:
         aside = final.with_name(f"{final.name}.damaged")
         if aside.exists():
@@ -90,6 +93,14 @@ def _bring_back(ahead: Ahead, directory: Path) -> None:
         final.rename(aside)
         log.warning("%s is kept as %s", final, aside)
     publish(partial, final, iteration_of(final), replace=False)
+
+
+def _way_out(ahead: Ahead, directory: Path) -> str:
+    """What to do where what is ahead cannot be brought back."""
+    older = [own for own in complete_checkpoints(directory) if own != ahead.damaged]
+    away = " and ".join(filter(None, (f"{ahead.place.url}/{ahead.name}", str(ahead.damaged or ""))))
+    without = f"; to go on from an older one ({older[-1]}), move {away} away" if older else ""
+    return f"Start again where the place could not be read{without}"
 
 
 def _fault_of(checkpoint: Path) -> str | None:

@@ -51,5 +51,6 @@ def _way_out(checkpoint: Path) -> str:
         return "take them from a copy"
     return (
         f"take them from a copy, or go on from {older[-1].name}, the checkpoint before: "
-        f"mv {checkpoint} {checkpoint}.damaged, and start again"
+        f"mv {checkpoint} {checkpoint}.damaged, and start again, which brings its copy at checkpoint.copy_to back, if "
+        "there is one"
     )

@@ -51,14 +51,15 @@ def check_job(job: Job, run: RunConfig, steps: int) -> Findings:
         layout = run.resolve(processes)
     except ConfigError as error:
         found.faults += [f"--nodes {job.nodes} x {job.profile.processes}: {line}" for line in str(error).splitlines()]
-        return found
-    found.notes.append(
-        f"layout          {processes} processes: TP {layout.tp} x CP {layout.cp} x DP {layout.dp} x PP {layout.pp}, "
-        f"EP {layout.ep}, {layout.num_microbatches} micro-batches a step"
-    )
-    _look_at_groups(job, layout.tp, found)
-    _look_at_memory(job, peak_memory(run, layout), found)
-    _look_at_time(job, run, steps, processes, found)
+    else:
+        found.notes.append(
+            f"layout          {processes} processes: TP {layout.tp} x CP {layout.cp} x DP {layout.dp} x PP {layout.pp}"
+            f", EP {layout.ep}, {layout.num_microbatches} micro-batches a step"
+        )
+        _look_at_groups(job, layout.tp, found)
+        _look_at_memory(job, peak_memory(run, layout), found)
+        _estimate_time(job, run, steps, processes, found)
+    _look_at_time(job, found)
     _look_at_places(job, run, found)
     return found
 
@@ -86,7 +87,7 @@ def _look_at_memory(job: Job, peak: PeakMemory, found: Findings) -> None:
         found.notes.append(f"memory          {line}")
 
 
-def _look_at_time(job: Job, run: RunConfig, steps: int, processes: int, found: Findings) -> None:
+def _look_at_time(job: Job, found: Findings) -> None:
     profile, minutes = job.profile, job.seconds / 60
     if profile.longest_hours is not None and minutes > 60 * profile.longest_hours:
         found.faults.append(
@@ -99,7 +100,11 @@ def _look_at_time(job: Job, run: RunConfig, steps: int, processes: int, found: F
         )
     elif minutes < profile.minutes_before_limit + _SHORTEST:
         found.warnings.append(f"--time is {duration(job.seconds)}: little more than a start and a checkpoint")
-    known = _seconds_a_step(job, run, processes)
+
+
+def _estimate_time(job: Job, run: RunConfig, steps: int, processes: int, found: Findings) -> None:
+    """Note how many jobs of this length the run takes."""
+    profile, known = job.profile, _seconds_a_step(job, run, processes)
     if known is None:
         found.notes.append("time            not estimated: nothing was measured, and the profile has no peak_tflops")
         return

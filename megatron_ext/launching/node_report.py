@@ -10,14 +10,14 @@ from megatron_ext.planning.amounts import flops, size
 SLOW_PRODUCT, SLOW_GROUP, SLOW_DISK = 0.85, 0.5, 0.3
 """Shares of the median below which a matrix product, a group's transfers, and a disk are too slow."""
 MOST_SKEW = 2.0
-"""Seconds that a node's clock may be off."""
+"""Seconds that the clocks of two nodes may be apart."""
 MOST_USED = 0.1
 """Share of a GPU's memory that may be in use before anything starts."""
 RULE = (
     f"A node is bad if its product rate is below {SLOW_PRODUCT:.0%} of the median of all ranks, its disk below "
     f"{SLOW_DISK:.0%} of that of all nodes, a group of its ranks below {SLOW_GROUP:.0%} of that of its kind, its clock "
-    f"more than {MOST_SKEW:g} s off, more than {MOST_USED:.0%} of a GPU's memory in use, its GPU not healthy, or code, "
-    "libraries, configuration or data other than those of rank 0."
+    f"off where two are more than {MOST_SKEW:g} s apart, more than {MOST_USED:.0%} of a GPU's memory in use, its GPU "
+    "not healthy, or code, libraries, configuration or data other than those of rank 0."
 )
 
 
@@ -81,10 +81,13 @@ def _different(reports: Sequence[RankReport]) -> Iterator[Bad]:
 
 
 def _alone_bad(reports: Sequence[RankReport]) -> Iterator[Bad]:
+    clocks = [report.clock for report in reports]
+    apart = max(clocks) - min(clocks)
     for report in reports:
         for fault in report.faults:
             yield Bad(report.host, f"rank {report.rank}: {fault}")
-        if abs(report.clock) > MOST_SKEW:
+        # Of two nodes nobody knows which is right: the median lies between them, and both are named.
+        if apart > MOST_SKEW and abs(report.clock) >= MOST_SKEW / 2:
             yield Bad(report.host, f"its clock is {report.clock:+.1f} s off")
         if report.device != "cpu" and report.memory_free < (1 - MOST_USED) * report.memory_total:
             used = size(report.memory_total - report.memory_free)

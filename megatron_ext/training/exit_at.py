@@ -37,7 +37,10 @@ def exit_moment(settings: ExitAt) -> Moment | None:
     moments = []
     if settings.minutes is not None:
         moments.append(Moment(job_start() + 60 * settings.minutes, "train.exit_at.minutes"))
-    if settings.seconds is not None:
+    if settings.seconds is not None and settings.seconds <= job_start():
+        # The jobs that queue themselves again at that time would do a step each.
+        log.warning("train.exit_at.time has no effect: it was over when this job began")
+    elif settings.seconds is not None:
         moments.append(Moment(settings.seconds, "train.exit_at.time"))
     if settings.minutes_before_limit is not None:
         key = "train.exit_at.minutes_before_limit"
@@ -56,9 +59,11 @@ def _job_end() -> float | None:
     for name in _JOB_ENDS:
         if text := os.environ.get(name):
             try:
-                return float(text)
-            except ValueError:
+                end = float(text)
+                time.localtime(end)
+            except (ValueError, OverflowError, OSError):  # no number, or nan, or no time that there is
                 raise EnvironmentFault(f"{name} = {text!r}: expected seconds since 1970") from None
+            return end
     return None
 
 

@@ -37,6 +37,7 @@ from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.run_lock import run_lock
+from megatron_ext.training.same_everywhere import open_everywhere, require_same_run
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
@@ -63,6 +64,7 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
     found = _examined(run, source, open_foreign) if launched_rank() == 0 else None
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)
+    require_same_run(run)
     groups = split_process_group(run.parallel, run.runtime)
     with noting_failure(), run_lock(run.checkpoint.directory):
         signal = open_and_train(run, layout, groups, device, open_foreign, found)
@@ -72,11 +74,17 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
 
 
 def _examined(run: RunConfig, source: str, open_foreign: OpenForeign) -> Findings:
-    """`examine_run`; people are alerted of faults where the run has reported before: nobody watches its restart."""
-    try:
+    with _alerting(run):
         return examine_run(run, source, open_foreign)
+
+
+@contextmanager
+def _alerting(run: RunConfig) -> Iterator[None]:
+    """Alert people of faults where the run has reported before: nobody watches its restart."""
+    try:
+        yield
     except MegatronExtError as error:
-        if metrics_path(run).is_file():
+        if launched_rank() == 0 and metrics_path(run).is_file():
             tell_of_failed_start(run, error)
         raise
 
@@ -95,11 +103,13 @@ def open_and_train(
         found: what to say of the run before its first step; on the rank that says it.
     """
     settings = run.checkpoint
-    on_first_rank_slowly(
-        lambda: prepare_directory(Path(settings.directory), settings.copy_to), "the run cannot go on from where it was"
-    )
-    # The data first: what is wrong with it is said before minutes go into building the model.
-    data = open_data(run, starting_state(run), groups.dp, device)
+    with _alerting(run):
+        on_first_rank_slowly(
+            lambda: prepare_directory(Path(settings.directory), settings.copy_to),
+            "the run cannot go on from where it was",
+        )
+        # The data first: what is wrong with it is said before minutes go into building the model.
+        data = open_everywhere(lambda: open_data(run, starting_state(run), groups.dp, device))
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
     with closing(data), telling_hooks(hooks):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,13 +16,16 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ext.config import load_run
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.training import loop
 from megatron_ext.training import run_lock as module
+from megatron_ext.training.data import RunData
 from megatron_ext.training.run_lock import run_lock
+from megatron_ext.training.same_everywhere import open_everywhere, require_same_run
 from megatron_ext.training.session import Session
+from tests.support.minimal_run import load, mapping
 
 # What can be half done when a process dies: every one of these is a moment to be killed at.
 _MOMENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile")
@@ -34,6 +38,35 @@ def train_here(path: Path, overrides: list[str]) -> int:
     layout, device = run.resolve(dist.get_world_size()), choose_device(run.runtime)
     with run_lock(run.checkpoint.directory):
         return loop.open_and_train(run, layout, groups, device)
+
+
+def start_otherwise(folder: Path) -> list[str]:
+    """What each rank says where the last one was started with other values, reads other data, and has none."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    data = {"tokenizer": "tok", "train": [{"path": str(folder / f"rank_{dist.get_rank()}" / "a")}]}  # paths may differ
+    overrides = ["optimizer.lr=0.5"] if last else []
+    fails: Any = lambda: open_data_of(("a", "b")) if not last else (folder / "c").read_text()  # noqa: E731
+    checks = (
+        partial(require_same_run, load(mapping(data=data), *overrides)),
+        partial(open_everywhere, partial(open_data_of, ("a", "other" if last else "b"))),
+        partial(open_everywhere, fails),
+    )
+    said = []
+    for check in checks:
+        try:
+            check()
+        except MegatronExtError as error:
+            said.append(str(error) if error.is_everywhere else f"only here: {error}")
+    require_same_run(load(mapping(data=data)))
+    assert open_everywhere(partial(open_data_of, ("a", "b"))).fingerprints == ("a", "b")
+    return said
+
+
+def open_data_of(fingerprints: tuple[str, ...]) -> RunData:
+    """Data that nobody reads."""
+    nothing: Any = contextlib.nullcontext()
+    nothing.close = lambda: None
+    return RunData(nothing, None, fingerprints, nothing)
 
 
 def lock_own_disk(place: Path) -> str:

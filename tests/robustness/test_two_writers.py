@@ -16,7 +16,7 @@ from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.files import publish_directory
 from megatron_ext.testing.pool import GlooPool
-from tests.robustness.runs import lock_own_disk
+from tests.robustness.runs import lock_own_disk, start_otherwise
 from tests.unit.test_locks import holder
 
 SPECS = {"embedding.word_embeddings.weight": TensorSpec((4, 2), torch.float32)}
@@ -70,3 +70,12 @@ def test_a_directory_that_each_node_has_for_itself_is_refused_before_anything_is
     assert re.search(rf"what rank 0 on {here} writes there is not seen on {here} \(ranks 1 to 2\)", said[0])
     assert "put it on a file system that every node sees" in said[0]
     assert list(tmp_path.glob("*/*")) == []
+
+
+def test_ranks_that_were_started_otherwise_are_refused_with_the_keys(tmp_path: Path, pool: GlooPool) -> None:
+    told = pool.run(3, start_otherwise, tmp_path)
+    assert told[0] == told[1] == told[2]  # on every rank alike
+    run, data, missing = told[0]
+    assert re.search(r"rank 2 on .*, unlike rank 0 on .*: optimizer\.lr = 0\.5 \(0\.001 there\)\n", run)
+    assert "source 1 = 'other' ('b' there)" in data
+    assert re.fullmatch(rf"rank 2 on .*: {tmp_path}/c: No such file or directory", missing)

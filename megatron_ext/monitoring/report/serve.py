@@ -84,7 +84,7 @@ class ReportServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                host = (self.headers.get("Host") or "").rpartition(":")[0]
+                host = (self.headers.get("Host") or "").partition(":")[0]  # without its port, which is left out for 80
                 if host not in (_HERE, "localhost"):
                     # A page of elsewhere, whose name was made to mean this machine, reads nothing here.
                     self._send(HTTPStatus.FORBIDDEN, b"", "text/plain")

@@ -183,6 +183,17 @@ def test_a_damaged_newest_one_is_replaced_by_its_copy(
     assert "is brought back" in caplog.text
 
 
+def test_where_both_are_damaged_the_way_to_an_older_one_is_said(both: tuple[Path, Path]) -> None:
+    run, second = both
+    for place in both:
+        os.truncate(place / "iter_0000002" / "__0_0.distcp", 100)
+    with pytest.raises(CheckpointError, match="not brought back|not copied") as caught:
+        prepare_directory(run, str(second))
+    away = f"move {second}/iter_0000002 and {run}/iter_0000002 away"
+    assert f"to go on from an older one ({run}/iter_0000001), {away}" in str(caught.value)
+    assert (run / "iter_0000002").is_dir()
+
+
 def test_copies_of_another_run_are_refused(both: tuple[Path, Path], tmp_path: Path) -> None:
     _, second = both
     write_run(second / "iter_0000002", {"checkpoint": {"directory": "runs/first"}})

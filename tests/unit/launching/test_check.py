@@ -64,6 +64,12 @@ def test_what_cannot_run_is_a_fault(cluster: Any, job_values: Any, sections: Any
     assert any(message.format(tmp_path) in fault for fault in findings.faults), findings.faults
 
 
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    faults = found(job(tmp_path, profile(shared=["/nowhere"]), nodes=3, seconds=600), run(tmp_path)).faults
+    words = ("--nodes 3 x 8: ", "nothing is left to train", "not every node sees it")
+    assert [word for word in words if not any(word in fault for fault in faults)] == []
+
+
 def test_tensor_parallelism_across_nodes_is_warned_of(tmp_path: Path) -> None:
     split = run(tmp_path, parallel={"tensor_model_parallel_size": 4})
     within, across = (

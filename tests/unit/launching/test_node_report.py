@@ -60,6 +60,12 @@ def test_the_bad_node_is_named_with_both_figures() -> None:
     assert "n3 BAD" in table(with_rank(6, clock=9.0))[7]
 
 
+def test_of_two_nodes_whose_clocks_are_apart_both_are_named() -> None:
+    for apart, named in ((3.0, {"n0", "n1"}), (1.9, set())):
+        reports = [replace(report, clock=(-apart if report.host == "n0" else apart) / 2) for report in ranks(nodes=2)]
+        assert {bad.host for bad in bad_nodes(reports)} == named
+
+
 def test_of_a_slow_group_the_node_is_named_that_is_in_no_fast_one() -> None:
     slow = Link((4, 5), 20e9)
     reports = [

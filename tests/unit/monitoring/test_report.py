@@ -269,6 +269,8 @@ def test_a_running_job_is_served_and_followed(named: list[str], tmp_path: Path) 
     assert (news["number"], news["data"]["phases"][0]["step"][-1]) == (2, 11)
     assert "<td>1.500</td>" in news["tables"]["summary"]
     assert news["sections"] == Page(page).data["sections"]
+    for host in ("127.0.0.1", "localhost"):  # as browsers say it of port 80
+        urllib.request.urlopen(urllib.request.Request(server.url, headers={"Host": host})).close()
     elsewhere = urllib.request.Request(server.url, headers={"Host": "elsewhere.example:80"})
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(elsewhere)

@@ -38,9 +38,19 @@ def test_a_job_says_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch, caplo
     assert "neither MEGATRON_EXT_JOB_END nor SLURM_JOB_END_TIME is set" in caplog.text
     monkeypatch.setenv("SLURM_JOB_END_TIME", "10000")
     assert exit_moment(before).seconds == 9700  # type: ignore[union-attr]
-    monkeypatch.setenv("MEGATRON_EXT_JOB_END", "4 pm")
-    with pytest.raises(EnvironmentFault, match="MEGATRON_EXT_JOB_END = '4 pm': expected seconds since 1970"):
-        exit_moment(before)
+    for text in ("4 pm", "nan", "1e300"):
+        monkeypatch.setenv("MEGATRON_EXT_JOB_END", text)
+        with pytest.raises(EnvironmentFault, match=f"MEGATRON_EXT_JOB_END = '{text}': expected seconds since 1970"):
+            exit_moment(before)
+
+
+def test_a_time_that_was_over_when_the_job_began_ends_no_job(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(JOB_START, "3000")
+    assert exit_moment(ExitAt(time=2000)) is None
+    assert "train.exit_at.time has no effect: it was over when this job began" in caplog.text
+    assert exit_moment(ExitAt(time=3060)).seconds == 3060  # type: ignore[union-attr]  # though that is over by now
 
 
 def test_a_time_that_has_come_counts_as_a_signal_that_a_real_one_is_not_lost_to() -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.data.stream.position import Position
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, DataError
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.metrics_file import read_metrics
@@ -23,6 +23,7 @@ from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.validation import Validation
+from megatron_ext.training.loop import open_and_train
 from megatron_ext.training.signals import EXIT_AT
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.verdict import Rollback, Skip, Take
@@ -221,6 +222,23 @@ def test_people_are_told_of_a_run_that_fails_before_it_begins(tmp_path: Path, mo
     server.close()
     (text,) = server.texts
     assert text.startswith(":x: *moe: failed*\nstep 0: failed before its first step: iter_0000004: sizes differ\n")
+
+
+@pytest.mark.usefixtures("alone")
+def test_people_are_told_of_a_run_whose_data_is_gone_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = WebhookServer()
+    monkeypatch.setenv("HOOK", server.url)
+    session = fake_session(tmp_path, alerts={"webhook": {"url_variable": "HOOK"}})
+    for is_known in (False, True):  # of a run that has never reported whoever starts it reads the error
+        if is_known:
+            (tmp_path / "metrics.jsonl").write_text('{"event": "start", "iteration": 0}\n')
+        with pytest.raises(DataError, match="no tokenizer here"):
+            open_and_train(session.run, session.layout, SimpleNamespace(dp=dist.group.WORLD), torch.device("cpu"))
+    server.close()
+    (text,) = server.texts
+    assert "failed before its first step: t: no tokenizer here" in text
 
 
 def test_the_w_and_b_run_goes_on_where_a_checkpoint_has_one(tmp_path: Path) -> None:
