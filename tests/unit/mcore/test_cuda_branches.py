@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,6 +80,8 @@ def meta_is_a_gpu(capability: tuple[int, int]) -> Iterator[None]:
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.device == META), raising=False)
         patch.setitem(cross_entropy._BLOCK, "meta", cross_entropy._BLOCK["cuda"])
+        # A step sets it on its device; what trained in this process before has left one on the CPU.
+        patch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1, device=META))
         for name, shape in (("_scaled_grouped_mm_v2", scaled_grouped_shape), ("segment_reduce", segment_shape)):
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
                 library.impl(name, shape)

@@ -115,7 +115,9 @@ def test_the_network_may_go_away_for_good(tmp_path: Path) -> None:
 
 
 def test_wandb_may_die(tmp_path: Path) -> None:
-    assert "W&B stopped taking reports" in report(tmp_path, "offline", "1", "20", "kill")
+    said = report(tmp_path, "offline", "1", "20", "kill")
+    # A thread of W&B's writes: on a busy machine its end is seen with the last report only.
+    assert "W&B stopped taking reports" in said or "W&B could not finish" in said
 
 
 def test_numbers_of_events_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
