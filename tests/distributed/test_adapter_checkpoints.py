@@ -126,7 +126,7 @@ def test_another_base_or_other_adapters_are_refused(
     )
     from_adapters = (("initialize_from", str(tmp_path / "run")),)
     assert "holds adapters alone" in refused(Part(MODEL, tmp_path / "new", checkpoint=from_adapters))
-    assert "does not fit this run" in refused(Part(MODEL, tmp_path / "run"))
+    assert "adapters alone, and this run trains all weights" in refused(Part(MODEL, tmp_path / "run"))
 
 
 def weights_after_going_back(part: Part) -> tuple[bool, bool]:
