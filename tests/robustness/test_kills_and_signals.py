@@ -106,7 +106,7 @@ def test_a_job_that_ends_before_its_run_goes_on_as_the_undisturbed_run(
     overrides = [f"checkpoint.directory={directory}", "checkpoint.save_interval=null", "train.exit_at.iteration=4"]
     ends = [
         pool.run(ranks, train_here, work / "run.yaml", [*overrides, *more])
-        for ranks, more in ((2, ["train.exit_at.time=0"]), (1, []), (1, []))  # rank 0's clock, a step, then to the end
+        for ranks, more in ((2, ["train.exit_at.minutes=1e-6"]), (1, []), (1, []))  # the clock, a step, then to the end
     ]
     assert ends == [[signal.SIGALRM] * 2, [signal.SIGALRM], [0]]
     assert [read_state(path).iteration for path in complete_checkpoints(directory)] == [1, 4, 6]

@@ -12,6 +12,9 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scontrol")
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+"""States that a job stays in; while it is queued again it passes through others."""
+
 CONFIGURATION = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -116,7 +119,7 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             fields = dict(f.split("=", 1) for f in self.run("scontrol", "show", "job", job).split() if "=" in f)
-            if fields["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            if fields["JobState"] in ENDED:
                 return fields["JobState"]
             if fields["JobState"] == "PENDING" and fields["Restarts"] != "0":
                 # Slurm holds a job that is queued again back for two minutes. It may just have begun all the same.

@@ -85,7 +85,7 @@ def test_two_nodes_train_like_one_process(work: Path, cluster: Cluster) -> None:
     job = submit(cluster, work, work / "run.yaml", f"checkpoint.directory={work / 'cluster'}", *LAYOUT)
     state = cluster.wait_for_job(job, 240)
     output = (work / f"job-{job}.out").read_text()
-    assert state == "COMPLETED", output
+    assert state == "COMPLETED", f"{state}\n{output}"
     assert f"job {job} on 2 nodes" in output
     difference = losses_differ(work / "cluster", work / "alone")
     print(f"2 nodes x 2 processes against one process: largest relative difference of the loss {difference:.1e}")
@@ -113,7 +113,7 @@ def test_a_job_that_is_stopped_is_queued_again_and_ends_as_the_undisturbed_run(w
     output, node = (
         path.read_text() for path in (logs / f"requeued-{job}.out", logs / f"requeued-{job}" / "node-0.log")
     )
-    assert state == "COMPLETED", output + node
+    assert state == "COMPLETED", f"{state}\n{output}{node}"
     assert "stopped and saved (exit code 143): queued again to go on" in output
     assert [int(start) for start in re.findall(rf"job {job}, start (\d)", output)] == [1, 2]
     assert node.count("fit to train: 4 ranks, on ") == 2, "the nodes were not tested before each start"
