@@ -192,12 +192,17 @@ def _write_run(
 
 
 def gathered(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Iterable[np.ndarray]:
-    """The documents that begin at `starts` in `ids`, end to end, in blocks."""
+    """The documents that begin at `starts` in `ids`, end to end, in blocks of at most _GATHERED tokens."""
     behind = np.cumsum(lengths)
     first = 0
     while first < len(starts):
+        if lengths[first] > _GATHERED:  # as it lies there: places of all its tokens would take eight times its size
+            begin, stop = int(starts[first]), int(starts[first] + lengths[first])
+            yield from (ids[at : min(at + _GATHERED, stop)] for at in range(begin, stop, _GATHERED))
+            first += 1
+            continue
         before = behind[first] - lengths[first]
-        last = max(first + 1, int(np.searchsorted(behind, before + _GATHERED, side="right")))
+        last = int(np.searchsorted(behind, before + _GATHERED, side="right"))
         some, counts = starts[first:last], lengths[first:last]
         places = np.repeat(some - (np.cumsum(counts) - counts), counts)
         places += np.arange(len(places))

@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 import megatron_ext.data.prepare.preprocess as module
@@ -224,3 +227,16 @@ def test_another_option_starts_anew(place: Path, texts: list[str], tmp_path: Pat
             preprocess([tmp_path / "c.jsonl"], place / "t", tmp_path / "d")
     preprocess([tmp_path / "c.jsonl"], place / "t", tmp_path / "d", options=TextOptions(min_characters=2))
     assert "begun with other text, tokenizer or options; starts anew" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(1, 40), max_size=12), st.randoms(use_true_random=False))
+def test_documents_are_gathered_in_blocks_of_bounded_size(lengths: list[int], draws: random.Random) -> None:
+    order = draws.sample(range(len(lengths)), len(lengths))
+    stops = np.cumsum(lengths, dtype=np.int64)
+    ids, starts = np.arange(stops[-1] if lengths else 0, dtype=np.uint16), stops - np.array(lengths, dtype=np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_GATHERED", 8)
+        blocks = list(parts.gathered(ids, starts[order], np.array(lengths, dtype=np.int64)[order]))
+    wanted = [number for one in order for number in range(starts[one], stops[one])]
+    assert [int(number) for block in blocks for number in block] == wanted
+    assert all(0 < len(block) <= 8 for block in blocks)
