@@ -17,6 +17,7 @@ import html
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,8 @@ VOCABULARY, PROCESSES = 1024, 2
 REFUSED = "step 0: failed before its first step"
 """How the alert of a start that was refused begins."""
 URL_VARIABLE = "MEGATRON_EXT_SOAK_WEBHOOK"
+NOT_SAVED = re.compile(rb"the checkpoint was not saved|It is tried again at the next step that saves")
+"""How the log says that a save has failed."""
 
 
 class Webhook:
@@ -108,10 +111,13 @@ class Soak:
         losses = [r["iteration"] for r in read_metrics(metrics) if "loss" in r] if metrics.is_file() else [0]
         return losses[-1] if losses else 0
 
+    def is_running(self) -> bool:
+        """Whether the launcher has not ended yet."""
+        return self.launcher is not None and self.launcher.poll() is None
+
     def wait(self, steps: int) -> bool:
         """Wait until so many steps are reported; whether the run still goes on then."""
-        assert self.launcher is not None
-        while self.launcher.poll() is None:
+        while self.is_running():
             if self.steps() >= steps:
                 return True
             time.sleep(0.1)
@@ -203,7 +209,7 @@ def dead_webhook(soak: Soak) -> None:
 
 
 def full_disk(soak: Soak) -> None:
-    """The disk is full until after the next save."""
+    """The disk is full until a save has failed; if that was the run's last one, it ends and is started again."""
     ballast = soak.directory.parent / "ballast"
     free = shutil.disk_usage(soak.directory).free
     with ballast.open("wb") as file:
@@ -211,13 +217,16 @@ def full_disk(soak: Soak) -> None:
             file.write(bytes(min(free - 2**16, 2**20)))
             file.flush()
             free = shutil.disk_usage(soak.directory).free
-    soak.wait(soak.steps() + 12)
+    # Reports of steps cannot be written either, so that the log tells how far the run is.
+    already = soak.log.stat().st_size
+    while soak.is_running() and not NOT_SAVED.search(soak.log.read_bytes(), already):
+        time.sleep(0.1)
     ballast.unlink()
 
 
 Disturbance = Callable[[Soak], None]
 GOING_ON = (full_disk, dead_webhook)
-"""After these the run still goes on."""
+"""After these the run still goes on, unless it was at its end."""
 
 
 def disturb(soak: Soak, steps: int, kinds: list[Disturbance]) -> None:
@@ -234,7 +243,8 @@ def disturb(soak: Soak, steps: int, kinds: list[Disturbance]) -> None:
         soak.done[what.__name__] += 1
         print(f"step {soak.steps()}: {what.__name__}", flush=True)
         what(soak)
-        if what not in GOING_ON:
+        if what not in GOING_ON or not soak.is_running():
+            soak.ended()
             soak.start()
     if (code := soak.ended()) != 0:
         raise SystemExit(f"the run ended with exit code {code} at step {soak.steps()}; see {soak.log}")
