@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -18,6 +17,8 @@ from types import FrameType
 from typing import Any
 
 from run_data import ROOT
+
+from megatron_ext.testing.ports import free_port
 
 ANYWHERE = "at any time"
 ONCE = ("asking the reference", "writing the reference")
@@ -115,13 +116,6 @@ def be_a_rank(rank: int, size: int, port: int, call: list[str], log: Path, momen
     # As a Python of its own ends; a forked one would leave this out, and wait for W&B's threads.
     atexit._run_exitfuncs()
     os._exit(code)
-
-
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 @dataclass

@@ -39,7 +39,7 @@ def start_process_group(runtime: RuntimeConfig, device: torch.device, *, alone: 
     """Join the processes that torchrun or Slurm started, or stand alone without a launcher (or if told to).
 
     Raises:
-        EnvironmentFault: the launcher's variables are there only in part.
+        EnvironmentFault: the launcher's variables are there only in part, or the processes cannot meet where they say.
     """
     timeout = datetime.timedelta(minutes=runtime.distributed_timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "nccl"
@@ -54,7 +54,19 @@ def start_process_group(runtime: RuntimeConfig, device: torch.device, *, alone: 
             "or unset them to run one process"
         )
     device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        way_out = (
+            "rank 0 listens there: another run may have the port; set MASTER_PORT to another one, on every node"
+            if rank == "0"
+            else "rank 0 is to listen there: does it run, and can this node reach it?"
+        )
+        raise EnvironmentFault(
+            f"MASTER_ADDR = {address}, MASTER_PORT = {port}: rank {rank} cannot join the others: "
+            f"{str(error).splitlines()[0]}; {way_out}"
+        ) from None
 
 
 def split_process_group(parallel: ParallelConfig, runtime: RuntimeConfig) -> Groups:

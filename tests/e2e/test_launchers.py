@@ -2,13 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.testing.ports import free_port
 from tests.support.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
 
 
@@ -29,9 +29,7 @@ def test_two_nodes_train_like_one(tmp_path: Path) -> None:
     one = start(run, f"checkpoint.directory={tmp_path / 'one'}", NPROC_PER_NODE="2")
     _, errors = one.communicate(timeout=240)
     assert one.returncode == 0, errors
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     nodes = [
         start(
             run,

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from megatron_ext.monitoring.metrics_file import read_history, read_metrics
 from megatron_ext.testing.pool import GlooPool
+from megatron_ext.testing.ports import free_port
 from tests.robustness.runs import train_here, wait_until
 from tests.support.commands import TOOLS
 from tests.support.workspace import reported_losses
@@ -59,9 +59,7 @@ def test_a_lost_rank_and_a_lost_node_cost_a_restart_each(
     pool.run(
         1, train_here, work / "run.yaml", [*usual, "checkpoint.save_interval=null", f"checkpoint.directory={alone}"]
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = [*usual, "checkpoint.save_interval=1", f"checkpoint.directory={directory}"]
     metrics = directory / "metrics.jsonl"
 

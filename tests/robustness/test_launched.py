@@ -15,6 +15,7 @@ from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.locks import exclusive
 from megatron_ext.monitoring.metrics_file import read_metrics
+from megatron_ext.testing.ports import free_port
 from tests.robustness.runs import wait_until
 from tests.support.commands import TOOLS, command
 from tests.support.workspace import reported_losses
@@ -60,10 +61,7 @@ def test_processes_that_would_each_train_alone_are_refused(size: str, work: Path
 
 def test_mpirun_with_an_address_trains_as_one_run(work: Path) -> None:
     directory = work / "mpirun"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= {"OMPI_COMM_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import start_process_group
 from megatron_ext.runtime.seeds import random_state, restore_random_state, seed_everything
 from megatron_ext.testing.pool import GlooPool
+from megatron_ext.testing.ports import free_port
 
 CPU = torch.device("cpu")
 
@@ -33,6 +35,19 @@ def test_a_half_set_launch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(EnvironmentFault, match="RANK, WORLD_SIZE set, but not MASTER_ADDR, MASTER_PORT"):
         start_process_group(RuntimeConfig(), CPU)
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as another_run:
+        another_run.bind(("", port))
+        another_run.listen()
+        with pytest.raises(
+            EnvironmentFault, match=rf"MASTER_PORT = {port}: rank 0 cannot join .*already in use.*another one"
+        ):
+            start_process_group(RuntimeConfig(), CPU)
 
 
 def drawn_twice() -> tuple[list[float], list[float]]:
