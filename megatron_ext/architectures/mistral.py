@@ -1,10 +1,11 @@
-"""Mistral without its sliding window: `MistralForCausalLM`."""
+"""Mistral, whose first version has a sliding window: `MistralForCausalLM`."""
 
 from megatron_ext.architectures.llama import DENSE_FFN, DROPS, SIZES, TRUNK, dense_only
-from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.fields import Field
 from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.window_fields import SlidingWindow
 
 POSITIONS = 131072
 
@@ -20,7 +21,7 @@ MISTRAL = Architecture(
         Field("max_position_embeddings", "max_position_embeddings", default=POSITIONS),
         Field("rms_norm_eps", "layernorm_epsilon", default=1e-6),
         Activation("hidden_act"),
-        SlidingWindow(window=4096, positions=POSITIONS),
+        SlidingWindow(window=4096),
         Rope(partial=None),
     ),
     weights=TRUNK + DENSE_FFN,

@@ -1,13 +1,14 @@
 """Mixtral: every layer has experts, whose weights sum to 1: `MixtralForCausalLM`."""
 
 from megatron_ext.architectures.llama import LAYER, SIZES, TRUNK
-from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import moe_only, routed_experts, stacked_experts
 from megatron_ext.architectures.tables.fields import ConfigRule, Field
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import EveryLayerMoe, ExpertWidth, SumsToOne
 from megatron_ext.architectures.tables.storage_variants import Alias
+from megatron_ext.architectures.tables.window_fields import SlidingWindow
 
 BLOCK = f"{LAYER}.block_sparse_moe"
 POSITIONS = 131072
@@ -21,7 +22,7 @@ CONFIG: tuple[ConfigRule, ...] = (
     Field("max_position_embeddings", "max_position_embeddings", default=POSITIONS),
     Field("rms_norm_eps", "layernorm_epsilon", default=1e-5),
     Activation("hidden_act"),
-    SlidingWindow(positions=POSITIONS),
+    SlidingWindow(),
     Rope(theta=1e6, partial=None),
     Field("num_local_experts", "num_moe_experts", default=8),
     Field("num_experts_per_tok", "moe_router_topk", default=2),

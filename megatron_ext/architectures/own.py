@@ -28,6 +28,7 @@ from megatron_ext.architectures.tables.rules import (
     with_qkv_biases,
     with_shared_experts,
 )
+from megatron_ext.architectures.tables.window_fields import LayerWindows
 from megatron_ext.config import LearnedNoise, ModelConfig
 
 _FIELDS: tuple[ConfigRule, ...] = (
@@ -45,6 +46,8 @@ _FIELDS: tuple[ConfigRule, ...] = (
     Field("qkv_bias", "add_qkv_bias", default=False),
     Field("use_bias", "add_bias_linear", default=False),
     Field("qk_norm", "qk_layernorm"),
+    LayerWindows(),
+    Field("attention_sinks", "attention_sinks", default=False),
     Spelled("position_embedding_type", "position_embedding_type", (("rope", "rope"), ("learned", "learned_absolute"))),
     Rope(),
     Field("embedding_multiplier", "embedding_scale", default=1.0),
@@ -108,6 +111,11 @@ def qk_norms(model: ModelConfig, layer: int) -> bool:
     return model.qk_layernorm is not None
 
 
+def sinks(model: ModelConfig, layer: int) -> bool:
+    """A sink for each head."""
+    return model.attention_sinks
+
+
 def latent(model: ModelConfig, layer: int) -> bool:
     """Multi-head latent attention."""
     return model.multi_latent_attention is not None
@@ -169,6 +177,7 @@ QKV = Qkv(
 GROUPED_QUERY_ATTENTION: tuple[Rule, ...] = (
     QKV,
     bias_of(QKV, with_qkv_biases),
+    Rename(f"{ATTENTION}.core_attention.softmax_offset", sinks, hf=f"{HF_ATTENTION}.sinks"),
     *_norm(f"{ATTENTION}.q_layernorm", f"{HF_ATTENTION}.q_norm", qk_norms),
     *_norm(f"{ATTENTION}.k_layernorm", f"{HF_ATTENTION}.k_norm", qk_norms),
 )

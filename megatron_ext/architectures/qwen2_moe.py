@@ -1,7 +1,7 @@
 """Qwen1.5-MoE and Qwen2-MoE, with a shared expert behind a gate: `Qwen2MoeForCausalLM`."""
 
 from megatron_ext.architectures.llama import DENSE_FFN, LAYER, QKV, SIZES, TRUNK
-from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import (
     MEGATRON_MLP,
@@ -14,6 +14,7 @@ from megatron_ext.architectures.tables.fields import Always, Field
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import NormalizedTopK, SparseStep
 from megatron_ext.architectures.tables.rules import Rename, bias_of, with_qkv_biases, with_shared_experts
+from megatron_ext.architectures.tables.window_fields import SlidingWindow
 from megatron_ext.config import ModelConfig
 
 POSITIONS = 32768
@@ -36,7 +37,7 @@ QWEN2_MOE = Architecture(
         Field("rms_norm_eps", "layernorm_epsilon", default=1e-6),
         Activation("hidden_act"),
         Field("qkv_bias", "add_qkv_bias", default=True),
-        SlidingWindow(window=4096, positions=POSITIONS, switch="use_sliding_window"),
+        SlidingWindow(window=4096, switch="use_sliding_window", layers=None, reads_types=True),
         Rope(partial=None),
         Field("num_experts", "num_moe_experts", default=60),
         Field("num_experts_per_tok", "moe_router_topk", default=4),

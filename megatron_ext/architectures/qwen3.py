@@ -1,10 +1,11 @@
 """Qwen3, dense, with its norms of each head's queries and keys: `Qwen3ForCausalLM`."""
 
 from megatron_ext.architectures.llama import DENSE_FFN, QK_NORMS, SIZES, TRUNK, dense_only
-from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.fields import Always, Field, Fixed
 from megatron_ext.architectures.tables.rope import Rope
+from megatron_ext.architectures.tables.window_fields import SlidingWindow, after_the_first
 
 POSITIONS = 32768
 
@@ -22,7 +23,7 @@ QWEN3 = Architecture(
         Activation("hidden_act"),
         Always("qk_layernorm", "head"),
         Fixed("attention_bias", False),
-        SlidingWindow(window=4096, positions=POSITIONS, switch="use_sliding_window"),
+        SlidingWindow(window=4096, switch="use_sliding_window", layers=after_the_first, reads_types=True),
         Rope(partial=None),
     ),
     weights=TRUNK + DENSE_FFN + QK_NORMS,

@@ -1,12 +1,13 @@
 """Qwen3-MoE: norms of each head's queries and keys, no shared expert: `Qwen3MoeForCausalLM`."""
 
 from megatron_ext.architectures.llama import DENSE_FFN, QK_NORMS, SIZES, TRUNK
-from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth, SlidingWindow
+from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import moe_only, routed_experts, stacked_experts
 from megatron_ext.architectures.tables.fields import Always, Field, Fixed
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import NormalizedTopK, SparseStep
+from megatron_ext.architectures.tables.window_fields import SlidingWindow
 
 POSITIONS = 32768
 
@@ -24,7 +25,7 @@ QWEN3_MOE = Architecture(
         Activation("hidden_act"),
         Always("qk_layernorm", "head"),
         Fixed("attention_bias", False),
-        SlidingWindow(window=4096, positions=POSITIONS, switch="use_sliding_window"),
+        SlidingWindow(window=4096, switch="use_sliding_window"),
         Rope(partial=None),
         # transformers 5 writes the second name, older readers know the first.
         Field("num_experts", "num_moe_experts", also=("num_local_experts",), default=128),

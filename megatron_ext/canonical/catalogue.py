@@ -143,6 +143,8 @@ class _Layer:
         elif model.qk_layernorm == "projection":
             yield self._weight(f"{prefix}.q_layernorm.weight", (queries,), ONES, tp=0)
             yield self._weight(f"{prefix}.k_layernorm.weight", (keys,), ONES, tp=0)
+        if model.attention_sinks:
+            yield self._weight(f"{prefix}.core_attention.softmax_offset", (model.num_attention_heads,), self._normal, 0)
         yield from self._row(f"{prefix}.linear_proj", hidden, queries, bias=model.add_bias_linear)
 
     def _latent_attention(self, prefix: str) -> Tensors:

@@ -15,8 +15,11 @@ def effective_value(model: ModelConfig, name: str) -> Any:
     # A softmax over the selected experts is one over all of them, divided by its sum over the selected ones.
     sums_to_one = model.normalizes_topk or (softmax and not model.moe_router_pre_softmax)
     latent = model.multi_latent_attention
+    windows = model.window_layer_pattern
     applied = {
         "multi_latent_attention": latent and replace(latent, latent_norm_epsilon=model.latent_norm_epsilon),
+        "sliding_window": model.sliding_window if any(windows) else None,
+        "window_attn_skip_freq": windows,
         "rotary_base": model.rotary_base if rotates else None,
         "rotary_percent": model.rotary_percent if rotates else None,
         "rope_scaling": model.rope_scaling if rotates else None,

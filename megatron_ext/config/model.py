@@ -5,7 +5,9 @@ what only training reads (model_training.py).
 """
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from megatron_ext.config.attention import DynamicRopeScaling, MultiLatentAttention, RopeScaling
 from megatron_ext.config.base import config
@@ -45,6 +47,14 @@ class DenseFields:
     """Extension of RoPE beyond the length the model was first trained for."""
     multi_latent_attention: MultiLatentAttention | None = shapes_weights(default=None)
     """Multi-head latent attention (DeepSeek-V2 and V3) instead of grouped-query attention."""
+    sliding_window: int | None = shapes_function(default=None, ge=1)
+    """Positions that a query attends to, its own and those before it (Mistral, arXiv 2310.06825). Unset: all."""
+    window_attn_skip_freq: Annotated[int, Field(ge=1)] | list[Literal[0, 1]] | None = shapes_function(default=None)
+    """Which layers have no window: N leaves it out of each N-th one (gpt-oss: 2), a list says 1 for every layer with
+    it and 0 for the others. Unset: all layers have it."""
+    attention_sinks: bool = shapes_weights(default=False)
+    """A learned logit of each head joins the softmax and has no value, so that a head may attend to nothing (gpt-oss,
+    arXiv 2508.10925, section 2.3)."""
     qk_layernorm: Literal["head", "projection"] | None = shapes_weights(default=None)
     """Norm of queries and keys: `head` over each head's width (Qwen3), `projection` over all heads (OLMoE)."""
     normalization: Literal["RMSNorm", "LayerNorm"] = shapes_weights(default="RMSNorm")
@@ -95,6 +105,16 @@ class ModelConfig(ExpertTraining, DenseTraining, ExpertFields, DenseFields):
         else:
             pattern = [layer % self.moe_layer_freq == 0 for layer in range(self.num_layers)]
         return [moe and layer >= self.moe_first_k_dense for layer, moe in enumerate(pattern)]
+
+    @property
+    def window_layer_pattern(self) -> list[bool]:
+        """For each layer, whether its attention has the window."""
+        skip = self.window_attn_skip_freq
+        if self.sliding_window is None or skip is None:
+            return [self.sliding_window is not None] * self.num_layers
+        if isinstance(skip, list):
+            return [bool(x) for x in skip]
+        return [layer % skip != 0 for layer in range(1, self.num_layers + 1)]
 
     @property
     def query_groups(self) -> int:

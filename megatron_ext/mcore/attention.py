@@ -1,6 +1,6 @@
 """Core attention by torch's own kernels: grouped-query, causal, within documents, over a context-parallel group.
 
-No score matrix and no mask of that size stands in memory.
+A layer may have a sliding window, and its heads sinks. No score matrix and no mask of that size stands in memory.
 """
 
 #   S sequence of this CP rank, B micro-batch, N query heads of this TP rank, G key/value heads of this TP rank,
@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_ext.mcore.attention_segments import AttentionSegments, attend_segments, find_segments
@@ -31,6 +32,10 @@ class ScaledDotProductAttention(MegatronModule):
     pipeline stage unread, also under recompute. It is not a mask but the documents' lengths, on the host: kernels must
     know the longest one, and asking a device would wait for it. (`packed_seq_params` would carry them too, but it makes
     multi-latent attention drop the batch dimension.)
+
+    Attributes:
+        window: positions that a query of this layer attends to, its own included; None: all before it.
+        softmax_offset: the sinks of this rank's heads [N], under megatron-core's name; None without.
     """
 
     def __init__(
@@ -49,6 +54,15 @@ class ScaledDotProductAttention(MegatronModule):
         assert pg_collection is not None
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.context_group: dist.ProcessGroup = pg_collection.cp
+        self.tensor_group: dist.ProcessGroup = pg_collection.tp
+        self.window: int | None = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window = config.window_size[0] + 1
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self.tensor_group.size()
+            where = {"dtype": config.params_dtype, "device": torch.get_default_device()}
+            self.softmax_offset = mark_as_split_by_heads(torch.nn.Parameter(torch.empty(heads, **where)))
 
     def forward(
         self,
@@ -74,20 +88,21 @@ class ScaledDotProductAttention(MegatronModule):
             if segments is None:
                 return self._attend_rows(query_SBND, key_SBGD, value_SBGD, dropout)
             key_SBGD, value_SBGD = gather_sequence(key_SBGD, value_SBGD, self.context_group)
-            return attend_segments(query_SBND, key_SBGD, value_SBGD, segments, self.scale, dropout)
+            return attend_segments(query_SBND, key_SBGD, value_SBGD, segments, self.scale, dropout, self.softmax_offset)
 
     def _segments(self, query_SBND: Tensor, document_lengths: Tensor | None) -> AttentionSegments | None:
-        """What this rank's queries may see; None where that is simply all tokens of the row before them."""
+        """What this rank's queries may see; None where plain attention to all tokens of the row before them does."""
         size = self.context_group.size()
         whole, batch = query_SBND.shape[0] * size, query_SBND.shape[1]
+        window = None if self.window is None or self.window >= whole else self.window
         if document_lengths is not None:
             lengths = tuple(tuple(filter(None, row)) for row in document_lengths.tolist())
             assert [sum(row) for row in lengths] == [whole] * batch, "documents must fill their rows"
-        elif size > 1:
+        elif size > 1 or window is not None or self.softmax_offset is not None:
             lengths = ((whole,),) * batch
         else:
             return None
-        return find_segments(lengths, self.context_group.rank(), size, query_SBND.device)
+        return find_segments(lengths, self.context_group.rank(), size, query_SBND.device, window)
 
     def _attend_rows(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, dropout: float) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
@@ -114,6 +129,27 @@ class ScaledDotProductAttention(MegatronModule):
         if dropout == 0.0 or self.config.sequence_parallel:
             return contextlib.nullcontext()
         return get_cuda_rng_tracker().fork()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe the sinks, if there are any, as split over the TP group."""
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tensor_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        return sharded
+
+
+def mark_as_split_by_heads(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Mark `parameter`, one number for each head of a TP rank, so that norms of gradients count those of all ranks."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim, parameter.partition_stride = 0, 1  # type: ignore[attr-defined]
+    return parameter
 
 
 def gather_sequence(key_SBGD: Tensor, value_SBGD: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

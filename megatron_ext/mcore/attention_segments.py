@@ -3,7 +3,8 @@
 A segment is a stretch of one row's queries and a stretch of its keys that ends with them: the last query sees all keys,
 the one before it all but the last, and so on. A document is a segment whose queries and keys are the same tokens; a
 zigzag chunk of a context-parallel rank is one whose keys begin earlier than its queries; a chunk that documents cut
-into pieces is several. So one description covers intra-document attention, context parallelism and both.
+into pieces is several. So one description covers intra-document attention, context parallelism and both. With a sliding
+window a segment has only the keys that its first query sees and those after them.
 """
 
 #   S sequence of the rank, B micro-batch, N query heads, G key/value heads, D head width
@@ -23,9 +24,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from megatron_ext.mcore.attention_sinks import KernelCall, attend_with_sinks, flash_attend_with_sinks
 from megatron_ext.runtime.zigzag import zigzag_chunks
 
-# Rows of queries that meet a mask at a time, where a segment has more keys than queries and no kernel knows that mask.
+# Rows of queries that meet a mask at a time, where a segment has more keys than queries, or a window, and no kernel
+# knows that mask.
 _MASKED_QUERIES = 128
 
 # torch 2.10 lacks a free scale; there segments are computed one by one. Up to 2.11 FlashAttention takes fewer key heads
@@ -52,22 +55,29 @@ class AttentionSegments:
     """[segments + 1] int32: where each segment begins and ends in the packed queries, for the kernel."""
     cu_seqlens_k: Tensor
     """The same for the packed keys."""
+    window: int | None = None
+    """Keys that a query sees, its own included; None: all before it."""
 
 
 # One micro-batch is asked for by every layer, forward and in recompute, while others of the pipeline are in flight.
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)
 def find_segments(
-    lengths: tuple[tuple[int, ...], ...], context_rank: int, context_size: int, device: torch.device
+    lengths: tuple[tuple[int, ...], ...],
+    context_rank: int,
+    context_size: int,
+    device: torch.device,
+    window: int | None = None,
 ) -> AttentionSegments:
     """The segments of a micro-batch on one context-parallel rank.
 
     Args:
         lengths: of each row its documents' lengths, in order, over the sequence of all ranks.
+        window: how many keys a query sees, its own included.
     """
     found = [
-        (row, *segment)
+        (row, first, begin if window is None else max(begin, first - window + 1), end)
         for row, documents in enumerate(lengths)
-        for segment in _row_segments(documents, context_rank, context_size)
+        for first, begin, end in _row_segments(documents, context_rank, context_size)
     ]
     queries = tuple(end - first for _, first, _, end in found)
     keys = tuple(end - begin for _, _, begin, end in found)
@@ -77,7 +87,7 @@ def find_segments(
             ranges[-1] = (row, ranges[-1][1], end)
         else:
             ranges.append((row, begin, end))
-    return AttentionSegments(tuple(ranges), queries, keys, _ends(queries, device), _ends(keys, device))
+    return AttentionSegments(tuple(ranges), queries, keys, _ends(queries, device), _ends(keys, device), window)
 
 
 def _row_segments(documents: Sequence[int], context_rank: int, context_size: int) -> Iterator[tuple[int, int, int]]:
@@ -105,20 +115,26 @@ def attend_segments(
     segments: AttentionSegments,
     scale: float,
     dropout: float = 0.0,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Return the context [S, B, N * Dv] of this rank's queries.
 
-    Keys and values are those of the whole sequence; `dropout` is the share of attention weights to drop. On CUDA in
-    half precision and without dropout this is one FlashAttention call for all segments; elsewhere one
-    scaled_dot_product_attention for each.
+    On CUDA in half precision and without dropout this is one FlashAttention call for all segments; elsewhere each is
+    computed by itself.
+
+    Args:
+        key_SBGD: keys of the whole sequence, as the values.
+        dropout: share of attention weights to drop; not with sinks.
+        sinks_N: a logit of each head that joins its softmax (attention_sinks.py).
     """
+    assert sinks_N is None or dropout == 0.0, "no weights of a softmax with a sink are dropped"
     seq, batch = query_SBND.shape[:2]
     query_QND = query_SBND.transpose(0, 1).flatten(0, 1)
     key_KGD, value_KGD = (_pack(x, segments.key_ranges) for x in (key_SBGD, value_SBGD))
     if dropout == 0.0 and _has_kernel(query_QND, value_KGD):
-        context_QND = _one_call(query_QND, key_KGD, value_KGD, segments, scale)
+        context_QND = _one_call(query_QND, key_KGD, value_KGD, segments, scale, sinks_N)
     else:
-        context_QND = _one_by_one(query_QND, key_KGD, value_KGD, segments, scale, dropout)
+        context_QND = _one_by_one(query_QND, key_KGD, value_KGD, segments, scale, dropout, sinks_N)
     return context_QND.view(batch, seq, -1).transpose(0, 1).contiguous()
 
 
@@ -142,30 +158,37 @@ def _has_kernel(query_QND: Tensor, value_KGD: Tensor) -> bool:
 
 
 def _one_call(
-    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: AttentionSegments, scale: float
+    query_QND: Tensor,
+    key_KGD: Tensor,
+    value_KGD: Tensor,
+    segments: AttentionSegments,
+    scale: float,
+    sinks_N: Tensor | None,
 ) -> Tensor:
+    # Causal; FlashAttention aligns the last query with the last key, and counts a window without the query's own key.
+    window = (-1, 0) if segments.window is None else (segments.window - 1, 0)
+    ends = (segments.cu_seqlens_q, segments.cu_seqlens_k)
+    most = (max(segments.query_lengths), max(segments.key_lengths))
+    if sinks_N is not None:
+        return flash_attend_with_sinks(
+            query_QND, key_KGD, value_KGD, sinks_N, KernelCall(*ends, *most, window=window, scale=scale)
+        )
     grouped: dict[str, Any] = (
         {"enable_gqa": query_QND.shape[1] != key_KGD.shape[1]} if "enable_gqa" in _VARLEN_PARAMETERS else {}
     )
-    context_QND = varlen_attn(
-        query_QND,
-        key_KGD,
-        value_KGD,
-        segments.cu_seqlens_q,
-        segments.cu_seqlens_k,
-        max(segments.query_lengths),
-        max(segments.key_lengths),
-        scale=scale,
-        # Causal; FlashAttention aligns the last query with the last key.
-        window_size=(-1, 0),
-        **grouped,
-    )
+    context_QND = varlen_attn(query_QND, key_KGD, value_KGD, *ends, *most, scale=scale, window_size=window, **grouped)
     assert isinstance(context_QND, Tensor)  # and not with the log-sum-exp, which was not asked for
     return context_QND
 
 
 def _one_by_one(
-    query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: AttentionSegments, scale: float, dropout: float
+    query_QND: Tensor,
+    key_KGD: Tensor,
+    value_KGD: Tensor,
+    segments: AttentionSegments,
+    scale: float,
+    dropout: float,
+    sinks_N: Tensor | None,
 ) -> Tensor:
     # Split, not sliced: a split's gradient is one concatenation, that of each slice a tensor as large as the whole.
     parts = zip(
@@ -175,34 +198,48 @@ def _one_by_one(
         strict=True,
     )
     with sdpa_kernel(_KERNELS_OF_ONE_SEGMENT) if query_QND.is_cuda else contextlib.nullcontext():
-        return torch.cat([_attend_segment(*part, scale, dropout) for part in parts])
+        return torch.cat([_attend_segment(*part, segments.window, scale, dropout, sinks_N) for part in parts])
 
 
-def _attend_segment(query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: float, dropout: float) -> Tensor:
+def _attend_segment(
+    query_QND: Tensor,
+    key_KGD: Tensor,
+    value_KGD: Tensor,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    sinks_N: Tensor | None,
+) -> Tensor:
     """Attention of one segment.
 
-    With more keys than queries the mask is a parallelogram, which scaled_dot_product_attention takes as a tensor only.
-    It is made for a few queries at a time, so that its size is linear in the sequence. (Attending to the keys before
-    the segment without a mask and to those within it causally, and merging both by their log-sum-exp, needs no mask,
-    but that sum is known only to functions private to each device's kernel, and has no gradient there.)
+    With more keys than queries the mask is a parallelogram, with a window a band, which scaled_dot_product_attention
+    takes as a tensor only. It is made for a few queries at a time and the keys that they see, so that its size is
+    linear in the sequence.
     """
     queries, keys = query_QND.shape[0], key_KGD.shape[0]
+    query, key, value = (x.transpose(0, 1) for x in (query_QND, key_KGD, value_KGD))
     options: dict[str, Any] = {
         "scale": scale,
         "dropout_p": dropout,
         "enable_gqa": query_QND.shape[1] != key_KGD.shape[1],
     }
-    query, key, value = (x.transpose(0, 1)[None] for x in (query_QND, key_KGD, value_KGD))
-    if queries == keys:
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-        return context[0].transpose(0, 1)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
+        return F.scaled_dot_product_attention(query[None], key[None], value[None], **mask, **options)[0]
+
+    if queries == keys and sinks_N is None and (window is None or window >= keys):
+        return attend(query, key, value, is_causal=True).transpose(0, 1)
     blocks = []
     for first in range(0, queries, _MASKED_QUERIES):
         end = min(first + _MASKED_QUERIES, queries)
-        seen = keys - queries + end
-        mask = torch.ones(end - first, seen, dtype=torch.bool, device=query.device).tril(seen - (end - first))
-        part = F.scaled_dot_product_attention(
-            query[:, :, first:end], key[:, :, :seen], value[:, :, :seen], attn_mask=mask, **options
-        )
-        blocks.append(part[0].transpose(0, 1))
+        seen, rows = keys - queries + end, end - first
+        begin = 0 if window is None else max(seen - rows - window + 1, 0)
+        visible = torch.ones(rows, seen - begin, dtype=torch.bool, device=query.device).tril(seen - begin - rows)
+        if window is not None:
+            visible = visible.triu(seen - begin - rows - window + 1)
+        block = (query[:, first:end], key[:, begin:seen], value[:, begin:seen])
+        if sinks_N is None:
+            blocks.append(attend(*block, attn_mask=visible).transpose(0, 1))
+        else:
+            blocks.append(attend_with_sinks(*block, sinks_N, visible, scale).transpose(0, 1))
     return torch.cat(blocks)

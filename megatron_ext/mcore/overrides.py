@@ -14,10 +14,13 @@ from megatron_ext.runtime.core_guard import complaints_about
 
 # Our modules would not read these: the model would train as if they had not been set.
 _NOT_COMPUTED = {
-    "attention is causal, over the whole sample, with plain softmax": (
+    "attention is causal, with plain softmax": (
         "apply_query_key_layer_scaling attention_backend attention_output_gate "
         "attention_softmax_in_fp32 flash_decode log_max_attention_logit qk_clip qk_clip_alpha qk_clip_threshold "
-        "qk_l2_norm softmax_type window_attn_skip_freq window_size"
+        "qk_l2_norm"
+    ),
+    "windows and sinks are those of model.sliding_window, window_attn_skip_freq and attention_sinks": (
+        "softmax_type window_attn_skip_freq window_size"
     ),
     "every layer is attention and a feed-forward network": (
         "dsa_indexer_head_dim dsa_indexer_loss_coeff dsa_indexer_n_heads dsa_indexer_topk dsa_indexer_use_sparse_loss "

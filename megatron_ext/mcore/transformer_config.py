@@ -115,6 +115,10 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "add_qkv_bias": model.has_qkv_bias,
         # Norms over a whole projection are our own, split as it is: their gradients must not be summed over TP ranks.
         "qk_layernorm": model.qk_layernorm == "head",
+        # It counts a window without the query's own position.
+        "window_size": None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        "window_attn_skip_freq": [int(has_window) for has_window in model.window_layer_pattern],
+        "softmax_type": "learnable" if model.attention_sinks else "vanilla",
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         # Weights are drawn by parameter name once the model stands (initialization.py), alike in every layout. Its

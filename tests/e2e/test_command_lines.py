@@ -132,7 +132,7 @@ def test_all_faults_of_a_run_come_in_one_message(tmp_path: Path) -> None:
                 "--config-only",
                 "model.transformer_overrides={window_size: [3, 0]}",
             ],
-            ["model.transformer_overrides.window_size: attention is causal, over the whole sample"],
+            ["model.transformer_overrides.window_size: windows and sinks are those of model.sliding_window"],
         ),
         (["prove.py", "nowhere.yaml"], ["HERE/nowhere.yaml: No such file"]),
         (["corpus.py"], ["output: is required"]),

@@ -8,7 +8,6 @@ from megatron_ext.architectures.tables.fields import ConfigRule
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 LATENT = {
     "kv_lora_rank": "kv_lora_rank",
     "q_lora_rank": "q_lora_rank",
@@ -179,45 +178,6 @@ class NoGroups(ConfigRule):
     def unsupported_fields(self, model: ModelConfig) -> list[str]:
         grouped = model.query_groups != model.num_attention_heads
         return [f"num_query_groups = {model.num_query_groups}"] if grouped else []
-
-
-@dataclass(frozen=True)
-class SlidingWindow(ConfigRule):
-    """Attention to the last `sliding_window` tokens, which Megatron's models do not have.
-
-    Accepted where it is off, or no shorter than the longest sequence, so that nothing falls out of it.
-    """
-
-    window: int | None = None
-    """What absent means."""
-    positions: int = 0
-    """What an absent `max_position_embeddings` means."""
-    switch: str | None = None
-    """The field that turns it on, in classes that have one; they have `layer_types` and `max_window_layers` too."""
-
-    def hf_names(self) -> tuple[str, ...]:
-        return ("sliding_window", *((self.switch, "layer_types", "max_window_layers") if self.switch else ()))
-
-    def megatron_names(self) -> tuple[str, ...]:
-        return ()
-
-    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
-        return {"sliding_window": None} | ({self.switch: False} if self.switch else {})
-
-    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        window = raw.get("sliding_window", self.window)
-        if self.switch and not raw.get(self.switch, False):
-            window = None
-        positions = raw.get("max_position_embeddings", self.positions)
-        if window and window < positions:
-            raise ConversionError(
-                f"sliding_window = {window!r} is shorter than max_position_embeddings = {positions!r}: Megatron has no "
-                f"sliding windows; max_position_embeddings = {window} in config.json gives up what lies beyond"
-            )
-        allowed = {FULL, SLIDING} if window else {FULL}
-        if self.switch and (foreign := sorted(set(raw.get("layer_types") or ()) - allowed)):
-            raise ConversionError(f"layer_types names {', '.join(foreign)}: only {FULL} can be expressed in Megatron")
-        return {}
 
 
 @dataclass(frozen=True)

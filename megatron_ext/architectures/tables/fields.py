@@ -44,8 +44,8 @@ UNKNOWN = {
         "the weights are quantized: take the original ones, or dequantize them (transformers' `from_pretrained(..., "
         "quantization_config=...(dequantize=True))` and `save_pretrained`, or the authors' script)",
     ),
-    "sliding_window": "Megatron has no sliding windows; take it out if sequences are no longer than it",
-    "layer_types": "Megatron's layers are alike; take it out if all of them are full_attention",
+    "sliding_window": "this class has no window here; take it out if sequences are no longer than it",
+    "layer_types": "this class has the same attention in every layer here; take it out if that is so",
 }
 """The way out of single fields that no table knows."""
 MOST = {"num_layers": 2_000, "num_moe_experts": 5_000}

@@ -39,10 +39,26 @@ for _key, (_neutral, _reason) in {
     "model.kv_channels": (None, "the head widths are qk_head_dim, qk_pos_emb_head_dim and v_head_dim"),
     "model.rotary_percent": (1.0, "the rotated width is qk_pos_emb_head_dim"),
     "model.qk_layernorm": (None, "the latent vectors have norms already"),
+    "model.sliding_window": (None, "every layer attends to all tokens before it"),
+    "model.attention_sinks": (False, "no head has a sink"),
     "model.add_bias_linear": (False, "linear layers have no biases"),
     "model.add_qkv_bias": (False, "linear layers have no biases"),
 }.items():
     _register_not_latent(_key, _neutral, _reason)
+
+
+@rule("model.window_attn_skip_freq", "model.sliding_window", given=("model.num_layers",))
+def _layers_without_window(skip: int | list[int] | None, window: int | None, layers: int) -> str | None:
+    if skip is not None and window is None:
+        return "no layer has a window to leave out; set sliding_window, or remove window_attn_skip_freq"
+    if isinstance(skip, list) and len(skip) != layers:
+        return f"a list needs one entry a layer, 1 with the window and 0 without it: {layers}"
+    return None
+
+
+@rule("model.attention_sinks", "model.attention_dropout")
+def _sinks_are_not_dropped(sinks: bool, dropout: float) -> str | None:
+    return "no kernel drops weights of a softmax with a sink; set attention_dropout: 0" if sinks and dropout else None
 
 
 @rule("model.qk_layernorm", "model.normalization")

@@ -59,6 +59,16 @@ def _expert_activation_needs_experts(modules: list[str], experts: int | None) ->
     return "moe_act is the activation of routed experts; remove it" if "moe_act" in modules and not experts else None
 
 
+@rule("model.sliding_window", "model.attention_sinks", CP, given=(BACKEND,))
+def _te_passes_keys_around(window: int | None, sinks: bool, cp: int, backend: str) -> str | None:
+    if backend == TE and cp > 1 and (window is not None or sinks):
+        return (
+            "Transformer Engine passes keys and values around a ring of context-parallel ranks, which knows neither "
+            "windows nor sinks; set runtime.backend: torch, or context_parallel_size: 1"
+        )
+    return None
+
+
 @rule("model.add_bias_linear", "parallel.etp", EXPERTS, given=(BACKEND,))
 def _expert_biases_are_whole(biases: bool, etp: int, experts: int | None, backend: str) -> str | None:
     if backend == TE and biases and experts and etp > 1:

@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_ext.mcore.attention import mark_as_split_by_heads
 from megatron_ext.mcore.feed_forward import CompleteMLP
 from megatron_ext.mcore.scaling_state import ScalingState
 
@@ -106,6 +107,15 @@ class GroupedExperts(TEGroupedMLP):
                 parameter.partition_dim, parameter.partition_stride = split_dim, 1
 
 
+class CoreAttention(te.TEDotProductAttention):
+    """Attention within sliding windows and with sinks, where the configuration has them."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.softmax_type == "learnable":
+            mark_as_split_by_heads(self.softmax_offset)
+
+
 class LatentCoreAttention(te.TEDotProductAttention):
     """Attention whose values have another width than queries and keys (mcore/mla.py)."""
 
@@ -137,7 +147,7 @@ class TransformerEngineLayers:
 
     def core_attention(self) -> type:
         """Return the attention class."""
-        return te.TEDotProductAttention
+        return CoreAttention
 
     def latent_core_attention(self) -> type:
         """Return the class of attention whose values have another width than queries and keys."""

@@ -14,6 +14,7 @@ from megatron_ext.architectures.llama import LLAMA
 from megatron_ext.architectures.registry import architecture_for, architecture_of
 from megatron_ext.architectures.tables.attention_fields import SPELLINGS
 from megatron_ext.architectures.tables.fields import config_to_hf, config_to_megatron, left_behind
+from megatron_ext.architectures.tables.window_fields import FULL, SLIDING
 from megatron_ext.config import ModelConfig, YarnRopeScaling
 from megatron_ext.errors import ConversionError
 from megatron_ext.mcore.moe import balance
@@ -72,9 +73,16 @@ def test_old_and_new_rope_keys_are_written() -> None:
         ("LlamaForCausalLM", {"sliding_window": 512}, "sliding_window = 512: may change the model and is not under"),
         ("LlamaForCausalLM", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
         ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: this class rotates whole"),
-        ("MistralForCausalLM", {"sliding_window": 63}, "sliding_window = 63 is shorter than max_position_embeddings"),
-        ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 63}, "sliding_window = 63 is shorter"),
-        ("Qwen2ForCausalLM", {"layer_types": ["sliding_attention"] * 3}, "layer_types names sliding_attention"),
+        ("MistralForCausalLM", {"sliding_window": -1}, "model.sliding_window = -1: must be greater than or equal to 1"),
+        ("Qwen2ForCausalLM", {"use_sliding_window": False, "layer_types": [SLIDING] * 3}, "layer_types names sliding"),
+        ("Qwen2ForCausalLM", {"layer_types": [SLIDING]}, "needs one entry for each of 3 layers"),
+        ("Qwen2ForCausalLM", {"layer_types": ["chunked_attention"] * 3}, "layer_types names chunked_attention: that"),
+        (
+            "Qwen2MoeForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 4, "layer_types": None},
+            "use_sliding_window = True, sliding_window = 4: versions of transformers differ",
+        ),
+        ("Qwen3MoeForCausalLM", {"layer_types": [SLIDING, FULL, FULL]}, "this class has the same attention in every"),
         ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias = True"),
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ("GPT2LMHeadModel", {"embd_pdrop": 0.0}, "embd_pdrop = 0.0, resid_pdrop = 0.1: Megatron has one rate"),

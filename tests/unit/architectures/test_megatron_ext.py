@@ -29,7 +29,8 @@ def said(**changes: Any) -> dict[str, Any]:
         ({"kv_lora_rank": 8, "head_dim": None}, "num_key_value_heads = 2: in latent attention"),
         ({"megatron_training": {"weight_decay": 0.1}}, "megatron_training: weight_decay: not understood"),
         ({"megatron_training": 3}, "megatron_training = 3: expected a mapping"),
-        ({"attention_sinks": 4}, "attention_sinks = 4: may change the model and is not understood"),
+        ({"attention_gates": 4}, "attention_gates = 4: may change the model and is not understood"),
+        ({"layer_types": ["sliding_attention"] * 4}, r"sliding_attention without a window \(sliding_window\)"),
     ],
 )
 def test_what_no_model_can_be_is_refused_by_name(changes: dict[str, Any], complaint: str) -> None:

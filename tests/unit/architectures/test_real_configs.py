@@ -23,9 +23,7 @@ REAL: dict[str, dict[str, Any]] = {
     for name, entry in json.loads((Path(__file__).parent / "real_configs.json").read_text(encoding="utf-8")).items()
 }
 REFUSED = {
-    "incomprehensible/three": r"sliding_window = 4096: may change .*; Megatron has no sliding windows; take it out",
-    "chargoddard/mixtralnt-4x7b-test": r"sliding_window = 4096 is shorter than .*max_position_embeddings = 4096 in",
-    "mistralai/Mistral-7B-v0.1": r"sliding_window = 4096 is shorter than .*max_position_embeddings = 4096 in config",
+    "incomprehensible/three": r"sliding_window = 4096: may change .*; this class has no window here; take it out",
     "TheBloke/Airoboros-L2-13B-2_1-YaRN-64K-AWQ": r"quantization_config = .*the weights are quantized: take the orig",
     "deepseek-ai/DeepSeek-V3": r"quantization_config = .*the weights are quantized: take the original ones, or dequant",
     "moonshotai/Kimi-K2-Instruct": r"model_type = 'kimi_k2', but DeepseekV3ForCausalLM .*write the type into a copy",

@@ -40,6 +40,14 @@ EVERY = {"moe": True, "moe_first_k_dense": 0, "moe_layer_freq": 1, "moe_ffn_hidd
             [],
         ),
         ({}, {"moe_router_topk": 1}, []),
+        ({"sliding_window": 8}, {"sliding_window": 8, "window_attn_skip_freq": [1, 1, 1, 1]}, []),
+        (
+            {"sliding_window": 8, "window_attn_skip_freq": 2},
+            {"sliding_window": 8, "window_attn_skip_freq": [1, 0, 1, 0]},
+            [],
+        ),
+        ({}, {"sliding_window": 8, "window_attn_skip_freq": 1}, []),
+        ({}, {"sliding_window": 8}, ["sliding_window", "window_attn_skip_freq"]),
     ],
 )
 def test_a_field_means_what_it_changes(one: dict[str, Any], other: dict[str, Any], expected: list[str]) -> None:

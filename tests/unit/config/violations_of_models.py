@@ -35,6 +35,20 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["model.add_bias_linear = True: with multi_latent_attention", "model.qk_layernorm = 'head': with multi_latent"],
     ),
     (
+        {"model": {"multi_latent_attention": LATENT, "sliding_window": 8, "attention_sinks": True}},
+        ["model.sliding_window = 8: with multi_latent_attention", "model.attention_sinks = True: with multi_latent"],
+    ),
+    ({"model": {"window_attn_skip_freq": 2}}, ["model.window_attn_skip_freq = 2", "set sliding_window"]),
+    (
+        {"model": {"sliding_window": 8, "window_attn_skip_freq": [1, 0]}},
+        ["model.window_attn_skip_freq = [1, 0], model.sliding_window = 8", "one entry a layer"],
+    ),
+    ({"model": {"attention_sinks": True, "attention_dropout": 0.1}}, ["model.attention_sinks = True", "dropout: 0"]),
+    (
+        {"runtime": TE, "model": {"sliding_window": 8}, "parallel": {"context_parallel_size": 2}},
+        ["model.sliding_window = 8, model.attention_sinks = False, parallel.context_parallel_size = 2", "a ring"],
+    ),
+    (
         {"model": {"qk_layernorm": "projection", "normalization": "LayerNorm"}},
         ["model.qk_layernorm = 'projection', model.normalization = 'LayerNorm'", "set qk_layernorm: head"],
     ),

@@ -110,6 +110,8 @@ MODELS = {
         moe_layer_freq=[0, 1, 1],
     ),
     "Qwen2-MoE with learned noise": small(
+        sliding_window=7,
+        window_attn_skip_freq=[0, 1, 1],
         num_query_groups=2,
         add_qkv_bias=True,
         num_moe_experts=5,
@@ -132,6 +134,9 @@ MODELS = {
         moe_router_noise=InputJitter(kind="input_jitter", eps=0.05),
     ),
     "OLMoE with biases": small(
+        sliding_window=5,
+        window_attn_skip_freq=2,
+        attention_sinks=True,
         num_query_groups=3,
         qk_layernorm="projection",
         activation_func="gelu",

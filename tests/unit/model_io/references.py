@@ -117,11 +117,13 @@ def llama_with_biases(s: Sizes) -> Any:
 
 
 def mistral(s: Sizes, **changes: Any) -> Any:
-    return _build("Mistral")(_common(s), **({"head_dim": s.head, "sliding_window": None} | changes))
+    return _build("Mistral")(_common(s), **({"head_dim": s.head, "sliding_window": 5} | changes))
 
 
 def qwen2(s: Sizes, **changes: Any) -> Any:
-    return _build("Qwen2")(_common(s), rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, **changes)
+    window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": s.layers // 2}
+    rope = {"rope_theta": 1e6, "rope_type": "default"}
+    return _build("Qwen2")(_common(s), **({"rope_parameters": rope} | window | changes))
 
 
 def qwen3(s: Sizes) -> Any:
@@ -162,7 +164,8 @@ def qwen2_moe(s: Sizes, **changes: Any) -> Any:
 
 def qwen3_moe(s: Sizes) -> Any:
     dense = list(range(s.dense))
-    return _build("Qwen3Moe")(_common(s) | _experts(s), head_dim=s.head, mlp_only_layers=dense, norm_topk_prob=True)
+    fields = {"mlp_only_layers": dense, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 6}
+    return _build("Qwen3Moe")(_common(s) | _experts(s), head_dim=s.head, **fields)
 
 
 def olmoe(s: Sizes) -> Any:

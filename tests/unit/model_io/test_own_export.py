@@ -74,6 +74,7 @@ def canonical(model: ModelConfig) -> dict[str, Any]:
         "kv_channels": model.head_dim,
         "moe_ffn_hidden_size": model.expert_ffn_hidden_size,
         "moe_router_norm_topk_prob": model.normalizes_topk,
+        "window_attn_skip_freq": model.window_layer_pattern,
         "moe_layer_freq": model.moe_layer_pattern,
         "moe_first_k_dense": None,
     }

@@ -16,6 +16,7 @@ ROPE_TYPES = {
 # Where configurations before transformers 5 have these.
 BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
 ROPE_COMMON = {"rope_type", *BESIDE_ROPE}
+FULL, SLIDING = "full_attention", "sliding_attention"
 ROUTER_NOISE = {"gumbel": {"scale"}, "learned": set(), "input_jitter": {"eps"}}
 CHOICES = {
     "norm_type": ("rms_norm", "layer_norm"),
@@ -56,6 +57,9 @@ class MegatronExtConfig(PretrainedConfig):
         hidden_act: `silu`, `gelu` or `gelu_pytorch_tanh`; with `gated_mlp` it multiplies a second projection (SwiGLU).
         qkv_bias: biases of the query, key and value projections; `use_bias`: of every linear layer but router and head.
         qk_norm: a norm of queries and keys over each `head`, or over the whole `projection`.
+        sliding_window: positions that a query attends to, its own included; default all.
+        layer_types: `sliding_attention` for each layer that has this window, `full_attention` for others; default all.
+        attention_sinks: a learned logit of each head joins the softmax and has no value (gpt-oss).
         position_embedding_type: `rope` or `learned` (a vector for each of `max_position_embeddings`).
         rope_parameters: `rope_type` (default, linear, dynamic, llama3, yarn), `rope_theta` and the type's parameters;
             `rope_theta`, `rope_scaling` and `partial_rotary_factor` beside it are read too, and must not disagree.
@@ -105,6 +109,9 @@ class MegatronExtConfig(PretrainedConfig):
         qkv_bias=False,
         use_bias=False,
         qk_norm=None,
+        sliding_window=None,
+        layer_types=None,
+        attention_sinks=False,
         position_embedding_type="rope",
         rope_theta=None,
         rope_parameters=None,
@@ -149,6 +156,8 @@ class MegatronExtConfig(PretrainedConfig):
         super().__init__(**special, tie_word_embeddings=given.pop("tie_word_embeddings"), **kwargs)
         for name, value in given.items():
             setattr(self, name, value)
+        if sliding_window is not None and layer_types is None:  # transformers' caches read it
+            self.layer_types = [SLIDING] * num_hidden_layers
         self.num_experts = num_experts or 0
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         if self.num_experts:
@@ -186,6 +195,10 @@ class MegatronExtConfig(PretrainedConfig):
             return self.qk_rope_head_dim
         return int(self.head_dim * self.rotated_share)
 
+    def layer_type(self, layer_idx):
+        """Whether layer `layer_idx` has the window, in the words of `layer_types`."""
+        return FULL if self.layer_types is None else self.layer_types[layer_idx]
+
     def is_moe_layer(self, layer_idx):
         """Whether layer `layer_idx` has experts."""
         return bool(self.num_experts and self.moe_layer_pattern[layer_idx])
@@ -218,7 +231,8 @@ def _problems(config):
         for name, allowed in CHOICES.items()
         if getattr(config, name) not in allowed
     ]
-    checks = [_rope_problems, _attention_problems, _mixture_problems if config.num_experts else _dense_problems]
+    checks = [_rope_problems, _window_problems, _attention_problems]
+    checks += [_mixture_problems if config.num_experts else _dense_problems]
     for check in checks:
         problems += [sentence for wrong, sentence in check(config) if wrong]
     return problems
@@ -246,6 +260,18 @@ def _rope_problems(config):
     )
 
 
+def _window_problems(config):
+    window, types = config.sliding_window, config.layer_types
+    yield window is not None and window < 1, f"sliding_window = {window}: a query attends to itself at least"
+    if types is None:
+        return
+    yield (
+        len(types) != config.num_hidden_layers or not set(types) <= {FULL, SLIDING},
+        f"layer_types needs {FULL} or {SLIDING} for each of {config.num_hidden_layers} layers",
+    )
+    yield window is None and SLIDING in types, f"layer_types has {SLIDING}, which needs sliding_window"
+
+
 def _attention_problems(config):
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     yield heads % groups, f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}"
@@ -262,6 +288,8 @@ def _attention_problems(config):
     yield config.position_embedding_type != "rope", "latent attention needs position_embedding_type = 'rope'"
     yield config.rotated_share != 1.0, "with latent attention qk_rope_head_dim is what is rotated"
     yield groups != heads, "with latent attention every head has keys and values of its own"
+    yield config.sliding_window is not None, "latent attention has no window; remove sliding_window"
+    yield config.attention_sinks, "latent attention has no sinks; remove attention_sinks"
     yield config.qk_norm is not None, "latent attention has norms of its own; remove qk_norm"
     yield config.qkv_bias or config.use_bias, "latent attention has no biases"
 
@@ -318,7 +346,7 @@ def _tensor_parallel_plan(config):
         queries = "q_proj" if config.q_lora_rank is None else "q_b_proj"
         plan |= dict.fromkeys((f"layers.*.self_attn.{name}" for name in (queries, "kv_b_proj")), "colwise")
         plan["layers.*.self_attn.o_proj"] = "rowwise"
-    elif config.qk_norm != "projection":  # a norm over all heads needs all of them
+    elif config.qk_norm != "projection" and not config.attention_sinks:  # which are of all heads
         plan |= dict.fromkeys((f"layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise")
         plan["layers.*.self_attn.o_proj"] = "rowwise"
     networks = ["layers.*.mlp"] if not (config.num_experts and all(config.moe_layer_pattern)) else []

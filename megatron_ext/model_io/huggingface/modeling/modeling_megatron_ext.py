@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_megatron_ext import MegatronExtConfig
+from .configuration_megatron_ext import FULL, SLIDING, MegatronExtConfig
 from .modeling_megatron_ext_attention import (
     MegatronExtAttention,
     MegatronExtLatentAttention,
@@ -25,6 +25,7 @@ from .modeling_megatron_ext_attention import (
 )
 from .modeling_megatron_ext_moe import MegatronExtMLP, MegatronExtMoE, MegatronExtRouter
 
+MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 # Transformers has changed what masks are made from: positions came with 4.54, cache positions left with 5.
 MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 # What `generate`, the mask and the outputs call the cache: `past_key_values` until transformers 5.23, then `cache`.
@@ -107,6 +108,8 @@ class MegatronExtPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, MegatronExtAttention) and module.sinks is not None:
+            nn.init.normal_(module.sinks, std=std)
         elif isinstance(module, MegatronExtRouter):
             nn.init.normal_(module.weight, std=std)
             if module.e_score_correction_bias is not None:
@@ -181,14 +184,14 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
             use_cache = self.config.use_cache
         if use_cache and cache is None:
             cache = DynamicCache()
-        cache_position, position_ids, mask = self._place(hidden, attention_mask, position_ids, cache, cache_position)
+        cache_position, position_ids, masks = self._place(hidden, attention_mask, position_ids, cache, cache_position)
         hidden, rotation = self._embed(hidden, position_ids)
         all_hidden, attentions = [hidden] if keep_all else [], [] if output_attentions else None
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             hidden = layer(
                 hidden,
                 rotation=rotation,
-                attention_mask=mask,
+                attention_mask=masks[self.config.layer_type(number)],
                 position_ids=position_ids,
                 past_key_values=cache,
                 cache_position=cache_position,
@@ -221,7 +224,7 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
             raise TypeError(f"{type(self).__name__}: the keyword {name} {why}, and would be dropped silently")
 
     def _place(self, hidden, attention_mask, position_ids, cache, cache_position):
-        """Where the tokens are in the cache [S] and in their rows [B, S], and the mask for the attention in use."""
+        """Where tokens are in the cache [S] and in their rows [B, S]; what attention hides in each type of layer."""
         if cache_position is None:  # generate gives it, before transformers 5
             seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
             cache_position = torch.arange(hidden.shape[1], device=hidden.device) + seen
@@ -229,8 +232,10 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
             position_ids = _positions(attention_mask, cache_position)
         places = {"cache_position": cache_position, "position_ids": position_ids}
         known = {name: value for name, value in places.items() if name in MASK_ARGUMENTS}
-        mask = create_causal_mask(self.config, hidden, attention_mask, **{MASK_CACHE: cache}, **known)
-        return cache_position, position_ids, mask
+        types = {self.config.layer_type(number) for number in range(self.config.num_hidden_layers)}
+        given = {MASK_CACHE: cache, **known}
+        masks = {name: MASKS[name](self.config, hidden, attention_mask, **given) for name in types}
+        return cache_position, position_ids, masks
 
     def _embed(self, embedded, position_ids):
         """What enters the first layer [B, S, H], and the rotation of queries and keys, if positions are rotations."""

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_megatron_ext import MegatronExtConfig
+from .configuration_megatron_ext import SLIDING, MegatronExtConfig
 
 
 def build_norm(config: MegatronExtConfig, width):
@@ -116,9 +116,48 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[-2]]
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if module.sinks is not None:
+        scores = torch.cat((scores, module.sinks[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[-2]]
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def sdpa_attention_with_sinks(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """The same by torch's kernels, without the weights: the sink is the score of a last key, whose value is zero.
+
+    That key has a 1 in a dimension of its own, in which the others have 0, and every query of a head its sink.
+    """
+    width, (rows, keys) = query.shape[-1], (query.shape[2], key.shape[2])
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    sinks = (module.sinks / scaling).to(query.dtype)[:, None, None].expand(*query.shape[:3], 1)
+    key, value = F.pad(key, (0, 1, 0, 1)), F.pad(value, (0, 1, 0, 1))
+    key[:, :, -1, -1] = 1.0
+    if attention_mask is None:  # all are seen that were there before
+        attention_mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+    mask = attention_mask[..., :keys]
+    mask = torch.cat((mask, torch.ones_like(mask[..., :1]) if mask.dtype == torch.bool else mask[..., :1] * 0), dim=-1)
+    context = F.scaled_dot_product_attention(
+        torch.cat((query, sinks), dim=-1), key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return context[..., :width].transpose(1, 2).contiguous(), None
+
+
+WITH_SINKS = {"eager": eager_attention, "sdpa": sdpa_attention_with_sinks}
+
+
+def implementation_of(module):
+    """The function that computes attention as the user chose.
+
+    Raises:
+        ValueError: it knows no sinks, and would leave them out silently.
+    """
+    name = module.config._attn_implementation or "eager"
+    if module.sinks is not None:
+        if name not in WITH_SINKS:
+            raise ValueError(f"{name} knows no attention sinks; set attn_implementation to {' or '.join(WITH_SINKS)}")
+        return WITH_SINKS[name]
+    return eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 
 
 def attend(module, query, key, value, attention_mask, past_key_values, cache_position, **kwargs):
@@ -131,8 +170,9 @@ def attend(module, query, key, value, attention_mask, past_key_values, cache_pos
         key, value = past_key_values.update(key, value, module.layer_idx, {"cache_position": cache_position})
     elif past_key_values is not None:  # paged: it changes the keywords of the kernel, too
         key, value = past_key_values.update(key, value, module.layer_idx, kwargs=kwargs)
-    name = module.config._attn_implementation or "eager"
-    implementation = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    name, implementation = module.config._attn_implementation or "eager", implementation_of(module)
+    if module.sliding_window is not None:  # flash kernels take no mask
+        kwargs["sliding_window"] = module.sliding_window
     width = value.shape[-1]
     if "flash" in name and width < query.shape[-1]:  # its kernels know one width only
         value = F.pad(value, (0, query.shape[-1] - width))
@@ -144,7 +184,7 @@ def attend(module, query, key, value, attention_mask, past_key_values, cache_pos
 
 
 class MegatronExtAttention(nn.Module):
-    """Grouped-query attention."""
+    """Grouped-query attention, in some layers within a sliding window, with a sink for each head if there are any."""
 
     is_causal = True
 
@@ -159,6 +199,9 @@ class MegatronExtAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, keys, bias=bias)
         self.v_proj = nn.Linear(hidden, keys, bias=bias)
         self.o_proj = nn.Linear(queries, hidden, bias=config.use_bias)
+        self.sliding_window = config.sliding_window if config.layer_type(layer_idx) == SLIDING else None
+        sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
+        self.register_parameter("sinks", sinks)
         if config.qk_norm is not None:
             over_heads = config.qk_norm == "head"
             self.q_norm = build_norm(config, config.head_dim if over_heads else queries)
@@ -186,6 +229,7 @@ class MegatronExtLatentAttention(nn.Module):
 
     is_causal = True
     num_key_value_groups = 1
+    sliding_window = sinks = None
 
     def __init__(self, config: MegatronExtConfig, layer_idx):
         super().__init__()
