@@ -62,9 +62,17 @@ MODELS: dict[str, ModelConfig] = {
         rope_scaling=Llama3RopeScaling(kind="llama3", factor=4.0, original_max_position_embeddings=16),
         rotary_percent=0.5,
         embedding_scale=8.0,
+        sliding_window=5,
         output_z_loss_coeff=1e-2,
     ),
-    "olmoe": tiny_model(**EXPERTS, qk_layernorm="projection", add_bias_linear=True),
+    "olmoe": tiny_model(
+        **EXPERTS,
+        qk_layernorm="projection",
+        add_bias_linear=True,
+        sliding_window=11,
+        window_attn_skip_freq=2,
+        attention_sinks=True,
+    ),
     "deepseek": tiny_model(
         **EXPERTS, num_query_groups=None, multi_latent_attention=LATENT, rope_scaling=YARN, output_z_loss_coeff=1e-2
     ),
@@ -79,6 +87,7 @@ ALONE = GridCase("one process", 1, ParallelConfig(use_distributed_optimizer=Fals
 DP2, PP2, TP2 = layout("DP2", 2), layout("PP2", 2, pp=2), layout("TP2", 2, tp=2)
 TP2_SP = layout("TP2 SP", 2, tp=2, sp=True)
 TP2_SP_PP2 = layout("TP2 SP PP2", 4, tp=2, sp=True, pp=2)
+TP2_SP_CP2_PP2 = layout("TP2 SP CP2 PP2", 8, tp=2, sp=True, cp=2, pp=2)
 EP2, ETP2 = layout("EP2", 2, ep=2), layout("TP2 SP EP2 ETP2", 4, tp=2, sp=True, ep=2, etp=2)
 ETP2_GATHER = layout("EP2 ETP2 all-gather", 4, tp=2, sp=True, ep=2, etp=2, dispatch="allgather")
 ETP1_PP2 = layout("TP2 SP PP2 EP2 ETP1", 4, tp=2, sp=True, pp=2, ep=2, etp=1)
@@ -86,7 +95,7 @@ ETP1_PP2 = layout("TP2 SP PP2 EP2 ETP1", 4, tp=2, sp=True, pp=2, ep=2, etp=1)
 LAYOUTS = {
     "gpt2-moe": (DP2, PP2, TP2_SP, EP2, ETP2, ETP2_GATHER, ETP1_PP2),
     "qwen3": (DP2, PP2, TP2, TP2_SP, TP2_SP_PP2),
-    "olmoe": (TP2_SP, ETP2, ETP1_PP2),
+    "olmoe": (TP2_SP_CP2_PP2, ETP2, ETP1_PP2),
     "deepseek": (TP2_SP, ETP1_PP2),
     "dense deepseek": (TP2, TP2_SP_PP2),
 }

@@ -97,10 +97,10 @@ class SlidingWindow(ConfigRule):
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         if not any(pattern := model.window_layer_pattern):
             return {"sliding_window": None} | ({self.switch: False} if self.switch else {})
-        fields: dict[str, Any] = {"sliding_window": model.sliding_window}
-        if self.switch:
-            fields |= {self.switch: True, "max_window_layers": pattern.index(True)}
-        return fields | ({"layer_types": layer_types(model)} if self.reads_types else {})
+        fields: dict[str, Any] = {"sliding_window": model.sliding_window} | ({self.switch: True} if self.switch else {})
+        if self.reads_types:
+            fields |= {"layer_types": layer_types(model), "max_window_layers": pattern.index(True)}
+        return fields
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         window = raw.get("sliding_window", self.window) or None

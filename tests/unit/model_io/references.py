@@ -108,6 +108,12 @@ def _build(name: str, head: str = "ForCausalLM") -> Callable[..., Any]:
     return build
 
 
+def windows(*which: int, layers: int) -> dict[str, Any]:
+    """Windows in some layers, as those classes of Qwen say it whose other layers have none."""
+    types = ["sliding_attention" if layer in which else "full_attention" for layer in range(layers)]
+    return {"use_sliding_window": True, "sliding_window": 7, "layer_types": types, "max_window_layers": min(which)}
+
+
 def llama(s: Sizes, **changes: Any) -> Any:
     return _build("Llama")(_common(s), **({"head_dim": s.head, "rms_norm_eps": 1e-5} | changes))
 
@@ -122,8 +128,8 @@ def mistral(s: Sizes, **changes: Any) -> Any:
 
 def qwen2(s: Sizes, **changes: Any) -> Any:
     window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": s.layers // 2}
-    rope = {"rope_theta": 1e6, "rope_type": "default"}
-    return _build("Qwen2")(_common(s), **({"rope_parameters": rope} | window | changes))
+    rope = {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
+    return _build("Qwen2")(_common(s), **(rope | window | changes))
 
 
 def qwen3(s: Sizes) -> Any:

@@ -162,7 +162,11 @@ VARIANTS: dict[str, tuple[str, Callable[[Sizes], Any], Sizes]] = {
         Sizes(),
     ),
     "Qwen2, head width of its own": ("Qwen2ForCausalLM", lambda s: references.qwen2(s, head_dim=12), Sizes()),
-    "Mixtral, YaRN": ("MixtralForCausalLM", lambda s: references.mixtral(s, rope_parameters=dict(YARN)), Sizes()),
+    "Mixtral, YaRN, window": (
+        "MixtralForCausalLM",
+        lambda s: references.mixtral(s, rope_parameters=dict(YARN), sliding_window=9),
+        Sizes(),
+    ),
     "GPT-2, untied, four times as wide": (
         "GPT2LMHeadModel",
         lambda s: references.gpt2(s, tie_word_embeddings=False, n_inner=None),
@@ -170,7 +174,9 @@ VARIANTS: dict[str, tuple[str, Callable[[Sizes], Any], Sizes]] = {
     ),
     "Qwen2-MoE, normalized": (
         "Qwen2MoeForCausalLM",
-        lambda s: references.qwen2_moe(s, norm_topk_prob=True, qkv_bias=False, mlp_only_layers=[0, 1]),
+        lambda s: references.qwen2_moe(
+            s, norm_topk_prob=True, qkv_bias=False, mlp_only_layers=[0, 1], **references.windows(1, 3, layers=4)
+        ),
         Sizes(layers=4),
     ),
     "DeepSeek-V2, greedy, direct queries": (
@@ -246,17 +252,20 @@ def test_the_bias_that_selects_experts_stays_in_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hf_class", "chosen"),
+    ("hf_class", "changes", "chosen"),
     [
-        ("MistralForCausalLM", "LlamaForCausalLM"),
-        ("Qwen3MoeForCausalLM", "Qwen3MoeForCausalLM"),
-        ("DeepseekForCausalLM", "MegatronExtForCausalLM"),
-        ("TanukiForCausalLM", "MegatronExtForCausalLM"),
+        ("MistralForCausalLM", {"sliding_window": None}, "LlamaForCausalLM"),
+        ("MistralForCausalLM", {}, "MistralForCausalLM"),
+        ("Qwen2MoeForCausalLM", {}, "Qwen2MoeForCausalLM"),
+        ("DeepseekForCausalLM", {}, "MegatronExtForCausalLM"),
+        ("TanukiForCausalLM", {}, "MegatronExtForCausalLM"),
     ],
 )
-def test_an_export_is_the_first_class_that_needs_no_foreign_code(hf_class: str, chosen: str, tmp_path: Path) -> None:
+def test_an_export_is_the_first_class_that_needs_no_foreign_code(
+    hf_class: str, changes: dict[str, Any], chosen: str, tmp_path: Path
+) -> None:
     s = Sizes()
-    save(REFERENCES[hf_class](s), tmp_path / "hf", hf_class, s)
+    save(REFERENCES[hf_class](s, **changes), tmp_path / "hf", hf_class, s)
     _, model = read_hugging_face_model(tmp_path / "hf")
     assert architecture_for(model)[0].hf_class == chosen
     architecture, why = architecture_for(model, hf_class)
