@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from megatron_ext.mcore.attention_sinks import KernelCall, attend_with_sinks, flash_attend_with_sinks
+from megatron_ext.mcore.attention_sinks import KernelCall, attend_with_sinks, flash_attend_with_sinks, visible_keys
 from megatron_ext.runtime.zigzag import zigzag_chunks
 
 # Rows of queries that meet a mask at a time, where a segment has more keys than queries, or a window, and no kernel
@@ -232,14 +232,12 @@ def _attend_segment(
     blocks = []
     for first in range(0, queries, _MASKED_QUERIES):
         end = min(first + _MASKED_QUERIES, queries)
-        seen, rows = keys - queries + end, end - first
-        begin = 0 if window is None else max(seen - rows - window + 1, 0)
-        visible = torch.ones(rows, seen - begin, dtype=torch.bool, device=query.device).tril(seen - begin - rows)
-        if window is not None:
-            visible = visible.triu(seen - begin - rows - window + 1)
-        block = (query[:, first:end], key[:, begin:seen], value[:, begin:seen])
+        last = keys - queries + end
+        begin = 0 if window is None else max(last - (end - first) - window + 1, 0)
+        block = (query[:, first:end], key[:, begin:last], value[:, begin:last])
         if sinks_N is None:
+            visible = visible_keys(end - first, last - begin, window, query.device)
             blocks.append(attend(*block, attn_mask=visible).transpose(0, 1))
         else:
-            blocks.append(attend_with_sinks(*block, sinks_N, visible, scale).transpose(0, 1))
+            blocks.append(attend_with_sinks(*block, sinks_N, window, scale).transpose(0, 1))
     return torch.cat(blocks)

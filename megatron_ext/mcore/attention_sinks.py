@@ -31,20 +31,25 @@ class KernelCall:
     scale: float
 
 
+def visible_keys(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of `keys` keys each of `queries` queries sees, [Q, K]: the last query is that of the last key."""
+    last = keys - queries
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(last)
+    return visible if window is None else visible.triu(last - window + 1)
+
+
 def attend_with_sinks(
-    query_NQD: Tensor, key_GKD: Tensor, value_GKD: Tensor, sinks_N: Tensor, visible_QK: Tensor, scale: float
+    query_NQD: Tensor, key_GKD: Tensor, value_GKD: Tensor, sinks_N: Tensor, window: int | None, scale: float
 ) -> Tensor:
-    """The context [N, Q, D] of a block of queries, by torch's own products, on any device.
+    """The context [N, Q, D] of a block of queries, the last of which is that of the last key, on any device.
 
-    The block's scores are computed again in the backward pass, so none are kept. Sums are in fp32 or wider.
-
-    Args:
-        visible_QK: which keys each query sees.
+    By torch's own products. The block's scores and mask are computed again in the backward pass, so none are kept. Sums
+    are in fp32 or wider.
     """
-    groups, width = key_GKD.shape[0], query_NQD.shape[-1]
-    query_GRQD, sinks_GR = query_NQD.view(groups, -1, *query_NQD.shape[1:]), sinks_N.view(groups, -1)
-    context_GRQD: Tensor = _Block.apply(query_GRQD, key_GKD, value_GKD, sinks_GR, visible_QK, scale)  # type: ignore[no-untyped-call]
-    return context_GRQD.reshape(-1, query_NQD.shape[1], width)
+    queries, width = query_NQD.shape[1:]
+    query_GRQD, sinks_GR = (x.unflatten(0, (key_GKD.shape[0], -1)) for x in (query_NQD, sinks_N))
+    context_GRQD: Tensor = _Block.apply(query_GRQD, key_GKD, value_GKD, sinks_GR, window, scale)  # type: ignore[no-untyped-call]
+    return context_GRQD.reshape(-1, queries, width)
 
 
 class _Block(torch.autograd.Function):
@@ -55,25 +60,25 @@ class _Block(torch.autograd.Function):
         key_GKD: Tensor,
         value_GKD: Tensor,
         sinks_GR: Tensor,
-        visible_QK: Tensor,
+        window: int | None,
         scale: float,
     ) -> Tensor:
         query, key, value, sinks = (_wide(x) for x in (query_GRQD, key_GKD, value_GKD, sinks_GR))
-        scores_GRQK = _scores(query, key, visible_QK, scale)
+        scores_GRQK = _scores(query, key, window, scale)
         sums_GRQ = torch.logaddexp(scores_GRQK.logsumexp(-1), sinks[..., None])
         context_GRQD = (scores_GRQK - sums_GRQ[..., None]).exp() @ value[:, None]
         context_GRQD = context_GRQD.to(query_GRQD.dtype)
-        ctx.save_for_backward(query_GRQD, key_GKD, value_GKD, sinks_GR, visible_QK, context_GRQD, sums_GRQ)
-        ctx.scale = scale
+        ctx.save_for_backward(query_GRQD, key_GKD, value_GKD, sinks_GR, context_GRQD, sums_GRQ)
+        ctx.window, ctx.scale = window, scale
         return context_GRQD
 
     @staticmethod
     def backward(ctx: Any, gradient_GRQD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *kept, visible_QK, context, sums_GRQ = ctx.saved_tensors
+        *kept, context_GRQD, sums_GRQ = ctx.saved_tensors
         query, key, value, sinks = (_wide(x) for x in kept)
         gradient = _wide(gradient_GRQD)
-        weights_GRQK = (_scores(query, key, visible_QK, ctx.scale) - sums_GRQ[..., None]).exp()
-        given_GRQ = (gradient * context).sum(-1)
+        weights_GRQK = (_scores(query, key, ctx.window, ctx.scale) - sums_GRQ[..., None]).exp()
+        given_GRQ = (gradient * context_GRQD).sum(-1)
         of_scores_GRQK = weights_GRQK * (gradient @ value[:, None].mT - given_GRQ[..., None])
         gradients = (
             of_scores_GRQK @ key[:, None] * ctx.scale,
@@ -88,7 +93,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _scores(query_GRQD: Tensor, key_GKD: Tensor, visible_QK: Tensor, scale: float) -> Tensor:
+def _scores(query_GRQD: Tensor, key_GKD: Tensor, window: int | None, scale: float) -> Tensor:
+    visible_QK = visible_keys(query_GRQD.shape[2], key_GKD.shape[1], window, key_GKD.device)
     return (query_GRQD @ key_GKD[:, None].mT * scale).masked_fill(~visible_QK, -torch.inf)
 
 

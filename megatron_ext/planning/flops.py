@@ -10,8 +10,9 @@ def training_flops_per_token(
     """Model FLOPs of the forward and backward pass of one token, and of the pass of a reference if `task` has one.
 
     6 for each multiply-add of a matrix product (2 forward, 4 backward), causal attention counted as half of the full
-    score matrix, as in Megatron-LM (core_v0.16.0, training.py). The router, norms, biases and recomputed activations
-    are not counted. With `adapters` 4 for each multiply-add with a weight, whose own gradient nobody asks for.
+    score matrix, as in Megatron-LM (core_v0.16.0, training.py), and of a window as the scores that are in it. The
+    router, norms, biases and recomputed activations are not counted. With `adapters` 4 for each multiply-add with a
+    weight, whose own gradient nobody asks for.
     """
     hidden = model.hidden_size
     attention = attention_products(model, sequence_length)
@@ -32,7 +33,10 @@ def training_flops_per_token(
 
 
 def attention_products(model: ModelConfig, sequence_length: int) -> float:
-    """Multiply-adds a token of one layer's attention, forward; of its projections alone with a length of 0."""
+    """Multiply-adds a token of a layer's attention, forward, on average over the layers.
+
+    With a length of 0 of its projections alone.
+    """
     return (_latent_attention if model.multi_latent_attention else _attention)(model, sequence_length)
 
 
@@ -46,10 +50,19 @@ def _of_adapters(model: ModelConfig, adapters: LoraConfig) -> float:
 
 
 def _core(model: ModelConfig, sequence_length: int) -> float:
-    """Multiply-adds a token of attention itself in one layer."""
+    """Multiply-adds a token of attention itself in a layer, on average over the layers."""
     queries, latent = model.num_attention_heads * model.head_dim, model.multi_latent_attention
     values = queries if latent is None else model.num_attention_heads * latent.v_head_dim
-    return (queries + values) * sequence_length / 2
+    return (queries + values) * attended_keys(model, sequence_length)
+
+
+def attended_keys(model: ModelConfig, sequence_length: int) -> float:
+    """Keys that a query meets, on average over the queries of a sequence and the layers: half of them if causal."""
+    windows = sum(model.window_layer_pattern)
+    within = min(model.sliding_window or sequence_length, sequence_length)
+    # The first `within` queries meet half as many, the others all of them.
+    near = within - within**2 / (2 * sequence_length) if sequence_length else 0.0
+    return (windows * near + (model.num_layers - windows) * sequence_length / 2) / model.num_layers
 
 
 def _attention(model: ModelConfig, sequence_length: int) -> float:

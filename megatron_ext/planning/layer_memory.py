@@ -73,10 +73,12 @@ class LayerFormulas:
         self.gathered = self.tokens * model.hidden_size * self.bytes
         """The same of all tokens of a tensor-parallel group."""
 
-    def layer(self, *, is_moe: bool) -> LayerMemory:
-        """Bytes of a dense or a MoE layer."""
+    def layer(self, *, is_moe: bool, has_window: bool = False) -> LayerMemory:
+        """Bytes of a dense or a MoE layer, with or without a sliding window."""
         feed_forward = self._moe() if is_moe else self._dense()
-        attention = self._latent_attention() if self._model.multi_latent_attention else self._attention()
+        window = self._model.sliding_window if has_window else None
+        window = None if window is None or window >= self._micro.length else window
+        attention = self._latent_attention() if self._model.multi_latent_attention else self._attention(window)
         norms = 0.0 if "layernorm" in self._again else 2 * self._normed()
         dropped = 2 * self.residual / self.bytes if self._model.hidden_dropout else 0.0
         around = (
@@ -100,7 +102,7 @@ class LayerFormulas:
         model, each = self._model, self.tokens * self.bytes / self._layout.tp
         return each * model.num_attention_heads * model.head_dim, each * model.query_groups * model.head_dim
 
-    def _attention(self) -> float:
+    def _attention(self, window: int | None) -> float:
         """Grouped-query attention."""
         model, (query, key) = self._model, self._widths()
         rotates = model.position_embedding_type == "rope"
@@ -108,12 +110,15 @@ class LayerFormulas:
         rotated = query + key if rotates else 0.0
         sums = self.tokens * model.num_attention_heads / self._layout.tp * FULL_PRECISION
         normed, projected = 0.0, query + 2 * key
-        copies = self._layout.cp > 1 or (self._micro.on_cpu and self.bytes == FULL_PRECISION)
+        # What attends by segments (mcore/attention_segments.py) has packed copies of what it sees.
+        segments = self._layout.cp > 1 or window is not None or model.attention_sinks
+        copies = segments or (self._micro.on_cpu and self.bytes == FULL_PRECISION)
         if model.qk_layernorm is not None:  # its inputs: queries, and of the keys all that the projection gave out
             normed = query + 2 * sums + (projected if copies and "core_attn" not in self._again else 0.0)
-        if self._layout.cp > 1:
-            keys = (2 * self._layout.cp + 1) / 2 * key  # of all tokens before each of the two slices
-            masks = self._masks() if self._micro.on_cpu else 0.0
+        if segments:
+            keys = self._seen(window) * key
+            # Where there are sinks, masks are made again.
+            masks = self._masks(window) if self._micro.on_cpu and not model.attention_sinks else 0.0
             inside = query + 2 * keys + masks + sums + query
             return angles + normed + (rotated + query + 2 * key if "core_attn" in self._again else inside) + query
         if "core_attn" in self._again:
@@ -122,8 +127,23 @@ class LayerFormulas:
             return angles + normed + projected + query + sums + query
         return angles + normed + projected + rotated + sums + query
 
-    def _masks(self) -> float:
-        """A CPU's masks of both slices of each sample; nothing masks the first slice of the sequence."""
+    def _seen(self, window: int | None) -> float:
+        """Tokens that a rank has keys of, over its own: of each of its two slices those that the slice sees."""
+        slices = 2 * self._layout.cp
+        if slices == 2:
+            return 1.0
+        width = self._micro.length / slices
+        seen = [min((n + 1) * width, width + (window or self._micro.length) - 1) for n in range(slices)]
+        return max(first + last for first, last in zip(seen, reversed(seen), strict=True)) / (2 * width)
+
+    def _masks(self, window: int | None = None) -> float:
+        """A CPU's masks of both slices of each sample; nothing masks the first slice of the sequence.
+
+        A window's have so many rows at a time as there are masked queries.
+        """
+        if window is not None:
+            near = min(window + _MASKED_QUERIES - 1, self._micro.length)
+            return self._micro.rows * self._micro.length / self._layout.cp * near * self.bytes
         width = self._micro.length / (2 * self._layout.cp)
         seen = width * (2 * self._layout.cp + 1) - max(width - _MASKED_QUERIES, 0)
         return self._micro.rows * width * seen * self.bytes

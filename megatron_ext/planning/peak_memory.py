@@ -52,7 +52,7 @@ def peak_memory(
     """What `run` needs on the fullest rank of `layout`, for the most demanding of its kinds of steps.
 
     Without what a device's libraries and allocator take for themselves. Weights beside which adapters are trained, and
-    the backend's fused kernels, need less than is said here; attention dropout on a CPU needs more.
+    the backend's fused kernels, need less than is said here; attention dropout, and sinks in bf16, on a CPU need more.
 
     Args:
         states: of each pipeline stage, where they are known.
@@ -78,17 +78,18 @@ class _Stage:
         self._run, self._layout, self._stage, self._micro = run, layout, stage, micro
         self._micro_batches = max(micro_batches, 1)
         self._formulas = LayerFormulas(run.model, layout, run.parallel, run.precision, run.recompute, micro)
-        self._kinds = {kind: self._formulas.layer(is_moe=kind) for kind in set(run.model.moe_layer_pattern)}
+        self._layers = list(zip(run.model.moe_layer_pattern, run.model.window_layer_pattern, strict=True))
+        self._kinds = {kind: self._formulas.layer(is_moe=kind[0], has_window=kind[1]) for kind in set(self._layers)}
         self._chunks = self._layers_of_chunks()
         self._is_first, self._is_last = stage == 0, stage == layout.pp - 1
 
     def _layers_of_chunks(self) -> list[list[LayerMemory]]:
         model, parallel = self._run.model, self._run.parallel
         chunks: list[list[LayerMemory]] = [[] for _ in range(parallel.virtual_pipeline_model_parallel_size or 1)]
-        for layer, is_moe in enumerate(model.moe_layer_pattern):
+        for layer, kind in enumerate(self._layers):
             virtual = stage_of_layer(layer, model, parallel)
             if virtual % self._layout.pp == self._stage:
-                chunks[virtual // self._layout.pp].append(self._kinds[is_moe])
+                chunks[virtual // self._layout.pp].append(self._kinds[kind])
         return chunks
 
     def peak(self, state: StateMemory) -> PeakMemory:

@@ -13,7 +13,7 @@ from megatron_ext.canonical.placement import stage_of_layer
 from megatron_ext.config import Layout, RunConfig
 from megatron_ext.config.layout import StepShape
 from megatron_ext.planning.assumptions import Assumptions
-from megatron_ext.planning.flops import attention_products, training_flops_per_token
+from megatron_ext.planning.flops import attended_keys, attention_products, training_flops_per_token
 from megatron_ext.planning.memory import StateMemory
 
 _BACKWARD = 2
@@ -157,7 +157,7 @@ class _Cost:
         values = queries if latent is None else model.num_attention_heads * latent.v_head_dim
         weights = attention_products(model, 0)
         tokens = self._tokens / layout.tp
-        scores = tokens * (queries + values) * self._length / 2
+        scores = tokens * (queries + values) * attended_keys(model, self._length)
         # The backward pass of attention has five products to the forward pass's two.
         core = 2 * scores * (1 + 2.5) / (self._peak * assumed.attention)
         split = layout.tp if self._run.parallel.sequence_parallel else 1

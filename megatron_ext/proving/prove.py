@@ -1,7 +1,8 @@
 """Proves a user's own layout before a GPU is booked: the run, shrunk, trained on Gloo processes and in one process.
 
-The shrunk model has the same layer pattern, experts, heads, router and features; only widths, vocabulary and sequence
-are smaller. Layers and degrees of parallelism are kept where this machine can hold them and halved where it cannot.
+The shrunk model has the same layer pattern, experts, heads, router and features; only widths, vocabulary, sequence
+and window are smaller. Layers and degrees of parallelism are kept where this machine can hold them and halved where it
+cannot.
 """
 
 import math
@@ -101,7 +102,12 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
     data_ranks = processes // _model_ranks(parallel)
     shapes, names = shrink_shapes(run, parallel, data_ranks)
     longest = max(shape.length for shape in shapes)
-    model = replace(model, max_position_embeddings=longest, rotary_base=shapes[0].rotary_base)
+    model = replace(
+        model,
+        max_position_embeddings=longest,
+        rotary_base=shapes[0].rotary_base,
+        sliding_window=_shrink_window(run, [shape.length for shape in shapes]),
+    )
     cell = Cell(
         model,
         parallel,
@@ -215,8 +221,10 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         changes.append(f"model.num_layers: {model.num_layers} -> {layers}")
         overrides = {k: v for k, v in overrides.items() if k not in _SPLITS_LAYERS}
     pattern: dict[str, Any] = {}
+    if model.window_attn_skip_freq is not None and layers != model.num_layers:
+        pattern |= {"window_attn_skip_freq": _thin_out(model.window_layer_pattern, layers)}
     if model.is_moe and layers != model.num_layers:
-        pattern = {"moe_layer_freq": _thin_out(model.moe_layer_pattern, layers), "moe_first_k_dense": 0}
+        pattern |= {"moe_layer_freq": _thin_out(model.moe_layer_pattern, layers), "moe_first_k_dense": 0}
         changes.append(f"model.moe_layer_freq: {''.join(map(str, pattern['moe_layer_freq']))} (1 is MoE, 0 is dense)")
     dropped: dict[str, Any] = {name: 0.0 for name in ("attention_dropout", "hidden_dropout") if getattr(model, name)}
     # Other ranks draw other random numbers, so layouts with dropout agree only in distribution.
@@ -239,6 +247,14 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelCo
         **dropped,
     )
     return small, changes
+
+
+def _shrink_window(run: RunConfig, lengths: list[int]) -> int | None:
+    """A window that leaves out about as little as the run's: nothing, or most of each sequence."""
+    window = run.model.sliding_window
+    if window is None:
+        return None
+    return max(lengths) if window >= max(shape.length for shape in run.step_shapes) else min(lengths) // 4 + 1
 
 
 def _without_dropout(adapters: LoraConfig | None) -> tuple[LoraConfig | None, list[str]]:

@@ -38,9 +38,12 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 
 def deepened_model(model: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     """The configuration of the model whose layers are `layers` of `model`."""
-    pattern = [int(model.moe_layer_pattern[layer]) for layer in layers]
-    experts: dict[str, Any] = {"moe_layer_freq": pattern, "moe_first_k_dense": 0} if model.is_moe else {}
-    return replace(model, num_layers=len(layers), **experts)
+    kinds: dict[str, Any] = {}
+    if model.is_moe:
+        kinds |= {"moe_layer_freq": [int(model.moe_layer_pattern[layer]) for layer in layers], "moe_first_k_dense": 0}
+    if model.window_attn_skip_freq is not None:
+        kinds["window_attn_skip_freq"] = [int(model.window_layer_pattern[layer]) for layer in layers]
+    return replace(model, num_layers=len(layers), **kinds)
 
 
 class RepeatedLayers:

@@ -202,8 +202,12 @@ def test_a_models_features_survive_the_shrinking(tmp_path: Path) -> None:
     mapping = run_mapping(tmp_path, moe=True)
     mapping["model"] |= {"rotary_percent": 0.25, "qk_layernorm": "projection", "add_bias_linear": True}
     mapping["model"] |= {"gated_linear_unit": False, "activation_func": "gelu"}
-    small = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 2, 2).cell.model
+    mapping["model"] |= {"num_layers": 48, "sliding_window": 8, "window_attn_skip_freq": 4, "attention_sinks": True}
+    cell = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), 2, 2).cell
+    small = cell.model
     assert (small.rotary_width, small.qk_layernorm, small.add_bias_linear) == (4, "projection", True)
+    assert (small.sliding_window, small.attention_sinks) == (cell.length // 4 + 1, True)
+    assert set(small.window_layer_pattern) == {True, False}
 
 
 def test_a_layout_that_differs_is_not_proven() -> None:

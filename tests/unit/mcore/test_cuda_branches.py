@@ -55,6 +55,8 @@ MODELS: dict[str, tuple[ModelConfig, Precision, Tensor | None]] = {
     "MoE": (MOE, BF16, None),
     "MoE of odd widths": (tiny_model(moe=True, num_layers=2, moe_ffn_hidden_size=41), BF16, None),
     "documents": (DENSE, BF16, DOCUMENTS),
+    "window": (tiny_model(num_layers=1, sliding_window=8), BF16, None),
+    "window, sinks": (tiny_model(num_layers=1, sliding_window=8, attention_sinks=True), BF16, DOCUMENTS),
     "latent": (tiny_model(num_layers=1, num_query_groups=None, multi_latent_attention=LATENT), BF16, None),
     **{f"MoE, fp8 {recipe}": (MOE, fp8(recipe), None) for recipe in ("tensorwise", "rowwise", "delayed")},
     "MoE, fp8 but for weight gradients": (MOE, fp8("tensorwise", fp8_wgrad=False), None),

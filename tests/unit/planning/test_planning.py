@@ -76,6 +76,18 @@ def test_training_flops_of_tanuki_8x8b() -> None:
     assert training_flops_per_token(TANUKI_8X8B, 4096) == pytest.approx(80.518e9, rel=1e-5)
 
 
+def test_what_is_outside_of_windows_is_not_counted() -> None:
+    """Of 4,096 queries each sees itself and up to 127 before it, in half of the layers."""
+    length, window = 4096, 128
+    windows = replace(TANUKI_8X8B, sliding_window=window, window_attn_skip_freq=2)
+    seen = sum(min(query + 1, window) for query in range(length)) / length
+    saved = 6 * TANUKI_8X8B.num_layers / 2 * 2 * TANUKI_8X8B.hidden_size * (length / 2 - seen)
+    difference = training_flops_per_token(TANUKI_8X8B, length) - training_flops_per_token(windows, length)
+    assert difference == pytest.approx(saved, rel=1e-3)  # a query's own key, of which causal attention counts half
+    longer = replace(windows, sliding_window=length)
+    assert training_flops_per_token(longer, length) == training_flops_per_token(TANUKI_8X8B, length)
+
+
 def test_shared_and_dense_layers_are_counted() -> None:
     base = training_flops_per_token(TANUKI_8X8B, 4096)
     shared = training_flops_per_token(replace(TANUKI_8X8B, moe_shared_expert_intermediate_size=1000), 4096)

@@ -19,6 +19,9 @@ DENSE_MODELS = {
     "GPT-2": replace(
         DENSE,
         num_query_groups=None,
+        sliding_window=9,
+        window_attn_skip_freq=2,
+        attention_sinks=True,
         position_embedding_type="learned_absolute",
         normalization="LayerNorm",
         activation_func="gelu_tanh",

@@ -170,6 +170,8 @@ def test_depth_comes_from_repeated_layers(dense: dict[str, Path], tmp_path: Path
     with pytest.raises(ConfigError, match=r"'2-4' is no layer or range of layers of a model with 4"):
         parse_layers("0-2,2-4", 4)
     assert deepened_model(DENSE, [0, 0]).num_layers == 2
+    windows = replace(DENSE, sliding_window=9, window_attn_skip_freq=2)
+    assert deepened_model(windows, [0, 1, 1, 2]).window_layer_pattern == [True, False, False, True]
 
 
 @pytest.mark.parametrize("layers", ["0-2,1-3", "0-3"])
