@@ -111,8 +111,8 @@ class SlidingWindow(ConfigRule):
             return {}  # what is wrong is said of that one
         if types is None and window is not None and self.layers is None:
             raise ConversionError(
-                f"{self.switch} = True, {said('sliding_window', window)}: versions of transformers differ about the layers "
-                f"of this class that have it; say in its layer_types which were trained so ({SLIDING}, {FULL})"
+                f"{self.switch} = True, {said('sliding_window', window)}: versions of transformers differ about which "
+                f"layers of this class have it; say in layer_types which were trained so ({SLIDING}, {FULL})"
             )
         usual = [SLIDING if window and self.layers and self.layers(raw, layer) else FULL for layer in range(count)]
         if types is not None and not self.reads_types and list(types) != usual:
