@@ -20,6 +20,7 @@ from tests.unit.model_io.references import randomize
 FILE = Path(__file__).parents[1] / "architectures" / "real_configs.json"
 MODELS = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "use_mrope, a window that is off",
+    "mistralai/Mistral-7B-v0.1": "a window in every layer",
     "HuggingFaceTB/SmolLM2-135M": "rope_interleaved, which nothing reads; tied",
     "unsloth/Llama-3.2-1B": "llama3 scaling, tied, heads of a stated width",
     "NousResearch/Yarn-Llama-2-7b-64k": "YaRN that was trained with",
@@ -40,10 +41,10 @@ SMALL = {
     **dict.fromkeys(("num_attention_heads", "n_head"), 4),
     **dict.fromkeys(("hidden_size", "n_embd"), 64),
     **dict.fromkeys(("intermediate_size", "n_inner"), 96),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "sliding_window"), 64),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 8),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 40),
-    **{"vocab_size": 101, "head_dim": 24, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    **{"vocab_size": 101, "sliding_window": 20, "head_dim": 24, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     **{"n_group": 4, "topk_group": 2, "q_lora_rank": 20, "kv_lora_rank": 12, "v_head_dim": 12},
     **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 8},
 }

@@ -112,9 +112,18 @@ def test_logits_of_chosen_positions(network: Any) -> None:
 
 
 @torch.no_grad()
-def test_continuous_batching_generates_what_generate_does(tmp_path: Path) -> None:
+def test_attention_that_would_drop_sinks_is_refused(tmp_path: Path) -> None:
+    network = load(export(tmp_path, "OLMoE with biases")[1])
+    network.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="flex_attention knows no attention sinks; set attn_implementation"):
+        network(tokens())
+
+
+@pytest.mark.parametrize("name", [NAME, "Qwen2-MoE with learned noise"], ids=["all tokens", "windows"])
+@torch.no_grad()
+def test_continuous_batching_generates_what_generate_does(name: str, tmp_path: Path) -> None:
     """Of requests that come together in one row, with a paged cache of its own."""
-    network = load(export(tmp_path, NAME)[1])
+    network = load(export(tmp_path, name)[1])
     prompts = [tokens()[0, :9].tolist(), tokens()[1, :5].tolist()]
     settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
     small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32, page_size=8, use_async_batching=False)

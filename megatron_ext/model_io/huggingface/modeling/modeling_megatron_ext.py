@@ -159,8 +159,8 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         """Token ids [B, S], or their embeddings [B, S, H] before `embedding_multiplier`, -> hidden states [B, S, H].
 
         Args:
-            attention_mask: [B, cached + S], 0 where a token is padding. Positions that are not given count from the
-                first token that is none.
+            attention_mask: [B, cached + S], 0 where a token is padding, or what attention takes, by type of layer.
+                Positions that are not given count from the first token that is no padding.
             cache: keys and values of the tokens before; `past_key_values` is its older name.
             kwargs: for the attention that is in use.
 
@@ -228,13 +228,14 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         if cache_position is None:  # generate gives it, before transformers 5
             seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
             cache_position = torch.arange(hidden.shape[1], device=hidden.device) + seen
+        masks = attention_mask if isinstance(attention_mask, dict) else None  # ready, by type of layer: an engine's
         if position_ids is None:
-            position_ids = _positions(attention_mask, cache_position)
+            position_ids = _positions(None if masks else attention_mask, cache_position)
         places = {"cache_position": cache_position, "position_ids": position_ids}
         known = {name: value for name, value in places.items() if name in MASK_ARGUMENTS}
         types = {self.config.layer_type(number) for number in range(self.config.num_hidden_layers)}
         given = {MASK_CACHE: cache, **known}
-        masks = {name: MASKS[name](self.config, hidden, attention_mask, **given) for name in types}
+        masks = masks or {name: MASKS[name](self.config, hidden, attention_mask, **given) for name in types}
         return cache_position, position_ids, masks
 
     def _embed(self, embedded, position_ids):
