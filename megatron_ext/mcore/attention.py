@@ -146,7 +146,7 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 def mark_as_split_by_heads(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Mark `parameter`, one number for each head of a TP rank, so that norms of gradients count those of all ranks."""
+    """Mark `parameter`, of this TP rank's heads, as split: each rank has the whole gradient of its own part."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.partition_dim, parameter.partition_stride = 0, 1  # type: ignore[attr-defined]
     return parameter

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_ext.mcore.attention import mark_as_split_by_heads
 from megatron_ext.mcore.group_sums import sum_gradient_over_group, sum_over_group
 
 
@@ -22,10 +23,7 @@ class ProjectionNorm(MegatronModule):
         super().__init__(config=config)
         self.width, self.tp_group = width, tp_group
         where = {"dtype": config.params_dtype, "device": torch.get_default_device()}
-        self.weight = torch.nn.Parameter(torch.ones(width // tp_group.size(), **where))
-        # Each rank has the gradient of its own heads, over the whole sequence: nothing is left to sum over the group.
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self.weight.partition_dim, self.weight.partition_stride = 0, 1  # type: ignore[attr-defined]
+        self.weight = mark_as_split_by_heads(torch.nn.Parameter(torch.ones(width // tp_group.size(), **where)))
 
     def forward(self, heads_SBND: Tensor) -> Tensor:
         """Return the heads [S, B, N, D] divided by the root mean square over all heads of all ranks, times weight."""
