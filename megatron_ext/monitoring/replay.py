@@ -13,6 +13,8 @@ EVALUATED = f"{EVALUATION}/step"
 """The axis of what is known of a checkpoint later than its step."""
 WANDB_RUN = "wandb_run_id"
 """What the record of a start has the W&B run under."""
+_TRAINED = ("model", "adapters", "precision", "task", "optimizer", "schedule", "data")
+"""Sections that say what is trained, beside `train`; the others say where, how, and what is told of it."""
 
 
 def late(panels: Mapping[str, Any], evaluated: int) -> dict[str, Any]:
@@ -56,7 +58,15 @@ def wandb_run_of(metrics: Path, configuration: Mapping[str, Any]) -> str | None:
     if not history.starts or any(event["event"] == "checkpoint" for event in history.events):
         return None
     last = history.starts[-1]
-    return last.get(WANDB_RUN) if last.get("run") == as_recorded(configuration) else None
+    return last.get(WANDB_RUN) if _trained(last.get("run")) == _trained(as_recorded(configuration)) else None
+
+
+def _trained(run: Any) -> dict[str, Any] | None:
+    """What `run` trains; it may begin anew on fewer nodes, in another layout, or with smaller micro-batches."""
+    if not isinstance(run, dict):
+        return None
+    train = {key: value for key, value in run.get("train", {}).items() if key != "micro_batch_size"}
+    return {section: run.get(section) for section in _TRAINED} | {"train": train}
 
 
 def _wandb(start: dict[str, Any]) -> dict[str, Any]:

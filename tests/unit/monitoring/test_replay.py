@@ -81,6 +81,8 @@ def test_a_run_that_begins_anew_before_its_first_checkpoint_keeps_its_w_and_b_ru
     }
     MetricsFile(path).write(start)
     assert new_run_id(run) == "0011aabb"
+    elsewhere = {"parallel": {"pipeline_model_parallel_size": 2}, "train": {**raw["train"], "micro_batch_size": 2}}
+    assert new_run_id(load({**raw, **elsewhere})) == "0011aabb"  # fewer nodes are left, as when it has checkpoints
     assert new_run_id(load({**raw, "optimizer": {"kind": "adam", "lr": 7e-3}})) != "0011aabb"  # it draws other curves
     MetricsFile(path).write({"event": "checkpoint", "iteration": 2})  # which somebody has removed to begin anew
     assert new_run_id(run) != "0011aabb"
