@@ -77,6 +77,10 @@ class ChatPreparation:
             chosen["template_variables"] = read_variables(self.template_variables)
         return {"kind": self.kind, "chat_template": fingerprint_of(template.text), **chosen}
 
+    def load(self) -> None:
+        """Load what renders templates, before the tokenizer is known."""
+        import transformers  # noqa: F401 - slow to import
+
     def worker(self, work: Path, options: TextOptions, tokenizer: Tokenizer) -> "ChatWorker":
         """What does the shards of one process."""
         return ChatWorker(work, options, tokenizer, self)

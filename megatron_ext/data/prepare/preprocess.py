@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from megatron_ext.data.prepare.join import MOST_FILES, check_parts, find_copies,
 from megatron_ext.data.prepare.parts import Part, Told
 from megatron_ext.data.prepare.preparation import PLAIN_TEXT, Preparation, Worker
 from megatron_ext.data.prepare.shard_work import SPLITS, Task, TextOptions
-from megatron_ext.data.prepare.workers import run_in_processes
+from megatron_ext.data.prepare.workers import Processes
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.record import record_of
 from megatron_ext.errors import DataError
@@ -86,27 +86,37 @@ def preprocess(
     Raises:
         DataError: bad input, or an output that exists and `force` is not set.
     """
-    files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
+    files = corpus_files(inputs)
+    tasks = _tasks(files)
     options = options or TextOptions(text_key=text_key, split=tuple(split))
     options = replace(options, split=_checked_fractions(options.split))
     if options.max_characters is not None and options.min_characters > options.max_characters:
         lengths = f"min_characters = {options.min_characters}, max_characters = {options.max_characters}"
         raise DataError(f"{lengths}: no document is as long as the one and as short as the other; lower the first")
-    plan = {**_plan(files, tokenizer, options), **how.describe(tokenizer)}
-    if (done := _published(Path(output), plan)) is not None:
-        return done
-    contents = (*_CONTENTS, *how.contents)
-    output = output_place(output, DataError, force=force, contents=contents, inputs=[*files, tokenizer.directory])
-    work = unfinished_place(output)
-    tasks = _tasks(files)
-    with exclusive_output(output, "preparing data"):
-        _continue_or_restart(output, plan)
-        with _writing(work):
-            _run_shards(work, how, options, tokenizer, tasks, workers, progress)
-            summary = _join(work, tasks, plan, how, options, tokenizer)
-        publish_directory(work / _JOINED, output, replace=force)
-        remove_unfinished(work)
+    with _processes(tasks, workers, how) as processes:  # they begin while the tokenizer is loaded
+        tokenizer = Tokenizer(tokenizer_directory)
+        plan = {**_plan(files, tokenizer, options), **how.describe(tokenizer)}
+        if (done := _published(Path(output), plan)) is not None:
+            return done
+        contents = (*_CONTENTS, *how.contents)
+        output = output_place(output, DataError, force=force, contents=contents, inputs=[*files, tokenizer.directory])
+        work = unfinished_place(output)
+        with exclusive_output(output, "preparing data"):
+            _continue_or_restart(output, plan)
+            with _writing(work):
+                _run_shards(work, how, options, tokenizer, tasks, processes, progress)
+                summary = _join(work, tasks, plan, how, options, tokenizer)
+            publish_directory(work / _JOINED, output, replace=force)
+            remove_unfinished(work)
     return summary
+
+
+def _processes(tasks: Sequence[Task], workers: int, how: Preparation) -> AbstractContextManager[Processes | None]:
+    """What does the shards; None: the command itself."""
+    count = min(workers, len(tasks))
+    if count <= 1 and sum(map(_size_in_memory, tasks)) <= _MOST_HERE:
+        return nullcontext()
+    return Processes(max(count, 1), how.load)
 
 
 def _tasks(files: Sequence[Path]) -> list[Task]:
@@ -203,7 +213,7 @@ def _run_shards(
     options: TextOptions,
     tokenizer: Tokenizer,
     tasks: list[Task],
-    workers: int,
+    processes: Processes | None,
     progress: Progress,
 ) -> None:
     total = sum(task.shard.stop - task.shard.start for task in tasks)
@@ -216,11 +226,11 @@ def _run_shards(
         counts += Part(work, task.number).size(SPLITS)
     progress(done, total, _note(counts))
     start = partial(_start, work, how, options, tokenizer)
-    if min(workers, len(missing)) <= 1 and sum(map(_size_in_memory, missing)) <= _MOST_HERE:
+    if processes is None:
         start()
         finished: Iterator[Task] = (_done(work, task) for task in missing)
     else:
-        finished = run_in_processes(partial(_done, work), missing, workers, start=start, describe=_description)
+        finished = processes.run(partial(_done, work), missing, start=start, describe=_description)
     for task in finished:
         done += task.shard.stop - task.shard.start
         counts += Part(work, task.number).size(SPLITS)

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 _BATCH_CHARACTERS = 1 << 18
+_MUCH = 1 << 20
+"""Bytes of files that are worth loading compiled code."""
 _SAMPLES, _SAMPLE_CHARACTERS = 5, 500
 """Documents that are kept of each reason to leave some out, and characters of each."""
 _ORDER = 0x6D65676174726F6E
@@ -68,12 +70,17 @@ class ShardWorker:
 
     def __init__(self, work: Path, options: TextOptions, tokenizer: Tokenizer) -> None:
         self._work, self._options, self._tokenizer = work, options, tokenizer
-        self._encoder = encoder_for(tokenizer, partial(_say_spelt, tokenizer, work / "spelt"))
+        self._read = 0
+        self._is_much: bool | None = None
         o = options
         self._keep = chain_of(o.filters, o.min_characters, o.max_characters, o.max_repetition)
 
     def do(self, task: Task) -> None:
         """Write the part of a shard."""
+        self._read += task.shard.stop - task.shard.start
+        if self._is_much != (is_much := self._read > _MUCH):
+            notice = partial(_say_spelt, self._tokenizer, self._work / "spelt")
+            self._is_much, self._encoder = is_much, encoder_for(self._tokenizer, notice, is_much=is_much)
         told = Told()
         batches = self._batches(task, told)
         Part(self._work, task.number).write(batches, SPLITS, told, in_order=self._options.order == "random")

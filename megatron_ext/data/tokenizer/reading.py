@@ -25,7 +25,7 @@ from megatron_ext.checkpoint.tokenizer_files import (
     SETTINGS_FILE,
     SPECIAL_FILE,
 )
-from megatron_ext.data.tokenizer.load import load_tokenizer
+from megatron_ext.data.tokenizer.load import load_tokenizer, read_by_one_thread
 from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
 from megatron_ext.errors import DataError
@@ -74,6 +74,7 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        read_by_one_thread()
         if self._backend is not None:
             _set_plain(self._backend)  # which the tokenizers library does not save
 
