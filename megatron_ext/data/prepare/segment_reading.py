@@ -64,7 +64,7 @@ class SegmentReader:
             self.scores = running_scores(model["vocab"], tokenizer.vocabulary, special)
 
     def places(self, text: str, codes_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where tokens that are cut out begin and end, and their ids: the first ones in a text, and of these the longest."""
+        """Where tokens that are cut out begin and end in a text, and their ids; the first, and of these the longest."""
         matches = self._longer.finditer(text) if self._longer is not None else ()
         found = [(*match.span(), self.cut_out[match[0]]) for match in matches]
         starts, stops, ids = np.array(found, dtype=np.int64).reshape(-1, 3).T
