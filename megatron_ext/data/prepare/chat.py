@@ -19,7 +19,7 @@ from megatron_ext.data.prepare.chat_template import ChatTemplate, read_template
 from megatron_ext.data.prepare.documents import read_rows, where_in
 from megatron_ext.data.prepare.faults import SKIPPING, Faults
 from megatron_ext.data.prepare.join import FILE_SHIFT
-from megatron_ext.data.prepare.parts import DOCUMENT, Part, Told
+from megatron_ext.data.prepare.parts import DOCUMENT, Told
 from megatron_ext.data.prepare.shard_work import SPLITS, Task, TextOptions, hash_of, mixed, splits_of
 from megatron_ext.data.prepare.template_variables import read_variables
 from megatron_ext.data.supervised import TEMPLATE_FILE, TOKENIZER_FOLDER, fingerprint_of
@@ -147,7 +147,7 @@ class ChatWorker:
         """Write the part of a shard."""
         told = Told()
         batches = self._batches(task, told)
-        Part(self._work, task.number).write(batches, SPLITS, told, in_order=self._options.order == "random")
+        task.part(self._work).write(batches, SPLITS, told, in_order=self._options.order == "random")
 
     def _batches(self, task: Task, told: Told) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         held: list[tuple[np.ndarray, int, bytes]] = []

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 _BATCH_CHARACTERS = 1 << 18
-_MUCH = 1 << 20
+_MUCH = 1 << 19
 """Bytes of files that are worth loading compiled code."""
 _SAMPLES, _SAMPLE_CHARACTERS = 5, 500
 """Documents that are kept of each reason to leave some out, and characters of each."""
@@ -58,11 +58,24 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to be done: its number, that of its file, and where it is."""
+    """A shard to be done.
 
-    number: int
+    Attributes:
+        file: number of its file.
+        number: its number in that file.
+        state: bytes of the file, and when it was changed last.
+    """
+
     file: int
+    number: int
     shard: Shard
+    state: tuple[int, int]
+
+    def part(self, work: Path) -> Part:
+        """What is made of it, in `work`; believed only for the file as it is."""
+        shard = self.shard
+        made_of = [str(shard.path.resolve()), *self.state, shard.start, shard.stop, shard.group]
+        return Part(work, f"part-{self.file:06d}-{self.number:06d}", made_of)
 
 
 class ShardWorker:
@@ -83,7 +96,7 @@ class ShardWorker:
             self._is_much, self._encoder = is_much, encoder_for(self._tokenizer, notice, is_much=is_much)
         told = Told()
         batches = self._batches(task, told)
-        Part(self._work, task.number).write(batches, SPLITS, told, in_order=self._options.order == "random")
+        task.part(self._work).write(batches, SPLITS, told, in_order=self._options.order == "random")
 
     def _batches(self, task: Task, told: Told) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         texts = self._texts(task, told)
