@@ -17,7 +17,7 @@ from megatron_ext.data.prepare.chat_rows import BadRow, Conversation, Left, Pair
 from megatron_ext.data.prepare.chat_samples import ChatEncoder
 from megatron_ext.data.prepare.chat_template import ChatTemplate, read_template
 from megatron_ext.data.prepare.documents import read_rows, where_in
-from megatron_ext.data.prepare.faults import SKIPPING, Faults
+from megatron_ext.data.prepare.faults import GOING_ON, Faults
 from megatron_ext.data.prepare.join import FILE_SHIFT
 from megatron_ext.data.prepare.parts import DOCUMENT, Told
 from megatron_ext.data.prepare.shard_work import SPLITS, Task, TextOptions, hash_of, mixed, splits_of
@@ -178,7 +178,7 @@ class ChatWorker:
 
     def _records(self, task: Task, told: Told) -> Iterator[tuple[np.ndarray, int, bytes]]:
         """Records, where each was read, and the row as bytes."""
-        faults = Faults(are_fatal=self._options.bad_lines == "stop", advice=SKIPPING)
+        faults = Faults(are_fatal=self._options.bad_lines == "stop", advice=GOING_ON)
         for place, row in read_rows(task.shard, faults):
             _add(told.read, "rows")
             data = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode()
@@ -187,7 +187,7 @@ class ChatWorker:
                     yield record, place, data
             except BadRow as error:
                 if faults.are_fatal:
-                    raise DataError(f"{where_in(task.shard.path, place)}: {error.why}{SKIPPING}") from error
+                    raise DataError(f"{where_in(task.shard.path, place)}: {error.why}{GOING_ON}") from error
                 self._leave(told, task, error.reason, f"{error.why}\n{data.decode()}")
             except Left as left:
                 self._leave(told, task, left.reason, data.decode())

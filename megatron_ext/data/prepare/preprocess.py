@@ -20,6 +20,7 @@ import numpy as np
 from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
 from megatron_ext.data.indexed import write_synced
 from megatron_ext.data.prepare.corpus import PLAIN_ENDINGS, corpus_files, ending_of, is_compressed, split_into_shards
+from megatron_ext.data.prepare.faults import say_left_out
 from megatron_ext.data.prepare.filters import fingerprint_of
 from megatron_ext.data.prepare.join import MOST_FILES, check_parts, find_copies, join_split
 from megatron_ext.data.prepare.parts import Told
@@ -322,7 +323,7 @@ def _join(
     _write_samples(output / DROPPED_FILE, told)
     write_synced(output / MANIFEST_FILE, (json.dumps({**plan, **results}, indent=2) + "\n").encode())
     write_manifest(output, sums)
-    _say_left_out(results)
+    say_left_out(left_out, results["first_bad_lines"])
     return {name: SplitSummary(counts["documents"], counts["tokens"]) for name, counts in splits.items()}
 
 
@@ -373,12 +374,3 @@ def _write_samples(path: Path, told: Sequence[Told]) -> None:
             lines.append(json.dumps({"reason": reason, "file": file, "text": text}, ensure_ascii=False) + "\n")
     if lines:
         write_synced(path, "".join(lines).encode())
-
-
-def _say_left_out(results: dict[str, Any]) -> None:
-    counts = {reason: count for reason, count in results["left_out"].items() if count}
-    if counts:
-        total = sum(counts.values())
-        print(f"{total:,} left out: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}", file=sys.stderr)
-    for line in results["first_bad_lines"][:3]:
-        print(f"  {line}", file=sys.stderr)

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_ext.data.prepare.corpus import Shard
 from megatron_ext.data.prepare.documents import read_shard, where_in
 from megatron_ext.data.prepare.encoder import encoder_for
-from megatron_ext.data.prepare.faults import SKIPPING, Faults
+from megatron_ext.data.prepare.faults import GOING_ON, Faults
 from megatron_ext.data.prepare.filters import Dropped, chain_of
 from megatron_ext.data.prepare.join import FILE_SHIFT
 from megatron_ext.data.prepare.parts import DOCUMENT, Part, Told
@@ -109,7 +109,7 @@ class ShardWorker:
             yield ids, splits_of(hashes, self._options.split), records
 
     def _texts(self, task: Task, told: Told) -> Iterator[tuple[int, str]]:
-        faults = Faults(are_fatal=self._options.bad_lines == "stop", advice=SKIPPING)
+        faults = Faults(are_fatal=self._options.bad_lines == "stop", advice=GOING_ON)
         for place, text in read_shard(task.shard, self._options.text_key, faults):
             kept = self._keep(text) if text else text
             if isinstance(kept, Dropped):
