@@ -20,6 +20,7 @@ from megatron_ext.data.prepare.long_texts import PART, LongTexts
 from megatron_ext.data.prepare.running_scores import SPACES, Line
 from megatron_ext.data.prepare.segment_reading import END, Notice, SegmentReader, codes_of, segment_reader
 from megatron_ext.data.prepare.segment_table import MOST_TOKENS, SegmentHash, SegmentTable, gather
+from megatron_ext.data.prepare.space_in_front import without_space_in_front
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
 
@@ -59,16 +60,22 @@ def encoder_for(tokenizer: Tokenizer, notice: Notice = _deaf, *, is_much: bool =
         notice: told every text, or every part of one that is new, when it is encoded.
         is_much: there is so much text that loading compiled code, some tenths of a second, is worth it.
     """
-    plain = BatchEncoder(tokenizer, notice)
+    make, texts = _faster(tokenizer, is_much), [text for text in HARD_TEXTS if text]
+    if make is None or not np.array_equal(make(_deaf).encode(texts), BatchEncoder(tokenizer).encode(texts)):
+        return BatchEncoder(tokenizer, notice)
+    return make(notice)
+
+
+def _faster(tokenizer: Tokenizer, is_much: bool) -> Callable[[Notice], Encoder] | None:
+    """What makes an encoder that is faster than the library, or gets along with less memory."""
+    if (spaced := without_space_in_front(tokenizer)) is not None:
+        other, front = spaced
+        return lambda notice: SpacedEncoder(encoder_for(other, notice, is_much=is_much), front)
     reader = segment_reader(tokenizer)
     if reader is None or END in reader.cut_out or any(END in piece and piece != END for piece in reader.pieces):
-        return plain
+        return None
     compiled = load_compiled_code() if is_much and reader.scores is not None else None
-    kind: Callable[[Tokenizer, SegmentReader, Notice], Encoder] = compiled or SegmentEncoder
-    texts = [text for text in HARD_TEXTS if text]
-    if not np.array_equal(kind(tokenizer, reader, _deaf).encode(texts), BatchEncoder(tokenizer).encode(texts)):
-        return plain
-    return kind(tokenizer, reader, notice)
+    return lambda notice: (compiled or SegmentEncoder)(tokenizer, reader, notice)
 
 
 def load_compiled_code() -> "type[PathEncoder] | None":
@@ -79,6 +86,21 @@ def load_compiled_code() -> "type[PathEncoder] | None":
         return None
     load()
     return PathEncoder
+
+
+class SpacedEncoder:
+    """Encodes for a tokenizer that puts a space in front of a text, by an encoder that does not."""
+
+    def __init__(self, encoder: Encoder, front: Callable[[str], str]) -> None:
+        self._encoder, self._front = encoder, front
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """See `Encoder`."""
+        return self._encoder.encode([self._front(text) for text in texts])
+
+    def why_not(self, text: str) -> str | None:
+        """See `Encoder`."""
+        return self._encoder.why_not(self._front(text))
 
 
 class BatchEncoder:

@@ -22,6 +22,8 @@ END = "\0"
 """Stands for the end of a document where many are encoded as one text."""
 _NEAR = 1e-6
 """Differences of scores that rounding could turn: sums of documents of 1e7 tokens are good to 1e-7."""
+MARKED_SPACES = {"type": "Replace", "pattern": {"String": SPACES[0]}, "content": SPACES[1]}
+"""The normalizer that writes spaces as vocabularies have them."""
 _NO_PIECE = -1e12
 _NOTHING = (-1, _NO_PIECE, False)
 
@@ -169,12 +171,11 @@ def segment_reader(tokenizer: Tokenizer) -> SegmentReader | None:
 
 def _keeps_places(normalizer: Any, pre_tokenizer: Any) -> bool:
     """Whether each character is read as itself, or a space as its mark, wherever it stands."""
-    space, mark = SPACES
-    if normalizer is not None and normalizer != {"type": "Replace", "pattern": {"String": space}, "content": mark}:
+    if normalizer is not None and normalizer != MARKED_SPACES:
         return False
     if pre_tokenizer is None:
         return True
-    is_metaspace = pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["replacement"] == mark
+    is_metaspace = pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["replacement"] == SPACES[1]
     return bool(is_metaspace and pre_tokenizer["prepend_scheme"] == "never")
 
 

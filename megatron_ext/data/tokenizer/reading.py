@@ -6,6 +6,7 @@ where the vocabulary has a piece of that name: only preparation itself ends docu
 count as tokens.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -77,6 +78,13 @@ class Tokenizer:
         read_by_one_thread()
         if self._backend is not None:
             _set_plain(self._backend)  # which the tokenizers library does not save
+
+    def with_backend(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
+        """A copy that cuts text by another object of the tokenizers library, of the same tokens."""
+        other = copy.copy(self)
+        other._backend = backend
+        _set_plain(backend)
+        return other
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens.
