@@ -159,8 +159,10 @@ def train(argv: Sequence[str]) -> None:
         threads=os.cpu_count() or 1,
     )
     with ending_on_sigterm():
-        reading = {"text_key": o.text_key, "bad_lines": o.bad_lines}
-        _say(train_tokenizer(o.inputs, o.output, o.vocab_size, how, **reading, force=o.force))
+        tokenizer = train_tokenizer(
+            o.inputs, o.output, o.vocab_size, how, text_key=o.text_key, bad_lines=o.bad_lines, force=o.force
+        )
+    _say(tokenizer)
 
 
 def merge(argv: Sequence[str]) -> None:

@@ -100,8 +100,9 @@ def _tree_of(vocabulary: Sequence[tuple[str, float]]) -> _Tree:
     while True:  # the characters of all pieces are more than their nodes
         bits = (2 * size).bit_length()
         places, shift = 1 << bits, np.uint64(64 - bits)
-        arrays = np.full(places, _FREE), np.full(places, _NO_PATH), *np.zeros((2, places), np.int32)
-        tree = _Tree(np.full(_PLANE, -1, np.int32), *arrays, np.zeros(places, np.bool_), shift, unknown)
+        first, keys, no_scores = (np.full(_PLANE, -1, np.int32), np.full(places, _FREE), np.full(places, _NO_PATH))
+        ids, lengths = np.zeros((2, places), np.int32)
+        tree = _Tree(first, keys, no_scores, ids, lengths, np.zeros(places, np.bool_), shift, unknown)
         nodes = _fill(codes, stops, scores, tree)
         if 4 * nodes >= places:
             return tree
@@ -179,11 +180,12 @@ def _fill(codes: Any, stops: Any, scores: Any, tree: Any) -> Any:
 @_compiled
 def _read(codes: Any, breaks: Any, limit: Any, total: Any, best: Any, byte_ids: Any, tree: Any, ids: Any) -> Any:
     """Write the ids to `ids`; how many, of how many characters, and the sum behind the last."""
-    longest, at = np.int64(0), np.int64(0)
+    longest: Any = np.int64(0)
+    at: Any = np.int64(0)
     for number in range(len(breaks.ids)):
         longest, at = max(longest, breaks.starts[number] - at), breaks.stops[number]
     path = np.empty(max(longest, len(codes) - at) + 1, np.int32)
-    used, at = 0, np.int64(0)
+    used, at = 0, np.int64(0)  # the type of places, for the compiler
     for number in range(len(breaks.ids)):
         best[0] = total
         _, total = _find_path(codes[at : breaks.starts[number]], len(codes), best, path, tree)
@@ -206,7 +208,8 @@ def _find_path(text: Any, limit: Any, best: Any, path: Any, tree: Any) -> Any:
         best: sums, a ring: at 0 that before the text, elsewhere none.
     """
     size, last = len(text), len(best) - 1
-    reach = stop = np.int64(0)
+    reach: Any = np.int64(0)
+    stop: Any = np.int64(0)
     total = best[0]
     for start in range(size):
         before = best[start & last]

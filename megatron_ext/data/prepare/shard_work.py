@@ -74,7 +74,7 @@ class Task:
     def part(self, work: Path) -> Part:
         """What is made of it, in `work`; believed only for the file as it is."""
         shard = self.shard
-        made_of = [str(shard.path.resolve()), *self.state, shard.start, shard.stop, shard.group]
+        made_of: list[str | int] = [str(shard.path.resolve()), *self.state, shard.start, shard.stop, shard.group]
         return Part(work, f"part-{self.file:06d}-{self.number:06d}", made_of)
 
 
