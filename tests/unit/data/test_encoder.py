@@ -140,6 +140,25 @@ def test_tokens_that_are_cut_out_of_long_lines(
     assert max(given) < 256
 
 
+def test_compiled_code_reads_in_windows_of_any_size(with_symbols: Tokenizer) -> None:
+    """Which end where every path passes, and not within a token that is cut out, or might be."""
+    pytest.importorskip("numba")
+    encoder, plain = encoder_for(with_symbols, is_much=True), BatchEncoder(with_symbols)
+    part = st.sampled_from([*SYMBOLS, "<too", "xyz", "zyx", "aaaa", "ハハハ", " ", "\n", "\0", "é😀", "</s>"]) | ANY
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        texts=st.lists(st.lists(part, min_size=1, max_size=12).map("".join).filter(bool), max_size=4),
+        size=st.integers(1, 40),
+    )
+    def check(texts: list[str], size: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            set_windows(patch, size)
+            assert encoder.encode(texts).tolist() == plain.encode(texts).tolist()
+
+    check()
+
+
 def test_numba_that_cannot_be_imported(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "megatron_ext.data.prepare.path_encoder", raising=False)
     monkeypatch.setitem(sys.modules, "megatron_ext.data.prepare.compiled_paths", None)
