@@ -100,7 +100,7 @@ def _tree_of(vocabulary: Sequence[tuple[str, float]]) -> _Tree:
     while True:  # the characters of all pieces are more than their nodes
         bits = (2 * size).bit_length()
         places, shift = 1 << bits, np.uint64(64 - bits)
-        first, keys, no_scores = (np.full(_PLANE, -1, np.int32), np.full(places, _FREE), np.full(places, _NO_PATH))
+        first, keys, no_scores = np.full(_PLANE, -1, np.int32), np.full(places, _FREE), np.full(places, _NO_PATH)
         ids, lengths = np.zeros((2, places), np.int32)
         tree = _Tree(first, keys, no_scores, ids, lengths, np.zeros(places, np.bool_), shift, unknown)
         nodes = _fill(codes, stops, scores, tree)
