@@ -119,7 +119,7 @@ def test_what_cannot_be_said_is_refused_by_name(hf_class: str, change: dict[str,
     ("stated", "expected"),
     [
         ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}, "attention_factor = 1.5: may change"),
-        ({"rope_type": "yarn", "factor": 4.0, "truncate": False}, "truncate = False: may change"),
+        ({"rope_type": "linear", "factor": 4.0, "truncate": False}, "truncate = False: may change"),
         ({"rope_type": "linear", "factor": 4.0, "type": "dynamic"}, "rope_parameters has another type than rope_type"),
         ({"full_attention": {"rope_type": "default"}}, "full_attention = "),
         (

@@ -41,7 +41,7 @@ def test_overrides_reach_megatron_and_are_checked() -> None:
 def test_what_our_modules_would_ignore_is_refused_all_at_once() -> None:
     overrides = {
         "window_size": [128, 0],
-        "activation_func_clamp_value": 7.0,
+        "moe_latent_size": 7,
         "moe_layer_recomput": True,
         "fp32_residual_connection": "x",
     }
@@ -49,7 +49,7 @@ def test_what_our_modules_would_ignore_is_refused_all_at_once() -> None:
         transformer_config(tiny_model(transformer_overrides=overrides), ParallelConfig(), FP32, RecomputeConfig())
     message = str(caught.value)
     assert "window_size: windows and sinks are those of model.sliding_window" in message
-    assert "activation_func_clamp_value: feed-forward networks are plain or gated" in message
+    assert "moe_latent_size: feed-forward networks are plain or gated" in message
     assert "moe_layer_recomput: no such field in megatron-core; did you mean 'moe_layer_recompute'?" in message
     assert "fp32_residual_connection = 'x': must be <class 'bool'>" in message
 
