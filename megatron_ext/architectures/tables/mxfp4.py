@@ -27,7 +27,8 @@ def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
         blocks: [..., G, 16], uint8.
         scales: [..., G], uint8.
     """
-    meanings = torch.tensor((*E2M1, *(-value for value in E2M1)), dtype=torch.bfloat16)
-    codes = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2)
-    exponents = scales.to(torch.int32).unsqueeze(-1) - SCALE_BIAS
-    return torch.ldexp(meanings[codes.int()], exponents).flatten(-2)
+    numbers = torch.tensor((*E2M1, *(-value for value in E2M1)), dtype=torch.bfloat16)
+    # A byte at a time: half as many look-ups.
+    pairs = torch.stack((numbers.repeat(len(numbers)), numbers.repeat_interleave(len(numbers))), dim=-1)
+    unscaled = pairs[blocks.flatten().int()].view(*scales.shape, GROUP)
+    return torch.ldexp(unscaled, scales.to(torch.int32).unsqueeze(-1) - SCALE_BIAS).flatten(-2)
