@@ -27,7 +27,8 @@ SLOPES: dict[Activation, float] = {F.silu: 1.0, quick_gelu: QUICK_GELU_SLOPE}
 class Gate:
     """What a gated network makes of its halves: `activation(min(gate, limit)) * (clamp(up, -limit, limit) + offset)`.
 
-    Limit and offset are those of gpt-oss (`GptOssExperts` of transformers; 7 and 1 there).
+    Limit and offset are those of gpt-oss (`GptOssExperts` of transformers; 7 and 1 there). Beyond the limit the
+    gradient is 0, at it as below: that of `clamp` there differs between versions of torch (1 until 2.13, then 0).
     """
 
     activation: Activation
@@ -35,7 +36,7 @@ class Gate:
     offset: float = 0.0
 
     def cut(self, gate: Tensor) -> Tensor:
-        """The gate below the limit; the gradient is 0 above it."""
+        """The gate below the limit."""
         return gate if self.limit is None else gate.clamp(max=self.limit)
 
     def linear(self, up: Tensor) -> Tensor:
@@ -86,9 +87,9 @@ class _GatedActivation(torch.autograd.Function):
         kind: Gate = ctx.kind
         gate, up = projected.chunk(2, dim=-1)
         linear = kind.linear(up)
+        cut = kind.cut(gate).detach().requires_grad_()
         with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            activated_with_graph = kind.activation(kind.cut(gate))
+            activated_with_graph = kind.activation(cut)
         activated = activated_with_graph.detach()
         grad_projected = torch.empty_like(projected)
         grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
@@ -98,7 +99,8 @@ class _GatedActivation(torch.autograd.Function):
             grad_weights = unweighted.mul_(grad).sum(dim=-1, dtype=torch.float32).to(weights.dtype)
             grad = grad.clone().mul_(weights.unsqueeze(-1))
         torch.mul(grad, activated, out=grad_up)
+        grad_gate.copy_(torch.autograd.grad(activated_with_graph, cut, grad * linear)[0])
         if kind.limit is not None:
             grad_up.mul_(up.abs() <= kind.limit)
-        grad_gate.copy_(torch.autograd.grad(activated_with_graph, gate, grad * linear)[0])
+            grad_gate.mul_(gate <= kind.limit)
         return grad_projected, grad_weights, None

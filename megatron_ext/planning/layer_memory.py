@@ -190,9 +190,8 @@ class LayerFormulas:
         """Widths that the backward pass of a gated activation needs beyond that of SwiGLU (mcore/activation.py)."""
         model = self._model
         limited, shifted = model.activation_func_clamp_value is not None, model.glu_linear_offset != 0.0
-        if model.activation_func == "quick_gelu":  # its steps, and with them the factor of the gate
-            return 4.0 if limited or shifted else 3.0
-        return 2.0 + 1 / self.bytes if limited else float(shifted)  # gate and factor, and where the factor was cut
+        factors = 2.0 if limited else float(shifted)  # the gate that was cut, and what it is multiplied by
+        return factors + (3.0 if model.activation_func == "quick_gelu" else 0.0)  # which is three steps of torch
 
     @property
     def rows(self) -> float:
