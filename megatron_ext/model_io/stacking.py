@@ -19,7 +19,7 @@ class _Slot(NamedTuple):
 
 
 def stacked(tasks: Iterable[TensorTask], architecture: Architecture, model: ModelConfig) -> list[TensorTask]:
-    """`tasks`, with one in the place of all that write experts of the same tensor: it writes that tensor."""
+    """`tasks`, with one in the place of all that write experts of the same tensors: it writes these tensors whole."""
     slots = {
         stack.parts[0].format(layer=layer, expert=expert): _Slot(stack.hf.format(layer=layer), expert, experts)
         for stack in architecture.stacked
@@ -37,19 +37,16 @@ def stacked(tasks: Iterable[TensorTask], architecture: Architecture, model: Mode
 
 def _joined(tasks: list[TensorTask], slots: dict[str, _Slot]) -> TensorTask:
     reads = {f"{n}.{role}": name for n, task in enumerate(tasks) for role, name in task.reads.items()}
-    names = [name for task in tasks for name in task.writes.values()]
-    writes = {name: name for name in (slots[name].stack if name in slots else name for name in names)}
+    stacks = {slots[name].stack for task in tasks for name in task.writes.values()}
 
     def make(parts: dict[str, Tensor]) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}
         for n, task in enumerate(tasks):
             for role, tensor in task.make({r: parts.pop(f"{n}.{r}") for r in task.reads}).items():
-                if (slot := slots.get(task.writes[role])) is None:
-                    made[task.writes[role]] = tensor
-                    continue
+                slot = slots[task.writes[role]]
                 if slot.stack not in made:
                     made[slot.stack] = tensor.new_empty(slot.experts, *tensor.shape)
                 made[slot.stack][slot.expert].copy_(tensor)
         return made
 
-    return TensorTask(reads, writes, make)
+    return TensorTask(reads, {name: name for name in sorted(stacks)}, make)
