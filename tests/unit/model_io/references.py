@@ -179,11 +179,12 @@ def olmoe(s: Sizes) -> Any:
 
 
 def gpt_oss(s: Sizes, **changes: Any) -> Any:
-    """A limit that numbers exceed, a window shorter than the text, and YaRN that does not round its dimensions."""
+    """A limit that numbers exceed, a window shorter than the text, and YaRN from dimension 0.8 to 2.9, not rounded."""
     fields = {"head_dim": s.head, "num_local_experts": s.experts, "num_experts_per_tok": s.chosen}
     fields |= {"intermediate_size": s.expert, "sliding_window": 7, "swiglu_limit": 0.4}
-    rope = {"rope_type": "yarn", "rope_theta": 15000.0, "factor": 4.0, "original_max_position_embeddings": 12}
-    return _build("GptOss")(_common(s), **(fields | {"rope_parameters": rope | {"truncate": False}} | changes))
+    rope = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 12}
+    rope |= {"beta_fast": 1.0, "beta_slow": 0.2, "truncate": False}
+    return _build("GptOss")(_common(s), **(fields | {"rope_parameters": rope} | changes))
 
 
 def deepseek_v2(s: Sizes, **changes: Any) -> Any:
