@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.activation import Gate, gated_activation
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.fp8.quantize import E4M3, ROW, WHOLE, Tile, quantize, quantize_both, tile_maxima
 from megatron_ext.mcore.moe.dispatcher import _sum_rows
@@ -100,7 +100,7 @@ def _swiglu(name: str, projected: Tensor, weights: Tensor | None) -> Operation:
     grad = torch.randn_like(projected[:, : projected.shape[1] // 2])
 
     def run(triton: bool) -> list[Tensor]:
-        output = gated_activation(projected, F.silu, weights, triton=triton)
+        output = gated_activation(projected, Gate(F.silu), weights, triton=triton)
         return [output, *torch.autograd.grad(output, inputs, grad)]
 
     return Operation(f"SwiGLU, {name}, forward and backward", run, 16 * grad.numel())

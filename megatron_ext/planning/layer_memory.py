@@ -174,21 +174,24 @@ class LayerFormulas:
         """Widths kept of a feed-forward network: what is projected, and what is activated."""
         return 3.0 if self._model.gated_linear_unit else 2.0
 
-    def _linear_matrices(self) -> float:
-        """Of a dense one, or shared experts: gated ones with biases are megatron-core's, which keeps all between."""
-        return 5.0 if self._model.gated_linear_unit and self._model.add_bias_linear else self._matrices()
-
     def _dense(self) -> float:
         if "mlp" in self._again:
             return 0.0
-        return self._linear_matrices() * self._dense_width()
+        return self._matrices() * self._dense_width()
 
     def _dense_width(self) -> float:
         return self.tokens * self._model.ffn_hidden_size / self._layout.tp * self.bytes
 
     def _dense_working(self) -> float:
-        again = self._linear_matrices() if "mlp" in self._again else 0.0
-        return (again + (5.0 if self._model.gated_linear_unit else 2.0)) * self._dense_width()
+        again = self._matrices() if "mlp" in self._again else 0.0
+        return (again + (5.0 + self._beyond_swiglu() if self._model.gated_linear_unit else 2.0)) * self._dense_width()
+
+    def _beyond_swiglu(self) -> float:
+        """Widths that the backward pass of a gated activation needs beyond that of SwiGLU (mcore/activation.py)."""
+        model = self._model
+        limited, shifted = model.activation_func_clamp_value is not None, model.glu_linear_offset != 0.0
+        factors = 2.0 if limited else float(shifted)  # the gate that was cut, and what it is multiplied by
+        return factors + (3.0 if model.activation_func == "quick_gelu" else 0.0)  # which is three steps of torch
 
     @property
     def rows(self) -> float:
@@ -228,7 +231,7 @@ class LayerFormulas:
     def _shared(self) -> float:
         if "shared_experts" in self._again:
             return 0.0
-        return self._linear_matrices() * self._shared_width()
+        return self._matrices() * self._shared_width()
 
     def _shared_width(self) -> float:
         return self.tokens * (self._model.moe_shared_expert_intermediate_size or 0) / self._layout.tp * self.bytes
@@ -244,7 +247,8 @@ class LayerFormulas:
         first = hidden + gated * width + gated * weight - width  # what was activated is free by then
         # What came over the group stays until its own backward pass is over.
         arrived = hidden if self._layout.ep > 1 else 0.0
-        moments = [(6.0 if gated == 2 else 3.0) * width + arrived, second, first]
+        activation = 6.0 + self._beyond_swiglu() if model.gated_linear_unit else 3.0
+        moments = [activation * width + arrived, second, first]
         if (etp := self._layout.etp) > 1:  # the forward pass sums the parts of each row in fp32
             moments.append(hidden * FULL_PRECISION / self.bytes * (1 + 1 / etp))
         return again + max(moments) + self._shared_width()

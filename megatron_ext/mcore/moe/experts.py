@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.activation import gate_of, gated_activation
 from megatron_ext.mcore.moe.grouped_linear import grouped_linear
 
 
@@ -92,10 +92,9 @@ class GroupedExperts(MegatronModule):
 
     def _activated(self, projected: Tensor, weights_T: Tensor) -> Tensor:
         """The hidden units times their token's routing weight [T, F]."""
-        activation = self.config.activation_func
         if self.config.gated_linear_unit:
-            return gated_activation(projected, activation, weights_T, triton=self.config.triton_kernels)
-        return (activation(projected) * weights_T.unsqueeze(-1)).to(projected.dtype)
+            return gated_activation(projected, gate_of(self.config), weights_T, triton=self.config.triton_kernels)
+        return (self.config.activation_func(projected) * weights_T.unsqueeze(-1)).to(projected.dtype)
 
     def _of_each_token(self, bias: Tensor, counts_E: Tensor, tokens: int) -> Tensor:
         """The row of `bias` [E * width] of the expert that each of `tokens` tokens goes to, [T, width]."""

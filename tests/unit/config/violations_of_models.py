@@ -82,6 +82,26 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         },
         ["model.add_bias_linear = True", "remove moe_shared_expert_overlap"],
     ),
+    (
+        {
+            "model": MOE
+            | {
+                "activation_func_clamp_value": 7.0,
+                "glu_linear_offset": 1.0,
+                "moe_shared_expert_intermediate_size": 8,
+                "transformer_overrides": {"moe_shared_expert_overlap": True},
+            }
+        },
+        [
+            "model.activation_func_clamp_value = 7.0",
+            "model.glu_linear_offset = 1.0",
+            "remove moe_shared_expert_overlap",
+        ],
+    ),
+    (
+        {"model": {"activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0, "gated_linear_unit": False}},
+        ["model.activation_func_clamp_value = 7.0, model.gated_linear_unit = False", "model.glu_linear_offset = 1.0"],
+    ),
     ({"model": MOE | {"moe_router_topk": 9}}, ["model.moe_router_topk = 9", "model.num_moe_experts = 8"]),
     ({"model": MOE | {"moe_router_topk": 1}}, ["moe_router_pre_softmax: true"]),
     ({"model": MOE | PRE | {"moe_router_topk": 1, "moe_router_norm_topk_prob": True}}, ["divided by itself"]),

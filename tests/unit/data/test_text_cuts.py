@@ -30,13 +30,6 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-O200K = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ]
-)
 DEEPSEEK = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
@@ -111,7 +104,7 @@ def normalizing(mark: str, *splits: pre_tokenizers.PreTokenizer) -> Library:
 MADE: dict[str, Callable[[], Library]] = {
     "GPT-2": lambda: kinds.byte_level(600),
     "Llama 3": lambda: splitting(LLAMA3),
-    "o200k": lambda: splitting(O200K),
+    "o200k": lambda: splitting(kinds.O200K),
     "DeepSeek": lambda: splitting(*DEEPSEEK),
     "StarCoder": with_digits_apart,
     "Llama 2": with_space_in_front,

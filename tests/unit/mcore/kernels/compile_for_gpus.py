@@ -14,7 +14,8 @@ from triton.compiler import ASTSource
 from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, swiglu
 
 SIZE = "i32"
-SWIGLU = {"projected": "*bf16", "weights": "*fp32", "width": SIZE}
+SWIGLU = {"projected": "*bf16", "weights": "*fp32", "width": SIZE, "limit": "fp32"}
+SHAPE = {"SLOPE": 1.702, "OFFSET": 1.0, "LIMITED": True, "WEIGHTED": True, "BLOCK": swiglu._BLOCK}
 LOSS = {"logits": "*bf16", "log_sums": "*fp32", "width": SIZE, "real": SIZE}
 STRIDES = ("x_matrix", "x_row", "inverse_matrix", "inverse_row", "inverse_t_column")
 CAST = {
@@ -27,11 +28,11 @@ CAST = {
 def kernels(capability: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     """By name: the kernel, types of its arguments, and those that are constants."""
     found = {
-        "swiglu": (swiglu._forward, SWIGLU | {"output": "*bf16"}, {"WEIGHTED": True, "BLOCK": swiglu._BLOCK}),
+        "swiglu": (swiglu._forward, SWIGLU | {"output": "*bf16"}, SHAPE),
         "swiglu backward": (
             swiglu._backward,
             SWIGLU | {"grad": "*bf16", "grad_projected": "*bf16", "grad_weights": "*fp32"},
-            {"WEIGHTED": True, "BLOCK": swiglu._BLOCK},
+            SHAPE,
         ),
         "gather_sum": (
             gather_sum._sum,
@@ -59,7 +60,7 @@ def compiled(function: Any, types: dict[str, str], constants: dict[str, Any], ca
         function,
         {name: "constexpr" if name in constants else types[name] for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name not in constants},
+        {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if types.get(name, "fp32") != "fp32"},
     )
     code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
     instructions = {"wide loads": "ld.global.v4", "atomics": "atom.", "casts": "cvt.rn.satfinite.e"}
