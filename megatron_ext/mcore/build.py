@@ -23,6 +23,7 @@ from megatron_ext.config import (
 from megatron_ext.config.preference import adapters_as, trained_as
 from megatron_ext.mcore.adapters.plan import adapter_plan, freeze_base, is_adapter
 from megatron_ext.mcore.fp8.histories import AmaxHistories, delayed_scalings
+from megatron_ext.mcore.fp8.kept_weights import KeptWeights, keeping_scalings
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import LanguageModel, build_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.steps import RouterSteps
@@ -163,6 +164,8 @@ def _participants(chunks: Sequence[torch.nn.Module], *, is_writer: bool) -> tupl
     found: list[StepParticipant] = []
     if gates := routers(chunks):
         found.append(RouterSteps(gates, is_writer=is_writer))
+    if keeping := keeping_scalings(chunks):
+        found.append(KeptWeights(keeping))
     if scalings := delayed_scalings(chunks):
         found.append(AmaxHistories(scalings, is_writer=is_writer))
     return tuple(found)

@@ -26,7 +26,7 @@ class PeakMemory:
     working: float
     """What is computed with at that moment: a layer's gradients, or logits and loss."""
     buffers: float
-    """What communication keeps, and the tokens of the step."""
+    """What communication keeps, the tokens of the step, and weights in fp8 that all its micro-batches take."""
     in_flight: float
     """Micro-batches of which the stage keeps activations at once."""
 
@@ -104,7 +104,7 @@ class _Stage:
                 (0.0, 4.0 * max(state.dense, state.experts), 0.0)
             )  # Gloo scatters sums by a copy of all of them
         kept, working, count = max(moments, key=lambda moment: moment[0] + moment[1])
-        return PeakMemory(self._stage, state.bytes, kept, working, self._buffers(), count)
+        return PeakMemory(self._stage, state.bytes, kept, working, self._buffers() + state.kept_fp8, count)
 
     def _moments(self) -> Iterator[tuple[float, float, float]]:
         """Activations kept, memory worked with, and micro-batches in flight, when a backward pass begins a layer."""

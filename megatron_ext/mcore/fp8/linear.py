@@ -30,9 +30,9 @@ class _LinearFunction(torch.autograd.Function):
         whole = _gather(x, group)[0] if gathers else x
         x_MK = whole.reshape(-1, whole.shape[-1])
         x_max, ctx.x_max = scaling.lasting_maxima(Role.INPUT, x_MK)
-        weight_max, ctx.weight_max = scaling.lasting_maxima(Role.WEIGHT, weight_NK)
-        quantized = scaling.quantize(Role.INPUT, x_MK, x_max), scaling.quantize(Role.WEIGHT, weight_NK, weight_max)
-        return product(*quantized, x.dtype, fast=True).view(*whole.shape[:-1], -1)
+        weight, ctx.weight_max = scaling.weight(weight_NK)
+        y_MN = product(scaling.quantize(Role.INPUT, x_MK, x_max), weight, x.dtype, fast=True)
+        return y_MN.view(*whole.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,8 +43,7 @@ class _LinearFunction(torch.autograd.Function):
         grad, grad_t = _gradient_operands(scaling, grad_MN, needs_x, needs_weight)
         grad_x = grad_weight = reducing = None
         if grad is not None:
-            weight_KN = scaling.quantize(Role.WEIGHT, weight_NK.t(), ctx.weight_max)
-            grad_MK = product(grad, weight_KN, x.dtype, fast=False)
+            grad_MK = product(grad, scaling.weight_t(weight_NK, ctx.weight_max), x.dtype, fast=False)
             grad_x = grad_MK.view(*grads[0].shape[:-1], -1)
             if ctx.gathers:
                 grad_x, reducing = _reduce_scatter(grad_x, ctx.group)

@@ -231,6 +231,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["precision.fp8_wgrad = False", "in FP8 all the same"],
     ),
     (
+        {"runtime": TE, "precision": fp8("tensorwise", keep_fp8_weights=False)},
+        ["precision.keep_fp8_weights = False", "by rules of its own"],
+    ),
+    (
         {
             "runtime": TE,
             "precision": fp8("tensorwise", num_layers_at_end_in_bf16=3),

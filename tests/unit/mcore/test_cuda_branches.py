@@ -27,6 +27,7 @@ from megatron_ext.config import (
     RuntimeConfig,
 )
 from megatron_ext.mcore import attention_segments, cross_entropy
+from megatron_ext.mcore.fp8.kept_weights import keeping_scalings
 from megatron_ext.mcore.model import build_chunks, routers
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.mcore.rotary import RotaryEmbedding
@@ -107,6 +108,8 @@ def trained(capability: tuple[int, int]) -> dict[str, Any]:
                 module.device = META
         for router in routers([chunk]):
             router.begin_step()
+        for scaling in keeping_scalings([chunk]):
+            scaling.open_step()
         tokens = torch.zeros(2, 32, dtype=torch.int64, device=META)
         try:
             with meta_is_a_gpu(capability):

@@ -16,7 +16,7 @@ from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, swig
 SIZE = "i32"
 SWIGLU = {"projected": "*bf16", "weights": "*fp32", "width": SIZE}
 LOSS = {"logits": "*bf16", "log_sums": "*fp32", "width": SIZE, "real": SIZE}
-STRIDES = ("x_matrix", "x_row", "inverse_matrix", "inverse_row", "inverse_t_column")
+STRIDES = ("x_matrix", "x_row", "inverse_matrix", "inverse_row", "inverse_t_matrix", "inverse_t_column")
 CAST = {
     **{name: "*fp32" for name in ("inverse", "inverse_t")},
     **{name: SIZE for name in ("rows", "columns", *STRIDES)},

@@ -164,6 +164,10 @@ def test_fp8_cast_of_stacked_experts(where: torch.device, tile: Tile) -> None:
         expected = quantize(weights, E4M3, tile, maxima)
         measured = quantize(weights.to(where), E4M3, tile, maxima.to(where), triton=True)
         assert torch.equal(bits(measured.values), bits(expected.values))
+    maxima = tile_maxima(x, tile), tile_maxima(x.mT, tile)
+    both = quantize_both(x.to(where), E4M3, tile, (maxima[0].to(where), maxima[1].to(where)), triton=True)
+    for measured, weights, largest in zip(both, (x, x.mT), maxima, strict=True):
+        assert torch.equal(bits(measured.values), bits(quantize(weights, E4M3, tile, largest).values))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
