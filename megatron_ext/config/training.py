@@ -164,3 +164,7 @@ class RecomputeConfig:
     """With full: see `method`."""
     modules: list[Recomputable] = Field(default_factory=lambda: list[Recomputable](["core_attn"]))
     """With selective: the modules to recompute; layernorm and moe_act with Transformer Engine only."""
+    logits: bool = False
+    """The output layer and the loss go through the vocabulary in parts, and the backward pass computes their logits
+    again: there are never all logits in memory, for a fourth product of the output layer beside three. Whatever
+    `granularity` says."""

@@ -181,12 +181,19 @@ class _Stage:
         """Logits, the block of them in fp32, and the gradients that follow; the final norm."""
         model, formulas, tp = self._run.model, self._formulas, self._layout.tp
         numbers = formulas.tokens * model.padded_vocab_size / tp
+        if self._run.recompute.logits:
+            numbers = min(numbers, _LOSS_BLOCK[self._micro.on_cpu])
         logits = numbers * formulas.bytes
         block = 0.0
         if formulas.bytes != FULL_PRECISION:
             block = min(numbers, max(_LOSS_BLOCK[self._micro.on_cpu], model.padded_vocab_size / tp)) * FULL_PRECISION
         # The hidden states' gradient, and under sequence parallelism they themselves, are there for all tokens.
         wide = formulas.gathered + (formulas.gathered if self._run.parallel.sequence_parallel else 0.0)
+        if self._run.recompute.logits:
+            # Both sums over the parts live from the first part on: of the hidden states' gradient, in fp32, and the
+            # table's gradient.
+            summed = formulas.gathered / formulas.bytes * FULL_PRECISION
+            return logits + block + wide - formulas.gathered + summed + self._table()
         return logits + max(block, wide + self._table())
 
     def _table(self) -> float:

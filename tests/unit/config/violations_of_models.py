@@ -179,6 +179,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["data.sequence_length = 8193"],
     ),
     (
+        {"recompute": {"logits": True}, "model": {"transformer_overrides": {"defer_embedding_wgrad_compute": True}}},
+        ["recompute.logits = True", "needs the logits' gradient"],
+    ),
+    (
         {"precision": {"kind": "fp8", "margin": 1}},
         ["precision.margin = 1", "precision.recipe = 'tensorwise'", "delayed"],
     ),
