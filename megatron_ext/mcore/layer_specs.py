@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -28,6 +28,7 @@ from megatron_ext.mcore.moe.dispatcher import MoELayer
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.moe.shared_experts import BiasedSharedExperts
 from megatron_ext.mcore.qk_norm import ProjectionNormAttention
+from megatron_ext.mcore.self_attention import RotatedSelfAttention
 from megatron_ext.mcore.transformer_config import LayerConfig
 
 # megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a spec to build from.
@@ -120,7 +121,7 @@ def _latent_attention(backend: LayerProvider, model: ModelConfig) -> ModuleSpec:
 def _attention(backend: LayerProvider, model: ModelConfig) -> ModuleSpec:
     norm = backend.norm(model.normalization) if model.qk_layernorm == "head" else None
     return ModuleSpec(
-        module=ProjectionNormAttention if model.qk_layernorm == "projection" else SelfAttention,
+        module=ProjectionNormAttention if model.qk_layernorm == "projection" else RotatedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.linear_after_norm(),

@@ -11,11 +11,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, swiglu
+from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, rotary, swiglu
 
 SIZE = "i32"
 SWIGLU = {"projected": "*bf16", "weights": "*fp32", "width": SIZE}
 LOSS = {"logits": "*bf16", "log_sums": "*fp32", "width": SIZE, "real": SIZE}
+ROTATION = {
+    **{name: SIZE for name in ("batch", "heads", "half", "rest", "x_token", "x_sample", "x_head")},
+    **{name: "*fp32" for name in ("cosines", "sines")},
+    **{name: "*bf16" for name in ("x", "y")},
+    "direction": "fp32",
+}
 STRIDES = ("x_matrix", "x_row", "inverse_matrix", "inverse_row", "inverse_t_matrix", "inverse_t_column")
 CAST = {
     **{name: "*fp32" for name in ("inverse", "inverse_t")},
@@ -38,6 +44,11 @@ def kernels(capability: int) -> dict[str, tuple[Any, dict[str, str], dict[str, A
             {"rows": "*bf16", "places": "*i64", "sums": "*bf16", "row_count": SIZE, "width": SIZE},
             {"PLACES": 6, "BLOCK": gather_sum._BLOCK},
         ),
+        "rotate": (
+            rotary._rotate,
+            ROTATION,
+            {"NEIGHBOURS": False, "PASSES": True, "HEADS": rotary._TILE // 64, "HALF": 64, "REST": 64},
+        ),
         "log_sum": (cross_entropy._log_sum, LOSS, {"BLOCK": cross_entropy._BLOCK}),
         "gradient": (
             cross_entropy._gradient,
@@ -59,7 +70,11 @@ def compiled(function: Any, types: dict[str, str], constants: dict[str, Any], ca
         function,
         {name: "constexpr" if name in constants else types[name] for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name not in constants},
+        {
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(names)
+            if name not in constants and types[name] != "fp32"
+        },
     )
     code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
     instructions = {"wide loads": "ld.global.v4", "atomics": "atom.", "casts": "cvt.rn.satfinite.e"}

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from torch import Tensor
 
 from megatron_ext.mcore.activation import gated_activation
@@ -92,6 +93,43 @@ def test_gather_sum(
         expected += filled[places_TK[:, nth]]
     measured = _sum_rows(rows.to(where), torch.empty(0), places_TK.to(where), tokens, triton=True)
     assert torch.equal(measured.cpu(), expected.to(dtype))
+
+
+@FEW
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 5)),
+    half=st.integers(1, 33),
+    rest=st.integers(0, 5),
+    dtype=DTYPES,
+    neighbours=st.booleans(),
+)
+@example(shape=(2, 2, 4), half=64, rest=0, dtype=torch.bfloat16, neighbours=False)
+def test_rotation(
+    where: torch.device,
+    shape: tuple[int, int, int],
+    half: int,
+    rest: int,
+    dtype: torch.dtype,
+    neighbours: bool,
+) -> None:
+    """megatron-core's formula in fp32, rounded once; of queries as they lie in the projection; and its gradient."""
+    from megatron_ext.mcore.kernels.rotary import rotate
+
+    projection = random(*shape, 2 * (2 * half + rest), dtype=dtype)
+    angles = 100 * random(shape[0], half, seed=1)
+    both = torch.stack((angles, angles), dim=-1).flatten(1) if neighbours else angles.repeat(1, 2)
+    exact = projection.float().requires_grad_()
+    queries = exact.chunk(2, dim=-1)[0]
+    expected = _apply_rotary_pos_emb_bshd(queries, both[:, None, None], rotary_interleaved=neighbours, mscale=1.5)
+    here = projection.to(where).requires_grad_()
+    cosines, sines = (1.5 * turn.to(where) for turn in (angles.cos(), angles.sin()))
+    measured = rotate(here.chunk(2, dim=-1)[0], cosines, sines, neighbours=neighbours)
+    assert measured.is_contiguous()
+    upstream = random(*measured.shape, dtype=dtype, seed=2)
+    (gradient,) = torch.autograd.grad(measured, here, upstream.to(where))
+    (wanted,) = torch.autograd.grad(expected, exact, upstream.float())
+    assert_near(measured, expected.to(dtype), UNIT[dtype])
+    assert_near(gradient, wanted.to(dtype), UNIT[dtype])
 
 
 @FEW

@@ -18,6 +18,7 @@ CASES: list[tuple[ModelConfig, Precision, float]] = [
 ]
 SWIGLU, SUMS, LOSS = {"swiglu._forward", "swiglu._backward"}, {"gather_sum._sum"}, {"cross_entropy._log_sum"}
 LOSS |= {"cross_entropy._gradient"}
+ROTATION = {"rotary._rotate"}
 
 
 def train(cell: Cell) -> tuple[Trajectory, set[str]]:
@@ -51,4 +52,4 @@ def test_training_with_our_kernels_is_training(
     print(f"{precision.kind}: {difference:.1e}, {sorted(ran)}")
     assert difference < tolerance
     assert not none
-    assert ran == SWIGLU | SUMS | LOSS | ({"fp8_cast._cast"} if precision.kind == "fp8" else set())
+    assert ran == SWIGLU | SUMS | LOSS | ROTATION | ({"fp8_cast._cast"} if precision.kind == "fp8" else set())
