@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, rotary, swiglu
+from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, rotary, sum_norm, swiglu
 
 SIZE = "i32"
 SWIGLU = {"projected": "*bf16", "weights": "*fp32", "width": SIZE}
@@ -21,6 +21,12 @@ ROTATION = {
     **{name: "*fp32" for name in ("cosines", "sines")},
     **{name: "*bf16" for name in ("x", "y")},
     "direction": "fp32",
+}
+NORM = {
+    **{name: "*bf16" for name in ("x", "residual", "weight", "bias", "total", "y", "grad", "grad_total", "grad_input")},
+    **{name: "*fp32" for name in ("means", "scales", "grad_weights", "grad_biases")},
+    **{name: SIZE for name in ("rows", "width", "rows_of_block")},
+    "epsilon": "fp32",
 }
 STRIDES = ("x_matrix", "x_row", "inverse_matrix", "inverse_row", "inverse_t_matrix", "inverse_t_column")
 CAST = {
@@ -49,6 +55,8 @@ def kernels(capability: int) -> dict[str, tuple[Any, dict[str, str], dict[str, A
             ROTATION,
             {"NEIGHBOURS": False, "PASSES": True, "HEADS": rotary._TILE // 64, "HALF": 64, "REST": 64},
         ),
+        "sum and norm": (sum_norm._forward, NORM, {"CENTRED": True, "BLOCK": 4096}),
+        "sum and norm, backward": (sum_norm._backward, NORM, {"CENTRED": True, "BLOCK": 4096}),
         "log_sum": (cross_entropy._log_sum, LOSS, {"BLOCK": cross_entropy._BLOCK}),
         "gradient": (
             cross_entropy._gradient,

@@ -133,6 +133,34 @@ def test_rotation(
 
 
 @FEW
+@given(rows=st.integers(1, 5), width=st.integers(1, 300), dtype=DTYPES, centred=st.booleans())
+@example(rows=513, width=8, dtype=torch.float32, centred=True)
+@example(rows=0, width=8, dtype=torch.bfloat16, centred=False)
+def test_sum_and_norm(where: torch.device, rows: int, width: int, dtype: torch.dtype, centred: bool) -> None:
+    """Sum, norm and all gradients; more rows than there are partial sums of the weight's gradient are among them."""
+    from megatron_ext.mcore.kernels.sum_norm import sum_norm
+
+    # Numbers that bf16 adds exactly, so that the sum of the reference is rounded alike.
+    x, residual = ((4 * random(rows, width, seed=n)).round().to(dtype) for n in (0, 1))
+    weight, bias = (1 + random(width, dtype=dtype, seed=n) / 4 for n in (2, 3))
+    upstream = [random(rows, width, dtype=dtype, seed=n) for n in (4, 5)]
+    given = [x, residual, weight, *([bias] if centred else [])]
+    here, exact = ([t.to(*to).requires_grad_() for t in given] for to in ((where,), (torch.float64,)))
+    measured = sum_norm(*here[:3], here[3] if centred else None, 1e-5)
+    total = exact[0] + exact[1]
+    norm = (
+        F.layer_norm(total, (width,), *exact[2:], eps=1e-5) if centred else F.rms_norm(total, (width,), exact[2], 1e-5)
+    )
+    grads = torch.autograd.grad(measured, here, [g.to(where) for g in upstream])
+    wanted = torch.autograd.grad((total, norm), exact, [g.double() for g in upstream])
+    for a, b in zip((*measured, *grads[:2]), (total, norm, *wanted[:2]), strict=True):
+        # Rows of a few numbers that are nearly equal have a norm that magnifies the rounding of their mean.
+        assert_near(a, b.to(dtype), 64 * UNIT[dtype] if dtype is torch.float32 else UNIT[dtype])
+    for a, b in zip(grads[2:], wanted[2:], strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=UNIT[dtype], atol=UNIT[dtype] * max(rows, 1) ** 0.5)
+
+
+@FEW
 @given(tokens=st.integers(1, 3), real=st.integers(1, 5000), padding=st.integers(0, 70), dtype=DTYPES)
 @example(tokens=2, real=4096, padding=0, dtype=torch.float32)
 def test_cross_entropy(where: torch.device, tokens: int, real: int, padding: int, dtype: torch.dtype) -> None:
