@@ -97,6 +97,7 @@ def operations(where: torch.device) -> list[Operation]:
             _rotation(f"{name} heads of {head}", random(tokens // 2, 2, name * head), head)
             for name, head in ((32, 128), (8, 128), (16, 64))
         ),
+        *(_sum_and_norm(name, random(tokens, hidden), random(tokens, hidden)) for name in ("RMSNorm", "LayerNorm")),
         _gather_sum(random(rows, hidden // 2), torch.randperm(rows, device=where).view(tokens, -1)),
         *(_cross_entropy(random(tokens, entries // small)) for entries in (32768, 131072)),
         *(_both_layouts(name, x, tile) for name, tile in (("tensorwise", WHOLE), ("rowwise", ROW))),
@@ -135,6 +136,26 @@ def _rotation(name: str, projected: Tensor, head: int) -> Operation:
         return [turned, *torch.autograd.grad(turned, x, grad)]
 
     return Operation(f"rotation of {name}, forward and backward", run, 8 * x.numel())
+
+
+def _sum_and_norm(name: str, x: Tensor, residual: Tensor) -> Operation:
+    width = x.shape[-1]
+    inputs = [x.requires_grad_(), residual.requires_grad_()]
+    inputs += [torch.ones_like(x[0]).requires_grad_() for _ in range(2 if name == "LayerNorm" else 1)]
+    grads = [torch.randn_like(x) for _ in range(2)]
+
+    def run(triton: bool) -> list[Tensor]:
+        if triton:
+            from megatron_ext.mcore.kernels.sum_norm import sum_norm
+
+            both = sum_norm(*inputs[:3], inputs[3] if len(inputs) > 3 else None, 1e-5)
+        else:
+            total = inputs[0] + inputs[1]
+            norm = F.layer_norm if name == "LayerNorm" else F.rms_norm
+            both = total, norm(total, (width,), *inputs[2:], eps=1e-5)
+        return [*both, *torch.autograd.grad(both, inputs, grads)]
+
+    return Operation(f"residual sum and {name}, forward and backward", run, 16 * x.numel())
 
 
 def _gather_sum(rows: Tensor, places: Tensor) -> Operation:
