@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_ext.mcore.activation import gated_activation
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.fp8.quantize import E4M3, ROW, WHOLE, Tile, quantize, quantize_both, tile_maxima
+from megatron_ext.mcore.linear import add_product
 from megatron_ext.mcore.moe.dispatcher import _sum_rows
 from megatron_ext.mcore.output_layer import _OutputLoss
 from megatron_ext.runtime.accelerators import kernels_fault, this_machine
@@ -103,6 +104,7 @@ def operations(where: torch.device) -> list[Operation]:
         *(_both_layouts(name, x, tile) for name, tile in (("tensorwise", WHOLE), ("rowwise", ROW))),
         _transposed(experts),
         *(_experts_in_both_layouts(name, experts, tile) for name, tile in (("tensorwise", WHOLE), ("rowwise", ROW))),
+        _weight_gradient(random(tokens, ffn), random(tokens, hidden)),
         *(
             _loss_by_parts(random(tokens, 1, hidden), random(entries // small, hidden) / 64)
             for entries in (32768, 131072)
@@ -217,10 +219,25 @@ def _loss_by_parts(hidden: Tensor, weight: Tensor) -> Operation:
 
     def run(by_parts: bool) -> list[Tensor]:
         if by_parts:
-            losses, log_sums = _OutputLoss.apply(*inputs, labels, entries, answers.Group(), False, True)
+            losses, log_sums = _OutputLoss.apply(*inputs, None, labels, entries, answers.Group(), False, True)
         else:
             logits = hidden @ weight.t()
             losses, log_sums = vocab_parallel_cross_entropy(logits, labels, entries, answers.Group(), triton=True)
         return [losses, log_sums, *torch.autograd.grad(losses.sum() + 1e-3 * log_sums.square().sum(), inputs)]
 
     return Operation(f"output layer and loss of {tokens} x {entries}: all logits, by parts", run, 2 * tokens * entries)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Operation:
+    total = torch.empty(grad.shape[1], x.shape[1], device=x.device)
+
+    def run(within: bool) -> list[Tensor]:
+        total.zero_()
+        if within:
+            add_product(total, grad.t(), x)
+        else:
+            total.add_(grad.t() @ x)
+        return [total.clone()]
+
+    # With the zeros, and the copy that is compared.
+    return Operation(f"weight gradient {tuple(total.shape)} added to its fp32 sum", run, 20 * total.numel())

@@ -125,6 +125,7 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
     # On a CPU every order of sums is fixed already.
     config.deterministic_mode = config.deterministic_mode or (run.runtime.deterministic and device.type == "cuda")
     config.triton_kernels = run.runtime.kernels == "triton"
+    config.adds_weight_gradients = config.triton_kernels and not run.parallel.overlap_grad_reduce
     chunks = build_chunks(model, run.parallel, config, device, adapter_plan(model, adapters))
     initialize_weights(model, list(chunks), run.train.seed, adapters)
     if adapters is not None:

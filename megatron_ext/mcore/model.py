@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -24,6 +24,7 @@ from megatron_ext.mcore.adapters import NO_ADAPTERS, AdapterPlan, with_adapters
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.embedding_noise import add_noise
 from megatron_ext.mcore.layer_specs import block_spec
+from megatron_ext.mcore.linear import ColumnParallelLinear
 from megatron_ext.mcore.moe import sample_seeds
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.output_layer import LossByParts

@@ -16,16 +16,13 @@ class _AfterSum:
     megatron-core's layers make the sum and take its norm later, from the sum: what was computed with it waits here.
     """
 
-    weight: Tensor
-    eps: float | None
     _waiting: tuple[Tensor, Tensor] | None = None
     """A sum and its norm."""
 
-    def _sum(self, x: Tensor, residual: Tensor, bias_H: Tensor | None) -> Tensor:
+    def _sum(self, x: Tensor, residual: Tensor, weight_H: Tensor, bias_H: Tensor | None, epsilon: float) -> Tensor:
         from megatron_ext.mcore.kernels.sum_norm import sum_norm
 
-        assert self.eps is not None
-        self._waiting = sum_norm(x, residual, self.weight, bias_H, self.eps)
+        self._waiting = sum_norm(x, residual, weight_H, bias_H, epsilon)
         return self._waiting[0]
 
     def _known(self, x: Tensor) -> Tensor | None:
@@ -51,13 +48,13 @@ class RMSNorm(_AfterSum, torch.nn.RMSNorm):
         Args:
             residual: then return `x + residual`, of which the next call returns the norm.
         """
+        assert self.eps is not None
         if residual is not None:
-            return self._sum(x, residual, None)
+            return self._sum(x, residual, self.weight, None, self.eps)
         if (known := self._known(x)) is not None:
             return known
         if x.device.type != "cpu":
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)  # one fused kernel
-        assert self.eps is not None
         normalized: Tensor = _CpuRmsNorm.apply(x, self.weight, self.eps)
         return normalized
 
@@ -97,7 +94,7 @@ class LayerNorm(_AfterSum, torch.nn.LayerNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the norm of `x`; with `residual` see RMSNorm."""
         if residual is not None:
-            return self._sum(x, residual, self.bias)
+            return self._sum(x, residual, self.weight, self.bias, self.eps)
         known = self._known(x)
         return super().forward(x) if known is None else known
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from megatron_ext.mcore.cross_entropy import BLOCK, Entries, over_all_ranks
+from megatron_ext.mcore.linear import ColumnParallelLinear, add_product, gradient_sum
 from megatron_ext.mcore.sequence_parts import gather, reduce_scatter
 
 _MULTIPLE = 128
@@ -43,9 +43,11 @@ class LossByParts(ColumnParallelLinear):
         if labels is None:
             logits, bias = super().forward(input_, weight, runtime_gather_output)
             return logits, bias
+        weight = self.weight if weight is None else weight
         losses, log_sums = _OutputLoss.apply(
             input_,
-            self.weight if weight is None else weight,
+            weight,
+            gradient_sum(self.config, weight),
             labels,
             true_vocab_size,
             self.tp_group,
@@ -60,7 +62,8 @@ class _OutputLoss(torch.autograd.Function):
 
     The backward pass computes a part's logits again and writes dx = softmax(x) (g + z) - onehot(label) g in their
     place, for the gradients g of the loss and z of log(Z); then dW = dx^T h is that part of the whole, one product over
-    all tokens and rounded once, and dx W is added to dh in fp32. That is a fourth product beside the three.
+    all tokens and rounded once, or added to its fp32 sum as it is; and dx W is added to dh in fp32. That is a fourth
+    product beside the three.
 
     Liger (arXiv 2410.10989, section 3.2) and Cut Cross-Entropy (arXiv 2411.09009) save the same memory. Liger's parts
     are tokens, and it computes gradients in the forward pass: three products, but a second weight gradient waits for
@@ -73,6 +76,7 @@ class _OutputLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight_VH: Tensor,
+        sum_VH: Tensor | None,
         labels: Tensor,
         true_vocab_size: int,
         group: Any,
@@ -82,6 +86,7 @@ class _OutputLoss(torch.autograd.Function):
         whole = gather(hidden, group)[0] if gathers else hidden
         hidden_TH = whole.reshape(-1, whole.shape[-1])
         ctx.true_vocab_size, ctx.group, ctx.gathers, ctx.triton = true_vocab_size, group, gathers, triton
+        ctx.sum = sum_VH
         log_sum_T = torch.full((len(hidden_TH),), -torch.inf, dtype=torch.float32, device=hidden.device)
         of_label_T = torch.zeros_like(log_sum_T)
         for part, entries in _parts(ctx, labels, weight_VH):
@@ -99,20 +104,23 @@ class _OutputLoss(torch.autograd.Function):
         whole = gather(hidden, ctx.group)[0] if ctx.gathers else hidden
         hidden_TH = whole.reshape(-1, whole.shape[-1])
         grad_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
-        grad_weight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
+        hands_on = ctx.needs_input_grad[1] and ctx.sum is None
+        grad_weight_VH = torch.empty_like(weight_VH) if hands_on else None
         for part, entries in _parts(ctx, labels, weight_VH):
             logits_TC = hidden_TH @ weight_VH[part].t()
             entries.write_gradient(logits_TC, log_sum_T, grad_loss_T, grad_log_sum_T, ctx.triton)
-            _add_product(grad_TH, logits_TC, weight_VH[part])
+            add_product(grad_TH, logits_TC, weight_VH[part])
             if grad_weight_VH is not None:
                 torch.mm(logits_TC.t(), hidden_TH, out=grad_weight_VH[part])
+            elif ctx.needs_input_grad[1]:
+                add_product(ctx.sum[part], logits_TC.t(), hidden_TH)
         grad_hidden = grad_TH.to(hidden.dtype).view_as(whole)
         if ctx.gathers:
             grad_hidden, reducing = reduce_scatter(grad_hidden, ctx.group)
             reducing.wait()
         elif ctx.group.size() > 1:
             dist.all_reduce(grad_hidden, group=ctx.group)
-        return grad_hidden, grad_weight_VH, None, None, None, None, None
+        return grad_hidden, grad_weight_VH, None, None, None, None, None, None
 
 
 def _parts(ctx: Any, labels: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Entries]]:
@@ -124,13 +132,3 @@ def _parts(ctx: Any, labels: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice,
     for start in range(0, entries, width):
         part = slice(start, min(start + width, entries))
         yield part, Entries.of(labels_T, before + start, part.stop - start, ctx.true_vocab_size)
-
-
-def _add_product(sum_TH: Tensor, a_TC: Tensor, b_CH: Tensor) -> None:
-    """Add `a @ b` to a sum in fp32, without rounding the product where the device can."""
-    if a_TC.dtype == sum_TH.dtype:
-        sum_TH.addmm_(a_TC, b_CH)
-    elif a_TC.is_cuda:
-        torch.addmm(sum_TH, a_TC, b_CH, out_dtype=sum_TH.dtype, out=sum_TH)
-    else:
-        sum_TH += a_TC @ b_CH

@@ -27,6 +27,8 @@ class _MoreFields:
     """The recipe of mcore/fp8; megatron-core's own `fp8` field speaks to Transformer Engine alone."""
     triton_kernels: bool = False
     """Whether the torch backend's layers and loss take our own kernels (mcore/kernels/) where there are some."""
+    adds_weight_gradients: bool = False
+    """Whether dense linear layers add their weights' gradients to the fp32 buffer themselves (mcore/linear.py)."""
     recompute_logits: bool = False
     """Whether the output layer computes losses by parts of the vocabulary (mcore/output_layer.py)."""
     yarn_rotary_scaling_factor: float = 1.0

@@ -1,10 +1,11 @@
-"""The loss by parts of the vocabulary on a GPU gives what all logits give on CPU in fp32."""
+"""The loss by parts of the vocabulary, and products added to fp32 sums, on a GPU and on CPU in fp32 or more."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_ext.mcore import cross_entropy
+from megatron_ext.mcore.linear import add_product
 from megatron_ext.mcore.output_layer import _OutputLoss
 from megatron_ext.runtime.accelerators import kernels_fault, this_machine
 
@@ -40,7 +41,7 @@ def test_losses_and_gradients_are_those_of_all_logits(
     expected = torch.stack((losses, logits.logsumexp(dim=-1)))
     wanted = torch.autograd.grad(expected, exact, upstream)
     here = [t.cuda().requires_grad_() for t in (hidden, weight)]
-    measured = torch.stack(_OutputLoss.apply(*here, labels.cuda(), VOCABULARY, OneRank(), False, triton))
+    measured = torch.stack(_OutputLoss.apply(*here, None, labels.cuda(), VOCABULARY, OneRank(), False, triton))
     found = torch.autograd.grad(measured, here, upstream.cuda())
     # bf16: logits, their gradients and what is given back are each rounded to 2^-9 of themselves.
     limit = 1e-5 if dtype is torch.float32 else 1e-2
@@ -48,3 +49,17 @@ def test_losses_and_gradients_are_those_of_all_logits(
         error = float((a.detach().float().cpu() - b.detach()).norm() / b.detach().norm())
         print(f"{dtype}, triton {triton}: {error:.1e}")
         assert error < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_are_added_without_rounding_in_between(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, width, generator=generator).to(dtype) for width in (384, 512))
+    total = torch.randn(384, 512, generator=generator)
+    here = total.cuda()
+    for _ in range(2):
+        add_product(here, a.cuda().t(), b.cuda())
+    expected = total.double() + 2 * (a.double().t() @ b.double())
+    error = float((here.cpu().double() - expected).norm() / expected.norm())
+    print(f"{dtype}: {error:.1e}")
+    assert error < 1e-5  # a product that was rounded to bf16 would be off by 1e-3

@@ -106,7 +106,8 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _turned(grads[0], *ctx.saved_tensors, -1.0, ctx.neighbours), None, None, None
+        cosines_SR, sines_SR = ctx.saved_tensors
+        return _turned(grads[0], cosines_SR, sines_SR, -1.0, ctx.neighbours), None, None, None
 
 
 def rotate(x_SBND: Tensor, cosines_SR: Tensor, sines_SR: Tensor, *, neighbours: bool) -> Tensor:

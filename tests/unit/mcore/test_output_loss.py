@@ -117,7 +117,7 @@ def of_tensors(dtype: torch.dtype, by_parts: bool) -> tuple[list[Tensor], int]:
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     with mock.patch.dict(cross_entropy.BLOCK, cpu=2**13), Widths() as widths:
         if by_parts:
-            found = output_layer._OutputLoss.apply(hidden, weight, labels, 990, group, False, False)
+            found = output_layer._OutputLoss.apply(hidden, weight, None, labels, 990, group, False, False)
         else:
             found = cross_entropy.vocab_parallel_cross_entropy(hidden @ weight.t(), labels, 990, group)
         stacked = torch.stack(found)
