@@ -17,7 +17,7 @@ from megatron_ext.mcore.linear import add_product
 from megatron_ext.mcore.moe.dispatcher import _sum_rows
 from megatron_ext.mcore.output_layer import _OutputLoss
 from megatron_ext.runtime.accelerators import kernels_fault, this_machine
-from megatron_ext.testing.triton_interpreter import round_to_nearest, why_not_interpreting
+from megatron_ext.testing.triton_interpreter import mend_interpreter, why_not_interpreting
 
 LIMIT = 1e-2
 """Accepted of ||a - b|| / ||b||: bf16 rounded once or three times. The casts must have the same bits."""
@@ -66,7 +66,7 @@ def part(_: str) -> dict:
     if (fault := kernels_fault(this_machine())) is not None:
         return {"skipped": fault}
     if why_not_interpreting() is None:
-        round_to_nearest()
+        mend_interpreter()
     results: dict[str, dict] = {}
     for operation in operations(answers.device()):
         try:
@@ -105,6 +105,8 @@ def operations(where: torch.device) -> list[Operation]:
         _transposed(experts),
         *(_experts_in_both_layouts(name, experts, tile) for name, tile in (("tensorwise", WHOLE), ("rowwise", ROW))),
         _weight_gradient(random(tokens, ffn), random(tokens, hidden)),
+        _gradients_of_experts(64, random(rows, 2 * width), random(rows, hidden // 2)),
+        _gradients_of_experts(8, random(2 * tokens, 2 * ffn), random(2 * tokens, hidden)),
         *(
             _loss_by_parts(random(tokens, 1, hidden), random(entries // small, hidden) / 64)
             for entries in (32768, 131072)
@@ -241,3 +243,25 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Operation:
 
     # With the zeros, and the copy that is compared.
     return Operation(f"weight gradient {tuple(total.shape)} added to its fp32 sum", run, 20 * total.numel())
+
+
+def _gradients_of_experts(experts: int, grad: Tensor, x: Tensor) -> Operation:
+    total = torch.empty(experts, grad.shape[1], x.shape[1], device=x.device)
+    # Unevenly, and one without tokens.
+    shares = torch.arange(experts, device=x.device).double()
+    ends = (shares.cumsum(0) / shares.sum() * len(x)).round().to(torch.int32)
+
+    def run(triton: bool) -> list[Tensor]:
+        total.zero_()
+        if triton:
+            from megatron_ext.mcore.kernels.grouped_gradient import add_gradients
+
+            add_gradients(total, grad, x, ends)
+        elif x.is_cuda:
+            total.add_(F.grouped_mm(grad.t(), x, offs=ends))
+        else:
+            parts = zip(*(t.tensor_split(ends[:-1].tolist()) for t in (grad, x)), strict=True)
+            total.add_(torch.stack([one.t() @ other for one, other in parts]))
+        return [total.clone()]
+
+    return Operation(f"weight gradients of {experts} experts added to fp32 sums", run, 20 * total.numel())

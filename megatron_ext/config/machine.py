@@ -72,7 +72,7 @@ class RuntimeConfig:
     kernels: Kernels = "torch"
     """triton: the torch backend computes SwiGLU with routing weights, the sum of a token's experts, the loss, rotation,
     the residual sum with the norm after attention, and casts to FP8 each in one pass, by Triton kernels of its own
-    (compute capability 8.0 or newer), and adds weight gradients of dense layers to their fp32 sums within the product.
+    (compute capability 8.0 or newer), and adds weight gradients to their fp32 sums within the product.
     Sums are rounded once, so the last bits differ. Off, since they have so far run in Triton's interpreter only, on no
     GPU: benchmarks/gpu_check shows on yours whether they are right, and how much faster."""
     threads: int | None = Field(default=None, ge=1)

@@ -27,8 +27,10 @@ class _AfterSum:
 
     def _known(self, x: Tensor) -> Tensor | None:
         """The norm of `x`, where that is the sum made last."""
-        waiting, self._waiting = self._waiting, None
-        return waiting[1] if waiting is not None and waiting[0] is x else None
+        if self._waiting is None:
+            return None
+        (total, normalized), self._waiting = self._waiting, None
+        return normalized if total is x else None
 
 
 class RMSNorm(_AfterSum, torch.nn.RMSNorm):

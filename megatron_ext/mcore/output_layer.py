@@ -43,11 +43,11 @@ class LossByParts(ColumnParallelLinear):
         if labels is None:
             logits, bias = super().forward(input_, weight, runtime_gather_output)
             return logits, bias
-        weight = self.weight if weight is None else weight
+        table: Tensor = self.weight if weight is None else weight  # type: ignore[assignment]
         losses, log_sums = _OutputLoss.apply(
             input_,
-            weight,
-            gradient_sum(self.config, weight),
+            table,
+            gradient_sum(self.config, table),
             labels,
             true_vocab_size,
             self.tp_group,

@@ -28,7 +28,7 @@ class _MoreFields:
     triton_kernels: bool = False
     """Whether the torch backend's layers and loss take our own kernels (mcore/kernels/) where there are some."""
     adds_weight_gradients: bool = False
-    """Whether dense linear layers add their weights' gradients to the fp32 buffer themselves (mcore/linear.py)."""
+    """Whether linear layers and experts add weights' gradients to the fp32 buffer (mcore/linear.py)."""
     recompute_logits: bool = False
     """Whether the output layer computes losses by parts of the vocabulary (mcore/output_layer.py)."""
     yarn_rotary_scaling_factor: float = 1.0

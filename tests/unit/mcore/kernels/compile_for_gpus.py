@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, rotary, sum_norm, swiglu
+from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, grouped_gradient, rotary, sum_norm, swiglu
 
 SIZE = "i32"
 SWIGLU = {"projected": "*bf16", "weights": "*fp32", "width": SIZE}
@@ -50,6 +50,11 @@ def kernels(capability: int) -> dict[str, tuple[Any, dict[str, str], dict[str, A
             {"rows": "*bf16", "places": "*i64", "sums": "*bf16", "row_count": SIZE, "width": SIZE},
             {"PLACES": 6, "BLOCK": gather_sum._BLOCK},
         ),
+        "grouped gradient": (
+            grouped_gradient._add,
+            {"grad": "*bf16", "x": "*bf16", "ends": "*i32", "total": "*fp32", "width_n": SIZE, "width_k": SIZE},
+            {"TILE": grouped_gradient._TILE, "STEP": grouped_gradient._STEP_BYTES // 2},
+        ),
         "rotate": (
             rotary._rotate,
             ROTATION,
@@ -85,7 +90,12 @@ def compiled(function: Any, types: dict[str, str], constants: dict[str, Any], ca
         },
     )
     code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
-    instructions = {"wide loads": "ld.global.v4", "atomics": "atom.", "casts": "cvt.rn.satfinite.e"}
+    instructions = {
+        "wide loads": "ld.global.v4",
+        "atomics": "atom.",
+        "casts": "cvt.rn.satfinite.e",
+        "tensor cores": "wgmma",
+    }
     return {"bytes": len(code["cubin"]), **{name: code["ptx"].count(text) for name, text in instructions.items()}}
 
 

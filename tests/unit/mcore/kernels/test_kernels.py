@@ -161,6 +161,32 @@ def test_sum_and_norm(where: torch.device, rows: int, width: int, dtype: torch.d
 
 
 @FEW
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    widths=st.tuples(st.integers(1, 140), st.integers(1, 140)),
+    dtype=DTYPES,
+)
+@example(counts=[0, 64, 0], widths=(128, 16), dtype=torch.bfloat16)
+def test_gradients_of_experts_are_added(
+    where: torch.device, counts: list[int], widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """To sums of each expert, of its own rows alone, unrounded; experts without rows keep theirs to the last bit."""
+    from megatron_ext.mcore.kernels.grouped_gradient import add_gradients
+
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    grad, x = (random(sum(counts), width, dtype=dtype, seed=n) for n, width in enumerate(widths))
+    before = random(len(counts), *widths, seed=2)
+    total = before.clone().to(where)
+    add_gradients(total, grad.to(where), x.to(where), ends.to(where))
+    parts = zip(*(t.double().split(counts) for t in (grad, x)), before.double(), strict=True)
+    expected = torch.stack([one.t() @ other + old for one, other, old in parts])
+    # Sums of at most 70 products of numbers up to 4, in fp32.
+    torch.testing.assert_close(total.cpu().double(), expected, rtol=1e-6, atol=2e-5)
+    idle = torch.tensor(counts) == 0
+    assert torch.equal(total.cpu()[idle], before[idle])
+
+
+@FEW
 @given(tokens=st.integers(1, 3), real=st.integers(1, 5000), padding=st.integers(0, 70), dtype=DTYPES)
 @example(tokens=2, real=4096, padding=0, dtype=torch.float32)
 def test_cross_entropy(where: torch.device, tokens: int, real: int, padding: int, dtype: torch.dtype) -> None:
