@@ -28,6 +28,10 @@ class _MoreFields:
     """The recipe of mcore/fp8; megatron-core's own `fp8` field speaks to Transformer Engine alone."""
     triton_kernels: bool = False
     """Whether the torch backend's layers and loss take our own kernels (mcore/kernels/) where there are some."""
+    adds_weight_gradients: bool = False
+    """Whether linear layers and experts add weights' gradients to the fp32 buffer (mcore/linear.py)."""
+    recompute_logits: bool = False
+    """Whether the output layer computes losses by parts of the vocabulary (mcore/output_layer.py)."""
     yarn_rotary_scaling_factor: float = 1.0
     """megatron-core's attention looks for this name and the next two, which it declares nowhere, and takes YaRN's
     factor on queries and keys from them; at 1.0 there is none."""
@@ -72,6 +76,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        "recompute_logits": recompute.logits,
         "torch_fp8": precision if isinstance(precision, Fp8Precision) and backend == "torch" else None,
         **model.transformer_overrides,
     }

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.mcore.activation import gate_of, gated_activation
+from megatron_ext.mcore.linear import gradient_sum
 from megatron_ext.mcore.moe.grouped_linear import grouped_linear
 
 
@@ -84,11 +85,15 @@ class GroupedExperts(MegatronModule):
 
     def fc1(self, tokens_TH: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's tokens by its own first weight: [T, F], or [T, 2 F] if gated."""
-        return grouped_linear(tokens_TH, self.weight1, ends_E)
+        return grouped_linear(tokens_TH, self.weight1, ends_E, self._sum_of(self.weight1))
 
     def fc2(self, hidden_TF: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's hidden units by its own second weight: [T, H]."""
-        return grouped_linear(hidden_TF, self.weight2, ends_E)
+        return grouped_linear(hidden_TF, self.weight2, ends_E, self._sum_of(self.weight2))
+
+    def _sum_of(self, weight: Tensor) -> Tensor | None:
+        """Where our own kernel adds the gradient of `weight` to, in runs that take our kernels."""
+        return gradient_sum(self.config, weight) if self.config.triton_kernels else None
 
     def _activated(self, projected: Tensor, weights_T: Tensor) -> Tensor:
         """The hidden units times their token's routing weight [T, F]."""

@@ -199,6 +199,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["data.sequence_length = 8193"],
     ),
     (
+        {"recompute": {"logits": True}, "model": {"transformer_overrides": {"defer_embedding_wgrad_compute": True}}},
+        ["recompute.logits = True", "needs the logits' gradient"],
+    ),
+    (
         {"precision": {"kind": "fp8", "margin": 1}},
         ["precision.margin = 1", "precision.recipe = 'tensorwise'", "delayed"],
     ),
@@ -249,6 +253,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     (
         {"runtime": TE, "precision": fp8("tensorwise", fp8_wgrad=False)},
         ["precision.fp8_wgrad = False", "in FP8 all the same"],
+    ),
+    (
+        {"runtime": TE, "precision": fp8("tensorwise", keep_fp8_weights=False)},
+        ["precision.keep_fp8_weights = False", "by rules of its own"],
     ),
     (
         {

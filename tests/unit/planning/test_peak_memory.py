@@ -83,6 +83,15 @@ CASES = {
         "fp32",
         RecomputeConfig(granularity="full"),
     ),
+    "dense bf16, losses by parts": (
+        1,
+        tiny_model(
+            num_layers=2, vocab_size=32768, max_position_embeddings=512, untie_embeddings_and_output_weights=False
+        ),
+        {},
+        "bf16",
+        RecomputeConfig(logits=True),
+    ),
     "MoE bf16, TP2 SP EP2 PP2 VPP2": (
         4,
         tiny_model(moe=True, **WIDE),

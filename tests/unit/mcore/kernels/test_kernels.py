@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from torch import Tensor
 
 from megatron_ext.mcore.activation import Gate, gated_activation, quick_gelu
@@ -100,6 +101,97 @@ def test_gather_sum(
 
 
 @FEW
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 5)),
+    half=st.integers(1, 33),
+    rest=st.integers(0, 5),
+    dtype=DTYPES,
+    neighbours=st.booleans(),
+)
+@example(shape=(2, 2, 4), half=64, rest=0, dtype=torch.bfloat16, neighbours=False)
+def test_rotation(
+    where: torch.device,
+    shape: tuple[int, int, int],
+    half: int,
+    rest: int,
+    dtype: torch.dtype,
+    neighbours: bool,
+) -> None:
+    """megatron-core's formula in fp32, rounded once; of queries as they lie in the projection; and its gradient."""
+    from megatron_ext.mcore.kernels.rotary import rotate
+
+    projection = random(*shape, 2 * (2 * half + rest), dtype=dtype)
+    angles = 100 * random(shape[0], half, seed=1)
+    both = torch.stack((angles, angles), dim=-1).flatten(1) if neighbours else angles.repeat(1, 2)
+    exact = projection.float().requires_grad_()
+    queries = exact.chunk(2, dim=-1)[0]
+    expected = _apply_rotary_pos_emb_bshd(queries, both[:, None, None], rotary_interleaved=neighbours, mscale=1.5)
+    here = projection.to(where).requires_grad_()
+    cosines, sines = (1.5 * turn.to(where) for turn in (angles.cos(), angles.sin()))
+    measured = rotate(here.chunk(2, dim=-1)[0], cosines, sines, neighbours=neighbours)
+    assert measured.is_contiguous()
+    upstream = random(*measured.shape, dtype=dtype, seed=2)
+    (gradient,) = torch.autograd.grad(measured, here, upstream.to(where))
+    (wanted,) = torch.autograd.grad(expected, exact, upstream.float())
+    assert_near(measured, expected.to(dtype), UNIT[dtype])
+    assert_near(gradient, wanted.to(dtype), UNIT[dtype])
+
+
+@FEW
+@given(rows=st.integers(1, 5), width=st.integers(1, 300), dtype=DTYPES, centred=st.booleans())
+@example(rows=513, width=8, dtype=torch.float32, centred=True)
+@example(rows=0, width=8, dtype=torch.bfloat16, centred=False)
+def test_sum_and_norm(where: torch.device, rows: int, width: int, dtype: torch.dtype, centred: bool) -> None:
+    """Sum, norm and all gradients; more rows than there are partial sums of the weight's gradient are among them."""
+    from megatron_ext.mcore.kernels.sum_norm import sum_norm
+
+    # Numbers that bf16 adds exactly, so that the sum of the reference is rounded alike.
+    x, residual = ((4 * random(rows, width, seed=n)).round().to(dtype) for n in (0, 1))
+    weight, bias = (1 + random(width, dtype=dtype, seed=n) / 4 for n in (2, 3))
+    upstream = [random(rows, width, dtype=dtype, seed=n) for n in (4, 5)]
+    given = [x, residual, weight, *([bias] if centred else [])]
+    here, exact = ([t.to(*to).requires_grad_() for t in given] for to in ((where,), (torch.float64,)))
+    measured = sum_norm(*here[:3], here[3] if centred else None, 1e-5)
+    total = exact[0] + exact[1]
+    norm = (
+        F.layer_norm(total, (width,), *exact[2:], eps=1e-5) if centred else F.rms_norm(total, (width,), exact[2], 1e-5)
+    )
+    grads = torch.autograd.grad(measured, here, [g.to(where) for g in upstream])
+    wanted = torch.autograd.grad((total, norm), exact, [g.double() for g in upstream])
+    for a, b in zip((*measured, *grads[:2]), (total, norm, *wanted[:2]), strict=True):
+        # Rows of a few numbers that are nearly equal have a norm that magnifies the rounding of their mean.
+        assert_near(a, b.to(dtype), 64 * UNIT[dtype] if dtype is torch.float32 else UNIT[dtype])
+    for a, b in zip(grads[2:], wanted[2:], strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=UNIT[dtype], atol=UNIT[dtype] * max(rows, 1) ** 0.5)
+
+
+@FEW
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    widths=st.tuples(st.integers(1, 140), st.integers(1, 140)),
+    dtype=DTYPES,
+)
+@example(counts=[0, 64, 0], widths=(128, 16), dtype=torch.bfloat16)
+def test_gradients_of_experts_are_added(
+    where: torch.device, counts: list[int], widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """To sums of each expert, of its own rows alone, unrounded; experts without rows keep theirs to the last bit."""
+    from megatron_ext.mcore.kernels.grouped_gradient import add_gradients
+
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    grad, x = (random(sum(counts), width, dtype=dtype, seed=n) for n, width in enumerate(widths))
+    before = random(len(counts), *widths, seed=2)
+    total = before.clone().to(where)
+    add_gradients(total, grad.to(where), x.to(where), ends.to(where))
+    parts = zip(*(t.double().split(counts) for t in (grad, x)), before.double(), strict=True)
+    expected = torch.stack([one.t() @ other + old for one, other, old in parts])
+    # Sums of at most 70 products of numbers up to 4, in fp32.
+    torch.testing.assert_close(total.cpu().double(), expected, rtol=1e-6, atol=2e-5)
+    idle = torch.tensor(counts) == 0
+    assert torch.equal(total.cpu()[idle], before[idle])
+
+
+@FEW
 @given(tokens=st.integers(1, 3), real=st.integers(1, 5000), padding=st.integers(0, 70), dtype=DTYPES)
 @example(tokens=2, real=4096, padding=0, dtype=torch.float32)
 def test_cross_entropy(where: torch.device, tokens: int, real: int, padding: int, dtype: torch.dtype) -> None:
@@ -169,6 +261,10 @@ def test_fp8_cast_of_stacked_experts(where: torch.device, tile: Tile) -> None:
         expected = quantize(weights, E4M3, tile, maxima)
         measured = quantize(weights.to(where), E4M3, tile, maxima.to(where), triton=True)
         assert torch.equal(bits(measured.values), bits(expected.values))
+    maxima = tile_maxima(x, tile), tile_maxima(x.mT, tile)
+    both = quantize_both(x.to(where), E4M3, tile, (maxima[0].to(where), maxima[1].to(where)), triton=True)
+    for measured, weights, largest in zip(both, (x, x.mT), maxima, strict=True):
+        assert torch.equal(bits(measured.values), bits(quantize(weights, E4M3, tile, largest).values))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
