@@ -175,7 +175,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
     hooks.append(DiskRoom(run, reports.event))
     if run.evaluation.on_checkpoint is not None:
         hooks.append(Evaluating(run.evaluation, Path(run.checkpoint.directory), metrics_path(run), reports.event))
-    return guard, [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
+    return guard, [*hooks, Saving(run.checkpoint, metrics_path(run), clock, reports.event, hooks)]
 
 
 @contextmanager
