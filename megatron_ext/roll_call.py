@@ -121,7 +121,7 @@ class _RollCall:
         store = rendezvous_store(self._minutes)
         own = Answer(self._rank, socket.gethostname(), refusal)
         try:
-            store.set(self._key(self._rank), pickle.dumps(own))
+            store.set(self._key(self._rank), pickle.dumps(own))  # type: ignore[arg-type] # bytes it takes too
             store.add(self._key("spoken"), 1)
             if refusal is not None:
                 store.set(self._key("refused"), "1")
