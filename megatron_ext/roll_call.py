@@ -45,12 +45,15 @@ class Answer:
     """Kind of the error and what it says; None where it can start."""
 
 
-def on_every_rank(what: str, prepare: Callable[[], T], minutes: float = DEFAULT_MINUTES) -> T:
+def on_every_rank(
+    what: str, prepare: Callable[[], T], minutes: float = DEFAULT_MINUTES, *, looking: int | None = None
+) -> T:
     """What `prepare` makes on this rank, once it has on every rank; every rank must call this.
 
     Args:
         what: names this roll call; each has its own.
         minutes: how long the last rank is waited for.
+        looking: how many ranks look at what may be wrong, the others doing nothing; all of them, if not said.
 
     Raises:
         MegatronExtError: it failed on a rank; on every rank, naming those it failed on.
@@ -73,18 +76,18 @@ def on_every_rank(what: str, prepare: Callable[[], T], minutes: float = DEFAULT_
     if failure is not None and not isinstance(failure, MegatronExtError):
         raise failure  # as it is; the others have been told
     if any(answer.refusal is not None for answer in answers):
-        raise refused(answers, size)
+        raise refused(answers, looking or size)
     return made
 
 
-def refused(answers: Sequence[Answer], size: int) -> MegatronExtError:
-    """The error that each of `size` ranks raises where some refuse; of a fault that all of them meet, none is named."""
+def refused(answers: Sequence[Answer], looking: int) -> MegatronExtError:
+    """The error that every rank raises where some refuse. Of a fault that all meet who look for it, none is named."""
     alike: dict[tuple[type[MegatronExtError], str], list[Answer]] = {}
     for answer in answers:
         if answer.refusal is not None:
             alike.setdefault(answer.refusal, []).append(answer)
     kind, text = next(iter(alike))
-    if len(alike) > 1 or len(alike[kind, text]) < size:
+    if len(alike) > 1 or len(alike[kind, text]) < looking:
         text = "\n".join(f"{_named(ranks)}: {said}" for (_, said), ranks in itertools.islice(alike.items(), _SHOWN))
         text += f"\nand {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
     return kind(text).everywhere(speaks=_speaks(answers))

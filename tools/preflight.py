@@ -48,7 +48,7 @@ def _test(run: RunConfig) -> None:
     from megatron_ext.training.same_everywhere import require_same_run
 
     setup_logging(launched_rank())
-    device = on_every_rank("start", lambda: _prepared(run), run.runtime.distributed_timeout_minutes)
+    device = on_every_rank("node", lambda: _prepared(run), run.runtime.distributed_timeout_minutes)
     start_process_group(run.runtime, device)
     require_same_run(run)  # ranks of other layouts would wait for each other
     split_process_group(run.parallel, run.runtime)

@@ -61,9 +61,11 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
             after SIGTERM, 142 for train.exit_at), which our launcher takes over.
     """
     setup_logging(launched_rank())
+    is_first, minutes = launched_rank() == 0, run.runtime.distributed_timeout_minutes
     with _alerting(run):
-        layout, device, found = on_every_rank(
-            "start", lambda: _prepared(run, source, open_foreign), run.runtime.distributed_timeout_minutes
+        layout, device = on_every_rank("node", lambda: _prepared(run), minutes)
+        found = on_every_rank(
+            "run", lambda: examine_run(run, source, open_foreign) if is_first else None, minutes, looking=1
         )
     start_process_group(run.runtime, device)
     require_same_code(installation())
@@ -76,12 +78,11 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
         exit_stopped(128 + signal)
 
 
-def _prepared(run: RunConfig, source: str, open_foreign: OpenForeign) -> tuple[Layout, torch.device, Findings | None]:
-    """What this rank needs before it meets the others, with what can be wrong on its node; on rank 0, with the run."""
+def _prepared(run: RunConfig) -> tuple[Layout, torch.device]:
+    """What this rank needs before it meets the others; wrong with it may be what is wrong with its node."""
     layout = run.resolve(launched_world_size())
     accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe)
-    found = examine_run(run, source, open_foreign) if launched_rank() == 0 else None
-    return layout, choose_device(run.runtime), found
+    return layout, choose_device(run.runtime)
 
 
 @contextmanager

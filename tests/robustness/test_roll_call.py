@@ -69,14 +69,22 @@ def test_every_rank_raises_what_one_has_met_and_one_of_each_node_says_so() -> No
 
 
 def test_a_fault_of_all_is_said_once_and_those_of_some_by_rank_and_node() -> None:
-    def refused(*texts: str | None) -> str:
+    def refused(*texts: str | None, looking: int | None = None) -> str:
         answers = [
             roll_call.Answer(rank, f"n{rank // 2}", text and (DataError, text)) for rank, text in enumerate(texts)
         ]
-        return str(roll_call.refused(answers, len(texts)))
+        return str(roll_call.refused(answers, looking or len(texts)))
 
     assert refused("a", "a", "a") == "a"
+    assert refused("a", None, None, looking=1) == "a"
     assert refused("a", "a", None, "b", "a") == "ranks 0 to 1, 4 on n0, n2: a\nrank 3 on n1: b"
+
+
+def test_what_the_first_rank_finds_wrong_with_the_run_is_said_without_its_name(work: Path) -> None:
+    process = train(2, work / "run.yaml", f"checkpoint.directory={work / 'never'}", "data.tokenizer=nowhere")
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"error: {work / 'run.yaml'}: ")
+    assert process.stderr.count("error:") == 1
 
 
 def test_a_run_with_one_rank_that_was_started_otherwise_ends_with_its_reason(work: Path) -> None:
