@@ -12,7 +12,7 @@ the same command then goes on. Ranks end with torchrun, saving first, and all en
 import argparse
 
 from megatron_ext.command import positive_integer, run_command, run_parser
-from megatron_ext.config import load_run
+from megatron_ext.config import RunConfig, load_run
 from megatron_ext.errors import ConfigError
 
 
@@ -34,18 +34,19 @@ def main() -> None:
         "them; added to train.skip_samples. Give it again at every start, or write it there",
     )
     arguments = parser.parse_args()
-    _skip_data(arguments)
     if arguments.check:
+        _skip_data(arguments)
         _check(arguments)
         return
     for option, given in (("--world-size", arguments.world_size), ("--config-only", arguments.config_only)):
         if given:
             raise ConfigError(f"{option} needs --check: it says nothing of a run that starts")
-    run = load_run(arguments.run, arguments.overrides)
     from megatron_ext.launcher import adopt_launcher, end_with_launcher
+    from megatron_ext.roll_call import on_every_rank
 
     adopt_launcher()
     end_with_launcher()
+    run = on_every_rank("configuration", lambda: _run_of(arguments))
     from megatron_ext.model_io.starting_weights import open_hugging_face
     from megatron_ext.training.loop import train
 
@@ -58,6 +59,11 @@ def _range(text: str) -> list[int]:
     if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"{text!r}: must be FIRST:LAST, two numbers of samples")
     return [int(first), int(last)]
+
+
+def _run_of(arguments: argparse.Namespace) -> RunConfig:
+    _skip_data(arguments)
+    return load_run(arguments.run, arguments.overrides)
 
 
 def _skip_data(arguments: argparse.Namespace) -> None:

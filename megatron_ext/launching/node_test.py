@@ -15,12 +15,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
-import megatron_ext
 from megatron_ext.config import RunConfig, dump_yaml, to_mapping
 from megatron_ext.data.dataset import dataset_fingerprint
 from megatron_ext.errors import DataError, EnvironmentFault
 from megatron_ext.launching.node_report import Link, RankReport
-from megatron_ext.runtime.core_guard import versions
+from megatron_ext.runtime.installation import installation
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.process_groups import groups_by_kind
 from megatron_ext.runtime.watchdog import STALLS
@@ -60,8 +59,7 @@ def measure_node(run: RunConfig, device: torch.device) -> RankReport:
     free, total = torch.cuda.mem_get_info(device) if on_gpu else _host_memory()
     faults: list[str] = []
     same = {
-        "code": _code(),
-        "libraries": versions(),
+        **installation(),
         "configuration": _digest(dump_yaml(to_mapping(run))),
         "data": _data(run, faults),
     }
@@ -92,15 +90,8 @@ def _host_memory() -> tuple[int, int]:
     return memory.available, memory.total
 
 
-def _digest(text: str | bytes) -> str:
-    return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:12]
-
-
-def _code() -> str:
-    """Of every source file of the package, whatever a commit says of it."""
-    root = Path(megatron_ext.__file__).parent
-    files = sorted(path for path in root.rglob("*.py") if "__pycache__" not in path.parts)
-    return _digest("".join(f"{path.relative_to(root)} {_digest(path.read_bytes())}\n" for path in files))
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _data(run: RunConfig, faults: list[str]) -> str:
