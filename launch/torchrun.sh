@@ -60,6 +60,7 @@ for argument in "$@"; do
   [ "$argument" != --check ] || exec "${check[@]}" --world-size $((per_node * least))
 done
 [ "$tool" = tools/train.py ] || check+=(--config-only)
+check+=(--alert)
 [ -z "$looks_first" ] || "${check[@]}" --world-size $((per_node * least)) > /dev/null
 [ "$least" = "$most" ] || "${check[@]}" --config-only --world-size $((per_node * most)) > /dev/null
 exec "$python" -P -m megatron_ext.runtime.launch "${rendezvous[@]}" --nproc-per-node "$per_node" "$root/$tool" "$@"

@@ -16,7 +16,7 @@ from megatron_ext.errors import MegatronExtError, TrainingError
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size, noting_failure
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
-from megatron_ext.monitoring.monitor import metrics_path, tell_of_failed_start
+from megatron_ext.monitoring.monitor import metrics_path, tell_of_failed_restart
 from megatron_ext.roll_call import on_every_rank
 from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.device import choose_device
@@ -91,8 +91,8 @@ def _alerting(run: RunConfig) -> Iterator[None]:
     try:
         yield
     except MegatronExtError as error:
-        if launched_rank() == 0 and metrics_path(run).is_file():
-            tell_of_failed_start(run, error)
+        if launched_rank() == 0:
+            tell_of_failed_restart(run, error)
         raise
 
 
@@ -155,8 +155,7 @@ def _watching(run: RunConfig) -> Iterator[Liveness]:
 
 def _tell_of_start(run: RunConfig, kind: str, text: str, ends: bool) -> None:
     """What the watch over the other ranks calls before the run has its records."""
-    if metrics_path(run).is_file():
-        tell_of_failed_start(run, TrainingError(text))
+    tell_of_failed_restart(run, TrainingError(text))
 
 
 def _tell_of_stall(session: Session, hooks: Sequence[Hook], kind: str, text: str, ends: bool) -> None:
