@@ -6,7 +6,7 @@
 # make test-core                                 what touches megatron-core, on Python 3.12 with megatron-core 0.19
 # make test-newest [TE=1]                        every test there; TE=1 builds
 #                                                Transformer Engine there (needs nvcc, no GPU) for the tests of it
-# make prove-recipes                             every recipe's layout, shrunk to this machine
+# make prove-recipes                             every recipe's layout, as large as this machine holds (make test: 8 ranks)
 # make docs                                      the guides as pages in build/docs
 # make lock                                      renews the tested versions of every Python that is here
 PYTHON ?=

@@ -6,6 +6,7 @@ cannot.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,12 +84,16 @@ def processes_that_fit() -> int:
     return max(1, min(_MOST_PROCESSES, int(psutil.virtual_memory().available * 0.8) // _BYTES_A_PROCESS))
 
 
-def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
+def plan_proof(
+    run: RunConfig, world_size: int | None, limit: int, *, most_layers: int = _MOST_LAYERS, steps: int | None = None
+) -> ProofPlan:
     """Shrink `run` to at most `limit` processes.
 
     Args:
         world_size: processes of the real run; None takes the fewest its layout needs, twice that if that leaves no
             data parallelism.
+        most_layers: kept of the model, where its pipeline stages go with so few.
+        steps: of each kind that the run has. None: 5, and 3 of each where there are several.
     """
     fewest = smallest_world_size(run.parallel)
     data_parallel = fewest // _model_ranks(run.parallel)
@@ -96,7 +101,7 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
     if world_size:
         run.resolve(world_size)
     parallel, processes, changes = _fit_processes(run.parallel, run.model, wanted, limit)
-    model, layer_changes = _shrink_model(run.model, parallel)
+    model, layer_changes = _shrink_model(run.model, parallel, most_layers)
     model, loss_changes = _comparable_losses(model)
     adapters, adapter_changes = _without_dropout(run.adapters)
     data_ranks = processes // _model_ranks(parallel)
@@ -113,7 +118,7 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
         parallel,
         Fp32Precision(kind="fp32"),
         _fit_recompute(run, model, parallel),
-        steps=_STEPS if len(shapes) == 1 else _STEPS_A_STAGE,
+        steps=steps or (_STEPS if len(shapes) == 1 else _STEPS_A_STAGE),
         lr=_LEARNING_RATE,
         samples=shapes[0].samples,
         micro_batch=shapes[0].micro_batch,
@@ -128,8 +133,12 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
     return ProofPlan(cell, processes, tuple(changes + layer_changes + loss_changes + adapter_changes), tuple(names))
 
 
-def prove(plan: ProofPlan) -> Proof:
-    """Train `plan` in its layout and in one process, from the same weights on the same data."""
+def prove(plan: ProofPlan, pool: GlooPool | None = None) -> Proof:
+    """Train `plan` in its layout and in one process, from the same weights on the same data.
+
+    Args:
+        pool: processes that are there already, at least as many as the plan needs. None starts some for this proof.
+    """
     model = plan.cell.model
     parallel = plan.cell.parallel
     data_ranks = plan.processes // _model_ranks(parallel)
@@ -145,9 +154,10 @@ def prove(plan: ProofPlan) -> Proof:
             use_distributed_optimizer=False, moe_token_dispatcher_type=parallel.moe_token_dispatcher_type
         ),
     )
-    with GlooPool(plan.processes) as pool:
-        reference = run_layout(pool, single, 1)
-        return Proof(plan, run_layout(pool, plan.cell, plan.processes), reference)
+    workers: AbstractContextManager[GlooPool] = GlooPool(plan.processes) if pool is None else nullcontext(pool)
+    with workers as some:
+        reference = run_layout(some, single, 1)
+        return Proof(plan, run_layout(some, plan.cell, plan.processes), reference)
 
 
 def _model_ranks(parallel: ParallelConfig) -> int:
@@ -205,18 +215,28 @@ def _halve_largest(parallel: ParallelConfig, model: ModelConfig) -> ParallelConf
     return smaller
 
 
-def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> tuple[ModelConfig, list[str]]:
+def _fewer_layers(model: ModelConfig, parallel: ParallelConfig, most: int) -> int:
+    """The layers of `model` divided by so much that at most `most` are left, as far as its pipeline goes with it.
+
+    By a power of two where that is enough: it keeps most patterns of layers as they are.
+    """
+    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    more = parallel.counted_as_layers
+    counted = model.num_layers + more
+    # A chunk with nothing but what is counted as a layer is not what a run has.
+    left = {by: counted // by - more for by in range(1, counted // chunks + 1) if counted % (by * chunks) == 0}
+    usable = {by: layers for by, layers in left.items() if layers >= chunks or by == 1}
+    enough = [by for by, layers in usable.items() if layers <= most]
+    by = min(enough, key=lambda by: (by.bit_count() > 1, by)) if enough else max(usable)
+    return usable[by]
+
+
+def _shrink_model(model: ModelConfig, parallel: ParallelConfig, most_layers: int) -> tuple[ModelConfig, list[str]]:
     """The same model with small widths, and with fewer layers where there are very many."""
     tp, etp = parallel.tensor_model_parallel_size, parallel.etp
     changes: list[str] = []
     overrides = model.transformer_overrides
-    layers, step = (
-        model.num_layers,
-        parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1),
-    )
-    more = parallel.counted_as_layers
-    while layers > _MOST_LAYERS and (layers + more) % 2 == 0 and (layers + more) // 2 % step == 0:
-        layers = (layers + more) // 2 - more
+    layers = _fewer_layers(model, parallel, most_layers)
     if layers != model.num_layers:
         changes.append(f"model.num_layers: {model.num_layers} -> {layers}")
         overrides = {k: v for k, v in overrides.items() if k not in _SPLITS_LAYERS}
