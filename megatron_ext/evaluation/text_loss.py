@@ -1,5 +1,6 @@
 """The loss of a model on texts, document by document: perplexity, bits per byte, and how sure both are."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from megatron_ext.data.prepare.documents import read_documents
 from megatron_ext.data.tokenizer.reading import end_of_document
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.generation.text_model import TextModel
+
+log = logging.getLogger(__name__)
 
 CERTAIN = 1.96
 """Standard errors on either side of an interval of 95 %."""
@@ -45,13 +48,19 @@ def windows_of(model: TextModel, size: int | None, stride: int | None) -> Window
     Raises:
         ConfigError: they are longer than learned positions, or some tokens would be in none.
     """
-    longest = int(getattr(model.network.config, "max_position_embeddings", None) or _USUAL_WINDOW)
-    size = min(longest, _USUAL_WINDOW) if size is None else size
+    made_for = getattr(model.network.config, "max_position_embeddings", None)
+    size = min(int(made_for or _USUAL_WINDOW), _USUAL_WINDOW) if size is None else size
     stride = max(size // 2, 1) if stride is None else stride
     if model.positions is not None and size > model.positions:
         raise ConfigError(f"window = {size}: {model.name} has learned {model.positions} positions only")
     if size < 2 or not 1 <= stride < size:
         raise ConfigError(f"window = {size}, stride = {stride}: the stride must be at least 1 and below the window")
+    if made_for is not None and size > made_for:
+        log.warning(
+            "window = %s: %s was made for %s positions, so that the loss of longer documents also says how it does "
+            "beyond them; --window %s leaves that out",
+            *(size, model.name, made_for, made_for),
+        )
     return Windows(size, stride)
 
 

@@ -1,11 +1,12 @@
 """How many tokens a run is planned to read, and in which kinds of steps: both decide how long it takes."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ext.config import RunConfig
 from megatron_ext.config.layout import StepShape
 from megatron_ext.data.stream.plan import RunPlan
+from megatron_ext.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,17 @@ def run_length(run: RunConfig, plan: RunPlan | None = None) -> RunLength:
         tokens[len(shapes) - 1] = run.planned_samples * run.data.sequence_length - tokens.total()
     total = tokens.total()
     return RunLength(float(total), tuple((number, part / total) for number, part in tokens.most_common() if part > 0))
+
+
+def with_tokens(run: RunConfig, length: RunLength, tokens: float) -> RunLength:
+    """`length` with other `tokens` in the same kinds of steps.
+
+    Raises:
+        ConfigError: they are fewer than one step has.
+    """
+    usual = length.usual(run)
+    if tokens < usual.size * usual.length:
+        raise ConfigError(
+            f"--tokens {tokens:g}: one step has {usual.size * usual.length:,} ({usual.size:,} x {usual.length:,})"
+        )
+    return replace(length, tokens=tokens)

@@ -96,6 +96,14 @@ def test_each_token_is_predicted_once_from_enough(tokens: int, size: int, stride
     assert predicted == list(range(1, tokens))
 
 
+def test_windows_beyond_what_a_model_was_made_for_are_said(model: TextModel, caplog: pytest.LogCaptureFixture) -> None:
+    made_for = model.network.config.max_position_embeddings
+    windows_of(model, made_for, None)
+    assert not caplog.messages
+    assert windows_of(model, made_for + 1, None).size == made_for + 1
+    assert f"window = {made_for + 1}: {model.name} was made for {made_for} positions" in caplog.text
+
+
 def test_windows_that_cannot_be_are_refused(model: TextModel) -> None:
     assert windows_of(model, 64, None) == Windows(64, 32)
     with pytest.raises(ConfigError, match="window = 8, stride = 8: the stride must"):

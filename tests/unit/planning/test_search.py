@@ -1,6 +1,5 @@
 """The planner offers what the rules allow, all of it, and nothing else; its times are those of a GPU."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from megatron_ext.config import (
     RecomputeConfig,
     RunConfig,
     load_config,
-    load_run,
-    smallest_world_size,
     to_mapping,
 )
 from megatron_ext.errors import ConfigError
@@ -26,14 +23,13 @@ from megatron_ext.planning.plan_plot import draw
 from megatron_ext.planning.plan_run import planned_run, run_to_plan, write_planned
 from megatron_ext.planning.plan_text import advice, table
 from megatron_ext.planning.proven import PROVEN, is_proven, kind_of
-from megatron_ext.planning.run_length import run_length
+from megatron_ext.planning.run_length import run_length, with_tokens
 from megatron_ext.planning.search import MICRO_BATCHES, Candidate, candidates, search, tokens_a_second, with_layout
 from megatron_ext.planning.step_time import step_time
-from megatron_ext.proving.prove import plan_proof
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.planned import expected_plan
 from tests.distributed.test_parity import DENSE, MOE
-from tests.support.workspace import ROOT
+from tests.support.recipes import FOLDER, NAMES, recipe
 from tests.unit.config.test_load import load, mapping
 from tests.unit.planning.test_peak_memory import LLAMA_LAYERS, MEASURED_GIB, run_of
 
@@ -105,15 +101,14 @@ def test_the_parity_grid_is_what_is_called_proven() -> None:
         assert names == PROVEN[is_moe]
 
 
-@pytest.mark.parametrize("recipe", [path.stem for path in sorted((ROOT / "examples" / "recipes").glob("*.yaml"))])
-def test_the_layout_of_a_recipe_is_of_a_proven_kind(recipe: str) -> None:
-    """And can be proven: `make prove-recipes` does, on as many processes as a machine holds."""
-    path = ROOT / "examples" / "recipes" / f"{recipe}.yaml"
-    run, named = load_run(path), re.search(r"--world-size (\d+)", path.read_text())
-    processes = int(named[1]) if named else smallest_world_size(run.parallel)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layout_of_a_recipe_is_of_a_proven_kind(name: str) -> None:
+    """And each is proven itself, in tests/distributed/test_recipes.py."""
+    run, processes = recipe(name)
     assert is_proven(run, run.resolve(processes))
-    plan = plan_proof(run, processes, 8)
-    assert plan.processes <= 8
+    said = (FOLDER / f"{name}.yaml").read_text()
+    assert "What we would do otherwise" in said
+    assert "A guess: " in said or "a guess" in said
 
 
 MEASURED_TFLOPS = {"dense": 450.8, "8x8B": 353.0, "64 experts": 233.1}
@@ -218,7 +213,7 @@ def test_a_run_of_stages_is_planned_by_all_of_them() -> None:
 
 def test_the_kind_of_step_that_most_tokens_are_in_is_the_one_that_is_timed() -> None:
     """A run that ends with a few long samples is not as slow as those, and its stages say how long it is."""
-    run = load_run(ROOT / "examples" / "recipes" / "calm2_7b.yaml")
+    run, _ = recipe("calm2_7b")
     length = run_length(run, expected_plan(run))
     assert length.tokens == pytest.approx(1.3e12, rel=1e-4)
     assert [(run.step_shapes[n].length, round(share, 3)) for n, share in length.kinds] == [(4096, 0.95), (32768, 0.05)]
@@ -229,6 +224,14 @@ def test_the_kind_of_step_that_most_tokens_are_in_is_the_one_that_is_timed() -> 
     days = (0.95 * short.seconds / short.tokens + 0.05 * long.seconds / long.tokens) * 1.3e12 / 86400
     assert length.tokens / tokens_a_second(one, length, H100) / 86400 == pytest.approx(days, rel=1e-3)
     assert run_length(run).tokens is None  # nothing is known of stages without a plan
+
+
+def test_fewer_tokens_than_a_step_has_are_refused() -> None:
+    run = small(moe=False, batch=16)
+    length = run_length(run)
+    assert with_tokens(run, length, 16 * 2048).tokens == 16 * 2048
+    with pytest.raises(ConfigError, match=r"--tokens 32767: one step has 32,768 \(16 x 2,048\)"):
+        with_tokens(run, length, 16 * 2048 - 1)
 
 
 def test_what_is_prepared_says_how_long_stages_are(tmp_path: Path) -> None:
