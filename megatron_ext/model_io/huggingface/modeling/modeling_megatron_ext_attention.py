@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import AttentionInterface
 
 from .configuration_megatron_ext import SLIDING, MegatronExtConfig
 
@@ -145,44 +145,34 @@ def sdpa_attention_with_sinks(module, query, key, value, attention_mask, scaling
     return context[..., :width].transpose(1, 2).contiguous(), None
 
 
-WITH_SINKS = {"eager": eager_attention, "sdpa": sdpa_attention_with_sinks}
+# Engines (vLLM) read the forward pass of attention for one call of what is looked up under this name, with its scaling.
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS["eager"] = eager_attention
+ALL_ATTENTION_FUNCTIONS["sdpa with sinks"] = sdpa_attention_with_sinks
+WITH_SINKS = {"eager": "eager", "sdpa": "sdpa with sinks"}
 
 
-def implementation_of(module):
-    """The function that computes attention as the user chose.
+def implementation(module):
+    """The name of the attention that the user chose.
 
     Raises:
         ValueError: it knows no sinks, and would leave them out silently.
     """
     name = module.config._attn_implementation or "eager"
-    if module.sinks is not None:
-        if name not in WITH_SINKS:
-            raise ValueError(f"{name} knows no attention sinks; set attn_implementation to {' or '.join(WITH_SINKS)}")
-        return WITH_SINKS[name]
-    return eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    if module.sinks is None:
+        return name
+    if name not in WITH_SINKS:
+        raise ValueError(f"{name} knows no attention sinks; set attn_implementation to {' or '.join(WITH_SINKS)}")
+    return WITH_SINKS[name]
 
 
-def attend(module, query, key, value, attention_mask, past_key_values, cache_position, **kwargs):
-    """Attention of [B, heads, S, D] by the implementation that the user chose, through the cache if there is one.
-
-    Returns:
-        The context [B, S, heads * D] and the attention weights, or None where the kernel does not give them.
-    """
-    if isinstance(past_key_values, Cache):
-        key, value = past_key_values.update(key, value, module.layer_idx, {"cache_position": cache_position})
-    elif past_key_values is not None:  # paged: it changes the keywords of the kernel, too
-        key, value = past_key_values.update(key, value, module.layer_idx, kwargs=kwargs)
-    name, implementation = module.config._attn_implementation or "eager", implementation_of(module)
-    if module.sliding_window is not None:  # flash kernels take no mask
-        kwargs["sliding_window"] = module.sliding_window
-    width = value.shape[-1]
-    if "flash" in name and width < query.shape[-1]:  # its kernels know one width only
-        value = F.pad(value, (0, query.shape[-1] - width))
-    dropout = module.config.attention_dropout if module.training else 0.0
-    context, weights = implementation(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
-    )
-    return context[..., :width].flatten(2), weights
+def through_cache(module, key, value, cache, cache_position, kwargs):
+    """Keys and values [B, heads, S, D] with those before them, if there is a `cache`."""
+    if cache is None:
+        return key, value
+    if isinstance(cache, Cache):
+        return cache.update(key, value, module.layer_idx, {"cache_position": cache_position})
+    return cache.update(key, value, module.layer_idx, kwargs=kwargs)  # paged: it changes the kernel's keywords, too
 
 
 class MegatronExtAttention(nn.Module):
@@ -209,9 +199,11 @@ class MegatronExtAttention(nn.Module):
             self.q_norm = build_norm(config, config.head_dim if over_heads else queries)
             self.k_norm = build_norm(config, config.head_dim if over_heads else keys)
 
-    def forward(self, hidden_states, rotation, **kwargs):
-        """Hidden states [B, S, H] -> [B, S, H] and the attention weights."""
-        query, key, value = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(
+        self, hidden_states, rotation, attention_mask=None, past_key_values=None, cache_position=None, **kwargs
+    ):
+        """Hidden states [B, S, H] -> [B, S, H] and the attention weights, or None where the kernel gives none."""
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.config.qk_norm == "projection":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for x in (query, key, value))
@@ -219,8 +211,15 @@ class MegatronExtAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        context, weights = attend(self, query, key, value, **kwargs)
-        return self.o_proj(context), weights
+        key, value = through_cache(self, key, value, past_key_values, cache_position, kwargs)
+        if self.sliding_window is not None:  # flash kernels take no mask
+            kwargs["sliding_window"] = self.sliding_window
+        attention = ALL_ATTENTION_FUNCTIONS[implementation(self)]
+        dropout = self.config.attention_dropout if self.training else 0.0
+        context, weights = attention(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(context.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class MegatronExtLatentAttention(nn.Module):
@@ -254,8 +253,10 @@ class MegatronExtLatentAttention(nn.Module):
         )
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
 
-    def forward(self, hidden_states, rotation, **kwargs):
-        """Hidden states [B, S, H] -> [B, S, H] and the attention weights."""
+    def forward(
+        self, hidden_states, rotation, attention_mask=None, past_key_values=None, cache_position=None, **kwargs
+    ):
+        """Hidden states [B, S, H] -> [B, S, H] and the attention weights, or None where the kernel gives none."""
         plain, rotated = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
         if self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
@@ -271,8 +272,18 @@ class MegatronExtLatentAttention(nn.Module):
         turned_key = rotate(_halves(turned_key.unsqueeze(1)), rotation)
         query = torch.cat((query, turned_query), dim=-1)
         key = torch.cat((key, turned_key.expand(-1, key.shape[1], -1, -1)), dim=-1)
-        context, weights = attend(self, query, key, value, **kwargs)
-        return self.o_proj(context), weights
+        key, value = through_cache(self, key, value, past_key_values, cache_position, kwargs)
+        is_flash = "flash" in implementation(self)  # its kernels know one width only
+        if is_flash:
+            value = F.pad(value, (0, key.shape[-1] - self.config.v_head_dim))
+        attention = ALL_ATTENTION_FUNCTIONS[implementation(self)]
+        dropout = self.config.attention_dropout if self.training else 0.0
+        context, weights = attention(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        if is_flash:
+            context = context[..., : self.config.v_head_dim]
+        return self.o_proj(context.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 def _halves(interleaved):

@@ -3,6 +3,7 @@
 #   T tokens, E experts, K experts a token is sent to, G groups of experts, H hidden
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -40,19 +41,62 @@ class MegatronExtMLP(nn.Module):
 
 
 class MegatronExtExperts(nn.ModuleList):
-    """The routed experts. Called with the routing already decided, so that an engine can put its own kernels here."""
+    """The routed experts. Called with the routing already decided, so that an engine can put its own kernels here.
+
+    vLLM does so with a list called `experts`, and takes each for a SwiGLU network without biases.
+    """
 
     def forward(self, hidden_TH, topk_ids_TK, topk_weights_TK):
         """Each token's experts' outputs, times their weights, summed: [T, H]."""
-        output_TH = torch.zeros_like(hidden_TH)
-        order = topk_ids_TK.flatten().argsort()
-        counts_E = topk_ids_TK.flatten().bincount(minlength=len(self)).tolist()  # the only wait for the device
-        tokens = (order // topk_ids_TK.shape[1]).split(counts_E)
-        weights = topk_weights_TK.flatten()[order].unsqueeze(-1).split(counts_E)
-        for expert, token, weight in zip(self, tokens, weights, strict=True):
-            if len(token):
-                output_TH.index_add_(0, token, (expert(hidden_TH[token]) * weight).to(output_TH.dtype))
-        return output_TH
+        return _mix(list(self), hidden_TH, topk_ids_TK, topk_weights_TK)
+
+
+class MegatronExtOtherExperts(nn.Module):
+    """Routed experts that are other networks than an engine takes a list for: they compute as they are."""
+
+    def __init__(self, experts):
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+
+    def forward(self, hidden_TH, topk_ids_TK, topk_weights_TK):
+        """As MegatronExtExperts."""
+        return _mix(list(self.children()), hidden_TH, topk_ids_TK, topk_weights_TK)
+
+
+def _mix(experts, hidden_TH, topk_ids_TK, topk_weights_TK):
+    """Each token's experts' outputs, times their weights, summed: [T, H]."""
+    output_TH = torch.zeros_like(hidden_TH)
+    order = topk_ids_TK.flatten().argsort()
+    counts_E = topk_ids_TK.flatten().bincount(minlength=len(experts)).tolist()  # the only wait for the device
+    tokens = (order // topk_ids_TK.shape[1]).split(counts_E)
+    weights = topk_weights_TK.flatten()[order].unsqueeze(-1).split(counts_E)
+    for expert, token, weight in zip(experts, tokens, weights, strict=True):
+        if len(token):
+            output_TH.index_add_(0, token, (expert(hidden_TH[token]) * weight).to(output_TH.dtype))
+    return output_TH
+
+
+@torch.fx.wrap
+def choose(logits_TE, scores_TE, bias_E, config):
+    """The experts of each token [T, K]; a bias and groups take part in the choice only.
+
+    One node to torch.fx: of a gate that vLLM (0.32) can read from a linear layer to a topk it computes a plain one in its
+    place, without a word of what else the gate does.
+    """
+    groups = config.n_group
+    # Logits order experts as scores do, without the ties that rounding makes of very small scores.
+    choice_TE = logits_TE if bias_E is None and groups is None else scores_TE
+    if bias_E is not None:
+        choice_TE = choice_TE + bias_E.float()
+    if groups is not None:
+        members = choice_TE.unflatten(-1, (groups, -1))
+        two = config.group_score == "top2_sum"
+        worth_TG = members.topk(2, dim=-1).values.sum(dim=-1) if two else members.amax(dim=-1)
+        best = worth_TG.topk(config.topk_group, dim=-1).indices
+        closed_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter_(1, best, False)
+        choice_TE = members.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).flatten(1)
+    return choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
 
 
 class MegatronExtRouter(nn.Module):
@@ -64,7 +108,7 @@ class MegatronExtRouter(nn.Module):
 
     def __init__(self, config: MegatronExtConfig):
         super().__init__()
-        self.config, self.top_k = config, config.num_experts_per_tok
+        self.config = config
         self.normalization, self.noise = config.gating_normalization, config.router_noise
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
@@ -78,7 +122,7 @@ class MegatronExtRouter(nn.Module):
         logits_TE = self._logits(hidden_TH)
         sigmoid = self.config.scoring_func == "sigmoid"
         scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(dim=-1)
-        ids_TK = self._choose(logits_TE.detach(), scores_TE.detach())
+        ids_TK = choose(logits_TE.detach(), scores_TE.detach(), self.e_score_correction_bias, self.config)
         if self.config.weights_sum_to_one:
             weights_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
         else:
@@ -109,22 +153,6 @@ class MegatronExtRouter(nn.Module):
             return logits_TE + deviation * torch.randn_like(logits_TE)
         return logits_TE
 
-    def _choose(self, logits_TE, scores_TE):
-        """The experts of each token [T, K]; a bias and groups take part in the choice only."""
-        bias, groups = self.e_score_correction_bias, self.config.n_group
-        # Logits order experts as scores do, without the ties that rounding makes of very small scores.
-        choice_TE = logits_TE if bias is None and groups is None else scores_TE
-        if bias is not None:
-            choice_TE = choice_TE + bias.float()
-        if groups is not None:
-            members = choice_TE.unflatten(-1, (groups, -1))
-            two = self.config.group_score == "top2_sum"
-            worth_TG = members.topk(2, dim=-1).values.sum(dim=-1) if two else members.amax(dim=-1)
-            best = worth_TG.topk(self.config.topk_group, dim=-1).indices
-            closed_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter_(1, best, False)
-            choice_TE = members.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).flatten(1)
-        return choice_TE.topk(self.top_k, dim=-1).indices
-
 
 class MegatronExtMoE(nn.Module):
     """Router, routed experts and shared experts of one layer."""
@@ -132,9 +160,9 @@ class MegatronExtMoE(nn.Module):
     def __init__(self, config: MegatronExtConfig):
         super().__init__()
         self.gate = MegatronExtRouter(config)
-        self.experts = MegatronExtExperts(
-            MegatronExtMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
-        )
+        is_swiglu = config.gated_mlp and config.hidden_act == "silu" and not config.use_bias
+        kind = MegatronExtExperts if is_swiglu else MegatronExtOtherExperts
+        self.experts = kind(MegatronExtMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
         shared = config.shared_expert_intermediate_size
         self.shared_expert = None if shared is None else MegatronExtMLP(config, shared)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
