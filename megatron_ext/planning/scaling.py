@@ -24,21 +24,6 @@ def compute_optimum(flops: float) -> Optimum:
     return Optimum(parameters, TOKENS_A_PARAMETER * parameters)
 
 
-def loss(parameters: float, tokens: float) -> float:
-    """Loss in nats a token of a dense model: E + A / N^a + B / D^b.
-
-    With the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102) to the data of Hoffmann et al.: their tokenizer,
-    their text. Differences of two values say more than one.
-    """
-    return float(1.8172 + 482.01 / parameters**0.3478 + 2085.43 / tokens**0.3658)
-
-
-def tokens_for_loss(parameters: float, wanted: float) -> float:
-    """Tokens until a model of so many parameters has the loss `wanted`; infinite where it never has."""
-    left = wanted - 1.8172 - 482.01 / parameters**0.3478
-    return float((2085.43 / left) ** (1 / 0.3658)) if left > 0 else math.inf
-
-
 @dataclass(frozen=True)
 class Suggestion:
     """Peak learning rate and tokens of a global batch."""
@@ -60,16 +45,6 @@ def suggestions(parameters: float, tokens: float, flops_per_token: float) -> lis
         # Li et al. 2025 (arXiv 2503.04715), equation 1.
         Suggestion("Step Law, arXiv 2503.04715", 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571),
     ]
-
-
-def days_of(flops: float, devices: int, tflops: float) -> float:
-    """Days that `devices` take for so many model FLOPs at so many model TFLOP/s each."""
-    return flops / (devices * tflops * 1e12) / 86400
-
-
-def tokens_within(days: float, flops_per_token: float, devices: int, tflops: float) -> float:
-    """Tokens that `devices` train in so many days at so many model TFLOP/s each."""
-    return days * 86400 * devices * tflops * 1e12 / flops_per_token
 
 
 @dataclass(frozen=True)
@@ -97,9 +72,9 @@ def upcycling(dense_tokens: float, dense_flops: float, moe_flops: float) -> Upcy
     return Upcycling(sunk / 2, sunk)
 
 
-# Liew, Kato and Takase 2025 (arXiv 2502.03009), equation 12 and table 2: nats a token on SlimPajama, of 8 experts with
-# two active; read from a transcript of the paper. Logarithms are natural: of any other base the law would never let the
-# model from scratch catch up, and with them it does where the authors stopped.
+# Liew, Kato and Takase 2025 (arXiv 2502.03009), equation 12 and table 2, of which two copies have these coefficients:
+# nats a token on SlimPajama, of 8 experts with two active. Logarithms are natural: of any other base the law would
+# never let the model from scratch catch up, and with them it does where the authors stopped.
 _IRREDUCIBLE = 0.165
 
 

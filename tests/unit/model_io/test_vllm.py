@@ -25,7 +25,7 @@ TOLERANCE = 2e-5
 REQUESTS = [13, 8]
 """Tokens of requests that are computed at once."""
 PACKED = [name for name in MODELS if name != "dynamic"]
-"""Dynamic scaling goes by the longest position of a row, and a row has several requests there."""
+"""Dynamic scaling goes by the longest position of a row, and a row has several requests there: refused."""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,14 @@ def test_requests_in_one_row_are_computed_as_each_alone(name: str, exported: Any
     worst = float((logits - expected).abs().max() / expected.abs().max())
     print(f"{name}: {worst:.1e} of the logits' scale away from each alone")
     assert worst < TOLERANCE
+
+
+def test_dynamic_scaling_is_refused_where_requests_may_share_a_row(exported: Any) -> None:
+    network = load(exported("dynamic"))
+    network(tokens())
+    network.config._attn_implementation = "vllm"
+    with pytest.raises(NotImplementedError, match="dynamic RoPE goes by the longest position of a row"):
+        network(tokens())
 
 
 def interface_call(forward: Any) -> ast.Call:

@@ -6,18 +6,13 @@ from dataclasses import replace
 import pytest
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.plan_text import advice
 from megatron_ext.planning.run_length import run_length
 from megatron_ext.planning.scaling import (
     compute_optimum,
-    days_of,
-    loss,
     scratch_catches_up,
     scratch_moe_loss,
     suggestions,
-    tokens_for_loss,
-    tokens_within,
     upcycled_loss,
     upcycling,
 )
@@ -32,12 +27,6 @@ def test_chinchilla_is_compute_optimal() -> None:
     assert best.tokens == pytest.approx(1.4e12, rel=0.05)
 
 
-def test_loss_falls_with_both_and_is_inverted() -> None:
-    assert loss(8e9, 2e12) < loss(8e9, 1e12) < loss(4e9, 1e12)
-    assert tokens_for_loss(8e9, loss(8e9, 3e11)) == pytest.approx(3e11)
-    assert tokens_for_loss(1e8, 1.9) == math.inf
-
-
 def test_suggestions_are_those_of_the_papers() -> None:
     # DeepSeek LLM 7B and 67B on 2T tokens used 4.2e-4 with 9.4M tokens, 3.2e-4 with 18.9M (2401.02954, table 2).
     for parameters, rate, batch in ((7e9, 4.2e-4, 9.4e6), (67e9, 3.2e-4, 18.9e6)):
@@ -46,14 +35,6 @@ def test_suggestions_are_those_of_the_papers() -> None:
         assert deepseek.batch_tokens == pytest.approx(batch, rel=0.1)
         assert 1e-4 < step_law.learning_rate < 2e-3
         assert 1e6 < step_law.batch_tokens < 1e7
-
-
-def test_days_and_tokens_of_a_team() -> None:
-    """Tanuki-8x8B at 80.518 GFLOP a token (checked in test_planning.py): 47 days of 256 GPUs at 400 TFLOP/s."""
-    each = training_flops_per_token(TANUKI_8X8B, 4096)
-    tokens = tokens_within(47, each, 256, 400)
-    assert tokens == pytest.approx(47 * 86400 * 256 * 400e12 / 80.518e9, rel=1e-4)
-    assert days_of(each * tokens, 256, 400) == pytest.approx(47)
 
 
 def test_upcycling_is_worth_at_most_what_the_dense_model_cost() -> None:

@@ -169,6 +169,7 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        self._refuse_several_in_a_row()
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -208,6 +209,15 @@ class MegatronExtModel(MegatronExtPreTrainedModel):
             **{OUTPUT_CACHE: cache if use_cache else None},
         )
         return output if _wants_names(self.config, return_dict) else output.to_tuple()
+
+    def _refuse_several_in_a_row(self):
+        """Raise NotImplementedError where angles go by a row's length and an engine may put requests together."""
+        attention = self.config._attn_implementation or "eager"
+        if self.rotary_emb is not None and self.rotary_emb.is_dynamic and attention not in OWN_ATTENTION:
+            raise NotImplementedError(
+                f"{type(self).__name__}: dynamic RoPE goes by the longest position of a row, and with "
+                f"attn_implementation = {attention!r} a row may have several requests; take transformers' own attention"
+            )
 
     def _refuse_dropped(self, kwargs, has_positions):
         """Raise TypeError for what attention would drop although it says something: a rename must not go unnoticed."""

@@ -28,12 +28,13 @@ class MegatronExtRotaryEmbedding(nn.Module):
         super().__init__()
         self.width = config.rotary_width
         self.rope = config.rope_parameters
+        self.is_dynamic = self.rope["rope_type"] == "dynamic"
         self.trained_length = config.max_position_embeddings
         self._frequencies = {}
 
     def forward(self, position_ids, dtype):
         """Position ids [B, S] -> cosine and sine [B, 1, S, rotary_width / 2]."""
-        if self.rope["rope_type"] == "dynamic":
+        if self.is_dynamic:
             lengths = position_ids.amax(dim=-1, keepdim=True) + 1
             frequencies = self._dynamic_frequencies(lengths)[:, None]
         else:

@@ -81,8 +81,8 @@ def _mix(experts, hidden_TH, topk_ids_TK, topk_weights_TK):
 def choose(logits_TE, scores_TE, bias_E, config):
     """The experts of each token [T, K]; a bias and groups take part in the choice only.
 
-    One node to torch.fx: of a gate that vLLM (0.32) can read from a linear layer to a topk it computes a plain one in its
-    place, without a word of what else the gate does.
+    One node to torch.fx: of a gate that vLLM (0.32) can read from a linear layer to a topk it computes a plain one in
+    its place, without a word of what else the gate does.
     """
     groups = config.n_group
     # Logits order experts as scores do, without the ties that rounding makes of very small scores.
