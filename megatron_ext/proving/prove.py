@@ -218,14 +218,15 @@ def _halve_largest(parallel: ParallelConfig, model: ModelConfig) -> ParallelConf
 def _fewer_layers(model: ModelConfig, parallel: ParallelConfig, most: int) -> int:
     """The layers of `model` divided by so much that at most `most` are left, as far as its pipeline goes with it.
 
-    By a power of two where that is enough: it keeps most patterns of layers as they are.
+    By a power of two where that is enough: it keeps most patterns of layers as they are. Not fewer than half of `most`,
+    which a prime number of layers would become.
     """
     chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     more = parallel.counted_as_layers
     counted = model.num_layers + more
     # A chunk with nothing but what is counted as a layer is not what a run has.
     left = {by: counted // by - more for by in range(1, counted // chunks + 1) if counted % (by * chunks) == 0}
-    usable = {by: layers for by, layers in left.items() if layers >= chunks or by == 1}
+    usable = {by: layers for by, layers in left.items() if layers >= max(chunks, most // 2) or by == 1}
     enough = [by for by, layers in usable.items() if layers <= most]
     by = min(enough, key=lambda by: (by.bit_count() > 1, by)) if enough else max(usable)
     return usable[by]

@@ -130,6 +130,37 @@ def test_many_dense_layers_first_are_thinned_too(tmp_path: Path) -> None:
     assert plan.cell.model.moe_layer_pattern == [False] * 3 + [True] * 9
 
 
+@pytest.mark.parametrize(
+    ("model", "parallel", "most", "left"),
+    [
+        ({"num_layers": 9}, {}, 4, 3),
+        ({"num_layers": 61}, {}, 16, 61),
+        ({"num_layers": 48}, {}, 16, 12),
+        ({"num_layers": 24}, {"pipeline_model_parallel_size": 2}, 1, 2),
+        (
+            {"num_layers": 70},
+            {
+                "pipeline_model_parallel_size": 6,
+                "virtual_pipeline_model_parallel_size": 2,
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            },
+            16,
+            22,
+        ),
+    ],
+)
+def test_layers_are_as_few_as_the_pipeline_lets_them_be(
+    model: dict[str, int], parallel: dict[str, Any], most: int, left: int, tmp_path: Path
+) -> None:
+    mapping = run_mapping(tmp_path)
+    mapping["model"] |= model
+    mapping["parallel"] = parallel
+    mapping["train"]["global_batch_size"] = 48
+    plan = plan_proof(load_run(write_run(tmp_path / "run.yaml", mapping)), None, 16, most_layers=most)
+    assert plan.cell.model.num_layers == left
+
+
 def test_data_parallelism_is_lowered_before_other_degrees(tmp_path: Path) -> None:
     mapping = run_mapping(tmp_path)
     mapping["model"] |= {"num_attention_heads": 8, "num_query_groups": 8}

@@ -187,7 +187,28 @@ def test_a_checkpoint_is_chosen_by_the_mean_of_its_ranks(tmp_path: Path) -> None
     assert "chosen: step 3, by the lowest mean rank" in process.stdout
 
 
-def test_routing_and_forgetting_of_a_checkpoint_are_written(checkpoint: Path, tmp_path: Path) -> None:
+@torch.no_grad()
+def chosen_experts(model: TextModel, text: str) -> dict[int, list[float]]:
+    """The share of each expert in the layers that have some, counted in the export's own routers."""
+    found: dict[int, list[float]] = {}
+    routers = [
+        (n, layer.mlp.gate) for n, layer in enumerate(model.network.model.layers, 1) if hasattr(layer.mlp, "gate")
+    ]
+    handles = []
+    for number, router in routers:
+
+        def count(module: Any, arguments: Any, output: Any, number: int = number) -> None:
+            ids = output[0].flatten()
+            found[number] = (ids.bincount(minlength=module.weight.shape[0]) / len(ids)).tolist()
+
+        handles.append(router.register_forward_hook(count))
+    model.network(torch.tensor([model.tokenizer(text)["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_routing_and_forgetting_of_a_checkpoint_are_written(checkpoint: Path, model: TextModel, tmp_path: Path) -> None:
     texts = []
     for name, content in (("en", TEXTS[0]), ("ja", TEXTS[1])):
         (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps({'text': content})}\n" * 2)
@@ -201,6 +222,11 @@ def test_routing_and_forgetting_of_a_checkpoint_are_written(checkpoint: Path, tm
     for layer, shares in said["shares"].items():
         assert all(sum(row) == pytest.approx(1) for row in shares.values())
         assert 0 < said["apart"][layer] < 1
+    for name, text in (("en", TEXTS[0]), ("ja", TEXTS[1])):
+        counted = chosen_experts(model, text)
+        assert {int(layer): shares[name] for layer, shares in said["shares"].items()} == {
+            layer: pytest.approx(shares) for layer, shares in counted.items()
+        }
     assert image.read_bytes().startswith(b"\x89PNG")
     process = command(TOOLS / "evaluate.py", "forgetting", checkpoint, checkpoint, "--texts", *texts)
     assert process.returncode == 0, process.stderr
