@@ -24,8 +24,8 @@ from tests.unit.model_io.own_models import MODELS, export, tokens
 TOLERANCE = 2e-5
 REQUESTS = [13, 8]
 """Tokens of requests that are computed at once."""
-PACKED = [name for name in MODELS if name != "dynamic"]
-"""Dynamic scaling goes by the longest position of a row, and a row has several requests there: refused."""
+REFUSED = {name for name, model in MODELS.items() if name == "dynamic" or model.attention_sinks}
+"""Dynamic scaling goes by the longest position of a row, and a row has several requests there; sinks would be lost."""
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +41,24 @@ def load(directory: Path) -> Any:
 def engine_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention within each request [1, heads, tokens, D] -> [tokens, heads * D]: vLLM's has neither rows nor mask."""
+    """Attention within each request [1, heads, tokens, D] -> [tokens, heads * D]: vLLM's has neither rows nor mask.
+
+    It has the window that config.json says for the layer.
+    """
+    is_sliding = module.config.layer_type(module.layer_idx) == "sliding_attention"
     contexts = []
     for q, k, v in zip(*(x[0].split(REQUESTS, dim=1) for x in (query, key, value)), strict=True):
+        seen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+        if is_sliding:
+            seen = seen.triu(1 - module.config.sliding_window)
         context = torch.nn.functional.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=True
+            q[None], k[None], v[None], attn_mask=seen, scale=scaling, enable_gqa=True
         )
         contexts.append(context[0].transpose(0, 1).flatten(1))
     return torch.cat(contexts), None
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in REFUSED])
 @torch.no_grad()
 def test_requests_in_one_row_are_computed_as_each_alone(name: str, exported: Any) -> None:
     network = load(exported(name))
@@ -72,11 +79,12 @@ def test_requests_in_one_row_are_computed_as_each_alone(name: str, exported: Any
     assert worst < TOLERANCE
 
 
-def test_dynamic_scaling_is_refused_where_requests_may_share_a_row(exported: Any) -> None:
-    network = load(exported("dynamic"))
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_an_engine_would_compute_otherwise_is_refused(name: str, exported: Any) -> None:
+    network = load(exported(name))
     network(tokens())
     network.config._attn_implementation = "vllm"
-    with pytest.raises(NotImplementedError, match="dynamic RoPE goes by the longest position of a row"):
+    with pytest.raises((NotImplementedError, ValueError), match="longest position of a row|knows no attention sinks"):
         network(tokens())
 
 
