@@ -88,7 +88,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(f"written         {Path(arguments.write).absolute()}: layout {arguments.choose} of the table")
         if run.data.stages and arguments.tokens is not None:
             print("                with the stages as they are: they say how long it is, and --tokens changes none")
-    sys.exit(0 if found.chosen else NONE_FITS)
+    if not found.chosen:
+        sys.exit(NONE_FITS)
 
 
 if __name__ == "__main__":
