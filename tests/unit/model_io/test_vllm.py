@@ -126,6 +126,7 @@ def test_what_an_engine_takes_for_swiglu_experts_are_swiglu_experts(name: str, e
     """A list called `experts` is replaced by kernels for SwiGLU without biases, whatever it holds, without a word."""
     network, model = load(exported(name)), MODELS[name]
     swiglu = model.gated_linear_unit and model.activation_func == "silu" and not model.add_bias_linear
+    swiglu = swiglu and model.activation_func_clamp_value is None and not model.glu_linear_offset
     blocks = [layer.mlp for layer in network.model.layers if hasattr(layer.mlp, "experts")]
     assert len(blocks) == sum(model.moe_layer_pattern)
     for block in blocks:

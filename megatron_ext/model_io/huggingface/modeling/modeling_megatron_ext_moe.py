@@ -161,6 +161,7 @@ class MegatronExtMoE(nn.Module):
         super().__init__()
         self.gate = MegatronExtRouter(config)
         is_swiglu = config.gated_mlp and config.hidden_act == "silu" and not config.use_bias
+        is_swiglu = is_swiglu and config.glu_limit is None and not config.glu_offset
         kind = MegatronExtExperts if is_swiglu else MegatronExtOtherExperts
         self.experts = kind(MegatronExtMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
         shared = config.shared_expert_intermediate_size
