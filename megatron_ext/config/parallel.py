@@ -1,5 +1,6 @@
 """How the model and the batch are split over processes, in Megatron's field names."""
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -33,10 +34,27 @@ class ParallelConfig:
     """How tokens travel to their experts."""
     use_distributed_optimizer: bool = True
     """Split optimizer state and fp32 master weights over data-parallel ranks (ZeRO-1)."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-    overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass already runs. Needs the two options above."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients while the backward pass still runs. Default: on CUDA, where there is data parallelism."""
+    overlap_param_gather: bool | None = None
+    """Gather updated parameters while the next forward pass already runs. Needs the two options above. Default: where
+    gradients are reduced so by default, with use_distributed_optimizer."""
+
+    def settled(self, *, on_cuda: bool, copies: int) -> "ParallelConfig":
+        """The same with its defaults of overlap applied.
+
+        On a CPU nothing is gained: the processes that reduce are those that compute.
+
+        Args:
+            copies: ranks that hold the same dense weights, data-parallel x context-parallel ones.
+        """
+        by_default = on_cuda and copies > 1
+        reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
+        if gather is None:
+            gather = by_default and reduce is not False and self.use_distributed_optimizer
+        if reduce is None:
+            reduce = by_default or gather
+        return replace(self, overlap_grad_reduce=reduce, overlap_param_gather=gather)
 
     @property
     def counted_as_layers(self) -> int:

@@ -238,17 +238,21 @@ def splits_optimizer(parallel: ParallelConfig) -> bool:
     On one process it has nothing to split, and would copy gradients and weights onto themselves in every step. Its
     checkpoints and the plain optimizer's are the same.
     """
-    overlaps = parallel.overlap_grad_reduce or parallel.overlap_param_gather
+    overlaps = bool(parallel.overlap_grad_reduce or parallel.overlap_param_gather)
     return parallel.use_distributed_optimizer and (overlaps or dist.get_world_size() > 1)
 
 
 def wrap_chunks(chunks: list[LanguageModel], config: LayerConfig, parallel: ParallelConfig) -> list[Any]:
-    """Return `chunks` wrapped for mixed precision and data parallelism, gradients kept and reduced in fp32."""
+    """Return `chunks` wrapped for mixed precision and data parallelism, gradients kept and reduced in fp32.
+
+    Args:
+        parallel: with its defaults of overlap applied; unset is off.
+    """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=splits_optimizer(parallel),
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=bool(parallel.overlap_grad_reduce),
+        overlap_param_gather=bool(parallel.overlap_param_gather),
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
@@ -258,10 +262,10 @@ def wrap_chunks(chunks: list[LanguageModel], config: LayerConfig, parallel: Para
     return wrapped
 
 
-def gather_parameters(wrapped: list[Any], parallel: ParallelConfig) -> None:
+def gather_parameters(wrapped: list[Any]) -> None:
     """Make sure every rank holds the updated weights before they are read outside a forward pass."""
-    if parallel.overlap_param_gather:
-        for chunk in wrapped:
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
 

@@ -82,7 +82,7 @@ def build_optimizer(
         bf16=DTYPES[precision.kind] is torch.bfloat16,
         params_dtype=DTYPES[precision.kind],
         use_distributed_optimizer=splits_optimizer(parallel),
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_param_gather=bool(parallel.overlap_param_gather),
     )
     with cpu_compat.cuda_type_names():
         optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)

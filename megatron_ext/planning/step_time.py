@@ -243,7 +243,8 @@ class _Cost:
 
     def data_parallel(self, state: StateMemory) -> float:
         """Gradients summed in fp32 and weights gathered, once a step."""
-        layout, parallel, assumed = self._layout, self._run.parallel, self._assumed
+        layout, assumed = self._layout, self._assumed
+        parallel = self._run.parallel.settled(on_cuda=True, copies=layout.dp * layout.cp)
 
         def wait(parameters: float, ranks: int) -> float:
             if ranks <= 1:

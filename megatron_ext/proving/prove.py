@@ -96,6 +96,9 @@ def plan_proof(run: RunConfig, world_size: int | None, limit: int) -> ProofPlan:
     if world_size:
         run.resolve(world_size)
     parallel, processes, changes = _fit_processes(run.parallel, run.model, wanted, limit)
+    if run.runtime.device != "cpu":  # where it will run, this is on
+        copies = processes // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+        parallel = parallel.settled(on_cuda=True, copies=copies)
     model, layer_changes = _shrink_model(run.model, parallel)
     model, loss_changes = _comparable_losses(model)
     adapters, adapter_changes = _without_dropout(run.adapters)

@@ -194,7 +194,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["data.reset_position_ids = True", "set data.reset_attention_mask: true"],
     ),
     ({"data": {"sequence_length": 8192}}, ["model.max_position_embeddings = 4096"]),
-    ({"parallel": {"overlap_param_gather": True}}, ["parallel.overlap_grad_reduce = False"]),
+    (
+        {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": False}},
+        ["parallel.overlap_grad_reduce = False", "needs both other options"],
+    ),
     ({"train": {"micro_batch_size": 3}}, ["train.global_batch_size = 8", "train.micro_batch_size = 3"]),
     ({"train": {"eval_interval": 5}}, ["data.validation"]),
     ({"schedule": {"warmup_iters": 101}}, ["schedule.warmup_iters = 101", "train.train_iters = 100"]),

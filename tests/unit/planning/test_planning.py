@@ -195,6 +195,9 @@ def test_check_prints_grid_and_counts_and_reloads() -> None:
     assert f"{count_parameters(run.model).total:,} in all" in text
     assert "(the fewest this layout needs" in describe_run(run, None)
     assert f"installed       {versions()}" in text
+    assert "overlap         on CUDA gradients are reduced during the backward pass, weights gathered " in text
+    assert "overlap         none" in describe_run(replace(run, runtime=replace(run.runtime, device="cpu")), 4)
+    assert "overlap         none" in describe_run(run, 2)
     resolved = text.split("rank grid")[0]
     assert load_config(RunConfig, parse_yaml(resolved, source="t"), source="t") == run
 
