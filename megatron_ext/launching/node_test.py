@@ -20,6 +20,7 @@ from megatron_ext.config import RunConfig, dump_yaml, to_mapping
 from megatron_ext.data.dataset import dataset_fingerprint
 from megatron_ext.errors import DataError, EnvironmentFault
 from megatron_ext.launching.node_report import Link, RankReport
+from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.core_guard import versions
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.process_groups import groups_by_kind
@@ -61,7 +62,7 @@ def measure_node(run: RunConfig, device: torch.device) -> RankReport:
     faults: list[str] = []
     same = {
         "code": _code(),
-        "libraries": versions(),
+        "libraries": _libraries(run, faults),
         "configuration": _digest(dump_yaml(to_mapping(run))),
         "data": _data(run, faults),
     }
@@ -85,6 +86,17 @@ def measure_node(run: RunConfig, device: torch.device) -> RankReport:
         health=health,
         faults=faults,
     )
+
+
+def _libraries(run: RunConfig, faults: list[str]) -> str:
+    """The versions of what the run computes and sends with; a fault where it cannot be used here."""
+    flex, backend = run.parallel.flex_backend, run.runtime.backend
+    try:
+        accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
+    except EnvironmentFault as fault:
+        faults.append(str(fault))
+    more = [*(["deep_ep"] if flex else []), *([backend] if backend == "transformer_engine" else [])]
+    return ", ".join((versions(), *(f"{name} {accelerators.installed(name)}" for name in more)))
 
 
 def _host_memory() -> tuple[int, int]:

@@ -215,6 +215,8 @@ def _moe(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         "moe_shared_expert_gate": model.moe_shared_expert_gate,
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+        "moe_flex_dispatcher_backend": parallel.flex_backend or "deepep",
+        "moe_shared_expert_overlap": parallel.moe_shared_expert_overlap,
         "moe_grouped_gemm": True,
     }
 

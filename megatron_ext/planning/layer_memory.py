@@ -62,7 +62,7 @@ class LayerFormulas:
         micro: MicroBatch,
     ) -> None:
         self._model, self._layout, self._micro = model, layout, micro
-        self._dispatcher = parallel.moe_token_dispatcher_type
+        self._overlaps_shared = parallel.moe_shared_expert_overlap
         self.bytes = FULL_PRECISION if precision.kind == "fp32" else 2
         self._again = frozenset(recompute.modules if recompute.granularity == "selective" else ())
         self.tokens = micro.rows * micro.length / layout.cp
@@ -228,7 +228,9 @@ class LayerFormulas:
     def _shared(self) -> float:
         if "shared_experts" in self._again:
             return 0.0
-        return self._linear_matrices() * self._shared_width()
+        # Overlapped ones are computed by megatron-core in steps, and what is between them is kept.
+        overlapped = 4.0 if self._overlaps_shared and self._model.gated_linear_unit else 0.0
+        return max(self._linear_matrices(), overlapped) * self._shared_width()
 
     def _shared_width(self) -> float:
         return self.tokens * (self._model.moe_shared_expert_intermediate_size or 0) / self._layout.tp * self.bytes

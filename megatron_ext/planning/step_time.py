@@ -222,7 +222,12 @@ class _Cost:
         tensor = split_parts * 5 * passes * gathered * (layout.tp - 1) / layout.tp / self._rate(layout.tp)
         keys = 2 * self._tokens * model.query_groups * model.head_dim / layout.tp * self._bytes
         context = 2 * passes * keys * (layout.cp - 1) / self._rate(layout.tp * layout.cp)
-        return tensor + context + (self._expert_messages() * (1.5 if self._network_again else 1.0) if is_moe else 0.0)
+        if not is_moe:
+            return tensor + context
+        experts = self._expert_messages() * (1.5 if self._network_again else 1.0)
+        if self._run.parallel.moe_shared_expert_overlap:
+            experts -= min(experts, self._dense(model.moe_shared_expert_intermediate_size))
+        return tensor + context + experts
 
     def _expert_messages(self) -> float:
         """To the experts and back, forward and backward; the slower of both kinds of links counts."""
@@ -237,6 +242,12 @@ class _Cost:
         group = layout.ep * layout.etp
         outside = max(0.0, 1 - assumed.gpus_per_node / group)
         inside = (layout.ep - 1) / layout.ep - outside
+        if self._run.parallel.flex_backend is not None:
+            # Once to each other node that has one of a token's experts, and on from there within it (DeepSeek-V3,
+            # arXiv 2412.19437, section 3.2.2): of n nodes K random experts are on n (1 - (1 - 1/n)^K).
+            nodes = max(group / assumed.gpus_per_node, 1.0)
+            met = nodes * (1 - (1 - 1 / nodes) ** model.moe_router_topk) / model.moe_router_topk
+            inside, outside = inside + outside, outside * met
         exchange = rows * max(outside / assumed.network_gb_s, max(inside, 0.0) / assumed.node_gb_s) / 1e9
         parts = rows * (layout.etp - 1) * (1 + 4 / self._bytes) / self._rate(layout.etp)
         return 4 * exchange + 2 * parts

@@ -18,8 +18,10 @@ from megatron_ext.config.machine import Backend
 from megatron_ext.errors import EnvironmentFault
 from megatron_ext.runtime import core_guard
 from megatron_ext.runtime.accelerators import (
+    FLEX,
     Machine,
     backend_fault,
+    flex_fault,
     fuses_weight_gradients,
     installed,
     kernels_fault,
@@ -97,6 +99,10 @@ def _software(machine: Machine) -> Iterator[tuple[str, str]]:
     hidden = "" if machine.gpus else ", kept out of sight: it needs a GPU"
     yield "Transformer Engine", f"{version}{hidden}" if version else "not installed; not required"
     yield "NVIDIA Apex", apex_finding()
+    for library, (label, _, _) in FLEX.items():
+        fault = flex_fault(library, machine)
+        unproven = f"deep_ep {installed('deep_ep')}; our side of it is proven on CPU, it itself by no run of ours"
+        yield label, f"cannot be used: {fault}" if fault else unproven
     flash = installed("flash-attn")
     used = "an attention kernel that Transformer Engine may choose"
     yield "flash-attn", f"{flash}, {used}" if flash else f"not installed; not required ({used})"

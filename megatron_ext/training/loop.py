@@ -60,7 +60,8 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
     """
     setup_logging(launched_rank())
     layout = run.resolve(launched_world_size())
-    accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe)
+    flex = run.parallel.flex_backend
+    accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
     found = _examined(run, source, open_foreign) if launched_rank() == 0 else None
     device = choose_device(run.runtime)
     start_process_group(run.runtime, device)

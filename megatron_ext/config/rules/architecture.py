@@ -94,13 +94,6 @@ def _etp_divides_expert_biases(biases: bool, hidden: int, etp: int, experts: int
     return None
 
 
-@rule("model.transformer_overrides", "model.add_bias_linear", "model.moe_shared_expert_intermediate_size")
-def _overlap_forgets_biases(overrides: dict[str, Any], biases: bool, shared: int | None) -> str | None:
-    if overrides.get("moe_shared_expert_overlap") and biases and shared:
-        return "overlapped shared experts leave out their biases in megatron-core; remove moe_shared_expert_overlap"
-    return None
-
-
 @rule(HEADS, GROUPS)
 def _groups_divide_heads(heads: int, groups: int | None) -> str | None:
     return "heads must be a multiple of query groups" if groups and heads % groups else None

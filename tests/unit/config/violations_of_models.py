@@ -71,17 +71,6 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         },
         ["model.hidden_size = 66, parallel.etp = 4", "output biases are split"],
     ),
-    (
-        {
-            "model": MOE
-            | {
-                "add_bias_linear": True,
-                "moe_shared_expert_intermediate_size": 8,
-                "transformer_overrides": {"moe_shared_expert_overlap": True},
-            }
-        },
-        ["model.add_bias_linear = True", "remove moe_shared_expert_overlap"],
-    ),
     ({"model": MOE | {"moe_router_topk": 9}}, ["model.moe_router_topk = 9", "model.num_moe_experts = 8"]),
     ({"model": MOE | {"moe_router_topk": 1}}, ["moe_router_pre_softmax: true"]),
     ({"model": MOE | PRE | {"moe_router_topk": 1, "moe_router_norm_topk_prob": True}}, ["divided by itself"]),

@@ -36,10 +36,6 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {**ADAPTED, "runtime": TE},
         ["runtime.backend = 'transformer_engine': adapters are computed by the torch backend"],
     ),
-    (
-        {**ADAPTED, "model": {**MOE, "transformer_overrides": {"moe_shared_expert_overlap": True}}},
-        ["overlapped shared experts communicate outside their linear layers, past their adapters"],
-    ),
     ({"data": {"train": []}}, ["data.train: is required, or data.sources with data.stages"]),
     ({"data": {**ONE_STAGE, "train": [{"path": "a"}]}}, ["data.train: one blend for the whole run"]),
     ({"data": {**ONE_STAGE, "cache_dir": "c"}}, ["data.cache_dir = 'c'", "computed, not kept"]),

@@ -141,6 +141,20 @@ def test_what_costs_time_costs_time() -> None:
 
     assert seconds(recompute=RecomputeConfig(granularity="full")) > 1.2 * seconds()
     assert seconds(16) < 0.6 * seconds(8)
+    # Over two nodes a token of two experts crosses once where both are on the other one; and shared experts hide some.
+    sent = {"expert_model_parallel_size": 8}
+    shared = replace(run, model=replace(run.model, moe_shared_expert_intermediate_size=4096))
+    two_nodes = replace(H100, gpus_per_node=4)
+    every_row, once, hidden = (
+        step_time(one, layout, stage_states(one, layout), one.step_shapes[0], two_nodes).messages
+        for one in (
+            with_layout(shared, ParallelConfig(**sent, **more), 1, RecomputeConfig())
+            for more in ({}, {"moe_token_dispatcher_type": "flex"}, {"moe_shared_expert_overlap": True})
+        )
+        for layout in [one.resolve(8)]
+    )
+    assert once == pytest.approx(0.75 * every_row)
+    assert hidden < every_row
     # Chunks shorten the wait for the pipeline to fill.
     waits = {"pipeline_model_parallel_size": 4}
     assert seconds(virtual_pipeline_model_parallel_size=2, **waits) < seconds(**waits)
