@@ -127,6 +127,9 @@ class Fp8Precision:
 Precision = Annotated[Fp32Precision | Bf16Precision | Fp8Precision, Field(discriminator="kind")]
 
 
+MomentDtype = Literal["fp32", "bf16"]
+
+
 @config
 class AdamConfig:
     """Adam with decoupled weight decay (AdamW); norms and biases are not decayed."""
@@ -144,6 +147,18 @@ class AdamConfig:
     """Added to the root of the second moment."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
+    exp_avg_dtype: MomentDtype = "fp32"
+    """Dtype in which the first moment is kept between steps; each step computes in fp32 (DeepSeek-V3, arXiv 2412.19437,
+    section 3.3.3, keeps both in bf16). bf16 saves two bytes a parameter."""
+    exp_avg_sq_dtype: MomentDtype = "fp32"
+    """The same of the second moment."""
+    moments_on_host: bool = False
+    """Keep both moments in the host's page-locked memory, and bring them to the GPU a block at a time in each step."""
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of both moments of a parameter."""
+        return sum(4 if dtype == "fp32" else 2 for dtype in (self.exp_avg_dtype, self.exp_avg_sq_dtype))
 
 
 Recomputable = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act"]

@@ -12,6 +12,9 @@ from megatron_ext.planning.memory import StateMemory, stage_states
 _LOSS_BLOCK = {True: 2**22, False: 2**27}
 """Numbers of the logits that the loss turns into fp32 at a time, on CPU and elsewhere (mcore/cross_entropy.py)."""
 
+_OPTIMIZER_BLOCK = 2**26
+"""Parameters that a step updates at a time where moments are kept otherwise than it takes them."""
+
 
 @dataclass(frozen=True)
 class PeakMemory:
@@ -103,6 +106,9 @@ class _Stage:
             moments.append(
                 (0.0, 4.0 * max(state.dense, state.experts), 0.0)
             )  # Gloo scatters sums by a copy of all of them
+        if self._run.optimizer.moments_on_host or self._run.optimizer.moment_bytes < 2 * FULL_PRECISION:
+            # Both of a block of parameters in fp32 (mcore/optimizer.py).
+            moments.append((0.0, 2.0 * FULL_PRECISION * min(state.parameters, _OPTIMIZER_BLOCK), 0.0))
         kept, working, count = max(moments, key=lambda moment: moment[0] + moment[1])
         return PeakMemory(self._stage, state.bytes, kept, working, self._buffers(), count)
 
@@ -183,7 +189,7 @@ class _Stage:
         numbers = formulas.tokens * model.padded_vocab_size / tp
         logits = numbers * formulas.bytes
         block = 0.0
-        if formulas.bytes != FULL_PRECISION:
+        if formulas.bytes != FULL_PRECISION and self._run.runtime.kernels != "triton":  # whose registers have it
             block = min(numbers, max(_LOSS_BLOCK[self._micro.on_cpu], model.padded_vocab_size / tp)) * FULL_PRECISION
         # The hidden states' gradient, and under sequence parallelism they themselves, are there for all tokens.
         wide = formulas.gathered + (formulas.gathered if self._run.parallel.sequence_parallel else 0.0)

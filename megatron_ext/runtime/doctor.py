@@ -83,6 +83,9 @@ def _hardware(machine: Machine) -> Iterator[tuple[str, str]]:
     for index, gpu in enumerate(machine.gpus):
         capability = ".".join(map(str, gpu.capability))
         yield f"GPU {index}", f"{gpu.name}, compute capability {capability}, {gpu.memory / 2**30:.0f} GiB"
+    if machine.gpus:
+        told = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+        yield "PYTORCH_ALLOC_CONF", told or "not set: launch/torchrun.sh sets expandable_segments:True"
     yield "driver", _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "no nvidia-smi"
     yield "Slurm", _first_line("sinfo", "--version") or "not here; one machine needs none (launch/torchrun.sh)"
 

@@ -194,6 +194,18 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": False}},
         ["parallel.overlap_grad_reduce = False", "needs both other options"],
     ),
+    (
+        {"optimizer": {"exp_avg_sq_dtype": "bf16", "adam_beta2": 0.999}},
+        ["optimizer.adam_beta2 = 0.999", "less than 1/256 a step stands still"],
+    ),
+    (
+        {"optimizer": {"exp_avg_dtype": "bf16", "adam_beta1": 0.997}},
+        ["optimizer.exp_avg_dtype = 'bf16'", "optimizer.adam_beta1 = 0.997"],
+    ),
+    (
+        {"optimizer": {"moments_on_host": True}, "runtime": {"device": "cpu"}},
+        ["optimizer.moments_on_host = True", "a CPU computes in its own memory"],
+    ),
     ({"train": {"micro_batch_size": 3}}, ["train.global_batch_size = 8", "train.micro_batch_size = 3"]),
     ({"train": {"eval_interval": 5}}, ["data.validation"]),
     ({"schedule": {"warmup_iters": 101}}, ["schedule.warmup_iters = 101", "train.train_iters = 100"]),

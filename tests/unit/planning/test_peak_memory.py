@@ -92,7 +92,8 @@ def test_peak_is_what_training_needs(name: str, pool: GlooPool) -> None:
     processes, model, degrees, kind, recompute = CASES[name]
     run = run_of(model, ParallelConfig(**degrees), samples=8, rows=2, length=256, recompute=recompute)
     if kind == "bf16":
-        run = replace(run, precision=Bf16Precision(kind="bf16"))
+        moments = replace(run.optimizer, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
+        run = replace(run, precision=Bf16Precision(kind="bf16"), optimizer=moments)
     measured = max(rank.peak for rank in pool.run(processes, measure_step, run))
     estimated = peak_memory(run, run.resolve(processes), on_cpu=True)
     print(f"estimated {estimated.total / 2**20:.2f} MiB, counted {measured / 2**20:.2f}")
