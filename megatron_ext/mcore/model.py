@@ -3,6 +3,7 @@
 #   S sequence of this rank, B micro-batch, H hidden, V vocabulary
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from megatron_ext.mcore.moe import sample_seeds
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.rotary import RotaryEmbedding
 from megatron_ext.mcore.transformer_config import LayerConfig
+from megatron_ext.runtime.accelerators import fuses_weight_gradients
 
 _OUTSIDE_LAYERS = frozenset((EMBEDDING_MODULE, OUTPUT_MODULE))
 
@@ -117,11 +119,15 @@ class LanguageModel(LanguageModule):
         late = self.config.defer_embedding_wgrad_compute
         self.embedding_activation_buffer: list[Tensor] | None = [] if late else None
         self.grad_output_buffer: list[Tensor] | None = [] if late else None
+        config = self.config
+        if config.gradient_accumulation_fusion and not fuses_weight_gradients():
+            config = copy(config)  # Transformer Engine's layers add up by themselves, this one is megatron-core's
+            config.gradient_accumulation_fusion = False
         adapted = self._outside_layers.get(OUTPUT_MODULE, _as_it_is)
         return adapted(ColumnParallelLinear)(
             self.config.hidden_size,
             self.model.padded_vocab_size,
-            config=self.config,
+            config=config,
             init_method=self.config.init_method,
             bias=False,
             gather_output=False,

@@ -174,9 +174,10 @@ def _transformer_engine(model: ModelConfig, parallel: ParallelConfig, precision:
         "bias_dropout_fusion": not (model.is_moe and model.add_bias_linear),
         "apply_rope_fusion": model.position_embedding_type == "rope" and model.multi_latent_attention is None,
         "moe_permute_fusion": model.is_moe,
-        # Transformer Engine can add weight gradients to the fp32 buffer by itself, but the output layer is
-        # megatron-core's own, which needs NVIDIA Apex for it.
-        "gradient_accumulation_fusion": fuses_weight_gradients(),
+        # Transformer Engine adds weight gradients to the fp32 buffer by itself. megatron-core's own output layer needs
+        # NVIDIA Apex for it (model.py), and so does computing that one's gradient late.
+        "gradient_accumulation_fusion": fuses_weight_gradients()
+        or not model.transformer_overrides.get("defer_embedding_wgrad_compute"),
         **(_fp8(model, parallel, precision) if isinstance(precision, Fp8Precision) else {}),
     }
 

@@ -169,8 +169,8 @@ def _torch_kernels(machine: Machine) -> Iterator[tuple[str, str]]:
 
 def _te_kernels() -> Iterator[tuple[str, str]]:
     yield "layers", "active: fused norms and linear layers, grouped experts, fused rotary embedding and permutation"
-    apex = "active" if fuses_weight_gradients() else f"off; Apex: {apex_finding()}"
-    yield "weight gradients", f"fused into the fp32 buffer: {apex}"
+    apex = "too" if fuses_weight_gradients() else f"added in a kernel of its own; Apex: {apex_finding()}"
+    yield "weight gradients", f"fused into the fp32 buffer; the output layer's {apex}"
 
 
 def core_faults() -> Iterator[tuple[str, str]]:

@@ -90,6 +90,13 @@ def _delayed_recomputes_no_inputs(recipe: str, modules: list[str], granularity: 
     return None
 
 
+@rule("model.transformer_overrides", BACKEND)
+def _offloading_needs_te(overrides: dict[str, Any], backend: str) -> str | None:
+    if overrides.get("cpu_offloading") and backend != TE:
+        return "cpu_offloading moves what Transformer Engine's layers keep; remove it, or recompute (section recompute)"
+    return None
+
+
 @rule("precision.fp8_wgrad", BACKEND)
 def _te_wgrad_is_fp8(wgrad: bool, backend: str) -> str | None:
     if backend == TE and not wgrad:

@@ -195,6 +195,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["parallel.overlap_grad_reduce = False", "needs both other options"],
     ),
     (
+        {"model": {"transformer_overrides": {"cpu_offloading": True, "cpu_offloading_num_layers": 1}}},
+        ["runtime.backend = 'torch'", "cpu_offloading moves what Transformer Engine's layers keep"],
+    ),
+    (
         {"optimizer": {"exp_avg_sq_dtype": "bf16", "adam_beta2": 0.999}},
         ["optimizer.adam_beta2 = 0.999", "less than 1/256 a step stands still"],
     ),
