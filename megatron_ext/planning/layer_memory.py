@@ -26,6 +26,8 @@ class MicroBatch:
     """Tokens a sample, of all context-parallel ranks."""
     on_cpu: bool = False
     """Kernels of the CPU keep copies and masks that those of a GPU do not need."""
+    by_kernels: bool = False
+    """Our own kernels compute SwiGLU and its gradient in one pass each (runtime.kernels: triton)."""
     imbalance: float = 1.0
     """Rows of the fullest expert-parallel rank over the mean."""
 
@@ -187,8 +189,20 @@ class LayerFormulas:
         return self.tokens * self._model.ffn_hidden_size / self._layout.tp * self.bytes
 
     def _dense_working(self) -> float:
+        """The most of two moments: activation, and the gradients of the first weight."""
+        model, width = self._model, self._dense_width()
         again = self._linear_matrices() if "mlp" in self._again else 0.0
-        return (again + (5.0 if self._model.gated_linear_unit else 2.0)) * self._dense_width()
+        rows = 2.0 if model.gated_linear_unit else 1.0
+        weight = rows * model.hidden_size * model.ffn_hidden_size / self._layout.tp * self.bytes
+        return again * width + max(self._activation_working(weighted=False) * width, rows * width + weight)
+
+    def _activation_working(self, *, weighted: bool) -> float:
+        """Widths that the backward pass of an activation needs: the gradients of both ends, and what is between."""
+        if not self._model.gated_linear_unit:
+            return 3.0 if weighted else 2.0
+        if self._micro.by_kernels and self._model.activation_func == "silu":
+            return 3.0
+        return 6.0 if weighted else 5.0
 
     @property
     def rows(self) -> float:
@@ -246,7 +260,7 @@ class LayerFormulas:
         first = hidden + gated * width + gated * weight - width  # what was activated is free by then
         # What came over the group stays until its own backward pass is over.
         arrived = hidden if self._layout.ep > 1 else 0.0
-        moments = [(6.0 if gated == 2 else 3.0) * width + arrived, second, first]
+        moments = [self._activation_working(weighted=True) * width + arrived, second, first]
         if (etp := self._layout.etp) > 1:  # the forward pass sums the parts of each row in fp32
             moments.append(hidden * FULL_PRECISION / self.bytes * (1 + 1 / etp))
         return again + max(moments) + self._shared_width()

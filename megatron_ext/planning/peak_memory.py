@@ -62,12 +62,12 @@ def peak_memory(
         on_cpu: computed by the kernels of a CPU.
         imbalance: rows of the fullest expert-parallel rank over the mean.
     """
-    states = states or stage_states(run, layout)
+    states, by_kernels = states or stage_states(run, layout), run.runtime.kernels == "triton"
     shapes = {
         (shape.micro_size, shape.length, shape.size // (shape.micro_size * layout.dp)) for shape in run.step_shapes
     }
     peaks = [
-        _Stage(run, layout, stage, MicroBatch(rows, length, on_cpu, imbalance), number).peak(states[stage])
+        _Stage(run, layout, stage, MicroBatch(rows, length, on_cpu, by_kernels, imbalance), number).peak(states[stage])
         for rows, length, number in shapes
         for stage in range(layout.pp)
     ]
@@ -189,7 +189,7 @@ class _Stage:
         numbers = formulas.tokens * model.padded_vocab_size / tp
         logits = numbers * formulas.bytes
         block = 0.0
-        if formulas.bytes != FULL_PRECISION and self._run.runtime.kernels != "triton":  # whose registers have it
+        if formulas.bytes != FULL_PRECISION and not self._micro.by_kernels:  # whose registers have it
             block = min(numbers, max(_LOSS_BLOCK[self._micro.on_cpu], model.padded_vocab_size / tp)) * FULL_PRECISION
         # The hidden states' gradient, and under sequence parallelism they themselves, are there for all tokens.
         wide = formulas.gathered + (formulas.gathered if self._run.parallel.sequence_parallel else 0.0)
