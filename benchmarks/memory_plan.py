@@ -136,7 +136,7 @@ def _random_recompute(choose: random.Random, moe: bool) -> dict[str, Any]:
     if kind == "full":
         return {"granularity": kind, "method": choose.choice(["uniform", "block"])}
     if kind == "selective":
-        modules = ["core_attn", "mlp", *(["moe", "shared_experts"] if moe else [])]
+        modules = ["core_attn", "mlp", "layernorm", *(["moe", "shared_experts"] if moe else [])]
         return {"granularity": kind, "modules": [choose.choice(modules)]}
     return {}
 

@@ -175,4 +175,4 @@ class RecomputeConfig:
     num_layers: int = Field(default=1, ge=1)
     """With full: see `method`."""
     modules: list[Recomputable] = Field(default_factory=lambda: list[Recomputable](["core_attn"]))
-    """With selective: the modules to recompute; layernorm and moe_act with Transformer Engine only."""
+    """With selective: the modules to recompute; moe_act with Transformer Engine only."""

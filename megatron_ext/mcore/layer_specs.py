@@ -13,15 +13,12 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from megatron_ext.canonical.naming import FUSED_NORMS
 from megatron_ext.config import Fp8Precision, ModelConfig
 from megatron_ext.mcore.backends import layer_provider
+from megatron_ext.mcore.layer import Layer
 from megatron_ext.mcore.layer_provider import LayerProvider
 from megatron_ext.mcore.mla import DownProjection, LatentAttention
 from megatron_ext.mcore.moe.dispatcher import MoELayer
@@ -85,7 +82,7 @@ def _layer_spec(backend: LayerProvider, model: ModelConfig, mlp: Any, *, fused_n
     if fused_norm and not fuses:
         norm_keys = norm_keys | _DENSE_NORM_KEY
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fuses and not latent else norm,
             self_attention=(_latent_attention if latent else _attention)(backend, model),

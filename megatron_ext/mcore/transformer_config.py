@@ -27,6 +27,8 @@ class _MoreFields:
     """The recipe of mcore/fp8; megatron-core's own `fp8` field speaks to Transformer Engine alone."""
     triton_kernels: bool = False
     """Whether the torch backend's layers and loss take our own kernels (mcore/kernels/) where there are some."""
+    recompute_norms: bool = False
+    """Whether the torch backend computes norms again in the backward pass (mcore/layer.py)."""
     yarn_rotary_scaling_factor: float = 1.0
     """megatron-core's attention looks for this name and the next two, which it declares nowhere, and takes YaRN's
     factor on queries and keys from them; at 1.0 there is none."""
@@ -65,7 +67,7 @@ def transformer_config(
         **_architecture(model),
         **_moe(model, parallel),
         **_parallelism(parallel),
-        **_recompute(recompute),
+        **_recompute(recompute, backend),
         **_yarn(model),
         **(_transformer_engine(model, parallel, precision) if backend == "transformer_engine" else {}),
         "params_dtype": dtype,
@@ -241,11 +243,14 @@ def _parallelism(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
+def _recompute(recompute: RecomputeConfig, backend: Backend) -> dict[str, Any]:
     if recompute.granularity is None:
         return {}
     if recompute.granularity == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": list(recompute.modules)}
+        ours = backend == "torch" and "layernorm" in recompute.modules
+        modules = [module for module in recompute.modules if not (ours and module == "layernorm")]
+        rest = {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+        return {"recompute_norms": ours, **rest}
     return {
         "recompute_granularity": "full",
         "recompute_method": recompute.method,

@@ -249,7 +249,9 @@ def test_overlap_as_it_is_on_cuda_changes_nothing(
     assert difference.worst < TOLERANCE
 
 
-@pytest.mark.parametrize("modules", [["core_attn"], ["moe"], ["shared_experts"], ["mlp"]], ids=lambda m: m[0])
+@pytest.mark.parametrize(
+    "modules", [["core_attn"], ["moe"], ["shared_experts"], ["mlp", "layernorm"], ["layernorm"]], ids="-".join
+)
 def test_selective_recompute_changes_nothing(
     modules: list[str], pool: GlooPool, kinds: dict[str, Cell], references: References
 ) -> None:

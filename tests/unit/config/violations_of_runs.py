@@ -310,8 +310,8 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["runtime.kernels = 'triton'", "runtime.backend = 'transformer_engine'", "remove runtime.kernels"],
     ),
     (
-        {"recompute": {"granularity": "selective", "modules": ["layernorm"]}},
-        ["recompute.modules = ['layernorm']", "runtime.backend: transformer_engine only"],
+        {"recompute": {"granularity": "selective", "modules": ["moe_act"]}},
+        ["recompute.modules = ['moe_act']", "runtime.backend: transformer_engine only"],
     ),
     ({"runtime": TE, "recompute": {"granularity": "selective", "modules": ["moe_act"]}}, ["of routed experts"]),
 ]
