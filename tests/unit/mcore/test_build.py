@@ -76,7 +76,11 @@ def test_a_taken_step_moves_the_state_with_one_collective_a_kind(pool: GlooPool)
 
 
 NOISY = tiny_model(
-    moe=True, moe_router_noise=LearnedNoise(kind="learned"), moe_shared_expert_gate=True, add_bias_linear=True
+    moe=True,
+    moe_router_noise=LearnedNoise(kind="learned"),
+    moe_shared_expert_gate=True,
+    add_bias_linear=True,
+    attention_sinks=True,
 )
 LATENT = tiny_model(
     moe=True,
@@ -87,7 +91,7 @@ LATENT = tiny_model(
 )
 EVERYWHERE = LoraConfig(targets=[LoraTarget(match=["layers.*", "embedding.*", "output_layer"], rank=2)])
 OVERLAPPING = {
-    "learned noise, shared experts with gate and biases": Cell(NOISY, ParallelConfig()),
+    "learned noise, shared experts with gate and biases, sinks": Cell(NOISY, ParallelConfig()),
     "its preferences": Cell(NOISY, ParallelConfig(), task=PreferenceTask(kind="preference", loss="orpo")),
     "latent": Cell(LATENT, ParallelConfig()),
     "latent, adapters": Cell(LATENT, ParallelConfig(), adapters=EVERYWHERE),
