@@ -54,7 +54,6 @@ def _random_mapping(choose: random.Random) -> dict[str, Any]:
             "expert_model_parallel_size": choose.choice([1, 2, 4]),
             "expert_tensor_parallel_size": choose.choice([1, None]),
             "moe_token_dispatcher_type": choose.choice(["alltoall", "alltoall", "allgather"]),
-            "moe_shared_expert_overlap": choose.random() < 0.2,
         }
     return {
         "model": model,
@@ -62,7 +61,7 @@ def _random_mapping(choose: random.Random) -> dict[str, Any]:
         "recompute": _random_recompute(choose, moe),
         "precision": {"kind": choose.choice(["fp32", "bf16"])},
         "train": {"train_iters": 2, "global_batch_size": 32, "micro_batch_size": choose.choice([1, 2, 4])},
-        "optimizer": {"kind": "adam", "lr": 1e-3, "exp_avg_sq_dtype": choose.choice(["fp32", "fp32", "bf16"])},
+        "optimizer": {"kind": "adam", "lr": 1e-3},
         "schedule": {"kind": "constant"},
         "data": {"sequence_length": choose.choice([256, 512]), "tokenizer": "t", "train": [{"path": "a"}]},
         "checkpoint": {"directory": "d"},
@@ -79,7 +78,6 @@ def _random_layout(choose: random.Random, moe: bool) -> dict[str, Any]:
         "pipeline_model_parallel_size": choose.choice([1, 1, 2, 4]),
         "context_parallel_size": choose.choice([1, 1, 1, 2]),
         "use_distributed_optimizer": choose.random() < 0.8,
-        "overlap_grad_reduce": choose.random() < 0.3,
     }
     if layout["pipeline_model_parallel_size"] > 1 and choose.random() < 0.5:
         layout["virtual_pipeline_model_parallel_size"] = 2
@@ -136,7 +134,7 @@ def _random_recompute(choose: random.Random, moe: bool) -> dict[str, Any]:
     if kind == "full":
         return {"granularity": kind, "method": choose.choice(["uniform", "block"])}
     if kind == "selective":
-        modules = ["core_attn", "mlp", "layernorm", *(["moe", "shared_experts"] if moe else [])]
+        modules = ["core_attn", "mlp", *(["moe", "shared_experts"] if moe else [])]
         return {"granularity": kind, "modules": [choose.choice(modules)]}
     return {}
 
@@ -157,8 +155,6 @@ def _name(run: RunConfig, processes: int) -> str:
     if run.parallel.virtual_pipeline_model_parallel_size:
         parts.append("VPP2")
     parts += [run.precision.kind, f"{run.train.micro_batch_size} x {run.data.sequence_length}"]
-    parts += ["shared overlapped"] if run.parallel.moe_shared_expert_overlap else []
-    parts += ["bf16 moment"] if run.optimizer.exp_avg_sq_dtype == "bf16" else []
     if recompute.granularity:
         parts.append(recompute.granularity if recompute.granularity == "full" else f"{recompute.modules[0]} again")
     return ", ".join(parts)
