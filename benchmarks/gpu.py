@@ -28,7 +28,7 @@ from typing import Any
 from report import hardware, markdown_table, record, versions
 
 from megatron_ext.canonical.counts import count_parameters
-from megatron_ext.config import Bf16Precision, Fp8Precision, ModelConfig, Precision
+from megatron_ext.config import Bf16Precision, Fp8Precision, ModelConfig, Precision, RecomputeConfig
 from megatron_ext.config.machine import Kernels
 from megatron_ext.planning.flops import training_flops_per_token
 
@@ -49,10 +49,11 @@ class Peer:
     backend: str
     precision: Precision
     kernels: Kernels = "torch"
+    loss_by_parts: bool = False
 
 
-def _fp8(recipe: str) -> Fp8Precision:
-    return Fp8Precision(kind="fp8", recipe=recipe)  # type: ignore[arg-type]
+def _fp8(recipe: str, *, keeps: bool = True) -> Fp8Precision:
+    return Fp8Precision(kind="fp8", recipe=recipe, keep_fp8_weights=keeps)  # type: ignore[arg-type]
 
 
 BF16 = Bf16Precision(kind="bf16")
@@ -62,6 +63,8 @@ PEERS = [
     *(Peer(f"torch, fp8 {recipe}", "torch", _fp8(recipe)) for recipe in ("tensorwise", "rowwise", "delayed")),
     Peer("our kernels, bf16", "torch", BF16, "triton"),
     *(Peer(f"our kernels, fp8 {recipe}", "torch", _fp8(recipe), "triton") for recipe in ("rowwise", "delayed")),
+    Peer("our kernels, fp8 delayed, weights each time", "torch", _fp8("delayed", keeps=False), "triton"),
+    Peer("our kernels, bf16, loss by parts", "torch", BF16, "triton", loss_by_parts=True),
     Peer("Transformer Engine, bf16", "transformer_engine", BF16),
     *(
         Peer(f"Transformer Engine, fp8 {recipe}", "transformer_engine", _fp8(recipe))
@@ -161,7 +164,8 @@ def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
     start_process_group(runtime, device, alone=True)
     groups = split_process_group(parallel, runtime)
     backend: Backend = "transformer_engine" if peer.backend == "transformer_engine" else "torch"
-    cell = Cell(model, parallel, peer.precision, seed=0, lr=1e-4, backend=backend, kernels=peer.kernels)
+    recompute = RecomputeConfig(logits=peer.loss_by_parts)
+    cell = Cell(model, parallel, peer.precision, recompute, seed=0, lr=1e-4, backend=backend, kernels=peer.kernels)
     build = partial(build_core_trainable, length=length) if peer.backend == "core" else build_trainable
     trainable = build(cell, groups, device)
     set_learning_rate(trainable.optimizer, cell.lr)

@@ -6,8 +6,9 @@
     ours   tools/preprocess.py's work, from the text to finished files; with numba (the extra `fast`), and without
     peer   as Megatron-LM's preprocess_data.py: a pool encodes line by line, the main process writes each document
 
-Imports, reading (raw) and loading the tokenizer are the start; processes that begin, and segments of text that no
-worker knows yet, count as work.
+Imports, reading (raw) and loading the tokenizer are the start. CPU seconds are those of all processes, but for what the
+command itself has taken until then: processes that begin meanwhile count as work there. On a machine that is busy with
+other things the shares of CPU seconds are the ones to look at.
 
 Text, from the sample corpora (MEGATRON_EXT_SAMPLE_DATA), half Japanese, half English:
 
@@ -43,7 +44,10 @@ from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.progress import amount_of_bytes
 
 ROWS = ("raw", "ours", "ours, without numba", "peer")
-COLUMNS = ("text, workers", "way", "MB/s", "of raw", "x peer", "start s", "CPU s", "most of a process")
+COLUMNS = (
+    *("text, workers", "way", "MB/s", "of raw", "x peer"),
+    *("start s", "CPU s", "of raw, by CPU s", "x peer, by CPU s", "most of a process"),
+)
 SAMPLES = (("ja_novel", "ja_tldr"), ("en_novel", "en_tldr"))
 _AT_ONCE = 10_000
 _CONTEXTS = (3, 4)
@@ -91,8 +95,10 @@ def table_rows(what: str, found: dict[str, tuple[float, float, float, int]], siz
     rows = []
     for row, (start, seconds, cpu, memory) in found.items():
         share, times = (found[other][1] / seconds for other in ("raw", "peer"))
+        cpu_share, cpu_times = (found[other][2] / cpu for other in ("raw", "peer"))
         speeds = [f"{size / 1e6 / seconds:.1f}", f"{share:.0%}", f"{times:.1f}"]
-        rows.append([what, row, *speeds, f"{start:.1f}", f"{cpu:.1f}", amount_of_bytes(memory)])
+        work = [f"{cpu:.1f}", f"{cpu_share:.0%}", f"{cpu_times:.1f}"]
+        rows.append([what, row, *speeds, f"{start:.1f}", *work, amount_of_bytes(memory)])
     return rows
 
 
@@ -163,7 +169,7 @@ def texts_of(files: list[Path]) -> Iterator[str]:
 
 
 def measured(row: str, folder: Path, workers: int) -> tuple[float, float, float, int]:
-    """Seconds of start and of work, seconds of CPU, and bytes of the largest process of one way."""
+    """Seconds of start and of work, seconds of CPU of the work, and bytes of the largest process of one way."""
     call = [sys.executable, __file__, "--job", row, str(folder), "--workers", str(workers)]
     hidden = [str(folder / "without")] if "without" in row else []
     paths = os.pathsep.join([*hidden, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -181,29 +187,30 @@ def measured(row: str, folder: Path, workers: int) -> tuple[float, float, float,
     if process.returncode != 0:
         raise SystemExit(process.returncode)
     assert process.stdout is not None
-    start, seconds = json.loads(process.stdout.read().splitlines()[-1])
-    return start, seconds, sum(cpu.values()), memory
+    start, seconds, cpu_of_start = json.loads(process.stdout.read().splitlines()[-1])
+    return start, seconds, sum(cpu.values()) - cpu_of_start, memory
 
 
 def run_job(row: str, name: str, workers: int) -> None:
     """Do one way and print how long its start and its work took."""
     folder, begin = Path(name), time.perf_counter()
-    begun = []
+    begun: list[tuple[float, float]] = []
+    note = lambda *_: begun.append((time.perf_counter(), time.process_time()))  # noqa: E731
     if row == "raw":
         lines = (folder / "c.jsonl").read_bytes().splitlines()
         texts = [json.loads(line)["text"] for line in lines]
         encode = raw_encoder(folder / "t", workers)
-        begun.append(time.perf_counter())
+        note()
         for first in range(0, len(texts), _AT_ONCE):
             encode(texts[first : first + _AT_ONCE])
     elif row.startswith("ours"):
-        told = lambda *_: begun.append(time.perf_counter())  # noqa: E731
-        preprocess([folder / "c.jsonl"], folder / "t", folder / "ours", workers=workers, progress=told, force=True)
+        preprocess([folder / "c.jsonl"], folder / "t", folder / "ours", workers=workers, progress=note, force=True)
     else:
         tokenizer = Tokenizer(folder / "t")
-        begun.append(time.perf_counter())
+        note()
         as_the_peer(folder, workers, tokenizer.eod, token_dtype(tokenizer.vocab_size).type)
-    print(json.dumps([begun[0] - begin, time.perf_counter() - begun[0]]))
+    at, cpu = begun[0]
+    print(json.dumps([at - begin, time.perf_counter() - at, cpu]))
 
 
 def raw_encoder(tokenizer: Path, threads: int) -> Callable[[list[str]], object]:

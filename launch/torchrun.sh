@@ -34,7 +34,7 @@ for name in NPROC_PER_NODE NNODES MAX_RESTARTS; do
   [ $name != MAX_RESTARTS ] || { shape='^[0-9]+$'; what="a whole number"; }
   [[ ${!name:-1} =~ $shape ]] || fail "$name=${!name}: must be $what"
 done
-restarts=${MAX_RESTARTS:-0} nodes=${NNODES:-1}
+restarts=${MAX_RESTARTS:-0} nodes=${NNODES:-1} looks_first=1
 least=${nodes%:*} most=${nodes#*:}
 tool=${TOOL:-tools/train.py}
 [ -f "$root/$tool" ] || fail "TOOL=$tool: $root has no such file"
@@ -51,6 +51,8 @@ elif [ "$least" != "$most" ] || [ "$restarts" != 0 ]; then
   rendezvous+=(--rdzv-id "${SLURM_JOB_ID:-$endpoint}" ${RDZV_CONF:+--rdzv-conf "$RDZV_CONF"} ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"})
 else
   [ -n "${NODE_RANK:-}" ] || fail "MASTER_ADDR=$MASTER_ADDR: set NODE_RANK, 0 on the node of MASTER_ADDR"
+  # One that did not start would keep the others waiting: its ranks start, and tell them what is wrong with it.
+  looks_first=
   rendezvous=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
 
@@ -60,6 +62,7 @@ for argument in "$@"; do
   [ "$argument" != --check ] || exec "${check[@]}" --world-size $((per_node * least))
 done
 [ "$tool" = tools/train.py ] || check+=(--config-only)
-"${check[@]}" --world-size $((per_node * least)) > /dev/null
+check+=(--alert)
+[ -z "$looks_first" ] || "${check[@]}" --world-size $((per_node * least)) > /dev/null
 [ "$least" = "$most" ] || "${check[@]}" --config-only --world-size $((per_node * most)) > /dev/null
 exec "$python" -P -m megatron_ext.runtime.launch "${rendezvous[@]}" --nproc-per-node "$per_node" "$root/$tool" "$@"

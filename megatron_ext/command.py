@@ -44,7 +44,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         main()
         sys.stdout.flush()  # it may be a file on a full disk
     except MegatronExtError as error:
-        _fail(str(error), is_everywhere=error.is_everywhere)
+        _fail(str(error), is_everywhere=error.is_everywhere, speaks=error.speaks)
     except BrokenPipeError:
         # Whoever read the output has seen enough, as `head`. Python would say so again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,12 +102,13 @@ def ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(message: str, *, is_everywhere: bool = False) -> NoReturn:
+def _fail(message: str, *, is_everywhere: bool = False, speaks: bool | None = None) -> NoReturn:
     # Most faults meet every rank. A launcher ends the others once one has exited: before they repeat what it said.
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not is_first:
+    if speaks is None:
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not speaks:
         time.sleep(5)
-    if is_first or not is_everywhere:
+    if speaks or not is_everywhere:
         print(f"error: {with_absolute_paths(message)}", file=sys.stderr)
     sys.exit(2)
 

@@ -12,11 +12,13 @@ class MegatronExtError(Exception):
     """Base of every error whose message is written for the person running the command."""
 
     is_everywhere = False
-    """Whether every rank of the run raises the same: then it is enough that one prints it."""
+    """Whether every rank of the run raises the same: then it is enough that one of each node prints it."""
+    speaks: bool | None = None
+    """Whether this rank is that one; None: it is if it is the first of its node."""
 
-    def everywhere(self) -> Self:
+    def everywhere(self, *, speaks: bool | None = None) -> Self:
         """This error, of which every rank of the run raises the same."""
-        self.is_everywhere = True
+        self.is_everywhere, self.speaks = True, speaks
         return self
 
 

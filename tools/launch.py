@@ -5,9 +5,9 @@ python tools/launch.py RUN.yaml --nodes 4 --profile gcp_a3_high --time 48:00:00
 python tools/launch.py RUN.yaml --nodes 4 --profile my_cluster.yaml --submit train.global_batch_size=2048
 
 Checked are: configuration, layout on so many nodes, data, tokenizer, what the run goes on from, room on the disk,
-folders that all nodes see, memory of the training state, time; and the file itself, by bash and sbatch. What is wrong
-is said in one message, with exit code 2. A job that is stopped saves and queues itself again. The profiles are in
-launch/profiles; one of yours is a YAML like those.
+folders that all nodes see, memory of the training state, time; and the file itself, by bash and, where Slurm answers,
+by sbatch. What is wrong is said in one message, with exit code 2. A job that is stopped saves and queues itself again.
+The profiles are in launch/profiles; one of yours is a YAML like those.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
 def _launch(arguments: argparse.Namespace) -> None:
     from megatron_ext.config import load_run
     from megatron_ext.config.load import raise_faults
-    from megatron_ext.launching.check import check_job, scheduler_says
+    from megatron_ext.launching.check import check_job, file_faults, scheduler_away
     from megatron_ext.launching.job_file import SUBMIT, Job, parse_time, write_job
     from megatron_ext.launching.profile import read_profile
     from megatron_ext.model_io.starting_weights import open_hugging_face
@@ -76,21 +76,26 @@ def _launch(arguments: argparse.Namespace) -> None:
         print(line)
     raise_faults(f"{arguments.run} on {arguments.nodes} nodes of {arguments.profile}", about_job.faults)
     write_job(job)
-    if complaints := list(scheduler_says(job)):
+    away = scheduler_away(profile.scheduler)
+    if complaints := list(file_faults(job, asks_scheduler=away is None)):
         raise ConfigError("\n".join([f"{job.file} was written, but would not run:", *complaints]))
     print(f"job file        {job.file}")
     command = [SUBMIT[profile.scheduler], str(job.file)]
+    if away is not None:
+        print(f"not asked       {away}: bash alone has read the file")
     if arguments.submit:
-        _submit(command)
+        _submit(command, away)
     else:
-        print(f"queue it with   {' '.join(command)}")
+        print(f"queue it with   {' '.join(command)}{' on a machine of the cluster' if away is not None else ''}")
 
 
-def _submit(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise ConfigError(f"--submit: there is no {command[0]} here; on the cluster: {' '.join(command)}") from None
+def _submit(command: list[str], away: str | None) -> None:
+    if away is not None:
+        raise ConfigError(
+            f"--submit: {away}. The file is written and checked; on a machine of the cluster, or once it answers: "
+            f"{' '.join(command)}"
+        )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
     print(f"queued          {done.stdout.strip()}")

@@ -15,37 +15,40 @@ itself, `tools/train.py RUN.yaml --check` says.)
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from megatron_ext.command import run_command, run_parser
 from megatron_ext.config import RunConfig, load_run
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main() -> None:
     """Parse the command line, test, and judge."""
     arguments = run_parser(__doc__).parse_args()
-    run = load_run(arguments.run, arguments.overrides)
     from megatron_ext.launcher import adopt_launcher, end_with_launcher
+    from megatron_ext.roll_call import on_every_rank
 
     adopt_launcher()
     end_with_launcher()
-    _test(run)
+    _test(on_every_rank("configuration", lambda: load_run(arguments.run, arguments.overrides)))
 
 
 def _test(run: RunConfig) -> None:
     import torch.distributed as dist
 
     from megatron_ext.errors import EnvironmentFault
-    from megatron_ext.launcher import launched_rank, launched_world_size
+    from megatron_ext.launcher import launched_rank
     from megatron_ext.launching.node_report import RULE, bad_nodes, table
     from megatron_ext.launching.node_test import measure_all
-    from megatron_ext.runtime.device import choose_device
+    from megatron_ext.roll_call import on_every_rank
     from megatron_ext.runtime.logs import setup_logging
     from megatron_ext.runtime.process_groups import end_process_groups, split_process_group, start_process_group
     from megatron_ext.training.same_everywhere import require_same_run
 
     setup_logging(launched_rank())
-    run.resolve(launched_world_size())
-    device = choose_device(run.runtime)
+    device = on_every_rank("node", lambda: _prepared(run), run.runtime.distributed_timeout_minutes)
     start_process_group(run.runtime, device)
     require_same_run(run)  # ranks of other layouts would wait for each other
     split_process_group(run.parallel, run.runtime)
@@ -65,6 +68,15 @@ def _test(run: RunConfig) -> None:
     if launched_rank() == 0:
         ranks = "1 rank" if len(reports) == 1 else f"{len(reports)} ranks"
         print(f"fit to train: {ranks}, on {', '.join(dict.fromkeys(report.host for report in reports))}")
+
+
+def _prepared(run: RunConfig) -> "torch.device":
+    """This rank's device, once the layout fits."""
+    from megatron_ext.launcher import launched_world_size
+    from megatron_ext.runtime.device import choose_device
+
+    run.resolve(launched_world_size())
+    return choose_device(run.runtime)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ class TrainOptions:
     names: PathName | None = None
     """File of proper nouns, one a line, that are whole tokens (unigram only): they take the place of the least likely
     ones."""
+    bad_lines: Literal["stop", "skip"] = "stop"
+    """A line that cannot be read ends the command, or (skip) is counted and left out; the first are said."""
     force: bool = False
     """Replace an existing output."""
 
@@ -157,7 +159,9 @@ def train(argv: Sequence[str]) -> None:
         threads=os.cpu_count() or 1,
     )
     with ending_on_sigterm():
-        tokenizer = train_tokenizer(o.inputs, o.output, o.vocab_size, how, text_key=o.text_key, force=o.force)
+        tokenizer = train_tokenizer(
+            o.inputs, o.output, o.vocab_size, how, text_key=o.text_key, bad_lines=o.bad_lines, force=o.force
+        )
     _say(tokenizer)
 
 

@@ -10,9 +10,10 @@ the same command then goes on. Ranks end with torchrun, saving first, and all en
 """
 
 import argparse
+from contextlib import suppress
 
 from megatron_ext.command import positive_integer, run_command, run_parser
-from megatron_ext.config import load_run
+from megatron_ext.config import RunConfig, load_run
 from megatron_ext.errors import ConfigError
 
 
@@ -25,6 +26,12 @@ def main() -> None:
     parser.add_argument("--world-size", type=positive_integer, metavar="N", help="with --check: number of processes")
     parser.add_argument("--config-only", action="store_true", help="with --check: leave out data, checkpoints and disk")
     parser.add_argument(
+        "--alert",
+        action="store_true",
+        help="with --check: alert the run's people of faults, if it has reported before; for launchers, whose restarts "
+        "nobody watches",
+    )
+    parser.add_argument(
         "--skip-data",
         type=_range,
         action="append",
@@ -34,18 +41,20 @@ def main() -> None:
         "them; added to train.skip_samples. Give it again at every start, or write it there",
     )
     arguments = parser.parse_args()
-    _skip_data(arguments)
     if arguments.check:
+        _skip_data(arguments)
         _check(arguments)
         return
-    for option, given in (("--world-size", arguments.world_size), ("--config-only", arguments.config_only)):
-        if given:
+    for option in ("world_size", "config_only", "alert"):
+        if getattr(arguments, option):
+            option = f"--{option.replace('_', '-')}"
             raise ConfigError(f"{option} needs --check: it says nothing of a run that starts")
-    run = load_run(arguments.run, arguments.overrides)
     from megatron_ext.launcher import adopt_launcher, end_with_launcher
+    from megatron_ext.roll_call import on_every_rank
 
     adopt_launcher()
     end_with_launcher()
+    run = on_every_rank("configuration", lambda: _run_of(arguments))
     from megatron_ext.model_io.starting_weights import open_hugging_face
     from megatron_ext.training.loop import train
 
@@ -60,6 +69,11 @@ def _range(text: str) -> list[int]:
     return [int(first), int(last)]
 
 
+def _run_of(arguments: argparse.Namespace) -> RunConfig:
+    _skip_data(arguments)
+    return load_run(arguments.run, arguments.overrides)
+
+
 def _skip_data(arguments: argparse.Namespace) -> None:
     """Turn --skip-data into the key that says it, so that checkpoints and reports have it."""
     if arguments.skip_data:
@@ -72,9 +86,17 @@ def _check(arguments: argparse.Namespace) -> None:
     from megatron_ext.training.startup_checks import check_run
 
     files = not arguments.config_only
-    said = check_run(
-        arguments.run, arguments.overrides, arguments.world_size, files=files, open_foreign=open_hugging_face
-    )
+    try:
+        said = check_run(
+            arguments.run, arguments.overrides, arguments.world_size, files=files, open_foreign=open_hugging_face
+        )
+    except ConfigError as error:
+        if arguments.alert:
+            from megatron_ext.monitoring.monitor import tell_of_failed_restart
+
+            with suppress(ConfigError):  # where the file itself is wrong, it does not say whom to tell
+                tell_of_failed_restart(load_run(arguments.run, arguments.overrides), error)
+        raise
     print(said)
 
 

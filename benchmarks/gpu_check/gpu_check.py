@@ -6,7 +6,8 @@ Every part is a process of its own with a time limit; what is there is written t
 gpu_check.json and gpu_check.txt (figures), tests.txt, profile.txt, log.txt. Parts, in order:
 
 kernels   what the card gives, and single operations as this repository writes them, each beside what was predicted
-own       our Triton kernels (runtime.kernels: triton): are they the torch formula, are they repeatable, and both timed
+own       our Triton kernels (runtime.kernels: triton), and the loss by parts: are they the torch formula, are they
+          repeatable, and both timed
 tests     tests/gpu by pytest-xdist where it is there
 checks    what tests/gpu lacks: idle experts, documents, loss, repeatability, waits for the device
 steps     the step of benchmarks/gpu.py for each shape and precision: TFLOP/s, memory, then one step profiled
@@ -31,7 +32,7 @@ ROOT = Path.cwd()
 # (part, argument, most seconds). Order: what must be known first, then what changes decisions most.
 PLAN = [
     ("kernels", "", 75),
-    ("own", "", 40),
+    ("own", "", 60),
     ("tests", "", 150),
     ("checks", "", 60),
     ("steps", "dense|torch, bf16", 60),
@@ -43,6 +44,8 @@ PLAN = [
     ("steps", "64 experts|our kernels, bf16", 45),
     ("steps", "dense|our kernels, fp8 delayed", 45),
     ("steps", "64 experts|our kernels, fp8 delayed", 45),
+    ("steps", "dense|our kernels, fp8 delayed, weights each time", 45),
+    ("steps", "dense|our kernels, bf16, loss by parts", 45),
     ("steps", "dense|torch, fp8 tensorwise", 45),
     ("compiled", "", 75),
     ("steps", "dense|Transformer Engine, bf16", 60),

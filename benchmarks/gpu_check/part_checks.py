@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.activation import Gate, gated_activation
 from megatron_ext.mcore.attention_segments import _VARLEN_IS_COMPLETE, attend_segments, find_segments
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.moe.grouped_linear import grouped_linear
@@ -57,7 +57,7 @@ def _operations() -> list[tuple[str, Callable[..., Tensor], Sequence[Tensor]]]:
     ]
     return [
         *routed,
-        ("gated activation", lambda p, w: gated_activation(p, F.silu, w), gated),
+        ("gated activation", lambda p, w: gated_activation(p, Gate(F.silu), w), gated),
         ("cross-entropy", _cross_entropy, (_random(300, 1024, seed=4), labels)),
         *documents,
     ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ext.config import Fp8Precision
-from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.activation import Gate, gated_activation
 from megatron_ext.mcore.attention_segments import attend_segments, find_segments
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.fp8.experts import padded_columns
@@ -228,7 +228,7 @@ def activations(bench: Bench) -> None:
     projected, weights_R = bench.random(rows, 2 * width, grad=True), torch.rand(rows, device=bench.where)
     bench.both(
         "gated_activation of experts forward, backward",
-        lambda p, w: gated_activation(p, F.silu, w),
+        lambda p, w: gated_activation(p, Gate(F.silu), w),
         projected,
         weights_R.requires_grad_(),
         moved=62 * rows * width,
@@ -236,7 +236,7 @@ def activations(bench: Bench) -> None:
     )
     bench.both(
         "gated_activation of fc1 forward, backward",
-        lambda p: gated_activation(p, F.silu),
+        lambda p: gated_activation(p, Gate(F.silu)),
         bench.random(bench.tokens, 2 * bench.ffn, grad=True),
         moved=36 * bench.tokens * bench.ffn,
         predicted=1.55,

@@ -31,6 +31,13 @@ from megatron_ext.architectures.tables.rules import (
 from megatron_ext.architectures.tables.window_fields import LayerWindows
 from megatron_ext.config import LearnedNoise, ModelConfig
 
+ACTIVATIONS = (
+    ("silu", "silu"),
+    ("gelu", "gelu"),
+    ("gelu_pytorch_tanh", "gelu_tanh"),
+    ("quick_gelu", "quick_gelu"),
+)
+
 _FIELDS: tuple[ConfigRule, ...] = (
     Field("vocab_size", "vocab_size"),
     Field("hidden_size", "hidden_size"),
@@ -41,8 +48,10 @@ _FIELDS: tuple[ConfigRule, ...] = (
     Field("max_position_embeddings", "max_position_embeddings", default=4096),
     Spelled("norm_type", "normalization", (("rms_norm", "RMSNorm"), ("layer_norm", "LayerNorm"))),
     Field("norm_eps", "layernorm_epsilon", default=1e-5),
-    Spelled("hidden_act", "activation_func", (("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"))),
+    Spelled("hidden_act", "activation_func", ACTIVATIONS),
     Field("gated_mlp", "gated_linear_unit", default=True),
+    Field("glu_limit", "activation_func_clamp_value"),
+    Field("glu_offset", "glu_linear_offset", default=0.0),
     Field("qkv_bias", "add_qkv_bias", default=False),
     Field("use_bias", "add_bias_linear", default=False),
     Field("qk_norm", "qk_layernorm"),
@@ -68,6 +77,7 @@ _FIELDS: tuple[ConfigRule, ...] = (
     Field("n_group", "moe_router_num_groups"),
     Field("topk_group", "moe_router_group_topk"),
     Field("group_score", "moe_router_group_score", default="top2_sum"),
+    Field("router_bias", "moe_router_linear_bias", default=False),
     Field("expert_bias", "moe_router_enable_expert_bias", default=False),
     Normalization("gating_normalization"),
     Noise(),
@@ -194,6 +204,11 @@ LATENT_ATTENTION: tuple[Rule, ...] = (
 
 ROUTER: tuple[Rule, ...] = (
     Rename(f"{MLP}.router.weight", in_moe_layers, hf=f"{HF_MLP}.gate.weight"),
+    Rename(
+        f"{MLP}.router.bias",
+        both(in_moe_layers, lambda model, layer: model.moe_router_linear_bias),
+        hf=f"{HF_MLP}.gate.bias",
+    ),
     Rename(
         f"{MLP}.router.expert_bias",
         both(in_moe_layers, lambda model, layer: model.moe_router_enable_expert_bias),

@@ -8,6 +8,7 @@ from megatron_ext.architectures.deepseek_v2 import DEEPSEEK_V2
 from megatron_ext.architectures.deepseek_v3 import DEEPSEEK_V3
 from megatron_ext.architectures.gpt2 import GPT2
 from megatron_ext.architectures.gpt_neox import GPT_NEOX
+from megatron_ext.architectures.gpt_oss import GPT_OSS
 from megatron_ext.architectures.llama import LLAMA
 from megatron_ext.architectures.mistral import MISTRAL
 from megatron_ext.architectures.mixtral import MIXTRAL
@@ -34,6 +35,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     QWEN2_MOE,
     QWEN3_MOE,
     OLMOE,
+    GPT_OSS,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     DEEPSEEK_V1,

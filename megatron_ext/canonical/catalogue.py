@@ -175,6 +175,8 @@ class _Layer:
         model, experts, hidden = self._model, self._model.num_moe_experts, self._model.hidden_size
         assert experts is not None
         yield self._weight(f"{prefix}.router.weight", (experts, hidden), self._normal)
+        if model.moe_router_linear_bias:
+            yield self._weight(f"{prefix}.router.bias", (experts,), ZEROS)
         if model.moe_router_enable_expert_bias:
             yield self._weight(f"{prefix}.router.expert_bias", (experts,), ZEROS)
         if isinstance(model.moe_router_noise, LearnedNoise):

@@ -72,6 +72,8 @@ class YarnRopeScaling:
     """Rotations over the original context above which a dimension is kept."""
     beta_slow: float = shapes_function(default=1.0, gt=0)
     """Rotations over the original context below which a dimension is interpolated."""
+    truncate: bool = shapes_function(default=True)
+    """Round the dimensions between which it interpolates outwards to whole ones; gpt-oss does not."""
     mscale: float = shapes_function(default=0.0, ge=0)
     """DeepSeek's factor of the logits' scale. 0: not given, as in the paper."""
     mscale_all_dim: float = shapes_function(default=0.0, ge=0)

@@ -33,6 +33,8 @@ class ExpertFields:
     """Groups each token may be sent to."""
     moe_router_group_score: Literal["top2_sum", "max"] = shapes_function(default="top2_sum")
     """A group's score: the sum of its two best experts (DeepSeek-V3) or its best (DeepSeek-V2)."""
+    moe_router_linear_bias: bool = shapes_weights(default=False)
+    """A learned bias in the router's logits (gpt-oss): unlike an expert bias, it weighs the chosen experts too."""
     moe_router_enable_expert_bias: bool = shapes_weights(default=False)
     """Balance without auxiliary loss (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): a bias that only selects."""
     moe_router_noise: RouterNoise | None = shapes_weights(default=None)

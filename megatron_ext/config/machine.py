@@ -70,10 +70,11 @@ class RuntimeConfig:
     backend: Backend = "torch"
     """What layers are built from: plain PyTorch (CPU and CUDA), or NVIDIA Transformer Engine (CUDA)."""
     kernels: Kernels = "torch"
-    """triton: the torch backend computes SwiGLU with routing weights, the sum of a token's experts, the loss, and the
-    casts to FP8 each in one pass, by Triton kernels of its own (compute capability 8.0 or newer). Sums are rounded
-    once, so the last bits differ. Off, since they have so far run in Triton's interpreter only, on no GPU:
-    benchmarks/gpu_check shows on yours whether they are right, and how much faster."""
+    """triton: the torch backend computes SwiGLU with routing weights, the sum of a token's experts, the loss, rotation,
+    the residual sum with the norm after attention, and casts to FP8 each in one pass, by Triton kernels of its own
+    (compute capability 8.0 or newer), and adds weight gradients to their fp32 sums within the product.
+    Sums are rounded once, so the last bits differ. Off, since they have so far run in Triton's interpreter only, on no
+    GPU: benchmarks/gpu_check shows on yours whether they are right, and how much faster."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""
     deterministic: bool = False

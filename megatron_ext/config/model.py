@@ -61,10 +61,15 @@ class DenseFields:
     """Kind of every norm."""
     layernorm_epsilon: float = shapes_function(default=1e-5, gt=0)
     """Epsilon of every norm."""
-    activation_func: Literal["silu", "gelu", "gelu_tanh"] = shapes_function(default="silu")
-    """Activation of feed-forward networks; gelu_tanh is the approximation of GPT-2 (gelu_new)."""
+    activation_func: Literal["silu", "gelu", "gelu_tanh", "quick_gelu"] = shapes_function(default="silu")
+    """Activation of feed-forward networks; gelu_tanh is the approximation of GPT-2 (gelu_new), quick_gelu the coarser
+    one x sigmoid(1.702 x)."""
     gated_linear_unit: bool = shapes_weights(default=True)
     """Feed-forward networks multiply the activated projection by a second one (SwiGLU, GeGLU)."""
+    activation_func_clamp_value: float | None = shapes_function(default=None, gt=0)
+    """The gate is cut off above this, and the second projection beyond it on both sides (gpt-oss: swiglu_limit, 7)."""
+    glu_linear_offset: float = shapes_function(default=0.0)
+    """Added to the second projection of a gated network (gpt-oss: 1)."""
     add_bias_linear: bool = shapes_weights(default=False)
     """Biases in every linear layer of attention and feed-forward networks, routed experts included."""
     add_qkv_bias: bool = shapes_weights(default=False)

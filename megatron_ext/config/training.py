@@ -122,6 +122,9 @@ class Fp8Precision:
     """With delayed: scales leave room for 2**margin times the maximum."""
     fp8_wgrad: bool = True
     """False: weight gradients are computed in bf16."""
+    keep_fp8_weights: bool = True
+    """The torch backend quantises each weight once a step and keeps it in both layouts until the update: 2 bytes a
+    parameter. False: again in every forward and backward pass. Not one bit of the result differs."""
 
 
 Precision = Annotated[Fp32Precision | Bf16Precision | Fp8Precision, Field(discriminator="kind")]
@@ -176,3 +179,7 @@ class RecomputeConfig:
     """With full: see `method`."""
     modules: list[Recomputable] = Field(default_factory=lambda: list[Recomputable](["core_attn"]))
     """With selective: the modules to recompute; moe_act with Transformer Engine only."""
+    logits: bool = False
+    """The output layer and the loss go through the vocabulary in parts, and the backward pass computes their logits
+    again: there are never all logits in memory, for a fourth product of the output layer beside three. Whatever
+    `granularity` says."""

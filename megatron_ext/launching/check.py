@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import psutil
 from megatron_ext.config import RunConfig
 from megatron_ext.config.load import paths_of
 from megatron_ext.errors import ConfigError
-from megatron_ext.launching.job_file import Job
+from megatron_ext.launching.job_file import SUBMIT, Job
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.monitoring.monitor import metrics_path
 from megatron_ext.planning.amounts import duration
@@ -25,6 +26,8 @@ _USUAL_MFU = 0.35
 """Share of the peak that a run of which nothing was measured is taken to reach: a guess, and said to be one."""
 _FULL = 0.9
 """Share of a GPU's memory that tensors may take; the context, NCCL and the allocator need some as well."""
+_ANSWER = 60.0
+"""Seconds that a scheduler has."""
 _SHORTEST = 20
 """Minutes of a job, beside what it saves in, below which it is hardly worth its start."""
 
@@ -166,18 +169,34 @@ def _file_system(place: Path) -> str:
     return next((parts[folder] for folder in (place, *place.parents) if folder in parts), "")
 
 
-def scheduler_says(job: Job) -> Iterator[str]:
-    """What bash, and where it is here the scheduler, find wrong with the job file."""
+def file_faults(job: Job, *, asks_scheduler: bool) -> Iterator[str]:
+    """What bash finds wrong with the job file, and the scheduler where it is asked."""
     commands = [["bash", "-n", str(job.file)]]
-    if job.profile.scheduler == "slurm":
+    if asks_scheduler and job.profile.scheduler == "slurm":
         commands.append(["sbatch", "--test-only", str(job.file)])
     for command in commands:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except FileNotFoundError:
-            continue  # no scheduler on this machine
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER)
         except subprocess.TimeoutExpired:
             yield f"{' '.join(command)}: no answer within a minute"
             continue
         if done.returncode:
             yield f"{' '.join(command)}: {done.stderr.strip()}"
+
+
+def scheduler_away(scheduler: str) -> str | None:
+    """Why jobs cannot be queued from this machine; None where the scheduler is here, and Slurm's answers."""
+    if shutil.which(SUBMIT[scheduler]) is None:
+        return f"there is no {SUBMIT[scheduler]} on this machine"
+    if scheduler != "slurm":
+        return None
+    try:  # sbatch itself waits for a controller that is away, and then blames the job
+        asked = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=_ANSWER)
+    except FileNotFoundError:
+        return None
+    except subprocess.TimeoutExpired:
+        return "Slurm does not answer (scontrol ping: nothing within a minute)"
+    if asked.returncode == 0 or " is UP" in asked.stdout:
+        return None
+    said = (asked.stdout.strip().splitlines()[:1] or asked.stderr.strip().splitlines()[-1:] or ["nothing"])[0]
+    return f"Slurm does not answer (scontrol ping: {said})"

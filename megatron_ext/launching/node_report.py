@@ -38,7 +38,7 @@ class RankReport:
     host: str
     device: str
     same: Mapping[str, str]
-    """What must be the same everywhere, by name: code, libraries, configuration, data."""
+    """What must be the same everywhere, by name: this package, what it stands on, configuration, data."""
     clock: float
     """Seconds ahead of the median."""
     memory_free: int

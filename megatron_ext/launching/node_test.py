@@ -15,13 +15,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
-import megatron_ext
 from megatron_ext.config import RunConfig, dump_yaml, to_mapping
 from megatron_ext.data.dataset import dataset_fingerprint
 from megatron_ext.errors import DataError, EnvironmentFault
 from megatron_ext.launching.node_report import Link, RankReport
 from megatron_ext.runtime import accelerators
-from megatron_ext.runtime.core_guard import versions
+from megatron_ext.runtime.installation import installation
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.process_groups import groups_by_kind
 from megatron_ext.runtime.watchdog import STALLS
@@ -61,8 +60,7 @@ def measure_node(run: RunConfig, device: torch.device) -> RankReport:
     free, total = torch.cuda.mem_get_info(device) if on_gpu else _host_memory()
     faults: list[str] = []
     same = {
-        "code": _code(),
-        "libraries": _libraries(run, faults),
+        **_installation(run, faults),
         "configuration": _digest(dump_yaml(to_mapping(run))),
         "data": _data(run, faults),
     }
@@ -88,15 +86,14 @@ def measure_node(run: RunConfig, device: torch.device) -> RankReport:
     )
 
 
-def _libraries(run: RunConfig, faults: list[str]) -> str:
-    """The versions of what the run computes and sends with; a fault where it cannot be used here."""
-    flex, backend = run.parallel.flex_backend, run.runtime.backend
+def _installation(run: RunConfig, faults: list[str]) -> dict[str, str]:
+    """What the run computes and sends with; a fault where it cannot be used here."""
+    flex = run.parallel.flex_backend
     try:
         accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
     except EnvironmentFault as fault:
         faults.append(str(fault))
-    more = [*(["deep_ep"] if flex else []), *([backend] if backend == "transformer_engine" else [])]
-    return ", ".join((versions(), *(f"{name} {accelerators.installed(name)}" for name in more)))
+    return installation() | ({"deep_ep": str(accelerators.installed("deep_ep"))} if flex else {})
 
 
 def _host_memory() -> tuple[int, int]:
@@ -104,15 +101,8 @@ def _host_memory() -> tuple[int, int]:
     return memory.available, memory.total
 
 
-def _digest(text: str | bytes) -> str:
-    return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:12]
-
-
-def _code() -> str:
-    """Of every source file of the package, whatever a commit says of it."""
-    root = Path(megatron_ext.__file__).parent
-    files = sorted(path for path in root.rglob("*.py") if "__pycache__" not in path.parts)
-    return _digest("".join(f"{path.relative_to(root)} {_digest(path.read_bytes())}\n" for path in files))
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _data(run: RunConfig, faults: list[str]) -> str:

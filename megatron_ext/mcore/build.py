@@ -23,6 +23,7 @@ from megatron_ext.config import (
 from megatron_ext.config.preference import adapters_as, trained_as
 from megatron_ext.mcore.adapters.plan import adapter_plan, freeze_base, is_adapter
 from megatron_ext.mcore.fp8.histories import AmaxHistories, delayed_scalings
+from megatron_ext.mcore.fp8.kept_weights import KeptWeights, keeping_scalings
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.model import LanguageModel, build_chunks, routers, wrap_chunks
 from megatron_ext.mcore.moe.steps import RouterSteps
@@ -124,6 +125,8 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
     # On a CPU every order of sums is fixed already.
     config.deterministic_mode = config.deterministic_mode or (run.runtime.deterministic and device.type == "cuda")
     config.triton_kernels = run.runtime.kernels == "triton"
+    parallel = run.parallel.settled(on_cuda=device.type == "cuda", copies=groups.dp_cp.size())
+    config.adds_weight_gradients = config.triton_kernels and not parallel.overlap_grad_reduce
     chunks = build_chunks(model, run.parallel, config, device, adapter_plan(model, adapters))
     initialize_weights(model, list(chunks), run.train.seed, adapters)
     if adapters is not None:
@@ -165,6 +168,8 @@ def _participants(chunks: Sequence[torch.nn.Module], *, is_writer: bool) -> tupl
     found: list[StepParticipant] = []
     if gates := routers(chunks):
         found.append(RouterSteps(gates, is_writer=is_writer))
+    if keeping := keeping_scalings(chunks):
+        found.append(KeptWeights(keeping))
     if scalings := delayed_scalings(chunks):
         found.append(AmaxHistories(scalings, is_writer=is_writer))
     return tuple(found)

@@ -6,7 +6,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.activation import gate_of, gated_activation
 
 
 class CompleteMLP(MLP):
@@ -18,21 +18,24 @@ class CompleteMLP(MLP):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the output, shaped as `hidden_states`, and no bias left to add."""
-        output, bias = super().forward(hidden_states, *args, **kwargs)
-        return (output if bias is None else output + bias), None
+        return _whole(*super().forward(hidden_states, *args, **kwargs)), None
 
 
 class FeedForward(CompleteMLP):
-    """The torch backend's; gated ones without biases keep only the projected input for the backward pass."""
+    """The torch backend's; gated ones keep only the projected input for the backward pass."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the output, shaped as `hidden_states`, and no bias left to add."""
-        if not self.config.gated_linear_unit or self.config.add_bias_linear:
+        if not self.config.gated_linear_unit:
             return super().forward(hidden_states, *args, **kwargs)
-        projected, _ = self.linear_fc1(hidden_states)
-        activated = gated_activation(projected, self.config.activation_func, triton=self.config.triton_kernels)
-        output, _ = self.linear_fc2(activated)
-        return output, None
+        projected = _whole(*self.linear_fc1(hidden_states))
+        activated = gated_activation(projected, gate_of(self.config), triton=self.config.triton_kernels)
+        return _whole(*self.linear_fc2(activated)), None
+
+
+def _whole(output: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear layer of megatron-core gives out as two."""
+    return output if bias is None else output + bias
 
 
 class SharedExperts(SharedExpertMLP, FeedForward):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -18,13 +18,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_ext.canonical.naming import FUSED_NORMS
 from megatron_ext.config import Fp8Precision, ModelConfig
 from megatron_ext.mcore.backends import layer_provider
-from megatron_ext.mcore.layer import Layer
+from megatron_ext.mcore.layer import SummedLayer
 from megatron_ext.mcore.layer_provider import LayerProvider
 from megatron_ext.mcore.mla import DownProjection, LatentAttention
 from megatron_ext.mcore.moe.dispatcher import MoELayer
 from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.moe.shared_experts import BiasedSharedExperts
 from megatron_ext.mcore.qk_norm import ProjectionNormAttention
+from megatron_ext.mcore.self_attention import RotatedSelfAttention
 from megatron_ext.mcore.transformer_config import LayerConfig
 
 # megatron-core 0.19 builds an MLP by calling what the spec holds; 0.16 wants a spec to build from.
@@ -82,7 +83,7 @@ def _layer_spec(backend: LayerProvider, model: ModelConfig, mlp: Any, *, fused_n
     if fused_norm and not fuses:
         norm_keys = norm_keys | _DENSE_NORM_KEY
     return ModuleSpec(
-        module=Layer,
+        module=SummedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fuses and not latent else norm,
             self_attention=(_latent_attention if latent else _attention)(backend, model),
@@ -117,7 +118,7 @@ def _latent_attention(backend: LayerProvider, model: ModelConfig) -> ModuleSpec:
 def _attention(backend: LayerProvider, model: ModelConfig) -> ModuleSpec:
     norm = backend.norm(model.normalization) if model.qk_layernorm == "head" else None
     return ModuleSpec(
-        module=ProjectionNormAttention if model.qk_layernorm == "projection" else SelfAttention,
+        module=ProjectionNormAttention if model.qk_layernorm == "projection" else RotatedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.linear_after_norm(),

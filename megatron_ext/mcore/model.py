@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -25,8 +25,10 @@ from megatron_ext.mcore.adapters import NO_ADAPTERS, AdapterPlan, with_adapters
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.embedding_noise import add_noise
 from megatron_ext.mcore.layer_specs import block_spec
+from megatron_ext.mcore.linear import ColumnParallelLinear
 from megatron_ext.mcore.moe import sample_seeds
 from megatron_ext.mcore.moe.router import Router
+from megatron_ext.mcore.output_layer import LossByParts
 from megatron_ext.mcore.rotary import RotaryEmbedding
 from megatron_ext.mcore.transformer_config import LayerConfig
 from megatron_ext.runtime.accelerators import fuses_weight_gradients
@@ -124,7 +126,7 @@ class LanguageModel(LanguageModule):
             config = copy(config)  # Transformer Engine's layers add up by themselves, this one is megatron-core's
             config.gradient_accumulation_fusion = False
         adapted = self._outside_layers.get(OUTPUT_MODULE, _as_it_is)
-        return adapted(ColumnParallelLinear)(
+        return adapted(LossByParts if self.config.recompute_logits else ColumnParallelLinear)(
             self.config.hidden_size,
             self.model.padded_vocab_size,
             config=config,
@@ -177,6 +179,9 @@ class LanguageModel(LanguageModule):
         if not self.post_process:
             return hidden_SBH
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if labels is not None and self.config.recompute_logits:
+            labels_SB, vocabulary = labels.t(), self.model.vocab_size
+            return self._weighted(*self.output_layer(hidden_SBH, tied, labels=labels_SB, true_vocab_size=vocabulary))
         logits, _ = self.output_layer(hidden_SBH, weight=tied)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
@@ -202,10 +207,16 @@ class LanguageModel(LanguageModule):
         training with an output z-loss (PaLM, arXiv 2204.02311, section 5): [2, B, S], the cross-entropy and the
         weighted square of log(Z), Z being the sum over the vocabulary of the exponentiated logits.
         """
-        group, z_loss = self.pg_collection.tp, self.model.output_z_loss_coeff
-        losses_SB, log_sums_SB = vocab_parallel_cross_entropy(
-            logits, labels.t(), self.model.vocab_size, group, triton=self.config.triton_kernels
+        triton = self.config.triton_kernels
+        return self._weighted(
+            *vocab_parallel_cross_entropy(
+                logits, labels.t(), self.model.vocab_size, self.pg_collection.tp, triton=triton
+            )
         )
+
+    def _weighted(self, losses_SB: Tensor, log_sums_SB: Tensor) -> Tensor:
+        """What `compute_language_model_loss` returns, of each token's cross-entropy and log(Z)."""
+        z_loss = self.model.output_z_loss_coeff
         if not (self.training and z_loss):
             return losses_SB.t()
         return torch.stack((losses_SB, z_loss * log_sums_SB.square())).transpose(1, 2)

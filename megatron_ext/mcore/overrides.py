@@ -29,8 +29,7 @@ _NOT_COMPUTED = {
         "mtp_loss_scaling_factor mtp_num_layers"
     ),
     "feed-forward networks are plain or gated, with the activation of model.activation_func": (
-        "activation_func_clamp_value glu_linear_offset moe_apply_probs_on_input moe_latent_size moe_shared_expert_gate "
-        "use_te_activation_func"
+        "moe_apply_probs_on_input moe_latent_size moe_shared_expert_gate use_te_activation_func"
     ),
     "norms are those of model.normalization": "layernorm_zero_centered_gamma",
     "weights are drawn by parameter name, with model.init_method_std": (

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from megatron_ext.mcore.attention import mark_as_split_by_heads
 from megatron_ext.mcore.group_sums import sum_gradient_over_group, sum_over_group
+from megatron_ext.mcore.self_attention import RotatedSelfAttention
 
 
 class ProjectionNorm(MegatronModule):
@@ -49,8 +49,8 @@ class ProjectionNorm(MegatronModule):
         return sharded
 
 
-class ProjectionNormAttention(SelfAttention):
-    """megatron-core's self-attention with a norm over the whole query and key projection before the rotation."""
+class ProjectionNormAttention(RotatedSelfAttention):
+    """Self-attention with a norm over the whole query and key projection before the rotation."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

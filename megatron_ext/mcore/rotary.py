@@ -62,14 +62,16 @@ def _llama3(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, base: float, scaling: YarnRopeScaling) -> Tensor:
-    """YaRN (arXiv 2309.00071), section 3.2: between whole dimensions that turn `beta_slow` and `beta_fast` times."""
+    """YaRN (arXiv 2309.00071), section 3.2: between the dimensions that turn `beta_slow` and `beta_fast` times."""
     width = 2 * len(frequencies)
 
     def dimension(turns: float) -> float:
         return width * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    first = max(math.floor(dimension(scaling.beta_fast)), 0)
-    last = min(math.ceil(dimension(scaling.beta_slow)), width - 1)
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
     ramp = (torch.arange(len(frequencies)) - first) / (last - first if last != first else 1e-3)
     interpolated = ramp.clamp(0, 1)
     return interpolated * frequencies / scaling.factor + (1 - interpolated) * frequencies

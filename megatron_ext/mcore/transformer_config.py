@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_ext.config import Fp8Precision, ModelConfig, ParallelConfig, Precision, RecomputeConfig, YarnRopeScaling
 from megatron_ext.config.machine import Backend
 from megatron_ext.errors import ConfigError
+from megatron_ext.mcore.activation import quick_gelu
 from megatron_ext.mcore.overrides import check_overrides
 from megatron_ext.mcore.rotary import softmax_factor
 from megatron_ext.runtime.accelerators import fuses_weight_gradients
@@ -28,7 +29,11 @@ class _MoreFields:
     triton_kernels: bool = False
     """Whether the torch backend's layers and loss take our own kernels (mcore/kernels/) where there are some."""
     recompute_norms: bool = False
-    """Whether the torch backend computes norms again in the backward pass (mcore/layer.py)."""
+    """Whether the torch backend computes norms again in the backward pass (mcore/norms_again.py)."""
+    adds_weight_gradients: bool = False
+    """Whether linear layers and experts add weights' gradients to the fp32 buffer (mcore/linear.py)."""
+    recompute_logits: bool = False
+    """Whether the output layer computes losses by parts of the vocabulary (mcore/output_layer.py)."""
     yarn_rotary_scaling_factor: float = 1.0
     """megatron-core's attention looks for this name and the next two, which it declares nowhere, and takes YaRN's
     factor on queries and keys from them; at 1.0 there is none."""
@@ -73,6 +78,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        "recompute_logits": recompute.logits,
         "torch_fp8": precision if isinstance(precision, Fp8Precision) and backend == "torch" else None,
         **model.transformer_overrides,
     }
@@ -90,6 +96,12 @@ def transformer_config(
     return config
 
 
+def is_plain_swiglu(model: ModelConfig) -> bool:
+    """Whether feed-forward networks are `silu(gate) * up` and no more."""
+    changed = model.activation_func_clamp_value is not None or model.glu_linear_offset != 0.0
+    return model.gated_linear_unit and model.activation_func == "silu" and not changed
+
+
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
@@ -98,7 +110,7 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh}
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "quick_gelu": quick_gelu}
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
@@ -113,6 +125,8 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "normalization": model.normalization,
         "gated_linear_unit": model.gated_linear_unit,
         "activation_func": _ACTIVATIONS[model.activation_func],
+        "activation_func_clamp_value": model.activation_func_clamp_value,
+        "glu_linear_offset": model.glu_linear_offset,
         "add_bias_linear": False,
         "add_qkv_bias": model.has_qkv_bias,
         # Norms over a whole projection are our own, split as it is: their gradients must not be summed over TP ranks.
@@ -171,8 +185,9 @@ def _transformer_engine(model: ModelConfig, parallel: ParallelConfig, precision:
     """What differs with Transformer Engine: its layers, its fused kernels and its FP8."""
     return {
         "transformer_impl": "transformer_engine",
-        # megatron-core has fused kernels of SwiGLU alone for routed experts.
-        "bias_activation_fusion": model.gated_linear_unit and model.activation_func == "silu",
+        # megatron-core's fused kernel of SwiGLU neither clamps nor adds an offset, its one of quick GELU knows routed
+        # experts alone; what is not fused computes all of it.
+        "bias_activation_fusion": is_plain_swiglu(model),
         "bias_dropout_fusion": not (model.is_moe and model.add_bias_linear),
         "apply_rope_fusion": model.position_embedding_type == "rope" and model.multi_latent_attention is None,
         "moe_permute_fusion": model.is_moe,

@@ -16,6 +16,7 @@ from megatron_ext.model_io.engine import TensorTask, followed_by, stored_dtype, 
 from megatron_ext.model_io.huggingface.companion_files import write_export
 from megatron_ext.model_io.huggingface.model_card import write_model_card
 from megatron_ext.model_io.model_to_write import ModelToWrite
+from megatron_ext.model_io.stacking import stacked
 from megatron_ext.model_io.transfer import transfer
 
 Progress = Callable[[int, int], None]
@@ -74,8 +75,8 @@ def write_hugging_face(
         ConversionError, CheckpointError: nothing that looks complete is left behind.
     """
     to_hf = list(tasks_to_hf(architecture.weights, content.model))
-    specs = target_specs(iter(to_hf), content, output.dtype)
-    tasks = followed_by(content.tasks, to_hf)
+    specs = target_specs(iter(stacked(to_hf, architecture, content.model)), content, output.dtype)
+    tasks = stacked(followed_by(content.tasks, to_hf), architecture, content.model)
     sink = HuggingFaceSink(
         output.target, specs, shard_bytes=output.shard_bytes, force=output.force, inputs=content.inputs
     )

@@ -215,6 +215,12 @@ def read_evaluated(path: Path) -> set[int]:
     return {record["iteration"] for record in _of_event(path, EVALUATION) if "results" in record}
 
 
+def is_untold(path: Path, iteration: int) -> bool:
+    """Whether the metrics file at `path` is older than the checkpoint of step `iteration`, but has no word of it."""
+    began_before = any(start["iteration"] < iteration for start in read_starts(path))
+    return began_before and all(saved.get("iteration") != iteration for saved in _of_event(path, "checkpoint"))
+
+
 def _of_event(path: Path, kind: str) -> list[dict[str, Any]]:
     """The records of one kind of event, without reading the others."""
     if not path.is_file():

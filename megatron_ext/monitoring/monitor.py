@@ -26,7 +26,14 @@ from megatron_ext.monitoring.throughput import Pace
 from megatron_ext.planning.amounts import duration
 from megatron_ext.planning.peaks import peak_tflops
 
-__all__ = ["Monitor", "StepReport", "metrics_path", "new_run_id", "tell_of_failed_start"]
+__all__ = [
+    "Monitor",
+    "StepReport",
+    "metrics_path",
+    "new_run_id",
+    "tell_of_failed_restart",
+    "tell_of_failed_start",
+]
 
 _LOCK_SECONDS = 5.0
 
@@ -192,6 +199,12 @@ def tell_of_failed_start(run: RunConfig, error: BaseException) -> None:
         alerts = AlertsSink(run.alerts, directory, records, is_runs=False)
         alerts.event(Event("failed", 0, f"failed before its first step: {described(error)}"))
         alerts.close(failed=True)
+
+
+def tell_of_failed_restart(run: RunConfig, error: BaseException) -> None:
+    """Alert of a run that has reported before and does not go on: nobody watches a restart."""
+    if metrics_path(run).is_file():
+        tell_of_failed_start(run, error)
 
 
 def described(error: BaseException) -> str:

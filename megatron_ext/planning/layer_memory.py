@@ -176,14 +176,10 @@ class LayerFormulas:
         """Widths kept of a feed-forward network: what is projected, and what is activated."""
         return 3.0 if self._model.gated_linear_unit else 2.0
 
-    def _linear_matrices(self) -> float:
-        """Of a dense one, or shared experts: gated ones with biases are megatron-core's, which keeps all between."""
-        return 5.0 if self._model.gated_linear_unit and self._model.add_bias_linear else self._matrices()
-
     def _dense(self) -> float:
         if "mlp" in self._again:
             return 0.0
-        return self._linear_matrices() * self._dense_width()
+        return self._matrices() * self._dense_width()
 
     def _dense_width(self) -> float:
         return self.tokens * self._model.ffn_hidden_size / self._layout.tp * self.bytes
@@ -191,7 +187,7 @@ class LayerFormulas:
     def _dense_working(self) -> float:
         """The most of two moments: activation, and the gradients of the first weight."""
         model, width = self._model, self._dense_width()
-        again = self._linear_matrices() if "mlp" in self._again else 0.0
+        again = self._matrices() if "mlp" in self._again else 0.0
         rows = 2.0 if model.gated_linear_unit else 1.0
         weight = rows * model.hidden_size * model.ffn_hidden_size / self._layout.tp * self.bytes
         return again * width + max(self._activation_working(weighted=False) * width, rows * width + weight)
@@ -200,9 +196,16 @@ class LayerFormulas:
         """Widths that the backward pass of an activation needs: the gradients of both ends, and what is between."""
         if not self._model.gated_linear_unit:
             return 3.0 if weighted else 2.0
-        if self._micro.by_kernels and self._model.activation_func == "silu":
+        if self._micro.by_kernels and self._model.activation_func == "silu" and not self._beyond_swiglu():
             return 3.0
-        return 6.0 if weighted else 5.0
+        return (6.0 if weighted else 5.0) + self._beyond_swiglu()
+
+    def _beyond_swiglu(self) -> float:
+        """Widths that the backward pass of a gated activation needs beyond that of SwiGLU (mcore/activation.py)."""
+        model = self._model
+        limited, shifted = model.activation_func_clamp_value is not None, model.glu_linear_offset != 0.0
+        factors = 2.0 if limited else float(shifted)  # the gate that was cut, and what it is multiplied by
+        return factors + (3.0 if model.activation_func == "quick_gelu" else 0.0)  # which is three steps of torch
 
     @property
     def rows(self) -> float:
@@ -244,7 +247,7 @@ class LayerFormulas:
             return 0.0
         # Overlapped ones are computed by megatron-core in steps, and what is between them is kept.
         overlapped = 4.0 if self._overlaps_shared and self._model.gated_linear_unit else 0.0
-        return max(self._linear_matrices(), overlapped) * self._shared_width()
+        return max(self._matrices(), overlapped) * self._shared_width()
 
     def _shared_width(self) -> float:
         return self.tokens * (self._model.moe_shared_expert_intermediate_size or 0) / self._layout.tp * self.bytes

@@ -21,6 +21,8 @@ class StateMemory:
     """Of the trained parameters, those that are no expert's."""
     experts: int
     """And those that are."""
+    kept_fp8: int
+    """Bytes of the weights in fp8, in both layouts, that the torch backend keeps during a step; not among `bytes`."""
 
 
 def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
@@ -46,20 +48,36 @@ class ModelState:
         tensors = model_tensors(run.model)
         trained, frozen = (tensors, {}) if run.adapters is None else (adapter_tensors(run.model, run.adapters), tensors)
         self._trained, self._frozen = _summed(trained), _summed(frozen)
+        self._fp8 = _summed(_kept_in_fp8(run, tensors))
 
     def stages(self, run: RunConfig, layout: Layout) -> list[StateMemory]:
         """Parameters and bytes of state on a rank of each pipeline stage of `run`, which may split them otherwise."""
-        both = (_stages(run.model, some, layout, run.parallel) for some in (self._trained, self._frozen))
+        parts = (self._trained, self._frozen, self._fp8)
+        held_of_each = (_stages(run.model, some, layout, run.parallel) for some in parts)
         weight, master = (4, 0) if run.precision.kind == "fp32" else (2, 4)
         state = master + (0 if run.optimizer.moments_on_host else run.optimizer.moment_bytes)
         splits = run.parallel.use_distributed_optimizer
         dense_share, expert_share = (layout.dp * layout.cp, layout.edp) if splits else (1, 1)
         found = []
-        for (dense, experts), frozen in zip(*both, strict=True):
+        for (dense, experts), frozen, fp8 in zip(*held_of_each, strict=True):
             held = (dense + experts) * (weight + 4) + sum(frozen) * weight
             moments = math.ceil(dense / dense_share) * state + math.ceil(experts / expert_share) * state
-            found.append(StateMemory(dense + experts + sum(frozen), held + moments, dense, experts))
+            found.append(StateMemory(dense + experts + sum(frozen), held + moments, dense, experts, 2 * sum(fp8)))
         return found
+
+
+def _kept_in_fp8(run: RunConfig, tensors: Mapping[str, CanonicalTensor]) -> dict[str, CanonicalTensor]:
+    """The weights of linear layers and experts whose fp8 numbers are kept from micro-batch to micro-batch."""
+    precision = run.precision
+    if precision.kind != "fp8" or not precision.keep_fp8_weights or run.runtime.backend != "torch":
+        return {}
+    layers = range(precision.num_layers_at_start_in_bf16, run.model.num_layers - precision.num_layers_at_end_in_bf16)
+    # Routers and projections to latent vectors, which stay in bf16, are the matrices that no rank has a part of.
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.layer in layers and tensor.tp_dimension is not None and len(tensor.shape) == 2
+    }
 
 
 def _summed(tensors: Mapping[str, CanonicalTensor]) -> list[CanonicalTensor]:

@@ -29,7 +29,7 @@ class PeakMemory:
     working: float
     """What is computed with at that moment: a layer's gradients, or logits and loss."""
     buffers: float
-    """What communication keeps, and the tokens of the step."""
+    """What communication keeps, the tokens of the step, and weights in fp8 that all its micro-batches take."""
     in_flight: float
     """Micro-batches of which the stage keeps activations at once."""
 
@@ -110,7 +110,7 @@ class _Stage:
             # Both of a block of parameters in fp32 (mcore/optimizer.py).
             moments.append((0.0, 2.0 * FULL_PRECISION * min(state.parameters, _OPTIMIZER_BLOCK), 0.0))
         kept, working, count = max(moments, key=lambda moment: moment[0] + moment[1])
-        return PeakMemory(self._stage, state.bytes, kept, working, self._buffers(), count)
+        return PeakMemory(self._stage, state.bytes, kept, working, self._buffers() + state.kept_fp8, count)
 
     def _moments(self) -> Iterator[tuple[float, float, float]]:
         """Activations kept, memory worked with, and micro-batches in flight, when a backward pass begins a layer."""
@@ -187,12 +187,19 @@ class _Stage:
         """Logits, the block of them in fp32, and the gradients that follow; the final norm."""
         model, formulas, tp = self._run.model, self._formulas, self._layout.tp
         numbers = formulas.tokens * model.padded_vocab_size / tp
+        if self._run.recompute.logits:
+            numbers = min(numbers, _LOSS_BLOCK[self._micro.on_cpu])
         logits = numbers * formulas.bytes
         block = 0.0
         if formulas.bytes != FULL_PRECISION and not self._micro.by_kernels:  # whose registers have it
             block = min(numbers, max(_LOSS_BLOCK[self._micro.on_cpu], model.padded_vocab_size / tp)) * FULL_PRECISION
         # The hidden states' gradient, and under sequence parallelism they themselves, are there for all tokens.
         wide = formulas.gathered + (formulas.gathered if self._run.parallel.sequence_parallel else 0.0)
+        if self._run.recompute.logits:
+            # Both sums over the parts live from the first part on: of the hidden states' gradient, in fp32, and the
+            # table's gradient.
+            summed = formulas.gathered / formulas.bytes * FULL_PRECISION
+            return logits + block + wide - formulas.gathered + summed + self._table()
         return logits + max(block, wide + self._table())
 
     def _table(self) -> float:

@@ -72,7 +72,8 @@ def _rows(choices: Sequence[Choice], assumed: Assumptions, days: float, tokens: 
     for number, choice in enumerate(choices, start=1):
         one, layout = choice.candidate, choice.candidate.layout
         recompute, time = one.run.recompute, one.time
-        again = {"full": "full", "selective": "+".join(recompute.modules)}.get(recompute.granularity or "", "-")
+        again = {"full": "full", "selective": "+".join(recompute.modules)}.get(recompute.granularity or "", "")
+        again = "+".join(filter(None, (again, "logits" if recompute.logits else ""))) or "-"
         is_moe = one.run.model.is_moe
         rows.append(
             [

@@ -280,9 +280,10 @@ def _micro_batches(run: RunConfig) -> list[int]:
 def _recomputes(run: RunConfig) -> list[RecomputeConfig]:
     """Nothing, the feed-forward networks, everything, and what the run says."""
     network = [*(["moe"] if run.model.is_moe else []), *(["mlp"] if run.model.has_dense_layers else [])]
+    logits = run.recompute.logits
     choices = [
-        RecomputeConfig(),
-        RecomputeConfig(granularity="selective", modules=network),  # type: ignore[arg-type]
-        RecomputeConfig(granularity="full"),
+        RecomputeConfig(logits=logits),
+        RecomputeConfig(granularity="selective", modules=network, logits=logits),  # type: ignore[arg-type]
+        RecomputeConfig(granularity="full", logits=logits),
     ]
     return choices if run.recompute in choices else [*choices, run.recompute]

@@ -213,7 +213,9 @@ class _Cost:
         # The tables of both ends have their gradient.
         gradients = 2 * _WEIGHT_GRADIENT * vocabulary * model.hidden_size / self._layout.tp
         moved = self._loss * tokens * vocabulary + gradients
-        return 6 * tokens * vocabulary * model.hidden_size / (self._peak * self._assumed.products) + self._moved(moved)
+        again = 2 if self._run.recompute.logits else 0
+        products = (6 + again) * tokens * vocabulary * model.hidden_size
+        return products / (self._peak * self._assumed.products) + self._moved(moved)
 
     def _rate(self, ranks: int) -> float:
         """Bytes a second within a group that spans so many neighbouring ranks."""

@@ -333,7 +333,7 @@ def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig)
     """The run's recompute, of whatever the torch backend recomputes; the proof is always its."""
     modules = [module for module in run.recompute.modules if module not in ONLY_WITH_TE]
     if run.recompute.granularity == "selective" and not modules:
-        return RecomputeConfig()
+        return RecomputeConfig(logits=run.recompute.logits)
     chunk = (model.num_layers + parallel.counted_as_layers) // (
         parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     )

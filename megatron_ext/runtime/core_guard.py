@@ -129,7 +129,7 @@ FAULTS: tuple[Fault, ...] = (
         "norm_recompute_needs_transformer_engine",
         "selective recompute of norms names a Transformer Engine class that is unbound without it (NameError)",
         "mended",
-        "our layer computes them again by itself (mcore/layer.py)",
+        "our layer computes them again by itself (mcore/norms_again.py)",
         overrides=("recompute_modules",),
     ),
     Fault(

@@ -23,7 +23,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ext.config import WatchdogConfig
+from megatron_ext.errors import MegatronExtError
 from megatron_ext.locks import process_identity, release_all
+from megatron_ext.roll_call import attempt
 from megatron_ext.runtime.main_thread import MainThread, Standing, late_rank
 from megatron_ext.runtime.watchdog import Watchdog, write_stack
 
@@ -44,7 +46,10 @@ FILES = 10.0
 _SILENT_BEATS = 3
 """Heartbeats of a rank that are missed in a row, once a collective has failed, before it is called lost."""
 _LOOK = 1.0
-_LOST, _SPOKE, _STALL, _STALL_SAID = "lost", "spoke", "stall", "stall said"
+_OWN_END = 5.0
+"""Seconds in which a rank may meet the fault with which another one has ended."""
+_LONGEST_WHY = 500
+_LOST, _WHY, _STALL, _STALL_SAID = "lost", "why", "stall", "stall said"
 _MOST_NAMED = 4
 
 Told = Callable[[str, str, bool], None]
@@ -64,7 +69,7 @@ class Liveness:
 
     Args:
         directory: below which stacks are written.
-        told: of what ends the run so.
+        told: of what ends the run so; may be set to another meanwhile.
         way_out: what to do then; the end of the message.
     """
 
@@ -78,7 +83,7 @@ class Liveness:
         self._way_out = way_out
         self._watchdog = Watchdog(limits or WatchdogConfig(enabled=False))
         self._watches = limits is not None and limits.enabled
-        self._directory, self._told = directory or Path(), told
+        self._directory, self.told = directory or Path(), told
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._peers: list[dict[str, Any]] = [process_identity(os.getpid())]
         self._store: Any = None
@@ -102,9 +107,11 @@ class Liveness:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None and self._store is not None:
-            with contextlib.suppress(RuntimeError):  # the others learn that this rank ends and says itself why
-                self._store.set(f"{_SPOKE}/{self._rank}", "1")
+        if error is not None and self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the others learn that this rank ends, and why
+                self._store.set(f"{_WHY}/{self._rank}", _reason(error))
+                if not (isinstance(error, MegatronExtError) and error.is_everywhere):
+                    self._store.compare_set(_LOST, "", str(self._rank))
         self._end.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -185,7 +192,8 @@ class Liveness:
                 # The launcher's store is gone: with rank 0's host, or at the end of a launcher, which ranks follow.
                 if now - heard_at > SILENCE:
                     lost = 0
-            if lost is not None and not self._end.is_set():
+            # One that ends by itself may be the first of all of them, which meet the same fault.
+            if lost is not None and not self._end.wait(_OWN_END if self._why(lost) else 0):
                 self._leave(lost)
             asleep = time.monotonic()
 
@@ -297,30 +305,55 @@ class Liveness:
 
     def _say(self, lost: int, *, ends: bool = True) -> None:
         """Say who is missing, unless another rank has, or the missing one itself."""
-        is_first, text = True, self._message(lost)
+        why = self._why(lost)
+        is_first, text = True, self._message(lost, why)
         with contextlib.suppress(RuntimeError):
             self._store.compare_set(_LOST, "", str(lost))
-            is_first = self._store.add("said", 1) == 1 and not self._read(f"{_SPOKE}/{lost}")
+            is_first = self._store.add("said", 1) == 1
+        if why:
+            is_first = self._speaks_for_its_host(lost)
         if is_first:
-            self._speak(text)
+            self._speak(text, "" if why else self._way_out)
         if self._rank == 0:
             self._tell("lost_rank", text, ends=ends)
         elif not is_first:
             time.sleep(3)  # a launcher ends all once one has ended: whoever speaks first
+        self._let_speak(lost if why else None)
         if lost in self._local and _is_alive(self._peers[lost]):
             with contextlib.suppress(OSError):  # stopped, it would keep the launcher waiting
                 os.kill(self._peers[lost]["pid"], signal.SIGKILL)
 
-    def _speak(self, text: str) -> None:
+    def _let_speak(self, ending: int | None) -> None:
+        """Wait until a rank of this host that says itself why it ends has ended: a launcher would end it with this."""
+        deadline = time.monotonic() + TELLING + _OWN_END
+        while ending in self._local and _is_alive(self._peers[ending]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def _speak(self, text: str, way_out: str | None = None) -> None:
+        way_out = self._way_out if way_out is None else way_out
         with contextlib.suppress(OSError):
-            os.write(2, f"error: {text}; {self._way_out}\n".encode())
+            os.write(2, f"error: {'; '.join(filter(None, (text, way_out)))}\n".encode())
 
     def _tell(self, kind: str, text: str, *, ends: bool = True) -> None:
         """Tell those who are told why the run ends; they cannot hold it up."""
-        _at_most(TELLING, lambda: self._told(kind, text, ends))
+        _at_most(TELLING, lambda: self.told(kind, text, ends))
 
-    def _message(self, lost: int) -> str:
+    def _why(self, rank: int) -> str:
+        """With what a rank has ended; "" where it has not said so."""
+        with contextlib.suppress(RuntimeError):
+            return self._read(f"{_WHY}/{rank}")
+        return ""
+
+    def _speaks_for_its_host(self, lost: int) -> bool:
+        """Whether this rank is the first of its host, where the lost one has not spoken itself."""
+        host = self._peers[self._rank]["host"]
+        hosts = [peer["host"] for peer in self._peers]
+        return host != hosts[lost] and hosts.index(host) == self._rank
+
+    def _message(self, lost: int, why: str) -> str:
         peer = self._peers[lost]
+        if why:
+            return f"rank {lost} (process {peer['pid']} on {peer['host']}) has ended: {why}"
         what = (
             "has ended"
             if lost in self._local and not _is_alive(peer)
@@ -334,6 +367,14 @@ class Liveness:
     def _read(self, key: str) -> str:
         """What the store has under `key`, without waiting for it; "" if nothing."""
         return self._store.get(key).decode() if self._store.check([key]) else ""
+
+
+def _reason(error: BaseException) -> str:
+    """An error in a line."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, MegatronExtError):
+        said = f"{type(error).__name__}: {said}"
+    return said[:_LONGEST_WHY]
 
 
 def _at_most(seconds: float, work: Callable[[], None]) -> None:
@@ -352,11 +393,7 @@ def _connect() -> Any:
         wait_for_workers=False,
         timeout=datetime.timedelta(seconds=10),
     )
-    # The launcher's store may have been that of earlier ranks; one of rank 0's own has not. (Each node counts its own
-    # restarts: the number is no name for a round that all of them know.)
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else "0"
-    return dist.PrefixStore(f"megatron_ext/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
+    return dist.PrefixStore(f"megatron_ext/{attempt()}", store)
 
 
 def _is_alive(peer: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Triton's interpreter for tests: kernels computed on a CPU, with the rounding that a GPU has.
+"""Triton's interpreter for tests: kernels computed on a CPU, with the rounding and the products that a GPU has.
 
 TRITON_INTERPRET=1 must be set before anything imports triton, which megatron-core does.
 """
@@ -18,15 +18,32 @@ def why_not_interpreting() -> str | None:
     return None if os.environ.get("TRITON_INTERPRET") == "1" else "TRITON_INTERPRET=1 is not set"
 
 
-def round_to_nearest() -> None:
-    """Have the interpreter round to the nearest number of a shorter format, ties to even, as GPUs and torch do.
+def mend_interpreter() -> None:
+    """Have the interpreter compute as GPUs and torch do (triton 3.7, runtime/interpreter.py).
 
-    Its own conversion cuts bf16 off, rounds halves of FP8 up and loses the carry into the exponent (triton 3.7,
-    runtime/interpreter.py).
+    It rounds to the nearest number of a shorter format, ties to even: its own conversion cuts bf16 off, rounds halves
+    of FP8 up and loses the carry into the exponent. And it multiplies matrices of bf16: its own product takes their
+    bits for integers.
     """
+    import numpy as np
+    from triton.language import float32
     from triton.runtime import interpreter
 
     interpreter._convert_float = _convert
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "multiplies_bf16", False):
+        return
+    dot = builder.create_dot
+
+    def of_fp32(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        def widened(x: Any) -> Any:
+            if x.dtype.scalar.name != "bf16":
+                return x
+            return interpreter.TensorHandle(_convert(x.data, x.dtype.scalar, float32, None).view(np.float32), float32)
+
+        return dot(self, widened(a), widened(b), *rest)
+
+    builder.create_dot, builder.multiplies_bf16 = of_fp32, True
 
 
 def _convert(numbers: Any, source: Any, target: Any, rounding_mode: Any) -> Any:

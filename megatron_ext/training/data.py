@@ -41,7 +41,7 @@ class RunData:
 
 
 def open_data(run: RunConfig, state: TrainingState, dp: dist.ProcessGroup, device: torch.device) -> RunData:
-    """Open the streams of `run`, which goes on from `state`. Every rank must call this.
+    """Open the streams of `run`, which goes on from `state`. With data.cache_dir, rank 0 has to be the first.
 
     Args:
         dp: the ranks that read different samples.

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_ext.config import DataSource, StagedSource
 from megatron_ext.config.data import source_ids
-from megatron_ext.data.dataset import check_dataset, check_dataset_sums
+from megatron_ext.data.dataset import check_dataset, check_dataset_sums, dataset_fingerprint
 from megatron_ext.data.stream.chat import chat_size
 from megatron_ext.data.stream.make_plan import SourceSize
 from megatron_ext.data.stream.packing import Packs, packs_of
@@ -68,8 +68,9 @@ class DataFiles:
                 for name, path, count in zip(ids, paths, tokens, strict=True)
             }
         if self._values.get("train.eval_interval") is not None:
-            blend = self._sources("validation")
+            trained, blend = dict(self._whole), self._sources("validation")
             there = {n: self._look_at_source(f"data.validation.{n}", source) for n, source in blend.items()}
+            self._note_trained_on(trained, blend)
             if len(self._faults) == before and self._kind == "text":
                 self._note_repeated(blend, there)
         self._sum_data()
@@ -85,6 +86,21 @@ class DataFiles:
         if self._kind == "text":
             return packs.saved()
         return packs.filled("pairs" if self._kind == "preference" else "samples")
+
+    def _note_trained_on(self, trained: Mapping[str, str], blend: Mapping[str, DataSource]) -> None:
+        """Warn of validation on what is trained on, be it a copy elsewhere.
+
+        Args:
+            trained: paths of datasets that are whole, and their keys.
+        """
+        keys = {dataset_fingerprint(path): key for path, key in trained.items()}
+        for number, source in blend.items():
+            path = source.path
+            if path in self._whole and (key := keys.get(dataset_fingerprint(path))) is not None:
+                self.warnings.append(
+                    f"data.validation.{number}.path = {path} is trained on, as {key}: its loss says how well that text "
+                    "is remembered; name the validation split of it (tools/preprocess.py --split)"
+                )
 
     def _note_repeated(self, blend: Mapping[str, DataSource], there: Mapping[str, int]) -> None:
         """Warn of a validation set that is read over and over each time: its loss says no more than once would.

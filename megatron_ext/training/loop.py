@@ -12,13 +12,15 @@ import torch
 from megatron_ext.checkpoint.both_places import prepare_directory
 from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
-from megatron_ext.errors import MegatronExtError
+from megatron_ext.errors import MegatronExtError, TrainingError
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size, noting_failure
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
-from megatron_ext.monitoring.monitor import metrics_path, tell_of_failed_start
+from megatron_ext.monitoring.monitor import metrics_path, tell_of_failed_restart
+from megatron_ext.roll_call import on_every_rank
 from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.installation import installation
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.logs import setup_logging
 from megatron_ext.runtime.process_groups import Groups, end_process_groups, split_process_group, start_process_group
@@ -37,7 +39,7 @@ from megatron_ext.training.hooks.slow_ranks import SlowRanks
 from megatron_ext.training.hooks.validation import Validation
 from megatron_ext.training.planned import with_planned_length
 from megatron_ext.training.run_lock import run_lock
-from megatron_ext.training.same_everywhere import open_everywhere, require_same_run
+from megatron_ext.training.same_everywhere import open_everywhere, require_same_code, require_same_run
 from megatron_ext.training.session import Session, open_session, starting_state
 from megatron_ext.training.signals import StopSignals, stop_name
 from megatron_ext.training.start import OpenForeign, no_foreign_weights
@@ -59,12 +61,14 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
             after SIGTERM, 142 for train.exit_at), which our launcher takes over.
     """
     setup_logging(launched_rank())
-    layout = run.resolve(launched_world_size())
-    flex = run.parallel.flex_backend
-    accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
-    found = _examined(run, source, open_foreign) if launched_rank() == 0 else None
-    device = choose_device(run.runtime)
+    is_first, minutes = launched_rank() == 0, run.runtime.distributed_timeout_minutes
+    with _alerting(run):
+        layout, device = on_every_rank("node", lambda: _prepared(run), minutes)
+        found = on_every_rank(
+            "run", lambda: examine_run(run, source, open_foreign) if is_first else None, minutes, looking=1
+        )
     start_process_group(run.runtime, device)
+    require_same_code(installation())
     require_same_run(run)
     groups = split_process_group(run.parallel, run.runtime)
     with noting_failure(), run_lock(run.checkpoint.directory):
@@ -74,9 +78,12 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
         exit_stopped(128 + signal)
 
 
-def _examined(run: RunConfig, source: str, open_foreign: OpenForeign) -> Findings:
-    with _alerting(run):
-        return examine_run(run, source, open_foreign)
+def _prepared(run: RunConfig) -> tuple[Layout, torch.device]:
+    """What this rank needs before it meets the others; wrong with it may be what is wrong with its node."""
+    layout = run.resolve(launched_world_size())
+    flex = run.parallel.flex_backend
+    accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
+    return layout, choose_device(run.runtime)
 
 
 @contextmanager
@@ -85,8 +92,8 @@ def _alerting(run: RunConfig) -> Iterator[None]:
     try:
         yield
     except MegatronExtError as error:
-        if launched_rank() == 0 and metrics_path(run).is_file():
-            tell_of_failed_start(run, error)
+        if launched_rank() == 0:
+            tell_of_failed_restart(run, error)
         raise
 
 
@@ -110,36 +117,50 @@ def open_and_train(
             "the run cannot go on from where it was",
         )
         # The data first: what is wrong with it is said before minutes go into building the model.
-        data = open_everywhere(lambda: open_data(run, starting_state(run), groups.dp, device))
+        data = open_everywhere(
+            lambda: open_data(run, starting_state(run), groups.dp, device),
+            first_rank_first=run.data.cache_dir is not None,
+        )
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
-    with closing(data), telling_hooks(hooks):
+    with closing(data), telling_hooks(hooks), _watching(run) as others:
         session = open_session(
             run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
         )
         session.state = replace(session.state, data=data.fingerprints)
         for hook in hooks:
             hook.on_start(session)
+        others.told = partial(_tell_of_stall, session, hooks)
         for line in banner(run, layout, device, found) if found is not None else ():
             log.info(line)
-        # With an eye on the other ranks: one that is missing is named, where the backend only knows a socket.
         is_first = groups.world.rank() == 0
         moment = exit_moment(run.train.exit_at) if is_first else None
-        others = Liveness(
-            run.runtime.watchdog, Path(run.checkpoint.directory) / STALLS, partial(_tell_of_stall, session, hooks)
-        )
-        with others, StopSignals(speaks=is_first, ends_at=moment.seconds if moment else None) as stop:
-            try:
-                signal = train_steps(session, hooks, stop, others)
-                session.checkpoints.close()
-            except RuntimeError:
-                others.end_if_missing()
-                raise
+        with StopSignals(speaks=is_first, ends_at=moment.seconds if moment else None) as stop:
+            signal = train_steps(session, hooks, stop, others)
+            session.checkpoints.close()
     return signal
 
 
+@contextmanager
+def _watching(run: RunConfig) -> Iterator[Liveness]:
+    """With an eye on the other ranks: one that is missing is named, where the backend only knows a socket."""
+    with Liveness(
+        run.runtime.watchdog, Path(run.checkpoint.directory) / STALLS, partial(_tell_of_start, run)
+    ) as others:
+        try:
+            yield others
+        except RuntimeError:
+            others.end_if_missing()
+            raise
+
+
+def _tell_of_start(run: RunConfig, kind: str, text: str, ends: bool) -> None:
+    """What the watch over the other ranks calls before the run has its records."""
+    tell_of_failed_restart(run, TrainingError(text))
+
+
 def _tell_of_stall(session: Session, hooks: Sequence[Hook], kind: str, text: str, ends: bool) -> None:
-    """What the watch over the other ranks calls."""
+    """What the watch over the other ranks calls once it has them."""
     for hook in hooks:
         hook.on_stall(Event(kind, session.state.iteration, text), ends=ends)
 
@@ -155,7 +176,7 @@ def build_hooks(run: RunConfig, layout: Layout, data: RunData) -> tuple[Guard, l
     hooks.append(DiskRoom(run, reports.event))
     if run.evaluation.on_checkpoint is not None:
         hooks.append(Evaluating(run.evaluation, Path(run.checkpoint.directory), metrics_path(run), reports.event))
-    return guard, [*hooks, Saving(run.checkpoint, clock, reports.event, hooks)]
+    return guard, [*hooks, Saving(run.checkpoint, metrics_path(run), clock, reports.event, hooks)]
 
 
 @contextmanager

@@ -1,18 +1,35 @@
-"""Whether all ranks have the same run and data: each node reads its own files and its own command line."""
+"""Whether all ranks have the same code, run and data: each node has its own files and its own command line."""
 
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_ext.checkpoint.collective import gathered
 from megatron_ext.config import RunConfig, to_mapping
 from megatron_ext.config.load import paths_of
-from megatron_ext.errors import ConfigError, DataError, MegatronExtError
+from megatron_ext.errors import ConfigError, DataError, EnvironmentFault, MegatronExtError
+from megatron_ext.roll_call import Answer, refused
 from megatron_ext.training.data import RunData
 from megatron_ext.training.planned import source_paths
 
 _SHOWN = 8
+
+
+def require_same_code(installed: Mapping[str, str]) -> None:
+    """Every rank must call this, with what is installed for it.
+
+    Raises:
+        EnvironmentFault: ranks have something else than rank 0; on every rank, with what differs.
+    """
+    if faults := _differences(installed):
+        raise EnvironmentFault(
+            "the ranks do not run the same code:\n"
+            + "\n".join(f"  {fault}" for fault in faults)
+            + "\nInstall the same on every node, or start from one installation that all nodes see"
+        ).everywhere()
 
 
 def require_same_run(run: RunConfig) -> None:
@@ -32,30 +49,31 @@ def require_same_run(run: RunConfig) -> None:
         ).everywhere()
 
 
-def open_everywhere(open_here: Callable[[], RunData]) -> RunData:
-    """What `open_here` opens on this rank; every rank must call this.
+def open_everywhere(open_here: Callable[[], RunData], *, first_rank_first: bool = False) -> RunData:
+    """What `open_here` opens on this rank, without waiting for another one; every rank must call this.
+
+    Args:
+        first_rank_first: rank 0 builds what the others read.
 
     Raises:
         MegatronExtError: it failed on a rank; on every rank, naming those it failed on, of which the others would
             only know that they are gone.
         DataError: ranks read other data than rank 0; on every rank.
     """
-    data, failure = None, None
-    try:
-        data = open_here()
-    except MegatronExtError as error:
-        failure = type(error), str(error)
-    except OSError as error:
-        failure = DataError, f"{error.filename}: {error.strerror}"
-    told = gathered((socket.gethostname(), failure))
-    if failed := [(rank, host, one) for rank, (host, one) in enumerate(told) if one is not None]:
-        if data is not None:
-            data.close()
-        kind, text = failed[0][2]
-        if len({one for _, _, one in failed}) > 1 or len(failed) < len(told):
-            more = f"\n  and {len(failed) - _SHOWN} more ranks" if len(failed) > _SHOWN else ""
-            text = "\n  ".join(f"rank {rank} on {host}: {said}" for rank, host, (_, said) in failed[:_SHOWN]) + more
-        raise kind(text).everywhere()
+    is_first, data = dist.get_rank() == 0, None
+    for is_this_turn in (is_first, not is_first) if first_rank_first else (True,):
+        refusal = None
+        try:
+            data = open_here() if is_this_turn else data
+        except MegatronExtError as error:
+            refusal = type(error), str(error)
+        except OSError as error:
+            refusal = DataError, f"{error.filename}: {error.strerror}"
+        answers = gathered(Answer(dist.get_rank(), socket.gethostname(), refusal))
+        if any(answer.refusal is not None for answer in answers):
+            if data is not None:
+                data.close()
+            raise refused(answers, len(answers))
     assert data is not None
     if faults := _differences({f"source {number}": name for number, name in enumerate(data.fingerprints)}):
         data.close()

@@ -29,26 +29,29 @@ def show_plan(run: RunConfig, source: str) -> Iterator[str]:
     Raises:
         ConfigError: a source is missing or no good, or the stages cannot be read from them; every fault at once.
     """
-    plan = _plan_of(run, source)
+    plan, warnings = _plan_of(run, source)
     run = with_planned_length(run, plan)
     raise_faults(source, schedule_faults(run, plan))
     state = starting_state(run)
     if state.iteration:
         yield f"{state.iteration:,} of {plan.total_steps:,} steps are done: {run.checkpoint.directory}"
     yield from plan_table(plan, partial(learning_rate, run, plan))
-    yield from (f"warning: {warning}" for warning in plan_warnings(plan, run.data))
+    yield from (f"warning: {warning}" for warning in (*warnings, *plan_warnings(plan, run.data)))
 
 
-def _plan_of(run: RunConfig, source: str) -> RunPlan:
+def _plan_of(run: RunConfig, source: str) -> tuple[RunPlan, list[str]]:
+    """The plan, and what was found about the files."""
     missing = [f"{key} = {path}" for key, path in source_paths(run.data).values() if not Path(f"{path}.bin").is_file()]
     if missing and (plan := stated_plan(run.data, run.train)) is not None:
-        return plan
+        return plan, []
     if missing:
         way_out = "is not there; prepare it, or say the tokens of every source of data.sources"
         raise_faults(source, [f"{path}: {way_out}" for path in missing])
     faults: list[str] = []
-    sizes = DataFiles(values_of(run), Tokenizer(run.data.tokenizer), faults).look()
+    files = DataFiles(values_of(run), Tokenizer(run.data.tokenizer), faults)
+    sizes = files.look()
     raise_faults(source, faults)
     if sizes is None:
         raise ConfigError(f"{source}: the sizes of its data are not known")
-    return plan_data(run.data, run.train, sizes, starting_state(run), run.checkpoint.directory)
+    plan = plan_data(run.data, run.train, sizes, starting_state(run), run.checkpoint.directory)
+    return plan, files.warnings

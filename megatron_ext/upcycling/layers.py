@@ -82,6 +82,8 @@ def layer_tasks(
     # All of these start where they change nothing.
     if moe.moe_shared_expert_gate:
         yield _made(f"{prefix}.shared_experts.gate_weight", partial(torch.zeros, 1, moe.hidden_size))
+    if moe.moe_router_linear_bias:
+        yield _made(f"{prefix}.router.bias", partial(torch.zeros, experts))
     if moe.moe_router_enable_expert_bias:
         yield _made(f"{prefix}.router.expert_bias", partial(torch.zeros, experts))
     if isinstance(moe.moe_router_noise, LearnedNoise):

@@ -50,6 +50,8 @@ class UpcycleOptions:
     """How logits become scores."""
     expert_bias: bool = False
     """Choose experts by scores plus a bias that balances them without a loss (DeepSeek-V3)."""
+    router_bias: bool = False
+    """Give the router's logits a bias (gpt-oss); it starts at 0."""
     pre_softmax: bool = False
     """Softmax over all experts before the selection, as topk 1 needs. The function is then kept only if the scores are
     divided by their sum."""
@@ -99,6 +101,7 @@ class UpcycleOptions:
             "moe_router_topk": self.topk,
             "moe_ffn_hidden_size": self.expert_size,
             "moe_router_score_function": self.score_function,
+            "moe_router_linear_bias": self.router_bias,
             "moe_router_enable_expert_bias": self.expert_bias,
             "moe_router_pre_softmax": self.pre_softmax,
             "moe_router_norm_topk_prob": self.norm_topk_prob,

@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 
 _OF_EXPERTS = (
     "method topk expert_size shared_expert_size shared_expert_gate gating_normalization score_function expert_bias "
-    "pre_softmax norm_topk_prob scaling_factor first_k_dense layer_freq router_init router_std"
+    "router_bias pre_softmax norm_topk_prob scaling_factor first_k_dense layer_freq router_init router_std"
 ).split()
 """Options that say something about experts."""
 

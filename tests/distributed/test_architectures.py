@@ -72,6 +72,10 @@ MODELS: dict[str, ModelConfig] = {
         sliding_window=11,
         window_attn_skip_freq=2,
         attention_sinks=True,
+        activation_func="quick_gelu",
+        activation_func_clamp_value=0.5,
+        glu_linear_offset=1.0,
+        moe_router_linear_bias=True,
     ),
     "deepseek": tiny_model(
         **EXPERTS, num_query_groups=None, multi_latent_attention=LATENT, rope_scaling=YARN, output_z_loss_coeff=1e-2

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,11 +20,14 @@ from megatron_ext.mcore import transformer_config
 from megatron_ext.mcore.fp8.experts import Fp8GroupedExperts
 from megatron_ext.mcore.fp8.histories import AmaxHistories, delayed_scalings
 from megatron_ext.mcore.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
-from megatron_ext.mcore.fp8.scaling import Role
-from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell, run_layout
+from megatron_ext.mcore.fp8.scaling import Role, Scaling
+from megatron_ext.planning.memory import state_memory
+from megatron_ext.proving.parity import Cell, Trajectory, build_cell, compare, run_cell, run_layout, train_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.training import step
 from tests.distributed.runs import Part, load_and_save_to, open_part, started_otherwise, train_and_save, train_steps
+from tests.support.minimal_run import load, mapping
 from tests.support.product import alternating
 
 MOE = tiny_model(moe=True)
@@ -88,8 +91,6 @@ def test_a_history_of_one_rank_alone_would_be_seen(pool: GlooPool, references: d
 
 
 def train_with_small_maxima(cell: Cell) -> Trajectory:
-    from megatron_ext.mcore.fp8.scaling import Scaling
-
     real = Scaling.advance
     with mock.patch.object(Scaling, "advance", lambda self, maxima: real(self, maxima / 100)):
         return train_with_fp32_activations(cell)
@@ -107,20 +108,83 @@ def test_layouts_in_bf16_differ_by_less_than_fp8_costs(pool: GlooPool) -> None:
     assert difference.norm < 1e-2
 
 
+# --- weights kept during a step, and recompute -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightWork:
+    """What a training did with its weights."""
+
+    trajectory: Trajectory
+    casts: int
+    """Tensors made of weights."""
+    kept: set[int]
+    """Bytes kept when each backward pass of a step is over."""
+    after: int
+    """And after the last step."""
+    weights: int
+    """Weights that products in fp8 take."""
+
+
+def train_and_count(cell: Cell) -> WeightWork:
+    casts, kept = 0, set[int]()
+    quantize, quantize_both, norm = Scaling.quantize, Scaling.quantize_both, step.gradient_norm
+
+    def one(self: Scaling, role: Role, *rest: Any) -> Any:
+        nonlocal casts
+        casts += role is Role.WEIGHT
+        return quantize(self, role, *rest)
+
+    def both(self: Scaling, role: Role, x: torch.Tensor) -> Any:
+        nonlocal casts
+        casts += 2 * (role is Role.WEIGHT)
+        return quantize_both(self, role, x)
+
+    def noting(optimizer: Any) -> float:
+        kept.add(held())
+        return norm(optimizer)
+
+    def held() -> int:
+        pairs = [scaling._kept for scaling in scalings if scaling._kept is not None]
+        return sum(q.values.nbytes for pair in pairs for q in (pair.straight, pair.transposed))
+
+    trainable, groups = build_cell(cell)
+    scalings = [m for chunk in trainable.chunks for m in chunk.modules() if isinstance(m, Scaling)]
+    with (
+        mock.patch.object(Scaling, "quantize", one),
+        mock.patch.object(Scaling, "quantize_both", both),
+        mock.patch.object(step, "gradient_norm", noting),
+    ):
+        trajectory = train_cell(cell, trainable, groups)
+    trainable.release()
+    return WeightWork(trajectory, casts, kept, held(), len(scalings))
+
+
+FULL = RecomputeConfig(granularity="full")
+PARTS = RecomputeConfig(granularity="selective", modules=["core_attn", "moe", "mlp", "shared_experts"])
+
+
 @pytest.mark.parametrize(
     ("recipe", "recompute"),
-    alternating(
-        ["delayed", "blockwise"],
-        [
-            RecomputeConfig(granularity="full"),
-            RecomputeConfig(granularity="selective", modules=["core_attn", "moe", "mlp", "shared_experts"]),
-        ],
-    ),
+    [("tensorwise", FULL), ("rowwise", PARTS), ("delayed", FULL), ("blockwise", PARTS), ("mxfp8", FULL)],
     ids=lambda value: getattr(value, "granularity", value),
 )
-def test_recompute_changes_not_one_bit(recipe: str, recompute: RecomputeConfig, pool: GlooPool) -> None:
-    cell = Cell(MOE, ALONE, precision(recipe), steps=3)
-    assert run_layout(pool, replace(cell, recompute=recompute), 1) == run_layout(pool, cell, 1)
+def test_weights_once_a_step_and_recompute_change_not_one_bit(
+    recipe: str, recompute: RecomputeConfig, pool: GlooPool
+) -> None:
+    """Each weight is cast once a step and layout, whatever the micro-batches; the plan knows the bytes."""
+    each = replace(precision(recipe), keep_fp8_weights=False)
+    cell = Cell(replace(MOE, num_layers=2), ALONE, each, steps=2, samples=4)
+    (again,) = pool.run(1, train_and_count, cell)
+    (once,) = pool.run(1, train_and_count, replace(cell, precision=precision(recipe), recompute=recompute))
+    print(f"{recipe}: {again.casts} casts of {again.weights} weights in each micro-batch, {once.casts} once a step")
+    assert once.trajectory == again.trajectory
+    assert again.casts == again.weights * 2 * cell.samples * cell.steps
+    assert once.casts == once.weights * 2 * cell.steps
+    planned = replace(load(mapping()), model=cell.model, precision=precision(recipe))
+    assert once.kept == {state_memory(planned, planned.resolve(1)).kept_fp8}
+    assert again.kept == {0}
+    assert once.after == 0
 
 
 # --- which layers ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.testing.ports import free_port
+from tests.support.webhook_server import WebhookServer
 from tests.support.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
 
 
@@ -75,7 +76,6 @@ def test_memory_of_a_gpu_may_grow_in_place_unless_the_user_says_how(
         ({"NNODES": "2"}, "need MASTER_ADDR"),
         ({"MASTER_ADDR": "a"}, "set NNODES"),
         ({"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE=two: must be a whole number"),
-        ({"NPROC_PER_NODE": "3"}, "multiple of 2"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_starts(
@@ -88,6 +88,22 @@ def test_what_is_missing_is_said_before_anything_starts(
     assert message in errors
     assert errors.count("error: ") == 1
     assert "torch.distributed" not in errors
+
+
+def test_people_are_told_of_a_restart_that_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    server = WebhookServer()
+    alerts = {"alerts": {"webhook": {"url_variable": "HOOK"}}}
+    run = write_run(tmp_path / "run.yaml", {**run_mapping(tmp_path), **alerts})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"event": "start", "iteration": 0}\n')
+    process = start(run, "parallel.tensor_model_parallel_size=2", NPROC_PER_NODE="3", HOOK=server.url)
+    _, errors = process.communicate(timeout=60)
+    server.close()
+    assert process.returncode == 2
+    assert errors.count("error: ") == errors.count("multiple of 2") == 1
+    (text,) = server.texts
+    assert "failed before its first step" in text
+    assert "multiple of 2" in text
 
 
 def test_check_goes_through_the_launcher_and_starts_nothing(tmp_path: Path) -> None:
@@ -107,7 +123,7 @@ def test_check_goes_through_the_launcher_and_starts_nothing(tmp_path: Path) -> N
         (
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"},
             "--nnodes 2 --node-rank 1 --master-addr a --master-port 29500 --nproc-per-node 2",
-            ["4"],
+            [],  # every rank looks, and tells the others
         ),
         (
             {"NNODES": "2:4", "MASTER_ADDR": "a", "MAX_RESTARTS": "3", "RDZV_CONF": "last_call_timeout=9"},
@@ -127,6 +143,7 @@ def test_what_torchrun_is_told(environment: dict[str, str], options: str, checks
     subprocess.run(launcher, env={**usual, "PYTHON": str(python), "NPROC_PER_NODE": "2", **environment}, check=True)
     *said, last = (tmp_path / "calls").read_text().splitlines()
     assert [call.split("--world-size ")[1] for call in said] == checks
+    assert all("--check --alert" in call for call in said)
     tool = ROOT / "tools" / "train.py"
     assert last == f"-P -m megatron_ext.runtime.launch {options} {tool} run.yaml train.seed=1"
 

@@ -8,7 +8,7 @@ from megatron_ext.mcore.fp8.experts import _ExpertFunction
 from megatron_ext.mcore.fp8.linear import _LinearFunction
 from megatron_ext.mcore.fp8.quantize import E4M3, ROW, WHOLE, Tile, quantize, tile_maxima
 from megatron_ext.mcore.fp8.scaling import Scaling
-from megatron_ext.runtime.accelerators import precision_fault, this_machine
+from megatron_ext.runtime.accelerators import kernels_fault, precision_fault, this_machine
 
 RECIPES = ["tensorwise", "rowwise", "delayed"]
 # Sums of fp8 products in another order, or on Hopper with fewer bits where that is allowed (about 2**-13 of the sum of
@@ -69,6 +69,34 @@ def test_experts_and_their_gradients_equal_those_on_cpu(recipe: str, counts: lis
         results.append((y.detach(), *torch.autograd.grad(y, inputs, g.to(device))))
     for on_cpu, on_gpu in zip(*results, strict=True):
         assert_close(on_gpu, on_cpu)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_kept_weights_change_no_bit(recipe: str, kernels: str) -> None:
+    """Of two micro-batches in a step, by a linear layer and by experts, one of which is idle."""
+    dense, experts = (precision_or_skip(recipe, has_experts=kind) for kind in (False, True))
+    if kernels == "triton" and (missing := kernels_fault(this_machine())):
+        pytest.skip(missing)
+    x, g = (random(256, width, seed=width).cuda() for width in (512, 384))
+    one, stacked = (random(*shape, 384, 512, seed=9).cuda() for shape in ((), (4,)))
+    ends = torch.tensor([64, 64, 200, 256]).cumsum(0).clamp(max=256).to(torch.int32).cuda()
+    results = []
+    for keeps in (False, True):
+        options = {"triton": kernels == "triton"}
+        of_one = Scaling(dense, **options).cuda()
+        of_stacked = Scaling(experts, gradient_format=E4M3, **options).cuda()
+        if keeps:
+            of_one.open_step()
+            of_stacked.open_step()
+        found = []
+        for scale in (1.0, 3.0):
+            inputs = [t.clone().requires_grad_() for t in (scale * x, one, stacked)]
+            y = _LinearFunction.apply(*inputs[:2], of_one, None, False, False)
+            z = _ExpertFunction.apply(inputs[0], inputs[2], ends, of_stacked)
+            found += [y.detach(), z.detach(), *torch.autograd.grad(y + z, inputs, g)]
+        results.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

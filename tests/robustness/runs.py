@@ -18,12 +18,13 @@ import torch.distributed as dist
 from megatron_ext.config import load_run
 from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.installation import installation
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.training import loop
 from megatron_ext.training import run_lock as module
 from megatron_ext.training.data import RunData
 from megatron_ext.training.run_lock import run_lock
-from megatron_ext.training.same_everywhere import open_everywhere, require_same_run
+from megatron_ext.training.same_everywhere import open_everywhere, require_same_code, require_same_run
 from megatron_ext.training.session import Session
 from tests.support.minimal_run import load, mapping
 
@@ -41,15 +42,16 @@ def train_here(path: Path, overrides: list[str]) -> int:
 
 
 def start_otherwise(folder: Path) -> list[str]:
-    """What each rank says where the last one was started with other values, reads other data, and has none."""
+    """What each rank says where the last one has other code, other values, other data, and none."""
     last = dist.get_rank() == dist.get_world_size() - 1
     data = {"tokenizer": "tok", "train": [{"path": str(folder / f"rank_{dist.get_rank()}" / "a")}]}  # paths may differ
     overrides = ["optimizer.lr=0.5"] if last else []
     fails: Any = lambda: open_data_of(("a", "b")) if not last else (folder / "c").read_text()  # noqa: E731
     checks = (
+        partial(require_same_code, {"torch": "2.10.0" if last else "2.13.0"}),
         partial(require_same_run, load(mapping(data=data), *overrides)),
         partial(open_everywhere, partial(open_data_of, ("a", "other" if last else "b"))),
-        partial(open_everywhere, fails),
+        partial(open_everywhere, fails, first_rank_first=True),
     )
     said = []
     for check in checks:
@@ -58,6 +60,7 @@ def start_otherwise(folder: Path) -> list[str]:
         except MegatronExtError as error:
             said.append(str(error) if error.is_everywhere else f"only here: {error}")
     require_same_run(load(mapping(data=data)))
+    require_same_code(installation())
     assert open_everywhere(partial(open_data_of, ("a", "b"))).fingerprints == ("a", "b")
     return said
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -77,6 +78,27 @@ def test_mpirun_with_an_address_trains_as_one_run(work: Path) -> None:
         assert process.returncode == 0, errors
     assert len(reported_losses(directory)) == 6
     assert [record["world_size"] for record in events(directory)] == [2]
+
+
+def test_a_job_file_is_written_and_checked_where_no_slurm_answers(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "profile.yaml").write_text("scheduler: slurm\ngpus_per_node: 0\nprocesses_per_node: 1\n")
+    (tmp_path / "slurm.conf").write_text("ClusterName=away\nSlurmctldHost=localhost\nSlurmctldPort=9\nNodeName=n1\n")
+    why = "Slurm does not answer (scontrol ping: " if shutil.which("scontrol") else "there is no sbatch on this machine"
+    run, directory = work / "run.yaml", tmp_path / "run"
+    call = [run, f"checkpoint.directory={directory}", "--nodes", "1", "--profile", tmp_path / "profile.yaml"]
+    conf = {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    written = command(TOOLS / "launch.py", *call, **conf)
+    print(written.stdout, written.stderr)
+    assert written.returncode == 0
+    file = tmp_path / "run-job.sh"
+    assert written.stdout.splitlines()[-1] == f"queue it with   sbatch {file} on a machine of the cluster"
+    assert f"\nnot asked       {why}" in written.stdout
+    refused = command(TOOLS / "launch.py", *call, "--submit", "--output", file, **conf)
+    print(refused.stderr)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: --submit: {why}")
+    assert refused.stderr.endswith(f"on a machine of the cluster, or once it answers: sbatch {file}\n")
+    assert "#SBATCH" in file.read_text()
 
 
 def events(directory: Path) -> list[dict[str, int]]:

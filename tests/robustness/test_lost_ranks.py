@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config import WatchdogConfig
+from megatron_ext.errors import DataError
 from megatron_ext.runtime import liveness
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.training.tasks.pretrain import Pretrain
@@ -35,21 +36,32 @@ def join_the_others(rank: int, port: int, errors: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
 
 
-def lose_a_rank(rank: int, port: int, errors: Path, lost: int, number: int, on_one_host: bool) -> None:
-    """Wait for the others, of whom `lost` sends itself a signal that it cannot refuse."""
+def lose_a_rank(rank: int, port: int, errors: Path, lost: int, number: int | None, on_one_host: bool) -> None:
+    """Wait for the others, of whom `lost` sends itself a signal that it cannot refuse, or meets a fault of its own."""
     join_the_others(rank, port, errors)
-    liveness.SILENCE = 2.0
+    liveness.SILENCE, liveness._OWN_END = 2.0, 0.5
     if not on_one_host:  # one rank each, which others cannot see
         liveness._is_alive = lambda peer: False
         liveness.SILENCE = 600.0
+        socket.gethostname = lambda: f"node{rank}"
     with liveness.Liveness() as others:
         dist.barrier()
+        if rank == lost and number is None:
+            raise DataError("a.bin: Stale file handle")
         if rank == lost:
             os.kill(os.getpid(), number)
         try:
             dist.barrier()
         except RuntimeError:
             others.end_if_missing()
+
+
+def lose_a_rank_and_stay(rank: int, port: int, errors: Path) -> None:
+    """As `lose_a_rank`, whose connections stay for a while, as those of a GPU's group do."""
+    try:
+        lose_a_rank(rank, port, errors, 2, None, on_one_host=False)
+    except DataError:
+        time.sleep(60)
 
 
 def be_late(rank: int, port: int, errors: Path) -> None:
@@ -144,6 +156,18 @@ def test_the_lost_rank_is_named(lost: int, number: int, on_one_host: bool, what:
     print(message)
     assert f"error: rank {lost} (process {ranks[lost].pid} on " in message
     assert what in message
+
+
+def test_a_rank_that_ends_by_itself_tells_other_nodes_why(tmp_path: Path) -> None:
+    ranks, _store = started(lose_a_rank_and_stay, tmp_path)
+    for process in ranks[:2]:
+        process.join(60)
+        assert process.exitcode == 2
+    ranks[2].kill()
+    said = [(tmp_path / str(rank)).read_text() for rank in range(RANKS)]
+    print(said[0])
+    why = f"error: rank 2 (process {ranks[2].pid} on node2) has ended: a.bin: Stale file handle\n"
+    assert said == [why, why, ""]  # it speaks for itself
 
 
 @pytest.mark.parametrize("in_step", [True, False], ids=["in a step", "between steps"])

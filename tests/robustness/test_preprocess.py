@@ -29,7 +29,7 @@ SEED, INPUTS = 12, 120
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     train_tokenizer([write_corpus(directory / "c.jsonl")], directory / "t", 330)
-    (directory / "large.jsonl").write_bytes((directory / "c.jsonl").read_bytes() * 90)  # 4 shards, seconds of work
+    (directory / "large.jsonl").write_bytes((directory / "c.jsonl").read_bytes() * 90)  # a dozen shards, seconds
     return directory
 
 

@@ -75,7 +75,8 @@ def test_a_directory_that_each_node_has_for_itself_is_refused_before_anything_is
 def test_ranks_that_were_started_otherwise_are_refused_with_the_keys(tmp_path: Path, pool: GlooPool) -> None:
     told = pool.run(3, start_otherwise, tmp_path)
     assert told[0] == told[1] == told[2]  # on every rank alike
-    run, data, missing = told[0]
+    code, run, data, missing = told[0]
+    assert re.search(r"rank 2 on .*, unlike rank 0 on .*: torch = '2\.10\.0' \('2\.13\.0' there\)\n", code)
     assert re.search(r"rank 2 on .*, unlike rank 0 on .*: optimizer\.lr = 0\.5 \(0\.001 there\)\n", run)
     assert "source 1 = 'other' ('b' there)" in data
     assert re.fullmatch(rf"rank 2 on .*: {tmp_path}/c: No such file or directory", missing)

@@ -44,8 +44,12 @@ def command(tool: str | Path, *arguments: str | Path, timeout: float = 240, **en
         return files.finish(timeout)
 
 
-def train(processes: int, *arguments: str | Path, timeout: float = 240) -> Completed:
-    """Train on several processes, with the variables that torchrun sets and the store that it keeps."""
+def train(processes: int, *arguments: str | Path, only_last: Sequence[str] = (), timeout: float = 240) -> Completed:
+    """Train on several processes, with the variables that torchrun sets and the store that it keeps.
+
+    Args:
+        only_last: what the last of several is told besides.
+    """
     call = [TOOLS / "train.py", *arguments]
     if processes == 1:
         return command(*call, timeout=timeout)
@@ -61,7 +65,8 @@ def train(processes: int, *arguments: str | Path, timeout: float = 240) -> Compl
     }
     with _Files() as files:
         for rank in map(str, range(processes)):
-            files.start(call, launcher | {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"})
+            own = only_last if int(rank) == processes - 1 else ()
+            files.start([*call, *own], launcher | {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"})
         return files.finish(timeout)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_ext.command import parse_command, run_parser
 from megatron_ext.config import RunConfig
+from megatron_ext.config.alerts import AlertKind
 from megatron_ext.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -54,6 +55,12 @@ def test_files_that_are_named_exist(guide: Path) -> None:
         if not any((place / name).exists() for place in places)
     ]
     assert not lost
+
+
+def test_the_page_for_long_runs_says_what_each_alert_means() -> None:
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs" / "long-runs.md").read_text(), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(typing.get_args(AlertKind)), "each once"
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)

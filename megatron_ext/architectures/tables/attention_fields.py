@@ -26,6 +26,7 @@ SPELLINGS = {
     "gelu_accurate": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
 }
 """Transformers' names of activations that Megatron has: they differ in how they are computed, not in what."""
 

@@ -44,7 +44,7 @@ class Architecture:
     reads_like: str | None = None
     """The model type whose code in transformers reads what this class's does. Default: its own."""
     stacked: tuple[Stacked, ...] = ()
-    """Tensors that hold the experts of a layer in one, in files of newer writers."""
+    """Tensors that hold the experts of a layer in one, in files of newer writers or of every one."""
     aliases: tuple[Alias, ...] = ()
     """Names that some files have for a tensor of the rules."""
     drops: tuple[Drop, ...] = ()

@@ -14,13 +14,21 @@ SCALINGS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "mscale",
+        "mscale_all_dim",
+    ),
 }
 """The fields of each `rope_type`; they have the same names in ModelConfig."""
 
 _NESTED = ("rope_scaling", "rope_parameters")
-# `truncate: true` is what YaRN means without it.
-_NEUTRAL = {"truncate": True}
+# What is not written, as older readers do not know it; DeepSeek's factors are not there where they are 0.
+_UNSAID = {"truncate": True}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ class Rope(ConfigRule):
         scaling: dict[str, Any] = {"rope_type": "default"}
         if model.rope_scaling is not None:
             fields = asdict(model.rope_scaling)
-            scaling = {"rope_type": fields.pop("kind")} | {name: value for name, value in fields.items() if value}
+            scaling = {"rope_type": fields.pop("kind")}
+            scaling |= {name: value for name, value in fields.items() if value != _UNSAID.get(name, 0.0)}
             # Readers before transformers 4.45 call it `type`.
             top["rope_scaling"] = {"type": scaling["rope_type"]} | scaling
             if self.type_only:
@@ -144,9 +153,7 @@ class Rope(ConfigRule):
             )
         theta, partial = given.pop("rope_theta", None), given.pop("partial_rotary_factor", None)
         unknown = {
-            key: value
-            for key, value in given.items()
-            if key not in SCALINGS[kind] and _NEUTRAL.get(key) != value and not self._nobody_reads(key)
+            key: value for key, value in given.items() if key not in SCALINGS[kind] and not self._nobody_reads(key)
         }
         if unknown:
             listed = ", ".join(said(key, value) for key, value in unknown.items())

@@ -189,6 +189,24 @@ class BlockQkv(Rule):
         return {"tensor": heads.transpose(0, 1).flatten(0, 2).t().contiguous()}
 
 
+@dataclass(frozen=True)
+class AlternatingGateUp(Rule):
+    """Gate and up projections in one tensor, by turns, stored [inputs, outputs] (gpt-oss); biases likewise by turns."""
+
+    hf: str = ""
+
+    def hf_names(self) -> dict[str, str]:
+        return {"tensor": self.hf}
+
+    def to_megatron(self, parts: Parts, model: ModelConfig) -> Tensor:
+        rows = parts["tensor"].t()
+        return torch.cat((rows[0::2], rows[1::2]))
+
+    def to_hf(self, tensor: Tensor, model: ModelConfig) -> Parts:
+        gate, up = tensor.chunk(2)
+        return {"tensor": torch.stack((gate, up), dim=1).flatten(0, 1).t().contiguous()}
+
+
 def bias_of(rule: Rule, where: Where) -> Rule:
     """The rule of the biases that belong to the weights of `rule`: the same, under the same names, where they exist."""
     names: dict[str, Any] = {

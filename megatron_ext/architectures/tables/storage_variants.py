@@ -5,12 +5,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stacked:
-    """The experts of a layer as one tensor [experts, rows, columns], as newer writers may have them."""
+    """The experts of a layer as one tensor [experts, rows, ...], as newer writers may have them."""
 
     hf: str
     """Its name, with the hole `{layer}`."""
     parts: tuple[str, ...]
     """Names of an expert's tensors, with `{layer}` and `{expert}`: they share its rows equally, in this order."""
+    written: bool = False
+    """Whether exports have it so too, because the class reads nothing else; it then has one part."""
+    packed: bool = False
+    """Whether files may have it in MXFP4 (mxfp4.py), [experts, columns, rows], as `NAME_blocks` and `NAME_scales`."""
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,19 @@ def _tied_weights_have_no_halves(model: ModelConfig | None, adapters: LoraConfig
     return None
 
 
+@rule("recompute.logits", given=(_MODEL, _ADAPTERS))
+def _an_adapted_output_layer_has_logits(
+    again: bool, model: ModelConfig | None, adapters: LoraConfig | None
+) -> str | None:
+    if not again or adapters is None or model is None:
+        return None
+    if any(projection.module == OUTPUT_MODULE for projection in adapted_projections(model, adapters)):
+        return (
+            "adapters.targets: matches output_layer, whose adapter adds to all logits; leave it out, or set it to False"
+        )
+    return None
+
+
 @rule(BACKEND, given=(_ADAPTERS,))
 def _adapters_are_of_the_torch_backend(backend: str, adapters: LoraConfig | None) -> str | None:
     if adapters is not None and backend != "torch":

@@ -70,6 +70,17 @@ def _projection_norm_is_rms(kind: str | None, normalization: str) -> str | None:
     return None
 
 
+def _register_gated_only(key: str, neutral: Any) -> None:
+    @rule(key, "model.gated_linear_unit")
+    def _needs_a_gate(value: Any, gated: bool) -> str | None:
+        return None if gated or value == neutral else "only a gated network has that; remove it"
+
+
+_OF_A_GATE = {"model.activation_func_clamp_value": None, "model.glu_linear_offset": 0.0}
+for _key, _neutral in _OF_A_GATE.items():
+    _register_gated_only(_key, _neutral)
+
+
 @rule("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor")
 def _llama3_band_has_a_width(low: float, high: float) -> str | None:
     return "the high-frequency factor must be above the low one" if high <= low else None
@@ -92,6 +103,18 @@ def _etp_divides_expert_biases(biases: bool, hidden: int, etp: int, experts: int
     if experts and biases and hidden % etp:
         return "the experts' output biases are split: hidden_size must be a multiple of the expert-tensor-parallel size"
     return None
+
+
+def _register_forgotten_by_overlap(key: str, neutral: Any) -> None:
+    @rule("parallel.moe_shared_expert_overlap", key)
+    def _overlap_forgets(overlap: bool, value: Any) -> str | None:
+        if overlap and value != neutral:
+            return "overlapped shared experts leave this out in megatron-core; remove moe_shared_expert_overlap"
+        return None
+
+
+for _key, _neutral in {"model.add_bias_linear": False, **_OF_A_GATE}.items():
+    _register_forgotten_by_overlap(_key, _neutral)
 
 
 @rule(HEADS, GROUPS)

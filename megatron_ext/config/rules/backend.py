@@ -106,6 +106,13 @@ def _te_wgrad_is_fp8(wgrad: bool, backend: str) -> str | None:
     return None
 
 
+@rule("precision.keep_fp8_weights", BACKEND)
+def _te_keeps_its_weights(keeps: bool, backend: str) -> str | None:
+    if backend == TE and not keeps:
+        return "Transformer Engine keeps weights in FP8 by rules of its own; remove it, or use the torch backend"
+    return None
+
+
 @rule(BF16_AT_START, BF16_AT_END, "model.num_layers", PP, given=(BACKEND,))
 def _bf16_layers_fit_a_stage(start: int, end: int, layers: int, pp: int, backend: str) -> str | None:
     stage = layers // pp

@@ -71,10 +71,8 @@ def _something_is_overlapped(
     return None
 
 
-@rule(OVERLAP, "model.add_bias_linear", "model.moe_shared_expert_gate")
-def _overlapped_experts_are_plain(overlap: bool, biases: bool, gate: bool) -> str | None:
-    if overlap and biases:
-        return "overlapped shared experts leave out their biases in megatron-core; remove moe_shared_expert_overlap"
+@rule(OVERLAP, "model.moe_shared_expert_gate")
+def _overlapped_experts_have_no_gate(overlap: bool, gate: bool) -> str | None:
     if overlap and gate:
         return (
             "megatron-core reads the gate of overlapped shared experts where nothing waits for it to be gathered; "

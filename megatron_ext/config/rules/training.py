@@ -106,6 +106,13 @@ def _modules_are_selective(modules: list[str], granularity: str | None) -> str |
     return "has no effect; set granularity: selective" if modules != ["core_attn"] else None
 
 
+@rule("recompute.logits", "model.transformer_overrides")
+def _logits_are_there_for_late_gradients(again: bool, overrides: dict[str, Any]) -> str | None:
+    if again and overrides.get("defer_embedding_wgrad_compute"):
+        return "a gradient of the output layer that is computed late needs the logits' gradient; leave one of both out"
+    return None
+
+
 @rule("recompute.method", "recompute.num_layers", "recompute.granularity")
 def _method_is_full(method: str, layers: int, granularity: str | None) -> str | None:
     given = (method, layers) != ("uniform", 1)

@@ -17,9 +17,9 @@ from megatron_ext.data.prepare.chat_rows import BadRow, Conversation, Left, Pair
 from megatron_ext.data.prepare.chat_samples import ChatEncoder
 from megatron_ext.data.prepare.chat_template import ChatTemplate, read_template
 from megatron_ext.data.prepare.documents import read_rows, where_in
-from megatron_ext.data.prepare.faults import SKIPPING, Faults
+from megatron_ext.data.prepare.faults import GOING_ON, Faults
 from megatron_ext.data.prepare.join import FILE_SHIFT
-from megatron_ext.data.prepare.parts import DOCUMENT, Part, Told
+from megatron_ext.data.prepare.parts import DOCUMENT, Told
 from megatron_ext.data.prepare.shard_work import SPLITS, Task, TextOptions, hash_of, mixed, splits_of
 from megatron_ext.data.prepare.template_variables import read_variables
 from megatron_ext.data.supervised import TEMPLATE_FILE, TOKENIZER_FOLDER, fingerprint_of
@@ -76,6 +76,10 @@ class ChatPreparation:
         if self.template_variables:
             chosen["template_variables"] = read_variables(self.template_variables)
         return {"kind": self.kind, "chat_template": fingerprint_of(template.text), **chosen}
+
+    def load(self) -> None:
+        """Load what renders templates, before the tokenizer is known."""
+        import transformers  # noqa: F401 - slow to import
 
     def worker(self, work: Path, options: TextOptions, tokenizer: Tokenizer) -> "ChatWorker":
         """What does the shards of one process."""
@@ -143,7 +147,7 @@ class ChatWorker:
         """Write the part of a shard."""
         told = Told()
         batches = self._batches(task, told)
-        Part(self._work, task.number).write(batches, SPLITS, told, in_order=self._options.order == "random")
+        task.part(self._work).write(batches, SPLITS, told, in_order=self._options.order == "random")
 
     def _batches(self, task: Task, told: Told) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         held: list[tuple[np.ndarray, int, bytes]] = []
@@ -174,7 +178,7 @@ class ChatWorker:
 
     def _records(self, task: Task, told: Told) -> Iterator[tuple[np.ndarray, int, bytes]]:
         """Records, where each was read, and the row as bytes."""
-        faults = Faults(are_fatal=self._options.bad_lines == "stop", advice=SKIPPING)
+        faults = Faults(are_fatal=self._options.bad_lines == "stop", advice=GOING_ON)
         for place, row in read_rows(task.shard, faults):
             _add(told.read, "rows")
             data = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode()
@@ -183,7 +187,7 @@ class ChatWorker:
                     yield record, place, data
             except BadRow as error:
                 if faults.are_fatal:
-                    raise DataError(f"{where_in(task.shard.path, place)}: {error.why}{SKIPPING}") from error
+                    raise DataError(f"{where_in(task.shard.path, place)}: {error.why}{GOING_ON}") from error
                 self._leave(told, task, error.reason, f"{error.why}\n{data.decode()}")
             except Left as left:
                 self._leave(told, task, left.reason, data.decode())

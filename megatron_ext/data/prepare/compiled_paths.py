@@ -1,10 +1,11 @@
-"""The best paths through unigram pieces, compiled by numba: the steps of `segment_reading` and `running_scores`.
+"""The best paths through unigram pieces, compiled by numba: the tokenizers library's own steps, for whole lines.
 
-They take a tenth of the time in which Python does them. The arithmetic is the same to the last bit: double precision,
-one addition after the other. Only imported where numba is, which is an extra.
+The arithmetic is the same to the last bit: sums in double precision from the beginning of a line, one addition after
+the other, and of two paths with one sum the first. Only imported where numba is, which is an extra.
 
-Legend of array shapes: C characters, S segments, U unclear segments, T tokens, N nodes of the tree of all beginnings of
-pieces.
+Source: tokenizers, models/unigram/model.rs, `encode_optimized`.
+
+Legend of array shapes: C characters, B breaks, T tokens, N places of a table.
 """
 
 import contextlib
@@ -17,39 +18,46 @@ import numba
 import numpy as np
 from numba.core.caching import FunctionCache
 
-from megatron_ext.data.prepare.running_scores import SPACES, UNKNOWN_PENALTY, Line
+from megatron_ext.data.prepare.running_scores import SPACES, UNKNOWN_PENALTY
 
 _FREE = np.uint64(0xFFFFFFFFFFFFFFFF)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
-_CODE_BITS, _WORD = np.uint64(21), np.uint64(64)
+_CODE_BITS = np.uint64(21)
 _PLANE = 1 << 16
-"""Code points whose nodes are found without the table."""
-_NO_PATH = -1e300
-_LEAD = 1.0
-"""What a path leads by where there is no other."""
+"""Code points whose nodes are found without a search."""
+_NO_PATH = -np.inf
 
 
 class _Tree(NamedTuple):
-    """All beginnings of pieces, as an automaton.
+    """All beginnings of pieces, as an automaton. A node is its place in a table, found by open addressing.
 
     Attributes:
         first: node of each character of the basic plane, -1 where no piece begins so, int32 [65536].
-        keys: open addressing by node and next character, uint64; `nodes` at the same place is what follows, int32.
-        shift: of a product, to the place where the search in `keys` begins.
-        ids: of the piece that a node is, or -1, int32 [N].
-        scores: of that piece, float64 [N].
+        keys: the node before, and one more, with the character behind it, uint64 [N].
+        scores: of the piece that a node is, minus infinity where it is none, float64 [N].
+        ids: of that piece, int32 [N].
+        lengths: characters of a node, int32 [N].
         goes_on: whether a longer piece begins so, bool [N].
+        shift: of a product of a key, to the place where the search for it begins.
         unknown: score of a character that is no piece.
     """
 
     first: np.ndarray
     keys: np.ndarray
-    nodes: np.ndarray
-    shift: np.uint64
-    ids: np.ndarray
     scores: np.ndarray
+    ids: np.ndarray
+    lengths: np.ndarray
     goes_on: np.ndarray
+    shift: np.uint64
     unknown: float
+
+
+class Breaks(NamedTuple):
+    """What stands between the lines of a text, in order: where each begins and stops, and its id; int64 [B]."""
+
+    starts: np.ndarray
+    stops: np.ndarray
+    ids: np.ndarray
 
 
 class CompiledPaths:
@@ -57,70 +65,48 @@ class CompiledPaths:
 
     Args:
         vocabulary: pieces and scores, exactly as the library has them, in the order of their ids.
-        near: differences of scores that rounding could turn.
+        byte_ids: of the byte pieces, int64 [256].
     """
 
-    def __init__(self, vocabulary: Sequence[tuple[str, float]], near: float) -> None:
-        self._tree, self._near = _tree_of(vocabulary), near
+    def __init__(self, vocabulary: Sequence[tuple[str, float]], byte_ids: np.ndarray) -> None:
+        self._tree, self._byte_ids = _tree_of(vocabulary), byte_ids
+        # Sums in a ring: no more are held than the longest piece is long.
+        self._best = np.full(1 << int(self._tree.lengths.max()).bit_length(), _NO_PATH)
+        self._ids_T = np.empty(0, dtype=np.int32)
 
-    def best(self, segments: Sequence[str]) -> list[tuple[list[int] | None, bool]]:
-        """Ids of the best segmentation of each, None where another is as good; whether all characters are known."""
-        if not segments:
-            return []
-        codes_C = np.frombuffer("".join(segments).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        stops_S = np.cumsum(np.array([len(segment) for segment in segments], dtype=np.int64))
-        counts_S, known_S, ids_T = _best(_marked(codes_C), stops_S, self._near, self._tree)
-        lists = _lists(np.maximum(counts_S, 0), ids_T)
-        found = zip(lists, counts_S.tolist(), known_S.tolist(), strict=True)
-        return [(ids if count >= 0 else None, known) for ids, count, known in found]
-
-    def read_behind(self, line: Line, scores: np.ndarray, byte_ids: np.ndarray) -> list[list[int]]:
-        """Ids of the unclear segments, each read behind all that its sum begins with.
+    def read(self, codes_C: np.ndarray, breaks: Breaks, limit: int, total: float) -> tuple[np.ndarray, int, float]:
+        """Ids of a text, int32 [T], valid until the next call; how many characters they are of, and the sum behind.
 
         Args:
-            scores: what each token adds to a sum, float64 [vocabulary].
-            byte_ids: of the byte pieces, int64 [256].
+            codes_C: its code points, uint32.
+            limit: where the text goes on behind it, the last place that the ids may end at. They end where every path
+                passes, which may be at 0.
+            total: the sum before it.
         """
-        marked = line._replace(codes=_marked(line.codes))
-        return _lists(*_read_behind(marked, scores, byte_ids, self._tree))
-
-
-def _marked(codes_C: np.ndarray) -> np.ndarray:
-    space, mark = map(ord, SPACES)
-    return np.where(codes_C == space, np.uint32(mark), codes_C)
-
-
-def _lists(counts: np.ndarray, ids_T: np.ndarray) -> list[list[int]]:
-    ids, ends = ids_T.tolist(), np.cumsum(counts).tolist()
-    return [ids[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        most = 4 * len(codes_C) + len(breaks.ids)
+        if most > len(self._ids_T):
+            self._ids_T = np.empty(most, dtype=np.int32)
+        space, mark = map(ord, SPACES)
+        marked_C = np.where(codes_C == space, np.uint32(mark), codes_C)
+        used, stop, total = _read(marked_C, breaks, limit, total, self._best, self._byte_ids, self._tree, self._ids_T)
+        return self._ids_T[:used], stop, total
 
 
 def _tree_of(vocabulary: Sequence[tuple[str, float]]) -> _Tree:
-    nodes = {"": 0}
-    for piece, _ in vocabulary:
-        for end in range(1, len(piece) + 1):
-            nodes.setdefault(piece[:end], len(nodes))
-    ids, scores = np.full(len(nodes), -1, dtype=np.int32), np.zeros(len(nodes))
-    for number, (piece, score) in enumerate(vocabulary):
-        ids[nodes[piece]], scores[nodes[piece]] = number, score
-    keys, goes_on = np.zeros(len(nodes), dtype=np.uint64), np.zeros(len(nodes), dtype=np.bool_)
-    first = np.full(_PLANE, -1, dtype=np.int32)
-    for text, node in nodes.items():
-        if node:
-            parent, code = nodes[text[:-1]], ord(text[-1])
-            keys[node], goes_on[parent] = parent << int(_CODE_BITS) | code, True
-            if parent == 0 and code < _PLANE:
-                first[code] = node
-    unknown = min(score for _, score in vocabulary) - UNKNOWN_PENALTY
-    return _Tree(first, *_table_of(keys), ids, scores, goes_on, unknown)
-
-
-def _table_of(keys_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.uint64]:
-    """An open addressing of all keys but the first, with two to four times as many places, and its shift."""
-    bits = max(4, (2 * len(keys_N)).bit_length())
-    table, numbers, shift = np.full(1 << bits, _FREE), np.zeros(1 << bits, dtype=np.int32), np.uint64(64 - bits)
-    _fill(keys_N, table, numbers, shift)
-    return table, numbers, shift
+    pieces, scores = [piece for piece, _ in vocabulary], np.array([score for _, score in vocabulary])
+    codes = np.frombuffer("".join(pieces).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).copy()
+    stops = np.cumsum([len(piece) for piece in pieces])
+    unknown, size = scores.min() - UNKNOWN_PENALTY, len(codes)
+    while True:  # the characters of all pieces are more than their nodes
+        bits = (2 * size).bit_length()
+        places, shift = 1 << bits, np.uint64(64 - bits)
+        first, keys, no_scores = np.full(_PLANE, -1, np.int32), np.full(places, _FREE), np.full(places, _NO_PATH)
+        ids, lengths = np.zeros((2, places), np.int32)
+        tree = _Tree(first, keys, no_scores, ids, lengths, np.zeros(places, np.bool_), shift, unknown)
+        nodes = _fill(codes, stops, scores, tree)
+        if 4 * nodes >= places:
+            return tree
+        size = nodes
 
 
 class _KeptCode(FunctionCache):  # type: ignore[misc]
@@ -161,142 +147,114 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def _fill(keys_N: Any, table: Any, numbers: Any, shift: Any) -> None:
-    for node in range(1, len(keys_N)):
-        slot = np.int64((keys_N[node] * _SPREAD) >> shift)
-        while table[slot] != _FREE:
-            slot = (slot + 1) & (len(table) - 1)
-        table[slot], numbers[slot] = keys_N[node], node
+def _find(node: Any, code: Any, tree: Any) -> Any:
+    """The place of the node behind `node` (-1: the root) by the character `code`, or the free one where it would be."""
+    key = (np.uint64(node + 1) << _CODE_BITS) | np.uint64(code)
+    place = np.int64((key * _SPREAD) >> tree.shift)
+    while tree.keys[place] != key and tree.keys[place] != _FREE:
+        place = (place + 1) & (len(tree.keys) - 1)
+    return place
 
 
 @_compiled
-def _next(node: Any, code: Any, tree: Any) -> Any:
-    """The node behind `node` by the character `code`, or -1."""
-    key = (np.uint64(node) << _CODE_BITS) | np.uint64(code)
-    slot = np.int64((key * _SPREAD) >> tree.shift)
-    while tree.keys[slot] != key:
-        if tree.keys[slot] == _FREE:
-            return np.int32(-1)
-        slot = (slot + 1) & (len(tree.keys) - 1)
-    return tree.nodes[slot]
-
-
-@_compiled
-def _go_on(text: Any, start: Any, best: Any, lead: Any, length: Any, tree: Any) -> None:
-    """Take all pieces that begin at `start`: best sums behind them, by how much these lead, and length of the piece."""
-    code, stop = text[start], start + 1
-    node = tree.first[code] if code < _PLANE else _next(0, code, tree)
-    total = best[start] + (tree.scores[node] if node >= 0 and tree.ids[node] >= 0 else tree.unknown)
-    while True:
-        if total > best[stop]:
-            lead[stop] = total - best[stop]
-            best[stop], length[stop] = total, stop - start
-        elif best[stop] - total < lead[stop]:
-            lead[stop] = best[stop] - total
-        while True:
-            if node < 0 or not tree.goes_on[node] or stop == len(text):
-                return
-            node = _next(node, text[stop], tree)
-            stop += 1
-            if node >= 0 and tree.ids[node] >= 0:
-                break
-        total = best[start] + tree.scores[node]
-
-
-@_compiled
-def _id_of(piece: Any, tree: Any) -> Any:
-    """The id of a piece, or -1 for a character that is none."""
-    node = tree.first[piece[0]] if piece[0] < _PLANE else _next(0, piece[0], tree)
-    for at in range(1, len(piece)):
-        node = _next(node, piece[at], tree)
-    return tree.ids[node] if node >= 0 else np.int32(-1)
-
-
-@_compiled
-def _scratch(stops: Any) -> Any:
-    longest = begin = 0
-    for stop in stops:
-        longest, begin = max(longest, stop - begin), stop
-    return np.empty(longest + 1), np.empty(longest + 1), np.zeros(longest + 1, np.int64)
-
-
-@_compiled
-def _best(codes: Any, stops: Any, near: Any, tree: Any) -> Any:
-    """Of each segment: tokens, -1 where two paths are as good; whether all characters are known; and all ids."""
-    counts, known, ids = np.zeros(len(stops), np.int64), np.ones(len(stops), np.bool_), np.empty(len(codes), np.int64)
-    best, lead, length = _scratch(stops)
-    used = begin = 0
+def _fill(codes: Any, stops: Any, scores: Any, tree: Any) -> Any:
+    """Put pieces that stand end to end into an empty tree; how many nodes that makes."""
+    begin = nodes = 0
     for number in range(len(stops)):
-        text = codes[begin : stops[number]]
-        size, begin = len(text), stops[number]
-        best[1 : size + 1], lead[: size + 1] = _NO_PATH, _LEAD
-        best[0] = 0.0
-        for start in range(size):
-            _go_on(text, start, best, lead, length, tree)
-        at, count = size, 0
-        while at > 0 and lead[at] >= near:
-            at -= length[at]
-            count += 1
-        if at > 0:
-            counts[number] = -1
-            continue
-        counts[number], at = count, size
-        for place in range(used + count - 1, used - 1, -1):
-            ids[place] = _id_of(text[at - length[at] : at], tree)
-            known[number] &= ids[place] >= 0
-            at -= length[at]
-        used += count
-    return counts, known, ids[:used]
+        node = np.int64(-1)
+        for at in range(begin, stops[number]):
+            place = _find(node, codes[at], tree)
+            if tree.keys[place] == _FREE:
+                tree.keys[place] = (np.uint64(node + 1) << _CODE_BITS) | np.uint64(codes[at])
+                tree.lengths[place] = at + 1 - begin
+                nodes += 1
+            if node >= 0:
+                tree.goes_on[node] = True
+            elif codes[at] < _PLANE:
+                tree.first[codes[at]] = place
+            node = place
+        tree.scores[node], tree.ids[node], begin = scores[number], number, stops[number]
+    return nodes
 
 
 @_compiled
-def _read_behind(line: Any, added: Any, byte_ids: Any, tree: Any) -> Any:
-    """Tokens of each unclear segment, and all their ids; `added`: what each token adds to a sum."""
-    counts, characters = np.zeros(len(line.unclear), np.int64), 0
-    for segment in line.unclear:
-        characters += line.bounds[segment + 1] - line.bounds[segment]
-    ids, used = np.empty(4 * characters, np.int64), 0
-    first, at, total = -1, 0, 0.0
-    for number, segment in enumerate(line.unclear):
-        if line.firsts[number] != first:
-            first = at = line.firsts[number]
-            total = 0.0 if first > 0 else line.total
-        for known in range(at, segment):
-            for place in range(line.offsets[known], line.offsets[known] + line.counts[known]):
-                total += added[line.tokens[place]]
-        text = line.codes[line.bounds[segment] : line.bounds[segment + 1]]
-        size = len(text)
-        best, lead, length = np.full(size + 1, _NO_PATH), np.full(size + 1, _LEAD), np.zeros(size + 1, np.int64)
+def _read(codes: Any, breaks: Any, limit: Any, total: Any, best: Any, byte_ids: Any, tree: Any, ids: Any) -> Any:
+    """Write the ids to `ids`; how many, of how many characters, and the sum behind the last."""
+    longest: Any = np.int64(0)
+    at: Any = np.int64(0)
+    for number in range(len(breaks.ids)):
+        longest, at = max(longest, breaks.starts[number] - at), breaks.stops[number]
+    path = np.empty(max(longest, len(codes) - at) + 1, np.int32)
+    used, at = 0, np.int64(0)  # the type of places, for the compiler
+    for number in range(len(breaks.ids)):
         best[0] = total
-        for start in range(size):
-            _go_on(text, start, best, lead, length, tree)
-        total, at, begin = best[size], segment + 1, used
-        used = _write_back(text, length, ids, used, byte_ids, tree)
-        counts[number] = used - begin
-    return counts, ids[:used]
+        _, total = _find_path(codes[at : breaks.starts[number]], len(codes), best, path, tree)
+        used = _write_back(codes[at : breaks.starts[number]], path, ids, used, byte_ids, tree)
+        ids[used] = breaks.ids[number]
+        used, at, total = used + 1, breaks.stops[number], 0.0
+    best[0] = total
+    stop, total = _find_path(codes[at:], limit - at, best, path, tree)
+    used = _write_back(codes[at : at + stop], path, ids, used, byte_ids, tree)
+    return used, at + stop, total
 
 
 @_compiled
-def _write_back(text: Any, length: Any, ids: Any, used: Any, byte_ids: Any, tree: Any) -> Any:
+def _find_path(text: Any, limit: Any, best: Any, path: Any, tree: Any) -> Any:
+    """Write to `path` the node of the last piece of the best path to each place, -1 for a character that is none.
+
+    Returns the last place, not behind `limit`, where all paths pass, and the sum there.
+
+    Args:
+        best: sums, a ring: at 0 that before the text, elsewhere none.
+    """
+    size, last = len(text), len(best) - 1
+    reach: Any = np.int64(0)
+    stop: Any = np.int64(0)
+    total = best[0]
+    for start in range(size):
+        before = best[start & last]
+        best[start & last] = _NO_PATH
+        if start == reach and start <= limit:
+            stop, total = start, before
+        code, end = text[start], start + 1
+        node = np.int64(tree.first[code]) if code < _PLANE else _find(-1, code, tree)
+        score = tree.scores[node] if node >= 0 else _NO_PATH
+        if score == _NO_PATH:
+            score, piece = tree.unknown, np.int64(-1)
+        else:
+            piece = node
+        while True:
+            if before + score > best[end & last]:
+                best[end & last], path[end] = before + score, piece
+            if node < 0 or not tree.goes_on[node] or end == size:
+                break
+            node = _find(node, text[end], tree)
+            if tree.keys[node] == _FREE:
+                break
+            end += 1
+            score, piece = tree.scores[node], node
+        reach = max(reach, end)
+    before, best[size & last] = best[size & last], _NO_PATH
+    return (size, before) if size <= limit else (stop, total)
+
+
+@_compiled
+def _write_back(text: Any, path: Any, ids: Any, used: Any, byte_ids: Any, tree: Any) -> Any:
     """Write the ids of a path behind the first `used`, bytes for characters that are no piece; how many there are."""
     begin, at = used, len(text)
     while at > 0:
-        piece = text[at - length[at] : at]
-        number, code = _id_of(piece, tree), np.int64(piece[0])
-        if number >= 0:
-            ids[used] = number
-            used += 1
-        elif code < 0x80:
-            ids[used] = byte_ids[code]
-            used += 1
-        else:
-            more = 1 if code < 0x800 else 2 if code < 0x10000 else 3
-            for _ in range(more):
-                ids[used] = byte_ids[0x80 | (code & 0x3F)]
-                used += 1
-                code >>= 6
-            ids[used] = byte_ids[(0xF0 << (3 - more)) & 0xFF | code]
-            used += 1
-        at -= length[at]
-    ids[begin:used] = ids[begin:used][::-1].copy()
+        if path[at] >= 0:
+            ids[used] = tree.ids[path[at]]
+            used, at = used + 1, at - tree.lengths[path[at]]
+            continue
+        at -= 1
+        code = np.int64(text[at])
+        more = 0 if code < 0x80 else 1 if code < 0x800 else 2 if code < 0x10000 else 3
+        for _ in range(more):
+            ids[used] = byte_ids[0x80 | (code & 0x3F)]
+            used, code = used + 1, code >> 6
+        ids[used] = byte_ids[code if more == 0 else (0xF0 << (3 - more)) & 0xFF | code]
+        used += 1
+    for place in range((used - begin) // 2):
+        ids[begin + place], ids[used - 1 - place] = ids[used - 1 - place], ids[begin + place]
     return used

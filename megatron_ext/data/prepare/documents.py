@@ -25,10 +25,10 @@ _BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 _GROUP_SHIFT = 28
 
 
-def read_documents(files: Sequence[Path], text_key: str = "text") -> Iterator[str]:
-    """Yield every document of `files` in order."""
+def read_documents(files: Sequence[Path], text_key: str = "text", faults: Faults | None = None) -> Iterator[str]:
+    """Yield every document of `files` in order; see `read_shard`."""
     for shard in split_into_shards(files, shard_bytes=1 << 62):
-        for _, text in read_shard(shard, text_key):
+        for _, text in read_shard(shard, text_key, faults):
             yield text
 
 

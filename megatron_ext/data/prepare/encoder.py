@@ -3,34 +3,41 @@
 `SegmentEncoder` cuts text at places that no token can span, and looks the segments between them up in a table of those
 that were read before. Natural text repeats itself: of segments of about five bytes, nearly all have been there. Its ids
 are the tokenizer's own, whatever the text; `segment_reading` says why. A segment is known by 88 bits of hash: one in
-5e20 of those that a full table does not know would be taken for another.
+5e20 of those that a full table does not know would be taken for another. Where numba is, `PathEncoder` reads unigram
+models without a table, new text as fast as old.
 
 Legend of array shapes: C characters, S segments, D documents.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.prepare.long_texts import PART, LongTexts
 from megatron_ext.data.prepare.running_scores import SPACES, Line
-from megatron_ext.data.prepare.segment_reading import SegmentReader, segment_reader
+from megatron_ext.data.prepare.segment_reading import END, Notice, SegmentReader, codes_of, segment_reader
 from megatron_ext.data.prepare.segment_table import MOST_TOKENS, SegmentHash, SegmentTable, gather
+from megatron_ext.data.prepare.space_in_front import without_space_in_front
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
+
+if TYPE_CHECKING:
+    from megatron_ext.data.prepare.path_encoder import PathEncoder
 
 _BATCH = 1 << 16
 """Characters that are encoded at once: their arrays stay in the processor's cache."""
 _PAIR_BITS = 20
 _LONGEST_SEGMENT = 255
 """Characters of the longest segment that is read by itself."""
-_END = "\0"
-"""Stands for the end of a document where many are encoded as one text."""
 _MULTIPLIERS = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
-Notice = Callable[[Sequence[str]], None]
+
+
+def _deaf(texts: Sequence[str]) -> None:
+    """A notice to nobody."""
 
 
 class Encoder(Protocol):
@@ -47,28 +54,65 @@ class Encoder(Protocol):
         """Why a text is not read in the memory that a process has, or None."""
 
 
-def encoder_for(tokenizer: Tokenizer, notice: Notice = lambda texts: None) -> Encoder:
+def encoder_for(tokenizer: Tokenizer, notice: Notice = _deaf, *, is_much: bool = False) -> Encoder:
     """The fastest encoder that gives the ids of `tokenizer`.
 
     Args:
         notice: told every text, or every part of one that is new, when it is encoded.
+        is_much: there is so much text that loading compiled code, some tenths of a second, is worth it.
     """
-    plain = BatchEncoder(tokenizer, notice)
+    make, texts = _faster(tokenizer, is_much), [text for text in HARD_TEXTS if text]
+    if make is None or not np.array_equal(make(_deaf).encode(texts), BatchEncoder(tokenizer).encode(texts)):
+        return BatchEncoder(tokenizer, notice)
+    return make(notice)
+
+
+def _faster(tokenizer: Tokenizer, is_much: bool) -> Callable[[Notice], Encoder] | None:
+    """What makes an encoder that is faster than the library, or gets along with less memory."""
+    if (spaced := without_space_in_front(tokenizer)) is not None:
+        other, front = spaced
+        return lambda notice: SpacedEncoder(encoder_for(other, notice, is_much=is_much), front)
     reader = segment_reader(tokenizer)
-    if reader is None or _END in reader.cut_out or any(_END in piece and piece != _END for piece in reader.pieces):
-        return plain
-    texts = [text for text in HARD_TEXTS if text]
-    if not np.array_equal(SegmentEncoder(tokenizer, reader).encode(texts), BatchEncoder(tokenizer).encode(texts)):
-        return plain
-    return SegmentEncoder(tokenizer, reader, notice)
+    if reader is None or END in reader.cut_out or any(END in piece and piece != END for piece in reader.pieces):
+        return None
+    compiled = load_compiled_code() if is_much and reader.scores is not None else None
+    return lambda notice: (compiled or SegmentEncoder)(tokenizer, reader, notice)
+
+
+def load_compiled_code() -> "type[PathEncoder] | None":
+    """The encoder that is compiled, ready; None where numba is not here, or is made for another numpy."""
+    try:
+        from megatron_ext.data.prepare.path_encoder import PathEncoder, load  # slow to import
+    except ImportError:
+        return None
+    load()
+    return PathEncoder
+
+
+class SpacedEncoder:
+    """Encodes for a tokenizer that puts a space in front of a text, by an encoder that does not."""
+
+    def __init__(self, encoder: Encoder, front: Callable[[str], str]) -> None:
+        self._encoder, self._front = encoder, front
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """See `Encoder`."""
+        return self._encoder.encode([self._front(text) for text in texts])
+
+    def why_not(self, text: str) -> str | None:
+        """See `Encoder`."""
+        return self._encoder.why_not(self._front(text))
 
 
 class BatchEncoder:
     """Encodes by the tokenizer's library."""
 
-    def __init__(self, tokenizer: Tokenizer, notice: Notice = lambda texts: None) -> None:
+    def __init__(self, tokenizer: Tokenizer, notice: Notice = _deaf) -> None:
         self._tokenizer, self._notice, self._dtype = tokenizer, notice, token_dtype(tokenizer.vocab_size)
-        self._long = LongTexts(tokenizer)
+
+    @cached_property
+    def _long(self) -> LongTexts:
+        return LongTexts(self._tokenizer)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """See `Encoder`."""
@@ -103,7 +147,7 @@ class BatchEncoder:
 class SegmentEncoder:
     """Encodes by a table of segments; see the head of this file."""
 
-    def __init__(self, tokenizer: Tokenizer, reader: SegmentReader, notice: Notice = lambda texts: None) -> None:
+    def __init__(self, tokenizer: Tokenizer, reader: SegmentReader, notice: Notice = _deaf) -> None:
         self._tokenizer, self._reader, self._notice = tokenizer, reader, notice
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._may_cut = np.ones(1 << _PAIR_BITS, dtype=bool)
@@ -111,8 +155,11 @@ class SegmentEncoder:
         self._hashes = [SegmentHash(multiplier) for multiplier in _MULTIPLIERS]
         self._table = SegmentTable(self._dtype)
         self._cut_out = np.array(list(reader.cut_out.values()), dtype=self._dtype)
-        self._long = LongTexts(tokenizer)
         self._is_cut = reader.reads_apart or reader.scores is not None
+
+    @cached_property
+    def _long(self) -> LongTexts:
+        return LongTexts(self._tokenizer)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """See `Encoder`."""
@@ -120,7 +167,7 @@ class SegmentEncoder:
         batch: list[str] = []
         size = 0
         for text in texts:
-            if len(text) > _BATCH or _END in text:
+            if len(text) > _BATCH or END in text:
                 ids += [self._ids_of(batch), self._ids_of_one(text)]
                 batch, size = [], 0
                 continue
@@ -144,7 +191,7 @@ class SegmentEncoder:
         if not texts:
             return np.empty(0, dtype=self._dtype)
         ends_D = np.cumsum([len(text) + 1 for text in texts]) - 1
-        return self._look_up("".join(text + _END for text in texts), ends_D)
+        return self._look_up("".join(text + END for text in texts), ends_D)
 
     def _ids_of_one(self, text: str) -> np.ndarray:
         """Ids of a document that is long, or holds what stands for the end of one."""
@@ -163,18 +210,18 @@ class SegmentEncoder:
     def _ids_of_window(self, window: str, total: float) -> np.ndarray:
         """Ids of a part of a long text, which stands behind scores of that total, where they count."""
         scores = self._reader.scores
-        if window != _END and len(window) <= 2 * _BATCH:
-            return self._look_up(window + _END, np.array([len(window)]), total)[:-1]
+        if window != END and len(window) <= 2 * _BATCH:
+            return self._look_up(window + END, np.array([len(window)]), total)[:-1]
         self._notice([window])
         if scores is None:
             return np.concatenate(self._long.ids(window))
         return np.array(scores.read(window, total)[0], dtype=self._dtype)
 
     def _windows(self, text: str) -> Iterator[str]:
-        """A long text in pieces that end with a line, or where no token can be, and _END by itself."""
+        """A long text in pieces that end with a line, or where no token can be, and END by itself."""
         start = 0
         while start < len(text):
-            end = text.find(_END, start, start + _BATCH + 1)
+            end = text.find(END, start, start + _BATCH + 1)
             if end >= 0:
                 stop = end if end > start else end + 1
             elif len(text) - start <= _BATCH:
@@ -188,8 +235,8 @@ class SegmentEncoder:
     def _cut_behind(self, text: str, start: int) -> int:
         """Where a window that begins at `start` ends within a line, or, where that cannot be, with the text."""
         for at in range(start, len(text), _BATCH):
-            codes = _codes(text[at : at + _BATCH + 1])
-            alone = (codes[1:] == ord(_END)) | (codes[1:] == ord("\n")) & self._reader.reads_lines
+            codes = codes_of(text[at : at + _BATCH + 1])
+            alone = (codes[1:] == ord(END)) | (codes[1:] == ord("\n")) & self._reader.reads_lines
             cuts = np.flatnonzero(self._may_cut[_pair_hashes(codes)] | alone)
             if len(cuts) and at == start:
                 return at + int(cuts[-1]) + 1
@@ -199,8 +246,8 @@ class SegmentEncoder:
         return self._reader.first_place(text, start, len(text)) or len(text)
 
     def _look_up(self, text: str, ends_D: np.ndarray, total: float = 0.0) -> np.ndarray:
-        """Ids of `text`, which has _END at the places `ends_D`, where documents end; `total` of scores before it."""
-        codes_C = _codes(text)
+        """Ids of `text`, which has END at the places `ends_D`, where documents end; `total` of scores before it."""
+        codes_C = codes_of(text)
         cut_C = self._may_cut[_pair_hashes(codes_C)]
         breaks = self._breaks(text, codes_C, ends_D)
         for places in breaks:
@@ -218,7 +265,7 @@ class SegmentEncoder:
 
     def _breaks(self, text: str, codes_C: np.ndarray, ends_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where ends of documents, and tokens that the library cuts out of them, begin and end."""
-        starts, stops = self._reader.places(text, codes_C)
+        starts, stops, _ = self._reader.places(text, codes_C)
         return np.sort(np.concatenate([ends_D, starts])), np.sort(np.concatenate([ends_D + 1, stops]))
 
     def _read(self, segments: list[str], keys: np.ndarray, checks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -228,7 +275,7 @@ class SegmentEncoder:
         texts = list(first)
         self._notice(texts)
         cut_out: dict[str, list[int] | None] = {token: [number] for token, number in self._reader.cut_out.items()}
-        cut_out[_END] = [self._tokenizer.eod]
+        cut_out[END] = [self._tokenizer.eod]
         short = [text for text in texts if len(text) <= _LONGEST_SEGMENT and text not in cut_out]
         known = dict(zip(short, self._reader.read(short), strict=True)) | cut_out
         ids = [one if (one := known.get(text)) and len(one) <= MOST_TOKENS else [] for text in texts]
@@ -248,7 +295,7 @@ class SegmentEncoder:
         if self._reader.scores is not None:
             firsts = np.searchsorted(starts_S, line_starts[before])
             line = Line(text.codes, bounds, counts_S, offsets_S, self._table.tokens, unclear, firsts, text.total)
-            read = self._reader.read_behind(line, text.text)
+            read = self._reader.scores.read_behind(line, text.text)
         else:
             if not self._reader.reads_apart:
                 before = np.unique(before)
@@ -272,11 +319,6 @@ class _Text:
     total: float
 
 
-def _codes(text: str) -> np.ndarray:
-    """Code points, uint32 [C]."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-
-
 def _pair_hashes(codes_C: np.ndarray) -> np.ndarray:
     """A number below 2^_PAIR_BITS for each two neighbours, uint32 [C - 1]. Two pairs of one number bind each other."""
     left, right = codes_C[:-1] * np.uint32(0x9E3779B1), codes_C[1:] * np.uint32(0x85EBCA6B)
@@ -292,5 +334,5 @@ def _pairs_within(pieces: Sequence[str]) -> np.ndarray:
         for left in (SPACES if a in SPACES else a)
         for right in (SPACES if b in SPACES else b)
     }
-    flat = _codes("".join(either))
+    flat = codes_of("".join(either))
     return _pair_hashes(flat)[::2] if len(flat) else np.empty(0, dtype=np.uint32)

@@ -1,6 +1,7 @@
 """What is done about a line that cannot be read: it ends the command, or is counted and left out."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_ext.errors import DataError
@@ -9,7 +10,10 @@ _KEPT = 10
 """Faults of a shard whose place is said: finding the number of a line means reading all before it."""
 
 
-SKIPPING = "; --bad-lines skip leaves such documents out, counts them, and goes on from what is done"
+SKIPPING = "; --bad-lines skip leaves such documents out and counts them"
+GOING_ON = f"{SKIPPING}, and goes on from what is done"
+_SAID = 3
+"""Faults whose place is said when all is done."""
 
 
 class BadDocument(Exception):
@@ -47,3 +51,13 @@ class Faults:
         self.count += 1
         if len(self.messages) < _KEPT:
             self.messages.append(f"{where()}: {why}")
+
+
+def say_left_out(left_out: Mapping[str, int], messages: Sequence[str]) -> None:
+    """Say how many documents were left out for which reason, and where the first lines are that could not be read."""
+    counts = {reason: count for reason, count in left_out.items() if count}
+    if counts:
+        total = sum(counts.values())
+        print(f"{total:,} left out: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}", file=sys.stderr)
+    for line in messages[:_SAID]:
+        print(f"  {line}", file=sys.stderr)

@@ -58,11 +58,13 @@ class Part:
     """Token ids and records of the documents of one shard, files of each for every split, and a marker with their sums.
 
     The marker is written last and makes the part done. Its sums find what was damaged later, or never reached the disk.
+
+    Args:
+        made_of: file and place of what it is made of: a part that was made of something else is not done.
     """
 
-    def __init__(self, work: Path, number: int) -> None:
-        self._stem = f"part-{number:06d}"
-        self._work = work
+    def __init__(self, work: Path, stem: str, made_of: Sequence[str | int]) -> None:
+        self._work, self._stem, self._made_of = work, stem, list(made_of)
         self._marker = work / f"{self._stem}.done"
 
     def tokens(self, split: str) -> Path:
@@ -119,12 +121,13 @@ class Part:
             _write_run(held, files, runs, in_order)
         paths = [path for split in splits for path in (self.tokens(split), self.documents(split))]
         sums = {path.name: (found.bytes, found.crc32) for path in paths for found in [file_sum(path)]}
-        write_synced(self._marker, json.dumps({"sums": sums, "runs": runs, "told": asdict(told)}).encode())
+        content = {"sums": sums, "runs": runs, "told": asdict(told), "made_of": self._made_of}
+        write_synced(self._marker, json.dumps(content).encode())
 
     def is_done(self) -> bool:
         """Whether it was written as a whole and nothing of it has changed since; reads it."""
         try:
-            sums = self._sums()
+            sums = self._sums() if self._marked().get("made_of") == self._made_of else {}
             return bool(sums) and all(file_sum(self._work / name) == expected for name, expected in sums.items())
         except OSError:
             return False

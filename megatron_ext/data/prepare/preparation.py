@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_ext.data.indexed import token_dtype
+from megatron_ext.data.prepare.encoder import load_compiled_code
 from megatron_ext.data.prepare.shard_work import ShardWorker, Task, TextOptions
 from megatron_ext.data.tokenizer import Tokenizer
 
@@ -31,6 +32,9 @@ class Preparation(Protocol):
     def describe(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """What the result depends on, beside text, tokenizer and `TextOptions`."""
 
+    def load(self) -> None:
+        """Load what a worker's process needs, before it knows the tokenizer."""
+
     def worker(self, work: Path, options: TextOptions, tokenizer: Tokenizer) -> Worker:
         """A worker that writes parts to `work`."""
 
@@ -52,6 +56,10 @@ class PlainText:
     def describe(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """See `Preparation`."""
         return {}
+
+    def load(self) -> None:
+        """See `Preparation`."""
+        load_compiled_code()
 
     def worker(self, work: Path, options: TextOptions, tokenizer: Tokenizer) -> Worker:
         """See `Preparation`."""

@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ import numpy as np
 from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
 from megatron_ext.data.indexed import write_synced
 from megatron_ext.data.prepare.corpus import PLAIN_ENDINGS, corpus_files, ending_of, is_compressed, split_into_shards
+from megatron_ext.data.prepare.faults import say_left_out
 from megatron_ext.data.prepare.filters import fingerprint_of
 from megatron_ext.data.prepare.join import MOST_FILES, check_parts, find_copies, join_split
-from megatron_ext.data.prepare.parts import Part, Told
+from megatron_ext.data.prepare.parts import Told
 from megatron_ext.data.prepare.preparation import PLAIN_TEXT, Preparation, Worker
 from megatron_ext.data.prepare.shard_work import SPLITS, Task, TextOptions
-from megatron_ext.data.prepare.workers import run_in_processes
+from megatron_ext.data.prepare.workers import Processes
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.record import record_of
 from megatron_ext.errors import DataError
@@ -45,7 +46,7 @@ from megatron_ext.manifest import FileSum, check_manifest, write_manifest
 DROPPED_FILE = "dropped.jsonl"
 _CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE, DROPPED_FILE)
 _PLAN_FILE, _JOINED = "plan.json", "joined"
-_SHARD_BYTES, _LARGEST_SHARD_BYTES, _SHARDS = 4 << 20, 1 << 26, 256
+_SHARD_BYTES, _LARGEST_SHARD_BYTES, _SHARDS = 1 << 20, 1 << 26, 256
 _BUCKET_BYTES = 1 << 26
 _MOST_HERE = 1 << 20
 """Bytes of text that one worker reads within the command, sooner than another process begins. That one holds no
@@ -86,36 +87,53 @@ def preprocess(
     Raises:
         DataError: bad input, or an output that exists and `force` is not set.
     """
-    files, tokenizer = corpus_files(inputs), Tokenizer(tokenizer_directory)
+    files = corpus_files(inputs)
+    tasks = _tasks(files)
     options = options or TextOptions(text_key=text_key, split=tuple(split))
     options = replace(options, split=_checked_fractions(options.split))
     if options.max_characters is not None and options.min_characters > options.max_characters:
         lengths = f"min_characters = {options.min_characters}, max_characters = {options.max_characters}"
         raise DataError(f"{lengths}: no document is as long as the one and as short as the other; lower the first")
-    plan = {**_plan(files, tokenizer, options), **how.describe(tokenizer)}
-    if (done := _published(Path(output), plan)) is not None:
-        return done
-    contents = (*_CONTENTS, *how.contents)
-    output = output_place(output, DataError, force=force, contents=contents, inputs=[*files, tokenizer.directory])
-    work = unfinished_place(output)
-    tasks = _tasks(files)
-    with exclusive_output(output, "preparing data"):
-        _continue_or_restart(output, plan)
-        with _writing(work):
-            _run_shards(work, how, options, tokenizer, tasks, workers, progress)
-            summary = _join(work, tasks, plan, how, options, tokenizer)
-        publish_directory(work / _JOINED, output, replace=force)
-        remove_unfinished(work)
+    with _processes(tasks, workers, how) as processes:  # they begin while the tokenizer is loaded
+        tokenizer = Tokenizer(tokenizer_directory)
+        plan = {**_plan(files, tokenizer, options), **how.describe(tokenizer)}
+        if (done := _published(Path(output), plan)) is not None:
+            return done
+        contents = (*_CONTENTS, *how.contents)
+        output = output_place(output, DataError, force=force, contents=contents, inputs=[*files, tokenizer.directory])
+        work = unfinished_place(output)
+        with exclusive_output(output, "preparing data"):
+            _continue_or_restart(output, plan)
+            with _writing(work):
+                _run_shards(work, how, options, tokenizer, tasks, processes, progress)
+                summary = _join(work, tasks, plan, how, options, tokenizer)
+            publish_directory(work / _JOINED, output, replace=force)
+            remove_unfinished(work)
     return summary
+
+
+def _processes(tasks: Sequence[Task], workers: int, how: Preparation) -> AbstractContextManager[Processes | None]:
+    """What does the shards; None: the command itself."""
+    count, is_little = min(workers, len(tasks)), sum(map(_size_in_memory, tasks)) <= _MOST_HERE
+    if count <= 1 and is_little:
+        return nullcontext()
+    return Processes(max(count, 1), _load_nothing if is_little else how.load)
+
+
+def _load_nothing() -> None:
+    """Loading ahead takes longer than little text does."""
 
 
 def _tasks(files: Sequence[Path]) -> list[Task]:
     total = sum(path.stat().st_size for path in files)
-    size = min(max(_SHARD_BYTES, total // _SHARDS), _LARGEST_SHARD_BYTES)
+    size = min(_SHARD_BYTES << (total // _SHARDS // _SHARD_BYTES).bit_length(), _LARGEST_SHARD_BYTES)
     if len(files) > MOST_FILES:
         raise DataError(f"{len(files):,} files: expected at most {MOST_FILES:,}; join some, or prepare them in turns")
-    shards = [(file, shard) for file, path in enumerate(files) for shard in split_into_shards([path], size)]
-    return [Task(number, file, shard) for number, (file, shard) in enumerate(shards)]
+    return [
+        Task(file, number, shard, (found.st_size, found.st_mtime_ns))
+        for file, (path, found) in enumerate((path, path.stat()) for path in files)
+        for number, shard in enumerate(split_into_shards([path], size))
+    ]
 
 
 def _checked_fractions(split: Sequence[float]) -> tuple[float, ...]:
@@ -151,19 +169,20 @@ def _plan(files: Sequence[Path], tokenizer: Tokenizer, options: TextOptions) -> 
 
 
 def _continue_or_restart(output: Path, plan: dict[str, Any]) -> None:
-    """Keep finished shards of an interrupted preparation if nothing it depends on has changed."""
+    """Keep the shards of an interrupted preparation, but for those of files that changed, if all else is the same."""
     work = unfinished_place(output)
-    plan = {**plan, "shard_bytes": _SHARD_BYTES, "parts": 2}
+    plan = {**plan, "parts": 3}
     if (work / OURS).is_file() and not work.is_symlink():
         begun = _plan_of(work)
         # Shards that were done when the first bad line ended it have none.
-        if begun in (plan, {**plan, "bad_lines": "stop"}):
+        others = {**(begun or {}), "sources": plan["sources"]}  # each part knows what it is made of
+        if others in (plan, {**plan, "bad_lines": "stop"}):
             shutil.rmtree(work / _JOINED, ignore_errors=True)
             if begun != plan:
                 write_synced(work / _PLAN_FILE, json.dumps(plan).encode())
             return
         if begun is not None:
-            print(f"{work}: begun with other text, tokenizer or options; starts anew", file=sys.stderr)
+            print(f"{work}: begun with another tokenizer or other options; starts anew", file=sys.stderr)
     start_directory(output)
     write_synced(work / _PLAN_FILE, json.dumps(plan).encode())
 
@@ -203,27 +222,27 @@ def _run_shards(
     options: TextOptions,
     tokenizer: Tokenizer,
     tasks: list[Task],
-    workers: int,
+    processes: Processes | None,
     progress: Progress,
 ) -> None:
     total = sum(task.shard.stop - task.shard.start for task in tasks)
     missing, done, counts = [], 0, np.zeros(2, dtype=np.int64)
     for task in tasks:
-        if not Part(work, task.number).is_done():
+        if not task.part(work).is_done():
             missing.append(task)
             continue
         done += task.shard.stop - task.shard.start
-        counts += Part(work, task.number).size(SPLITS)
+        counts += task.part(work).size(SPLITS)
     progress(done, total, _note(counts))
     start = partial(_start, work, how, options, tokenizer)
-    if min(workers, len(missing)) <= 1 and sum(map(_size_in_memory, missing)) <= _MOST_HERE:
+    if processes is None:
         start()
         finished: Iterator[Task] = (_done(work, task) for task in missing)
     else:
-        finished = run_in_processes(partial(_done, work), missing, workers, start=start, describe=_description)
+        finished = processes.run(partial(_done, work), missing, start=start, describe=_description)
     for task in finished:
         done += task.shard.stop - task.shard.start
-        counts += Part(work, task.number).size(SPLITS)
+        counts += task.part(work).size(SPLITS)
         progress(done, total, _note(counts))
 
 
@@ -269,7 +288,7 @@ def _join(
 ) -> dict[str, SplitSummary]:
     """Join the parts of every split to the finished directory, and describe it."""
     dtype = how.dtype(tokenizer)
-    parts = [Part(work, task.number) for task in tasks]
+    parts = [task.part(work) for task in tasks]
     check_parts(parts)
     output = work / _JOINED
     output.mkdir()
@@ -304,7 +323,7 @@ def _join(
     _write_samples(output / DROPPED_FILE, told)
     write_synced(output / MANIFEST_FILE, (json.dumps({**plan, **results}, indent=2) + "\n").encode())
     write_manifest(output, sums)
-    _say_left_out(results)
+    say_left_out(left_out, results["first_bad_lines"])
     return {name: SplitSummary(counts["documents"], counts["tokens"]) for name, counts in splits.items()}
 
 
@@ -355,12 +374,3 @@ def _write_samples(path: Path, told: Sequence[Told]) -> None:
             lines.append(json.dumps({"reason": reason, "file": file, "text": text}, ensure_ascii=False) + "\n")
     if lines:
         write_synced(path, "".join(lines).encode())
-
-
-def _say_left_out(results: dict[str, Any]) -> None:
-    counts = {reason: count for reason, count in results["left_out"].items() if count}
-    if counts:
-        total = sum(counts.values())
-        print(f"{total:,} left out: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}", file=sys.stderr)
-    for line in results["first_bad_lines"][:3]:
-        print(f"  {line}", file=sys.stderr)

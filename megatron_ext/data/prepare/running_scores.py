@@ -11,6 +11,7 @@ Legend of array shapes: C characters, S segments, U unclear segments.
 
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -33,14 +34,19 @@ Edge = tuple[int, float, bool]
 """A piece, or the beginning of one: its id, or -1, its score, and whether a longer piece begins so."""
 
 
-def edges_of(vocabulary: Sequence[tuple[str, float]]) -> tuple[dict[str, Edge], Edge]:
-    """All beginnings of pieces, and what a character is that begins none."""
+def unknown_of(vocabulary: Sequence[tuple[str, float]]) -> Edge:
+    """What a character is that begins no piece."""
+    return -1, min(score for _, score in vocabulary) - UNKNOWN_PENALTY, False
+
+
+def edges_of(vocabulary: Sequence[tuple[str, float]]) -> dict[str, Edge]:
+    """All beginnings of pieces."""
     longer = {piece[:end] for piece, _ in vocabulary for end in range(1, len(piece))}
-    unknown = min(score for _, score in vocabulary) - UNKNOWN_PENALTY
+    _, unknown, _ = unknown_of(vocabulary)
     edges = {piece: (-1, _NO_PIECE, True) for piece in longer if len(piece) > 1}
     edges |= {piece: (-1, unknown, True) for piece in longer if len(piece) == 1}
     edges |= {piece: (number, score, piece in longer) for number, (piece, score) in enumerate(vocabulary)}
-    return edges, (-1, unknown, False)
+    return edges
 
 
 class Line(NamedTuple):
@@ -75,19 +81,23 @@ class RunningScores:
         byte_ids: of the byte pieces, by byte.
 
     Attributes:
+        vocabulary: the same.
         byte_ids: the same, int64 [256].
         added: what each token adds to a sum, float64 [vocabulary].
     """
 
     def __init__(self, vocabulary: Sequence[tuple[str, float]], byte_ids: Sequence[int]) -> None:
-        self._edges, self._unknown = edges_of(vocabulary)
-        self._byte_ids = byte_ids
+        self.vocabulary, self._byte_ids, self._unknown = vocabulary, byte_ids, unknown_of(vocabulary)
         self.byte_ids = np.array(byte_ids, dtype=np.int64)
         self._begun: dict[str, tuple[list[int], float]] = {}
         # Of a character that is written in bytes the first one stands for all.
         self.added = np.array([score for _, score in vocabulary], dtype=np.float64)
         for byte, number in enumerate(byte_ids):
             self.added[number] = 0.0 if 0x80 <= byte < 0xC0 else self._unknown[1]
+
+    @cached_property
+    def _edges(self) -> dict[str, Edge]:
+        return edges_of(self.vocabulary)
 
     def after(self, total: float, ids: np.ndarray) -> float:
         """The sum behind `ids`, which stand behind `total`."""
@@ -164,8 +174,8 @@ def running_scores(
     """
     scores = dict(vocabulary)
     byte_ids = [ids[f"<0x{byte:02X}>"] for byte in range(256)]
-    spelt = [piece for piece, _ in vocabulary if ids[piece] in never_read or ids[piece] in set(byte_ids)]
-    for piece in spelt:
+    spelt = never_read.union(byte_ids)
+    for piece in (piece for piece in scores if ids[piece] in spelt):
         # Such a piece must lose against its own characters, wherever a text spells it.
         if sum(scores.get(character, -np.inf) for character in piece) < scores[piece] + _MARGIN:
             return None

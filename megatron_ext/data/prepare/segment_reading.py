@@ -8,23 +8,24 @@ their `running_scores` they are read behind that sum, or else their lines and do
 
 import json
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.prepare.running_scores import SPACES, Line, RunningScores, edges_of, running_scores
+from megatron_ext.data.prepare.running_scores import SPACES, RunningScores, edges_of, running_scores, unknown_of
 from megatron_ext.data.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from megatron_ext.data.prepare.compiled_paths import CompiledPaths
-
+Notice = Callable[[Sequence[str]], None]
+END = "\0"
+"""Stands for the end of a document where many are encoded as one text."""
 _NEAR = 1e-6
 """Differences of scores that rounding could turn: sums of documents of 1e7 tokens are good to 1e-7."""
+MARKED_SPACES = {"type": "Replace", "pattern": {"String": SPACES[0]}, "content": SPACES[1]}
+"""The normalizer that writes spaces as vocabularies have them."""
 _NO_PIECE = -1e12
 _NOTHING = (-1, _NO_PIECE, False)
-_BEFORE_COMPILED = 5000
-"""New segments that Python reads before the compiled code is loaded, which takes as long."""
 
 
 class SegmentReader:
@@ -36,7 +37,6 @@ class SegmentReader:
         reads_lines: whether the newline is one of these.
         reads_apart: whether a segment is read as itself, whatever stands around it.
         scores: what reads segments by all that stands before them in their line, where that can be known.
-        compiled: reads segments of unigram models faster, once there were many and where numba is installed.
     """
 
     def __init__(
@@ -57,29 +57,29 @@ class SegmentReader:
         longer = [token for token in by_length if len(token) > 1]
         self._longer = re.compile("|".join(map(re.escape, longer))) if longer else None
         self._single = [ord(token) for token in self.cut_out if len(token) == 1]
-        self._unigram = _Unigram(model["vocab"]) if model["type"] == "Unigram" else None
-        self._vocabulary, self._seen = model["vocab"], 0
-        self.compiled: CompiledPaths | None = None
-        self._may_compile = True
-        self.reads_apart = self._unigram is None
+        self._vocabulary = model["vocab"]
+        self.reads_apart = model["type"] != "Unigram"
         self.scores: RunningScores | None = None
         # Sums begin anew behind a token that is cut out of the text, which special ones are not.
-        if self._unigram is not None and adds_up and plain == self.cut_out.keys():
+        if not self.reads_apart and adds_up and plain == self.cut_out.keys():
             special = tokenizer.special_ids | {token["id"] for token in added if token["special"]}
             self.scores = running_scores(model["vocab"], tokenizer.vocabulary, special)
 
-    def places(self, text: str, codes_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where tokens that are cut out begin and end in a text: the first ones, and of these the longest."""
-        found = [match.span() for match in self._longer.finditer(text)] if self._longer is not None else []
-        starts, stops = np.array(found, dtype=np.int64).reshape(-1, 2).T
+    def places(self, text: str, codes_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where tokens that are cut out begin and end in a text, and their ids; the first, and of these the longest."""
+        matches = self._longer.finditer(text) if self._longer is not None else ()
+        found = [(*match.span(), self.cut_out[match[0]]) for match in matches]
+        starts, stops, ids = np.array(found, dtype=np.int64).reshape(-1, 3).T
         for code in self._single:
             more = np.flatnonzero(codes_C == code)
             if len(starts):
                 before = np.searchsorted(starts, more, side="right")
                 more = more[more >= np.concatenate(([0], stops))[before]]
             starts, stops = np.concatenate([starts, more]), np.concatenate([stops, more + 1])
-            starts, stops = np.sort(starts), np.sort(stops)
-        return starts, stops
+            ids = np.concatenate([ids, np.full(len(more), self.cut_out[chr(code)])])
+            order = np.argsort(starts, kind="stable")
+            starts, stops, ids = starts[order], stops[order], ids[order]
+        return starts, stops, ids
 
     def first_place(self, text: str, start: int, stop: int) -> int | None:
         """Where a token that is cut out begins behind `start`, or ends, if it begins there; None: not before `stop`."""
@@ -90,13 +90,13 @@ class SegmentReader:
 
     def read(self, segments: Sequence[str]) -> list[list[int] | None]:
         """Ids of each segment; None where they may depend on the text around it."""
-        if self._unigram is None:
+        if self.reads_apart:
             return list(self._tokenizer.encode_batch(segments))
         result: list[list[int] | None] = []
         foreign = []
         special, all_of_them = self._tokenizer.special_ids, "".join(segments)
         hidden = [token for token in self._hidden if token in all_of_them]  # next to never one
-        for number, (ids, is_known) in enumerate(self._best(self._unigram, segments)):
+        for number, (ids, is_known) in enumerate(map(self._unigram.best, segments)):
             if hidden and any(token in segments[number] and token != segments[number] for token in hidden):
                 ids = None
             if ids is not None and not (is_known and special.isdisjoint(ids)):
@@ -107,32 +107,16 @@ class SegmentReader:
             result[number] = ids
         return result
 
-    def read_behind(self, line: Line, text: str) -> list[list[int]]:
-        """Ids of the unclear segments of `text`, each read behind all that its sum begins with."""
-        assert self.scores is not None
-        if self.compiled is not None:
-            return self.compiled.read_behind(line, self.scores.added, self.scores.byte_ids)
-        return self.scores.read_behind(line, text)
-
-    def _best(self, unigram: "_Unigram", segments: Sequence[str]) -> list[tuple[list[int] | None, bool]]:
-        if self.compiled is not None:
-            return self.compiled.best(segments)
-        self._seen += len(segments)
-        if self._seen > _BEFORE_COMPILED and self._may_compile:
-            try:
-                from megatron_ext.data.prepare.compiled_paths import CompiledPaths  # slow to import
-
-                self.compiled = CompiledPaths(self._vocabulary, _NEAR)
-            except ImportError:  # numba is not here, or is made for another numpy
-                self._may_compile = False
-        return [unigram.best(segment) for segment in segments]
+    @cached_property
+    def _unigram(self) -> "_Unigram":
+        return _Unigram(self._vocabulary)
 
 
 class _Unigram:
     """The best segmentation of short texts, where there is one that is clearly the best."""
 
     def __init__(self, vocabulary: Sequence[tuple[str, float]]) -> None:
-        self._edges, self._unknown = edges_of(vocabulary)
+        self._edges, self._unknown = edges_of(vocabulary), unknown_of(vocabulary)
 
     def best(self, text: str) -> tuple[list[int] | None, bool]:
         """Ids of the best segmentation, None where another is as good; and whether all characters are known."""
@@ -187,12 +171,11 @@ def segment_reader(tokenizer: Tokenizer) -> SegmentReader | None:
 
 def _keeps_places(normalizer: Any, pre_tokenizer: Any) -> bool:
     """Whether each character is read as itself, or a space as its mark, wherever it stands."""
-    space, mark = SPACES
-    if normalizer is not None and normalizer != {"type": "Replace", "pattern": {"String": space}, "content": mark}:
+    if normalizer is not None and normalizer != MARKED_SPACES:
         return False
     if pre_tokenizer is None:
         return True
-    is_metaspace = pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["replacement"] == mark
+    is_metaspace = pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["replacement"] == SPACES[1]
     return bool(is_metaspace and pre_tokenizer["prepend_scheme"] == "never")
 
 
@@ -204,3 +187,8 @@ def _merges_apart(model: dict[str, Any], tokenizer: Tokenizer) -> bool:
     special = {piece for piece, number in tokenizer.vocabulary.items() if number in tokenizer.special_ids}
     pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
     return special.isdisjoint(part for pair in pairs for part in pair)
+
+
+def codes_of(text: str) -> np.ndarray:
+    """Code points, uint32 [C]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_ext.data.prepare.corpus import Shard
 from megatron_ext.data.prepare.documents import read_shard, where_in
 from megatron_ext.data.prepare.encoder import encoder_for
-from megatron_ext.data.prepare.faults import SKIPPING, Faults
+from megatron_ext.data.prepare.faults import GOING_ON, Faults
 from megatron_ext.data.prepare.filters import Dropped, chain_of
 from megatron_ext.data.prepare.join import FILE_SHIFT
 from megatron_ext.data.prepare.parts import DOCUMENT, Part, Told
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 _BATCH_CHARACTERS = 1 << 18
+_MUCH = 1 << 19
+"""Bytes of files that are worth loading compiled code."""
 _SAMPLES, _SAMPLE_CHARACTERS = 5, 500
 """Documents that are kept of each reason to leave some out, and characters of each."""
 _ORDER = 0x6D65676174726F6E
@@ -56,11 +58,24 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to be done: its number, that of its file, and where it is."""
+    """A shard to be done.
 
-    number: int
+    Attributes:
+        file: number of its file.
+        number: its number in that file.
+        state: bytes of the file, and when it was changed last.
+    """
+
     file: int
+    number: int
     shard: Shard
+    state: tuple[int, int]
+
+    def part(self, work: Path) -> Part:
+        """What is made of it, in `work`; believed only for the file as it is."""
+        shard = self.shard
+        made_of: list[str | int] = [str(shard.path.resolve()), *self.state, shard.start, shard.stop, shard.group]
+        return Part(work, f"part-{self.file:06d}-{self.number:06d}", made_of)
 
 
 class ShardWorker:
@@ -68,15 +83,20 @@ class ShardWorker:
 
     def __init__(self, work: Path, options: TextOptions, tokenizer: Tokenizer) -> None:
         self._work, self._options, self._tokenizer = work, options, tokenizer
-        self._encoder = encoder_for(tokenizer, partial(_say_spelt, tokenizer, work / "spelt"))
+        self._read = 0
+        self._is_much: bool | None = None
         o = options
         self._keep = chain_of(o.filters, o.min_characters, o.max_characters, o.max_repetition)
 
     def do(self, task: Task) -> None:
         """Write the part of a shard."""
+        self._read += task.shard.stop - task.shard.start
+        if self._is_much != (is_much := self._read > _MUCH):
+            notice = partial(_say_spelt, self._tokenizer, self._work / "spelt")
+            self._is_much, self._encoder = is_much, encoder_for(self._tokenizer, notice, is_much=is_much)
         told = Told()
         batches = self._batches(task, told)
-        Part(self._work, task.number).write(batches, SPLITS, told, in_order=self._options.order == "random")
+        task.part(self._work).write(batches, SPLITS, told, in_order=self._options.order == "random")
 
     def _batches(self, task: Task, told: Told) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         texts = self._texts(task, told)
@@ -89,7 +109,7 @@ class ShardWorker:
             yield ids, splits_of(hashes, self._options.split), records
 
     def _texts(self, task: Task, told: Told) -> Iterator[tuple[int, str]]:
-        faults = Faults(are_fatal=self._options.bad_lines == "stop", advice=SKIPPING)
+        faults = Faults(are_fatal=self._options.bad_lines == "stop", advice=GOING_ON)
         for place, text in read_shard(task.shard, self._options.text_key, faults):
             kept = self._keep(text) if text else text
             if isinstance(kept, Dropped):

@@ -126,14 +126,14 @@ def text_cuts(tokenizer: Tokenizer) -> TextCuts | None:
     if not _has_no_memory(content["model"], tokenizer):
         return None
     try:
-        normalizers = [_normalize_of(part) for part in _parts(content["normalizer"], "normalizers")]
+        normalizers = [_normalize_of(part) for part in steps_of(content["normalizer"], "normalizers")]
         splits = _splits(content["pre_tokenizer"])
     except NotUnderstoodError:
         return None
     # Added tokens are looked for before the text is normalized, or after.
     within = {pair for token in plain for pair in _pairs_of(token["content"])}
     steps = [_unless_in(within), *normalizers, _unless_in(within)]
-    puts_space = any(part["type"] == "Prepend" for part in _parts(content["normalizer"], "normalizers"))
+    puts_space = any(part["type"] == "Prepend" for part in steps_of(content["normalizer"], "normalizers"))
     first = frozenset(token["content"][:1] for token in plain) if puts_space else None
     return TextCuts(tokenizer, (steps, splits), merges=_merges_in_order(content["model"]), first=first)
 
@@ -147,11 +147,11 @@ def _pairs_of(content: str) -> set[Pair]:
     return {pair for text in written for pair in zip(text, text[1:], strict=False)}
 
 
-def _parts(step: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+def steps_of(step: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
     """The steps of a sequence, or the one that there is."""
     if step is None:
         return []
-    return [one for part in step[name] for one in _parts(part, name)] if step["type"] == "Sequence" else [step]
+    return [one for part in step[name] for one in steps_of(part, name)] if step["type"] == "Sequence" else [step]
 
 
 def _has_no_memory(model: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
@@ -225,7 +225,7 @@ def _replace(pattern: Mapping[str, str], new: str) -> _Normalize:
 
 
 def _splits(step: Mapping[str, Any] | None) -> list[_Split]:
-    parts = _parts(step, "pretokenizers")
+    parts = steps_of(step, "pretokenizers")
     if any(part["type"] == "ByteLevel" for part in parts[:-1]):
         raise NotUnderstoodError("ByteLevel")  # what comes after it sees other characters
     return [split for part in parts for split in _split_of(part)]

@@ -19,40 +19,55 @@ _LAST_WORDS = 5.0
 """Seconds that a process has for ending before it is killed."""
 
 
-def run_in_processes(
-    work: Callable[[T], object],
-    tasks: Sequence[T],
-    processes: int,
-    *,
-    start: Callable[[], None],
-    describe: Callable[[T], str],
-) -> Iterator[T]:
-    """Do `work` on every task, shared among `processes`, and yield each task when it is done.
+class Processes:
+    """Processes that begin at once, while the command is at something else. Use as a context manager.
 
-    However this ends, all processes have ended then; those of a parent that is killed end by themselves.
+    However that ends, all of them have ended then; those of a parent that is killed end by themselves.
 
     Args:
-        start: called once in each process, before the first task. It and `work` must be picklable.
-        describe: what a task is about, for messages.
-
-    Raises:
-        MegatronExtError: what `work` raised, or a process died.
+        load: called in each: what can be done before it is known what to work on. Must be picklable.
     """
-    queue = iter(tasks)
-    workers = [_Worker(work, start) for _ in range(min(processes, len(tasks)))]
-    try:
-        for worker in workers:
+
+    def __init__(self, count: int, load: Callable[[], None]) -> None:
+        self._count, self._load = count, load
+        self._workers: list[_Worker[Any]] = []
+
+    def __enter__(self) -> "Processes":
+        self._workers = [_Worker(self._load) for _ in range(self._count)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.end()
+
+    def run(
+        self,
+        work: Callable[[T], object],
+        tasks: Sequence[T],
+        *,
+        start: Callable[[], None],
+        describe: Callable[[T], str],
+    ) -> Iterator[T]:
+        """Do `work` on every task, shared among all, and yield each task when it is done. To be called once.
+
+        Args:
+            start: called once in each process, before the first task. It and `work` must be picklable.
+            describe: what a task is about, for messages.
+
+        Raises:
+            MegatronExtError: what `work` raised, or a process died.
+        """
+        queue = iter(tasks)
+        for worker in self._workers:
+            worker.send((work, start))
             worker.give(next(queue, None))
-        while pipes := {worker.pipe: worker for worker in workers if worker.task is not None}:
+        while pipes := {worker.pipe: worker for worker in self._workers if worker.task is not None}:
             for pipe in wait(list(pipes)):
                 worker = pipes[pipe]  # type: ignore[index]
                 yield worker.result(describe)
                 worker.give(next(queue, None))
-    finally:
-        for worker in workers:
-            worker.process.terminate()
-        for worker in workers:
-            worker.end()
 
 
 def interruptible(work: Callable[[threading.Event], T]) -> T:
@@ -86,11 +101,11 @@ def interruptible(work: Callable[[threading.Event], T]) -> T:
 class _Worker(Generic[T]):
     """One process and the task it is at."""
 
-    def __init__(self, work: Callable[[T], object], start: Callable[[], None]) -> None:
+    def __init__(self, load: Callable[[], None]) -> None:
         # forkserver: worker processes must not inherit threads or locks of the parent.
         context = multiprocessing.get_context("forkserver")
         self.pipe, theirs = context.Pipe()
-        self.process: ForkServerProcess = context.Process(target=_serve, args=(theirs, work, start), daemon=True)
+        self.process: ForkServerProcess = context.Process(target=_serve, args=(theirs, load), daemon=True)
         self.process.start()
         theirs.close()
         self.task: T | None = None
@@ -98,8 +113,12 @@ class _Worker(Generic[T]):
     def give(self, task: T | None) -> None:
         """Send the next task; None: there is none."""
         self.task = task
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died: reading its result says so
-            self.pipe.send(task)
+        self.send(task)
+
+    def send(self, what: object) -> None:
+        """Send something; where it died, reading its result says so."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send(what)
 
     def result(self, describe: Callable[[T], str]) -> T:
         """The task, now done; raises what went wrong."""
@@ -133,11 +152,13 @@ class _Worker(Generic[T]):
             self.process.join()
 
 
-def _serve(pipe: Connection, work: Callable[[Any], None], start: Callable[[], None]) -> None:
-    """What a process does: tasks, until there are no more."""
+def _serve(pipe: Connection, load: Callable[[], None]) -> None:
+    """What a process does: it is told what to do, and then tasks, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        load()
+        work, start = pipe.recv()
         start()
         while (task := pipe.recv()) is not None:
             work(task)

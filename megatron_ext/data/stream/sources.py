@@ -5,14 +5,13 @@ is planned, on the number of ranks or on where a run was interrupted, so resumin
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -106,7 +105,7 @@ def build_blend(
 ) -> Samples:
     """Return `num_samples` samples drawn from `sources` by weight.
 
-    With `data.cache_dir`, indices are built by rank 0 and read by the others from there; every rank must call this.
+    With `data.cache_dir`, indices are built by rank 0, whose turn comes first, and read by the others from there.
 
     Raises:
         DataError: a source is missing, damaged, too short or was made with another tokenizer.
@@ -121,8 +120,7 @@ def build_blend(
             raise DataError(f"{key}: {source.path}: {few}")
     if data.cache_dir is None:
         return _computed_blend(sources, sizes, data, tokenizer, num_samples, seed)
-    blended: Blend = _first_on_rank_zero(lambda: _blend(sources, data, tokenizer, num_samples, seed, section))
-    return blended
+    return _blend(sources, data, tokenizer, num_samples, seed, section)
 
 
 def source_size(path: str, tokenizer: Tokenizer, key: str) -> SplitSummary:
@@ -236,10 +234,3 @@ def _cache(data: DataConfig) -> Path:
     if data.cache_dir is None:
         raise ValueError("without data.cache_dir there are no indices")
     return Path(data.cache_dir)
-
-
-def _first_on_rank_zero(build: Callable[[], Blend]) -> Blend:
-    """Run `build` on rank 0 and then on the others, which find what it left in the cache."""
-    result = build() if dist.get_rank() == 0 else None
-    dist.barrier()
-    return build() if result is None else result

@@ -32,13 +32,20 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     """
     directory = Path(directory)
     _check_files(directory)
-    # Processes here read a text each; threads would warn wherever a process that reads data ahead is forked.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    read_by_one_thread()
     from transformers import AutoTokenizer  # slow to import
 
     with reading(directory, DataError, kind="a tokenizer", advice=_way_out(directory)):
         how = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         return AutoTokenizer.from_pretrained(str(directory), **how, **_plain_tokens(directory))
+
+
+def read_by_one_thread() -> None:
+    """Let the library read by one thread: processes here read a text each.
+
+    Threads would also warn wherever a process that reads data ahead is forked.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _plain_tokens(directory: Path) -> dict[str, Any]:

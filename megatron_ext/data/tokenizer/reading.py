@@ -6,6 +6,7 @@ where the vocabulary has a piece of that name: only preparation itself ends docu
 count as tokens.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from megatron_ext.checkpoint.tokenizer_files import (
     SETTINGS_FILE,
     SPECIAL_FILE,
 )
-from megatron_ext.data.tokenizer.load import load_tokenizer
+from megatron_ext.data.tokenizer.load import load_tokenizer, read_by_one_thread
 from megatron_ext.data.tokenizer.pieces import encode_lines, load_sentencepiece
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
 from megatron_ext.errors import DataError
@@ -74,8 +75,16 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        read_by_one_thread()
         if self._backend is not None:
             _set_plain(self._backend)  # which the tokenizers library does not save
+
+    def with_backend(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
+        """A copy that cuts text by another object of the tokenizers library, of the same tokens."""
+        other = copy.copy(self)
+        other._backend = backend
+        _set_plain(backend)
+        return other
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens.

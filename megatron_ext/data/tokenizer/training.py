@@ -13,6 +13,7 @@ import sentencepiece
 
 from megatron_ext.data.prepare.corpus import corpus_files
 from megatron_ext.data.prepare.documents import read_documents
+from megatron_ext.data.prepare.faults import SKIPPING, Faults, say_left_out
 from megatron_ext.data.prepare.workers import interruptible
 from megatron_ext.data.tokenizer.export import CONTENTS, write_tokenizer
 from megatron_ext.data.tokenizer.model_file import read_model_file
@@ -153,20 +154,30 @@ def train_tokenizer(
     how: Training = Training(),  # noqa: B008
     *,
     text_key: str = "text",
+    bad_lines: Literal["stop", "skip"] = "stop",
     force: bool = False,
 ) -> Tokenizer:
-    """Train a tokenizer on the documents of `inputs` and write it to `output`."""
-    files = corpus_files(inputs)
+    """Train a tokenizer on the documents of `inputs` and write it to `output`.
+
+    Args:
+        bad_lines: whether a line that cannot be read ends the command, or is counted and left out.
+    """
+    files, is_fatal = corpus_files(inputs), bad_lines == "stop"
+    faults = Faults(is_fatal, SKIPPING)
     output_place(output, DataError, force=force, contents=CONTENTS, inputs=files)
     with exclusive_output(output, "training a tokenizer"):
-        read, first = counted(read_documents(files, text_key), "documents read"), list[str]()
+        read, first = counted(read_documents(files, text_key, faults), "documents read"), list[str]()
         while not (first and first[-1].strip()):
             if (document := next(read, None)) is None:
                 more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-                raise DataError(f"{files[0]}{more}: no text to train on, every document is empty; give other files")
+                bad = f", or one of {faults.count:,} bad lines" if faults.count else ""
+                raise DataError(
+                    f"{files[0]}{more}: no text to train on, all documents are empty{bad}; give other files"
+                )
             first.append(document)
         model = train_sentencepiece(itertools.chain(first, read), vocab_size, how)
-        documents = itertools.islice(read_documents(files, text_key), _PROOF_TEXTS)
+        say_left_out({"bad line": faults.count}, faults.messages)
+        documents = itertools.islice(read_documents(files, text_key, Faults(is_fatal)), _PROOF_TEXTS)
         delimiter = how.pretokenization_delimiter
         texts = (text.replace(delimiter, "") for text in documents) if delimiter else documents
         return write_tokenizer(model, output, [*texts, *how.names], force=force)

@@ -1,17 +1,16 @@
 """The torch backend: every layer in plain PyTorch, on CPU and CUDA, with sequence and expert parallelism."""
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-
 from megatron_ext.mcore.attention import ScaledDotProductAttention
 from megatron_ext.mcore.feed_forward import FeedForward, SharedExperts
 from megatron_ext.mcore.fp8.experts import Fp8GroupedExperts
 from megatron_ext.mcore.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_ext.mcore.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ext.mcore.moe.experts import GroupedExperts
 from megatron_ext.mcore.norm import LayerNorm, RMSNorm
 
 
 class TorchLayers:
-    """A `LayerProvider`: megatron-core's own linear layers with our norms, attention and experts."""
+    """A `LayerProvider`: megatron-core's linear layers, all but their gradients, with our norms, attention, experts."""
 
     fuses_norms = False
 

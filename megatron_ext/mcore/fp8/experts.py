@@ -27,9 +27,8 @@ class _ExpertFunction(torch.autograd.Function):
         ctx.save_for_backward(x_TK, weights_ENK, ends_E)
         ctx.scaling = scaling
         x_max, ctx.x_max = scaling.lasting_maxima(Role.INPUT, x_TK)
-        weights_max, ctx.weights_max = scaling.lasting_maxima(Role.WEIGHT, weights_ENK)
-        quantized = scaling.quantize(Role.INPUT, x_TK, x_max), scaling.quantize(Role.WEIGHT, weights_ENK, weights_max)
-        return grouped_product(*quantized, ends_E, x_TK.dtype, fast=True)
+        weights, ctx.weights_max = scaling.weight(weights_ENK)
+        return grouped_product(scaling.quantize(Role.INPUT, x_TK, x_max), weights, ends_E, x_TK.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -40,7 +39,7 @@ class _ExpertFunction(torch.autograd.Function):
         # A scale of the whole tensor is that of all tokens; finer ones are of an expert's own.
         grad_max, shared_max = scaling.lasting_maxima(Role.GRADIENT, grad_TN)
         if needs_x:
-            weights_EKN = scaling.quantize(Role.WEIGHT, weights_ENK.transpose(1, 2), ctx.weights_max)
+            weights_EKN = scaling.weight_t(weights_ENK, ctx.weights_max)
             grad = scaling.quantize(Role.GRADIENT, grad_TN, grad_max)
             grad_x = grouped_product(grad, weights_EKN, ends_E, x_TK.dtype, fast=False)
         if needs_weights:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_ext.mcore.fp8.products import product
 from megatron_ext.mcore.fp8.quantize import Quantized
 from megatron_ext.mcore.fp8.scaling import Role, Scaling
+from megatron_ext.mcore.sequence_parts import gather, reduce_scatter
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -27,27 +28,26 @@ class _LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight_NK)
         ctx.scaling, ctx.group, ctx.gathers, ctx.reduces = scaling, group, gathers, reduces
-        whole = _gather(x, group)[0] if gathers else x
+        whole = gather(x, group)[0] if gathers else x
         x_MK = whole.reshape(-1, whole.shape[-1])
         x_max, ctx.x_max = scaling.lasting_maxima(Role.INPUT, x_MK)
-        weight_max, ctx.weight_max = scaling.lasting_maxima(Role.WEIGHT, weight_NK)
-        quantized = scaling.quantize(Role.INPUT, x_MK, x_max), scaling.quantize(Role.WEIGHT, weight_NK, weight_max)
-        return product(*quantized, x.dtype, fast=True).view(*whole.shape[:-1], -1)
+        weight, ctx.weight_max = scaling.weight(weight_NK)
+        y_MN = product(scaling.quantize(Role.INPUT, x_MK, x_max), weight, x.dtype, fast=True)
+        return y_MN.view(*whole.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_NK = ctx.saved_tensors
         scaling, (needs_x, needs_weight, *_) = ctx.scaling, ctx.needs_input_grad
         grad_MN = grads[0].reshape(-1, grads[0].shape[-1])
-        whole, gathering = _gather(x, ctx.group, wait=False) if ctx.gathers and needs_weight else (x, None)
+        whole, gathering = gather(x, ctx.group, wait=False) if ctx.gathers and needs_weight else (x, None)
         grad, grad_t = _gradient_operands(scaling, grad_MN, needs_x, needs_weight)
         grad_x = grad_weight = reducing = None
         if grad is not None:
-            weight_KN = scaling.quantize(Role.WEIGHT, weight_NK.t(), ctx.weight_max)
-            grad_MK = product(grad, weight_KN, x.dtype, fast=False)
+            grad_MK = product(grad, scaling.weight_t(weight_NK, ctx.weight_max), x.dtype, fast=False)
             grad_x = grad_MK.view(*grads[0].shape[:-1], -1)
             if ctx.gathers:
-                grad_x, reducing = _reduce_scatter(grad_x, ctx.group)
+                grad_x, reducing = reduce_scatter(grad_x, ctx.group)
             elif ctx.reduces:
                 reducing = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         if needs_weight:
@@ -73,19 +73,6 @@ def _gradient_operands(
         return scaling.quantize_both(Role.GRADIENT, grad_MN)
     straight = scaling.quantize(Role.GRADIENT, grad_MN) if needs_x else None
     return straight, scaling.quantize(Role.GRADIENT, grad_MN.t()) if transposes else None
-
-
-def _gather(part: Tensor, group: Any, *, wait: bool = True) -> tuple[Tensor, Any]:
-    """The parts of all ranks of `group` along the sequence, and the handle to wait for if not waited for here."""
-    whole = part.new_empty(part.shape[0] * group.size(), *part.shape[1:])
-    handle = dist.all_gather_into_tensor(whole, part.contiguous(), group=group, async_op=not wait)
-    return whole, handle
-
-
-def _reduce_scatter(whole: Tensor, group: Any) -> tuple[Tensor, Any]:
-    """The sum over `group` of this rank's part of the sequence, and the handle to wait for."""
-    part = whole.new_empty(whole.shape[0] // group.size(), *whole.shape[1:])
-    return part, dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
 
 
 class _Fp8Products(torch.nn.Module):

@@ -97,10 +97,11 @@ def quantize_both(
     saturate: bool = False,
     triton: bool = False,
 ) -> tuple[Quantized, Quantized]:
-    """A matrix and its transpose in fp8, each with its own scales; bit for bit what two calls of `quantize` give.
+    """Matrices and their transposes in fp8, each with its own scales; bit for bit what two calls of `quantize` give.
 
     Args:
-        maxima: those of the matrix and of its transpose.
+        x_RK: leading dimensions are separate matrices.
+        maxima: those of the matrices and of their transposes.
     """
     if triton and tile in _KERNEL_TILES:
         from megatron_ext.mcore.kernels.fp8_cast import cast_both
@@ -110,8 +111,8 @@ def quantize_both(
         return Quantized(values, scale, tile), Quantized(values_t, scale_t, tile)
     straight = quantize(x_RK, dtype, tile, maxima[0], saturate=saturate)
     if tile == WHOLE:
-        return straight, Quantized(straight.values.t().contiguous(), straight.scale, tile)
-    return straight, quantize(x_RK.t(), dtype, tile, maxima[1], saturate=saturate)
+        return straight, Quantized(straight.values.mT.contiguous(), straight.scale, tile)
+    return straight, quantize(x_RK.mT, dtype, tile, maxima[1], saturate=saturate)
 
 
 def _over_elements(per_tile: Tensor, tile: Tile, x_RK: Tensor) -> Tensor:

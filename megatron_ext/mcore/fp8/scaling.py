@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +39,16 @@ _TILES: dict[str, Tile] = {
 _WEIGHT_TILES: dict[str, Tile] = {**_TILES, "blockwise": (128, 128)}
 
 
+@dataclass(frozen=True)
+class _KeptWeight:
+    """A weight in fp8 as the products of a step need it."""
+
+    identity: tuple[int, int]
+    """Address and version of the weight that it was made of."""
+    straight: Quantized
+    transposed: Quantized
+
+
 class Scaling(torch.nn.Module):
     """Quantises the operands of one linear layer by a recipe.
 
@@ -47,6 +58,11 @@ class Scaling(torch.nn.Module):
     `advance` takes them over when the step has been made, reduced over all ranks that share the layer: every layout
     has the same history, and passing a micro-batch twice, as activation recompute does, changes nothing.
 
+    A weight changes between steps only. From `open_step` to `close_step` it is therefore quantised once, in both
+    layouts from one reading, and every micro-batch, forward, recomputed and backward, takes the same fp8 numbers.
+    megatron-core's optimizers write weights past autograd's version counter, so it is the step that ends what is kept,
+    whatever its end (kept_weights.py); outside of a step, and in evaluation, each pass quantises for itself.
+
     Attributes:
         amax_history: [3, amax_history_len], latest first; training state (histories.py).
         latest: [3], largest magnitudes of the present step.
@@ -54,6 +70,7 @@ class Scaling(torch.nn.Module):
 
     amax_history: Tensor
     latest: Tensor
+    _kept: _KeptWeight | None
 
     def __init__(
         self, precision: Fp8Precision, *, gradient_format: torch.dtype | None = None, triton: bool = False
@@ -61,6 +78,7 @@ class Scaling(torch.nn.Module):
         super().__init__()
         self.precision, self.triton = precision, triton
         self.gradient_format = gradient_format or (E5M2 if precision.format == "hybrid" else E4M3)
+        self._in_step, self._kept = False, None
         if self.is_delayed:
             self.register_buffer("amax_history", torch.zeros(len(Role), precision.amax_history_len), persistent=False)
             self.register_buffer("latest", torch.zeros(len(Role)), persistent=False)
@@ -78,6 +96,34 @@ class Scaling(torch.nn.Module):
         """The operand's fp8 format."""
         return self.gradient_format if role is Role.GRADIENT else E4M3
 
+    def open_step(self) -> None:
+        """From now on the weight does not change: what is made of it is kept."""
+        self._in_step, self._kept = self.precision.keep_fp8_weights, None
+
+    def close_step(self) -> None:
+        """The weight may change: let go of what was made of it."""
+        self._in_step, self._kept = False, None
+
+    def weight(self, weight_NK: Tensor) -> tuple[Quantized, Tensor | None]:
+        """The layer's weight [..., N, K] for a product that contracts K, and what `weight_t` wants to be given."""
+        if self._in_step and self.training:
+            return self._keep(weight_NK).straight, None
+        maxima, lasting = self.lasting_maxima(Role.WEIGHT, weight_NK)
+        return self.quantize(Role.WEIGHT, weight_NK, maxima), lasting
+
+    def weight_t(self, weight_NK: Tensor, maxima: Tensor | None) -> Quantized:
+        """Its transpose [..., K, N], for the product of the backward pass, which contracts N."""
+        if self._in_step and self.training:
+            return self._keep(weight_NK).transposed
+        return self.quantize(Role.WEIGHT, weight_NK.mT, maxima)
+
+    def _keep(self, weight_NK: Tensor) -> _KeptWeight:
+        identity = weight_NK.data_ptr(), weight_NK._version
+        if self._kept is None or self._kept.identity != identity:
+            self._kept = None  # its memory is free before the new one is made
+            self._kept = _KeptWeight(identity, *self.quantize_both(Role.WEIGHT, weight_NK))
+        return self._kept
+
     def quantize(self, role: Role, x_RK: Tensor, maxima: Tensor | None = None) -> Quantized:
         """Quantise an operand [..., R, K] of a product that contracts K.
 
@@ -89,9 +135,9 @@ class Scaling(torch.nn.Module):
         return quantize(x_RK, self.dtype(role), self.tile(role), maxima, saturate=self.is_delayed, triton=self.triton)
 
     def quantize_both(self, role: Role, x_RK: Tensor) -> tuple[Quantized, Quantized]:
-        """Quantise a matrix and its transpose, for a product that contracts K and one that contracts R."""
+        """Quantise matrices and their transposes, for a product that contracts K and one that contracts R."""
         largest = self.maxima(role, x_RK)
-        maxima = (largest, largest if self.tile(role) == WHOLE else self.maxima(role, x_RK.t()))
+        maxima = (largest, largest if self.tile(role) == WHOLE else self.maxima(role, x_RK.mT))
         options = {"saturate": self.is_delayed, "triton": self.triton}
         return quantize_both(x_RK, self.dtype(role), self.tile(role), maxima, **options)
 

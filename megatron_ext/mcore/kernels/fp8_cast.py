@@ -42,6 +42,7 @@ def _cast(
     x_column,
     inverse_matrix,
     inverse_row,
+    inverse_t_matrix,
     inverse_t_column,
     LARGEST: tl.constexpr,
     SATURATES: tl.constexpr,
@@ -59,9 +60,10 @@ def _cast(
     target = values + matrix * rows * columns + r[:, None] * columns + k[None, :]
     tl.store(target, scaled.to(values.dtype.element_ty), mask=inside)
     if BOTH:
-        by_column = tl.load(inverse_t + k * inverse_t_column, mask=k < columns, other=0.0)
+        place_t = matrix * inverse_t_matrix + k * inverse_t_column
+        by_column = tl.load(inverse_t + place_t, mask=k < columns, other=0.0)
         scaled = _scaled(tile, by_column[None, :], LARGEST, SATURATES)
-        target = values_t + k[None, :] * rows + r[:, None]
+        target = values_t + matrix * rows * columns + k[None, :] * rows + r[:, None]
         tl.store(target, scaled.to(values.dtype.element_ty), mask=inside)
 
 
@@ -78,10 +80,10 @@ def cast(x_BRK: Tensor, scale: Tensor, dtype: torch.dtype, *, saturates: bool) -
 
 
 def cast_both(
-    x_RK: Tensor, scale_R1: Tensor, scale_K1: Tensor, dtype: torch.dtype, *, saturates: bool
+    x_BRK: Tensor, scale: Tensor, scale_t: Tensor, dtype: torch.dtype, *, saturates: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return `x / scale_R1` [R, K] and `x.t() / scale_K1` [K, R], as two calls of `cast` would, from one reading."""
-    values, values_t = _run(x_RK, scale_R1, scale_K1, dtype, saturates)
+    """Return `x / scale` [B, R, K] and `x.mT / scale_t` [B, K, R], as two calls of `cast` would, from one reading."""
+    values, values_t = _run(x_BRK, scale, scale_t, dtype, saturates)
     assert values_t is not None
     return values, values_t
 
@@ -90,13 +92,13 @@ def _run(
     x: Tensor, scale: Tensor, scale_t: Tensor | None, dtype: torch.dtype, saturates: bool
 ) -> tuple[Tensor, Tensor | None]:
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
-    values_t = None if scale_t is None else torch.empty(x.shape[::-1], dtype=dtype, device=x.device)
+    values_t = None if scale_t is None else torch.empty(x.mT.shape, dtype=dtype, device=x.device)
     if not x.numel():
         return values, values_t
     x_BRK = x if x.dim() == 3 else x.unsqueeze(0)
     matrices, rows, columns = x_BRK.shape
-    inverse = scale.reciprocal().expand(*x.shape[:-1], 1)
-    inverse_t = None if scale_t is None else scale_t.reciprocal().expand(columns, 1)
+    inverse = scale.reciprocal().expand(*x_BRK.shape[:-1], 1)
+    inverse_t = None if scale_t is None else scale_t.reciprocal().expand(matrices, columns, 1)
     _cast[(triton.cdiv(rows, _BLOCK), triton.cdiv(columns, _BLOCK), matrices)](
         x_BRK,
         inverse,
@@ -106,9 +108,8 @@ def _run(
         rows,
         columns,
         *x_BRK.stride(),
-        inverse.stride(0) if x.dim() == 3 else 0,
-        inverse.stride(-2),
-        0 if inverse_t is None else inverse_t.stride(0),
+        *inverse.stride()[:2],
+        *((0, 0) if inverse_t is None else inverse_t.stride()[:2]),
         LARGEST=torch.finfo(dtype).max,
         SATURATES=saturates,
         BOTH=scale_t is not None,

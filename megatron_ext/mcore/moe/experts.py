@@ -12,7 +12,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.activation import gate_of, gated_activation
+from megatron_ext.mcore.linear import gradient_sum
 from megatron_ext.mcore.moe.grouped_linear import grouped_linear
 
 
@@ -84,18 +85,21 @@ class GroupedExperts(MegatronModule):
 
     def fc1(self, tokens_TH: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's tokens by its own first weight: [T, F], or [T, 2 F] if gated."""
-        return grouped_linear(tokens_TH, self.weight1, ends_E)
+        return grouped_linear(tokens_TH, self.weight1, ends_E, self._sum_of(self.weight1))
 
     def fc2(self, hidden_TF: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's hidden units by its own second weight: [T, H]."""
-        return grouped_linear(hidden_TF, self.weight2, ends_E)
+        return grouped_linear(hidden_TF, self.weight2, ends_E, self._sum_of(self.weight2))
+
+    def _sum_of(self, weight: Tensor) -> Tensor | None:
+        """Where our own kernel adds the gradient of `weight` to, in runs that take our kernels."""
+        return gradient_sum(self.config, weight) if self.config.triton_kernels else None
 
     def _activated(self, projected: Tensor, weights_T: Tensor) -> Tensor:
         """The hidden units times their token's routing weight [T, F]."""
-        activation = self.config.activation_func
         if self.config.gated_linear_unit:
-            return gated_activation(projected, activation, weights_T, triton=self.config.triton_kernels)
-        return (activation(projected) * weights_T.unsqueeze(-1)).to(projected.dtype)
+            return gated_activation(projected, gate_of(self.config), weights_T, triton=self.config.triton_kernels)
+        return (self.config.activation_func(projected) * weights_T.unsqueeze(-1)).to(projected.dtype)
 
     def _of_each_token(self, bias: Tensor, counts_E: Tensor, tokens: int) -> Tensor:
         """The row of `bias` [E * width] of the expert that each of `tokens` tokens goes to, [T, width]."""

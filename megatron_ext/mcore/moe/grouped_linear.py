@@ -15,13 +15,18 @@ from torch import Tensor
 FINE_STEP, COARSE_STEP = 32, 128
 
 
-def grouped_linear(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_linear(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor, sum_EOI: Tensor | None = None) -> Tensor:
     """Multiply each expert's rows of `tokens_TI` by the transpose of its own weight; return [T, O].
 
     Args:
         tokens_TI: rows sorted by expert.
         ends_E: int32; expert e has the rows from `ends_E[e - 1]` up to `ends_E[e]`.
+        sum_EOI: where our own kernel adds the weight's gradient to, in fp32 (mcore/kernels/grouped_gradient.py);
+            autograd then hands on none.
     """
+    if sum_EOI is not None:
+        output_TO = grouped_linear(tokens_TI, weight_EOI.detach(), ends_E)
+        return _AddedGradient.apply(output_TO, weight_EOI, tokens_TI.detach(), sum_EOI, ends_E)
     if tokens_TI.device.type == "cpu":
         return _CpuGroupedLinear.apply(tokens_TI, weight_EOI, ends_E)
     if torch.cuda.get_device_capability(tokens_TI.device) >= _WRITES_NOTHING_FOR_IDLE:
@@ -45,6 +50,27 @@ def _grouped_kernel(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Te
         tokens_TI, weight_EOI = F.pad(tokens_TI, (0, fill_I)), F.pad(weight_EOI, (0, fill_I, 0, fill_O))
     output = F.grouped_mm(tokens_TI, weight_EOI.transpose(1, 2), offs=ends_E)
     return output[:, :width] if fill_O else output
+
+
+class _AddedGradient(torch.autograd.Function):
+    """The output as it is; of the weights it was made with, whose gradient is added to its sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output_TO: Tensor, weight_EOI: Tensor, tokens_TI: Tensor, sum_EOI: Tensor, ends_E: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(tokens_TI, ends_E)
+        # Not saved as an input: it changes between forward and backward, by design.
+        ctx.sum = sum_EOI
+        return output_TO.view_as(output_TO)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        from megatron_ext.mcore.kernels.grouped_gradient import add_gradients
+
+        tokens_TI, ends_E = ctx.saved_tensors
+        add_gradients(ctx.sum, grads[0], tokens_TI, ends_E)
+        return grads[0], None, None, None, None
 
 
 class _IdleGradient(torch.autograd.Function):

@@ -52,6 +52,7 @@ class Router(MegatronModule):
 
     Attributes:
         weight: [E, H]
+        bias: [E], with `moe_router_linear_bias`; part of the logits.
         expert_bias: [E] in fp32, with `moe_router_enable_expert_bias`; part of the model.
         noise_weight: [E, H], with learned noise.
         aux_loss_coeff: coefficient of each balance loss; moves with `moe_adaptive_aux_loss`.
@@ -76,6 +77,7 @@ class Router(MegatronModule):
             cp_size=pg_collection.cp.size(),
         )
         self.weight = self._gate()
+        self.bias = self._parameter(self.num_experts) if model.moe_router_linear_bias else None
         if isinstance(model.moe_router_noise, LearnedNoise):
             self.noise_weight = self._gate()
         self.register_buffer(
@@ -96,8 +98,11 @@ class Router(MegatronModule):
         self.begin_step()
 
     def _gate(self) -> torch.nn.Parameter:
+        return self._parameter(self.num_experts, self.config.hidden_size)
+
+    def _parameter(self, *shape: int) -> torch.nn.Parameter:
         where = {"dtype": self.config.params_dtype, "device": torch.get_default_device()}
-        weight = torch.nn.Parameter(torch.empty(self.num_experts, self.config.hidden_size, **where))
+        weight = torch.nn.Parameter(torch.empty(*shape, **where))
         # Each rank of a TP group has its own tokens, so each has a part of the gradient.
         weight.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         return weight
@@ -167,7 +172,7 @@ class Router(MegatronModule):
             factor = 1 + eps * (2 * noise.uniform(keys_T, tokens_TH.shape[-1]) - 1)
             tokens_TH = tokens_TH * factor.to(tokens_TH.dtype)
         logits: Tensor = _GatingLinear.apply(tokens_TH, self.weight)
-        return logits
+        return logits if self.bias is None else logits + self.bias.float()
 
     def _with_noise(self, logits_TE: Tensor, tokens_TH: Tensor, keys_T: Tensor | None) -> Tensor:
         """The logits tokens are routed by in training."""

@@ -1,21 +1,17 @@
 """Shared experts whose linear layers have biases; megatron-core's refuse them."""
 
-#   S sequence of this rank, B micro-batch, H hidden
-
 from copy import copy
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+
+from megatron_ext.mcore.feed_forward import SharedExperts
 
 
-class BiasedSharedExperts(SharedExpertMLP):
-    """megatron-core's shared experts with a bias in both linear layers, inside the gate where there is one."""
+class BiasedSharedExperts(SharedExperts):
+    """Ours with a bias in both linear layers, inside the gate where there is one."""
 
     def __init__(
         self,
@@ -54,11 +50,3 @@ class BiasedSharedExperts(SharedExpertMLP):
             tp_comm_buffer_name="fc2",
             **shared,
         )
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the shared experts' output [S, B, H] for the hidden states [S, B, H]."""
-        output, bias = MLP.forward(self, hidden_states)
-        output = output + bias
-        if self.use_shared_expert_gate:
-            output = output * torch.sigmoid(F.linear(hidden_states, self.gate_weight))
-        return output

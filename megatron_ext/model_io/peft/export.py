@@ -20,6 +20,7 @@ from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.canonical.adapters import AdapterPair
 from megatron_ext.canonical.catalogue import EMBEDDING, OUTPUT
 from megatron_ext.config import ModelConfig
+from megatron_ext.errors import ConversionError
 from megatron_ext.model_io.adapters import Adapters
 from megatron_ext.model_io.peft.files import write_directory
 from megatron_ext.model_io.peft.fused import join
@@ -91,6 +92,11 @@ def export_peft(
         ConversionError: it cannot be written; nothing that looks complete is left behind.
     """
     names = HuggingFaceNames(architecture, adapters.model)
+    if names.hides_experts and any(pair.is_expert for pair in adapters.pairs):
+        raise ConversionError(
+            f"{architecture.hf_class} has its experts in tensors with gate and up by turns, where adapters of experts "
+            "cannot be written for PEFT; merge them into the weights, or train adapters of attention alone"
+        )
     experts = names.experts() if layout == "stacked" else {}
     content = _Content(adapters.config.use_rslora, names.are_transposed)
     together: dict[str, list[AdapterPair]] = {}

@@ -57,11 +57,17 @@ class HuggingFaceNames:
     @property
     def are_transposed(self) -> bool:
         """Whether the class has weights stored [inputs, outputs]."""
-        return any(isinstance(rule, Transpose | BlockQkv) for rule, _ in self._rules.values())
+        of_modules = (rule for rule, _ in self._rules.values() if "{expert}" not in rule.megatron)
+        return any(isinstance(rule, Transpose | BlockQkv) for rule in of_modules)
+
+    @property
+    def hides_experts(self) -> bool:
+        """Whether experts are in tensors that no adapter of gate, up or down alone is written for (gpt-oss)."""
+        return any(stacked.written for stacked in self._architecture.stacked)
 
     def experts(self) -> Mapping[int, Experts]:
         """The routed experts of each layer, where the class keeps them in one; empty where each is a module."""
-        if not self._architecture.stacked:
+        if not self._architecture.stacked or self.hides_experts:
             return {}
         gate_up, down = (stacked.hf for stacked in self._architecture.stacked)
         module = gate_up.rpartition(".")[0]

@@ -57,8 +57,9 @@ class Spool:
             try:
                 left += [_from_json(entry) for entry in json.loads(path.read_bytes())]
                 self._adopted.append(path)
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                log.warning("%s: its alerts cannot be read (%s) and are not sent; look, and remove it", path, error)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                said = "%s: its alerts cannot be read (%s) and are not sent; they are kept in %s"
+                log.warning(said, path, error, _set_aside(path))
         return sorted(left, key=lambda alert: alert.event.at)
 
     def start(self, waiting: Callable[[], Sequence[Alert]]) -> None:
@@ -102,6 +103,16 @@ class Spool:
         event = alert.event
         told = {"kind": event.kind, "iteration": event.iteration, "text": event.text, "at": event.at}
         return {**told, "before": alert.before, "place": alert.place or self._place}
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a file that cannot be read a name under which nothing is written, and no later start looks for it."""
+    kept = path.with_name(f"{path.name}.unreadable-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}")
+    try:
+        path.rename(kept)
+    except OSError:
+        return path  # in a folder in which nothing can be written either
+    return kept
 
 
 def _from_json(entry: Mapping[str, Any]) -> Alert:

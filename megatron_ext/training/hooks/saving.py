@@ -1,13 +1,18 @@
 """Saves every checkpoint.save_interval steps, at both ends of a run, and before a signal ends it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch.distributed as dist
+
+from megatron_ext.checkpoint.find import iteration_of
 from megatron_ext.checkpoint.finite import NotFiniteError
 from megatron_ext.checkpoint.save import Outcome
 from megatron_ext.config import CheckpointConfig
 from megatron_ext.errors import CheckpointError
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event, Tell
+from megatron_ext.monitoring.metrics_file import is_untold
 from megatron_ext.planning.amounts import size
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.session import Session
@@ -21,20 +26,25 @@ class Saving(Hook):
     the one before.
 
     Args:
+        records: the metrics file.
         tell: takes what became of each save.
         others: told of each checkpoint that is complete, when every rank knows.
     """
 
-    def __init__(self, settings: CheckpointConfig, clock: Clock, tell: Tell, others: Sequence[Hook]) -> None:
-        self._settings, self._clock, self._tell, self._others = settings, clock, tell, others
+    def __init__(
+        self, settings: CheckpointConfig, records: Path, clock: Clock, tell: Tell, others: Sequence[Hook]
+    ) -> None:
+        self._settings, self._records, self._clock, self._tell = settings, records, clock, tell
+        self._others = others
         self._session: Session | None = None
         self._told: Outcome | None = None
         self._is_last = False
         """Whether no later save can make up for one that fails."""
 
     def on_start(self, session: Session) -> None:
-        """Save a run that is new, where that is asked for."""
+        """Make up for what was not told, and save a run that is new, where that is asked for."""
         self._session = session
+        self._tell_untold(session)
         if self._settings.save_initial and session.checkpoints.newest() is None:
             with self._clock.stopped():
                 self._save(session, session.state.iteration, is_last=False)
@@ -110,6 +120,15 @@ class Saving(Hook):
         if (lag := self._session.checkpoints.lag() if self._session is not None else None) is not None:
             details["checkpoint_lag"] = lag
         self._tell(Event("checkpoint", outcome.iteration, text, details))
+
+    def _tell_untold(self, session: Session) -> None:
+        """Tell of the checkpoint that the run goes on from, where a kill came between completing it and telling."""
+        if dist.get_rank() != 0 or (newest := session.checkpoints.newest()) is None:
+            return
+        if is_untold(self._records, iteration_of(newest)):
+            written = sum(path.stat().st_size for path in newest.glob("*.distcp"))
+            text = f"saved {newest} ({size(written)}; the run was ended before it could say so)"
+            self._tell(Event("checkpoint", iteration_of(newest), text, {"checkpoint": str(newest), "bytes": written}))
 
     def _tell_copies(self, session: Session, iteration: int) -> None:
         for copy in session.checkpoints.copied():

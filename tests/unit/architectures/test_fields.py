@@ -17,6 +17,7 @@ from megatron_ext.architectures.tables.fields import config_to_hf, config_to_meg
 from megatron_ext.architectures.tables.window_fields import FULL, SLIDING
 from megatron_ext.config import ModelConfig, YarnRopeScaling
 from megatron_ext.errors import ConversionError
+from megatron_ext.mcore.activation import quick_gelu
 from megatron_ext.mcore.moe import balance
 from megatron_ext.testing.tiny import tiny_model
 from tests.unit.architectures.reading import read, reference
@@ -103,6 +104,11 @@ def test_old_and_new_rope_keys_are_written() -> None:
             {"num_key_value_heads": 2},
             "num_key_value_heads = 2, num_attention_heads = 6: every head",
         ),
+        ("GptOssForCausalLM", {"swiglu_alpha": 1.0}, "swiglu_alpha = 1.0: only 1.702"),
+        ("GptOssForCausalLM", {"attention_bias": False}, "attention_bias = False"),
+        ("GptOssForCausalLM", {"rope_parameters": None}, "rope_parameters, rope_scaling: not given"),
+        ("GptOssForCausalLM", {"sliding_window": None}, "sliding_attention without a window (sliding_window)"),
+        ("GptOssForCausalLM", {"layer_types": ["full_attention"]}, "needs one entry for each of 3 layers"),
         ("DeepseekV2ForCausalLM", {"n_shared_experts": 0}, "n_shared_experts = 0"),
         ("DeepseekV3ForCausalLM", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
         ("DeepseekV3ForCausalLM", {"rope_interleave": False}, "rope_interleave = False"),
@@ -119,7 +125,7 @@ def test_what_cannot_be_said_is_refused_by_name(hf_class: str, change: dict[str,
     ("stated", "expected"),
     [
         ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}, "attention_factor = 1.5: may change"),
-        ({"rope_type": "yarn", "factor": 4.0, "truncate": False}, "truncate = False: may change"),
+        ({"rope_type": "linear", "factor": 4.0, "truncate": False}, "truncate = False: may change"),
         ({"rope_type": "linear", "factor": 4.0, "type": "dynamic"}, "rope_parameters has another type than rope_type"),
         ({"full_attention": {"rope_type": "default"}}, "full_attention = "),
         (
@@ -342,11 +348,12 @@ def test_activations_of_another_name_are_the_same_function() -> None:
         "silu": torch.nn.functional.silu,
         "gelu": torch.nn.functional.gelu,
         "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        "quick_gelu": quick_gelu,
     }
     for name, meant in SPELLINGS.items():
         # gelu_fast's constant has ten digits; fp32 rounds to 6e-8.
         assert float((ACT2FN[name](x) - ours[meant](x)).abs().max()) < 1e-9, name
-    named = {"gelu_10", "quick_gelu", "relu2", "xielu"} & ACT2FN.keys()
+    named = {"gelu_10", "relu2", "xielu"} & ACT2FN.keys()
     for name in named:
         with pytest.raises(ConversionError, match=f"hidden_act = '{name}': can be silu, swish, gelu, .*gelu_fast"):
             read("LlamaForCausalLM", reference("LlamaForCausalLM") | {"hidden_act": name})

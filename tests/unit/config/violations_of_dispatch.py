@@ -39,6 +39,13 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["model.add_bias_linear = True", "remove moe_shared_expert_overlap"],
     ),
     (
+        {
+            "model": SHARED | {"activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0},
+            "parallel": OVERLAPPED,
+        },
+        ["model.activation_func_clamp_value = 7.0", "model.glu_linear_offset = 1.0", "remove moe_shared_expert_over"],
+    ),
+    (
         {"model": SHARED | {"moe_shared_expert_gate": True}, "parallel": OVERLAPPED},
         ["model.moe_shared_expert_gate = True", "where nothing waits for it"],
     ),

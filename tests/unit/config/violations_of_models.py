@@ -71,6 +71,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         },
         ["model.hidden_size = 66, parallel.etp = 4", "output biases are split"],
     ),
+    (
+        {"model": {"activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0, "gated_linear_unit": False}},
+        ["model.activation_func_clamp_value = 7.0, model.gated_linear_unit = False", "model.glu_linear_offset = 1.0"],
+    ),
     ({"model": MOE | {"moe_router_topk": 9}}, ["model.moe_router_topk = 9", "model.num_moe_experts = 8"]),
     ({"model": MOE | {"moe_router_topk": 1}}, ["moe_router_pre_softmax: true"]),
     ({"model": MOE | PRE | {"moe_router_topk": 1, "moe_router_norm_topk_prob": True}}, ["divided by itself"]),
@@ -168,6 +172,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["data.sequence_length = 8193"],
     ),
     (
+        {"recompute": {"logits": True}, "model": {"transformer_overrides": {"defer_embedding_wgrad_compute": True}}},
+        ["recompute.logits = True", "needs the logits' gradient"],
+    ),
+    (
         {"precision": {"kind": "fp8", "margin": 1}},
         ["precision.margin = 1", "precision.recipe = 'tensorwise'", "delayed"],
     ),
@@ -218,6 +226,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     (
         {"runtime": TE, "precision": fp8("tensorwise", fp8_wgrad=False)},
         ["precision.fp8_wgrad = False", "in FP8 all the same"],
+    ),
+    (
+        {"runtime": TE, "precision": fp8("tensorwise", keep_fp8_weights=False)},
+        ["precision.keep_fp8_weights = False", "by rules of its own"],
     ),
     (
         {

@@ -29,6 +29,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["parallel.expert_tensor_parallel_size = 2: adapters of routed experts are not split; set it to 1"],
     ),
     (
+        {**ADAPTED, "adapters": EVERYTHING, "recompute": {"logits": True}},
+        ["recompute.logits = True: adapters.targets: matches output_layer, whose adapter adds to all logits"],
+    ),
+    (
         {**ADAPTED, "adapters": EVERYTHING, "model": {"untie_embeddings_and_output_weights": False}},
         ["adapters.targets: matches embedding.word_embeddings, which is one matrix with the other end of the model"],
     ),

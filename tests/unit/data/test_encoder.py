@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
 from megatron_ext.data.prepare import encoder as module
-from megatron_ext.data.prepare import long_texts, segment_reading, segment_table
-from megatron_ext.data.prepare.encoder import BatchEncoder, SegmentEncoder, encoder_for
+from megatron_ext.data.prepare import long_texts, segment_table
+from megatron_ext.data.prepare.encoder import BatchEncoder, Encoder, SegmentEncoder, encoder_for
 from megatron_ext.data.tokenizer import Tokenizer, Training, train_tokenizer
 from tests.unit.data import tokenizers as kinds
 
@@ -32,11 +32,25 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer([corpus], directory / "t", 330)
 
 
+@pytest.fixture(scope="module", params=["segments", "compiled"])
+def is_much(request: pytest.FixtureRequest) -> bool:
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    return bool(request.param == "compiled")
+
+
 @pytest.fixture(scope="module")
-def both(tokenizer: Tokenizer) -> tuple[SegmentEncoder, BatchEncoder]:
-    encoder = encoder_for(tokenizer)
-    assert isinstance(encoder, SegmentEncoder)
+def both(tokenizer: Tokenizer, is_much: bool) -> tuple[Encoder, BatchEncoder]:
+    encoder = encoder_for(tokenizer, is_much=is_much)
+    assert type(encoder).__name__ == ("PathEncoder" if is_much else "SegmentEncoder")
     return encoder, BatchEncoder(tokenizer)
+
+
+def set_windows(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Characters that encoders read at once."""
+    monkeypatch.setattr(module, "_BATCH", size)
+    if "numba" in sys.modules:
+        monkeypatch.setattr("megatron_ext.data.prepare.path_encoder._WINDOW", size)
 
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -47,36 +61,36 @@ RUNS = st.lists(st.sampled_from([" ", "a", "ハ", "へ", "-", "=", "\n", "▁", 
 
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists((ANY | RUNS | st.tuples(RUNS, ANY).map("".join)).filter(bool), min_size=1, max_size=6))
-def test_ids_are_those_of_the_library(both: tuple[SegmentEncoder, BatchEncoder], texts: list[str]) -> None:
+def test_ids_are_those_of_the_library(both: tuple[Encoder, BatchEncoder], texts: list[str]) -> None:
     fast, plain = both
     assert fast.encode(texts).tolist() == plain.encode(texts).tolist()
 
 
 def test_long_documents_and_a_table_that_fills_up(
-    both: tuple[SegmentEncoder, BatchEncoder], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    both: tuple[Encoder, BatchEncoder], tokenizer: Tokenizer, is_much: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, plain = both
-    monkeypatch.setattr(module, "_BATCH", 64)
+    set_windows(monkeypatch, 64)
     monkeypatch.setattr(segment_table, "_MOST_SEGMENTS", 20)
     draw = np.random.default_rng(1)
     words = ["fox ", "ハハハハ", "\n", "猫である", "a" * 300, " ", "é", "x\n\n", "</s>"]
     texts = ["".join(words[i] for i in draw.integers(len(words), size=n)) for n in (1, 90, 2, 400, 7, 3, 60)]
     texts += ["no line end " * 40, "ば" * 500]
-    encoder = encoder_for(tokenizer)
+    encoder = encoder_for(tokenizer, is_much=is_much)
     for _ in range(3):
         assert encoder.encode(texts).tolist() == plain.encode(texts).tolist()
         assert encoder.encode([]).tolist() == []
 
 
 def test_a_long_line_is_never_held_by_the_library_as_a_whole(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, is_much: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = np.random.default_rng(3)
     words = ["fox ", "ハハハハハ", "猫である", "-----", "a" * 90, "      ", "é", "\0", "</s>"]
     text = "".join(words[i] for i in draw.integers(len(words), size=2000))
     expected = BatchEncoder(tokenizer).encode([text, "ハ" * 999]).tolist()
-    monkeypatch.setattr(module, "_BATCH", 200)
-    encoder, given = encoder_for(tokenizer), [0]
+    set_windows(monkeypatch, 200)
+    encoder, given = encoder_for(tokenizer, is_much=is_much), [0]
     read = tokenizer.encode_batch
     monkeypatch.setattr(tokenizer, "encode", lambda text: given.append(len(text)) or read([text])[0])
     monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: given.extend(map(len, texts)) or read(texts))
@@ -94,13 +108,9 @@ def with_symbols(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer([directory / "c.txt"], directory / "t", 305, Training(user_symbols=SYMBOLS))
 
 
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["python", "compiled"])
 def test_tokens_that_are_cut_out_of_long_lines(
-    with_symbols: Tokenizer, monkeypatch: pytest.MonkeyPatch, is_compiled: bool
+    with_symbols: Tokenizer, is_much: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if is_compiled:
-        pytest.importorskip("numba")
-    monkeypatch.setattr(segment_reading, "_BEFORE_COMPILED", 0 if is_compiled else 1 << 60)
     draw = np.random.default_rng(4)
     words = [
         *SYMBOLS,
@@ -120,23 +130,39 @@ def test_tokens_that_are_cut_out_of_long_lines(
     texts = ["".join(words[i] for i in draw.integers(len(words), size=n)) for n in (9, 1500, 40, 700)]
     texts += ["a\n".join(texts), "-" * 500 + "xy" + "-" * 400]
     expected = BatchEncoder(with_symbols).encode(texts).tolist()
-    monkeypatch.setattr(module, "_BATCH", 150)
-    encoder, given = encoder_for(with_symbols), [0]
-    assert isinstance(encoder, SegmentEncoder)
+    set_windows(monkeypatch, 150)
+    encoder, given = encoder_for(with_symbols, is_much=is_much), [0]
+    assert not isinstance(encoder, BatchEncoder)
     read = with_symbols.encode_batch
     monkeypatch.setattr(with_symbols, "encode_batch", lambda texts: given.extend(map(len, texts)) or read(texts))
     for _ in range(2):
         assert encoder.encode(texts).tolist() == expected
     assert max(given) < 256
-    assert (encoder._reader.compiled is not None) == is_compiled
+
+
+def test_compiled_code_reads_in_windows_of_any_size(with_symbols: Tokenizer) -> None:
+    """Which end where every path passes, and not within a token that is cut out, or might be."""
+    pytest.importorskip("numba")
+    encoder, plain = encoder_for(with_symbols, is_much=True), BatchEncoder(with_symbols)
+    part = st.sampled_from([*SYMBOLS, "<too", "xyz", "zyx", "aaaa", "ハハハ", " ", "\n", "\0", "é😀", "</s>"]) | ANY
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        texts=st.lists(st.lists(part, min_size=1, max_size=12).map("".join).filter(bool), max_size=4),
+        size=st.integers(1, 40),
+    )
+    def check(texts: list[str], size: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            set_windows(patch, size)
+            assert encoder.encode(texts).tolist() == plain.encode(texts).tolist()
+
+    check()
 
 
 def test_numba_that_cannot_be_imported(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_reading, "_BEFORE_COMPILED", 0)
+    monkeypatch.delitem(sys.modules, "megatron_ext.data.prepare.path_encoder", raising=False)
     monkeypatch.setitem(sys.modules, "megatron_ext.data.prepare.compiled_paths", None)
-    encoder = encoder_for(tokenizer)
-    for texts in (["fox", "the fox"], ["a quick fox"]):
-        assert encoder.encode(texts).tolist() == BatchEncoder(tokenizer).encode(texts).tolist()
+    assert isinstance(encoder_for(tokenizer, is_much=True), SegmentEncoder)
 
 
 def test_what_is_new_is_noticed_once(tokenizer: Tokenizer) -> None:
@@ -174,7 +200,7 @@ def test_tokenizers_that_look_around_them_are_read_by_the_library(
 ) -> None:
     tokenizer = Tokenizer(kinds.write(make(), tmp_path, unk_token=None))
     encoder = encoder_for(tokenizer)
-    assert isinstance(encoder, BatchEncoder)
+    assert isinstance(getattr(encoder, "_encoder", encoder), BatchEncoder)
     expected = [ids for line in kinds.LINES for ids in (*tokenizer.encode(line), tokenizer.eod)]
     assert encoder.encode(kinds.LINES).tolist() == expected
 
@@ -189,7 +215,7 @@ def test_long_documents_are_read_by_the_library_in_parts(tmp_path: Path, monkeyp
 
 
 @pytest.mark.skipif(SAMPLES is None, reason="needs the sample corpora")
-def test_sample_corpora(tokenizer: Tokenizer, both: tuple[SegmentEncoder, BatchEncoder]) -> None:
+def test_sample_corpora(tokenizer: Tokenizer, both: tuple[Encoder, BatchEncoder]) -> None:
     fast, plain = both
     for path in sorted(Path(SAMPLES or "", "corpus").glob("*.jsonl")):
         texts = [json.loads(line)["text"] for line in path.read_text().splitlines()[:150]]

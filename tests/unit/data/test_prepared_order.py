@@ -16,7 +16,7 @@ import megatron_ext.data.prepare.preprocess as module
 from megatron_ext.data.prepare import filters, join, parts
 from megatron_ext.data.prepare.filters import Dropped, Repetition
 from megatron_ext.data.prepare.preprocess import preprocess
-from megatron_ext.data.prepare.shard_work import TextOptions, splits_of
+from megatron_ext.data.prepare.shard_work import ShardWorker, TextOptions, splits_of
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 from tests.support.workspace import write_corpus
@@ -226,7 +226,37 @@ def test_another_option_starts_anew(place: Path, texts: list[str], tmp_path: Pat
         with pytest.raises(KeyboardInterrupt):
             preprocess([tmp_path / "c.jsonl"], place / "t", tmp_path / "d")
     preprocess([tmp_path / "c.jsonl"], place / "t", tmp_path / "d", options=TextOptions(min_characters=2))
-    assert "begun with other text, tokenizer or options; starts anew" in capsys.readouterr().err
+    assert "begun with another tokenizer or other options; starts anew" in capsys.readouterr().err
+
+
+def test_only_what_is_made_of_a_file_that_changed_is_made_anew(
+    place: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compressed file is one shard, a plain one several; a file may be added."""
+    monkeypatch.setattr(module, "_SHARD_BYTES", 3000)
+    monkeypatch.setattr(module, "_MOST_HERE", float("inf"))
+    inputs, real, done = [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl")], ShardWorker.do, []
+
+    def write_compressed(chosen: list[str]) -> None:
+        write(tmp_path / "b.jsonl", chosen)
+        inputs[1].write_bytes(gzip.compress((tmp_path / "b.jsonl").read_bytes()))
+
+    monkeypatch.setattr(ShardWorker, "do", lambda worker, task: (done.append(task.file), real(worker, task)))
+    write(inputs[0], texts[:60])
+    write_compressed(texts[60:80])
+    write(inputs[2], texts[80:])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "join_split", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(inputs[:2], place / "t", tmp_path / "d")
+    assert len(done) > 3
+    done.clear()
+    write_compressed(texts[60:70])
+    preprocess(inputs, place / "t", tmp_path / "d")
+    assert done == [1, *[2] * (len(done) - 1)]
+    preprocess(inputs, place / "t", tmp_path / "new")
+    for name in ("train.bin", "validation.bin"):
+        assert (tmp_path / "d" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
 
 
 @given(st.lists(st.integers(1, 40), max_size=12), st.randoms(use_true_random=False))

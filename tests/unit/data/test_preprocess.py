@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 import megatron_ext.data.prepare.preprocess as module
 from megatron_ext.data.dataset import check_dataset, dataset_fingerprint
 from megatron_ext.data.indexed import token_dtype
+from megatron_ext.data.prepare import shard_work
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.prepare.shard_work import ShardWorker, Task
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
@@ -85,6 +87,23 @@ def test_an_interrupted_preparation_goes_on(prepared: Path, tmp_path: Path, monk
     monkeypatch.setattr(ShardWorker, "do", lambda worker, task: (done.append(task.number), real(worker, task)))
     preprocess([prepared / "c.jsonl"], prepared / "t", tmp_path / "d", split=(0.7, 0.2, 0.1))
     assert sorted(done) == sorted(set(done)), "a finished shard was done again"
+    assert files(tmp_path / "d") == files(prepared / "d")
+
+
+def test_much_text_is_read_by_compiled_code(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the shard on with which it is much; the files are the same."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(module, "_SHARD_BYTES", 5000)
+    monkeypatch.setattr(shard_work, "_MUCH", 8000)
+    real, encoders = shard_work.encoder_for, []
+
+    def remembered(*arguments: Any, **options: Any) -> Any:
+        encoders.append(real(*arguments, **options))
+        return encoders[-1]
+
+    monkeypatch.setattr(shard_work, "encoder_for", remembered)
+    preprocess([prepared / "c.jsonl"], prepared / "t", tmp_path / "d", split=(0.7, 0.2, 0.1))
+    assert [type(encoder).__name__ for encoder in encoders] == ["SegmentEncoder", "PathEncoder"]
     assert files(tmp_path / "d") == files(prepared / "d")
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
+from transformers import AutoTokenizer
 
 from megatron_ext.data.prepare import encoder, long_texts
 from megatron_ext.data.prepare.long_texts import LongTexts
@@ -28,13 +29,6 @@ from tests.unit.data import tokenizers as kinds
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-O200K = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ]
 )
 DEEPSEEK = (
     r"\p{N}{1,3}",
@@ -110,7 +104,7 @@ def normalizing(mark: str, *splits: pre_tokenizers.PreTokenizer) -> Library:
 MADE: dict[str, Callable[[], Library]] = {
     "GPT-2": lambda: kinds.byte_level(600),
     "Llama 3": lambda: splitting(LLAMA3),
-    "o200k": lambda: splitting(O200K),
+    "o200k": lambda: splitting(kinds.O200K),
     "DeepSeek": lambda: splitting(*DEEPSEEK),
     "StarCoder": with_digits_apart,
     "Llama 2": with_space_in_front,
@@ -266,6 +260,54 @@ def test_one_word_of_a_whole_text_is_refused(
     assert long.why_not("fox " * 900) is None
     assert long.why_not("a fox " + "x" * 999) is None
     assert (long.why_not("a fox " + "x" * 1001 + " fox") or "").startswith("1,002 characters in which this tokenizer")
+
+
+@pytest.fixture(scope="module", params=["Llama 2", "Mistral"])
+def spaced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One that puts a space in front, and has no tokens but the special ones."""
+    library = merging(is_bytes=False) if request.param == "Llama 2" else MADE["Mistral"]()
+    if request.param == "Llama 2":
+        library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    folder = kinds.write(library, tmp_path_factory.mktemp("t"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = content["added_tokens"][:2]  # bytes are pieces of the model alone
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return Tokenizer(folder)
+
+
+def test_a_text_with_the_space_that_is_put_in_front_of_it(spaced: Tokenizer) -> None:
+    found, read = encoder.encoder_for(spaced), AutoTokenizer.from_pretrained(spaced.directory)
+    assert isinstance(found, encoder.SpacedEncoder)
+
+    @settings(max_examples=60, deadline=None)
+    @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+    def check(texts: list[str]) -> None:
+        whole = [read(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
+        assert found.encode(texts).tolist() == [number for ids in whole for number in (*ids, spaced.eod)]
+
+    check()
+
+
+def test_text_without_spaces_is_no_single_word(spaced: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tokenizer that puts a space in front of a text, which a part must not have."""
+    text = "吾輩は猫である。名前はまだ無い、" * 300
+    read = AutoTokenizer.from_pretrained(spaced.directory)
+    whole = read(text, add_special_tokens=False).input_ids
+    for module, size in ((long_texts, 64), (encoder, 64)):
+        monkeypatch.setattr(module, "PART", size)
+    monkeypatch.setattr(encoder, "_BATCH", 100)
+    monkeypatch.setattr(long_texts, "_LONGEST", 1000)
+    given, encode, encode_batch = [0], Tokenizer.encode, Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode", lambda own, text: given.append(len(text)) or encode(own, text))
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda own, texts: given.extend(map(len, texts)) or encode_batch(own, texts)
+    )
+    found = encoder.encoder_for(spaced)
+    given.clear()
+    assert found.why_not(text) is None
+    assert found.encode([text]).tolist() == [*whole, spaced.eod]
+    assert max(given) <= 300
+    assert encoder.BatchEncoder(spaced).why_not(text) is not None, "it would be refused as it is"
 
 
 def test_a_document_of_one_word_is_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The tokenizer reproduces any text, and its Hugging Face form encodes alike."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,17 @@ def test_a_corpus_without_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl and 1 more: no text to train on"):
         train_tokenizer([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "t", 330)
     assert not list(tmp_path.glob("t*"))
+
+
+def test_lines_that_cannot_be_read_are_left_out_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl")
+    good, *more = corpus.read_text().splitlines(keepends=True)
+    (tmp_path / "bad.jsonl").write_text("".join([good, "broken\n", '{"text": 5}\n', *more]))
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not JSON .*; --bad-lines skip leaves such documents out"):
+        train_tokenizer([tmp_path / "bad.jsonl"], tmp_path / "t", 330)
+    found = train_tokenizer([tmp_path / "bad.jsonl"], tmp_path / "t", 330, bad_lines="skip")
+    assert re.search(r"^2 left out: 2 bad line\n  .*bad.jsonl:2: .*\n  .*bad.jsonl:3: ", capsys.readouterr().err, re.M)
+    assert found.fingerprint == train_tokenizer([corpus], tmp_path / "good", 330).fingerprint
 
 
 def test_too_large_a_vocabulary_says_what_fits(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_ext.errors import DataError
 from tests.unit.data.tokenizers import (
     LINES,
     byte_level,
+    harmony,
     sentencepiece_model,
     unigram,
     with_marks,
@@ -29,6 +30,7 @@ from tests.unit.data.tokenizers import (
 
 KINDS = {
     "byte-level BPE": byte_level,
+    "byte-level BPE of gpt-oss": harmony,
     "BPE with marks": lambda: with_marks(byte_level()),
     "unigram with marks": lambda: with_marks(unigram()),
     "unigram, NFKC": lambda: unigram(normalizers.NFKC()),

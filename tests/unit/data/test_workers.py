@@ -8,7 +8,7 @@ import time
 import pytest
 
 from megatron_ext.data.prepare import workers
-from megatron_ext.data.prepare.workers import interruptible, run_in_processes
+from megatron_ext.data.prepare.workers import Processes, interruptible
 from megatron_ext.errors import DataError, EnvironmentFault
 
 
@@ -59,22 +59,24 @@ def one_over(task: int) -> None:
     ],
 )
 def test_a_fault_in_one_process_ends_all(tasks: list[int], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        list(run_in_processes(one_over, tasks, 2, start=nothing, describe="task {}".format))
+    with pytest.raises(kind, match=message), Processes(2, nothing) as processes:
+        list(processes.run(one_over, tasks, start=nothing, describe="task {}".format))
 
 
 def test_every_task_is_done_once() -> None:
-    done = run_in_processes(one_over, range(20, 30), 3, start=nothing, describe=str)
-    assert sorted(done) == list(range(20, 30))
-    # Not asked for to the end, it ends its processes too.
-    assert (
-        len(list(itertools.islice(run_in_processes(one_over, range(20, 30), 2, start=nothing, describe=str), 2))) == 2
-    )
+    with Processes(3, nothing) as processes:
+        done = processes.run(one_over, range(20, 30), start=nothing, describe=str)
+        assert sorted(done) == list(range(20, 30))
+    with Processes(2, nothing) as processes:  # not asked for to the end, they end too
+        done = processes.run(one_over, range(20, 30), start=nothing, describe=str)
+        assert len(list(itertools.islice(done, 2))) == 2
+    assert not any(worker.process.is_alive() for worker in processes._workers)
 
 
 def test_a_worker_whose_parent_goes_without_reading_ends_quietly() -> None:
     """A pipe is reset then, not closed."""
-    worker = workers._Worker(print, nothing)
+    worker = workers._Worker(nothing)
+    worker.send((print, nothing))
     worker.give("")
     assert worker.pipe.poll(60)
     worker.pipe.close()

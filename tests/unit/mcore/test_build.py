@@ -17,6 +17,7 @@ from megatron_ext.config import (
     PreferenceTask,
 )
 from megatron_ext.mcore.fp8.histories import AmaxHistories
+from megatron_ext.mcore.fp8.kept_weights import KeptWeights
 from megatron_ext.mcore.moe.steps import RouterSteps
 from megatron_ext.proving.parity import Cell, build_cell, train_cell
 from megatron_ext.testing.pool import GlooPool
@@ -33,14 +34,15 @@ def kinds(cell: Cell) -> list[type]:
 def test_only_what_moves_takes_part(pool: GlooPool) -> None:
     assert pool.run(1, kinds, Cell(tiny_model(), ParallelConfig())) == [[]]
     assert pool.run(1, kinds, Cell(tiny_model(moe=True), ParallelConfig())) == [[RouterSteps]]
-    assert pool.run(1, kinds, Cell(MOVING, ParallelConfig(), DELAYED)) == [[RouterSteps, AmaxHistories]]
+    assert pool.run(1, kinds, Cell(MOVING, ParallelConfig(), DELAYED)) == [[RouterSteps, KeptWeights, AmaxHistories]]
 
 
 def closed_steps() -> tuple[list[str], int, list[bool], list[bool]]:
     """Names of the state, collectives of a commit, and which of the state a refused and a taken step moved."""
     trainable, groups = build_cell(Cell(MOVING, ParallelConfig(), DELAYED))
-    routers, histories = trainable.participants
+    routers, kept, histories = trainable.participants
     assert isinstance(routers, RouterSteps)
+    assert isinstance(kept, KeptWeights)
     assert isinstance(histories, AmaxHistories)
     shards = [shard for participant in trainable.participants for shard in participant.state()]
 

@@ -19,7 +19,7 @@ def errors(dtype: torch.dtype, parallel: ParallelConfig) -> tuple[float, float, 
     from megatron.core import parallel_state
 
     group = parallel_state.get_tensor_model_parallel_group()
-    cross_entropy._BLOCK["cpu"] = 2 * PADDED // dist.get_world_size()  # several blocks, the last one smaller
+    cross_entropy.BLOCK["cpu"] = 2 * PADDED // dist.get_world_size()  # several blocks, the last one smaller
     generator = torch.Generator().manual_seed(0)
     whole = (4 * torch.randn(3, 3, PADDED, generator=generator)).to(dtype)
     labels = torch.randint(0, VOCABULARY, (3, 3), generator=generator)

@@ -27,6 +27,7 @@ from megatron_ext.config import (
     RuntimeConfig,
 )
 from megatron_ext.mcore import attention_segments, cross_entropy
+from megatron_ext.mcore.fp8.kept_weights import keeping_scalings
 from megatron_ext.mcore.model import build_chunks, routers
 from megatron_ext.mcore.optimizer import clip_and_step, gradient_norm
 from megatron_ext.mcore.rotary import RotaryEmbedding
@@ -63,6 +64,9 @@ MODELS: dict[str, tuple[ModelConfig, Precision, Tensor | None]] = {
 }
 
 
+LOSS_BY_PARTS = ("documents", "latent")
+
+
 def scaled_grouped_shape(a: Tensor, b: Tensor, *unused: Any, offs: Tensor | None = None, **options: Any) -> Tensor:
     """What torch does not say of its kernel: rows of experts, or of each expert the product over its own rows."""
     offs = offs if offs is not None else next(x for x in unused if isinstance(x, Tensor) and x.dtype == torch.int32)
@@ -81,7 +85,7 @@ def meta_is_a_gpu(capability: tuple[int, int]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.device == META), raising=False)
-        patch.setitem(cross_entropy._BLOCK, "meta", cross_entropy._BLOCK["cuda"])
+        patch.setitem(cross_entropy.BLOCK, "meta", cross_entropy.BLOCK["cuda"])
         # A step sets it on its device; what trained in this process before has left one on the CPU.
         patch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1, device=META))
         for name, shape in (("_scaled_grouped_mm_v2", scaled_grouped_shape), ("segment_reduce", segment_shape)):
@@ -99,7 +103,7 @@ def trained(capability: tuple[int, int]) -> dict[str, Any]:
     seed_everything(0)
     found: dict[str, Any] = {}
     for name, (model, precision, documents) in MODELS.items():
-        config = transformer_config(model, ParallelConfig(), precision, RecomputeConfig())
+        config = transformer_config(model, ParallelConfig(), precision, RecomputeConfig(logits=name in LOSS_BY_PARTS))
         (chunk,) = build_chunks(model, ParallelConfig(), config, torch.device("cpu"))
         chunk.bfloat16().to(META)
         for module in chunk.modules():
@@ -107,6 +111,8 @@ def trained(capability: tuple[int, int]) -> dict[str, Any]:
                 module.device = META
         for router in routers([chunk]):
             router.begin_step()
+        for scaling in keeping_scalings([chunk]):
+            scaling.open_step()
         tokens = torch.zeros(2, 32, dtype=torch.int64, device=META)
         try:
             with meta_is_a_gpu(capability):

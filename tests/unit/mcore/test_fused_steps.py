@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.mcore.activation import gated_activation
+from megatron_ext.mcore.activation import Gate, gated_activation, quick_gelu
 from megatron_ext.mcore.moe.grouped_linear import (
     COARSE_STEP,
     FINE_STEP,
@@ -22,6 +22,23 @@ DTYPES = [torch.float32, torch.bfloat16]
 # fp32: sums of up to 100 terms with a relative error of 6e-8 each. bf16 keeps 8 bits: each of the two to four rounded
 # steps errs by 2^-9 = 2e-3 of a value, against the largest one.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
+
+
+GPT_OSS = Gate(quick_gelu, limit=0.7, offset=1.0)
+"""gpt-oss with a limit that numbers exceed, and none meets: bf16 does not have it."""
+
+
+def _gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
+    """`GptOssExperts` of transformers."""
+    gate, up = gate.clamp(max=0.7), up.clamp(min=-0.7, max=0.7)
+    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+
+
+GATES: dict[str, tuple[Gate, Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (Gate(F.silu), lambda gate, up: F.silu(gate) * up),
+    "gelu": (Gate(F.gelu), lambda gate, up: F.gelu(gate) * up),
+    "gpt-oss": (GPT_OSS, _gpt_oss),
+}
 
 
 def error(function: Callable[..., Tensor], formula: Callable[..., Tensor], *inputs: Tensor) -> float:
@@ -42,18 +59,20 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", [F.silu, F.gelu], ids=["silu", "gelu"])
+@pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-def test_gated_activation(dtype: torch.dtype, activation: Callable[[Tensor], Tensor], weighted: bool) -> None:
+def test_gated_activation(dtype: torch.dtype, kind: str, weighted: bool) -> None:
+    """The limit cuts off a fifth of the gates and half of the others; a cut number has no gradient."""
+    gate_kind, exact = GATES[kind]
     weights = (random(3, 5, seed=2).abs(),) if weighted else ()
 
     def formula(projected: Tensor, *weights: Tensor) -> Tensor:
         gate, up = projected.chunk(2, dim=-1)
-        output = activation(gate) * up
+        output = exact(gate, up)
         return output * weights[0].unsqueeze(-1) if weights else output
 
     measured = error(
-        lambda projected, *w: gated_activation(projected, activation, *w),
+        lambda projected, *w: gated_activation(projected, gate_kind, *w),
         formula,
         random(3, 5, 64, dtype=dtype),
         *weights,
@@ -66,7 +85,7 @@ def test_gated_activation_keeps_its_input_alone() -> None:
     kept: list[Tensor] = []
     projected = random(4, 16).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        gated_activation(projected, F.silu, random(4))
+        gated_activation(projected, GPT_OSS, random(4))
     assert sum(x.numel() for x in kept) == projected.numel() + 4
 
 

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.mlp import MLP
 
 from megatron_ext.config import Fp32Precision, ModelConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.errors import ConfigError
@@ -41,7 +42,7 @@ def test_overrides_reach_megatron_and_are_checked() -> None:
 def test_what_our_modules_would_ignore_is_refused_all_at_once() -> None:
     overrides = {
         "window_size": [128, 0],
-        "activation_func_clamp_value": 7.0,
+        "moe_latent_size": 7,
         "moe_layer_recomput": True,
         "fp32_residual_connection": "x",
     }
@@ -49,9 +50,43 @@ def test_what_our_modules_would_ignore_is_refused_all_at_once() -> None:
         transformer_config(tiny_model(transformer_overrides=overrides), ParallelConfig(), FP32, RecomputeConfig())
     message = str(caught.value)
     assert "window_size: windows and sinks are those of model.sliding_window" in message
-    assert "activation_func_clamp_value: feed-forward networks are plain or gated" in message
+    assert "moe_latent_size: feed-forward networks are plain or gated" in message
     assert "moe_layer_recomput: no such field in megatron-core; did you mean 'moe_layer_recompute'?" in message
     assert "fp32_residual_connection = 'x': must be <class 'bool'>" in message
+
+
+GATES: list[dict[str, Any]] = [
+    {"activation_func_clamp_value": 0.3},
+    {"glu_linear_offset": 1.0},
+    {"activation_func": "quick_gelu"},
+]
+
+
+def test_megatron_cores_fused_swiglu_stands_for_nothing_else() -> None:
+    """Its kernel would leave out a limit and an offset; unfused, Transformer Engine's networks take them from here."""
+    for fields, fused in (({}, True), *((gate, False) for gate in GATES)):
+        model = tiny_model(position_embedding_type="learned_absolute", **fields)
+        config = transformer_config(model, ParallelConfig(), FP32, RecomputeConfig(), "transformer_engine")
+        assert config.bias_activation_fusion is fused
+        assert config.activation_func_clamp_value == model.activation_func_clamp_value
+        assert config.glu_linear_offset == model.glu_linear_offset
+
+
+def difference_from_cores_network(model: ModelConfig) -> float:
+    (chunk,) = build(model, ParallelConfig())
+    network, hidden = chunk.decoder.layers[0].mlp, torch.randn(5, 2, model.hidden_size)
+    torch.nn.init.normal_(network.linear_fc1.bias)
+    with torch.no_grad():
+        (ours, _), (theirs, bias) = network(hidden), MLP.forward(network, hidden)
+        return float((ours - theirs - bias).abs().max() / ours.abs().max())
+
+
+def test_gated_networks_are_megatron_cores(pool: GlooPool) -> None:
+    """Which is what Transformer Engine's backend computes, in steps of torch."""
+    fields = {name: value for gate in GATES for name, value in gate.items()}
+    (difference,) = pool.run(1, difference_from_cores_network, tiny_model(add_bias_linear=True, **fields))
+    print(f"{difference:.1e} of the largest output")
+    assert difference < 1e-6  # rounding of fp32
 
 
 def build(model: ModelConfig, parallel: ParallelConfig, seed: int = 1) -> list:

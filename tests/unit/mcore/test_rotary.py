@@ -36,6 +36,7 @@ CASES: dict[str, tuple[Any, dict[str, float], float, float, int]] = {
     "DeepSeek-V2": (YarnRopeScaling, DEEPSEEK | {"mscale": 0.707, "mscale_all_dim": 0.3}, 10000.0, 0.5, 163840),
     "Qwen2.5 yarn": (YarnRopeScaling, DEEPSEEK | {"factor": 4.0}, 1000000.0, 1.0, 131072),
     "one mscale": (YarnRopeScaling, DEEPSEEK | {"mscale": 0.5}, 10000.0, 1.0, 4096),
+    "gpt-oss": (YarnRopeScaling, DEEPSEEK | {"factor": 32.0, "truncate": False}, 150000.0, 1.0, 131072),
     "partial": (LinearRopeScaling, {"factor": 2.0}, 10000.0, 0.25, 4096),
 }
 

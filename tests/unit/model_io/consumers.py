@@ -68,12 +68,19 @@ VLLM: dict[str, tuple[str, ...]] = {
         _ROUTER,
     ),
     "OlmoeForCausalLM": (*_LLAMA_TRUNK, _ATTENTION + _WEIGHT, _NORMS_OF_HEADS, _EXPERTS, _ROUTER),
+    "GptOssForCausalLM": (
+        *_LLAMA_TRUNK,
+        _ATTENTION + _BOTH,
+        r"model\.layers\.\d+\.self_attn\.sinks",
+        r"model\.layers\.\d+\.mlp\.router" + _BOTH,
+        r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)(_bias)?",
+    ),
     "DeepseekV2ForCausalLM": _DEEPSEEK,
     "DeepseekV3ForCausalLM": _DEEPSEEK,
     "DeepseekForCausalLM": (*_DEEPSEEK, _ATTENTION + _WEIGHT),
 }
 """Names that vLLM's loader of each class puts somewhere: the parameters of its models/{llama,qwen2,qwen3,gpt2,gpt_neox,
-mixtral,qwen2_moe,qwen3_moe,olmoe,deepseek_v2}.py, with `stacked_params_mapping` and `expert_params_mapping` of their
+mixtral,qwen2_moe,qwen3_moe,olmoe,gpt_oss,deepseek_v2}.py, with `stacked_params_mapping` and the experts of their
 `load_weights` undone. The classes are those of its registry (models/registry.py, commit 0002bff)."""
 
 LLAMA_CPP = {
@@ -87,6 +94,7 @@ LLAMA_CPP = {
     "Qwen2MoeForCausalLM": "QWEN2MOE",
     "Qwen3MoeForCausalLM": "QWEN3MOE",
     "OlmoeForCausalLM": "OLMOE",
+    "GptOssForCausalLM": "GPT_OSS",
     "DeepseekV2ForCausalLM": "DEEPSEEK2",
     "DeepseekV3ForCausalLM": "DEEPSEEK2",
     "DeepseekForCausalLM": "DEEPSEEK",
@@ -98,6 +106,7 @@ BY_ACCELERATE_ALONE = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "GPT2LMHeadModel",
+    "GptOssForCausalLM",
 )
 """Classes whose files have the names that transformers 5 has in memory. It renames and stacks those of the others as it
 reads them, which accelerate's own loader does not do; `from_pretrained` with a device map does."""
@@ -125,6 +134,9 @@ def _of_converter(name: str) -> str:
     if mixtral:
         return f"{mixtral[1]}.feed_forward.experts.{mixtral[2]}.weight"
     name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+    if gpt_oss := re.fullmatch(r"(.*\.experts\.)(?:gate_up|down)(_proj)(_bias)?", name):  # it splits gate from up
+        projection = "down" if "down" in name else "gate"
+        return f"{gpt_oss[1]}{projection}_proj.{'bias' if gpt_oss[3] else 'weight'}"
     return re.sub(r"\.experts\.\d+\.", ".experts.", name)
 
 

@@ -146,6 +146,19 @@ MODELS = {
         moe_shared_expert_intermediate_size=18,
         moe_shared_expert_gate=True,
     ),
+    "gpt-oss with a shared expert and dense layers": small(
+        num_query_groups=3,
+        kv_channels=14,
+        activation_func="quick_gelu",
+        activation_func_clamp_value=0.6,
+        glu_linear_offset=1.0,
+        add_bias_linear=True,
+        num_moe_experts=5,
+        moe_ffn_hidden_size=30,
+        moe_first_k_dense=1,
+        moe_router_linear_bias=True,
+        moe_shared_expert_intermediate_size=18,
+    ),
     "top-1 sigmoid": small(
         embedding_scale=7.5,
         qk_layernorm="head",
@@ -171,6 +184,8 @@ MODELS = {
 }
 
 _YARN = YarnRopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=10)
+# From dimension 1.3 to 2.8, which rounded would be 1 and 3.
+_BETWEEN_DIMENSIONS = replace(_YARN, truncate=False, beta_fast=0.05, beta_slow=0.001)
 _DEEPSEEK_YARN = replace(_YARN, mscale=0.7, mscale_all_dim=0.9, beta_fast=8.0, beta_slow=2.0)
 _SCALED = {
     "linear": ("dense", {"rope_scaling": LinearRopeScaling(kind="linear", factor=4.0)}),
@@ -182,7 +197,7 @@ _SCALED = {
         "Tanuki with a shared expert",
         {"rope_scaling": Llama3RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=10)},
     ),
-    "yarn": ("Tanuki with a shared expert", {"rope_scaling": _YARN}),
+    "yarn": ("Tanuki with a shared expert", {"rope_scaling": _BETWEEN_DIMENSIONS}),
     "yarn, latent": ("DeepSeek-V3 with normalized gating", {"rope_scaling": _YARN}),
     "yarn, latent, DeepSeek's factors": ("DeepSeek-V3 with normalized gating", {"rope_scaling": _DEEPSEEK_YARN}),
     "yarn, DeepSeek's factors": ("dense", {"rope_scaling": _DEEPSEEK_YARN}),

@@ -178,6 +178,15 @@ def olmoe(s: Sizes) -> Any:
     return _build("Olmoe")(_common(s), num_experts=s.experts, num_experts_per_tok=s.chosen)
 
 
+def gpt_oss(s: Sizes, **changes: Any) -> Any:
+    """A limit that numbers exceed, a window shorter than the text, and YaRN from dimension 0.8 to 2.9, not rounded."""
+    fields = {"head_dim": s.head, "num_local_experts": s.experts, "num_experts_per_tok": s.chosen}
+    fields |= {"intermediate_size": s.expert, "sliding_window": 7, "swiglu_limit": 0.4}
+    rope = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 12}
+    rope |= {"beta_fast": 1.0, "beta_slow": 0.2, "truncate": False}
+    return _build("GptOss")(_common(s), **(fields | {"rope_parameters": rope} | changes))
+
+
 def deepseek_v2(s: Sizes, **changes: Any) -> Any:
     fields = {"topk_method": "group_limited_greedy", "q_lora_rank": 20, "routed_scaling_factor": 1.5}
     return _build("DeepseekV2")(_common(s) | _latent(s), **(fields | {"rope_parameters": YARN} | changes))
@@ -225,6 +234,7 @@ REFERENCES: dict[str, Callable[[Sizes], Any]] = {
     "Qwen2MoeForCausalLM": qwen2_moe,
     "Qwen3MoeForCausalLM": qwen3_moe,
     "OlmoeForCausalLM": olmoe,
+    "GptOssForCausalLM": gpt_oss,
     "DeepseekV2ForCausalLM": deepseek_v2,
     "DeepseekV3ForCausalLM": deepseek_v3,
     "DeepseekForCausalLM": deepseek_v1,

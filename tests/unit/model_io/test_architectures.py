@@ -257,6 +257,7 @@ def test_the_bias_that_selects_experts_stays_in_fp32(tmp_path: Path) -> None:
         ("MistralForCausalLM", {"sliding_window": None}, "LlamaForCausalLM"),
         ("MistralForCausalLM", {}, "MistralForCausalLM"),
         ("Qwen2MoeForCausalLM", {}, "Qwen2MoeForCausalLM"),
+        ("GptOssForCausalLM", {}, "GptOssForCausalLM"),
         ("DeepseekForCausalLM", {}, "MegatronExtForCausalLM"),
         ("TanukiForCausalLM", {}, "MegatronExtForCausalLM"),
     ],

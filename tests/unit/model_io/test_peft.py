@@ -43,7 +43,7 @@ def reference(name: str, directory: Path) -> Path:
     """A Hugging Face directory of this class."""
     if name == "MegatronExtForCausalLM":
         return export(directory, "Qwen3-MoE with a shared expert")[1]
-    network = getattr(references, MAKERS[name])(SIZES)
+    network = references.REFERENCES[name](SIZES) if name not in MAKERS else getattr(references, MAKERS[name])(SIZES)
     references.randomize(network)
     references.save(network, directory / "hf", name, SIZES)
     return directory / "hf"
@@ -76,13 +76,32 @@ def loaded(directory: Path) -> Any:
 @needs_peft
 @pytest.mark.parametrize("name", [*MAKERS, "MegatronExtForCausalLM"])
 def test_peft_computes_what_the_merged_weights_do(name: str, tmp_path: Path) -> None:
+    base = reference(name, tmp_path)
+    is_tied = not open_checkpoint(base).model.untie_embeddings_and_output_weights
+    compare_with_merged(name, base, IN_LAYERS if is_tied else EVERYWHERE, tmp_path)
+
+
+@needs_peft
+def test_experts_with_gate_and_up_by_turns_are_merged_alone(tmp_path: Path) -> None:
+    """Adapters of gpt-oss's attention go to PEFT, those of its experts into the weights."""
+    base = reference("GptOssForCausalLM", tmp_path)
+    write_drawn(base, tmp_path / "all", EVERYWHERE)
+    architecture = open_checkpoint(base).architecture
+    assert architecture is not None
+    with pytest.raises(ConversionError, match="gate and up by turns.*merge them into the weights"):
+        export_peft(open_adapters(tmp_path / "all"), architecture, tmp_path / "no", "base", "experts", force=False)
+    merge_lora(MergeLoraOptions(adapters=str(tmp_path / "all"), target=str(tmp_path / "merged all"), to="hf"), silent)
+    attention = LoraConfig(targets=[LoraTarget(match=["q", "k", "v", "o", "output_layer"], rank=4, alpha=8.0)])
+    compare_with_merged("gpt-oss", base, attention, tmp_path)
+
+
+def compare_with_merged(name: str, base: Path, config: LoraConfig, tmp_path: Path) -> None:
+    """PEFT's logits of `base` with adapters against those of the merged weights."""
     from peft import PeftModel
 
-    base = reference(name, tmp_path)
     opened = open_checkpoint(base)
     assert opened.architecture is not None
-    is_tied = not opened.model.untie_embeddings_and_output_weights
-    write_drawn(base, tmp_path / "adapters", IN_LAYERS if is_tied else EVERYWHERE)
+    write_drawn(base, tmp_path / "adapters", config)
     merge_lora(MergeLoraOptions(adapters=str(tmp_path / "adapters"), target=str(tmp_path / "merged"), to="hf"), silent)
     merged, plain = logits_of(loaded(tmp_path / "merged")), logits_of(loaded(base))
     adapters = open_adapters(tmp_path / "adapters")

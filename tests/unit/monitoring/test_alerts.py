@@ -1,5 +1,6 @@
 """Alerts reach a real HTTP and a real mail server, never more often than asked, never twice, and name no secret."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -176,7 +177,26 @@ def test_a_kill_loses_no_alert_nor_does_a_start_that_fails(
         "step 3: continued",
     ]
     assert "and 1 more of this kind" in server.texts[1]
-    assert list(files.iterdir()) == [damaged]
+    assert [path.read_text() for path in files.iterdir()] == ["[{"], "what could not be read is kept"
+    assert [path.name.startswith(f"{damaged.name}.unreadable-") for path in files.iterdir()] == [True]
+
+
+def test_a_file_of_alerts_that_cannot_be_read_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = tmp_path / "runs" / "moe"
+    files.mkdir(parents=True)
+    own = files / "unsent_alerts.webhook.json"
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 0.05)
+    for content in ("[{", "[7]"):
+        own.write_text(content)
+        alerts = sink(tmp_path, monkeypatch, "http://127.0.0.1:9/secret-token")
+        alerts.event(Event("started", 3, "continued"))
+        alerts.close(failed=False)
+        assert json.loads(own.read_text())[0]["text"] == "continued"
+    kept = sorted(files.glob(f"{own.name}.unreadable-*"))
+    assert sorted(path.read_text() for path in kept) == ["[7]", "[{"]
+    assert all(str(path) in caplog.text for path in kept)
 
 
 def test_an_error_is_sent_before_the_process_may_end(

@@ -61,6 +61,13 @@ def test_peak_is_what_a_gpu_reported(name: str) -> None:
 
 
 WIDE: dict[str, Any] = {"hidden_size": 128, "ffn_hidden_size": 384, "max_position_embeddings": 512}
+GPT_OSS: dict[str, Any] = {
+    "activation_func": "quick_gelu",
+    "activation_func_clamp_value": 7.0,
+    "glu_linear_offset": 1.0,
+    "moe_ffn_hidden_size": 768,
+    "moe_router_linear_bias": True,
+}
 CASES = {
     "dense bf16, windows and sinks, norms again": (
         1,
@@ -69,7 +76,22 @@ CASES = {
         "bf16",
         RecomputeConfig(granularity="selective", modules=["layernorm"]),
     ),
-    "MoE fp32, whole layers again": (1, tiny_model(moe=True, **WIDE), {}, "fp32", RecomputeConfig(granularity="full")),
+    "MoE fp32 with gpt-oss's gates, whole layers again": (
+        1,
+        tiny_model(moe=True, **(WIDE | GPT_OSS)),
+        {},
+        "fp32",
+        RecomputeConfig(granularity="full"),
+    ),
+    "dense bf16, losses by parts": (
+        1,
+        tiny_model(
+            num_layers=2, vocab_size=32768, max_position_embeddings=512, untie_embeddings_and_output_weights=False
+        ),
+        {},
+        "bf16",
+        RecomputeConfig(logits=True),
+    ),
     "MoE bf16, TP2 SP EP2 PP2 VPP2": (
         4,
         tiny_model(moe=True, **WIDE),

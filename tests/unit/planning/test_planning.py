@@ -57,7 +57,13 @@ def test_parameters_of_tanuki_8b() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "total", "active"),
-    [("llmjp4_32b_a3.8b", 32_139_028_992, 3_827_476_992), ("llmjp3_8x1.8b", 9_266_759_680, None)],
+    [
+        ("llmjp4_32b_a3.8b", 32_139_028_992, 3_827_476_992),
+        ("llmjp3_8x1.8b", 9_266_759_680, None),
+        # As OpenAI's model card (arXiv 2508.10925, table 1) has them: 20.91B, and 3.61B active with one of the two
+        # matrices of the vocabulary.
+        ("gpt_oss_20b", 20_914_757_184, 3_608_307_264 + 201_088 * 2880),
+    ],
 )
 def test_recipes_have_the_parameters_of_the_published_models(recipe: str, total: int, active: int | None) -> None:
     counts = count_parameters(load_run(ROOT / "examples" / "recipes" / f"{recipe}.yaml").model)

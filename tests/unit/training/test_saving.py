@@ -20,6 +20,7 @@ from megatron_ext.config import CheckpointConfig
 from megatron_ext.errors import CheckpointError, TrainingError
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.metrics_file import MetricsFile
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.saving import Saving
 from megatron_ext.training.verdict import Take
@@ -54,7 +55,7 @@ class Run(Hook):
         counts = {"consumed_samples": 0, "data": [], "optimizer_steps": 0}
         manager.register("progress", scalars=lambda: {"iteration": self.step, **counts})
         self.session: Any = SimpleNamespace(checkpoints=manager, stage=lambda: manager.stage(self.step))
-        self.saving = Saving(config, Clock(), self.events.append, [self])
+        self.saving = Saving(config, directory / "metrics.jsonl", Clock(), self.events.append, [self])
         self.saving.on_start(self.session)
 
     def after_save(self, checkpoint: Path) -> None:
@@ -92,6 +93,24 @@ def test_it_saves_when_due_when_told_to_stop_and_at_the_end(async_save: bool, tm
     assert [event.kind for event in run.events] == ["checkpoint"] * 4
     assert run.events[0].text.startswith(f"saved {tmp_path / 'iter_0000002'} (")
     json.dumps([event.record() for event in run.events])
+
+
+def test_a_checkpoint_that_a_kill_left_untold_is_told_when_the_run_goes_on(tmp_path: Path) -> None:
+    records = MetricsFile(tmp_path / "metrics.jsonl")
+    records.write({"event": "start", "iteration": 0})
+    run = Run(tmp_path, save_interval=2)
+    run.train(2)
+    outcome = run.session.checkpoints.settle()  # and nobody tells
+    records.write({"event": "start", "iteration": 2})
+    [event] = Run(tmp_path).events
+    print(event.text)
+    assert (event.kind, event.iteration) == ("checkpoint", 2)
+    assert event.text.startswith(f"saved {tmp_path / 'iter_0000002'} (")
+    assert event.details["bytes"] == outcome.bytes > 8000
+    records.write(event.record())
+    assert Run(tmp_path).events == [], "once"
+    (tmp_path / "metrics.jsonl").write_text('{"event": "start", "iteration": 2}\n')
+    assert Run(tmp_path).events == [], "of a checkpoint that was there when the records began, there is no news"
 
 
 def test_the_copy_of_the_last_checkpoint_is_told_too(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
-from megatron_ext.config import load_run, read_yaml
+from megatron_ext.config import RunConfig, load_config, load_run, read_yaml
 from megatron_ext.config.load import values_of
 from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
@@ -22,6 +22,7 @@ from megatron_ext.model_io.starting_weights import open_hugging_face
 from megatron_ext.planning.memory import checkpoint_bytes
 from megatron_ext.training import data_files
 from megatron_ext.training.findings import Findings
+from megatron_ext.training.show_plan import show_plan
 from megatron_ext.training.startup_checks import check_run, examine
 from tests.support.commands import TOOLS, command, train
 from tests.support.workspace import prepare_data, run_mapping, write_run
@@ -279,3 +280,18 @@ def test_validation_data_that_are_read_over_and_over_are_said(work: Path) -> Non
     often = ["train.eval_interval=2", "train.eval_iters=1000"]
     assert re.search(r"data\.validation\.0\.path = .* and validation reads 8,000 such samples", check(work, *often))
     assert "such samples" not in check(work, *often[:1], "train.eval_iters=1")
+
+
+def test_validation_on_what_is_trained_on_is_said(work: Path, tmp_path: Path) -> None:
+    """By its path, and of a copy elsewhere; where it is read at all."""
+    evaluates, path = "train.eval_interval=2", f"data.validation.0.path={work}/data/train"
+    said = r"data\.validation\.0\.path = .*/train is trained on, as data\.train\.0: its loss says"
+    assert re.search(said, check(work, evaluates, path))
+    shutil.copytree(work / "data", tmp_path / "copy")
+    copied = f"data.validation.0.path={tmp_path}/copy/train"
+    assert re.search(said, check(work, evaluates, copied))
+    assert "is trained on" not in check(work, evaluates) + check(work, path)
+    mapping = run_mapping(work)
+    mapping["train"]["eval_interval"], mapping["data"]["validation"] = 2, [{"path": f"{tmp_path}/copy/train"}]
+    run = load_config(RunConfig, mapping, source="run.yaml")
+    assert [line for line in show_plan(run, "run.yaml") if re.search(f"warning: {said}", line)]

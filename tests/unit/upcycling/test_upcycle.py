@@ -304,10 +304,12 @@ def test_the_training_configuration_is_the_dense_models_run(
     assert ("the training configuration changes parallel" in caplog.text) == changed
 
 
-def test_a_bias_that_balances_starts_at_zero(dense: dict[str, Path], tmp_path: Path) -> None:
-    function = made(options(dense["tied"], tmp_path / "moe", score_function="sigmoid", expert_bias=True))
+def test_biases_of_the_router_start_at_zero(dense: dict[str, Path], tmp_path: Path) -> None:
+    biases = {"score_function": "sigmoid", "expert_bias": True, "router_bias": True}
+    function = made(options(dense["tied"], tmp_path / "moe", **biases))
     assert function.logits.relative <= TOLERANCE
-    assert not MegatronSource(tmp_path / "moe").read("decoder.layers.1.mlp.router.expert_bias").any()
+    for name in ("expert_bias", "bias"):
+        assert not MegatronSource(tmp_path / "moe").read(f"decoder.layers.1.mlp.router.{name}").any()
     assert load_run(tmp_path / "moe.yaml").model.moe_aux_loss_coeff == 0
 
 

@@ -10,7 +10,7 @@ ROPE_TYPES = {
     "llama3": ({"factor", "original_max_position_embeddings"}, {"low_freq_factor", "high_freq_factor"}),
     "yarn": (
         {"factor", "original_max_position_embeddings"},
-        {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
+        {"beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"},
     ),
 }
 # Where configurations before transformers 5 have these.
@@ -20,7 +20,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 ROUTER_NOISE = {"gumbel": {"scale"}, "learned": set(), "input_jitter": {"eps"}}
 CHOICES = {
     "norm_type": ("rms_norm", "layer_norm"),
-    "hidden_act": ("silu", "gelu", "gelu_pytorch_tanh"),
+    "hidden_act": ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu"),
     "position_embedding_type": ("rope", "learned"),
     "qk_norm": (None, "head", "projection"),
     "scoring_func": ("softmax", "sigmoid"),
@@ -41,6 +41,7 @@ MOE_ONLY = {
     "n_group": None,
     "topk_group": None,
     "group_score": "top2_sum",
+    "router_bias": False,
     "expert_bias": False,
     "gating_normalization": None,
     "router_noise": None,
@@ -54,7 +55,10 @@ class MegatronExtConfig(PretrainedConfig):
         intermediate_size: width of a dense feed-forward layer.
         head_dim: width of a head; default hidden_size / num_attention_heads.
         norm_type: `rms_norm` or `layer_norm`, everywhere; `norm_eps` is its epsilon.
-        hidden_act: `silu`, `gelu` or `gelu_pytorch_tanh`; with `gated_mlp` it multiplies a second projection (SwiGLU).
+        hidden_act: `silu`, `gelu`, `gelu_pytorch_tanh` or `quick_gelu` (x sigmoid(1.702 x)); with `gated_mlp` it
+            multiplies a second projection (SwiGLU).
+        glu_limit: the gate is cut off above it, the second projection on both sides (gpt-oss: 7); glu_offset: added to
+            the second projection (gpt-oss: 1).
         qkv_bias: biases of the query, key and value projections; `use_bias`: of every linear layer but router and head.
         qk_norm: a norm of queries and keys over each `head`, or over the whole `projection`.
         sliding_window: positions that a query attends to, its own included; default all.
@@ -77,6 +81,7 @@ class MegatronExtConfig(PretrainedConfig):
         routed_scaling_factor: factor on the weights of the selected experts.
         n_group: experts form this many groups, tokens go to experts of the best `topk_group` only; a group is worth its
             two best experts' sum or its best one (`group_score`: `top2_sum`, `max`).
+        router_bias: the router's logits have a bias (gpt-oss).
         expert_bias: each expert has a bias that takes part in the selection only (DeepSeek-V3).
         gating_normalization: `{"scale", "eps", "correction"}`: each token's router logits are standardised over the
             experts and scaled (Skywork-MoE, Tanuki), always.
@@ -106,6 +111,8 @@ class MegatronExtConfig(PretrainedConfig):
         norm_eps=1e-5,
         hidden_act="silu",
         gated_mlp=True,
+        glu_limit=None,
+        glu_offset=0.0,
         qkv_bias=False,
         use_bias=False,
         qk_norm=None,
@@ -136,6 +143,7 @@ class MegatronExtConfig(PretrainedConfig):
         n_group=None,
         topk_group=None,
         group_score="top2_sum",
+        router_bias=False,
         expert_bias=False,
         gating_normalization=None,
         router_noise=None,
@@ -230,6 +238,11 @@ def _problems(config):
         f"{name} = {getattr(config, name)!r}: expected one of {', '.join(map(repr, allowed))}"
         for name, allowed in CHOICES.items()
         if getattr(config, name) not in allowed
+    ]
+    problems += [
+        f"{name} = {getattr(config, name)!r}: only a gated network has that; set gated_mlp = True"
+        for name, neutral in (("glu_limit", None), ("glu_offset", 0.0))
+        if not config.gated_mlp and getattr(config, name) != neutral
     ]
     checks = [_rope_problems, _window_problems, _attention_problems]
     checks += [_mixture_problems if config.num_experts else _dense_problems]

@@ -79,8 +79,10 @@ def _yarn_band(rope, width):
         longest = rope["original_max_position_embeddings"] / (turns * 2 * math.pi)
         return width * math.log(longest) / (2 * math.log(rope["rope_theta"]))
 
-    first = max(math.floor(pair(rope.get("beta_fast", 32.0))), 0)
-    return first, min(math.ceil(pair(rope.get("beta_slow", 1.0))), width - 1)
+    first, last = pair(rope.get("beta_fast", 32.0)), pair(rope.get("beta_slow", 1.0))
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    return max(first, 0), min(last, width - 1)
 
 
 def cosine_factor(rope):

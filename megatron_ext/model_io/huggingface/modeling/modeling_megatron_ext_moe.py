@@ -8,7 +8,12 @@ from torch import nn
 
 from .configuration_megatron_ext import MegatronExtConfig
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 TINY = 1e-20  # keeps a sum of sigmoids away from zero, as in training
 
 
@@ -18,6 +23,7 @@ class MegatronExtMLP(nn.Module):
     def __init__(self, config: MegatronExtConfig, intermediate_size):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
+        self.limit, self.offset = config.glu_limit, config.glu_offset
         hidden, bias = config.hidden_size, config.use_bias
         self.gate_proj = nn.Linear(hidden, intermediate_size, bias=bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(hidden, intermediate_size, bias=bias)
@@ -27,7 +33,10 @@ class MegatronExtMLP(nn.Module):
         """Hidden states [..., H] -> [..., H]."""
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(hidden)))
-        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return self.down_proj(self.activation(gate) * (up + self.offset))
 
 
 class MegatronExtExperts(nn.ModuleList):
@@ -58,6 +67,7 @@ class MegatronExtRouter(nn.Module):
         self.config, self.top_k = config, config.num_experts_per_tok
         self.normalization, self.noise = config.gating_normalization, config.router_noise
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
         if self.noise is not None and self.noise["kind"] == "learned":
             self.noise_weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.expert_bias else None
@@ -86,6 +96,8 @@ class MegatronExtRouter(nn.Module):
             eps = self.noise["eps"]
             hidden_TH = hidden_TH * torch.empty_like(hidden_TH).uniform_(1 - eps, 1 + eps)
         logits_TE = F.linear(hidden_TH.float(), self.weight.float())
+        if self.bias is not None:
+            logits_TE = logits_TE + self.bias.float()
         if self.normalization is not None:
             centred = logits_TE - logits_TE.mean(dim=-1, keepdim=True)
             deviation = logits_TE.std(dim=-1, correction=self.normalization["correction"], keepdim=True)

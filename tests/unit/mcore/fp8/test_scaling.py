@@ -101,3 +101,32 @@ def test_other_recipes_keep_no_state() -> None:
         scaling = Scaling(Fp8Precision(kind="fp8", recipe=recipe))
         assert not list(scaling.buffers())
         assert not scaling.is_delayed
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_a_kept_weight_holds_until_the_step_or_the_weight_ends_it(recipe: str) -> None:
+    scaling = Scaling(Fp8Precision(kind="fp8", recipe=recipe))
+    weight = torch.nn.Parameter(torch.randn(3, 8))
+
+    def is_of_now() -> bool:
+        straight, lasting = scaling.weight(weight)
+        turned = scaling.weight_t(weight, lasting)
+        fresh = scaling.quantize(Role.WEIGHT, weight.detach()).values.view(torch.uint8)
+        return all(torch.equal(q.view(torch.uint8), fresh) for q in (straight.values, turned.values.t()))
+
+    scaling.open_step()
+    first, _ = scaling.weight(weight)
+    assert scaling.weight(weight)[0] is first
+    weight.data.mul_(-1)  # past the version counter, as optimizers write: only the end of a step tells
+    assert not is_of_now()
+    with torch.no_grad():
+        weight.mul_(1)
+    assert is_of_now()
+    weight.data.mul_(-1)
+    for end in (scaling.close_step, scaling.open_step, scaling.eval):
+        assert not is_of_now()
+        end()
+        assert is_of_now()
+        scaling.train().open_step()
+        assert is_of_now()
+        weight.data.mul_(-1)

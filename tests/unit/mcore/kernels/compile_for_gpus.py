@@ -11,12 +11,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, swiglu
+from megatron_ext.mcore.kernels import cross_entropy, fp8_cast, gather_sum, grouped_gradient, rotary, sum_norm, swiglu
 
 SIZE = "i32"
-SWIGLU = {"projected": "*bf16", "weights": "*fp32", "width": SIZE}
+SWIGLU = {"projected": "*bf16", "weights": "*fp32", "width": SIZE, "limit": "fp32"}
+SHAPE = {"SLOPE": 1.702, "OFFSET": 1.0, "LIMITED": True, "WEIGHTED": True, "BLOCK": swiglu._BLOCK}
 LOSS = {"logits": "*bf16", "log_sums": "*fp32", "width": SIZE, "real": SIZE}
-STRIDES = ("x_matrix", "x_row", "inverse_matrix", "inverse_row", "inverse_t_column")
+ROTATION = {
+    **{name: SIZE for name in ("batch", "heads", "half", "rest", "x_token", "x_sample", "x_head")},
+    **{name: "*fp32" for name in ("cosines", "sines")},
+    **{name: "*bf16" for name in ("x", "y")},
+    "direction": "fp32",
+}
+NORM = {
+    **{name: "*bf16" for name in ("x", "residual", "weight", "bias", "total", "y", "grad", "grad_total", "grad_input")},
+    **{name: "*fp32" for name in ("means", "scales", "grad_weights", "grad_biases")},
+    **{name: SIZE for name in ("rows", "width", "rows_of_block")},
+    "epsilon": "fp32",
+}
+STRIDES = ("x_matrix", "x_row", "inverse_matrix", "inverse_row", "inverse_t_matrix", "inverse_t_column")
 CAST = {
     **{name: "*fp32" for name in ("inverse", "inverse_t")},
     **{name: SIZE for name in ("rows", "columns", *STRIDES)},
@@ -27,17 +40,29 @@ CAST = {
 def kernels(capability: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     """By name: the kernel, types of its arguments, and those that are constants."""
     found = {
-        "swiglu": (swiglu._forward, SWIGLU | {"output": "*bf16"}, {"WEIGHTED": True, "BLOCK": swiglu._BLOCK}),
+        "swiglu": (swiglu._forward, SWIGLU | {"output": "*bf16"}, SHAPE),
         "swiglu backward": (
             swiglu._backward,
             SWIGLU | {"grad": "*bf16", "grad_projected": "*bf16", "grad_weights": "*fp32"},
-            {"WEIGHTED": True, "BLOCK": swiglu._BLOCK},
+            SHAPE,
         ),
         "gather_sum": (
             gather_sum._sum,
             {"rows": "*bf16", "places": "*i64", "sums": "*bf16", "row_count": SIZE, "width": SIZE},
             {"PLACES": 6, "BLOCK": gather_sum._BLOCK},
         ),
+        "grouped gradient": (
+            grouped_gradient._add,
+            {"grad": "*bf16", "x": "*bf16", "ends": "*i32", "total": "*fp32", "width_n": SIZE, "width_k": SIZE},
+            {"TILE": grouped_gradient._TILE, "STEP": grouped_gradient._STEP_BYTES // 2},
+        ),
+        "rotate": (
+            rotary._rotate,
+            ROTATION,
+            {"NEIGHBOURS": False, "PASSES": True, "HEADS": rotary._TILE // 64, "HALF": 64, "REST": 64},
+        ),
+        "sum and norm": (sum_norm._forward, NORM, {"CENTRED": True, "BLOCK": 4096}),
+        "sum and norm, backward": (sum_norm._backward, NORM, {"CENTRED": True, "BLOCK": 4096}),
         "log_sum": (cross_entropy._log_sum, LOSS, {"BLOCK": cross_entropy._BLOCK}),
         "gradient": (
             cross_entropy._gradient,
@@ -59,10 +84,19 @@ def compiled(function: Any, types: dict[str, str], constants: dict[str, Any], ca
         function,
         {name: "constexpr" if name in constants else types[name] for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name not in constants},
+        {
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(names)
+            if name not in constants and types[name] != "fp32"
+        },
     )
     code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
-    instructions = {"wide loads": "ld.global.v4", "atomics": "atom.", "casts": "cvt.rn.satfinite.e"}
+    instructions = {
+        "wide loads": "ld.global.v4",
+        "atomics": "atom.",
+        "casts": "cvt.rn.satfinite.e",
+        "tensor cores": "wgmma",
+    }
     return {"bytes": len(code["cubin"]), **{name: code["ptx"].count(text) for name, text in instructions.items()}}
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.testing.triton_interpreter import round_to_nearest, why_not_interpreting
+from megatron_ext.testing.triton_interpreter import mend_interpreter, why_not_interpreting
 
 
 @pytest.fixture(scope="session")
@@ -14,5 +14,5 @@ def where() -> torch.device:
         return torch.device("cuda")
     if (missing := why_not_interpreting()) is not None:
         pytest.skip(missing)
-    round_to_nearest()
+    mend_interpreter()
     return torch.device("cpu")

@@ -1,30 +1,50 @@
 """Whole models trained with our kernels, through Triton's interpreter, beside the same models without them."""
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_ext.config import Fp8Precision, Fp32Precision, ModelConfig, ParallelConfig, Precision
+from megatron_ext.config import (
+    Fp8Precision,
+    Fp32Precision,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    RecomputeConfig,
+    YarnRopeScaling,
+)
 from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from megatron_ext.testing.triton_interpreter import round_to_nearest, why_not_interpreting
+from megatron_ext.testing.triton_interpreter import mend_interpreter, why_not_interpreting
 
 SMALL = {"samples": 2, "micro_batch": 1, "length": 16, "steps": 2}
 DROPS = tiny_model(moe=True, num_layers=2, moe_expert_capacity_factor=1.0)
+OTHER_PARTS = tiny_model(
+    moe=True,
+    num_layers=2,
+    normalization="LayerNorm",
+    qk_layernorm="projection",
+    rotary_percent=0.5,
+    rope_scaling=YarnRopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=32),
+)
 # fp32: exponentials and sums differ by a few units in the last place, two steps apart. bf16, which fp8 is computed
 # beside: SwiGLU is rounded once in place of three times, and the casts, the same bit for bit, are fed that.
-CASES: list[tuple[ModelConfig, Precision, float]] = [
-    (DROPS, Fp32Precision(kind="fp32"), 2e-6),
-    (tiny_model(moe=True, num_layers=2), Fp8Precision(kind="fp8", recipe="delayed"), 2e-2),
+CASES: list[tuple[ModelConfig, Precision, RecomputeConfig, float]] = [
+    (DROPS, Fp32Precision(kind="fp32"), RecomputeConfig(), 2e-6),
+    (OTHER_PARTS, Fp8Precision(kind="fp8", recipe="delayed"), RecomputeConfig(granularity="full", logits=True), 2e-2),
 ]
 SWIGLU, SUMS, LOSS = {"swiglu._forward", "swiglu._backward"}, {"gather_sum._sum"}, {"cross_entropy._log_sum"}
 LOSS |= {"cross_entropy._gradient"}
+ROTATION, NORM = {"rotary._rotate"}, {"sum_norm._forward", "sum_norm._backward"}
+CASTS, GRADIENTS = {"fp8_cast._cast"}, {"grouped_gradient._add"}
 
 
 def train(cell: Cell) -> tuple[Trajectory, set[str]]:
     """The losses and gradient norms of `cell`, and the kernels that ran."""
     from triton.runtime.interpreter import GridExecutor
 
-    round_to_nearest()
+    mend_interpreter()
     ran: set[str] = set()
     call = GridExecutor.__call__
 
@@ -39,16 +59,17 @@ def train(cell: Cell) -> tuple[Trajectory, set[str]]:
         GridExecutor.__call__ = call
 
 
-@pytest.mark.parametrize(("model", "precision", "tolerance"), CASES, ids=["fp32", "fp8"])
+@pytest.mark.parametrize(("model", "precision", "recompute", "tolerance"), CASES, ids=["fp32", "fp8"])
 def test_training_with_our_kernels_is_training(
-    model: ModelConfig, precision: Precision, tolerance: float, pool: GlooPool
+    model: ModelConfig, precision: Precision, recompute: RecomputeConfig, tolerance: float, pool: GlooPool
 ) -> None:
     if (missing := why_not_interpreting()) is not None:
         pytest.skip(missing)
-    cells = [Cell(model, ParallelConfig(), precision, kernels=kernels, **SMALL) for kernels in ("torch", "triton")]
+    cell = Cell(model, ParallelConfig(), precision, recompute, **SMALL)
+    cells = [replace(cell, kernels="torch"), replace(cell, kernels="triton")]
     ((expected, none),), ((measured, ran),) = (pool.run(1, train, cell) for cell in cells)
     difference = compare(measured, expected).worst
     print(f"{precision.kind}: {difference:.1e}, {sorted(ran)}")
     assert difference < tolerance
     assert not none
-    assert ran == SWIGLU | SUMS | LOSS | ({"fp8_cast._cast"} if precision.kind == "fp8" else set())
+    assert ran == SWIGLU | SUMS | LOSS | ROTATION | NORM | (CASTS if precision.kind == "fp8" else GRADIENTS)

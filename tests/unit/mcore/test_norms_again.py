@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.mcore.layer import computed_again
+from megatron_ext.mcore.norms_again import computed_again
 
 
 class Norm(torch.nn.Module):
