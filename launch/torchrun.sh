@@ -23,6 +23,8 @@ per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 # Megatron expects one hardware queue for the order of its communication on GPUs before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((gpus > 0 ? 8 : 1))}
+# Dropless experts get another number of rows in each step: memory that can grow in place does not fragment by that.
+[ "$gpus" = 0 ] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
 # A connection to a node that is gone is said by our own message, not by a page of torch's.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 

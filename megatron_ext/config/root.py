@@ -105,6 +105,6 @@ class RunConfig:
 
 DERIVED: dict[str, tuple[str, ...]] = {
     "model": ("head_dim", "rotary_width", "has_dense_layers", "expert_ffn_hidden_size", "padded_vocab_size", "is_moe"),
-    "parallel": ("etp", "counted_as_layers"),
+    "parallel": ("etp", "counted_as_layers", "flex_backend"),
 }
 """Properties that rules read like keys."""

@@ -130,6 +130,9 @@ class Fp8Precision:
 Precision = Annotated[Fp32Precision | Bf16Precision | Fp8Precision, Field(discriminator="kind")]
 
 
+MomentDtype = Literal["fp32", "bf16"]
+
+
 @config
 class AdamConfig:
     """Adam with decoupled weight decay (AdamW); norms and biases are not decayed."""
@@ -147,6 +150,18 @@ class AdamConfig:
     """Added to the root of the second moment."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
+    exp_avg_dtype: MomentDtype = "fp32"
+    """Dtype in which the first moment is kept between steps; each step computes in fp32 (DeepSeek-V3, arXiv 2412.19437,
+    section 3.3.3, keeps both in bf16). bf16 saves two bytes a parameter."""
+    exp_avg_sq_dtype: MomentDtype = "fp32"
+    """The same of the second moment."""
+    moments_on_host: bool = False
+    """Keep both moments in the host's page-locked memory, and bring them to the GPU a block at a time in each step."""
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of both moments of a parameter."""
+        return sum(4 if dtype == "fp32" else 2 for dtype in (self.exp_avg_dtype, self.exp_avg_sq_dtype))
 
 
 Recomputable = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act"]
@@ -163,7 +178,7 @@ class RecomputeConfig:
     num_layers: int = Field(default=1, ge=1)
     """With full: see `method`."""
     modules: list[Recomputable] = Field(default_factory=lambda: list[Recomputable](["core_attn"]))
-    """With selective: the modules to recompute; layernorm and moe_act with Transformer Engine only."""
+    """With selective: the modules to recompute; moe_act with Transformer Engine only."""
     logits: bool = False
     """The output layer and the loss go through the vocabulary in parts, and the backward pass computes their logits
     again: there are never all logits in memory, for a fourth product of the output layer beside three. Whatever

@@ -19,6 +19,7 @@ from megatron_ext.config import RunConfig, dump_yaml, to_mapping
 from megatron_ext.data.dataset import dataset_fingerprint
 from megatron_ext.errors import DataError, EnvironmentFault
 from megatron_ext.launching.node_report import Link, RankReport
+from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.installation import installation
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.process_groups import groups_by_kind
@@ -59,7 +60,7 @@ def measure_node(run: RunConfig, device: torch.device) -> RankReport:
     free, total = torch.cuda.mem_get_info(device) if on_gpu else _host_memory()
     faults: list[str] = []
     same = {
-        **installation(),
+        **_installation(run, faults),
         "configuration": _digest(dump_yaml(to_mapping(run))),
         "data": _data(run, faults),
     }
@@ -83,6 +84,16 @@ def measure_node(run: RunConfig, device: torch.device) -> RankReport:
         health=health,
         faults=faults,
     )
+
+
+def _installation(run: RunConfig, faults: list[str]) -> dict[str, str]:
+    """What the run computes and sends with; a fault where it cannot be used here."""
+    flex = run.parallel.flex_backend
+    try:
+        accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
+    except EnvironmentFault as fault:
+        faults.append(str(fault))
+    return installation() | ({"deep_ep": str(accelerators.installed("deep_ep"))} if flex else {})
 
 
 def _host_memory() -> tuple[int, int]:

@@ -125,7 +125,8 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
     # On a CPU every order of sums is fixed already.
     config.deterministic_mode = config.deterministic_mode or (run.runtime.deterministic and device.type == "cuda")
     config.triton_kernels = run.runtime.kernels == "triton"
-    config.adds_weight_gradients = config.triton_kernels and not run.parallel.overlap_grad_reduce
+    parallel = run.parallel.settled(on_cuda=device.type == "cuda", copies=groups.dp_cp.size())
+    config.adds_weight_gradients = config.triton_kernels and not parallel.overlap_grad_reduce
     chunks = build_chunks(model, run.parallel, config, device, adapter_plan(model, adapters))
     initialize_weights(model, list(chunks), run.train.seed, adapters)
     if adapters is not None:
@@ -138,11 +139,13 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
 
 def make_trainable(run: Buildable, groups: Groups, config: LayerConfig, chunks: list[LanguageModel]) -> Trainable:
     """Make `chunks`, whose weights are drawn, trainable: the second half of `build_trainable`, for other models."""
-    wrapped = wrap_chunks(chunks, config, run.parallel)
-    optimizer = build_optimizer(_adam(run), run.parallel, run.precision, wrapped)
+    on_cuda = any(parameter.is_cuda for chunk in chunks for parameter in chunk.parameters())
+    parallel = run.parallel.settled(on_cuda=on_cuda, copies=groups.dp_cp.size())
+    wrapped = wrap_chunks(chunks, config, parallel)
+    optimizer = build_optimizer(_adam(run), parallel, run.precision, wrapped)
     if run.adapters is not None:
         multiply_learning_rates(optimizer, "is_adapter_output", run.adapters.lr_ratio)
-    _tell_schedules(config, wrapped, overlap_grad_reduce=run.parallel.overlap_grad_reduce)
+    _tell_schedules(config, wrapped, overlap_grad_reduce=bool(parallel.overlap_grad_reduce))
     participants = _participants(chunks, is_writer=groups.stage.rank() == 0)
     return Trainable(chunks, wrapped, optimizer, config, participants, has_frozen_base=run.adapters is not None)
 

@@ -3,6 +3,7 @@
 #   S sequence of this rank, B micro-batch, H hidden, V vocabulary
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from megatron_ext.mcore.moe.router import Router
 from megatron_ext.mcore.output_layer import LossByParts
 from megatron_ext.mcore.rotary import RotaryEmbedding
 from megatron_ext.mcore.transformer_config import LayerConfig
+from megatron_ext.runtime.accelerators import fuses_weight_gradients
 
 _OUTSIDE_LAYERS = frozenset((EMBEDDING_MODULE, OUTPUT_MODULE))
 
@@ -119,11 +121,15 @@ class LanguageModel(LanguageModule):
         late = self.config.defer_embedding_wgrad_compute
         self.embedding_activation_buffer: list[Tensor] | None = [] if late else None
         self.grad_output_buffer: list[Tensor] | None = [] if late else None
+        config = self.config
+        if config.gradient_accumulation_fusion and not fuses_weight_gradients():
+            config = copy(config)  # Transformer Engine's layers add up by themselves, this one is megatron-core's
+            config.gradient_accumulation_fusion = False
         adapted = self._outside_layers.get(OUTPUT_MODULE, _as_it_is)
         return adapted(LossByParts if self.config.recompute_logits else ColumnParallelLinear)(
             self.config.hidden_size,
             self.model.padded_vocab_size,
-            config=self.config,
+            config=config,
             init_method=self.config.init_method,
             bias=False,
             gather_output=False,
@@ -249,17 +255,21 @@ def splits_optimizer(parallel: ParallelConfig) -> bool:
     On one process it has nothing to split, and would copy gradients and weights onto themselves in every step. Its
     checkpoints and the plain optimizer's are the same.
     """
-    overlaps = parallel.overlap_grad_reduce or parallel.overlap_param_gather
+    overlaps = bool(parallel.overlap_grad_reduce or parallel.overlap_param_gather)
     return parallel.use_distributed_optimizer and (overlaps or dist.get_world_size() > 1)
 
 
 def wrap_chunks(chunks: list[LanguageModel], config: LayerConfig, parallel: ParallelConfig) -> list[Any]:
-    """Return `chunks` wrapped for mixed precision and data parallelism, gradients kept and reduced in fp32."""
+    """Return `chunks` wrapped for mixed precision and data parallelism, gradients kept and reduced in fp32.
+
+    Args:
+        parallel: with its defaults of overlap applied; unset is off.
+    """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=splits_optimizer(parallel),
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=bool(parallel.overlap_grad_reduce),
+        overlap_param_gather=bool(parallel.overlap_param_gather),
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
@@ -269,10 +279,10 @@ def wrap_chunks(chunks: list[LanguageModel], config: LayerConfig, parallel: Para
     return wrapped
 
 
-def gather_parameters(wrapped: list[Any], parallel: ParallelConfig) -> None:
+def gather_parameters(wrapped: list[Any]) -> None:
     """Make sure every rank holds the updated weights before they are read outside a forward pass."""
-    if parallel.overlap_param_gather:
-        for chunk in wrapped:
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
 

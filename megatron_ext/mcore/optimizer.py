@@ -1,7 +1,7 @@
 """megatron-core's optimizers with our Adam inside, and the step taken apart so that a bad one can be refused."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ class FusedAdam:
     `exp_avg` and `exp_avg_sq` only, and exists before the first step so that a checkpoint can be loaded into it.
     With torch.optim.AdamW megatron-core's distributed optimizer can save but not load. No torch.optim.Optimizer,
     because that refuses the distributed optimizer's fp32 shards, which are views of the weights.
+
+    Moments may be kept in bf16, or in the host's memory. A step then takes them in fp32, on the device, a block at a
+    time, computes as ever, and puts them back. megatron-core's own options for either want other optimizers.
     """
 
     def __init__(self, param_groups: Iterable[dict[str, Any]], adam: AdamConfig) -> None:
@@ -30,11 +33,13 @@ class FusedAdam:
         self.steps = 0
         self.lr_multipliers: dict[torch.Tensor, float] = {}
         """Of parameters that learn with another rate than their group's: by what that is multiplied."""
+        dtypes = {"exp_avg": _MOMENT_DTYPES[adam.exp_avg_dtype], "exp_avg_sq": _MOMENT_DTYPES[adam.exp_avg_sq_dtype]}
         self.state = {
-            param: {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            param: {name: _zeros(param, dtype, on_host=adam.moments_on_host) for name, dtype in dtypes.items()}
             for group in self.param_groups
             for param in group["params"]
         }
+        self._in_place = not adam.moments_on_host and adam.exp_avg_dtype == adam.exp_avg_sq_dtype == "fp32"
 
     @torch.no_grad()
     def step(self) -> None:
@@ -49,22 +54,67 @@ class FusedAdam:
                 self._update(params, group["lr"] * multiplier, group["weight_decay"])
 
     def _update(self, params: list[torch.Tensor], lr: float, weight_decay: float) -> None:
-        torch._fused_adamw_(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            # Filled on the device; a copy from the host would wait for it.
-            [torch.full((), float(self.steps), device=params[0].device)] * len(params),
-            lr=lr,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=weight_decay,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        states = [(p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]) for p in params]
+        for block in [states] if self._in_place else _blocks(states):
+            weights, grads, firsts, seconds = (list(kind) for kind in zip(*block, strict=True))
+            used_firsts, used_seconds = _as_computed(firsts, weights), _as_computed(seconds, weights)
+            torch._fused_adamw_(
+                weights,
+                grads,
+                used_firsts,
+                used_seconds,
+                [],
+                # Filled on the device; a copy from the host would wait for it.
+                [torch.full((), float(self.steps), device=weights[0].device)] * len(weights),
+                lr=lr,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=weight_decay,
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+            )
+            _put_back(firsts + seconds, used_firsts + used_seconds)
+
+
+_MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_BLOCK = 2**26
+"""Numbers of each moment that a step has in fp32 beside where they are kept (planning/peak_memory.py counts them)."""
+
+
+def _zeros(param: torch.Tensor, dtype: torch.dtype, *, on_host: bool) -> torch.Tensor:
+    """A moment of `param` before the first step."""
+    if on_host and param.is_cuda:
+        return torch.zeros(param.shape, dtype=dtype, pin_memory=True)
+    return torch.zeros_like(param, dtype=dtype)
+
+
+def _as_computed(kept: list[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Moments in the dtype and on the device of their weights: themselves where they are so."""
+    return [moment.to(weight, non_blocking=True) for moment, weight in zip(kept, weights, strict=True)]
+
+
+def _put_back(kept: list[torch.Tensor], computed: list[torch.Tensor]) -> None:
+    for moment, new in zip(kept, computed, strict=True):
+        if moment is not new:
+            moment.copy_(new)
+
+
+def _blocks(states: Sequence[tuple[Any, ...]]) -> Iterator[list[list[torch.Tensor]]]:
+    """The tensors of `states`, each a tuple of one size, flat and cut into blocks of at most so many numbers."""
+    block, room = list[list[torch.Tensor]](), _BLOCK
+    for tensors in states:
+        flat, start, size = [tensor.view(-1) for tensor in tensors], 0, tensors[0].numel()
+        while start < size:
+            end = min(start + room, size)
+            block.append([tensor[start:end] for tensor in flat])
+            room -= end - start
+            start = end
+            if room == 0:
+                yield block
+                block, room = [], _BLOCK
+    if block:
+        yield block
 
 
 def build_optimizer(
@@ -82,7 +132,7 @@ def build_optimizer(
         bf16=DTYPES[precision.kind] is torch.bfloat16,
         params_dtype=DTYPES[precision.kind],
         use_distributed_optimizer=splits_optimizer(parallel),
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_param_gather=bool(parallel.overlap_param_gather),
     )
     with cpu_compat.cuda_type_names():
         optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)

@@ -55,6 +55,11 @@ _NOT_COMPUTED = {
         "moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size "
         "offload_modules"
     ),
+    "how tokens travel is said by parallel.moe_token_dispatcher_type, moe_flex_dispatcher_backend and "
+    "moe_shared_expert_overlap": (
+        "moe_enable_deepep moe_expert_rank_capacity_factor moe_flex_dispatcher_backend moe_shared_expert_overlap "
+        "moe_token_dispatcher_type"
+    ),
     "forward passes of micro-batches are not interleaved layer by layer": "overlap_moe_expert_parallel_comm",
     "layers are built from what runtime.backend says": "moe_grouped_gemm moe_use_legacy_grouped_gemm transformer_impl",
     "these steps are always computed by our own code": (

@@ -28,6 +28,8 @@ class _MoreFields:
     """The recipe of mcore/fp8; megatron-core's own `fp8` field speaks to Transformer Engine alone."""
     triton_kernels: bool = False
     """Whether the torch backend's layers and loss take our own kernels (mcore/kernels/) where there are some."""
+    recompute_norms: bool = False
+    """Whether the torch backend computes norms again in the backward pass (mcore/norms_again.py)."""
     adds_weight_gradients: bool = False
     """Whether linear layers and experts add weights' gradients to the fp32 buffer (mcore/linear.py)."""
     recompute_logits: bool = False
@@ -70,7 +72,7 @@ def transformer_config(
         **_architecture(model),
         **_moe(model, parallel),
         **_parallelism(parallel),
-        **_recompute(recompute),
+        **_recompute(recompute, backend),
         **_yarn(model),
         **(_transformer_engine(model, parallel, precision) if backend == "transformer_engine" else {}),
         "params_dtype": dtype,
@@ -189,9 +191,10 @@ def _transformer_engine(model: ModelConfig, parallel: ParallelConfig, precision:
         "bias_dropout_fusion": not (model.is_moe and model.add_bias_linear),
         "apply_rope_fusion": model.position_embedding_type == "rope" and model.multi_latent_attention is None,
         "moe_permute_fusion": model.is_moe,
-        # Transformer Engine can add weight gradients to the fp32 buffer by itself, but the output layer is
-        # megatron-core's own, which needs NVIDIA Apex for it.
-        "gradient_accumulation_fusion": fuses_weight_gradients(),
+        # Transformer Engine adds weight gradients to the fp32 buffer by itself. megatron-core's own output layer needs
+        # NVIDIA Apex for it (model.py), and so does computing that one's gradient late.
+        "gradient_accumulation_fusion": fuses_weight_gradients()
+        or not model.transformer_overrides.get("defer_embedding_wgrad_compute"),
         **(_fp8(model, parallel, precision) if isinstance(precision, Fp8Precision) else {}),
     }
 
@@ -230,6 +233,8 @@ def _moe(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         "moe_shared_expert_gate": model.moe_shared_expert_gate,
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+        "moe_flex_dispatcher_backend": parallel.flex_backend or "deepep",
+        "moe_shared_expert_overlap": parallel.moe_shared_expert_overlap,
         "moe_grouped_gemm": True,
     }
 
@@ -253,11 +258,14 @@ def _parallelism(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
+def _recompute(recompute: RecomputeConfig, backend: Backend) -> dict[str, Any]:
     if recompute.granularity is None:
         return {}
     if recompute.granularity == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": list(recompute.modules)}
+        ours = backend == "torch" and "layernorm" in recompute.modules
+        modules = [module for module in recompute.modules if not (ours and module == "layernorm")]
+        rest = {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+        return {"recompute_norms": ours, **rest}
     return {
         "recompute_granularity": "full",
         "recompute_method": recompute.method,

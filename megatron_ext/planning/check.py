@@ -54,6 +54,7 @@ def describe_run(run: RunConfig, world_size: int | None, plan: RunPlan | None = 
         f"guard           {guard_line(run)}",
         f"Hugging Face    {_export(run)}",
         f"micro-batches   {_micro_batches(run, layout)} tokens a rank and step",
+        f"overlap         {_overlap(run, layout)}",
         f"installed       {versions()}",
     ]
     return "\n".join(lines)
@@ -111,6 +112,22 @@ def _micro_batches(run: RunConfig, layout: Layout) -> str:
     """How many of which size a rank computes in a step; of every kind of step that the run has."""
     shapes = ((s.size // (s.micro_size * layout.dp), s.micro_size, s.length) for s in run.step_shapes)
     return ", ".join(f"{number} of {size} x {length}" for number, size, length in dict.fromkeys(shapes))
+
+
+def _overlap(run: RunConfig, layout: Layout) -> str:
+    """What of data parallelism's messages travels beside computing; where the device is not said, on either."""
+    words = {
+        (False, False): "none",
+        (True, False): "gradients are reduced during the backward pass",
+        (True, True): "gradients are reduced during the backward pass, weights gathered during the next forward pass",
+    }
+    copies, said = layout.dp * layout.cp, dict[str, str]()
+    for device in ("cuda", "cpu") if run.runtime.device == "auto" else (run.runtime.device,):
+        settled = run.parallel.settled(on_cuda=device == "cuda", copies=copies)
+        said[device] = words[bool(settled.overlap_grad_reduce), bool(settled.overlap_param_gather)]
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"on {device.upper()} {text}" for device, text in said.items())
 
 
 def _export(run: RunConfig) -> str:

@@ -26,6 +26,8 @@ class MicroBatch:
     """Tokens a sample, of all context-parallel ranks."""
     on_cpu: bool = False
     """Kernels of the CPU keep copies and masks that those of a GPU do not need."""
+    by_kernels: bool = False
+    """Our own kernels compute SwiGLU and its gradient in one pass each (runtime.kernels: triton)."""
     imbalance: float = 1.0
     """Rows of the fullest expert-parallel rank over the mean."""
 
@@ -62,7 +64,7 @@ class LayerFormulas:
         micro: MicroBatch,
     ) -> None:
         self._model, self._layout, self._micro = model, layout, micro
-        self._dispatcher = parallel.moe_token_dispatcher_type
+        self._overlaps_shared = parallel.moe_shared_expert_overlap
         self.bytes = FULL_PRECISION if precision.kind == "fp32" else 2
         self._again = frozenset(recompute.modules if recompute.granularity == "selective" else ())
         self.tokens = micro.rows * micro.length / layout.cp
@@ -183,8 +185,20 @@ class LayerFormulas:
         return self.tokens * self._model.ffn_hidden_size / self._layout.tp * self.bytes
 
     def _dense_working(self) -> float:
+        """The most of two moments: activation, and the gradients of the first weight."""
+        model, width = self._model, self._dense_width()
         again = self._matrices() if "mlp" in self._again else 0.0
-        return (again + (5.0 + self._beyond_swiglu() if self._model.gated_linear_unit else 2.0)) * self._dense_width()
+        rows = 2.0 if model.gated_linear_unit else 1.0
+        weight = rows * model.hidden_size * model.ffn_hidden_size / self._layout.tp * self.bytes
+        return again * width + max(self._activation_working(weighted=False) * width, rows * width + weight)
+
+    def _activation_working(self, *, weighted: bool) -> float:
+        """Widths that the backward pass of an activation needs: the gradients of both ends, and what is between."""
+        if not self._model.gated_linear_unit:
+            return 3.0 if weighted else 2.0
+        if self._micro.by_kernels and self._model.activation_func == "silu" and not self._beyond_swiglu():
+            return 3.0
+        return (6.0 if weighted else 5.0) + self._beyond_swiglu()
 
     def _beyond_swiglu(self) -> float:
         """Widths that the backward pass of a gated activation needs beyond that of SwiGLU (mcore/activation.py)."""
@@ -231,7 +245,9 @@ class LayerFormulas:
     def _shared(self) -> float:
         if "shared_experts" in self._again:
             return 0.0
-        return self._matrices() * self._shared_width()
+        # Overlapped ones are computed by megatron-core in steps, and what is between them is kept.
+        overlapped = 4.0 if self._overlaps_shared and self._model.gated_linear_unit else 0.0
+        return max(self._matrices(), overlapped) * self._shared_width()
 
     def _shared_width(self) -> float:
         return self.tokens * (self._model.moe_shared_expert_intermediate_size or 0) / self._layout.tp * self.bytes
@@ -247,8 +263,7 @@ class LayerFormulas:
         first = hidden + gated * width + gated * weight - width  # what was activated is free by then
         # What came over the group stays until its own backward pass is over.
         arrived = hidden if self._layout.ep > 1 else 0.0
-        activation = 6.0 + self._beyond_swiglu() if model.gated_linear_unit else 3.0
-        moments = [activation * width + arrived, second, first]
+        moments = [self._activation_working(weighted=True) * width + arrived, second, first]
         if (etp := self._layout.etp) > 1:  # the forward pass sums the parts of each row in fp32
             moments.append(hidden * FULL_PRECISION / self.bytes * (1 + 1 / etp))
         return again + max(moments) + self._shared_width()

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ext.canonical.adapters import adapter_tensors
 from megatron_ext.canonical.catalogue import CanonicalTensor, model_tensors
 from megatron_ext.canonical.placement import elements_held, stages_of
-from megatron_ext.config import Layout, LoraConfig, ModelConfig, ParallelConfig, Precision, RunConfig
+from megatron_ext.config import Layout, ModelConfig, ParallelConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def stage_states(run: RunConfig, layout: Layout) -> list[StateMemory]:
 class ModelState:
     """The tensors of a run, summed up by what places them, so that many layouts can be looked at.
 
-    A trained parameter takes 4 (fp32) or 2 (bf16) bytes and its gradient 4. Adam's two moments (and in bf16 the fp32
-    master weight) take 8 (12) bytes, split by the distributed optimizer over the ranks that have the same weights:
-    data-parallel x context-parallel ranks, and for experts those of the expert grid. Weights beside which adapters are
-    trained take their own bytes alone.
+    A trained parameter takes 4 (fp32) or 2 (bf16) bytes and its gradient 4. Adam's two moments take 8 bytes, less in
+    bf16 and none where the host has them, and with bf16 weights the fp32 master weight 4: these are split by the
+    distributed optimizer over the ranks that have the same weights: data-parallel x context-parallel ranks, and for
+    experts those of the expert grid. Weights beside which adapters are trained take their own bytes alone.
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -54,7 +54,8 @@ class ModelState:
         """Parameters and bytes of state on a rank of each pipeline stage of `run`, which may split them otherwise."""
         parts = (self._trained, self._frozen, self._fp8)
         held_of_each = (_stages(run.model, some, layout, run.parallel) for some in parts)
-        weight, state = (4, 8) if run.precision.kind == "fp32" else (2, 12)
+        weight, master = (4, 0) if run.precision.kind == "fp32" else (2, 4)
+        state = master + (0 if run.optimizer.moments_on_host else run.optimizer.moment_bytes)
         splits = run.parallel.use_distributed_optimizer
         dense_share, expert_share = (layout.dp * layout.cp, layout.edp) if splits else (1, 1)
         found = []
@@ -102,8 +103,8 @@ def _stages(
     return list(zip(dense, expert, strict=True))
 
 
-def checkpoint_bytes(model: ModelConfig, precision: Precision, adapters: LoraConfig | None = None) -> int:
-    """Bytes of a checkpoint's tensors: trained weights, in fp32 the optimizer's own weights and Adam's two moments."""
-    tensors = model_tensors(model) if adapters is None else adapter_tensors(model, adapters)
+def checkpoint_bytes(run: RunConfig) -> int:
+    """Bytes of a checkpoint's tensors: trained weights, in fp32 the optimizer's own weights, and Adam's two moments."""
+    tensors = model_tensors(run.model) if run.adapters is None else adapter_tensors(run.model, run.adapters)
     parameters = sum(tensor.size for tensor in tensors.values())
-    return parameters * ((4 if precision.kind == "fp32" else 2) + 12)
+    return parameters * ((4 if run.precision.kind == "fp32" else 2) + 4 + run.optimizer.moment_bytes)

@@ -12,6 +12,9 @@ from megatron_ext.planning.memory import StateMemory, stage_states
 _LOSS_BLOCK = {True: 2**22, False: 2**27}
 """Numbers of the logits that the loss turns into fp32 at a time, on CPU and elsewhere (mcore/cross_entropy.py)."""
 
+_OPTIMIZER_BLOCK = 2**26
+"""Parameters that a step updates at a time where moments are kept otherwise than it takes them."""
+
 
 @dataclass(frozen=True)
 class PeakMemory:
@@ -59,12 +62,12 @@ def peak_memory(
         on_cpu: computed by the kernels of a CPU.
         imbalance: rows of the fullest expert-parallel rank over the mean.
     """
-    states = states or stage_states(run, layout)
+    states, by_kernels = states or stage_states(run, layout), run.runtime.kernels == "triton"
     shapes = {
         (shape.micro_size, shape.length, shape.size // (shape.micro_size * layout.dp)) for shape in run.step_shapes
     }
     peaks = [
-        _Stage(run, layout, stage, MicroBatch(rows, length, on_cpu, imbalance), number).peak(states[stage])
+        _Stage(run, layout, stage, MicroBatch(rows, length, on_cpu, by_kernels, imbalance), number).peak(states[stage])
         for rows, length, number in shapes
         for stage in range(layout.pp)
     ]
@@ -103,6 +106,9 @@ class _Stage:
             moments.append(
                 (0.0, 4.0 * max(state.dense, state.experts), 0.0)
             )  # Gloo scatters sums by a copy of all of them
+        if self._run.optimizer.moments_on_host or self._run.optimizer.moment_bytes < 2 * FULL_PRECISION:
+            # Both of a block of parameters in fp32 (mcore/optimizer.py).
+            moments.append((0.0, 2.0 * FULL_PRECISION * min(state.parameters, _OPTIMIZER_BLOCK), 0.0))
         kept, working, count = max(moments, key=lambda moment: moment[0] + moment[1])
         return PeakMemory(self._stage, state.bytes, kept, working, self._buffers() + state.kept_fp8, count)
 
@@ -185,7 +191,7 @@ class _Stage:
             numbers = min(numbers, _LOSS_BLOCK[self._micro.on_cpu])
         logits = numbers * formulas.bytes
         block = 0.0
-        if formulas.bytes != FULL_PRECISION:
+        if formulas.bytes != FULL_PRECISION and not self._micro.by_kernels:  # whose registers have it
             block = min(numbers, max(_LOSS_BLOCK[self._micro.on_cpu], model.padded_vocab_size / tp)) * FULL_PRECISION
         # The hidden states' gradient, and under sequence parallelism they themselves, are there for all tokens.
         wide = formulas.gathered + (formulas.gathered if self._run.parallel.sequence_parallel else 0.0)

@@ -39,6 +39,7 @@ def kind_of(run: RunConfig, layout: Layout) -> str:
         "EP": is_moe and layout.ep > 1,
         "ETP": is_moe and layout.etp > 1,
         "allgather": is_moe and parallel.moe_token_dispatcher_type == "allgather",
+        "flex": is_moe and parallel.flex_backend is not None,
     }
     return " ".join(word for word, is_on in words.items() if is_on)
 

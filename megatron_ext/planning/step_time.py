@@ -39,6 +39,8 @@ _WEIGHT_GRADIENT = 12
 """Of a weight and micro-batch: a bf16 gradient added to its fp32 sum."""
 _CROSS_ENTROPY = 66
 """Of a token and vocabulary entry: about twenty kernels a block of logits."""
+_KERNEL_GATED, _KERNEL_CROSS_ENTROPY = 16, 6
+"""The same of a gated network, with routing weights or without, and of the loss by our own kernels (mcore/kernels/)."""
 _UPDATE = 42
 """Of a parameter and step: Adam in fp32, the gradient's norm, zeros and copies."""
 
@@ -115,6 +117,11 @@ class _Cost:
         self._bytes = 4 if run.precision.kind == "fp32" else 2
         self._peak = assumed.peak_tflops * 1e12 * (1 if self._bytes == 2 else 0.5)
         self._is_fp8 = run.precision.kind == "fp8"
+        self._gated, self._gated_weighted, self._loss = _GATED, _GATED_WEIGHTED, _CROSS_ENTROPY
+        if run.runtime.kernels == "triton":
+            self._loss = _KERNEL_CROSS_ENTROPY
+            if run.model.gated_linear_unit and run.model.activation_func == "silu":
+                self._gated = self._gated_weighted = _KERNEL_GATED
         full, selective = (run.recompute.granularity == kind for kind in ("full", "selective"))
         modules = run.recompute.modules if selective else []
         self._all_again = full
@@ -176,7 +183,7 @@ class _Cost:
         products = tokens * matrices * model.hidden_size * width
         gradients = _WEIGHT_GRADIENT * matrices * model.hidden_size * width / self._layout.tp
         return self._product(products, self._assumed.products, self._assumed.fp8_products) + self._moved(
-            _GATED * tokens * width + gradients
+            self._gated * tokens * width + gradients
         )
 
     def _experts(self) -> float:
@@ -188,7 +195,7 @@ class _Cost:
         matrices = 3 if model.gated_linear_unit else 2
         experts = (model.num_moe_experts or 0) / layout.ep
         gradients = _WEIGHT_GRADIENT * experts * matrices * model.hidden_size * width
-        moved = _GATED_WEIGHTED * rows * width + _DISPATCHED * rows * model.hidden_size + gradients
+        moved = self._gated_weighted * rows * width + _DISPATCHED * rows * model.hidden_size + gradients
         moved += self._tokens / split * (_MOE_TOKEN * model.hidden_size + _ROUTED * (model.num_moe_experts or 0))
         shared = self._dense(model.moe_shared_expert_intermediate_size or 0)
         products = rows * matrices * model.hidden_size * width
@@ -205,7 +212,7 @@ class _Cost:
         vocabulary = model.padded_vocab_size
         # The tables of both ends have their gradient.
         gradients = 2 * _WEIGHT_GRADIENT * vocabulary * model.hidden_size / self._layout.tp
-        moved = _CROSS_ENTROPY * tokens * vocabulary + gradients
+        moved = self._loss * tokens * vocabulary + gradients
         again = 2 if self._run.recompute.logits else 0
         products = (6 + again) * tokens * vocabulary * model.hidden_size
         return products / (self._peak * self._assumed.products) + self._moved(moved)
@@ -224,7 +231,12 @@ class _Cost:
         tensor = split_parts * 5 * passes * gathered * (layout.tp - 1) / layout.tp / self._rate(layout.tp)
         keys = 2 * self._tokens * model.query_groups * model.head_dim / layout.tp * self._bytes
         context = 2 * passes * keys * (layout.cp - 1) / self._rate(layout.tp * layout.cp)
-        return tensor + context + (self._expert_messages() * (1.5 if self._network_again else 1.0) if is_moe else 0.0)
+        if not is_moe:
+            return tensor + context
+        experts = self._expert_messages() * (1.5 if self._network_again else 1.0)
+        if self._run.parallel.moe_shared_expert_overlap:
+            experts -= min(experts, self._dense(model.moe_shared_expert_intermediate_size))
+        return tensor + context + experts
 
     def _expert_messages(self) -> float:
         """To the experts and back, forward and backward; the slower of both kinds of links counts."""
@@ -239,13 +251,20 @@ class _Cost:
         group = layout.ep * layout.etp
         outside = max(0.0, 1 - assumed.gpus_per_node / group)
         inside = (layout.ep - 1) / layout.ep - outside
+        if self._run.parallel.flex_backend is not None:
+            # Once to each other node that has one of a token's experts, and on from there within it (DeepSeek-V3,
+            # arXiv 2412.19437, section 3.2.2): of n nodes K random experts are on n (1 - (1 - 1/n)^K).
+            nodes = max(group / assumed.gpus_per_node, 1.0)
+            met = nodes * (1 - (1 - 1 / nodes) ** model.moe_router_topk) / model.moe_router_topk
+            inside, outside = inside + outside, outside * met
         exchange = rows * max(outside / assumed.network_gb_s, max(inside, 0.0) / assumed.node_gb_s) / 1e9
         parts = rows * (layout.etp - 1) * (1 + 4 / self._bytes) / self._rate(layout.etp)
         return 4 * exchange + 2 * parts
 
     def data_parallel(self, state: StateMemory) -> float:
         """Gradients summed in fp32 and weights gathered, once a step."""
-        layout, parallel, assumed = self._layout, self._run.parallel, self._assumed
+        layout, assumed = self._layout, self._assumed
+        parallel = self._run.parallel.settled(on_cuda=True, copies=layout.dp * layout.cp)
 
         def wait(parameters: float, ranks: int) -> float:
             if ranks <= 1:

@@ -101,6 +101,10 @@ def plan_proof(
     if world_size:
         run.resolve(world_size)
     parallel, processes, changes = _fit_processes(run.parallel, run.model, wanted, limit)
+    if run.runtime.device != "cpu":  # where it will run, this is on
+        copies = processes // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+        parallel = parallel.settled(on_cuda=True, copies=copies)
+    parallel, dispatch_changes = _provable_dispatch(parallel)
     model, layer_changes = _shrink_model(run.model, parallel, most_layers)
     model, loss_changes = _comparable_losses(model)
     adapters, adapter_changes = _without_dropout(run.adapters)
@@ -130,7 +134,12 @@ def plan_proof(
         adapters=adapters,
     )
     _require_legal(cell)
-    return ProofPlan(cell, processes, tuple(changes + layer_changes + loss_changes + adapter_changes), tuple(names))
+    return ProofPlan(
+        cell,
+        processes,
+        tuple(changes + dispatch_changes + layer_changes + loss_changes + adapter_changes),
+        tuple(names),
+    )
 
 
 def prove(plan: ProofPlan, pool: GlooPool | None = None) -> Proof:
@@ -189,6 +198,21 @@ def _fit_processes(
     if processes != started:
         changes.insert(0, f"processes: {started} -> {processes}, what this machine holds")
     return parallel, processes, changes
+
+
+def _provable_dispatch(parallel: ParallelConfig) -> tuple[ParallelConfig, list[str]]:
+    """`parallel` with tokens that travel as they can between processes without a GPU."""
+    changes = []
+    if parallel.flex_backend is not None:
+        changes.append(
+            f"parallel.moe_token_dispatcher_type: flex -> alltoall; {parallel.flex_backend} needs GPUs, and what it "
+            "sends is unproven here"
+        )
+        parallel = replace(parallel, moe_token_dispatcher_type="alltoall", moe_flex_dispatcher_backend=None)
+    if parallel.moe_shared_expert_overlap and parallel.expert_model_parallel_size * parallel.etp == 1:
+        changes.append("parallel.moe_shared_expert_overlap: True -> False")
+        parallel = replace(parallel, moe_shared_expert_overlap=False)
+    return parallel, changes
 
 
 def _halve_largest(parallel: ParallelConfig, model: ModelConfig) -> ParallelConfig | None:

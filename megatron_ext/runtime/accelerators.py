@@ -6,13 +6,15 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from packaging.version import InvalidVersion, Version
 
 from megatron_ext.config import Fp8Precision, Precision, RuntimeConfig
 from megatron_ext.config.machine import Backend
+from megatron_ext.config.parallel import FlexBackend
 from megatron_ext.errors import EnvironmentFault
 
 _TORCH_WAY_OUT = "set runtime.backend: torch"
@@ -67,6 +69,8 @@ class Machine:
     """Why it cannot be imported, where it is installed and there is a GPU."""
     triton: Version | None = None
     """Installed version."""
+    flex_faults: Mapping[FlexBackend, str] = field(default_factory=dict)
+    """Why libraries of the flex dispatcher cannot be imported, where there is a GPU."""
 
 
 def installed(distribution: str) -> Version | None:
@@ -92,7 +96,37 @@ def this_machine() -> Machine:
         transformer_engine=version,
         transformer_engine_fault=_import_fault() if gpus and version else None,
         triton=installed("triton"),
+        flex_faults={name: fault for name in FLEX if (fault := _flex_import_fault(name))} if gpus else {},
     )
+
+
+FLEX: dict[FlexBackend, tuple[str, dict[str, tuple[str, ...]], str]] = {
+    "deepep": (
+        "DeepEP",
+        {"deep_ep": ("Buffer",), "deep_ep.utils": ("EventHandle", "EventOverlap")},
+        "build release 1 of github.com/deepseek-ai/DeepEP against this torch",
+    ),
+    "hybridep": (
+        "HybridEP",
+        {"deep_ep": ("HybridEPBuffer",)},
+        "build the branch hybrid-ep of github.com/deepseek-ai/DeepEP against this torch",
+    ),
+}
+"""For people, what megatron-core imports of each (fused_a2a.py; without it it takes the library for missing), and how
+to get it. Both are in one package, deep_ep."""
+
+
+def _flex_import_fault(library: FlexBackend) -> str | None:
+    for module, names in FLEX[library][1].items():
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            return f"there is no module {module}"
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a library or symbol that does not fit
+            return f"{type(error).__name__}: {error}"
+        if missing := [name for name in names if not hasattr(found, name)]:
+            return f"{module} {installed('deep_ep') or ''} has no {missing[0]}"
+    return None
 
 
 def _import_fault() -> str | None:
@@ -192,10 +226,31 @@ def kernels_fault(machine: Machine) -> str | None:
     return None
 
 
-def require(runtime: RuntimeConfig, precision: Precision, *, has_experts: bool, machine: Machine | None = None) -> None:
+def flex_fault(library: FlexBackend, machine: Machine) -> str | None:
+    """Why `library` cannot send tokens here, with the way out; None where it can."""
+    name, _, how_to_get = FLEX[library]
+    way_out = "set parallel.moe_token_dispatcher_type: alltoall"
+    if not machine.gpus:
+        return f"{name} sends between GPUs, and torch finds none; {way_out}"
+    if any(gpu.capability < (9, 0) for gpu in machine.gpus):
+        return f"{name} needs compute capability 9.0, {_weakest(machine)}; {way_out}"
+    if fault := machine.flex_faults.get(library):
+        return f"{name} cannot be used ({fault}); {how_to_get}, or {way_out}"
+    return None
+
+
+def require(
+    runtime: RuntimeConfig,
+    precision: Precision,
+    *,
+    has_experts: bool,
+    flex: FlexBackend | None = None,
+    machine: Machine | None = None,
+) -> None:
     """Raise EnvironmentFault where this machine cannot train with the backend of `runtime` in `precision`.
 
     Args:
+        flex: the library that is to send tokens to their experts.
         machine: what to judge by; default: this one, without its GPUs in a run on CPU.
     """
     if machine is None:
@@ -204,6 +259,8 @@ def require(runtime: RuntimeConfig, precision: Precision, *, has_experts: bool, 
         raise EnvironmentFault(f"runtime.backend = {runtime.backend!r}: {fault}")
     if fault := precision_fault(runtime.backend, precision, machine, has_experts=has_experts):
         raise EnvironmentFault(f"precision.kind = {precision.kind!r}: {fault}")
+    if flex is not None and (fault := flex_fault(flex, machine)):
+        raise EnvironmentFault(f"parallel.moe_token_dispatcher_type = 'flex': {fault}")
     if runtime.kernels == "triton" and (fault := kernels_fault(machine)):
         raise EnvironmentFault(f"runtime.kernels = {runtime.kernels!r}: {fault}; or set runtime.kernels: torch")
 

@@ -128,8 +128,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "norm_recompute_needs_transformer_engine",
         "selective recompute of norms names a Transformer Engine class that is unbound without it (NameError)",
-        "refused",
-        "recompute other modules, or whole layers with recompute.granularity: full (config/rules/backend.py)",
+        "mended",
+        "our layer computes them again by itself (mcore/norms_again.py)",
         overrides=("recompute_modules",),
     ),
     Fault(

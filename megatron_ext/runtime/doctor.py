@@ -18,8 +18,10 @@ from megatron_ext.config.machine import Backend
 from megatron_ext.errors import EnvironmentFault
 from megatron_ext.runtime import core_guard
 from megatron_ext.runtime.accelerators import (
+    FLEX,
     Machine,
     backend_fault,
+    flex_fault,
     fuses_weight_gradients,
     installed,
     kernels_fault,
@@ -81,6 +83,9 @@ def _hardware(machine: Machine) -> Iterator[tuple[str, str]]:
     for index, gpu in enumerate(machine.gpus):
         capability = ".".join(map(str, gpu.capability))
         yield f"GPU {index}", f"{gpu.name}, compute capability {capability}, {gpu.memory / 2**30:.0f} GiB"
+    if machine.gpus:
+        told = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+        yield "PYTORCH_ALLOC_CONF", told or "not set: launch/torchrun.sh sets expandable_segments:True"
     yield "driver", _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "no nvidia-smi"
     yield "Slurm", _first_line("sinfo", "--version") or "not here; one machine needs none (launch/torchrun.sh)"
 
@@ -97,6 +102,10 @@ def _software(machine: Machine) -> Iterator[tuple[str, str]]:
     hidden = "" if machine.gpus else ", kept out of sight: it needs a GPU"
     yield "Transformer Engine", f"{version}{hidden}" if version else "not installed; not required"
     yield "NVIDIA Apex", apex_finding()
+    for library, (label, _, _) in FLEX.items():
+        fault = flex_fault(library, machine)
+        unproven = f"deep_ep {installed('deep_ep')}; our side of it is proven on CPU, it itself by no run of ours"
+        yield label, f"cannot be used: {fault}" if fault else unproven
     flash = installed("flash-attn")
     used = "an attention kernel that Transformer Engine may choose"
     yield "flash-attn", f"{flash}, {used}" if flash else f"not installed; not required ({used})"
@@ -160,8 +169,8 @@ def _torch_kernels(machine: Machine) -> Iterator[tuple[str, str]]:
 
 def _te_kernels() -> Iterator[tuple[str, str]]:
     yield "layers", "active: fused norms and linear layers, grouped experts, fused rotary embedding and permutation"
-    apex = "active" if fuses_weight_gradients() else f"off; Apex: {apex_finding()}"
-    yield "weight gradients", f"fused into the fp32 buffer: {apex}"
+    apex = "too" if fuses_weight_gradients() else f"added in a kernel of its own; Apex: {apex_finding()}"
+    yield "weight gradients", f"fused into the fp32 buffer; the output layer's {apex}"
 
 
 def core_faults() -> Iterator[tuple[str, str]]:

@@ -81,7 +81,8 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
 def _prepared(run: RunConfig) -> tuple[Layout, torch.device]:
     """What this rank needs before it meets the others; wrong with it may be what is wrong with its node."""
     layout = run.resolve(launched_world_size())
-    accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe)
+    flex = run.parallel.flex_backend
+    accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
     return layout, choose_device(run.runtime)
 
 

@@ -178,6 +178,7 @@ def levers(run: RunConfig, checkpoint: Path) -> list[tuple[str, str, str]]:
         "train.stop_at_iteration",
         "train.eval_",
         "train.exit_at",
+        "parallel.overlap_",
     )
     return [change for change in changed_values(run, checkpoint) if not change[0].startswith(apart)]
 

@@ -201,7 +201,7 @@ class Session:
 
     def stage(self) -> None:
         """Take what a checkpoint is made of, which `checkpoints` then completes while the run goes on."""
-        gather_parameters(self.wrapped, self.run.parallel)
+        gather_parameters(self.wrapped)
         self.checkpoints.stage(self.state.iteration)
 
     def resume(self, checkpoint: Path) -> None:

@@ -345,7 +345,7 @@ class _Examination:
         there = [iteration_of(path) for path in complete_checkpoints(Path(settings.directory))]
         coming = checkpoints_to_come(settings, done, last, there)
         free = shutil.disk_usage(_existing(Path(settings.directory))).free
-        each = checkpoint_bytes(run.model, run.precision, run.adapters)
+        each = checkpoint_bytes(run)
         keep = f"keep_last = {settings.keep_last}" if settings.keep_last else "all are kept"
         self.found.room = f"about {size(each)} each, {saves:,} to come ({keep}); {size(free)} are free there"
         where = f"checkpoint.directory = {named(settings.directory)}"

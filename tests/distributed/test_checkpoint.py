@@ -147,8 +147,9 @@ def test_same_layout_continues_bit_for_bit(
     case: tuple[str, ModelConfig, ParallelConfig, int], precision: str, pool: GlooPool, tmp_path: Path
 ) -> None:
     _, model, parallel, processes = case
-    whole = pool.run(processes, train_and_save, Part(model, tmp_path / "whole", parallel, precision), 4)
-    part = Part(model, tmp_path / "run", parallel, precision)
+    moments = {"exp_avg_dtype": precision, "exp_avg_sq_dtype": precision}
+    part = Part(model, tmp_path / "run", parallel, precision, sections=(("optimizer", moments),))
+    whole = pool.run(processes, train_and_save, replace(part, directory=tmp_path / "whole"), 4)
     first = pool.run(processes, train_and_save, part, 2)
     second = pool.run(processes, train_and_save, started_otherwise(part), 4)
     assert [a + b for a, b in zip(first, second, strict=True)] == whole

@@ -33,7 +33,7 @@ FAULT = "decoder.layers.{}.self_attention.linear_qkv.weight"
 
 def everything(session: Session) -> dict[str, torch.Tensor]:
     """All tensors that a checkpoint of this rank would have, and its random state."""
-    gather_parameters(session.wrapped, session.run.parallel)
+    gather_parameters(session.wrapped)
     tensors = {f"{s.key} {s.offset}": s.data.clone() for s in session.checkpoints.tensors()}
     return {**tensors, "random": torch.get_rng_state(), "steps": torch.tensor(optimizer_steps(session.optimizer))}
 

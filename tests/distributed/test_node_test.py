@@ -1,5 +1,6 @@
 """The test of the nodes on real ranks: what each measures, and the one with another configuration and data is named."""
 
+import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,9 +21,11 @@ LAYOUT = [
 
 
 def measure(path: Path, odd: int) -> list[RankReport]:
-    """What all ranks find, of which `odd` reads another learning rate and lacks the data."""
+    """What all ranks find, of which `odd` reads another learning rate and lacks data and kernels."""
     here = dist.get_rank() == odd
-    run = load_run(path, [*LAYOUT, *(["optimizer.lr=1", "data.train=[{path: gone/train}]"] if here else [])])
+    os.environ.pop("TRITON_INTERPRET", None)
+    changes = ["optimizer.lr=1", "data.train=[{path: gone/train}]", "runtime.kernels=triton"] if here else []
+    run = load_run(path, [*LAYOUT, *changes])
     split_process_group(run.parallel, run.runtime)
     return measure_all(run, choose_device(run.runtime))
 
@@ -48,5 +51,7 @@ def test_each_rank_measures_and_the_odd_one_is_named(pool: GlooPool, tmp_path: P
         "other configuration",
         "other data",
         "rank 3",
+        "rank 3",
     ]
+    assert "runtime.kernels = 'triton': " in reasons[-2]
     assert "data gone/train: " in reasons[-1]

@@ -215,20 +215,46 @@ def test_the_losses_of_the_sources_make_up_the_loss(kind: str, references: Refer
         assert sum(mean * count for mean, count in sources) / units == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["dense", "MoE"])
-@pytest.mark.parametrize("gather", [False, True], ids=["reduce", "reduce-and-gather"])
-def test_overlap_changes_nothing(
-    kind: str, gather: bool, pool: GlooPool, kinds: dict[str, Cell], references: References
+OVERLAPPED = [
+    ("dense", layout("DP4", 4), {"overlap_param_gather": False}, "no recompute"),
+    ("dense", layout("CP2 PP2 DP2", 8, cp=2, pp=2), {"use_distributed_optimizer": False}, "no recompute"),
+    ("MoE", layout("EP2 DP4", 4, ep=2), {}, "no recompute"),
+    (
+        "MoE",
+        layout("TP2 SP EP2 DP2", 4, tp=2, sp=True, ep=2, etp=1),
+        {"moe_shared_expert_overlap": True},
+        "no recompute",
+    ),
+    # Its halves are used within the forward pass of another module: only a call of their own waits for them.
+    ("MoE, LoRA", layout("EP2 DP2", 2, ep=2), {}, "no recompute"),
+    ("MoE", layout("TP2 SP PP2 VPP2 EP2 DP2", 8, tp=2, sp=True, pp=2, vpp=2, ep=2, etp=1), {}, "full recompute"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "options", "recompute"), OVERLAPPED, ids=[f"{kind}-{case.name}" for kind, case, *_ in OVERLAPPED]
+)
+def test_overlap_as_it_is_on_cuda_changes_nothing(
+    kind: str,
+    entry: GridCase,
+    options: dict[str, bool],
+    recompute: str,
+    pool: GlooPool,
+    kinds: dict[str, Cell],
+    references: References,
 ) -> None:
-    expert_degree = 2 if kind == "MoE" else 1
-    parallel = ParallelConfig(
-        expert_model_parallel_size=expert_degree, overlap_grad_reduce=True, overlap_param_gather=gather
-    )
-    difference = compare(run_layout(pool, replace(kinds[kind], parallel=parallel), 4), references[kind])
+    parallel = replace(entry.parallel, **options).settled(on_cuda=True, copies=2)
+    assert parallel.overlap_grad_reduce is True
+    assert parallel.overlap_param_gather is (options.keys() <= {"moe_shared_expert_overlap"})
+    cell = replace(kinds[kind], parallel=parallel, recompute=RECOMPUTE[recompute])
+    difference = compare(run_layout(pool, cell, entry.processes), references[kind])
+    print(f"{kind} {entry.name}: loss {difference.loss:.1e}, gradient norm {difference.norm:.1e}")
     assert difference.worst < TOLERANCE
 
 
-@pytest.mark.parametrize("modules", [["core_attn"], ["moe"], ["shared_experts"], ["mlp"]], ids=lambda m: m[0])
+@pytest.mark.parametrize(
+    "modules", [["core_attn"], ["moe"], ["shared_experts"], ["mlp", "layernorm"], ["layernorm"]], ids="-".join
+)
 def test_selective_recompute_changes_nothing(
     modules: list[str], pool: GlooPool, kinds: dict[str, Cell], references: References
 ) -> None:

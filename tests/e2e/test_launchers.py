@@ -51,6 +51,26 @@ def test_two_nodes_train_like_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("said", "gpus", "expected"),
+    [
+        ({}, 2, "expandable_segments:True"),
+        ({}, 0, "unset"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, 2, "backend:native"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, 2, "max_split_size_mb:64"),
+    ],
+)
+def test_memory_of_a_gpu_may_grow_in_place_unless_the_user_says_how(
+    said: dict[str, str], gpus: int, expected: str, tmp_path: Path
+) -> None:
+    for name, line in (("nvidia-smi", f"seq {gpus}"), ("python", 'echo "${PYTORCH_ALLOC_CONF:-unset}"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    usual = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    output, errors = start("run.yaml", **usual, **said).communicate(timeout=60)
+    assert output.split() == [expected], errors
+
+
+@pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"NNODES": "2"}, "need MASTER_ADDR"),

@@ -159,3 +159,10 @@ def _begin_first_pass(chunks: list[Any], precision: Any) -> None:
 
 def load_into_torch(cell: Cell, checkpoint: Path) -> None:
     load_shards(checkpoint, shards_of_chunks(build(cell, "torch", seed=2)))
+
+
+def fused_gradients(cell: Cell) -> tuple[set[bool], bool]:
+    """Whether layers add weight gradients to the buffer in the product: Transformer Engine's, and the output layer."""
+    (chunk,) = build(cell, "transformer_engine", seed=1)
+    fused = {m.fuse_wgrad_accumulation for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")}
+    return fused, chunk.output_layer.gradient_accumulation_fusion

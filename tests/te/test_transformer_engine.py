@@ -21,6 +21,7 @@ from megatron_ext.config import (
 from megatron_ext.proving.parity import Cell
 from megatron_ext.proving.prove import plan_proof
 from megatron_ext.runtime import core_guard
+from megatron_ext.runtime.accelerators import fuses_weight_gradients
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.transformer_engine import why_not_importable
@@ -220,3 +221,8 @@ def test_every_fault_that_needs_transformer_engine_is_shown() -> None:
 def test_fault_is_there_in_the_versions_listed(name: str, te_pool: GlooPool) -> None:
     (fault,) = (fault for fault in core_guard.FAULTS if fault.name == name)
     assert te_faults.SHOWN[name](te_pool) == fault.present_in(core_guard.installed_version())
+
+
+def test_weight_gradients_are_fused_and_the_output_layer_needs_apex(te_pool: GlooPool) -> None:
+    cell = Cell(MOE, ParallelConfig(), BF16)
+    assert te_pool.run(1, builds.fused_gradients, cell) == [({True}, fuses_weight_gradients())]

@@ -95,8 +95,8 @@ def _adapters_are_of_the_torch_backend(backend: str, adapters: LoraConfig | None
     return None
 
 
-@rule("model.transformer_overrides", given=(_ADAPTERS,))
-def _no_overlapped_shared_experts(overrides: dict[str, object], adapters: LoraConfig | None) -> str | None:
-    if adapters is not None and overrides.get("moe_shared_expert_overlap"):
+@rule("parallel.moe_shared_expert_overlap", given=(_ADAPTERS,))
+def _no_overlapped_shared_experts(overlap: bool, adapters: LoraConfig | None) -> str | None:
+    if adapters is not None and overlap:
         return "overlapped shared experts communicate outside their linear layers, past their adapters; remove it"
     return None

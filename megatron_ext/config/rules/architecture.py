@@ -106,9 +106,9 @@ def _etp_divides_expert_biases(biases: bool, hidden: int, etp: int, experts: int
 
 
 def _register_forgotten_by_overlap(key: str, neutral: Any) -> None:
-    @rule("model.transformer_overrides", key, "model.moe_shared_expert_intermediate_size")
-    def _overlap_forgets(overrides: dict[str, Any], value: Any, shared: int | None) -> str | None:
-        if overrides.get("moe_shared_expert_overlap") and value != neutral and shared:
+    @rule("parallel.moe_shared_expert_overlap", key)
+    def _overlap_forgets(overlap: bool, value: Any) -> str | None:
+        if overlap and value != neutral:
             return "overlapped shared experts leave this out in megatron-core; remove moe_shared_expert_overlap"
         return None
 

@@ -23,8 +23,10 @@ from megatron_ext.config.rules.widths import SPLIT_WIDTHS, attention_widths
 
 MODULES = "recompute.modules"
 TE = "transformer_engine"
-ONLY_WITH_TE = frozenset(("layernorm", "moe_act"))
-"""Modules whose recompute is Transformer Engine's."""
+ONLY_WITH_TE = frozenset(("moe_act",))
+"""Modules whose recompute is Transformer Engine's alone; our activation keeps its input and no more anyway."""
+_INPUTS = frozenset(("layernorm", "moe_act"))
+"""Modules whose output is the input of a matrix product."""
 
 
 def _multiple(recipe: str) -> int:
@@ -85,8 +87,15 @@ def _delayed_has_no_bf16_layers(recipe: str, start: int, end: int, backend: str)
 
 @rule(RECIPE, MODULES, given=("recompute.granularity", BACKEND))
 def _delayed_recomputes_no_inputs(recipe: str, modules: list[str], granularity: str | None, backend: str) -> str | None:
-    if backend == TE and recipe == "delayed" and granularity == "selective" and ONLY_WITH_TE & set(modules):
+    if backend == TE and recipe == "delayed" and granularity == "selective" and _INPUTS & set(modules):
         return "delayed scaling would see a recomputed input twice; set recipe: tensorwise, or leave those modules out"
+    return None
+
+
+@rule("model.transformer_overrides", BACKEND)
+def _offloading_needs_te(overrides: dict[str, Any], backend: str) -> str | None:
+    if overrides.get("cpu_offloading") and backend != TE:
+        return "cpu_offloading moves what Transformer Engine's layers keep; remove it, or recompute (section recompute)"
     return None
 
 

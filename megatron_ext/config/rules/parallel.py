@@ -99,5 +99,7 @@ def _sequence_splits(length: int, tp: int, cp: int, sp: bool) -> str | None:
 
 
 @rule("parallel.overlap_param_gather", "parallel.overlap_grad_reduce", "parallel.use_distributed_optimizer")
-def _gather_overlap_needs_others(gather: bool, reduce: bool, distributed: bool) -> str | None:
-    return "overlapping the gather needs both other options" if gather and not (reduce and distributed) else None
+def _gather_overlap_needs_others(gather: bool | None, reduce: bool | None, distributed: bool) -> str | None:
+    if gather and (reduce is False or not distributed):
+        return "overlapping the gather needs both other options; remove it, or set them to true"
+    return None

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_ext.config.rules.registry import BACKEND, PP, VPP, rule
+from megatron_ext.config.rules.registry import BACKEND, DEVICE, PP, VPP, rule
 from megatron_ext.config.training import ExitAt, RampStep
 
 
@@ -30,6 +30,24 @@ def _sequence_fits_model(length: int, positions: int, scaling: Any) -> str | Non
     if length > longest:
         return "samples are longer than the model is declared for; raise max_position_embeddings"
     return None
+
+
+def _register_moment(dtype: str, decay: str) -> None:
+    @rule(dtype, decay)
+    def _a_moment_moves(kept_in: str, beta: float) -> str | None:
+        # Half the distance of neighbours in bf16 is up to 2^-8 of a number: smaller steps are rounded away.
+        if kept_in == "bf16" and 1 - beta <= 2**-8:
+            return "rounded to bf16, a moment that changes by less than 1/256 a step stands still; set its dtype: fp32"
+        return None
+
+
+_register_moment("optimizer.exp_avg_dtype", "optimizer.adam_beta1")
+_register_moment("optimizer.exp_avg_sq_dtype", "optimizer.adam_beta2")
+
+
+@rule("optimizer.moments_on_host", DEVICE)
+def _a_gpu_has_a_host(on_host: bool, device: str) -> str | None:
+    return "a CPU computes in its own memory; remove it" if on_host and device == "cpu" else None
 
 
 @rule("train.global_batch_size", "train.micro_batch_size")

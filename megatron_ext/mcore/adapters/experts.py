@@ -59,8 +59,9 @@ class ExpertAdapters(GroupedExperts):
             return {}
         made = {}
         for name, halves in self._halves(linear).items():
-            narrow_TR = grouped_linear(halves.dropped(x_TI), halves.A, ends_E)
-            made[name] = grouped_linear(narrow_TR * halves.low_rank.scale, halves.B, ends_E)
+            A, B = halves()
+            narrow_TR = grouped_linear(halves.dropped(x_TI), A, ends_E)
+            made[name] = grouped_linear(narrow_TR * halves.low_rank.scale, B, ends_E)
         return made
 
     def sharded_state_dict(

@@ -47,17 +47,17 @@ class _WithAdapters(torch.nn.Module):
 
     def _down(self, x: Tensor, *, own_numbers: bool = False) -> Tensor:
         """The narrow tensors of all projections side by side, [S, B, R]."""
-        pairs = list(self._halves().values())
-        if not any(halves.low_rank.dropout for halves in pairs):
-            return F.linear(x, torch.cat([halves.A for halves in pairs]) if len(pairs) > 1 else pairs[0].A)
-        return torch.cat([F.linear(halves.dropped(x, own_numbers=own_numbers), halves.A) for halves in pairs], dim=-1)
+        pairs = [(halves, halves()[0]) for halves in self._halves().values()]
+        if not any(halves.low_rank.dropout for halves, _ in pairs):
+            return F.linear(x, torch.cat([A for _, A in pairs]) if len(pairs) > 1 else pairs[0][1])
+        return torch.cat([F.linear(halves.dropped(x, own_numbers=own_numbers), A) for halves, A in pairs], dim=-1)
 
     def _up(self, narrow: Tensor) -> Tensor:
         """The adapters' output, from what `_down` returns."""
         pairs = self._halves()
         parts = narrow.split([halves.low_rank.rank for halves in pairs.values()], dim=-1)
         made = {
-            name: F.linear(part * halves.low_rank.scale, halves.B)
+            name: F.linear(part * halves.low_rank.scale, halves()[1])
             for (name, halves), part in zip(pairs.items(), parts, strict=True)
         }
         return self.adapters.assemble(made, self.tp_group.size() if self.split_of_B == 0 else 1)
@@ -175,7 +175,7 @@ class EmbeddingAdapters(_WithAdapters):
         (halves,) = self._halves().values()
         here = (input_ >= self.vocab_start_index) & (input_ < self.vocab_end_index)
         local = (input_ - self.vocab_start_index).where(here, 0)
-        narrow = F.embedding(local, halves.A.t()) * here.unsqueeze(-1)
+        narrow = F.embedding(local, halves()[0].t()) * here.unsqueeze(-1)
         if self.reduce_scatter_embeddings:
             narrow = reduce_scatter_to_sequence_parallel_region(
                 narrow.transpose(0, 1).contiguous(), group=self.tp_group

@@ -66,6 +66,14 @@ class Halves(torch.nn.Module):
         self.B = torch.nn.Parameter(torch.empty(*experts, outputs, low_rank.rank, **where))
         self.B.is_adapter_output = True  # type: ignore[attr-defined]
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """A and B, once they are whole.
+
+        Reading them by a call lets megatron-core wait here for the ranks' updates of them (overlap_param_gather): it
+        does so before a module with parameters of its own is called, and there only.
+        """
+        return self.A, self.B
+
     def dropped(self, x: Tensor, *, own_numbers: bool = False) -> Tensor:
         """`x` with the share that dropout leaves out.
 

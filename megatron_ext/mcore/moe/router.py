@@ -116,8 +116,14 @@ class Router(MegatronModule):
         return self
 
     def hold_still(self) -> None:
-        """Draw no noise and leave the bias where it is: what is trained is compared with what it was."""
+        """Draw no noise and leave the bias where it is: what is trained is compared with what it was.
+
+        Before the model is wrapped: the weights of learned noise have no gradient then, for which its reduction would
+        wait.
+        """
         self._is_still = True
+        if isinstance(self.model.moe_router_noise, LearnedNoise):
+            self.noise_weight.requires_grad_(False)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Tell the router which layer it is in, counted from 1 over the whole model."""

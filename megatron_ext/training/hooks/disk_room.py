@@ -28,7 +28,7 @@ class DiskRoom(Hook):
     def __init__(self, run: RunConfig, tell: Tell) -> None:
         self._settings, self._tell = run.checkpoint, tell
         self._last = min(run.train.train_iters, run.train.stop_at_iteration or run.train.train_iters)
-        self._each = checkpoint_bytes(run.model, run.precision, run.adapters)
+        self._each = checkpoint_bytes(run)
         self._missing = 0
         """What was said last: 0 is enough, 1 too little for all that come, 2 for the next one."""
         self._iteration, self._looked_at = 0, 0.0

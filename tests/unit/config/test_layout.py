@@ -111,3 +111,24 @@ def test_batches_of_every_stage_and_of_the_ramp_are_split_too() -> None:
     assert len(said) == len(expected)
     assert all(part in line for line, parts in zip(said, expected, strict=True) for part in parts)
     assert run.step_tokens == {6 * 64, 8 * 64, 10 * 32}
+
+
+@pytest.mark.parametrize(
+    ("said", "on_cuda", "copies", "settled"),
+    [
+        ({}, True, 2, (True, True)),
+        ({}, True, 1, (False, False)),
+        ({}, False, 2, (False, False)),
+        ({"use_distributed_optimizer": False}, True, 2, (True, False)),
+        ({"overlap_grad_reduce": False}, True, 2, (False, False)),
+        ({"overlap_param_gather": False}, True, 2, (True, False)),
+        ({"overlap_grad_reduce": True}, False, 1, (True, False)),
+        ({"overlap_param_gather": True}, False, 2, (True, True)),
+    ],
+)
+def test_messages_overlap_on_cuda_unless_said_otherwise(
+    said: dict[str, bool], on_cuda: bool, copies: int, settled: tuple[bool, bool]
+) -> None:
+    parallel = ParallelConfig(**said).settled(on_cuda=on_cuda, copies=copies)
+    assert (parallel.overlap_grad_reduce, parallel.overlap_param_gather) == settled
+    assert parallel.settled(on_cuda=not on_cuda, copies=3 - copies) == parallel

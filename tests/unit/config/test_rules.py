@@ -6,10 +6,14 @@ import pytest
 
 from megatron_ext.config.rules import RULES
 from tests.support.minimal_run import faults, load, mapping
-from tests.unit.config import violations_of_models, violations_of_runs
+from tests.unit.config import violations_of_dispatch, violations_of_models, violations_of_runs
 from tests.unit.config.parts_of_runs import ADAPTED, EVERYTHING, LATENT, LLAMA3, MOE, YARN
 
-VIOLATIONS = [*violations_of_models.VIOLATIONS, *violations_of_runs.VIOLATIONS]
+VIOLATIONS = [
+    *violations_of_dispatch.VIOLATIONS,
+    *violations_of_models.VIOLATIONS,
+    *violations_of_runs.VIOLATIONS,
+]
 
 
 @pytest.mark.parametrize(("sections", "expected"), VIOLATIONS, ids=[v[1][0][:40] for v in VIOLATIONS])
@@ -51,6 +55,8 @@ def test_every_rule_can_be_violated() -> None:
 
 
 def test_legal_neighbours_pass() -> None:
+    load(mapping(model=MOE, precision={"kind": "bf16"}, parallel=violations_of_dispatch.FLEX))
+    load(mapping(model=violations_of_dispatch.SHARED, parallel=violations_of_dispatch.OVERLAPPED))
     load(mapping(**{**ADAPTED, "adapters": EVERYTHING, "model": {**MOE, "moe_shared_expert_intermediate_size": 64}}))
     whole_experts = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1}
     whole_experts["expert_model_parallel_size"] = 2

@@ -72,33 +72,6 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["model.hidden_size = 66, parallel.etp = 4", "output biases are split"],
     ),
     (
-        {
-            "model": MOE
-            | {
-                "add_bias_linear": True,
-                "moe_shared_expert_intermediate_size": 8,
-                "transformer_overrides": {"moe_shared_expert_overlap": True},
-            }
-        },
-        ["model.add_bias_linear = True", "remove moe_shared_expert_overlap"],
-    ),
-    (
-        {
-            "model": MOE
-            | {
-                "activation_func_clamp_value": 7.0,
-                "glu_linear_offset": 1.0,
-                "moe_shared_expert_intermediate_size": 8,
-                "transformer_overrides": {"moe_shared_expert_overlap": True},
-            }
-        },
-        [
-            "model.activation_func_clamp_value = 7.0",
-            "model.glu_linear_offset = 1.0",
-            "remove moe_shared_expert_overlap",
-        ],
-    ),
-    (
         {"model": {"activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0, "gated_linear_unit": False}},
         ["model.activation_func_clamp_value = 7.0, model.gated_linear_unit = False", "model.glu_linear_offset = 1.0"],
     ),

@@ -40,10 +40,6 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {**ADAPTED, "runtime": TE},
         ["runtime.backend = 'transformer_engine': adapters are computed by the torch backend"],
     ),
-    (
-        {**ADAPTED, "model": {**MOE, "transformer_overrides": {"moe_shared_expert_overlap": True}}},
-        ["overlapped shared experts communicate outside their linear layers, past their adapters"],
-    ),
     ({"data": {"train": []}}, ["data.train: is required, or data.sources with data.stages"]),
     ({"data": {**ONE_STAGE, "train": [{"path": "a"}]}}, ["data.train: one blend for the whole run"]),
     ({"data": {**ONE_STAGE, "cache_dir": "c"}}, ["data.cache_dir = 'c'", "computed, not kept"]),
@@ -198,7 +194,26 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["data.reset_position_ids = True", "set data.reset_attention_mask: true"],
     ),
     ({"data": {"sequence_length": 8192}}, ["model.max_position_embeddings = 4096"]),
-    ({"parallel": {"overlap_param_gather": True}}, ["parallel.overlap_grad_reduce = False"]),
+    (
+        {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": False}},
+        ["parallel.overlap_grad_reduce = False", "needs both other options"],
+    ),
+    (
+        {"model": {"transformer_overrides": {"cpu_offloading": True, "cpu_offloading_num_layers": 1}}},
+        ["runtime.backend = 'torch'", "cpu_offloading moves what Transformer Engine's layers keep"],
+    ),
+    (
+        {"optimizer": {"exp_avg_sq_dtype": "bf16", "adam_beta2": 0.999}},
+        ["optimizer.adam_beta2 = 0.999", "less than 1/256 a step stands still"],
+    ),
+    (
+        {"optimizer": {"exp_avg_dtype": "bf16", "adam_beta1": 0.997}},
+        ["optimizer.exp_avg_dtype = 'bf16'", "optimizer.adam_beta1 = 0.997"],
+    ),
+    (
+        {"optimizer": {"moments_on_host": True}, "runtime": {"device": "cpu"}},
+        ["optimizer.moments_on_host = True", "a CPU computes in its own memory"],
+    ),
     ({"train": {"micro_batch_size": 3}}, ["train.global_batch_size = 8", "train.micro_batch_size = 3"]),
     ({"train": {"eval_interval": 5}}, ["data.validation"]),
     ({"schedule": {"warmup_iters": 101}}, ["schedule.warmup_iters = 101", "train.train_iters = 100"]),
@@ -299,8 +314,8 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["runtime.kernels = 'triton'", "runtime.backend = 'transformer_engine'", "remove runtime.kernels"],
     ),
     (
-        {"recompute": {"granularity": "selective", "modules": ["layernorm"]}},
-        ["recompute.modules = ['layernorm']", "runtime.backend: transformer_engine only"],
+        {"recompute": {"granularity": "selective", "modules": ["moe_act"]}},
+        ["recompute.modules = ['moe_act']", "runtime.backend: transformer_engine only"],
     ),
     ({"runtime": TE, "recompute": {"granularity": "selective", "modules": ["moe_act"]}}, ["of routed experts"]),
 ]

@@ -1,14 +1,25 @@
-"""What build_trainable collects for the steps, and that a step costs one collective a kind of it."""
+"""What build_trainable collects for the steps, what a step costs, and what overlapped communication relies on."""
 
+from dataclasses import replace
 from unittest import mock
 
+import pytest
 import torch.distributed as dist
 
-from megatron_ext.config import AdaptiveAuxLoss, Fp8Precision, ParallelConfig
+from megatron_ext.config import (
+    AdaptiveAuxLoss,
+    Fp8Precision,
+    LearnedNoise,
+    LoraConfig,
+    LoraTarget,
+    MultiLatentAttention,
+    ParallelConfig,
+    PreferenceTask,
+)
 from megatron_ext.mcore.fp8.histories import AmaxHistories
 from megatron_ext.mcore.fp8.kept_weights import KeptWeights
 from megatron_ext.mcore.moe.steps import RouterSteps
-from megatron_ext.proving.parity import Cell, build_cell
+from megatron_ext.proving.parity import Cell, build_cell, train_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 
@@ -64,3 +75,49 @@ def test_a_taken_step_moves_the_state_with_one_collective_a_kind(pool: GlooPool)
     assert keys[:3] == [f"router.coefficient.aux_loss.{layer}" for layer in (1, 2, 3)]
     assert "optimizer.state.amax_history.decoder.layers.0.self_attention.linear_qkv.scaling" in keys
     assert len(keys) == len(set(keys)) == 3 + 2 * 4 + 2 * 4 + 2 * 3
+
+
+NOISY = tiny_model(
+    moe=True,
+    moe_router_noise=LearnedNoise(kind="learned"),
+    moe_shared_expert_gate=True,
+    add_bias_linear=True,
+    attention_sinks=True,
+)
+LATENT = tiny_model(
+    moe=True,
+    multi_latent_attention=MultiLatentAttention(
+        kv_lora_rank=24, q_lora_rank=40, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=8
+    ),
+    num_query_groups=None,
+)
+EVERYWHERE = LoraConfig(targets=[LoraTarget(match=["layers.*", "embedding.*", "output_layer"], rank=2)])
+OVERLAPPING = {
+    "learned noise, shared experts with gate and biases, sinks": Cell(NOISY, ParallelConfig()),
+    "its preferences": Cell(NOISY, ParallelConfig(), task=PreferenceTask(kind="preference", loss="orpo")),
+    "latent": Cell(LATENT, ParallelConfig()),
+    "latent, adapters": Cell(LATENT, ParallelConfig(), adapters=EVERYWHERE),
+}
+
+
+def not_waited_for(cell: Cell) -> tuple[list[str], list[str]]:
+    """Trained parameters whose module is never called, and those that get no gradient."""
+    trainable, groups = build_cell(cell)
+    (chunk,) = trainable.chunks
+    called, ready = set(), set()
+    modules = {module: name for name, module in chunk.named_modules()}
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, _: called.add(module))
+    trained = {name: parameter for name, parameter in chunk.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.add(name))
+    train_cell(cell, trainable, groups)
+    trainable.release()
+    owners = {f"{modules[module]}.{name}" for module in called for name, _ in module.named_parameters(recurse=False)}
+    return sorted(trained.keys() - owners), sorted(trained.keys() - ready)
+
+
+@pytest.mark.parametrize("cell", OVERLAPPING.values(), ids=OVERLAPPING.keys())
+def test_overlapped_messages_have_what_they_wait_for(cell: Cell, pool: GlooPool) -> None:
+    """megatron-core gathers weights where their module is called, and reduces gradients once each has come."""
+    assert pool.run(1, not_waited_for, replace(cell, steps=1)) == [([], [])]

@@ -69,12 +69,12 @@ GPT_OSS: dict[str, Any] = {
     "moe_router_linear_bias": True,
 }
 CASES = {
-    "dense bf16, windows and sinks": (
+    "dense bf16, windows and sinks, norms again": (
         1,
         tiny_model(**WIDE, sliding_window=100, window_attn_skip_freq=2, attention_sinks=True),
         {},
         "bf16",
-        RecomputeConfig(),
+        RecomputeConfig(granularity="selective", modules=["layernorm"]),
     ),
     "MoE fp32 with gpt-oss's gates, whole layers again": (
         1,
@@ -114,7 +114,8 @@ def test_peak_is_what_training_needs(name: str, pool: GlooPool) -> None:
     processes, model, degrees, kind, recompute = CASES[name]
     run = run_of(model, ParallelConfig(**degrees), samples=8, rows=2, length=256, recompute=recompute)
     if kind == "bf16":
-        run = replace(run, precision=Bf16Precision(kind="bf16"))
+        moments = replace(run.optimizer, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
+        run = replace(run, precision=Bf16Precision(kind="bf16"), optimizer=moments)
     measured = max(rank.peak for rank in pool.run(processes, measure_step, run))
     estimated = peak_memory(run, run.resolve(processes), on_cpu=True)
     print(f"estimated {estimated.total / 2**20:.2f} MiB, counted {measured / 2**20:.2f}")

@@ -16,6 +16,7 @@ from megatron_ext.config import (
     ParallelConfig,
     Precision,
     PreferenceTask,
+    RunConfig,
     TrainConfig,
     load_run,
 )
@@ -24,6 +25,8 @@ from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.memory import state_memory
 from megatron_ext.runtime.core_guard import versions
+from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.planned import stated_plan
@@ -115,13 +118,12 @@ def test_frozen_weights_ask_for_no_gradient_of_theirs() -> None:
     assert compared - adapted == pytest.approx(2 * (of_weights + core)), "the reference is a forward pass of the base"
 
 
-def allocated_bytes(
-    model: ModelConfig, parallel: ParallelConfig, precision: Precision, adapters: LoraConfig | None = None
-) -> int:
+def allocated_bytes(run: RunConfig) -> int:
     """Bytes of weights, gradient buffers, master weights and moments that this rank holds."""
-    from megatron_ext.proving.parity import Cell, build_cell
+    from megatron_ext.mcore.build import build_trainable
 
-    trainable, _ = build_cell(Cell(model, parallel, precision, adapters=adapters))
+    device = choose_device(run.runtime)
+    trainable = build_trainable(run, split_process_group(run.parallel, run.runtime), device)
     parameters = [parameter for chunk in trainable.chunks for parameter in chunk.parameters()]
     weights = sum(p.numel() * p.element_size() for p in parameters)
     weights += sum(p.numel() * p.main_grad.element_size() for p in parameters if p.requires_grad)
@@ -131,7 +133,7 @@ def allocated_bytes(
             for main in group["params"]:
                 moments = part.optimizer.state[main]
                 states += sum(t.numel() * t.element_size() for t in moments.values())
-                states += main.numel() * 4 if precision.kind == "bf16" else 0
+                states += main.numel() * 4 if run.precision.kind == "bf16" else 0
     trainable.release()
     return weights + states
 
@@ -158,7 +160,9 @@ def test_state_memory_is_what_training_allocates(precision: Precision, degrees: 
     run = load(mapping(train={"global_batch_size": 8}))
     run = replace(run, model=model, parallel=parallel, precision=precision, data=replace(run.data, sequence_length=32))
     layout = resolve_layout(parallel, TrainConfig(train_iters=1, global_batch_size=8), 4)
-    measured = max(pool.run(4, allocated_bytes, model, parallel, precision))
+    if precision.kind == "bf16":
+        run = replace(run, optimizer=replace(run.optimizer, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16"))
+    measured = max(pool.run(4, allocated_bytes, run))
     estimated = state_memory(run, layout).bytes
     print(f"estimated {estimated:,} bytes, allocated {measured:,}")
     # Shards of the distributed optimizer are cut by buffer, not by parameter, so ranks differ by some parameters.
@@ -170,7 +174,7 @@ def test_state_memory_beside_a_frozen_base(pool: GlooPool) -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)
     run = replace(load(mapping(train={"global_batch_size": 8})), model=model, parallel=parallel, adapters=adapters)
     layout = resolve_layout(parallel, TrainConfig(train_iters=1, global_batch_size=8), 4)
-    measured = max(pool.run(4, allocated_bytes, model, parallel, run.precision, adapters))
+    measured = max(pool.run(4, allocated_bytes, run))
     assert state_memory(run, layout).bytes == pytest.approx(measured, rel=0.02)
 
 
@@ -201,6 +205,9 @@ def test_check_prints_grid_and_counts_and_reloads() -> None:
     assert f"{count_parameters(run.model).total:,} in all" in text
     assert "(the fewest this layout needs" in describe_run(run, None)
     assert f"installed       {versions()}" in text
+    assert "overlap         on CUDA gradients are reduced during the backward pass, weights gathered " in text
+    assert "overlap         none" in describe_run(replace(run, runtime=replace(run.runtime, device="cpu")), 4)
+    assert "overlap         none" in describe_run(run, 2)
     resolved = text.split("rank grid")[0]
     assert load_config(RunConfig, parse_yaml(resolved, source="t"), source="t") == run
 
@@ -362,4 +369,4 @@ def test_state_memory_knows_what_tensor_parallelism_splits(kind: str, pool: Gloo
     run = replace(run, model=model, parallel=parallel, data=replace(run.data, sequence_length=32))
     layout = resolve_layout(parallel, TrainConfig(train_iters=1, global_batch_size=8), 2)
     # The plain optimizer cuts nothing, so both must be the same to the byte.
-    assert state_memory(run, layout).bytes == pool.run(2, allocated_bytes, model, parallel, run.precision)[0]
+    assert state_memory(run, layout).bytes == pool.run(2, allocated_bytes, run)[0]

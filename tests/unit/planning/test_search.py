@@ -19,6 +19,7 @@ from megatron_ext.config import (
 from megatron_ext.errors import ConfigError
 from megatron_ext.planning.assumptions import GPUS, as_yaml, assumptions_for
 from megatron_ext.planning.memory import stage_states
+from megatron_ext.planning.peak_memory import peak_memory
 from megatron_ext.planning.plan_plot import draw
 from megatron_ext.planning.plan_run import planned_run, run_to_plan, write_planned
 from megatron_ext.planning.plan_text import advice, table
@@ -150,6 +151,27 @@ def test_what_costs_time_costs_time() -> None:
 
     assert seconds(recompute=RecomputeConfig(granularity="full")) > 1.2 * seconds()
     assert seconds(16) < 0.6 * seconds(8)
+    by_kernels = replace(run, runtime=replace(run.runtime, device="cuda", kernels="triton"))
+    dense = run_of(LLAMA_LAYERS, ParallelConfig(), samples=32, rows=4, length=4096)
+    before, after = (peak_memory(one, one.resolve(8)) for one in (dense, replace(dense, runtime=by_kernels.runtime)))
+    assert after.working < before.working
+    assert after.kept == before.kept
+    one, layout = by_kernels, by_kernels.resolve(8)
+    assert step_time(one, layout, stage_states(one, layout), one.step_shapes[0], H100).compute < 0.95 * seconds()
+    # Over two nodes a token of two experts crosses once where both are on the other one; and shared experts hide some.
+    sent = {"expert_model_parallel_size": 8}
+    shared = replace(run, model=replace(run.model, moe_shared_expert_intermediate_size=4096))
+    two_nodes = replace(H100, gpus_per_node=4)
+    every_row, once, hidden = (
+        step_time(one, layout, stage_states(one, layout), one.step_shapes[0], two_nodes).messages
+        for one in (
+            with_layout(shared, ParallelConfig(**sent, **more), 1, RecomputeConfig())
+            for more in ({}, {"moe_token_dispatcher_type": "flex"}, {"moe_shared_expert_overlap": True})
+        )
+        for layout in [one.resolve(8)]
+    )
+    assert once == pytest.approx(0.75 * every_row)
+    assert hidden < every_row
     # Chunks shorten the wait for the pipeline to fill.
     waits = {"pipeline_model_parallel_size": 4}
     assert seconds(virtual_pipeline_model_parallel_size=2, **waits) < seconds(**waits)

@@ -3,7 +3,9 @@
 import pytest
 
 from megatron_ext.config import ParallelConfig
+from megatron_ext.planning.proven import is_proven
 from megatron_ext.proving.parity import Shape
+from megatron_ext.proving.prove import plan_proof
 from megatron_ext.proving.shapes import shrink_shapes
 from tests.support.minimal_run import load, mapping
 
@@ -45,3 +47,19 @@ def test_stages_keep_their_order_of_lengths_and_batches_and_each_shape_comes_onc
             "wide: 24 x 64, rotary base 10000",
         ],
     )
+
+
+def test_tokens_travel_as_they_can_without_a_gpu() -> None:
+    shared = {"num_moe_experts": 8, "moe_shared_expert_intermediate_size": 8}
+    flex = {"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2}
+    run = load(mapping(model=shared, parallel=flex, precision={"kind": "bf16"}))
+    plan = plan_proof(run, 2, 2)
+    assert plan.cell.parallel.moe_token_dispatcher_type == "alltoall"
+    assert any("flex -> alltoall; deepep needs GPUs, and what it sends is unproven here" in c for c in plan.changes)
+    assert not is_proven(run, run.resolve(2))
+    overlapped = {"moe_shared_expert_overlap": True, "expert_model_parallel_size": 2}
+    run = load(mapping(model=shared, parallel=overlapped))
+    assert plan_proof(run, 2, 2).cell.parallel.moe_shared_expert_overlap
+    assert "parallel.moe_shared_expert_overlap: True -> False" in plan_proof(run, 2, 1).changes
+    # The proof is of the run as it is on CUDA.
+    assert plan_proof(run, 2, 2).cell.parallel.overlap_param_gather

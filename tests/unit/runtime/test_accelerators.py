@@ -1,10 +1,14 @@
 """Which backend and precision a machine can run: each reason is said, with the way out."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from packaging.version import Version
 
 from megatron_ext.config import Bf16Precision, Fp8Precision, Fp32Precision, Precision, RuntimeConfig
+from megatron_ext.config.parallel import FlexBackend
 from megatron_ext.errors import EnvironmentFault
 from megatron_ext.runtime.accelerators import Gpu, Machine, require, this_machine
 
@@ -120,3 +124,39 @@ def test_our_own_kernels_run_on_gpus_and_in_the_interpreter(monkeypatch: pytest.
     require(kernels, precision, has_experts=False, machine=gpu)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     require(kernels, precision, has_experts=False, machine=Machine(triton=Version("3.7.0")))
+
+
+@pytest.mark.parametrize(
+    ("here", "library", "expected"),
+    [
+        (Machine(), "deepep", "'flex': DeepEP sends between GPUs, and torch finds none; set parallel.moe_token_disp"),
+        (machine((8, 0)), "hybridep", "HybridEP needs compute capability 9.0, and a GPU has 8.0; set parallel.moe_tok"),
+        (
+            Machine(machine().gpus, (13, 0), flex_faults={"deepep": "there is no module deep_ep"}),
+            "deepep",
+            "DeepEP cannot be used .there is no module deep_ep.; build release 1 of .*, or set parallel.moe_token_disp",
+        ),
+    ],
+)
+def test_a_library_that_cannot_send_tokens_is_refused(here: Machine, library: FlexBackend, expected: str) -> None:
+    torch_backend = RuntimeConfig()
+    with pytest.raises(EnvironmentFault, match=expected):
+        require(torch_backend, BF16, has_experts=True, flex=library, machine=here)
+    require(torch_backend, BF16, has_experts=True, flex="hybridep", machine=machine())
+
+
+def test_what_megatron_core_imports_of_deepep_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Release 2 has no EventOverlap where megatron-core takes it from, and megatron-core would call DeepEP missing."""
+    from megatron_ext.runtime.accelerators import _flex_import_fault
+
+    monkeypatch.setitem(sys.modules, "deep_ep", None)
+    assert _flex_import_fault("deepep") == "there is no module deep_ep"
+    package, utils = ModuleType("deep_ep"), ModuleType("deep_ep.utils")
+    package.Buffer = utils.EventHandle = object  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deep_ep", package)
+    monkeypatch.setitem(sys.modules, "deep_ep.utils", utils)
+    assert "deep_ep.utils" in str(_flex_import_fault("deepep"))
+    assert "EventOverlap" in str(_flex_import_fault("deepep"))
+    assert "HybridEPBuffer" in str(_flex_import_fault("hybridep"))
+    utils.EventOverlap = package.HybridEPBuffer = object  # type: ignore[attr-defined]
+    assert _flex_import_fault("deepep") is _flex_import_fault("hybridep") is None

@@ -209,7 +209,7 @@ def test_room_for_checkpoints(work: Path) -> None:
     run = load_run(work / "run.yaml")
     reader = TorchDistReader(checkpoint)
     real = sum(math.prod(reader.shape(key)) * reader.dtype(key).itemsize for key in reader.tensors)
-    estimated = checkpoint_bytes(run.model, run.precision)
+    estimated = checkpoint_bytes(run)
     print(f"tensors of a checkpoint: estimated {estimated:,} bytes, {real:,} in the file")
     assert estimated == pytest.approx(real, rel=0.001)
     free = shutil.disk_usage(work).free
