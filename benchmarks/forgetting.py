@@ -138,7 +138,8 @@ def make(plan: Plan, run: dict[str, Any], name: str, start: Path | None) -> None
     file.write_text(dump_yaml(run))
     config = load_run(file)
     groups, device = split_process_group(config.parallel, config.runtime), choose_device(config.runtime)
-    loop.open_and_train(config, config.resolve(dist.get_world_size()), groups, device, open_hugging_face)
+    with loop.watching(config) as others:
+        loop.open_and_train(config, config.resolve(dist.get_world_size()), groups, device, others, open_hugging_face)
     if config.adapters is None:
         convert(training, place, force=True)
     else:

@@ -6,7 +6,6 @@ what it finds on its node, is not a connection for which the others wait until i
 
 import contextlib
 import datetime
-import functools
 import itertools
 import os
 import pickle
@@ -32,6 +31,8 @@ _HEARD = 30.0
 """Seconds that a rank stays until all have heard who refuses: with its node the store may go."""
 _LOOK = 0.05
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+_ENDED, _TELLING = "ended", 5.0
+"""What a launcher says of a rank that could not, and the seconds that it tries to."""
 _SHOWN = 8
 
 
@@ -121,7 +122,7 @@ class _RollCall:
 
     def answers(self, refusal: tuple[type[MegatronExtError], str] | None) -> list[Answer]:
         """What the ranks say: all of them, or those that have spoken when one refuses."""
-        store = rendezvous_store(self._minutes)
+        store = _meeting_store(self._minutes)
         own = Answer(self._rank, socket.gethostname(), refusal)
         try:
             store.set(self._key(self._rank), pickle.dumps(own))  # type: ignore[arg-type] # bytes it takes too
@@ -131,10 +132,15 @@ class _RollCall:
             self._wait(store)
             keys = [key for rank in range(self._size) if store.check([key := self._key(rank)])]
             answers: list[Answer] = [pickle.loads(said) for said in store.multi_get(keys)]
+            if ended := _ended(store, answers):
+                answers = [ended, *(answer for answer in answers if answer.rank != ended.rank)]
             if any(answer.refusal is not None for answer in answers):
-                self._stay(store, self._size)
+                self._stay(store, self._size, _HEARD if ended is None else _MORE)
         except RuntimeError as error:
-            raise EnvironmentFault(_not_met(f"{_place()} is gone: {_first_line(error)}")) from error
+            raise EnvironmentFault(
+                f"the ranks do not meet any more: what kept {_place()} on the node of rank 0 has ended "
+                f"({_first_line(error)}). Look there for its reason, and start the same command again on every node"
+            ) from error
         return answers
 
     def _key(self, name: str | int) -> str:
@@ -144,21 +150,25 @@ class _RollCall:
         """Wait until all have spoken, or a little after one has refused."""
         until = self._deadline
         while (spoken := store.add(self._key("spoken"), 0)) < self._size:
-            if until == self._deadline and store.check([self._key("refused")]):
+            if until == self._deadline and self._is_refused(store):
                 until = min(self._deadline, time.monotonic() + _MORE)
             if time.monotonic() < until:
                 time.sleep(_LOOK)
-            elif until < self._deadline or store.check([self._key("refused")]):
+            elif until < self._deadline or self._is_refused(store):
                 return
             else:
                 missing = _numbers([rank for rank in range(self._size) if not store.check([self._key(rank)])])
                 came = f"{spoken} of {self._size} ranks have come to {_place()} within {self._minutes:g} minutes"
-                self._stay(store, spoken)
+                self._stay(store, spoken, _HEARD)
                 raise EnvironmentFault(_not_met(f"{came}, not rank {missing}"))
 
-    def _stay(self, store: "PrefixStore", ranks: int) -> None:
-        """Stay until so many ranks have heard how it ends, or are taken not to come."""
-        until = time.monotonic() + _HEARD
+    def _is_refused(self, store: "PrefixStore") -> bool:
+        """Whether a rank has said that it cannot start, or its launcher that it never will."""
+        return store.check([self._key("refused")]) or store.check([_ENDED])
+
+    def _stay(self, store: "PrefixStore", ranks: int, seconds: float) -> None:
+        """Stay until so many ranks have heard how it ends, or for so long: the others are taken not to come."""
+        until = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):  # gone with the node that has it: all there have heard
             heard = store.add(self._key("heard"), 1)
             while heard < ranks and time.monotonic() < until:
@@ -166,17 +176,23 @@ class _RollCall:
                 heard = store.add(self._key("heard"), 0)
 
 
-@functools.cache
-def rendezvous_store(minutes: float) -> "PrefixStore":
+_met: dict[str, "PrefixStore"] = {}
+"""The connection of this process, by where it leads; kept until the process ends."""
+
+
+def _meeting_store(minutes: float) -> "PrefixStore":
     """The store through which the ranks meet: the launcher's, or what rank 0 keeps in its stead.
 
-    It is kept until the process ends. The process group finds that of rank 0 at the same address.
+    The process group finds that of rank 0 at the same address. All roll calls share one connection: a store that has
+    gone since the last one is known at once by its loss, and not waited for anew.
 
     Raises:
         EnvironmentFault: it was not to be reached within so many minutes.
     """
     import torch.distributed as dist
 
+    if (place := f"{_place()} {attempt()}") in _met:
+        return _met[place]
     try:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -188,7 +204,34 @@ def rendezvous_store(minutes: float) -> "PrefixStore":
         )
     except (RuntimeError, ValueError) as error:
         raise EnvironmentFault(_not_met(_first_line(error))) from error
-    return dist.PrefixStore(f"roll call/{attempt()}", store)
+    return _met.setdefault(place, dist.PrefixStore(f"roll call/{attempt()}", store))
+
+
+def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> None:
+    """Tell the ranks that wait in a roll call, or come to one, that `rank` of this host ended without a word.
+
+    For its launcher, which alone knows. Where nobody keeps their store any more they know it by that.
+
+    Args:
+        run_id: the launcher's name for the run, for ranks that it starts once.
+        how: it ended.
+    """
+    import torch.distributed as dist
+
+    said = pickle.dumps(Answer(rank, socket.gethostname(), (EnvironmentFault, how)))
+    seconds = datetime.timedelta(seconds=_TELLING)
+    with contextlib.suppress(RuntimeError, ValueError):
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=seconds)
+        dist.PrefixStore(f"roll call/{run_id}/0", store).set(_ENDED, said)  # type: ignore[arg-type] # as above
+
+
+def _ended(store: "PrefixStore", answers: Sequence[Answer]) -> Answer | None:
+    """What a launcher has said of a rank that ended, unless that has said itself why."""
+    if not store.check([_ENDED]):
+        return None
+    ended: Answer = pickle.loads(store.get(_ENDED))
+    is_said = any(answer.rank == ended.rank and answer.refusal is not None for answer in answers)
+    return None if is_said else ended
 
 
 def attempt() -> str:

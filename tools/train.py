@@ -10,11 +10,12 @@ the same command then goes on. Ranks end with torchrun, saving first, and all en
 """
 
 import argparse
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from megatron_ext.command import positive_integer, run_command, run_parser
 from megatron_ext.config import RunConfig, load_run
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, MegatronExtError
 
 
 def main() -> None:
@@ -49,12 +50,13 @@ def main() -> None:
         if getattr(arguments, option):
             option = f"--{option.replace('_', '-')}"
             raise ConfigError(f"{option} needs --check: it says nothing of a run that starts")
-    from megatron_ext.launcher import adopt_launcher, end_with_launcher
+    from megatron_ext.launcher import adopt_launcher, end_with_launcher, launched_rank
     from megatron_ext.roll_call import on_every_rank
 
     adopt_launcher()
     end_with_launcher()
-    run = on_every_rank("configuration", lambda: _run_of(arguments))
+    with _alerting(arguments, is_asked=launched_rank() == 0):
+        run = on_every_rank("configuration", lambda: _run_of(arguments))
     from megatron_ext.model_io.starting_weights import open_hugging_face
     from megatron_ext.training.loop import train
 
@@ -86,18 +88,25 @@ def _check(arguments: argparse.Namespace) -> None:
     from megatron_ext.training.startup_checks import check_run
 
     files = not arguments.config_only
-    try:
+    with _alerting(arguments, is_asked=arguments.alert):
         said = check_run(
             arguments.run, arguments.overrides, arguments.world_size, files=files, open_foreign=open_hugging_face
         )
-    except ConfigError as error:
-        if arguments.alert:
+    print(said)
+
+
+@contextmanager
+def _alerting(arguments: argparse.Namespace, *, is_asked: bool) -> Iterator[None]:
+    """Alert people of what refuses the restart of a run, on whichever rank; whom to tell, this one's RUN.yaml says."""
+    try:
+        yield
+    except MegatronExtError as error:
+        if is_asked:
             from megatron_ext.monitoring.monitor import tell_of_failed_restart
 
-            with suppress(ConfigError):  # where the file itself is wrong, it does not say whom to tell
+            with suppress(ConfigError):  # where the file itself is wrong, it does not
                 tell_of_failed_restart(load_run(arguments.run, arguments.overrides), error)
         raise
-    print(said)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def open_sinks(run: RunConfig, iteration: int, run_id: str) -> list[Sink]:
         from megatron_ext.monitoring.sinks.alerts import AlertsSink
 
         # Before W&B, whose run ends with its own closing; and before the files, of which one may hang: that is told.
-        sinks.insert(0, AlertsSink(run.alerts, directory, metrics_path(run).parent, others))
+        sinks.insert(0, AlertsSink(run.alerts, directory, metrics_path(run), others))
     return sinks
 
 
@@ -195,8 +195,7 @@ def tell_of_failed_start(run: RunConfig, error: BaseException) -> None:
     if run.alerts.webhook is not None or run.alerts.email is not None:
         from megatron_ext.monitoring.sinks.alerts import AlertsSink
 
-        directory, records = Path(run.checkpoint.directory), metrics_path(run).parent
-        alerts = AlertsSink(run.alerts, directory, records, is_runs=False)
+        alerts = AlertsSink(run.alerts, Path(run.checkpoint.directory), metrics_path(run), is_runs=False)
         alerts.event(Event("failed", 0, f"failed before its first step: {described(error)}"))
         alerts.close(failed=True)
 

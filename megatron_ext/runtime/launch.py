@@ -24,6 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
 from megatron_ext.launcher import JOB_START, STOP_FILE, failure_file
+from megatron_ext.roll_call import tell_of_end
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """Handed on to the ranks. Some Slurm scripts warn with SIGUSR1: torchrun would die of it and leave its ranks."""
@@ -58,8 +59,12 @@ def _run(options: argparse.Namespace) -> None:
     except ChildFailedError as error:
         rank, failure = first_to_fail(error.failures)
         is_said = any(other.exitcode == 2 for other in error.failures.values())
-        if message := describe(rank, failure):
+        if how := how_it_ended(failure):
+            message = f"rank {rank} (process {failure.pid} on {socket.gethostname()}) {how}"
             print(message if is_said else f"error: {message}{_WHAT_NOW}", file=sys.stderr)
+            if options.rdzv_backend == "static" and not options.standalone:
+                how = how_it_ended(failure, "in the lines of its node") or ""
+                tell_of_end(options.master_addr, options.master_port, options.rdzv_id, rank, how)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 2)  # lost: ended by a signal that nobody sent to the job
     except SignalException as error:
         # The ranks have ended too: as they were told, with the run saved, or because they could not save it.
@@ -90,16 +95,19 @@ def first_to_fail(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessF
     return min(failures.items(), key=order)
 
 
-def describe(rank: int, failure: ProcessFailure) -> str | None:
-    """How `rank` ended; None where it said so itself: bad input (2), or a signal that it was sent (128 and more)."""
+def how_it_ended(failure: ProcessFailure, reason: str = "above") -> str | None:
+    """How a rank ended; None where it said so itself: bad input (2), or a signal that it was sent (128 and more).
+
+    Args:
+        reason: where it stands.
+    """
     if failure.exitcode == 2 or failure.exitcode >= 128:
         return None
-    who = f"rank {rank} (process {failure.pid} on {socket.gethostname()})"
     if failure.exitcode > 0:
-        return f"{who} ended with exit code {failure.exitcode}; why, stands above"
+        return f"ended with exit code {failure.exitcode}; why, stands {reason}"
     name = signal.Signals(-failure.exitcode).name
     cause = ": often memory ran out, see dmesg or the job's accounting" if name == "SIGKILL" else ""
-    return f"{who} was killed by {name}{cause}"
+    return f"was killed by {name}{cause}"
 
 
 if __name__ == "__main__":

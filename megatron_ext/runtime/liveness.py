@@ -94,6 +94,7 @@ class Liveness:
         self._main = MainThread()
         self._late: int | None = None
         self._silence = SILENCE
+        self._looked_into: RuntimeError | None = None
 
     def __enter__(self) -> "Liveness":
         if self._size > 1 and "MASTER_ADDR" in os.environ:
@@ -126,6 +127,20 @@ class Liveness:
             self._main.steps += 1
         finally:
             self._main.in_step = False
+
+    @contextlib.contextmanager
+    def named_if_missing(self) -> Iterator[None]:
+        """What is inside meets other ranks: where it fails for want of one, that one is named (`end_if_missing`).
+
+        The backend only knows a socket. Of several of these around each other the innermost looks.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if error is not self._looked_into:
+                self._looked_into = error
+                self.end_if_missing()
+            raise
 
     def end_if_missing(self, patience: float = 5.0) -> None:
         """After a collective has failed: end with exit code 2, as above, if that is because a rank is missing.

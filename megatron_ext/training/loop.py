@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,12 +67,14 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
         found = on_every_rank(
             "run", lambda: examine_run(run, source, open_foreign) if is_first else None, minutes, looking=1
         )
-    start_process_group(run.runtime, device)
-    require_same_code(installation())
-    require_same_run(run)
-    groups = split_process_group(run.parallel, run.runtime)
-    with noting_failure(), run_lock(run.checkpoint.directory):
-        signal = open_and_train(run, layout, groups, device, open_foreign, found)
+        start_process_group(run.runtime, device)
+    with noting_failure(), watching(run) as others, ExitStack() as held:
+        with _alerting(run):
+            require_same_code(installation())
+            require_same_run(run)
+            groups = split_process_group(run.parallel, run.runtime)
+            held.enter_context(run_lock(run.checkpoint.directory))
+        signal = open_and_train(run, layout, groups, device, others, open_foreign, found)
     end_process_groups()
     if signal:
         exit_stopped(128 + signal)
@@ -102,12 +104,14 @@ def open_and_train(
     layout: Layout,
     groups: Groups,
     device: torch.device,
+    others: Liveness,
     open_foreign: OpenForeign = no_foreign_weights,
     found: Findings | None = None,
 ) -> int:
     """Train to the end; return 0, or the signal that stopped it before.
 
     Args:
+        others: the watch over the other ranks, as of `watching`.
         found: what to say of the run before its first step; on the rank that says it.
     """
     settings = run.checkpoint
@@ -123,7 +127,7 @@ def open_and_train(
         )
     run = with_planned_length(run, data.plan)
     guard, hooks = build_hooks(run, layout, data)
-    with closing(data), telling_hooks(hooks), _watching(run) as others:
+    with closing(data), telling_hooks(hooks), others.named_if_missing():
         session = open_session(
             run, layout, groups, device, data.train, data.plan, open_foreign=open_foreign, hooks=hooks, guard=guard
         )
@@ -142,16 +146,11 @@ def open_and_train(
 
 
 @contextmanager
-def _watching(run: RunConfig) -> Iterator[Liveness]:
-    """With an eye on the other ranks: one that is missing is named, where the backend only knows a socket."""
-    with Liveness(
-        run.runtime.watchdog, Path(run.checkpoint.directory) / STALLS, partial(_tell_of_start, run)
-    ) as others:
-        try:
-            yield others
-        except RuntimeError:
-            others.end_if_missing()
-            raise
+def watching(run: RunConfig) -> Iterator[Liveness]:
+    """With an eye on the other ranks, from when they have met: one that is missing is named."""
+    stalls = Path(run.checkpoint.directory) / STALLS
+    with Liveness(run.runtime.watchdog, stalls, partial(_tell_of_start, run)) as others, others.named_if_missing():
+        yield others
 
 
 def _tell_of_start(run: RunConfig, kind: str, text: str, ends: bool) -> None:

@@ -56,7 +56,8 @@ def write_chat_run(directory: Path, task: str, length: int) -> None:
 def train_here(path: Path, overrides: list[str]) -> None:
     run = load_run(path, overrides)
     groups, device = split_process_group(run.parallel, run.runtime), choose_device(run.runtime)
-    loop.open_and_train(run, run.resolve(dist.get_world_size()), groups, device, open_hugging_face)
+    with loop.watching(run) as others:
+        loop.open_and_train(run, run.resolve(dist.get_world_size()), groups, device, others, open_hugging_face)
 
 
 def batches_here(path: Path, overrides: list[str]) -> list[list[MicroBatch]]:

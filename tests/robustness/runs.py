@@ -37,8 +37,8 @@ def train_here(path: Path, overrides: list[str]) -> int:
     run = load_run(path, overrides)
     groups = split_process_group(run.parallel, run.runtime)
     layout, device = run.resolve(dist.get_world_size()), choose_device(run.runtime)
-    with run_lock(run.checkpoint.directory):
-        return loop.open_and_train(run, layout, groups, device)
+    with loop.watching(run) as others, run_lock(run.checkpoint.directory):
+        return loop.open_and_train(run, layout, groups, device, others)
 
 
 def start_otherwise(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from tests.support import forkserver
 from tests.support.commands import train
 
 RANKS = 3
-WAYS = ("well", "one", "alike", "a mistake", "gone")
+WAYS = ("well", "one", "alike", "a mistake", "gone", "ended")
 """What happens in each of several roll calls of the same ranks."""
 
 
@@ -34,6 +34,8 @@ def answer_all(rank: int, port: int, connection: Any) -> None:
     for way in WAYS:
         if way == "gone" and rank == 2:
             break
+        if way == "ended" and rank == 1:  # as its launcher does where it had one
+            roll_call.tell_of_end("127.0.0.1", port, "", 2, "was killed by SIGKILL")
         try:
             minutes = 0.02 if way == "gone" else 5.0
             said.append(roll_call.on_every_rank(way, lambda way=way: prepare(way, rank), minutes))  # type: ignore[misc]
@@ -62,10 +64,11 @@ def test_every_rank_raises_what_one_has_met_and_one_of_each_node_says_so() -> No
         text = "rank 2 on node1: KeyError: 'layer'"
         assert mistake == ("KeyError('layer')" if rank == 2 else (EnvironmentFault, text, first[rank]))
         if rank < 2:
-            [(kind, text, _)] = gone
+            [(kind, text, _), ended] = gone
             print(text)
             assert kind is EnvironmentFault
             assert f"2 of 3 ranks have come to 127.0.0.1:{port} within 0.02 minutes, not rank 2" in text
+            assert ended == (EnvironmentFault, "rank 2 on node0: was killed by SIGKILL", first[rank])
 
 
 def test_a_fault_of_all_is_said_once_and_those_of_some_by_rank_and_node() -> None:

@@ -13,6 +13,7 @@ from megatron_ext.monitoring.alerts.outbox import Channel, Outbox
 from megatron_ext.monitoring.alerts.spool import Spool
 from megatron_ext.monitoring.alerts.webhook import Webhook
 from megatron_ext.monitoring.events import Event
+from megatron_ext.monitoring.metrics_file import METRICS_FILE
 from megatron_ext.monitoring.sources import ValidationReport
 from megatron_ext.monitoring.step_report import StepRecord
 
@@ -25,7 +26,7 @@ class AlertsSink:
 
     Args:
         directory: of the run's checkpoints, by which messages name it.
-        records: folder of the metrics file; what is not sent is kept there.
+        records: the metrics file; what is not sent is kept beside it, under a name that no other run has there.
         others: places beside those of `settings`.
         is_runs: whether this process is the run, and not one that failed before it was.
     """
@@ -42,8 +43,8 @@ class AlertsSink:
         self._kinds = frozenset[str](settings.events)
         names = _names(directory)
         self._outboxes = [
-            Outbox(one, names, settings.repeat_seconds, Spool(records, one.key, names.place, is_runs=is_runs))
-            for one in (*_channels(settings), *others)
+            Outbox(one, names, settings.repeat_seconds, Spool(records.parent, name, names.place, is_runs=is_runs))
+            for one, name in ((one, _own(records, one.key)) for one in (*_channels(settings), *others))
         ]
 
     def step(self, record: StepRecord) -> None:
@@ -83,6 +84,11 @@ def _channels(settings: AlertsConfig) -> list[Channel]:
         password = os.environ.get(settings.email.password_variable or "")
         channels.append(Mail(settings.email, password))
     return channels
+
+
+def _own(records: Path, place: str) -> str:
+    """`place` as the name of its file: the metrics files of several runs may lie in one folder."""
+    return place if records.name == METRICS_FILE else f"{records.stem}.{place}"
 
 
 def _names(directory: Path) -> RunNames:

@@ -53,9 +53,9 @@ def sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, **settings: 
     monkeypatch.setenv("HOOK", url)
     place = tmp_path / "runs" / "moe"
     place.mkdir(parents=True, exist_ok=True)
-    is_runs = settings.pop("is_runs", True)
+    is_runs, records = settings.pop("is_runs", True), place / settings.pop("records", "metrics.jsonl")
     return AlertsSink(
-        AlertsConfig(webhook=WebhookConfig(url_variable="HOOK"), **settings), place, place, is_runs=is_runs
+        AlertsConfig(webhook=WebhookConfig(url_variable="HOOK"), **settings), place, records, is_runs=is_runs
     )
 
 
@@ -181,6 +181,22 @@ def test_a_kill_loses_no_alert_nor_does_a_start_that_fails(
     assert [path.name.startswith(f"{damaged.name}.unreadable-") for path in files.iterdir()] == [True]
 
 
+def test_runs_whose_records_lie_in_one_folder_take_no_alerts_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: Callable[..., WebhookServer]
+) -> None:
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 0.05)
+    for records in ("dense.jsonl", "moe.jsonl", "metrics.jsonl"):
+        left = sink(tmp_path, monkeypatch, "http://127.0.0.1:9/secret-token", records=records)
+        left.event(Event("skip", 1, f"of {records}"))
+        left.close(failed=False)
+    server = webhook()
+    monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 20)
+    sink(tmp_path, monkeypatch, server.url, records="moe.jsonl").close(failed=False)
+    assert [text.splitlines()[1] for text in server.texts] == ["step 1: of moe.jsonl"]
+    kept = sorted(path.name for path in (tmp_path / "runs" / "moe").iterdir())
+    assert kept == ["unsent_alerts.dense.webhook.json", "unsent_alerts.webhook.json"]
+
+
 def test_a_file_of_alerts_that_cannot_be_read_is_not_written_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -281,7 +297,7 @@ def test_mail_goes_over_tls_with_a_login(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.setenv("MAIL_PASSWORD", "open sesame")
     settings = mail(server.port, username="me", password_variable="MAIL_PASSWORD")
-    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe", tmp_path)
+    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe", tmp_path / "metrics.jsonl")
     alerts.event(Event("finished", 100, "finished all 100 steps, in 3 h"))
     alerts.close(failed=False)
     server.close()
@@ -316,7 +332,7 @@ def test_mail_that_does_not_go_says_why_without_the_password(
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.setenv("MAIL_PASSWORD", password)
     settings = mail(server.port, username="me", password_variable="MAIL_PASSWORD")
-    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe", tmp_path)
+    alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe", tmp_path / "metrics.jsonl")
     alerts.event(Event("finished", 1, "done"))
     wait(lambda: "tried again" in caplog.text)
     alerts.close(failed=False)
@@ -330,7 +346,9 @@ def test_mail_without_encryption_and_a_recipient_that_is_refused_for_good(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = SmtpServer(refuses=550)
-    alerts = AlertsSink(AlertsConfig(email=mail(server.port, security="none")), tmp_path / "moe", tmp_path)
+    alerts = AlertsSink(
+        AlertsConfig(email=mail(server.port, security="none")), tmp_path / "moe", tmp_path / "metrics.jsonl"
+    )
     alerts.event(Event("skip", 1, "a spike"))
     wait(lambda: "does not take" in caplog.text)
     server.refuses = 0

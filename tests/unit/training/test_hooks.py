@@ -23,7 +23,7 @@ from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.validation import Validation
-from megatron_ext.training.loop import open_and_train
+from megatron_ext.training.loop import open_and_train, watching
 from megatron_ext.training.signals import EXIT_AT
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.verdict import Rollback, Skip, Take
@@ -234,8 +234,9 @@ def test_people_are_told_of_a_run_whose_data_is_gone_when_it_goes_on(
     for is_known in (False, True):  # of a run that has never reported whoever starts it reads the error
         if is_known:
             (tmp_path / "metrics.jsonl").write_text('{"event": "start", "iteration": 0}\n')
-        with pytest.raises(DataError, match="no tokenizer here"):
-            open_and_train(session.run, session.layout, SimpleNamespace(dp=dist.group.WORLD), torch.device("cpu"))
+        groups, run = SimpleNamespace(dp=dist.group.WORLD), session.run
+        with pytest.raises(DataError, match="no tokenizer here"), watching(run) as others:
+            open_and_train(run, session.layout, groups, torch.device("cpu"), others)
     server.close()
     (text,) = server.texts
     assert "failed before its first step: t: no tokenizer here" in text
