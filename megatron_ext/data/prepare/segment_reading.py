@@ -53,10 +53,10 @@ class SegmentReader:
         are_found = model["type"] == "Unigram" and not have_spaces and not _hide_others(added, tokenizer.special_ids)
         found = plain if are_found else {"\n"} if self.reads_lines else set()
         self.cut_out = {token: number for token, number in tokens.items() if token in found}
-        self._vocabulary, unknown = model["vocab"], model.get("unk_id")
+        self._vocabulary = model["vocab"]
         self._hidden = [token.replace(*SPACES) for token in tokens if token not in self.cut_out]
-        if model["type"] == "Unigram" and unknown is not None:  # read as one with unknown characters at its sides
-            self._hidden.append(self._vocabulary[unknown][0])
+        if model["type"] == "Unigram" and model["unk_id"] is not None:
+            self._hidden.append(self._vocabulary[model["unk_id"]][0])  # read as one with unknown characters beside it
         by_length = sorted(self.cut_out, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, by_length))) if by_length else None
         longer = [token for token in by_length if len(token) > 1]
@@ -67,7 +67,7 @@ class SegmentReader:
         # Sums begin anew behind a token that is cut out of the text, which special ones are not.
         if not self.reads_apart and adds_up and plain == self.cut_out.keys():
             special = tokenizer.special_ids | {token["id"] for token in added if token["special"]}
-            self.scores = running_scores(model["vocab"], tokenizer.vocabulary, special | {unknown})
+            self.scores = running_scores(model["vocab"], tokenizer.vocabulary, special | {model["unk_id"]})
 
     def places(self, text: str, codes_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where tokens that are cut out begin and end in a text, and their ids; the first, and of these the longest."""
