@@ -106,6 +106,7 @@ def preprocess(
             _continue_or_restart(output, plan)
             with _writing(work):
                 _run_shards(work, how, options, tokenizer, tasks, processes, progress)
+                _check_unchanged(tasks)
                 summary = _join(work, tasks, plan, how, options, tokenizer)
             publish_directory(work / _JOINED, output, replace=force)
             remove_unfinished(work)
@@ -130,10 +131,24 @@ def _tasks(files: Sequence[Path]) -> list[Task]:
     if len(files) > MOST_FILES:
         raise DataError(f"{len(files):,} files: expected at most {MOST_FILES:,}; join some, or prepare them in turns")
     return [
-        Task(file, number, shard, (found.st_size, found.st_mtime_ns))
-        for file, (path, found) in enumerate((path, path.stat()) for path in files)
+        Task(file, number, shard, state)
+        for file, (path, state) in enumerate((path, _state(path)) for path in files)
         for number, shard in enumerate(split_into_shards([path], size))
     ]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """See `Task.state`."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_unchanged(tasks: Sequence[Task]) -> None:
+    """Raise DataError where a file changed since its shards were cut: some are of the one text, some of the other."""
+    for path, state in {task.shard.path: task.state for task in tasks}.items():
+        if not path.is_file() or _state(path) != state:
+            advice = "start the same command again when it is whole: its shards are made anew, the others are kept"
+            raise DataError(f"{path}: changed while it was read; {advice}")
 
 
 def _checked_fractions(split: Sequence[float]) -> tuple[float, ...]:

@@ -46,24 +46,28 @@ class SegmentReader:
         tokens = {token["content"]: token["id"] for token in added if token["id"] not in tokenizer.special_ids}
         plain = {token["content"] for token in added if not token["special"]}
         self.pieces = [*tokenizer.vocabulary, *(token["content"] for token in added)]
-        self.reads_lines = [token for token in tokens if "\n" in token] == ["\n"]
+        with_line_end = [token["content"] for token in added if "\n" in token["content"]]
+        self.reads_lines = with_line_end == ["\n"] and "\n" in tokens
         # Where a token has spaces, which may be written in two ways, only the library finds them all.
-        are_found = model["type"] == "Unigram" and not any(space in token for token in plain for space in SPACES)
+        have_spaces = any(space in token for token in plain for space in SPACES)
+        are_found = model["type"] == "Unigram" and not have_spaces and not _hide_others(added, tokenizer.special_ids)
         found = plain if are_found else {"\n"} if self.reads_lines else set()
         self.cut_out = {token: number for token, number in tokens.items() if token in found}
-        self._hidden = [token for token in tokens if token not in self.cut_out]
+        self._vocabulary = model["vocab"]
+        self._hidden = [token.replace(*SPACES) for token in tokens if token not in self.cut_out]
+        if model["type"] == "Unigram" and model["unk_id"] is not None:
+            self._hidden.append(self._vocabulary[model["unk_id"]][0])  # read as one with unknown characters beside it
         by_length = sorted(self.cut_out, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, by_length))) if by_length else None
         longer = [token for token in by_length if len(token) > 1]
         self._longer = re.compile("|".join(map(re.escape, longer))) if longer else None
         self._single = [ord(token) for token in self.cut_out if len(token) == 1]
-        self._vocabulary = model["vocab"]
         self.reads_apart = model["type"] != "Unigram"
         self.scores: RunningScores | None = None
         # Sums begin anew behind a token that is cut out of the text, which special ones are not.
         if not self.reads_apart and adds_up and plain == self.cut_out.keys():
             special = tokenizer.special_ids | {token["id"] for token in added if token["special"]}
-            self.scores = running_scores(model["vocab"], tokenizer.vocabulary, special)
+            self.scores = running_scores(model["vocab"], tokenizer.vocabulary, special | {model["unk_id"]})
 
     def places(self, text: str, codes_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where tokens that are cut out begin and end in a text, and their ids; the first, and of these the longest."""
@@ -94,10 +98,11 @@ class SegmentReader:
             return list(self._tokenizer.encode_batch(segments))
         result: list[list[int] | None] = []
         foreign = []
-        special, all_of_them = self._tokenizer.special_ids, "".join(segments)
+        special, marked = self._tokenizer.special_ids, [segment.replace(*SPACES) for segment in segments]
+        all_of_them = "".join(marked)
         hidden = [token for token in self._hidden if token in all_of_them]  # next to never one
         for number, (ids, is_known) in enumerate(map(self._unigram.best, segments)):
-            if hidden and any(token in segments[number] and token != segments[number] for token in hidden):
+            if hidden and any(token in marked[number] for token in hidden):
                 ids = None
             if ids is not None and not (is_known and special.isdisjoint(ids)):
                 foreign.append(number)
@@ -167,6 +172,27 @@ def segment_reader(tokenizer: Tokenizer) -> SegmentReader | None:
         return None
     pre_tokenizer = content["pre_tokenizer"]
     return SegmentReader(tokenizer, model, added, adds_up=pre_tokenizer is None or pre_tokenizer.get("split") is False)
+
+
+def _hide_others(added: Sequence[dict[str, Any]], special_ids: frozenset[int]) -> bool:
+    """Whether a plain token may stay unfound for what else is added, however far to the left it begins.
+
+    The library looks for all tokens that are to be found before the text is normalized, and then, in what is left, for
+    the others. Each time it passes a special token that is text over with all that begins in it.
+    """
+    groups: dict[tuple[bool, bool], set[str]] = {(n, s): set() for n in (False, True) for s in (False, True)}
+    for token in added:
+        groups[token["normalized"], token["special"] or token["id"] in special_ids].add(token["content"])
+    sooner, later = groups[False, False], groups[True, False]
+    pairs = (sooner, later), (sooner, groups[False, True]), (later, groups[True, True])
+    return any(_overlap(*pair) or _overlap(*reversed(pair)) for pair in pairs)
+
+
+def _overlap(some: set[str], others: set[str]) -> bool:
+    """Whether one of `some` holds one of `others`, or ends with what one of these begins with."""
+    begins = {token[:end] for token in others for end in range(1, len(token) + 1)}
+    ends = {token[start:] for token in some for start in range(len(token))}
+    return not begins.isdisjoint(ends) or any(other in token for token in some for other in others)
 
 
 def _keeps_places(normalizer: Any, pre_tokenizer: Any) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import tokenizers as hugging_face
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from megatron_ext.data.prepare import encoder as module
 from megatron_ext.data.prepare import long_texts, segment_table
@@ -172,6 +172,42 @@ def test_what_is_new_is_noticed_once(tokenizer: Tokenizer) -> None:
     encoder.encode(["fox </s> fox"])
     assert any("</s>" in text for text in seen)
     assert len(seen) == len(set(seen))
+
+
+def scored(*added: hugging_face.AddedToken, unknown: float = -99.0) -> hugging_face.Tokenizer:
+    """A unigram model with bytes, whose unknown piece has that score; as SentencePiece has it, 0."""
+    pieces = [("<unk>", unknown), ("</s>", -99.0), *((f"<0x{byte:02X}>", -99.0) for byte in range(256))]
+    pieces += [(character, -2.0 - n / 7) for n, character in enumerate("▁<>/skunabcde")]
+    tokenizer = hugging_face.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def plain(content: str, *, normalized: bool = False) -> hugging_face.AddedToken:
+    return hugging_face.AddedToken(content, special=False, normalized=normalized)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "pieces"),
+    [
+        (scored(unknown=0.0), "a<unk>b", ["a", "<unk>", "b"]),
+        (scored(unknown=0.0), "\t<unk>", ["<0x09>", *(f"<0x{byte:02X}>" for byte in b"<unk>")]),
+        (scored(plain("s>")), "as></s>", ["a", "s>", "<", "/", "s", ">"]),  # passed over with "</s>"
+        (scored(plain(">a")), ">a </s>a", [">a", "▁", "<", "/", "s", ">", "a"]),
+        (scored(plain("ab", normalized=True), plain("bc")), "abd abc", ["ab", "d", "▁", "a", "bc"]),
+        (scored(plain("b c"), plain("d▁e", normalized=True)), "b c b▁cd e", ["b c", "▁", "b", "▁", "c", "d▁e"]),
+    ],
+)
+def test_tokens_that_the_library_reads_by_what_stands_around_them(
+    tokenizer: hugging_face.Tokenizer, text: str, pieces: list[str], tmp_path: Path
+) -> None:
+    loaded = Tokenizer(kinds.write(tokenizer, tmp_path, eos_token="</s>", unk_token="<unk>"))
+    encoder, expected = encoder_for(loaded, is_much=True), [loaded.vocabulary[piece] for piece in pieces]
+    assert isinstance(encoder, SegmentEncoder)
+    assert loaded.encode(text) == expected
+    assert encoder.encode([text, text]).tolist() == [*expected, loaded.eod] * 2
 
 
 def merging(directory: Path) -> Tokenizer:

@@ -259,6 +259,26 @@ def test_only_what_is_made_of_a_file_that_changed_is_made_anew(
         assert (tmp_path / "d" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
 
 
+def test_a_file_that_changes_while_it_is_read_is_named_and_made_anew(
+    place: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a corpus that is still being written, half a line would be read, or none of what comes later."""
+    monkeypatch.setattr(module, "_MOST_HERE", float("inf"))
+    inputs, real = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], ShardWorker.do
+    write(inputs[0], texts[:40])
+    write(inputs[1], texts[40:60])
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWorker, "do", lambda worker, task: (real(worker, task), write(inputs[1], texts[40:])))
+        with pytest.raises(DataError, match=r"b\.jsonl: changed while it was read; start the same command again"):
+            preprocess(inputs, place / "t", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    done: list[int] = []
+    monkeypatch.setattr(ShardWorker, "do", lambda worker, task: (done.append(task.file), real(worker, task)))
+    summary = preprocess(inputs, place / "t", tmp_path / "d")
+    assert done == [1]
+    assert sum(split.documents for split in summary.values()) == len(texts)
+
+
 @given(st.lists(st.integers(1, 40), max_size=12), st.randoms(use_true_random=False))
 def test_documents_are_gathered_in_blocks_of_bounded_size(lengths: list[int], draws: random.Random) -> None:
     order = draws.sample(range(len(lengths)), len(lengths))
