@@ -7,13 +7,13 @@ what it finds on its node, is not a connection for which the others wait until i
 import contextlib
 import datetime
 import itertools
+import json
 import os
-import pickle
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from megatron_ext.errors import EnvironmentFault, MegatronExtError
 from megatron_ext.launcher import launched_rank, launched_world_size
@@ -44,6 +44,18 @@ class Answer:
     host: str
     refusal: tuple[type[MegatronExtError], str] | None
     """Kind of the error and what it says; None where it can start."""
+
+    def written(self) -> str:
+        """As text for the store: nothing that comes over a network is unpickled."""
+        kind, text = self.refusal or (None, None)
+        return json.dumps([self.rank, self.host, kind and kind.__name__, text])
+
+    @classmethod
+    def read(cls, written: bytes) -> Self:
+        """The answer that was written so. An error that is none of ours is an EnvironmentFault."""
+        rank, host, kind, text = json.loads(written)
+        kinds = {one.__name__: one for one in MegatronExtError.__subclasses__()}
+        return cls(rank, host, None if kind is None else (kinds.get(kind, EnvironmentFault), text))
 
 
 def on_every_rank(
@@ -125,13 +137,13 @@ class _RollCall:
         store = _meeting_store(self._minutes)
         own = Answer(self._rank, socket.gethostname(), refusal)
         try:
-            store.set(self._key(self._rank), pickle.dumps(own))  # type: ignore[arg-type] # bytes it takes too
+            store.set(self._key(self._rank), own.written())
             store.add(self._key("spoken"), 1)
             if refusal is not None:
                 store.set(self._key("refused"), "1")
             self._wait(store)
             keys = [key for rank in range(self._size) if store.check([key := self._key(rank)])]
-            answers: list[Answer] = [pickle.loads(said) for said in store.multi_get(keys)]
+            answers = [Answer.read(said) for said in store.multi_get(keys)]
             if ended := _ended(store, answers):
                 answers = [ended, *(answer for answer in answers if answer.rank != ended.rank)]
             if any(answer.refusal is not None for answer in answers):
@@ -218,18 +230,18 @@ def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> No
     """
     import torch.distributed as dist
 
-    said = pickle.dumps(Answer(rank, socket.gethostname(), (EnvironmentFault, how)))
+    said = Answer(rank, socket.gethostname(), (EnvironmentFault, how)).written()
     seconds = datetime.timedelta(seconds=_TELLING)
     with contextlib.suppress(RuntimeError, ValueError):
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=seconds)
-        dist.PrefixStore(f"roll call/{run_id}/0", store).set(_ENDED, said)  # type: ignore[arg-type] # as above
+        dist.PrefixStore(f"roll call/{run_id}/0", store).set(_ENDED, said)
 
 
 def _ended(store: "PrefixStore", answers: Sequence[Answer]) -> Answer | None:
     """What a launcher has said of a rank that ended, unless that has said itself why."""
     if not store.check([_ENDED]):
         return None
-    ended: Answer = pickle.loads(store.get(_ENDED))
+    ended = Answer.read(store.get(_ENDED))
     is_said = any(answer.rank == ended.rank and answer.refusal is not None for answer in answers)
     return None if is_said else ended
 
