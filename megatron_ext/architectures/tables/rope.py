@@ -142,6 +142,8 @@ class Rope(ConfigRule):
         if not isinstance(nested, dict):
             raise ConversionError(f"{name} = {nested!r}: expected a mapping")
         given = {key: value for key, value in nested.items() if value is not None}
+        if nested.get("truncate", True) is None:
+            raise ConversionError(f"{name}.truncate is null: write true or false, or remove it where that is true")
         kinds = {given.pop(key) for key in ("rope_type", "type") if key in given}
         kind = kinds.pop() if kinds else "default"
         if kinds:

@@ -82,14 +82,14 @@ class SlidingWindow(ConfigRule):
     window: int | None = None
     """What absent means."""
     switch: str | None = None
-    """The field that turns it on, in classes that have one; they have `layer_types` and `max_window_layers` too."""
+    """The field that turns it on, in classes that have one; they have `max_window_layers` too."""
     layers: Callable[[Mapping[str, Any], int], bool] | None = every_layer
     """Which layers have it where `layer_types` does not say so; None: versions of transformers differ about it."""
     reads_types: bool = False
-    """Whether the class reads `layer_types`."""
+    """Whether the class reads `layer_types`. Elsewhere it must agree, as AutoModel reads it of Mistral too."""
 
     def hf_names(self) -> tuple[str, ...]:
-        return ("sliding_window", *((self.switch, "layer_types", "max_window_layers") if self.switch else ()))
+        return ("sliding_window", "layer_types", *((self.switch, "max_window_layers") if self.switch else ()))
 
     def megatron_names(self) -> tuple[str, ...]:
         return NAMES
@@ -103,10 +103,9 @@ class SlidingWindow(ConfigRule):
         return fields
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        window = raw.get("sliding_window", self.window) or None
-        if self.switch and not raw.get(self.switch, False):
-            window = None
-        types, count = raw.get("layer_types") if self.switch else None, raw.get("num_hidden_layers")
+        is_on = not self.switch or raw.get(self.switch, False)
+        window = raw.get("sliding_window", self.window) if is_on else None
+        types, count = raw.get("layer_types"), raw.get("num_hidden_layers")
         if not isinstance(count, int):
             return {}  # what is wrong is said of that one
         if types is None and window is not None and self.layers is None:
@@ -114,7 +113,8 @@ class SlidingWindow(ConfigRule):
                 f"{self.switch} = True, {said('sliding_window', window)}: versions of transformers differ about which "
                 f"layers of this class have it; say in layer_types which were trained so ({SLIDING}, {FULL})"
             )
-        usual = [SLIDING if window and self.layers and self.layers(raw, layer) else FULL for layer in range(count)]
+        has_window = self.layers if window is not None else None
+        usual = [SLIDING if has_window and has_window(raw, layer) else FULL for layer in range(count)]
         if types is not None and not self.reads_types and list(types) != usual:
             raise ConversionError(f"{said('layer_types', types)}: this class has the same attention in every layer")
         if types is not None and len(types) != count:

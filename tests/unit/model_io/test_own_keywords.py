@@ -119,6 +119,18 @@ def test_attention_that_would_drop_sinks_is_refused(tmp_path: Path) -> None:
         network(tokens())
 
 
+@torch.no_grad()
+def test_a_mask_that_adds_minus_infinity_hides_no_sink(tmp_path: Path) -> None:
+    """Also in rows to which it hides the first token, such as those of a caller's own window of 4."""
+    network = load(export(tmp_path, "OLMoE with biases")[1])
+    hidden = ~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(-3)
+    mask = torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(hidden, -torch.inf)
+    network.config._attn_implementation = "sdpa"
+    by_kernel = network(tokens(), attention_mask=mask).logits
+    network.config._attn_implementation = "eager"
+    assert distance(by_kernel, network(tokens(), attention_mask=mask).logits) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", [NAME, "Qwen2-MoE with learned noise"], ids=["all tokens", "windows"])
 @torch.no_grad()
 def test_continuous_batching_generates_what_generate_does(name: str, tmp_path: Path) -> None:

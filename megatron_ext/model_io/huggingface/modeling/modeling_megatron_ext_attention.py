@@ -139,7 +139,8 @@ def sdpa_attention_with_sinks(module, query, key, value, attention_mask, scaling
     if attention_mask is None:  # all are seen that were there before
         attention_mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
     mask = attention_mask[..., :keys]
-    mask = torch.cat((mask, torch.ones_like(mask[..., :1]) if mask.dtype == torch.bool else mask[..., :1] * 0), dim=-1)
+    shown = torch.full_like(mask[..., :1], 1 if mask.dtype == torch.bool else 0)  # a mask of numbers is added
+    mask = torch.cat((mask, shown), dim=-1)
     context = F.scaled_dot_product_attention(
         torch.cat((query, sinks), dim=-1), key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
