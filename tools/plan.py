@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_ext.command import path_name, positive_integer, run_command, run_parser
 from megatron_ext.config.yaml_text import parse_scalar
+from megatron_ext.errors import ConfigError
 
 MOST_TOKENS = 1e16
 """Thirty times all public text (3e14 tokens: Villalobos et al. 2024, arXiv 2211.04325)."""
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--assumptions", type=path_name, metavar="FILE.yaml", help="rates and sizes to take instead")
     parser.add_argument("--best", type=positive_integer, default=5, metavar="N", help="layouts to show (5)")
     parser.add_argument("--write", type=path_name, metavar="FILE.yaml", help="write the run in the chosen layout")
-    parser.add_argument("--choose", type=positive_integer, default=1, metavar="N", help="which of the table (1)")
+    parser.add_argument("--choose", type=positive_integer, metavar="N", help="with --write: which of the table (1)")
     parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="memory and tokens a day of those shown")
     parser.add_argument("--dense-tokens", type=_tokens, metavar="N", help="of the dense model it is upcycled from")
     _plan(parser.parse_args())
@@ -67,6 +68,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     check_plot(arguments.plot)
     if arguments.write:
         require_new(arguments.write)
+    elif arguments.choose is not None:
+        raise ConfigError(f"--choose {arguments.choose}: says which layout --write FILE.yaml writes; give both or none")
     run = run_to_plan(arguments.run, arguments.overrides)
     uses_te = run.runtime.backend == "transformer_engine"
     assumed = assumptions_for(arguments.gpu, arguments.assumptions, transformer_engine=uses_te)
@@ -77,19 +80,22 @@ def _plan(arguments: argparse.Namespace) -> None:
     found = search(run, arguments.gpus, assumed, best=arguments.best, length=length)
     print(table(run, found, arguments.gpus, assumed, arguments.days, length))
     print(said)
+    if not found.chosen:
+        for option, path in (("--plot", arguments.plot), ("--write", arguments.write)):
+            if path:
+                print(f"{option:<16}no layout fits, so {path} is not written")
+        sys.exit(NONE_FITS)
     if arguments.plot:
         from megatron_ext.planning.plan_plot import draw
 
         draw(found, assumed, arguments.plot)
         print(f"plot            {Path(arguments.plot).absolute()}")
     if arguments.write:
-        chosen = planned_run(found, arguments.choose, arguments.tokens)
-        write_planned(chosen, arguments.write)
-        print(f"written         {Path(arguments.write).absolute()}: layout {arguments.choose} of the table")
+        number = arguments.choose or 1
+        write_planned(planned_run(found, number, arguments.tokens), arguments.write)
+        print(f"written         {Path(arguments.write).absolute()}: layout {number} of the table")
         if run.data.stages and arguments.tokens is not None:
             print("                with the stages as they are: they say how long it is, and --tokens changes none")
-    if not found.chosen:
-        sys.exit(NONE_FITS)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class Assumptions:
     """Gigabytes a second that a GPU sends to others of its node: 75% of NVLink's one direction."""
     network_gb_s: float = Field(default=40.0, gt=0)
     """The same to other nodes: 80% of a network card of 400 Gb/s a GPU."""
+    host_gb_s: float = Field(default=50.0, gt=0)
+    """The same between a GPU and its host's memory: 80% of PCIe 5.0 with 16 lanes."""
     products: float = Field(default=0.75, gt=0, le=1)
     """Share of the peak of the products of dense layers: 745 TFLOP/s for 8192^3 on an H100 (benchmarks/RESULTS.md)."""
     grouped_products: float = Field(default=0.60, gt=0, le=1)
@@ -68,9 +70,17 @@ GPUS = {
     "h100": _H100,
     # NVIDIA, H200 datasheet: 4.8 TB/s; else as the H100.
     "h200": replace(_H100, name="h200", memory_gib=140.4, memory_tb_s=3.8),
-    # NVIDIA, A100 80GB datasheet: 312 TFLOP/s, 2.0 TB/s, NVLink 300 GB/s a direction; network cards of 200 Gb/s.
+    # NVIDIA, A100 80GB datasheet: 312 TFLOP/s, 2.0 TB/s, NVLink 300 GB/s a direction, PCIe 4.0; network cards of
+    # 200 Gb/s.
     "a100": replace(
-        _H100, name="a100", peak_tflops=312, memory_gib=79.3, memory_tb_s=1.6, node_gb_s=225, network_gb_s=20
+        _H100,
+        name="a100",
+        peak_tflops=312,
+        memory_gib=79.3,
+        memory_tb_s=1.6,
+        node_gb_s=225,
+        network_gb_s=20,
+        host_gb_s=25,
     ),
     # NVIDIA, HGX B200: 2.25 PFLOP/s, 8 TB/s, NVLink 900 GB/s a direction. No kernel of ours was measured on one.
     "b200": replace(

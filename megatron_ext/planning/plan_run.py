@@ -46,12 +46,17 @@ def planned_run(found: Search, number: int, tokens: float | None) -> RunConfig:
     if not found.chosen:
         raise ConfigError("--write: no layout fits, so there is none to write; see above what it takes")
     if number > len(found.chosen):
-        raise ConfigError(f"--choose {number}: the table has {len(found.chosen)} layouts")
+        raise ConfigError(
+            f"--choose {number}: the table has {len(found.chosen)} layouts; take one of those, or more with --best"
+        )
     run = found.chosen[number - 1].candidate.run
     if tokens is None or run.data.stages:
         return run
-    steps = math.ceil(tokens / (run.train.global_batch_size * run.data.sequence_length))
-    return replace(run, train=replace(run.train, train_iters=steps))
+    # What a ramp's steps lack is made up for by steps behind it.
+    train, size = run.train, run.train.global_batch_size
+    missing = train.train_iters * size - run.planned_samples
+    steps = math.ceil((tokens / run.data.sequence_length + missing) / size)
+    return replace(run, train=replace(train, train_iters=steps))
 
 
 def require_new(path: str) -> None:

@@ -94,13 +94,12 @@ def step_time(
     chunks = run.parallel.virtual_pipeline_model_parallel_size or 1
     # Narayanan et al. 2021 (arXiv 2104.04473), section 2.2: (p - 1) / v of a micro-batch's time.
     bubble = (layout.pp - 1) / chunks * (compute + messages)
-    parameters = max(state.parameters for state in states)
     return StepTime(
         compute=number * compute,
         messages=number * messages,
         bubble=bubble,
         data_parallel=max(cost.data_parallel(state) for state in states),
-        optimizer=assumed.slack * parameters * _UPDATE / (layout.dp * layout.cp) / (assumed.memory_tb_s * 1e12),
+        optimizer=max(cost.update(state) for state in states),
         tokens=shape.size * shape.length,
         model_flops=shape.size * shape.length * training_flops_per_token(run.model, shape.length, run.adapters),
         world_size=layout.world_size,
@@ -278,3 +277,13 @@ class _Cost:
             return moved * (4 * reduce + self._bytes * gather)
 
         return wait(state.dense, layout.dp * layout.cp) + wait(state.experts, layout.edp)
+
+    def update(self, state: StateMemory) -> float:
+        """The optimizer's step of this rank's share; moments that the host keeps come from it and go back."""
+        layout, assumed, run = self._layout, self._assumed, self._run
+        splits = run.parallel.use_distributed_optimizer
+        dense_share, expert_share = (layout.dp * layout.cp, layout.edp) if splits else (1, 1)
+        updated = state.dense / dense_share + state.experts / expert_share
+        crossing = 2 * run.optimizer.moment_bytes if run.optimizer.moments_on_host else 0
+        each = _UPDATE / (assumed.memory_tb_s * 1e12) + crossing / (assumed.host_gb_s * 1e9)
+        return assumed.slack * updated * each

@@ -179,6 +179,9 @@ def levers(run: RunConfig, checkpoint: Path) -> list[tuple[str, str, str]]:
         "train.eval_",
         "train.exit_at",
         "parallel.overlap_",
+        "precision.keep_fp8_weights",
+        "recompute.",
+        "optimizer.moments_on_host",
     )
     return [change for change in changed_values(run, checkpoint) if not change[0].startswith(apart)]
 

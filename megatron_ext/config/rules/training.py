@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.rules.registry import BACKEND, DEVICE, PP, VPP, rule
 from megatron_ext.config.training import ExitAt, RampStep
 
@@ -104,6 +105,21 @@ def _modules_are_selective(modules: list[str], granularity: str | None) -> str |
     if granularity == "selective":
         return None if modules else "nothing would be recomputed; name modules, or unset the granularity"
     return "has no effect; set granularity: selective" if modules != ["core_attn"] else None
+
+
+@rule("recompute.modules", given=("recompute.granularity", "model"))
+def _the_model_has_such_modules(modules: list[str], granularity: str | None, model: ModelConfig | None) -> str | None:
+    if granularity != "selective" or model is None:
+        return None
+    has = {
+        "mlp": model.has_dense_layers,
+        "moe": model.is_moe,
+        "shared_experts": model.is_moe and model.moe_shared_expert_intermediate_size is not None,
+    }
+    if modules and not any(has.get(module, True) for module in modules):
+        there = ", ".join(["core_attn", "layernorm", *(module for module, is_there in has.items() if is_there)])
+        return f"the model has none of these, and nothing would be recomputed; it has {there}"
+    return None
 
 
 @rule("recompute.logits", "model.transformer_overrides")

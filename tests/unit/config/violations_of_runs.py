@@ -165,6 +165,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"recompute": {"modules": ["mlp"]}}, ["has no effect; set granularity: selective"]),
     ({"recompute": {"granularity": "full", "modules": ["mlp"]}}, ["set granularity: selective"]),
     ({"recompute": {"granularity": "selective", "modules": []}}, ["nothing would be recomputed"]),
+    (
+        {"recompute": {"granularity": "selective", "modules": ["moe", "shared_experts"]}},
+        ["the model has none of these", "it has core_attn, layernorm, mlp"],
+    ),
     ({"recompute": {"num_layers": 2}}, ["have no effect; set granularity: full"]),
     ({"parallel": {"expert_model_parallel_size": 2}}, ["no meaning in a dense model"]),
     (

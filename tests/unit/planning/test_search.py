@@ -158,6 +158,15 @@ def test_what_costs_time_costs_time() -> None:
     assert after.kept == before.kept
     one, layout = by_kernels, by_kernels.resolve(8)
     assert step_time(one, layout, stage_states(one, layout), one.step_shapes[0], H100).compute < 0.95 * seconds()
+    # A rank updates its share of the weights, of experts that fewer ranks have a larger one, and moments that the host
+    # keeps cross the bus twice.
+    one = with_layout(run, ParallelConfig(expert_model_parallel_size=8), 1, RecomputeConfig())
+    layout, (held,) = one.resolve(8), stage_states(one, one.resolve(8))
+    on_host = replace(one, optimizer=replace(one.optimizer, moments_on_host=True))
+    here, there = (step_time(some, layout, [held], some.step_shapes[0], H100).optimizer for some in (one, on_host))
+    updated = held.dense / 8 + held.experts
+    assert here == pytest.approx(1.1 * updated * 42 / 2.7e12)
+    assert there - here == pytest.approx(1.1 * updated * 2 * 8 / 50e9)
     # Over two nodes a token of two experts crosses once where both are on the other one; and shared experts hide some.
     sent = {"expert_model_parallel_size": 8}
     shared = replace(run, model=replace(run.model, moe_shared_expert_intermediate_size=4096))
@@ -237,9 +246,14 @@ def test_none_that_fits_is_exit_code_1_and_tokens_beyond_all_text_2(tmp_path: Pa
     shape = tmp_path / "model.yaml"
     shape.write_text("model: {num_layers: 80, hidden_size: 8192, ffn_hidden_size: 28672, num_attention_heads: 64,"
                      " vocab_size: 32000}\n")  # fmt: skip
-    process = command(TOOLS / "plan.py", shape, "--gpus", "2")
+    files = {option: tmp_path / name for option, name in (("--plot", "plan.png"), ("--write", "planned.yaml"))}
+    asked = [word for option, path in files.items() for word in (option, path)]
+    process = command(TOOLS / "plan.py", shape, "--gpus", "2", *asked)
     assert (process.returncode, process.stderr) == (1, "")
     assert "none fits: the least that any needs is" in process.stdout
+    for path in files.values():
+        assert f"no layout fits, so {path} is not written" in process.stdout
+        assert not path.exists()
     for tokens in (".nan", "1e30"):
         process = command(TOOLS / "plan.py", shape, "--gpus", "2", f"--tokens={tokens}")
         assert process.returncode == 2
@@ -299,6 +313,8 @@ def test_the_steps_of_a_ramp_count_by_their_tokens() -> None:
     length = run_length(run)
     assert length.tokens == (10 * 4 + 90 * 8) * 64
     assert [(number, round(share, 4)) for number, share in length.kinds] == [(1, 0.9474), (0, 0.0526)]
+    planned = planned_run(search(run, 1, H100), 1, length.tokens + 1)
+    assert planned.train.train_iters == 101  # and not 96, as if none of the steps were shorter
 
 
 def test_no_layout_is_a_clear_error() -> None:

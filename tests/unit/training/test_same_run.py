@@ -45,6 +45,19 @@ def test_keys_that_are_newer_than_the_checkpoint_have_their_defaults(tmp_path: P
     assert changes(tmp_path, saved, "train.seed=5") == ["train.seed: 1234 -> 5"]
 
 
+def test_what_changes_bytes_and_not_what_is_computed_is_no_lever(tmp_path: Path) -> None:
+    precision = {"kind": "fp8", "keep_fp8_weights": True}
+    run = load(mapping(precision=precision))
+    write_run(tmp_path, to_mapping(run))
+    now = replace(
+        run,
+        precision=replace(run.precision, keep_fp8_weights=False),
+        recompute=replace(run.recompute, logits=True),
+        optimizer=replace(run.optimizer, moments_on_host=True, exp_avg_dtype="bf16"),
+    )
+    assert levers(now, tmp_path) == [("optimizer.exp_avg_dtype", "'fp32'", "'bf16'")]
+
+
 def test_the_beta_of_preferences_may_change_as_a_learning_rate_may_but_not_their_loss(tmp_path: Path) -> None:
     """Such a change is told at the start, and is a lever in the guard's audit."""
     task = {"kind": "preference", "loss": "robust", "beta": 0.1, "label_smoothing": 0.1}
