@@ -43,7 +43,8 @@ case $code in
   138 | 142 | 143) # SIGUSR1, train.exit_at, SIGTERM: stopped and saved; the run goes on in the next job
     if [ "${SLURM_RESTART_COUNT:-0}" -lt {{max_requeues}} ]; then
       echo "stopped and saved (exit code $code): queued again to go on"
-      scontrol requeue "$SLURM_JOB_ID"
+      # Slurm ends this script then. One that ended by itself just before could be taken for the end of the job.
+      scontrol requeue "$SLURM_JOB_ID" && sleep 120
     fi ;;
   *) echo "ended with exit code $code: $logs/node-0.log and the other nodes' say why" >&2 ;;
 esac

@@ -85,6 +85,9 @@ TOLERANCES = {"fp32": (5e-6, 2e-6), "bf16": (6e-2, 2e-2)}
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_packed_sample_trains_like_its_documents(kind: str, precision: str, pool: GlooPool) -> None:
     model = MODELS.get(kind) or replace(ARCHITECTURES[kind], moe_aux_loss_coeff=0.0, output_z_loss_coeff=0.0)
+    if precision == "bf16":
+        # Rounding decides on which side of a gate's limit an entry is, and so whether it has a gradient: 3e-2 to 9e-2.
+        model = replace(model, activation_func_clamp_value=None)
     loss, gradient = pool.run(1, packed_and_apart, model, PRECISIONS[precision], False)[0]
     print(f"{kind} {precision}: largest difference of a token's loss {loss:.1e}, of the gradient {gradient:.1e}")
     assert loss < TOLERANCES[precision][0]

@@ -92,6 +92,8 @@ def train_and_signal(path: Path, overrides: list[str], rank: int, number: int, m
         wait_until(lambda: metrics.is_file() and metrics.read_text().count('"loss"') >= step)
         os.kill(os.getpid(), number)
 
+    if signal.getsignal(number) == signal.SIG_IGN:  # as SIGINT is for what a shell starts with &: it would stay so
+        signal.signal(number, signal.SIG_DFL)
     if dist.get_rank() == rank:
         threading.Thread(target=send, daemon=True).start()
     return train_here(path, overrides)
