@@ -12,7 +12,7 @@ import torch
 from megatron_ext.checkpoint.both_places import prepare_directory
 from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
-from megatron_ext.errors import MegatronExtError, TrainingError
+from megatron_ext.errors import EnvironmentFault, MegatronExtError, TrainingError
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size, noting_failure
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
@@ -85,7 +85,12 @@ def _prepared(run: RunConfig) -> tuple[Layout, torch.device]:
     layout = run.resolve(launched_world_size())
     flex = run.parallel.flex_backend
     accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
-    return layout, choose_device(run.runtime)
+    device = choose_device(run.runtime)
+    if device.type == "cpu" and run.optimizer.moments_on_host:
+        raise EnvironmentFault(
+            "optimizer.moments_on_host = true, but no GPU is here: a CPU computes in its own memory; remove it"
+        )
+    return layout, device
 
 
 @contextmanager

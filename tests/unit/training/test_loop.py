@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_ext.data.stream.position import Position
+from megatron_ext.errors import EnvironmentFault
 from megatron_ext.training.hooks.base import Hook, StepDone
-from megatron_ext.training.loop import telling_hooks, train_steps
+from megatron_ext.training.loop import _prepared, telling_hooks, train_steps
 from megatron_ext.training.session import Session
 from megatron_ext.training.verdict import Rollback, Skip, Take
+from tests.support.minimal_run import load, mapping
 from tests.unit.training.fakes import fake_session
 
 
@@ -136,3 +139,10 @@ def test_old_checkpoints_know_the_number_of_samples_alone(tmp_path: Path) -> Non
     assert session.stream.position() == Position(24)
     with pytest.raises(ValueError, match="is no position"):
         session._restore_progress({"iteration": 3, "consumed_samples": -1, "data": []})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_memory_of_a_host_needs_a_gpu_beside_it() -> None:
+    run = load(mapping(optimizer={"kind": "adam", "lr": 1e-3, "moments_on_host": True}))
+    with pytest.raises(EnvironmentFault, match=r"optimizer\.moments_on_host = true, but no GPU is here.* remove it"):
+        _prepared(run)
