@@ -45,8 +45,8 @@ VOCABULARY, PROCESSES = 1024, 2
 REFUSED = "step 0: failed before its first step"
 """How the alert of a start that was refused begins."""
 URL_VARIABLE = "MEGATRON_EXT_SOAK_WEBHOOK"
-NOT_SAVED = re.compile(rb"the checkpoint was not saved|It is tried again at the next step that saves")
-"""How the log says that a save has failed."""
+NOT_SAVED = re.compile(rb"It is tried again at the next step that saves|(The run ends without it)")
+"""How the log says that a save has failed, or the last one."""
 
 
 class Webhook:
@@ -219,9 +219,12 @@ def full_disk(soak: Soak) -> None:
             free = shutil.disk_usage(soak.directory).free
     # Reports of steps cannot be written either, so that the log tells how far the run is.
     already = soak.log.stat().st_size
-    while soak.is_running() and not NOT_SAVED.search(soak.log.read_bytes(), already):
+    failed = None
+    while soak.is_running() and not (failed := NOT_SAVED.search(soak.log.read_bytes(), already)):
         time.sleep(0.1)
     ballast.unlink()
+    if failed and failed[1]:
+        soak.ended()
 
 
 Disturbance = Callable[[Soak], None]
