@@ -43,7 +43,9 @@ def run_job(scheduler: str, directory: Path, nodes: str) -> tuple[int, str, str]
     for name in ("srun", "mpirun"):
         (programs / name).write_text(STARTER)
     for name in ("scontrol", "qsub"):
-        (programs / name).write_text(NOTES + '[ "$1" = show ] && echo n1\nexit 0\n')
+        # Slurm itself ends a job that is queued again.
+        ends = '[ "$1" = show ] && echo n1\n[ "$1" = requeue ] && kill -KILL $PPID\nexit 0\n'
+        (programs / name).write_text(NOTES + ends)
     for program in (*programs.iterdir(), root / "launch" / "torchrun.sh"):
         program.chmod(0o755)
     (directory / "nodes").write_text("n1 8 all.q\nn2 8 all.q\n" if scheduler == "age" else "n1\nn1\nn2\nn2\n")
@@ -60,7 +62,7 @@ def test_a_run_that_was_stopped_and_saved_is_queued_again(scheduler: str, tmp_pa
     code, queued, said = run_job(scheduler, tmp_path, "143 142")
     print(said)
     expected = {
-        "slurm": (143, "scontrol requeue 7"),
+        "slurm": (-9, "scontrol requeue 7"),
         "pbs": (143, f"qsub -v MEGATRON_EXT_REQUEUES=1 {tmp_path}/job.sh"),
         "age": (99, ""),
     }
