@@ -1,7 +1,6 @@
 """A run that is killed, stopped or moved to another layout goes on as if nothing had happened."""
 
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -76,32 +75,42 @@ def uninterrupted(work: Path) -> Path:
     return directory
 
 
-def start(processes: int, *arguments: str | Path) -> subprocess.Popen[bytes]:
+def start(processes: int, errors: Path, *arguments: str | Path) -> subprocess.Popen[bytes]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, str(TOOLS / "train.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with errors.open("w") as file:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
 
 
-def kill_a_rank_after(launcher: subprocess.Popen[bytes], directory: Path, *, rank: int, step: int) -> None:
+def kill_a_rank_after(
+    launcher: subprocess.Popen[bytes], errors: Path, directory: Path, *, rank: int, step: int
+) -> None:
     """Kill -9 `rank` once `step` was reported, and wait until the launcher has given up."""
-    deadline = time.monotonic() + 120
     metrics = directory / "metrics.jsonl"
-    while not (metrics.is_file() and len(read_metrics(metrics)) >= step):
-        assert time.monotonic() < deadline
-        assert launcher.poll() is None
-        time.sleep(0.01)
-    for process in psutil.Process(launcher.pid).children():
-        if process.environ().get("RANK") == str(rank):
-            process.send_signal(signal.SIGKILL)
-    assert launcher.wait(timeout=60) != 0
+    before = len(read_metrics(metrics)) if metrics.is_file() else 0
+
+    def wait_for(steps: int) -> None:
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and len(read_metrics(metrics)) >= steps):
+            assert time.monotonic() < deadline, errors.read_text()
+            assert launcher.poll() is None, errors.read_text()
+            time.sleep(0.01)
+
+    # A process tells its rank while it lives: asked at the first step of this start, long before any could end.
+    wait_for(before + 1)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(launcher.pid).children()}
+    wait_for(step)
+    ranks[str(rank)].kill()
+    assert launcher.wait(timeout=60) != 0, errors.read_text()
 
 
 def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(work: Path, uninterrupted: Path) -> None:
     directory = work / "killed"
     arguments = [work / "run.yaml", *LAYOUT, f"checkpoint.directory={directory}"]
     saved = 0
-    for rank, step in ((0, 12), (3, 22)):
-        kill_a_rank_after(start(4, *arguments), directory, rank=rank, step=step)
+    for rank, step in ((0, 7), (3, 12)):  # far from the end, which a slow machine could reach before the signal
+        errors = work / f"killed_at_{step}.txt"
+        kill_a_rank_after(start(4, errors, *arguments), errors, directory, rank=rank, step=step)
         stopped_at = read_metrics(directory / "metrics.jsonl")[-1]["iteration"]
         checkpoint = find_checkpoint(directory)
         assert checkpoint is not None
