@@ -18,10 +18,11 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_ext.mcore.attention_segments import AttentionSegments, attend_segments, find_segments
+from megatron_ext.mcore.split_parameters import describe_split, mark_as_split
 from megatron_ext.runtime.zigzag import zigzag_restore
 
 
@@ -62,7 +63,7 @@ class ScaledDotProductAttention(MegatronModule):
         if config.softmax_type == "learnable":
             heads = config.num_attention_heads // self.tensor_group.size()
             where = {"dtype": config.params_dtype, "device": torch.get_default_device()}
-            self.softmax_offset = mark_as_split_by_heads(torch.nn.Parameter(torch.empty(heads, **where)))
+            self.softmax_offset = mark_as_split(torch.nn.Parameter(torch.empty(heads, **where)), dim=0)
 
     def forward(
         self,
@@ -134,22 +135,7 @@ class ScaledDotProductAttention(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Describe the sinks, if there are any, as split over the TP group."""
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"softmax_offset": 0},
-            sharded_offsets,
-            tp_group=self.tensor_group,
-            dp_cp_group=(metadata or {})["dp_cp_group"],
-        )
-        return sharded
-
-
-def mark_as_split_by_heads(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Mark `parameter`, of this TP rank's heads, as split: each rank has the whole gradient of its own part."""
-    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-    parameter.partition_dim, parameter.partition_stride = 0, 1  # type: ignore[attr-defined]
-    return parameter
+        return describe_split(self, {"softmax_offset": 0}, self.tensor_group, prefix, sharded_offsets, metadata)
 
 
 def gather_sequence(key_SBGD: Tensor, value_SBGD: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

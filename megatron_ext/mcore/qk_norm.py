@@ -8,12 +8,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_ext.mcore.attention import mark_as_split_by_heads
 from megatron_ext.mcore.group_sums import sum_gradient_over_group, sum_over_group
 from megatron_ext.mcore.self_attention import RotatedSelfAttention
+from megatron_ext.mcore.split_parameters import describe_split, mark_as_split
 
 
 class ProjectionNorm(MegatronModule):
@@ -23,7 +22,7 @@ class ProjectionNorm(MegatronModule):
         super().__init__(config=config)
         self.width, self.tp_group = width, tp_group
         where = {"dtype": config.params_dtype, "device": torch.get_default_device()}
-        self.weight = mark_as_split_by_heads(torch.nn.Parameter(torch.ones(width // tp_group.size(), **where)))
+        self.weight = mark_as_split(torch.nn.Parameter(torch.ones(width // tp_group.size(), **where)), dim=0)
 
     def forward(self, heads_SBND: Tensor) -> Tensor:
         """Return the heads [S, B, N, D] divided by the root mean square over all heads of all ranks, times weight."""
@@ -38,15 +37,7 @@ class ProjectionNorm(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Describe the weight as split over the TP group."""
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {})["dp_cp_group"],
-        )
-        return sharded
+        return describe_split(self, {"weight": 0}, self.tp_group, prefix, sharded_offsets, metadata)
 
 
 class ProjectionNormAttention(RotatedSelfAttention):

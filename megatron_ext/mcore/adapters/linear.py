@@ -17,10 +17,10 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_ext.mcore.adapters.low_rank import Halves, ModuleAdapters, mark
+from megatron_ext.mcore.split_parameters import describe_split
 
 
 class _WithAdapters(torch.nn.Module):
@@ -70,15 +70,9 @@ class _WithAdapters(torch.nn.Module):
         own = f"{prefix}lora."
         kept = {name: entry for name, entry in described.items() if not name.startswith(own)}
         splits = (("A", self.split_of_A), ("B", self.split_of_B))
+        dims = {half: dim for half, dim in splits if dim is not None}
         for name, halves in self._halves().items():
-            kept |= make_sharded_tensors_for_checkpoint(
-                halves.state_dict(prefix="", keep_vars=True),
-                f"{own}{name}.",
-                {half: dim for half, dim in splits if dim is not None},
-                sharded_offsets,
-                tp_group=self.tp_group,
-                dp_cp_group=(metadata or {})["dp_cp_group"],
-            )
+            kept |= describe_split(halves, dims, self.tp_group, f"{own}{name}.", sharded_offsets, metadata)
         return kept
 
 

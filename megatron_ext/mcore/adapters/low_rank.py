@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
+from megatron_ext.mcore.split_parameters import mark_as_split
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -94,9 +96,7 @@ def mark(parameter: torch.nn.Parameter, split_dim: int | None, *, sees_part: boo
         split_dim: the dimension it is split in; None: every rank has the whole.
         sees_part: each rank has the gradient of its own tokens, and the sum over the TP group is the gradient.
     """
-    marked: Any = parameter
     if split_dim is None:
-        marked.sequence_parallel = sees_part
-        return
-    marked.tensor_model_parallel = True
-    marked.partition_dim, marked.partition_stride = split_dim, 1
+        parameter.sequence_parallel = sees_part  # type: ignore[attr-defined] # megatron-core's mark
+    else:
+        mark_as_split(parameter, split_dim)

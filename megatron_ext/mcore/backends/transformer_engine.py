@@ -11,9 +11,9 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_ext.mcore.attention import mark_as_split_by_heads
 from megatron_ext.mcore.feed_forward import CompleteMLP
 from megatron_ext.mcore.scaling_state import ScalingState
+from megatron_ext.mcore.split_parameters import mark_as_split
 
 # megatron-core 0.19 has a class of its own for the parts of TEGroupedMLP; 0.16 takes an MLP's.
 _GroupedSubmodules = getattr(core_experts, "GroupedMLPSubmodules", None) or core_experts.MLPSubmodules
@@ -113,7 +113,7 @@ class CoreAttention(te.TEDotProductAttention):
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         if config.softmax_type == "learnable":
-            mark_as_split_by_heads(self.softmax_offset)
+            mark_as_split(self.softmax_offset, dim=0)
 
 
 class LatentCoreAttention(te.TEDotProductAttention):

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_ext.mcore.activation import gate_of, gated_activation
 from megatron_ext.mcore.linear import gradient_sum
 from megatron_ext.mcore.moe.grouped_linear import grouped_linear
+from megatron_ext.mcore.split_parameters import mark_as_split
 
 
 class GroupedExperts(MegatronModule):
@@ -63,8 +64,7 @@ class GroupedExperts(MegatronModule):
     def mark_expert(weight: Any, split_dim: int) -> None:
         """Tell megatron-core that `weight` is an expert's, and no other TP rank has a copy."""
         weight.allreduce = False
-        weight.tensor_model_parallel = True
-        weight.partition_dim, weight.partition_stride = split_dim, 1
+        mark_as_split(weight, split_dim)
 
     def forward(self, tokens_TH: Tensor, tokens_per_expert_E: Tensor, weights_T: Tensor) -> tuple[Tensor, None]:
         """Return each token's expert output times its routing weight [T, H], and no bias left to add."""
