@@ -3,11 +3,11 @@
 Transformers has no such class; the code is in the public repositories of the models. It was written for transformers 4.
 """
 
-from megatron_ext.architectures.llama import DENSE_FFN, DROPS, LAYER, SIZES, TRUNK
 from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import moe_only, routed_experts, shared_experts, stacked_experts
 from megatron_ext.architectures.tables.fields import Field, Fixed
+from megatron_ext.architectures.tables.llama_shape import DENSE_FFN, DROPS, LAYER, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import DeepSeekBalance, FirstDense, NormalizedTopK, SharedCount
 

@@ -1,10 +1,18 @@
 """DeepSeek-V2: latent attention, shared and fine-grained experts, groups by best expert: `DeepseekV2ForCausalLM`."""
 
-from megatron_ext.architectures.llama import DENSE_FFN, EMBEDDINGS, LAYER, MEGATRON_LAYER, NORMS, PROJECTION, SIZES
 from megatron_ext.architectures.tables.attention_fields import Activation, LatentAttention, NoGroups
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import moe_only, routed_experts, shared_experts, stacked_experts
 from megatron_ext.architectures.tables.fields import ConfigRule, Field, Fixed, Ignored
+from megatron_ext.architectures.tables.llama_shape import (
+    DENSE_FFN,
+    EMBEDDINGS,
+    LAYER,
+    MEGATRON_LAYER,
+    NORMS,
+    PROJECTION,
+    SIZES,
+)
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import (
     DeepSeekBalance,

@@ -3,11 +3,11 @@
 import torch
 
 from megatron_ext.architectures.deepseek_v2 import LATENT_CONFIG, LATENT_WEIGHTS
-from megatron_ext.architectures.llama import LAYER
 from megatron_ext.architectures.tables.attention_fields import NoGroups
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import MEGATRON_MLP, moe_only, stacked_experts
 from megatron_ext.architectures.tables.fields import Always, Field, Fixed, Ignored
+from megatron_ext.architectures.tables.llama_shape import LAYER
 from megatron_ext.architectures.tables.routing_fields import (
     FirstDense,
     GroupLimited,

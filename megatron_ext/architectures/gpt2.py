@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.architectures.llama import MEGATRON_LAYER, dense_only
-from megatron_ext.architectures.tables.attention_fields import Activation, NoGroups
+from megatron_ext.architectures.tables.attention_fields import Activation, NoGroups, WholeHeads
 from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import dense_only
 from megatron_ext.architectures.tables.fields import Always, ConfigRule, Field, Fixed, Ignored, Inverted
+from megatron_ext.architectures.tables.llama_shape import MEGATRON_LAYER
 from megatron_ext.architectures.tables.rules import BlockQkv, Rename, Rule, Transpose, bias_of, everywhere, untied
 from megatron_ext.architectures.tables.storage_variants import Drop
 from megatron_ext.config import ModelConfig
@@ -62,27 +63,6 @@ class HiddenDropout(ConfigRule):
                 "in training only; make both equal in config.json"
             )
         return {"hidden_dropout": residual}
-
-
-@dataclass(frozen=True)
-class WholeHeads(ConfigRule):
-    """The heads share the hidden size evenly; the class has no field for their width."""
-
-    def hf_names(self) -> tuple[str, ...]:
-        return ()
-
-    def megatron_names(self) -> tuple[str, ...]:
-        return ("kv_channels",)
-
-    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
-        return {}
-
-    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        return {}
-
-    def unsupported_fields(self, model: ModelConfig) -> list[str]:
-        uneven = model.head_dim * model.num_attention_heads != model.hidden_size
-        return [f"kv_channels = {model.kv_channels}"] if uneven else []
 
 
 CONFIG: tuple[ConfigRule, ...] = (

@@ -1,10 +1,10 @@
 """GPT-NeoX with its layers in sequence (CALM1): `GPTNeoXForCausalLM`."""
 
-from megatron_ext.architectures.gpt2 import WholeHeads
-from megatron_ext.architectures.llama import MEGATRON_LAYER, dense_only
-from megatron_ext.architectures.tables.attention_fields import Activation, NoGroups
+from megatron_ext.architectures.tables.attention_fields import Activation, NoGroups, WholeHeads
 from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import dense_only
 from megatron_ext.architectures.tables.fields import Always, ConfigRule, Field, Fixed, Ignored, Inverted
+from megatron_ext.architectures.tables.llama_shape import MEGATRON_LAYER
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.rules import Rename, Rule, bias_of, everywhere, untied
 from megatron_ext.architectures.tables.storage_variants import Alias, Drop

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.architectures.llama import LAYER, MEGATRON_LAYER, PROJECTION, QKV, SIZES, TRUNK
 from megatron_ext.architectures.tables.attention_fields import Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import MEGATRON_MLP, moe_only
 from megatron_ext.architectures.tables.fields import Always, ConfigRule, Field, Fixed, Ignored, said
+from megatron_ext.architectures.tables.llama_shape import LAYER, MEGATRON_LAYER, PROJECTION, QKV, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import EveryLayerMoe, ExpertWidth, SumsToOne
 from megatron_ext.architectures.tables.rules import (

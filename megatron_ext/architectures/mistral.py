@@ -1,9 +1,10 @@
 """Mistral, whose first version has a sliding window: `MistralForCausalLM`."""
 
-from megatron_ext.architectures.llama import DENSE_FFN, DROPS, SIZES, TRUNK, dense_only
 from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import dense_only
 from megatron_ext.architectures.tables.fields import Field
+from megatron_ext.architectures.tables.llama_shape import DENSE_FFN, DROPS, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.window_fields import SlidingWindow
 

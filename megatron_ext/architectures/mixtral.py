@@ -1,10 +1,10 @@
 """Mixtral: every layer has experts, whose weights sum to 1: `MixtralForCausalLM`."""
 
-from megatron_ext.architectures.llama import LAYER, SIZES, TRUNK
 from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import moe_only, routed_experts, stacked_experts
 from megatron_ext.architectures.tables.fields import ConfigRule, Field
+from megatron_ext.architectures.tables.llama_shape import LAYER, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import EveryLayerMoe, ExpertWidth, SumsToOne
 from megatron_ext.architectures.tables.storage_variants import Alias

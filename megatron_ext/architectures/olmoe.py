@@ -1,10 +1,10 @@
 """OLMoE: norms over all queries and keys of a token, every layer has experts: `OlmoeForCausalLM`."""
 
-from megatron_ext.architectures.llama import QK_NORMS, SIZES, TRUNK
 from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import moe_only, routed_experts, stacked_experts
 from megatron_ext.architectures.tables.fields import Always, Field, Fixed
+from megatron_ext.architectures.tables.llama_shape import QK_NORMS, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import EveryLayerMoe, ExpertWidth, NormalizedTopK
 

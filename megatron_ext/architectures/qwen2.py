@@ -1,9 +1,10 @@
 """Qwen2 and Qwen2.5, dense: `Qwen2ForCausalLM`."""
 
-from megatron_ext.architectures.llama import DENSE_FFN, DROPS, QKV, SIZES, TRUNK, dense_only
 from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import dense_only
 from megatron_ext.architectures.tables.fields import Always, Field
+from megatron_ext.architectures.tables.llama_shape import DENSE_FFN, DROPS, QKV, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.rules import bias_of, with_qkv_biases
 from megatron_ext.architectures.tables.window_fields import SlidingWindow, after_the_first

@@ -1,6 +1,5 @@
 """Qwen1.5-MoE and Qwen2-MoE, with a shared expert behind a gate: `Qwen2MoeForCausalLM`."""
 
-from megatron_ext.architectures.llama import DENSE_FFN, LAYER, QKV, SIZES, TRUNK
 from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import (
@@ -11,6 +10,7 @@ from megatron_ext.architectures.tables.experts import (
     stacked_experts,
 )
 from megatron_ext.architectures.tables.fields import Always, Field
+from megatron_ext.architectures.tables.llama_shape import DENSE_FFN, LAYER, QKV, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import NormalizedTopK, SparseStep
 from megatron_ext.architectures.tables.rules import Rename, bias_of, with_qkv_biases, with_shared_experts

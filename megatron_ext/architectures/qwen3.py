@@ -1,9 +1,10 @@
 """Qwen3, dense, with its norms of each head's queries and keys: `Qwen3ForCausalLM`."""
 
-from megatron_ext.architectures.llama import DENSE_FFN, QK_NORMS, SIZES, TRUNK, dense_only
 from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.experts import dense_only
 from megatron_ext.architectures.tables.fields import Always, Field, Fixed
+from megatron_ext.architectures.tables.llama_shape import DENSE_FFN, QK_NORMS, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.window_fields import SlidingWindow, after_the_first
 

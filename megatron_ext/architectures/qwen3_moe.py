@@ -1,10 +1,10 @@
 """Qwen3-MoE: norms of each head's queries and keys, no shared expert: `Qwen3MoeForCausalLM`."""
 
-from megatron_ext.architectures.llama import DENSE_FFN, QK_NORMS, SIZES, TRUNK
 from megatron_ext.architectures.tables.attention_fields import Activation, Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import moe_only, routed_experts, stacked_experts
 from megatron_ext.architectures.tables.fields import Always, Field, Fixed
+from megatron_ext.architectures.tables.llama_shape import DENSE_FFN, QK_NORMS, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import NormalizedTopK, SparseStep
 from megatron_ext.architectures.tables.window_fields import SlidingWindow

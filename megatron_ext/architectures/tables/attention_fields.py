@@ -130,6 +130,27 @@ class HeadWidth(ConfigRule):
 
 
 @dataclass(frozen=True)
+class WholeHeads(ConfigRule):
+    """The heads share the hidden size evenly; the class has no field for their width."""
+
+    def hf_names(self) -> tuple[str, ...]:
+        return ()
+
+    def megatron_names(self) -> tuple[str, ...]:
+        return ("kv_channels",)
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        return {}
+
+    def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def unsupported_fields(self, model: ModelConfig) -> list[str]:
+        uneven = model.head_dim * model.num_attention_heads != model.hidden_size
+        return [f"kv_channels = {model.kv_channels}"] if uneven else []
+
+
+@dataclass(frozen=True)
 class Groups(ConfigRule):
     """Key/value heads; null means one for every query head."""
 

@@ -1,11 +1,16 @@
-"""Weight rules of experts, shared by the MoE architectures: router, routed experts and shared experts."""
+"""Weight rules of experts, shared by the MoE architectures, and reasons against models with and without them."""
 
-from megatron_ext.architectures.llama import LAYER, MEGATRON_LAYER
+from megatron_ext.architectures.tables.llama_shape import LAYER, MEGATRON_LAYER
 from megatron_ext.architectures.tables.rules import GateUp, Rename, Rule, in_moe_layers, with_shared_experts
 from megatron_ext.architectures.tables.storage_variants import Stacked
 from megatron_ext.config import ModelConfig
 
 MEGATRON_MLP = f"{MEGATRON_LAYER}.mlp"
+
+
+def dense_only(model: ModelConfig) -> str | None:
+    """A reason against classes without experts."""
+    return "it has no experts" if model.is_moe else None
 
 
 def moe_only(model: ModelConfig) -> str | None:
