@@ -22,7 +22,7 @@ from megatron_ext.proving.parity import Cell, build_cell, compare, run_layout, t
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
 from tests.distributed.layouts import TOLERANCE, layout
-from tests.distributed.test_parity import ADAPTERS
+from tests.distributed.layouts import ADAPTERS
 
 
 def cell_of(model: ModelConfig, adapters: LoraConfig = ADAPTERS) -> Cell:

@@ -22,7 +22,7 @@ from megatron_ext.mcore.build import Trainable
 from megatron_ext.proving.parity import Cell, build_cell, compare, run_cell, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import EOD, VOCABULARY, tiny_model
-from tests.distributed.test_architectures import MODELS as ARCHITECTURES
+from tests.distributed.architectures import MODELS as ARCHITECTURES
 from tests.support.product import alternating
 
 CPU = torch.device("cpu")

@@ -34,41 +34,6 @@ from tests.support.product import alternating
 STEPS = 3
 
 
-DENSE = [
-    layout("DP2", 2),
-    layout("TP2", 2, tp=2),
-    layout("TP2 SP", 2, tp=2, sp=True),
-    layout("PP2", 2, pp=2),
-    layout("PP2 VPP2", 2, pp=2, vpp=2),
-    layout("TP2 SP PP2 DP2", 8, tp=2, sp=True, pp=2),
-    layout("CP2", 2, cp=2),
-    layout("CP4", 4, cp=4),
-    layout("CP2 DP2", 4, cp=2),
-    layout("TP2 CP2", 4, tp=2, cp=2),
-    layout("TP2 SP CP2", 4, tp=2, sp=True, cp=2),
-    layout("CP2 PP2", 4, cp=2, pp=2),
-]
-MOE = [
-    layout("DP2", 2),
-    layout("TP2 SP ETP2", 2, tp=2, sp=True),
-    layout("PP2", 2, pp=2),
-    layout("PP2 VPP2", 2, pp=2, vpp=2),
-    layout("EP2 all-to-all", 2, ep=2),
-    layout("EP2 all-gather", 2, ep=2, dispatch="allgather"),
-    layout("EP2 ETP2", 4, tp=2, sp=True, ep=2, etp=2, dispatch="allgather"),
-    layout("TP2 SP EP2 ETP1", 2, tp=2, sp=True, ep=2, etp=1),
-    layout("TP2 SP EP2 ETP2", 4, tp=2, sp=True, ep=2, etp=2),
-    layout("PP2 EP2", 4, pp=2, ep=2),
-    layout("PP2 VPP2 EP2", 4, pp=2, vpp=2, ep=2),
-    layout("TP2 SP PP2 EP2 ETP1", 8, tp=2, sp=True, pp=2, ep=2, etp=1),
-    layout("TP2 SP PP2 EP2 ETP2", 8, tp=2, sp=True, pp=2, ep=2, etp=2),
-    layout("CP2", 2, cp=2),
-    layout("CP2 EP2", 2, cp=2, ep=2),
-    layout("CP2 EP2 DP2", 4, cp=2, ep=2),
-    layout("TP2 SP CP2 EP2 ETP1", 4, tp=2, sp=True, cp=2, ep=2, etp=1),
-    layout("TP2 SP CP2 PP2 EP2 ETP2", 8, tp=2, sp=True, cp=2, pp=2, ep=2, etp=2),
-    layout("CP2 PP2 VPP2", 4, cp=2, pp=2, vpp=2),
-]
 DOCUMENTS = [
     layout("DP2", 2),
     layout("TP2 SP EP2 ETP1", 2, tp=2, sp=True, ep=2, etp=1),
@@ -79,13 +44,6 @@ DOCUMENTS = [
     layout("TP2 SP CP2 PP2 EP2 ETP2", 8, tp=2, sp=True, cp=2, pp=2, ep=2, etp=2),
 ]
 WITH_DOCUMENTS = "MoE, documents"
-ADAPTERS = LoraConfig(
-    targets=[
-        LoraTarget(match=["q", "down"], rank=2, alpha=8.0),
-        LoraTarget(match=["layers.*", "embedding.*", "output_layer"], rank=4, alpha=8.0),
-    ],
-    lr_ratio=4.0,
-)
 LATENT = MultiLatentAttention(kv_lora_rank=24, q_lora_rank=40, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=8)
 LATENT_ATTENTION: dict[str, Any] = {"multi_latent_attention": LATENT, "num_query_groups": None}
 # Labels with weights between 0 and 1, packed samples, and noise on the embeddings.

@@ -11,7 +11,7 @@ import pytest
 from megatron_ext.testing.tiny import tiny_model
 from tests.support.checkpoints import write_checkpoint
 from tests.support.workspace import ROOT
-from tests.unit.monitoring.test_report import write_metrics
+from tests.unit.monitoring.reported_runs import write_metrics
 
 
 @pytest.fixture(scope="module")

@@ -156,3 +156,9 @@ def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    """Steps and losses as they stand in the file, also those that stand there twice."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(record["iteration"], record["loss"]) for record in records if "loss" in record]

@@ -21,10 +21,6 @@ from tests.support.commands import TOOLS
 KILLS = 17
 
 
-def losses(directory: Path) -> list[tuple[int, float]]:
-    """Steps and losses as they stand in the file, also those that stand there twice."""
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [(record["iteration"], record["loss"]) for record in records if "loss" in record]
 
 
 @pytest.fixture(scope="module")

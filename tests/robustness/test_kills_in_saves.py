@@ -12,7 +12,6 @@ from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from tests.robustness.runs import train_and_die_at, train_here
-from tests.robustness.test_kills_and_signals import losses
 
 # Rank, the operation on a file before which it is killed, and the steps of which the newest one that is left may be.
 KILLS = {

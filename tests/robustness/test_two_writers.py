@@ -17,7 +17,7 @@ from megatron_ext.errors import MegatronExtError
 from megatron_ext.files import publish_directory
 from megatron_ext.testing.pool import GlooPool
 from tests.robustness.runs import lock_own_disk, start_otherwise
-from tests.unit.test_locks import holder
+from tests.support.lock_holder import holder
 
 SPECS = {"embedding.word_embeddings.weight": TensorSpec((4, 2), torch.float32)}
 

@@ -140,3 +140,18 @@ def _exit_code() -> Iterator[list[int]]:
     except BaseException:  # noqa: BLE001 - as the interpreter itself
         traceback.print_exc()
         code[0] = 1
+
+
+def in_this_process(
+    tool: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *arguments: str | Path,
+) -> tuple[int, str, str]:
+    """Run a command here: exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_command(tool)
+    output, errors = capsys.readouterr()
+    return int(ended.value.code or 0), output, errors

@@ -15,32 +15,10 @@ import pytest
 from megatron_ext import locks
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.locks import LOCK_FILE, exclusive, exclusive_output, joined
-
-HOLD = """
-import contextlib, sys
-from megatron_ext.locks import exclusive, exclusive_output, joined
-with {lock}(sys.argv[1], "testing") as lock:
-    if {share}:
-        lock.share()
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+from tests.support.lock_holder import holder
 
 
-@contextlib.contextmanager
-def holder(directory: Path, lock: str = "exclusive", *, share: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock until its input ends."""
-    code = HOLD.format(lock=lock, share=share)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+
 
 
 @pytest.fixture(autouse=True)

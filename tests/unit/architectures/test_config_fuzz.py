@@ -9,7 +9,7 @@ from megatron_ext.architectures.registry import ARCHITECTURES, architecture_of
 from megatron_ext.architectures.tables.fields import config_to_hf
 from megatron_ext.errors import ConversionError
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.architectures.test_real_configs import REAL, REFUSED
+from tests.unit.architectures.reading import REAL, REFUSED
 
 MISSING = object()
 VALUES: tuple[Any, ...] = (

@@ -18,19 +18,6 @@ from megatron_ext.config.base import fields_of
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.errors import ConversionError
 
-REAL: dict[str, dict[str, Any]] = {
-    name: entry["config"]
-    for name, entry in json.loads((Path(__file__).parent / "real_configs.json").read_text(encoding="utf-8")).items()
-}
-REFUSED = {
-    "incomprehensible/three": r"sliding_window = 4096: may change .*; this class has no window here; take it out",
-    "TheBloke/Airoboros-L2-13B-2_1-YaRN-64K-AWQ": r"quantization_config = .*the weights are quantized: take the orig",
-    "deepseek-ai/DeepSeek-V3": r"quantization_config = .*the weights are quantized: take the original ones, or dequant",
-    "moonshotai/Kimi-K2-Instruct": r"model_type = 'kimi_k2', but DeepseekV3ForCausalLM .*write the type into a copy",
-    "EleutherAI/pythia-6.9b": r"use_parallel_residual = True: only False can be expressed",
-    "EleutherAI/gpt-neox-20b": r"use_parallel_residual = True: only False can be expressed",
-    "stabilityai/stablelm-3b-4e1t": r"StableLmForCausalLM.*supported: Llama.*CONTRIBUTING.md, Add an architecture",
-}
 UNREAD = {
     "HuggingFaceTB/SmolLM2-135M": "is_llama_config = True, rope_interleaved = False",
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "use_mrope = False",

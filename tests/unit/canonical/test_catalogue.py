@@ -17,7 +17,7 @@ from megatron_ext.mcore.initialization import _entry
 from megatron_ext.mcore.state import ParameterShard, shards_of
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from tests.unit.mcore.test_model import build
+from tests.unit.mcore.our_network import build
 
 ROUTER: dict[str, Any] = {
     "moe_router_score_function": "sigmoid",

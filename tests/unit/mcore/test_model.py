@@ -89,13 +89,6 @@ def test_gated_networks_are_megatron_cores(pool: GlooPool) -> None:
     assert difference < 1e-6  # rounding of fp32
 
 
-def build(model: ModelConfig, parallel: ParallelConfig, seed: int = 1) -> list:
-    split_process_group(parallel, RuntimeConfig(device="cpu"))
-    seed_everything(0)
-    config = transformer_config(model, parallel, FP32, RecomputeConfig())
-    chunks = build_chunks(model, parallel, config, torch.device("cpu"))
-    initialize_weights(model, list(chunks), seed)
-    return list(chunks)
 
 
 def padded_loss() -> tuple[float, float]:

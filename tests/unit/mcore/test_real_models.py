@@ -14,7 +14,7 @@ from megatron_ext.config import Fp32Precision, ParallelConfig, RuntimeConfig
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.pool import GlooPool
-from tests.unit.mcore.test_hugging_face_models import canonical, our_network, relative
+from tests.unit.mcore.our_network import canonical, our_network, relative
 from tests.unit.model_io.references import randomize
 
 FILE = Path(__file__).parents[1] / "architectures" / "real_configs.json"

@@ -229,3 +229,25 @@ def export(directory: Path, name: str) -> tuple[Path, Path]:
 def tokens(rows: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Tensor:
     """Random token ids [rows, length]."""
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# Other kernels and other shapes sum in another order; measured up to 4e-6 of the logits' scale.
+TOLERANCE = 2e-5
+
+
+def load(directory: Path, **options: Any) -> Any:
+    options = {"dtype": torch.float32, "trust_remote_code": True} | options
+    return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def left_padded(rows: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row cut to its length and filled up on the left with token 7, and the mask of what is no padding."""
+    batch, mask = torch.full_like(rows, 7), torch.zeros_like(rows)
+    for row, length in enumerate(lengths):
+        batch[row, -length:] = rows[row, :length]
+        mask[row, -length:] = 1
+    return batch, mask

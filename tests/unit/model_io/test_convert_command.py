@@ -107,19 +107,6 @@ def test_too_little_space_is_said_before_the_work(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def in_this_process(
-    tool: Callable[[], None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    *arguments: str | Path,
-) -> tuple[int, str, str]:
-    """Run a command here: exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        run_command(tool)
-    output, errors = capsys.readouterr()
-    return int(ended.value.code or 0), output, errors
 
 
 def test_workers_shards_and_verification_are_options(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

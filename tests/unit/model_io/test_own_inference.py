@@ -16,8 +16,6 @@ from megatron_ext.model_io.convert import convert
 from megatron_ext.testing.pool import GlooPool
 from tests.unit.model_io.own_models import LENGTH, MODELS, VOCABULARY, export, tokens
 
-# Other kernels and other shapes sum in another order; measured up to 4e-6 of the logits' scale.
-TOLERANCE = 2e-5
 # With dynamic scaling, keys in a cache keep the angles of the length they were computed at, as in transformers.
 CACHED = [name for name in MODELS if name != "dynamic"]
 
@@ -34,22 +32,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return place
 
 
-def load(directory: Path, **options: Any) -> Any:
-    options = {"dtype": torch.float32, "trust_remote_code": True} | options
-    return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
-def left_padded(rows: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row cut to its length and filled up on the left with token 7, and the mask of what is no padding."""
-    batch, mask = torch.full_like(rows, 7), torch.zeros_like(rows)
-    for row, length in enumerate(lengths):
-        batch[row, -length:] = rows[row, :length]
-        mask[row, -length:] = 1
-    return batch, mask
 
 
 @pytest.mark.parametrize("name", CACHED)

@@ -10,7 +10,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 from transformers.utils import TransformersKwargs
 
 from tests.unit.model_io.own_models import LENGTH, VOCABULARY, export, tokens
-from tests.unit.model_io.test_own_inference import TOLERANCE, distance, load
+from tests.unit.model_io.own_models import TOLERANCE, distance, load
 
 NAME = "Tanuki with a shared expert"
 CACHE = next(n for n in ("cache", "past_key_values") if n in inspect.signature(LlamaForCausalLM.forward).parameters)

@@ -33,15 +33,6 @@ from megatron_ext.training.planned import stated_plan
 from tests.support.minimal_run import load, mapping
 from tests.support.workspace import ROOT
 
-TANUKI_8X8B = ModelConfig(
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    vocab_size=65024,
-    num_moe_experts=8,
-)
 
 
 def test_parameters_of_tanuki_8x8b() -> None:

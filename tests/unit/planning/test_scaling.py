@@ -17,7 +17,7 @@ from megatron_ext.planning.scaling import (
     upcycling,
 )
 from tests.support.minimal_run import load, mapping
-from tests.unit.planning.test_planning import TANUKI_8X8B
+from tests.unit.planning.known_models import TANUKI_8X8B
 
 
 def test_chinchilla_is_compute_optimal() -> None:

@@ -29,11 +29,11 @@ from megatron_ext.planning.search import MICRO_BATCHES, Candidate, candidates, s
 from megatron_ext.planning.step_time import step_time
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.planned import expected_plan
-from tests.distributed.test_parity import DENSE, MOE
+from tests.distributed.layouts import DENSE, MOE
 from tests.support.commands import TOOLS, command
 from tests.support.recipes import FOLDER, NAMES, recipe
-from tests.unit.config.test_load import load, mapping
-from tests.unit.planning.test_peak_memory import LLAMA_LAYERS, MEASURED_GIB, run_of
+from tests.support.minimal_run import load, mapping
+from tests.unit.planning.known_models import LLAMA_LAYERS, MEASURED_GIB, run_of
 
 H100 = GPUS["h100"]
 EXPERTS = {"num_moe_experts": 8, "moe_ffn_hidden_size": 32, "moe_first_k_dense": 1}

@@ -92,3 +92,60 @@ def fake_session(directory: Path, hooks: Sequence[Hook] = (), **sections: Any) -
     restored = session.restored = []
     session.checkpoints.restore = lambda which, only=None: restored.append(which.name)  # type: ignore[method-assign]
     return session
+
+
+class Recorder(Hook):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[StepDone] = []
+        self.calls: list[str] = []
+
+    def on_start(self, session: Session) -> None:
+        self.calls.append("start")
+
+    def after_step(self, session: Session, done: StepDone) -> None:
+        self.told.append(done)
+
+    def on_error(self, error: BaseException) -> None:
+        self.calls.append(f"error: {error}")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class Stop:
+    """SIGTERM from step `at` on."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.steps = at, 0
+
+    def is_noted(self) -> bool:
+        self.steps += 1
+        return self.at is not None and self.steps >= self.at
+
+    def agreed(self, asked: int, group: dist.ProcessGroup, device: Any) -> int:
+        return signal.SIGTERM if asked else 0
+
+
+class Others:
+    """Nobody else; notes how many steps are said to begin."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        self.steps += 1
+        yield
+
+
+def run(session: Any, stop: Stop | None = None) -> tuple[int, list[StepDone]]:
+    recorder, others = Recorder(), Others()
+    signal = train_steps(session, [recorder], stop or Stop(), others)  # type: ignore[arg-type]
+    assert others.steps == sum(not isinstance(done.verdict, Skip) or done.result is not None for done in recorder.told)
+    return signal, recorder.told
+
+
+def steps_of(told: list[StepDone]) -> list[int]:
+    return [done.iteration for done in told]

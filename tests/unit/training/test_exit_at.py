@@ -13,8 +13,7 @@ from megatron_ext.launcher import JOB_START
 from megatron_ext.training.exit_at import exit_moment
 from megatron_ext.training.signals import EXIT_AT, StopSignals, stop_name
 from megatron_ext.training.verdict import Rollback
-from tests.unit.training.fakes import fake_session
-from tests.unit.training.test_loop import run, steps_of
+from tests.unit.training.fakes import fake_session, run, steps_of
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from megatron_ext.upcycling.feed_forward import FeedForward
 from megatron_ext.upcycling.methods.base import Method
 from megatron_ext.upcycling.methods.copy import Copy
 from megatron_ext.upcycling.methods.fine_grained import FineGrained
-from tests.unit.upcycling.test_methods import EXACT, NAMES, model, moe_output, network, output, tokens, upcycled
+from tests.unit.upcycling.one_layer import EXACT, NAMES, model, moe_output, network, output, tokens, upcycled
 
 
 def core_config(moe: ModelConfig) -> Any:
