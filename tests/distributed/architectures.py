@@ -1,12 +1,19 @@
 """Small models with the features of the field's architectures."""
 
+from dataclasses import replace
+from typing import Any
 
-
+from megatron_ext.config import (
+    GatingNormalization,
+    Llama3RopeScaling,
+    ModelConfig,
+    MultiLatentAttention,
+    YarnRopeScaling,
+)
+from megatron_ext.testing.tiny import tiny_model
 
 # Large weights, so that attention is far from uniform and what is wrong in it shows.
 SMALL: dict[str, Any] = {"num_layers": 2, "init_method_std": 0.1}
-
-
 EXPERTS: dict[str, Any] = {
     **SMALL,
     "num_moe_experts": 4,
@@ -15,13 +22,8 @@ EXPERTS: dict[str, Any] = {
     "moe_aux_loss_coeff": 1e-2,
     "moe_shared_expert_intermediate_size": 64,
 }
-
-
 LATENT = MultiLatentAttention(kv_lora_rank=24, q_lora_rank=40, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=12)
-
-
 YARN = YarnRopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7)
-
 
 MODELS: dict[str, ModelConfig] = {
     "gpt2-moe": tiny_model(

@@ -1,10 +1,8 @@
-"""Layouts by short names, and how far two of them may be apart."""
+"""What the parity grid is made of: layouts by short names, adapters, and how far two layouts may be apart."""
 
 from dataclasses import dataclass
 
-from megatron_ext.config import (
-    ParallelConfig,
-)
+from megatron_ext.config import LoraConfig, LoraTarget, ParallelConfig
 
 # fp32 rounds to 6e-8. Splitting a matrix product or a batch changes the order of additions, and Adam turns a relative
 # error of a gradient into the same relative error of a step; after 5 steps the largest difference seen is 7e-7. Real
@@ -54,8 +52,6 @@ DENSE = [
     layout("TP2 SP CP2", 4, tp=2, sp=True, cp=2),
     layout("CP2 PP2", 4, cp=2, pp=2),
 ]
-
-
 MOE = [
     layout("DP2", 2),
     layout("TP2 SP ETP2", 2, tp=2, sp=True),
@@ -77,8 +73,6 @@ MOE = [
     layout("TP2 SP CP2 PP2 EP2 ETP2", 8, tp=2, sp=True, cp=2, pp=2, ep=2, etp=2),
     layout("CP2 PP2 VPP2", 4, cp=2, pp=2, vpp=2),
 ]
-
-
 ADAPTERS = LoraConfig(
     targets=[
         LoraTarget(match=["q", "down"], rank=2, alpha=8.0),

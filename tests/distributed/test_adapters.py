@@ -21,8 +21,7 @@ from megatron_ext.mcore.adapters.plan import adapters_off
 from megatron_ext.proving.parity import Cell, build_cell, compare, run_layout, train_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from tests.distributed.layouts import TOLERANCE, layout
-from tests.distributed.layouts import ADAPTERS
+from tests.distributed.layouts import ADAPTERS, TOLERANCE, layout
 
 
 def cell_of(model: ModelConfig, adapters: LoraConfig = ADAPTERS) -> Cell:

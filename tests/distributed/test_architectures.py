@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,23 +12,18 @@ from megatron_ext.canonical.seeds import seed_from_name
 from megatron_ext.checkpoint.find import require_checkpoint
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.config import (
-    GatingNormalization,
-    Llama3RopeScaling,
     ModelConfig,
-    MultiLatentAttention,
     ParallelConfig,
     RecomputeConfig,
-    YarnRopeScaling,
 )
 from megatron_ext.mcore import initialization
 from megatron_ext.mcore.state import ParameterShard
 from megatron_ext.proving.parity import Cell, Trajectory, compare, run_cell
 from megatron_ext.testing.pool import GlooPool
-from megatron_ext.testing.tiny import tiny_model
+from tests.distributed.architectures import MODELS
 from tests.distributed.layouts import TOLERANCE, GridCase, layout
 from tests.distributed.runs import Part, load_and_save_to, started_otherwise, train_and_save
 from tests.distributed.tensors import assert_same_tensors
-
 
 ALONE = GridCase("one process", 1, ParallelConfig(use_distributed_optimizer=False))
 DP2, PP2, TP2 = layout("DP2", 2), layout("PP2", 2, pp=2), layout("TP2", 2, tp=2)

@@ -15,8 +15,6 @@ from megatron_ext.config import (
     GumbelNoise,
     InputJitter,
     LearnedNoise,
-    LoraConfig,
-    LoraTarget,
     MultiLatentAttention,
     ParallelConfig,
     PreferenceTask,
@@ -26,7 +24,7 @@ from megatron_ext.config import (
 from megatron_ext.proving.parity import Cell, Difference, Trajectory, compare, run_layout
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import SOURCES, random_batch, tiny_model
-from tests.distributed.layouts import TOLERANCE, GridCase, layout
+from tests.distributed.layouts import ADAPTERS, DENSE, MOE, TOLERANCE, GridCase, layout
 from tests.support.product import alternating
 
 # A wrong gradient is in the norm of the first step and the loss of the second; what the optimizer keeps wrongly between

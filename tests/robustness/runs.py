@@ -1,6 +1,7 @@
 """Whole runs inside the processes of the pool, for tests that stop, kill and watch them."""
 
 import contextlib
+import json
 import os
 import random
 import signal

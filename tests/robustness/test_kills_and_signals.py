@@ -1,6 +1,5 @@
 """Runs that are killed or asked to stop at any moment lose nothing that was saved, and end as the undisturbed run."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,12 +14,10 @@ from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.locks import LOCK_FILE
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
-from tests.robustness.runs import moments, train_and_die, train_and_signal, train_here
+from tests.robustness.runs import losses, moments, train_and_die, train_and_signal, train_here
 from tests.support.commands import TOOLS
 
 KILLS = 17
-
-
 
 
 @pytest.fixture(scope="module")

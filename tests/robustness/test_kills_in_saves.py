@@ -11,7 +11,7 @@ from megatron_ext.checkpoint.find import find_checkpoint, require_checkpoint
 from megatron_ext.checkpoint.second_place import SecondPlace
 from megatron_ext.checkpoint.streams import MegatronSource
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
-from tests.robustness.runs import train_and_die_at, train_here
+from tests.robustness.runs import losses, train_and_die_at, train_here
 
 # Rank, the operation on a file before which it is killed, and the steps of which the newest one that is left may be.
 KILLS = {

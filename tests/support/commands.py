@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
+from megatron_ext.command import run_command
 from tests.support import forkserver
 from tests.support.workspace import ROOT
 
@@ -42,6 +44,21 @@ def command(tool: str | Path, *arguments: str | Path, timeout: float = 240, **en
     with _Files() as files:
         files.start([tool, *arguments], environment)
         return files.finish(timeout)
+
+
+def in_this_process(
+    tool: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *arguments: str | Path,
+) -> tuple[int, str, str]:
+    """Run a command here: exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_command(tool)
+    output, errors = capsys.readouterr()
+    return int(ended.value.code or 0), output, errors
 
 
 def train(processes: int, *arguments: str | Path, only_last: Sequence[str] = (), timeout: float = 240) -> Completed:
@@ -140,18 +157,3 @@ def _exit_code() -> Iterator[list[int]]:
     except BaseException:  # noqa: BLE001 - as the interpreter itself
         traceback.print_exc()
         code[0] = 1
-
-
-def in_this_process(
-    tool: Callable[[], None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    *arguments: str | Path,
-) -> tuple[int, str, str]:
-    """Run a command here: exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        run_command(tool)
-    output, errors = capsys.readouterr()
-    return int(ended.value.code or 0), output, errors

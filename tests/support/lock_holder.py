@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-
 HOLD = """
 import contextlib, sys
 from megatron_ext.locks import exclusive, exclusive_output, joined

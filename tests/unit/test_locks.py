@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ from megatron_ext import locks
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.locks import LOCK_FILE, exclusive, exclusive_output, joined
 from tests.support.lock_holder import holder
-
-
-
 
 
 @pytest.fixture(autouse=True)

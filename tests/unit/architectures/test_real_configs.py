@@ -5,7 +5,6 @@
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from megatron_ext.config import ModelConfig
 from megatron_ext.config.base import fields_of
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.errors import ConversionError
+from tests.unit.architectures.reading import REAL, REFUSED
 
 UNREAD = {
     "HuggingFaceTB/SmolLM2-135M": "is_llama_config = True, rope_interleaved = False",

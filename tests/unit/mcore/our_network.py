@@ -1,6 +1,38 @@
-"""Our model with the weights of a transformers model, and what both give, under Megatron's names."""
+"""Our model on the processes of a test: with initial weights, or with those of a transformers model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.architectures.tables.base import Architecture
+from megatron_ext.architectures.tables.normalized import NormalizedHfSource
+from megatron_ext.canonical.catalogue import model_shapes
+from megatron_ext.canonical.naming import storage_plan
+from megatron_ext.checkpoint.streams import TensorSpec
+from megatron_ext.config import Fp32Precision, ModelConfig, ParallelConfig, Precision, RecomputeConfig, RuntimeConfig
+from megatron_ext.mcore.initialization import initialize_weights
+from megatron_ext.mcore.model import build_chunks
+from megatron_ext.mcore.state import shards_of
+from megatron_ext.mcore.transformer_config import transformer_config
+from megatron_ext.model_io.engine import MEGATRON, tasks_to_megatron
+from megatron_ext.runtime.process_groups import split_process_group
+from megatron_ext.runtime.seeds import seed_everything
+from tests.unit.model_io.references import Tensors
+
+FP32 = Fp32Precision(kind="fp32")
 
 
+def build(model: ModelConfig, parallel: ParallelConfig, seed: int = 1) -> list:
+    """This rank's chunks of our model in fp32, with the initial weights of `seed`."""
+    split_process_group(parallel, RuntimeConfig(device="cpu"))
+    seed_everything(0)
+    config = transformer_config(model, parallel, FP32, RecomputeConfig())
+    chunks = build_chunks(model, parallel, config, torch.device("cpu"))
+    initialize_weights(model, list(chunks), seed)
+    return list(chunks)
 
 
 @dataclass(frozen=True)
@@ -59,14 +91,6 @@ def gradients_by_name(network: Any, model: ModelConfig) -> Tensors:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
+    """The largest difference, of the scale of `b`."""
     scale = b.abs().max()
     return float((a - b).abs().max() / scale) if scale else float((a - b).abs().max())
-
-
-def build(model: ModelConfig, parallel: ParallelConfig, seed: int = 1) -> list:
-    split_process_group(parallel, RuntimeConfig(device="cpu"))
-    seed_everything(0)
-    config = transformer_config(model, parallel, FP32, RecomputeConfig())
-    chunks = build_chunks(model, parallel, config, torch.device("cpu"))
-    initialize_weights(model, list(chunks), seed)
-    return list(chunks)

@@ -1,6 +1,6 @@
 """Every architecture against transformers' own models: logits and gradients with the same weights, in fp32 and bf16."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,27 +9,18 @@ import torch
 from torch import Tensor
 
 from megatron_ext.architectures.registry import architecture_of
-from megatron_ext.architectures.tables.base import Architecture
-from megatron_ext.architectures.tables.normalized import NormalizedHfSource
-from megatron_ext.canonical.catalogue import model_shapes
-from megatron_ext.canonical.naming import storage_plan
-from megatron_ext.checkpoint.streams import TensorSpec
 from megatron_ext.config import (
     Bf16Precision,
     Fp32Precision,
     ModelConfig,
     ParallelConfig,
     Precision,
-    RecomputeConfig,
     RuntimeConfig,
 )
-from megatron_ext.mcore.model import build_chunks
-from megatron_ext.mcore.state import shards_of
-from megatron_ext.mcore.transformer_config import transformer_config
-from megatron_ext.model_io.engine import MEGATRON, tasks_to_megatron
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.pool import GlooPool
+from tests.unit.mcore.our_network import canonical, gradients_by_name, our_network, relative
 from tests.unit.model_io import references
 from tests.unit.model_io.references import LLAMA3, REFERENCES, YARN, Sizes, Tensors, randomize, raw_config
 
@@ -86,14 +77,6 @@ SCALINGS: dict[str, dict[str, Any]] = {
 CASES = _cases()
 
 
-
-
-
-
-
-
-
-
 @dataclass(frozen=True)
 class Run:
     """What one forward and backward pass gave."""
@@ -134,8 +117,6 @@ def run_ours(model: ModelConfig, precision: Precision, weights: Tensors, tokens:
         logits = network(tokens[:, :-1], positions, None).float()
     network(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean().backward()
     return Run(logits, gradients_by_name(network, model))
-
-
 
 
 def distance(a: Run, exact: Run, rounding: float) -> Distance:

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
 
-from megatron_ext.config import Fp32Precision, ModelConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
+from megatron_ext.config import ModelConfig, ParallelConfig, RecomputeConfig, RuntimeConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.layer_specs import block_spec
@@ -23,8 +23,7 @@ from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.runtime.seeds import seed_everything
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-
-FP32 = Fp32Precision(kind="fp32")
+from tests.unit.mcore.our_network import FP32, build
 
 
 def test_overrides_reach_megatron_and_are_checked() -> None:
@@ -87,8 +86,6 @@ def test_gated_networks_are_megatron_cores(pool: GlooPool) -> None:
     (difference,) = pool.run(1, difference_from_cores_network, tiny_model(add_bias_linear=True, **fields))
     print(f"{difference:.1e} of the largest output")
     assert difference < 1e-6  # rounding of fp32
-
-
 
 
 def padded_loss() -> tuple[float, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_ext.canonical.catalogue import model_shapes
 from megatron_ext.checkpoint.streams import MegatronSink, TensorSpec
@@ -25,6 +26,8 @@ from megatron_ext.config import (
 from megatron_ext.model_io.convert import convert
 
 VOCABULARY, LENGTH = 203, 24
+# Other kernels and other shapes sum in another order; measured up to 4e-6 of the logits' scale.
+TOLERANCE = 2e-5
 
 
 def small(**changes: Any) -> ModelConfig:
@@ -231,16 +234,14 @@ def tokens(rows: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-# Other kernels and other shapes sum in another order; measured up to 4e-6 of the logits' scale.
-TOLERANCE = 2e-5
-
-
 def load(directory: Path, **options: Any) -> Any:
+    """An export as transformers opens it, in fp32."""
     options = {"dtype": torch.float32, "trust_remote_code": True} | options
     return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, of the scale of `b`."""
     return float((a - b).abs().max() / b.abs().max())
 
 

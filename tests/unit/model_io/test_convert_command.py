@@ -18,13 +18,13 @@ from huggingface_hub import constants
 
 from megatron_ext.checkpoint.hf_directory import HuggingFaceSink, HuggingFaceSource
 from megatron_ext.checkpoint.streams import MegatronSink, TensorSpec
-from megatron_ext.command import run_command
 from megatron_ext.errors import ConversionError
 from megatron_ext.locks import LOCK_FILE
 from megatron_ext.manifest import MANIFEST_FILE
 from megatron_ext.model_io.compare import LogitComparison
 from megatron_ext.model_io.convert import convert
 from tests.support.checkpoints import MODELS, edit_config, write_checkpoint
+from tests.support.commands import in_this_process
 from tests.support.workspace import ROOT
 from tests.unit.model_io.hub_server import hub_server
 from tools import convert as convert_tool
@@ -105,8 +105,6 @@ def test_too_little_space_is_said_before_the_work(tmp_path: Path) -> None:
         with pytest.raises(ConversionError, match=r"needs 4000000000\.00 GB, but only [\d.]+ GB are free"), sink:
             raise AssertionError("nothing must be begun")
     assert list(tmp_path.iterdir()) == []
-
-
 
 
 def test_workers_shards_and_verification_are_options(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -14,7 +14,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCach
 from megatron_ext.model_io.compare import compare_weights
 from megatron_ext.model_io.convert import convert
 from megatron_ext.testing.pool import GlooPool
-from tests.unit.model_io.own_models import LENGTH, MODELS, VOCABULARY, export, tokens
+from tests.unit.model_io.own_models import (
+    LENGTH,
+    MODELS,
+    TOLERANCE,
+    VOCABULARY,
+    distance,
+    export,
+    left_padded,
+    load,
+    tokens,
+)
 
 # With dynamic scaling, keys in a cache keep the angles of the length they were computed at, as in transformers.
 CACHED = [name for name in MODELS if name != "dynamic"]
@@ -30,12 +40,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return export(directory, name)[1]
 
     return place
-
-
-
-
-
-
 
 
 @pytest.mark.parametrize("name", CACHED)

@@ -9,8 +9,7 @@ import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, LlamaForCausalLM
 from transformers.utils import TransformersKwargs
 
-from tests.unit.model_io.own_models import LENGTH, VOCABULARY, export, tokens
-from tests.unit.model_io.own_models import TOLERANCE, distance, load
+from tests.unit.model_io.own_models import LENGTH, TOLERANCE, VOCABULARY, distance, export, load, tokens
 
 NAME = "Tanuki with a shared expert"
 CACHE = next(n for n in ("cache", "past_key_values") if n in inspect.signature(LlamaForCausalLM.forward).parameters)

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megatron_ext.model_io.logits import load_hugging_face
-from tests.unit.model_io.own_models import MODELS, export, tokens
-from tests.unit.model_io.own_models import left_padded
+from tests.unit.model_io.own_models import MODELS, export, left_padded, tokens
 
 HERE = Path(__file__).parent
 # One of each kind of attention, positions, norm, router and noise.

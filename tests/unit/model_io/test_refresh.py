@@ -13,8 +13,8 @@ from megatron_ext.model_io.convert import convert
 from megatron_ext.model_io.huggingface.companion_files import shipped_code
 from megatron_ext.model_io.huggingface.refresh import refresh_code
 from megatron_ext.model_io.logits import load_hugging_face
-from tests.unit.model_io.own_models import MODELS, export, tokens, write_checkpoint
 from tests.support.commands import in_this_process
+from tests.unit.model_io.own_models import MODELS, export, tokens, write_checkpoint
 from tools import convert as convert_tool
 
 NAME = "DeepSeek-V3 with normalized gating"

@@ -1,7 +1,10 @@
-"""Models whose sizes are published, and whose peaks of memory a GPU reported."""
+"""Models whose size is published or whose peak of memory a GPU reported, and runs of models."""
 
+from dataclasses import replace
+from typing import Any
 
-
+from megatron_ext.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from tests.support.minimal_run import load, mapping
 
 TANUKI_8X8B = ModelConfig(
     num_layers=32,
@@ -12,8 +15,6 @@ TANUKI_8X8B = ModelConfig(
     vocab_size=65024,
     num_moe_experts=8,
 )
-
-
 LLAMA_LAYERS = ModelConfig(
     num_layers=8,
     hidden_size=4096,
@@ -22,8 +23,6 @@ LLAMA_LAYERS = ModelConfig(
     num_query_groups=8,
     vocab_size=32768,
 )
-
-
 MEASURED_GIB = {
     # benchmarks/RESULTS.md, "One GPU": torch, bf16, one H100, micro-batches of 2 x 4096.
     "dense": (LLAMA_LAYERS, 44.6),
@@ -48,6 +47,7 @@ MEASURED_GIB = {
 def run_of(
     model: ModelConfig, parallel: ParallelConfig, *, samples: int, rows: int, length: int, **sections: Any
 ) -> RunConfig:
+    """A run of `model` on CPU: micro-batches of `rows` rows of `length` tokens, `samples` of them a step."""
     run = load(mapping(runtime={"device": "cpu", "threads": 1}))
     train = TrainConfig(train_iters=2, global_batch_size=samples, micro_batch_size=rows)
     data = replace(run.data, sequence_length=length)

@@ -5,15 +5,12 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config import Bf16Precision, ModelConfig, ParallelConfig, RecomputeConfig, RunConfig, TrainConfig
+from megatron_ext.config import Bf16Precision, ParallelConfig, RecomputeConfig
 from megatron_ext.planning.peak_memory import peak_memory
 from megatron_ext.testing.live_memory import measure_step
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
-from tests.support.minimal_run import load, mapping
-
-
-
+from tests.unit.planning.known_models import LLAMA_LAYERS, MEASURED_GIB, run_of
 
 
 @pytest.mark.parametrize("name", MEASURED_GIB)

@@ -32,7 +32,7 @@ from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.planned import stated_plan
 from tests.support.minimal_run import load, mapping
 from tests.support.workspace import ROOT
-
+from tests.unit.planning.known_models import TANUKI_8X8B
 
 
 def test_parameters_of_tanuki_8x8b() -> None:

@@ -31,8 +31,8 @@ from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.training.planned import expected_plan
 from tests.distributed.layouts import DENSE, MOE
 from tests.support.commands import TOOLS, command
-from tests.support.recipes import FOLDER, NAMES, recipe
 from tests.support.minimal_run import load, mapping
+from tests.support.recipes import FOLDER, NAMES, recipe
 from tests.unit.planning.known_models import LLAMA_LAYERS, MEASURED_GIB, run_of
 
 H100 = GPUS["h100"]

@@ -1,21 +1,25 @@
-"""A session without a model: real state, stream and checkpoints, and steps that compute nothing."""
+"""A session without a model: real state, stream and checkpoints, steps that compute nothing, and a loop over it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_ext.checkpoint.manager import CheckpointManager
 from megatron_ext.data.stream.plan import Consumed
 from megatron_ext.data.stream.position import Consumption, Position, SamplePlace
 from megatron_ext.data.stream.stream import Batch
-from megatron_ext.training.hooks.base import Hook
+from megatron_ext.training.hooks.base import Hook, StepDone
+from megatron_ext.training.loop import train_steps
 from megatron_ext.training.session import Session
 from megatron_ext.training.step import SourceSums, StepResult, never
 from megatron_ext.training.tasks.pretrain import Pretrain
-from megatron_ext.training.verdict import Rollback, Take, Verdict
+from megatron_ext.training.verdict import Rollback, Skip, Take, Verdict
 from tests.support.minimal_run import load, mapping
 from tests.unit.training.plans import plan_of_run
 
@@ -141,10 +145,11 @@ class Others:
 
 
 def run(session: Any, stop: Stop | None = None) -> tuple[int, list[StepDone]]:
+    """Train to the end or to the stop: the signal that stopped it, or 0, and what hooks were told."""
     recorder, others = Recorder(), Others()
-    signal = train_steps(session, [recorder], stop or Stop(), others)  # type: ignore[arg-type]
+    number = train_steps(session, [recorder], stop or Stop(), others)  # type: ignore[arg-type]
     assert others.steps == sum(not isinstance(done.verdict, Skip) or done.result is not None for done in recorder.told)
-    return signal, recorder.told
+    return number, recorder.told
 
 
 def steps_of(told: list[StepDone]) -> list[int]:

@@ -1,33 +1,18 @@
 """The loop: batches from the stream, one verdict a step, and hooks that see all of them in order."""
 
-import contextlib
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_ext.data.stream.position import Position
 from megatron_ext.errors import EnvironmentFault
-from megatron_ext.training.hooks.base import Hook, StepDone
-from megatron_ext.training.loop import _prepared, telling_hooks, train_steps
-from megatron_ext.training.session import Session
+from megatron_ext.training.hooks.base import StepDone
+from megatron_ext.training.loop import _prepared, telling_hooks
 from megatron_ext.training.verdict import Rollback, Skip, Take
 from tests.support.minimal_run import load, mapping
-from tests.unit.training.fakes import fake_session
-
-
-
-
-
-
-
-
-
-
+from tests.unit.training.fakes import Recorder, Stop, fake_session, run, steps_of
 
 
 def test_every_step_takes_the_next_batch_and_hooks_see_each(tmp_path: Path) -> None:

@@ -1,18 +1,37 @@
-"""One upcycled layer in float64, by its definition.
+"""One feed-forward layer in float64: drawn, upcycled by a method, and computed by its definition."""
 
-#   T tokens"""
+#   T tokens, H hidden, E experts, K experts of a token
 
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from megatron_ext.checkpoint.streams import TensorSpec
+from megatron_ext.config import ModelConfig
+from megatron_ext.mcore.moe.selection import choose, normalize_gating_logits, scores_of, weights_of
+from megatron_ext.merging.merge import Linear
+from megatron_ext.merging.stream import Merged
+from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.upcycling.feed_forward import FeedForward
+from megatron_ext.upcycling.layers import layer_tasks
+from megatron_ext.upcycling.methods.base import Draw, Method
+from megatron_ext.upcycling.router import drawn_router
+from megatron_ext.upcycling.sources import Sources
 
 WIDTH, HIDDEN, TOKENS = 24, 64, 50
-
-
 DENSE = tiny_model(ffn_hidden_size=WIDTH)
-
-
 # float64 rounds to 1e-16; sums of up to 64 products leave 1e-14 of the scale.
 EXACT = 1e-12
+NAMES = {
+    "fc1": "linear_fc1.weight",
+    "fc2": "linear_fc2.weight",
+    "fc1_bias": "linear_fc1.bias",
+    "fc2_bias": "linear_fc2.bias",
+}
 
 
 def network(seed: int = 0, *, gated: bool = True, biased: bool = False) -> FeedForward:
@@ -43,6 +62,7 @@ def model(method: Method, **changes: Any) -> ModelConfig:
 
 
 def upcycled(method: Method, moe: ModelConfig, sources: Sequence[FeedForward], seed: int = 0) -> dict[str, Tensor]:
+    """The tensors of the MoE layer that `method` makes of `sources`."""
     method.check(DENSE, moe)
 
     def router(draw: Draw) -> Tensor:
@@ -58,14 +78,6 @@ def upcycled(method: Method, moe: ModelConfig, sources: Sequence[FeedForward], s
     return made
 
 
-NAMES = {
-    "fc1": "linear_fc1.weight",
-    "fc2": "linear_fc2.weight",
-    "fc1_bias": "linear_fc1.bias",
-    "fc2_bias": "linear_fc2.bias",
-}
-
-
 class StorageLocation:
     """Tensors in memory as a source."""
 
@@ -78,6 +90,7 @@ class StorageLocation:
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> FeedForward:
+    """The feed-forward network among `tensors` whose names begin with `prefix`."""
     return FeedForward(**{field: tensors.get(f"{prefix}.{name}") for field, name in NAMES.items()})  # type: ignore[arg-type]
 
 

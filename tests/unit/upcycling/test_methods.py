@@ -3,23 +3,15 @@
 #   T tokens, H hidden, E experts, F neurons
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from megatron_ext.checkpoint.streams import TensorSpec
 from megatron_ext.config import GatingNormalization, ModelConfig
 from megatron_ext.errors import ConfigError
-from megatron_ext.mcore.moe.selection import choose, normalize_gating_logits, scores_of, weights_of
-from megatron_ext.merging.merge import Linear
-from megatron_ext.merging.stream import Merged
-from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.upcycling.feed_forward import FeedForward
-from megatron_ext.upcycling.layers import layer_tasks
 from megatron_ext.upcycling.methods.base import Draw, Method
 from megatron_ext.upcycling.methods.copy import Copy
 from megatron_ext.upcycling.methods.drop import Drop
@@ -29,26 +21,19 @@ from megatron_ext.upcycling.methods.noise import Noise
 from megatron_ext.upcycling.methods.qwen import Shuffle
 from megatron_ext.upcycling.methods.shared_routed import SharedRouted
 from megatron_ext.upcycling.router import drawn_router, router_from_activations
-from megatron_ext.upcycling.sources import Sources
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+from tests.unit.upcycling.one_layer import (
+    DENSE,
+    EXACT,
+    HIDDEN,
+    WIDTH,
+    model,
+    moe_output,
+    network,
+    output,
+    part,
+    tokens,
+    upcycled,
+)
 
 
 def distance(method: Method, moe: ModelConfig, sources: Sequence[FeedForward], seed: int = 0) -> float:
