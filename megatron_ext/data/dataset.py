@@ -14,7 +14,7 @@ from megatron_ext.files import read_json_object
 from megatron_ext.foreign import reading
 from megatron_ext.manifest import check_manifest
 
-MANIFEST_FILE = "dataset.json"
+DATASET_FILE = "dataset.json"
 PREPARE_AGAIN = "prepare it with tools/preprocess.py, or take it from a copy"
 
 
@@ -33,9 +33,9 @@ def dataset_fingerprint(prefix: str | Path) -> str:
         DataError: the dataset cannot be read.
     """
     prefix = Path(prefix)
-    with reading(prefix.parent / MANIFEST_FILE, DataError, advice=PREPARE_AGAIN):
-        manifest = (prefix.parent / MANIFEST_FILE).read_bytes()
-    return hashlib.sha256(manifest + prefix.name.encode()).hexdigest()[:16]
+    with reading(prefix.parent / DATASET_FILE, DataError, advice=PREPARE_AGAIN):
+        description = (prefix.parent / DATASET_FILE).read_bytes()
+    return hashlib.sha256(description + prefix.name.encode()).hexdigest()[:16]
 
 
 def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
@@ -47,19 +47,19 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> SplitSummary:
         DataError: says what does not match.
     """
     prefix = Path(prefix)
-    manifest_file = prefix.parent / MANIFEST_FILE
+    description_file = prefix.parent / DATASET_FILE
     tokens, index = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
-    for path in (tokens, index, manifest_file):
+    for path in (tokens, index, description_file):
         if not path.is_file():
             raise DataError(f"{prefix}: {path.name} is missing{_other_splits(prefix)}; {PREPARE_AGAIN}")
-    vocab_size, counts = described(manifest_file, prefix.name)
-    check_record(read_json_object(manifest_file, DataError), tokenizer, prefix)
-    names = (tokens.name, index.name, MANIFEST_FILE)
+    vocab_size, counts = described(description_file, prefix.name)
+    check_record(read_json_object(description_file, DataError), tokenizer, prefix)
+    names = (tokens.name, index.name, DATASET_FILE)
     check_manifest(prefix.parent, DataError, only=[glob.escape(name) for name in names], advice=PREPARE_AGAIN)
     dtype = token_dtype(vocab_size)
     expected, actual = counts.tokens * dtype.itemsize, tokens.stat().st_size
     if actual != expected:
-        raise DataError(f"{tokens} has {actual} bytes, its manifest says {expected}: it changed after it was made")
+        raise DataError(f"{tokens} has {actual} bytes, {DATASET_FILE} says {expected}: it changed after it was made")
     check_index(index, counts.documents, dtype)
     return counts
 
@@ -72,17 +72,17 @@ def check_dataset_sums(prefix: str | Path) -> None:
     """
     prefix = Path(prefix)
     endings = ("bin", "idx", "mask", "weights")  # the last two of chat data alone
-    names = (*(f"{prefix.name}.{ending}" for ending in endings), MANIFEST_FILE)
+    names = (*(f"{prefix.name}.{ending}" for ending in endings), DATASET_FILE)
     only = [glob.escape(name) for name in names]
     check_manifest(prefix.parent, DataError, checksums=True, only=only, advice=PREPARE_AGAIN)
 
 
-def described(manifest_file: Path, split: str) -> tuple[int, SplitSummary]:
+def described(description_file: Path, split: str) -> tuple[int, SplitSummary]:
     """Size of the tokenizer's vocabulary, and size of `split`, as dataset.json says them."""
-    manifest = read_json_object(manifest_file, DataError)
-    with reading(manifest_file, DataError, kind="what tools/preprocess.py writes", advice=PREPARE_AGAIN):
-        counts = {key: _count(manifest["splits"][split][key]) for key in ("documents", "tokens")}
-        return _count(manifest["vocab_size"]), SplitSummary(**counts)
+    description = read_json_object(description_file, DataError)
+    with reading(description_file, DataError, kind="what tools/preprocess.py writes", advice=PREPARE_AGAIN):
+        counts = {key: _count(description["splits"][split][key]) for key in ("documents", "tokens")}
+        return _count(description["vocab_size"]), SplitSummary(**counts)
 
 
 def _count(value: Any) -> int:

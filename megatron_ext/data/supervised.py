@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_ext.checkpoint.tokenizer_files import GENERATION_FILE, SETTINGS_FILE
-from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, check_dataset
+from megatron_ext.data.dataset import DATASET_FILE, PREPARE_AGAIN, check_dataset
 from megatron_ext.data.indexed import read_index
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
@@ -54,7 +54,7 @@ def kind_of_data(prefix: str | Path) -> Kind:
     Raises:
         DataError: its description cannot be read.
     """
-    path = Path(prefix).parent / MANIFEST_FILE
+    path = Path(prefix).parent / DATASET_FILE
     kind: Kind = read_json_object(path, DataError).get("kind", "text")
     return kind
 
@@ -75,10 +75,10 @@ def check_supervised(prefix: str | Path, tokenizer: Tokenizer, kind: Kind) -> Su
     prefix = Path(prefix)
     counts = check_dataset(prefix, tokenizer)
     require_kind(prefix, kind, READ_BY[kind])
-    manifest_file = prefix.parent / MANIFEST_FILE
-    manifest = read_json_object(manifest_file, DataError)
-    with reading(manifest_file, DataError, kind="what tools/preprocess.py writes", advice=PREPARE_AGAIN):
-        said, template = manifest["splits"][prefix.name], str(manifest["chat_template"])
+    description_file = prefix.parent / DATASET_FILE
+    description = read_json_object(description_file, DataError)
+    with reading(description_file, DataError, kind="what tools/preprocess.py writes", advice=PREPARE_AGAIN):
+        said, template = description["splits"][prefix.name], str(description["chat_template"])
         ends = [int(number) for number in said["ends"]]
         found = SupervisedSummary(
             counts.documents, counts.tokens, int(said["supervised"]), int(said["longest"]), bool(said["has_weights"])
@@ -89,7 +89,7 @@ def check_supervised(prefix: str | Path, tokenizer: Tokenizer, kind: Kind) -> Su
     for path, size in sizes.items():
         if not path.is_file() or path.stat().st_size != size:
             raise DataError(
-                f"{path}: is missing, or has not the {size} bytes that {MANIFEST_FILE} says; {PREPARE_AGAIN}"
+                f"{path}: is missing, or has not the {size} bytes that {DATASET_FILE} says; {PREPARE_AGAIN}"
             )
     _check_template(prefix, template, ends, tokenizer)
     return found

@@ -131,7 +131,7 @@ class Encoder:
                 # The template writes what the tokenizer would put around a text.
                 ids = model.tokenizer(self._rendered(prompt), add_special_tokens=False)["input_ids"]
         if not ids:
-            raise DataError(f"the prompt {prompt.text!r} has no tokens to start from")
+            raise DataError(f"the prompt {prompt.text!r} has no tokens to start from; begin it with a word")
         if (largest := max(ids)) >= model.rows:
             token = model.tokenizer.convert_ids_to_tokens(largest)
             raise DataError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN
+from megatron_ext.data.dataset import DATASET_FILE, PREPARE_AGAIN
 from megatron_ext.data.stream.packing import lengths_together
 from megatron_ext.data.supervised import PIECES, TOKENIZER_FOLDER, Kind
 from megatron_ext.errors import ConversionError, DataError
@@ -34,9 +34,9 @@ def sections_for(directory: str | Path, max_position_embeddings: int, tokenizer:
         ConversionError: it is no prepared dataset, or it has a sample that the model cannot read.
     """
     directory = Path(directory)
-    path = directory / MANIFEST_FILE
+    path = directory / DATASET_FILE
     if not path.is_file():
-        raise ConversionError(f"--data {directory}: has no {MANIFEST_FILE}; give what tools/preprocess.py wrote")
+        raise ConversionError(f"--data {directory}: has no {DATASET_FILE}; give what tools/preprocess.py wrote")
     said = read_json_object(path, ConversionError)
     with reading(path, DataError, kind="what tools/preprocess.py writes", advice=PREPARE_AGAIN):
         kind: Kind = said.get("kind", "text")

@@ -94,7 +94,7 @@ def _software(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "python", core_guard.versions()
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield "torch", f"{torch.__version__}, {built}"
-    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None  # type: ignore[no-untyped-call]
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
     yield "NCCL", ".".join(map(str, nccl)) if nccl else "not in this torch"
     for name in ("megatron-core", "transformers", "safetensors", "sentencepiece", "tokenizers", "wandb"):
         yield name, str(installed(name) or "not installed")

@@ -168,7 +168,10 @@ class DataFiles:
                 require_kind(source.path, "text", "task.kind = pretrain")
             self._whole[source.path] = key
             if length is not None and tokens <= length:
-                raise DataError(f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}")
+                raise DataError(
+                    f"its {tokens:,} tokens are not one sample of data.sequence_length = {length}; lower that, or "
+                    "prepare more text"
+                )
             return tokens
         return 0
 

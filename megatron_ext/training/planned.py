@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_ext.checkpoint.state_file import STATE_FILE, TrainingState
 from megatron_ext.config import DataConfig, RunConfig, TrainConfig
 from megatron_ext.config.data import Stage, source_ids
-from megatron_ext.data.dataset import MANIFEST_FILE, dataset_fingerprint, described
+from megatron_ext.data.dataset import DATASET_FILE, dataset_fingerprint, described
 from megatron_ext.data.stream.make_plan import SourceSize, make_plan, stages_of
 from megatron_ext.data.stream.packing import packs_of
 from megatron_ext.data.stream.plan import RunPlan, pattern_of
@@ -107,8 +107,8 @@ def expected_plan(run: RunConfig) -> RunPlan | None:
     sizes = stated_sizes(run.data)
     for name, source in run.data.sources.items():
         path = Path(source.path)
-        if path.with_name(f"{path.name}.bin").is_file() and (path.parent / MANIFEST_FILE).is_file():
-            sizes[name] = SourceSize(described(path.parent / MANIFEST_FILE, path.name)[1].tokens)
+        if path.with_name(f"{path.name}.bin").is_file() and (path.parent / DATASET_FILE).is_file():
+            sizes[name] = SourceSize(described(path.parent / DATASET_FILE, path.name)[1].tokens)
     if set(sizes) != set(run.data.sources):
         return None
     return plan_data(run.data, run.train, sizes, TrainingState(), "the beginning")

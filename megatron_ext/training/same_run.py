@@ -77,7 +77,10 @@ def check_models_agree(model: ModelConfig, saved: ModelConfig, checkpoint: Path)
             f"  model.{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(model, name)!r} in this run"
             for name in names
         ]
-        raise CheckpointError(f"{checkpoint} holds another model:\n" + "\n".join(different))
+        listed = "\n".join(different)
+        raise CheckpointError(
+            f"{checkpoint} holds another model:\n{listed}\nTake its values, or other weights to start from"
+        )
 
 
 def check_holds_weights(model: ModelConfig, checkpoint: Path) -> None:

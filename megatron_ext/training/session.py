@@ -190,9 +190,10 @@ class Session:
     ) -> tuple[dict[str, float], list[tuple[float | None, float]]]:
         """The task's sums over `batches`, the loss first; of each source its loss, None without a unit, and units."""
         losses, sources = validation_loss(self.trainable, self.task, batches, self.groups, num_sources)
-        return {name: float(loss) for name, loss in losses.items()}, sources.read() if sources is not None else [
-            (None, 0.0)
-        ] * num_sources
+        by_source: list[tuple[float | None, float]] = [(None, 0.0)] * num_sources
+        if sources is not None:
+            by_source = sources.read()
+        return {name: float(loss) for name, loss in losses.items()}, by_source
 
     def save(self) -> Path:
         """Save a checkpoint."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.dataset import check_dataset
+from megatron_ext.data.dataset import PREPARE_AGAIN, check_dataset
 from megatron_ext.data.indexed import read_index
 from megatron_ext.data.inspect.options import DocumentsOptions
 from megatron_ext.data.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ class Documents:
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
         there = Path(f"{prefix}.bin").stat().st_size / dtype.itemsize
         if there != self.num_tokens:
-            raise DataError(f"{prefix}.bin has {there:,g} tokens, its index says {self.num_tokens:,}")
+            raise DataError(f"{prefix}.bin has {there:,g} tokens, its index says {self.num_tokens:,}; {PREPARE_AGAIN}")
         self._tokens = np.memmap(f"{prefix}.bin", dtype, "r")
 
     def __len__(self) -> int:
@@ -72,7 +72,10 @@ def text_of(tokens: list[int], tokenizer: Tokenizer) -> str:
         DataError: an id is none of the tokenizer's.
     """
     if tokens and not 0 <= min(tokens) <= max(tokens) < tokenizer.vocab_size:
-        raise DataError(f"token id {max(tokens)} is none of the {tokenizer.vocab_size} of {tokenizer.directory}")
+        raise DataError(
+            f"token id {max(tokens)} is none of the {tokenizer.vocab_size} of {tokenizer.directory}; name the "
+            "tokenizer that the data was prepared with"
+        )
     texts, begin = [], 0
     for end in [n for n, token in enumerate(tokens) if token == tokenizer.eod] + [len(tokens)]:
         texts.append(tokenizer.decode(tokens[begin:end]))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_ext.checkpoint.tokenizer_files import GENERATION_FILE, SETTINGS_FILE, copy_tokenizer
-from megatron_ext.data.dataset import MANIFEST_FILE
+from megatron_ext.data.dataset import DATASET_FILE
 from megatron_ext.data.prepare.chat_files import RECORD, chat_record, pair_record, unpack_split
 from megatron_ext.data.prepare.chat_rows import BadRow, Conversation, Left, Pair, conversation_of, pair_of
 from megatron_ext.data.prepare.chat_samples import ChatEncoder
@@ -226,7 +226,7 @@ class ChatWorker:
 
 def report(directory: str | Path) -> Iterator[str]:
     """Lines for people: rows read, what they were, what was left out, and what each split holds."""
-    said = read_json_object(Path(directory) / MANIFEST_FILE, DataError)
+    said = read_json_object(Path(directory) / DATASET_FILE, DataError)
     read = {what: count for what, count in said.get("read", {}).items() if what != "rows"}
     layouts = ", ".join(f"{count:,} {what}" for what, count in read.items())
     left = sum(said["left_out"].values())

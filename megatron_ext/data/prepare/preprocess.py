@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.dataset import MANIFEST_FILE, PREPARE_AGAIN, SplitSummary, described
+from megatron_ext.data.dataset import DATASET_FILE, PREPARE_AGAIN, SplitSummary, described
 from megatron_ext.data.indexed import write_synced
 from megatron_ext.data.prepare.corpus import PLAIN_ENDINGS, corpus_files, ending_of, is_compressed, split_into_shards
 from megatron_ext.data.prepare.faults import say_left_out
@@ -40,11 +40,10 @@ from megatron_ext.files import (
     unfinished_place,
 )
 from megatron_ext.locks import exclusive_output
-from megatron_ext.manifest import MANIFEST_FILE as SUMS_FILE
-from megatron_ext.manifest import FileSum, check_manifest, write_manifest
+from megatron_ext.manifest import MANIFEST_FILE, FileSum, check_manifest, write_manifest
 
 DROPPED_FILE = "dropped.jsonl"
-_CONTENTS = (MANIFEST_FILE, "*.bin", "*.idx", SUMS_FILE, DROPPED_FILE)
+_CONTENTS = (DATASET_FILE, "*.bin", "*.idx", MANIFEST_FILE, DROPPED_FILE)
 _PLAN_FILE, _JOINED = "plan.json", "joined"
 _SHARD_BYTES, _LARGEST_SHARD_BYTES, _SHARDS = 1 << 20, 1 << 26, 256
 _BUCKET_BYTES = 1 << 26
@@ -208,10 +207,10 @@ def _published(output: Path, plan: dict[str, Any]) -> dict[str, SplitSummary] | 
     They are removed. None where there is no such thing: a complete output alone is none of our business.
     """
     work = unfinished_place(output.resolve() if output.is_symlink() else output)
-    if not (output / MANIFEST_FILE).is_file() or not (work / OURS).is_file():
+    if not (output / DATASET_FILE).is_file() or not (work / OURS).is_file():
         return None
     with exclusive_output(output, "preparing data"):
-        content = read_json_object(output / MANIFEST_FILE, DataError)
+        content = read_json_object(output / DATASET_FILE, DataError)
         splits = content.get("splits")
         for key in _RESULTS:
             content.pop(key, None)
@@ -219,7 +218,7 @@ def _published(output: Path, plan: dict[str, Any]) -> dict[str, SplitSummary] | 
             return None
         check_manifest(output, DataError, checksums=True, advice=PREPARE_AGAIN)
         remove_unfinished(work)
-    return {name: described(output / MANIFEST_FILE, name)[1] for name in splits}
+    return {name: described(output / DATASET_FILE, name)[1] for name in splits}
 
 
 def _plan_of(work: Path) -> dict[str, Any] | None:
@@ -336,7 +335,7 @@ def _join(
         **_read(told),
     }
     _write_samples(output / DROPPED_FILE, told)
-    write_synced(output / MANIFEST_FILE, (json.dumps({**plan, **results}, indent=2) + "\n").encode())
+    write_synced(output / DATASET_FILE, (json.dumps({**plan, **results}, indent=2) + "\n").encode())
     write_manifest(output, sums)
     say_left_out(left_out, results["first_bad_lines"])
     return {name: SplitSummary(counts["documents"], counts["tokens"]) for name, counts in splits.items()}

@@ -117,7 +117,7 @@ def build_blend(
         sizes.append(counts := source_size(source.path, tokenizer, key))
         if counts.tokens <= data.sequence_length:
             few = f"{counts.tokens} tokens are not one sample of data.sequence_length = {data.sequence_length}"
-            raise DataError(f"{key}: {source.path}: {few}")
+            raise DataError(f"{key}: {source.path}: {few}; lower that, or prepare more text")
     if data.cache_dir is None:
         return _computed_blend(sources, sizes, data, tokenizer, num_samples, seed)
     return _blend(sources, data, tokenizer, num_samples, seed, section)

@@ -136,7 +136,7 @@ class _Watch:
                 self._note(pieces[0].key, "weights", 0, param)
                 if param.requires_grad:
                     hook = partial(self._backward, [0], pieces[0].key)
-                    self._handles.append(param.register_hook(hook))  # type: ignore[no-untyped-call]
+                    self._handles.append(param.register_hook(hook))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -163,7 +163,7 @@ class _Watch:
 def _names(chunk: torch.nn.Module) -> Callable[[str], str]:
     """Names a module of a chunk as checkpoints name its weights: layers are counted over the whole model."""
     layers = {
-        f"{name}.": f"decoder.layers.{int(module.layer_number) - 1}."  # type: ignore[arg-type]
+        f"{name}.": f"decoder.layers.{int(module.layer_number) - 1}."
         for name, module in chunk.named_modules()
         if name.startswith("decoder.layers.") and name.count(".") == 2
     }

@@ -275,4 +275,5 @@ def test_a_source_that_cannot_be_used_is_named_by_its_key(data: DataConfig, pool
     config = dataclasses.replace(data, sequence_length=10**6)
     (message,) = pool.run(1, message_of_reading, config)
     assert message.startswith("data.train.0.path: ")
-    assert message.endswith("tokens are not one sample of data.sequence_length = 1000000")
+    few = "tokens are not one sample of data.sequence_length = 1000000"
+    assert message.endswith(f"{few}; lower that, or prepare more text")
