@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.architectures.registry import architecture_for
 from megatron_ext.command import parse_command, run_parser
-from megatron_ext.config import RunConfig
+from megatron_ext.config import ModelConfig, RunConfig, load_config
 from megatron_ext.config.alerts import AlertKind
+from megatron_ext.config.yaml_text import parse_yaml
 from megatron_ext.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -69,6 +71,21 @@ def test_keys_of_a_run_that_are_named_exist(guide: Path) -> None:
     named = re.findall(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z]\w+)(?!\w*[/(.]\w)", text)
     known = {section: keys_of(kind) for section, kind in SECTIONS.items()}
     assert not [f"{section}.{key}" for section, key in named if key not in known[section] | NO_KEYS]
+
+
+def test_the_page_of_the_model_has_every_key() -> None:
+    text = (ROOT / "docs" / "model.md").read_text()
+    keys = re.findall(r"`(\w+)", "\n".join(re.findall(r"^\|.*\|(.+)\|$", text, re.MULTILINE)))
+    keys += re.findall(r"^  (\w+):", text, re.MULTILINE)
+    assert set(keys) == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def test_the_models_of_that_page_are_of_the_classes_that_it_says() -> None:
+    examples = re.findall(r"```yaml\n# (\w+)\n(.+?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)
+    assert examples
+    for hf_class, run in examples:
+        model = load_config(ModelConfig, parse_yaml(run, source=hf_class)["model"], source=hf_class)
+        assert architecture_for(model)[0].hf_class == hf_class
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
