@@ -14,9 +14,14 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ext.command import path_name, positive_integer, run_command, run_parser
 from megatron_ext.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_ext.launching.job_file import Job
+    from megatron_ext.launching.profile import Profile
 
 
 def main() -> None:
@@ -40,7 +45,7 @@ def _launch(arguments: argparse.Namespace) -> None:
     from megatron_ext.config import load_run
     from megatron_ext.config.load import raise_faults
     from megatron_ext.launching.check import check_job, file_faults, scheduler_away
-    from megatron_ext.launching.job_file import SUBMIT, Job, parse_time, write_job
+    from megatron_ext.launching.job_file import SUBMIT, write_job
     from megatron_ext.launching.profile import read_profile
     from megatron_ext.model_io.starting_weights import open_hugging_face
     from megatron_ext.training.startup_checks import examine_run
@@ -51,24 +56,8 @@ def _launch(arguments: argparse.Namespace) -> None:
             f"{root} has no launch/templates: jobs are written by the tool of a checkout, not of a package"
         )
     profile = read_profile(arguments.profile, root / "launch" / "profiles")
-    overrides = [*profile.overrides, *arguments.overrides]
-    run = load_run(arguments.run, overrides)
-    directory = Path(run.checkpoint.directory).absolute()
-    name = arguments.name or directory.name
-    job = Job(
-        run=Path(arguments.run).absolute(),
-        overrides=arguments.overrides,
-        profile=profile,
-        profile_name=arguments.profile,
-        nodes=arguments.nodes,
-        seconds=parse_time(arguments.time),
-        name=name,
-        logs=Path(arguments.logs or directory.with_name(f"{directory.name}-logs")).absolute(),
-        root=root,
-        place=Path.cwd(),
-        python=Path(sys.executable),
-        file=Path(arguments.output or directory.with_name(f"{directory.name}-job.sh")).absolute(),
-    )
+    run = load_run(arguments.run, [*profile.overrides, *arguments.overrides])
+    job = _job_of(arguments, profile, root, Path(run.checkpoint.directory).absolute())
     found = examine_run(run, arguments.run, open_hugging_face)
     steps = found.plan.total_steps if found.plan is not None else run.train.train_iters
     about_job = check_job(job, run, steps)
@@ -87,6 +76,26 @@ def _launch(arguments: argparse.Namespace) -> None:
         _submit(command, away)
     else:
         print(f"queue it with   {' '.join(command)}{' on a machine of the cluster' if away is not None else ''}")
+
+
+def _job_of(arguments: argparse.Namespace, profile: "Profile", root: Path, directory: Path) -> "Job":
+    """The job that is asked for. What no option names goes by `directory`, that of the run's checkpoints."""
+    from megatron_ext.launching.job_file import Job, parse_time
+
+    return Job(
+        run=Path(arguments.run).absolute(),
+        overrides=arguments.overrides,
+        profile=profile,
+        profile_name=arguments.profile,
+        nodes=arguments.nodes,
+        seconds=parse_time(arguments.time),
+        name=arguments.name or directory.name,
+        logs=Path(arguments.logs or directory.with_name(f"{directory.name}-logs")).absolute(),
+        root=root,
+        place=Path.cwd(),
+        python=Path(sys.executable),
+        file=Path(arguments.output or directory.with_name(f"{directory.name}-job.sh")).absolute(),
+    )
 
 
 def _submit(command: list[str], away: str | None) -> None:

@@ -1,1 +1,1 @@
-"""The machinery of the tables that describe an architecture: config fields, weight rules, variants of storage."""
+"""What the tables that describe an architecture are made of: config fields, weight rules, variants of storage."""
