@@ -48,7 +48,7 @@ def attend_with_sinks(
     """
     queries, width = query_NQD.shape[1:]
     query_GRQD, sinks_GR = (x.unflatten(0, (key_GKD.shape[0], -1)) for x in (query_NQD, sinks_N))
-    context_GRQD: Tensor = _Block.apply(query_GRQD, key_GKD, value_GKD, sinks_GR, window, scale)  # type: ignore[no-untyped-call]
+    context_GRQD: Tensor = _Block.apply(query_GRQD, key_GKD, value_GKD, sinks_GR, window, scale)
     return context_GRQD.reshape(-1, queries, width)
 
 
@@ -73,7 +73,7 @@ class _Block(torch.autograd.Function):
         return context_GRQD
 
     @staticmethod
-    def backward(ctx: Any, gradient_GRQD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_GRQD: Tensor) -> tuple[Tensor | None, ...]:
         *kept, context_GRQD, sums_GRQ = ctx.saved_tensors
         query, key, value, sinks = (_wide(x) for x in kept)
         gradient = _wide(gradient_GRQD)
@@ -102,7 +102,7 @@ def flash_attend_with_sinks(
     query_QND: Tensor, key_KGD: Tensor, value_KGD: Tensor, sinks_N: Tensor, call: KernelCall
 ) -> Tensor:
     """The context [Q, N, D] of all segments at once, by torch's FlashAttention."""
-    context_QND: Tensor = _Flash.apply(query_QND, key_KGD, value_KGD, sinks_N, call)  # type: ignore[no-untyped-call]
+    context_QND: Tensor = _Flash.apply(query_QND, key_KGD, value_KGD, sinks_N, call)
     return context_QND
 
 
@@ -119,7 +119,7 @@ class _Flash(torch.autograd.Function):
         return context_QND
 
     @staticmethod
-    def backward(ctx: Any, gradient_QND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_QND: Tensor) -> tuple[Tensor | None, ...]:
         query_QND, key_KGD, value_KGD, sinks_N, context_QND, joined_NQ = ctx.saved_tensors
         gradients = flash_backward(
             gradient_QND.contiguous(), query_QND, key_KGD, value_KGD, context_QND, joined_NQ, ctx.call

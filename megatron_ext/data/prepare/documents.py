@@ -98,7 +98,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             if kind == "gz":
                 yield gzip.GzipFile(fileobj=plain)  # type: ignore[misc]
             elif kind == "zst":
-                yield io.BufferedReader(ZstandardFile(plain, path), _BLOCK)  # type: ignore[misc]
+                yield io.BufferedReader(ZstandardFile(plain, path), _BLOCK)
             else:
                 yield plain
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
