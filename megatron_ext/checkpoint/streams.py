@@ -1,7 +1,7 @@
 """Streams of full, canonically named tensors from and to checkpoints, in one process and with few tensors in memory.
 
 A `TensorSource` is read by name in any order; a `TensorSink` is told beforehand what it will hold and is then written
-by name in any order. Both exist for a Megatron checkpoint (here) and for a Hugging Face directory (safetensors.py).
+by name in any order. Both exist for a Megatron checkpoint (here) and for a Hugging Face one (hf_directory.py).
 """
 
 import contextlib

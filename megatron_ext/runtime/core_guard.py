@@ -246,7 +246,7 @@ FAULTS: tuple[Fault, ...] = (
         "sample_order_depends_on_length",
         "the order of samples depends on how many are asked for: a longer run reads others on the way",
         "avoided",
-        "each epoch is shuffled by itself (data/datasets.py)",
+        "each epoch is shuffled by itself (data/stream/sources.py)",
     ),
     Fault(
         "padding_mask_means_its_opposite",

@@ -1,5 +1,6 @@
 """What the doctor finds on machines of several kinds."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from packaging.version import Version
 from megatron_ext.runtime import core_guard
 from megatron_ext.runtime.accelerators import Gpu, Machine
 from megatron_ext.runtime.doctor import Report, apex_finding, examine
+from tests.conftest import ROOT
 
 H100 = Machine((Gpu("NVIDIA H100", (9, 0), 80 * 2**30),), (13, 0), Version("2.20.2"))
 B200 = Machine((Gpu("NVIDIA B200", (10, 0), 180 * 2**30),), (13, 0), None, triton=Version("3.7.0"))
@@ -71,6 +73,12 @@ def test_every_fault_of_the_installed_core_has_its_answer() -> None:
     expected = [f"{f.answer if f.present_in(version) else 'fixed'}: {f.name}" for f in core_guard.FAULTS]
     assert [name for name, _ in rows] == expected
     assert all(text for _, text in rows)
+
+
+def test_the_files_that_an_answer_names_are_there() -> None:
+    named = [name for fault in core_guard.FAULTS for name in re.findall(r"\(([\w/]+\.py)\)", fault.how)]
+    assert named
+    assert not [name for name in named if not (ROOT / "megatron_ext" / name).is_file()]
 
 
 def make_package(directory: Path, *files: str) -> None:
