@@ -57,7 +57,8 @@ class PathEncoder:
         """See `Encoder`."""
         ids = [np.empty(0, dtype=self._dtype)]
         for stands_apart, some in groupby(texts, self._stands_apart):
-            ids.append(self._others.encode(list(some)) if stands_apart else self._ids_of(list(some)))
+            encode = self._others.encode if stands_apart else self._ids_of
+            ids.append(encode(list(some)))
         return np.concatenate(ids)
 
     def why_not(self, text: str) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_ext.data.tokenizer.reading import Tokenizer
 
-_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import {0}; {0}.send(sys.argv[2])".format(__name__)
+_PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); import {__name__}; {__name__}.send(sys.argv[2])"
 
 
 def tokenizer_apart(directory: str | Path) -> Tokenizer:
