@@ -193,7 +193,8 @@ def segment_reader(tokenizer: Tokenizer) -> SegmentReader | None:
         return None
     content = json.loads(tokenizer.fast.to_str())
     model, added = content["model"], content["added_tokens"]
-    has_bytes = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in tokenizer.vocabulary for byte in range(256))
+    byte_ids = {tokenizer.vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
+    has_bytes = model.get("byte_fallback") and byte_ids.isdisjoint({None, *tokenizer.special_ids})
     looks_around = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
     in_place = _keeps_places(content["normalizer"], content["pre_tokenizer"])
     if not has_bytes or looks_around or not in_place or "" in tokenizer.vocabulary:
