@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from megatron_ext.config.base import fields_of
@@ -100,6 +100,19 @@ def ending_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def script_runs_once() -> Iterator[None]:
+    """While inside, processes that begin do not run the command's script again, as multiprocessing would have it.
+
+    Running it means importing all that a command line is made of. What is sent to them must not be of that script.
+    """
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _fail(message: str, *, is_everywhere: bool = False, speaks: bool | None = None) -> NoReturn:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_ext.command import ending_on_sigterm, parse_command, run_command
+from megatron_ext.command import ending_on_sigterm, parse_command, run_command, script_runs_once
 from megatron_ext.config.base import PathName, config, fields_of
 from megatron_ext.errors import ConfigError
 
@@ -122,7 +122,7 @@ def main() -> None:
         deduplicate=o.deduplicate,
         filters=tuple(o.filters),
     )
-    with ending_on_sigterm(), byte_progress("tokenizing") as progress:
+    with ending_on_sigterm(), script_runs_once(), byte_progress("tokenizing") as progress:
         summary = preprocess(
             o.inputs,
             o.tokenizer,

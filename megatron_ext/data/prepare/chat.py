@@ -59,6 +59,10 @@ class ChatPreparation:
         default=("*.mask", "*.weights", TOKENIZER_FOLDER, "*.reference-*.safetensors*"), init=False
     )
 
+    def tokenizer(self, directory: str | Path) -> Tokenizer:
+        """The tokenizer of a directory; its template needs transformers here, too."""
+        return Tokenizer(directory)
+
     def dtype(self, tokenizer: Tokenizer) -> np.dtype[Any]:
         """Of what workers write."""
         return RECORD

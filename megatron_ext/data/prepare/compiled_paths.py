@@ -66,10 +66,11 @@ class CompiledPaths:
     Args:
         vocabulary: pieces and scores, exactly as the library has them, in the order of their ids.
         byte_ids: of the byte pieces, int64 [256].
+        hidden: ids of pieces that no text is read as, int64.
     """
 
-    def __init__(self, vocabulary: Sequence[tuple[str, float]], byte_ids: np.ndarray) -> None:
-        self._tree, self._byte_ids = _tree_of(vocabulary), byte_ids
+    def __init__(self, vocabulary: Sequence[tuple[str, float]], byte_ids: np.ndarray, hidden: np.ndarray) -> None:
+        self._tree, self._byte_ids = _tree_of(vocabulary, hidden), byte_ids
         # Sums in a ring: no more are held than the longest piece is long.
         self._best = np.full(1 << int(self._tree.lengths.max()).bit_length(), _NO_PATH)
         self._ids_T = np.empty(0, dtype=np.int32)
@@ -92,11 +93,12 @@ class CompiledPaths:
         return self._ids_T[:used], stop, total
 
 
-def _tree_of(vocabulary: Sequence[tuple[str, float]]) -> _Tree:
+def _tree_of(vocabulary: Sequence[tuple[str, float]], hidden: np.ndarray) -> _Tree:
     pieces, scores = [piece for piece, _ in vocabulary], np.array([score for _, score in vocabulary])
     codes = np.frombuffer("".join(pieces).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).copy()
     stops = np.cumsum([len(piece) for piece in pieces])
     unknown, size = scores.min() - UNKNOWN_PENALTY, len(codes)
+    scores[hidden] = _NO_PATH
     while True:  # the characters of all pieces are more than their nodes
         bits = (2 * size).bit_length()
         places, shift = 1 << bits, np.uint64(64 - bits)

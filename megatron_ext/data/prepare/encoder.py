@@ -11,7 +11,7 @@ Legend of array shapes: C characters, S segments, D documents.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -75,8 +75,10 @@ def _faster(tokenizer: Tokenizer, is_much: bool) -> Callable[[Notice], Encoder] 
     reader = segment_reader(tokenizer)
     if reader is None or END in reader.cut_out or any(END in piece and piece != END for piece in reader.pieces):
         return None
-    compiled = load_compiled_code() if is_much and reader.scores is not None else None
-    return lambda notice: (compiled or SegmentEncoder)(tokenizer, reader, notice)
+    compiled = load_compiled_code() if is_much and reader.paths is not None else None
+    if compiled is None:
+        return partial(SegmentEncoder, tokenizer, reader)
+    return lambda notice: compiled(tokenizer, reader, notice, partial(SegmentEncoder, tokenizer, reader, notice))
 
 
 def load_compiled_code() -> "type[PathEncoder] | None":

@@ -10,6 +10,7 @@ from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.prepare.encoder import load_compiled_code
 from megatron_ext.data.prepare.shard_work import ShardWorker, Task, TextOptions
 from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer.apart import tokenizer_apart
 
 
 class Worker(Protocol):
@@ -25,6 +26,9 @@ class Preparation(Protocol):
     @property
     def contents(self) -> tuple[str, ...]:
         """Patterns of the files that it makes beside those of text."""
+
+    def tokenizer(self, directory: str | Path) -> Tokenizer:
+        """The tokenizer of a directory, loaded for the command."""
 
     def dtype(self, tokenizer: Tokenizer) -> np.dtype[Any]:
         """Of what workers write."""
@@ -48,6 +52,10 @@ class PlainText:
     """Texts to token files, as they are joined."""
 
     contents: tuple[str, ...] = ()
+
+    def tokenizer(self, directory: str | Path) -> Tokenizer:
+        """See `Preparation`."""
+        return tokenizer_apart(directory)
 
     def dtype(self, tokenizer: Tokenizer) -> np.dtype[Any]:
         """See `Preparation`."""

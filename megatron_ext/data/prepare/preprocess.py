@@ -48,8 +48,8 @@ _PLAN_FILE, _JOINED = "plan.json", "joined"
 _SHARD_BYTES, _LARGEST_SHARD_BYTES, _SHARDS = 1 << 20, 1 << 26, 256
 _BUCKET_BYTES = 1 << 26
 _MOST_HERE = 1 << 20
-"""Bytes of text that one worker reads within the command, sooner than another process begins. That one holds no
-transformers, which the command needs for loading the tokenizer: half of what a process may take."""
+"""Bytes of text that one worker reads within the command, sooner than another process begins. That one never holds
+transformers, which the command does where a tokenizer is Python code: half of what a process may take."""
 _EXPANDS = 5
 """How many times its size a compressed file is about."""
 _SAMPLES = 100
@@ -94,7 +94,7 @@ def preprocess(
         lengths = f"min_characters = {options.min_characters}, max_characters = {options.max_characters}"
         raise DataError(f"{lengths}: no document is as long as the one and as short as the other; lower the first")
     with _processes(tasks, workers, how) as processes:  # they begin while the tokenizer is loaded
-        tokenizer = Tokenizer(tokenizer_directory)
+        tokenizer = how.tokenizer(tokenizer_directory)
         plan = {**_plan(files, tokenizer, options), **how.describe(tokenizer)}
         if (done := _published(Path(output), plan)) is not None:
             return done

@@ -10,7 +10,7 @@ Legend of array shapes: C characters, S segments, U unclear segments.
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
@@ -173,12 +173,22 @@ def running_scores(
         never_read: ids of special tokens.
     """
     scores = dict(vocabulary)
-    byte_ids = [ids[f"<0x{byte:02X}>"] for byte in range(256)]
+    byte_ids = byte_ids_of(ids)
     spelt = never_read.union(byte_ids)
-    for piece in (piece for piece in scores if ids[piece] in spelt):
-        # Such a piece must lose against its own characters, wherever a text spells it.
-        if sum(scores.get(character, -np.inf) for character in piece) < scores[piece] + _MARGIN:
-            return None
+    if may_be_read(vocabulary, {piece for piece in scores if ids[piece] in spelt}):
+        return None
     if max(map(len, scores)) >= 1 << 16 or min(scores.values()) > 0:
         return None
     return RunningScores(vocabulary, byte_ids)
+
+
+def may_be_read(vocabulary: Sequence[tuple[str, float]], pieces: Set[str]) -> set[str]:
+    """Those of `pieces` that need not lose against their own characters where a text spells them."""
+    scores = dict(vocabulary)
+    own = {piece: sum(scores.get(character, -np.inf) for character in piece) for piece in pieces}
+    return {piece for piece, total in own.items() if total < scores[piece] + _MARGIN}
+
+
+def byte_ids_of(ids: Mapping[str, int]) -> list[int]:
+    """Ids of the byte pieces, by byte."""
+    return [ids[f"<0x{byte:02X}>"] for byte in range(256)]

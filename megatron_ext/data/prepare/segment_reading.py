@@ -10,11 +10,19 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_ext.data.prepare.running_scores import SPACES, RunningScores, edges_of, running_scores, unknown_of
+from megatron_ext.data.prepare.running_scores import (
+    SPACES,
+    RunningScores,
+    byte_ids_of,
+    edges_of,
+    may_be_read,
+    running_scores,
+    unknown_of,
+)
 from megatron_ext.data.tokenizer import Tokenizer
 
 Notice = Callable[[Sequence[str]], None]
@@ -28,6 +36,25 @@ _NO_PIECE = -1e12
 _NOTHING = (-1, _NO_PIECE, False)
 
 
+class Paths(NamedTuple):
+    """By what whole lines are read, where sums of scores say it all.
+
+    A text that is read as a special token is read again without these. What is read then is also what it is read as
+    where none of them is: a piece that is on no best path only lowers, once it is gone, the sums that lost to others.
+
+    Attributes:
+        vocabulary: pieces and scores, exactly as the library has them, in the order of their ids.
+        byte_ids: of the byte pieces, int64 [256].
+        hidden: ids of the pieces that no text is read as, int64.
+        apart: pieces, with marks for spaces, that the library reads by what stands around them.
+    """
+
+    vocabulary: Sequence[tuple[str, float]]
+    byte_ids: np.ndarray
+    hidden: np.ndarray
+    apart: frozenset[str]
+
+
 class SegmentReader:
     """Reads segments of text by the rules of one tokenizer.
 
@@ -37,6 +64,7 @@ class SegmentReader:
         reads_lines: whether the newline is one of these.
         reads_apart: whether a segment is read as itself, whatever stands around it.
         scores: what reads segments by all that stands before them in their line, where that can be known.
+        paths: by what lines are read from their beginning, where they can be.
     """
 
     def __init__(
@@ -64,10 +92,12 @@ class SegmentReader:
         self._single = [ord(token) for token in self.cut_out if len(token) == 1]
         self.reads_apart = model["type"] != "Unigram"
         self.scores: RunningScores | None = None
+        self.paths: Paths | None = None
         # Sums begin anew behind a token that is cut out of the text, which special ones are not.
         if not self.reads_apart and adds_up and plain == self.cut_out.keys():
             special = tokenizer.special_ids | {token["id"] for token in added if token["special"]}
             self.scores = running_scores(model["vocab"], tokenizer.vocabulary, special | {model["unk_id"]})
+            self.paths = _paths(model, tokenizer, special)
 
     def places(self, text: str, codes_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where tokens that are cut out begin and end in a text, and their ids; the first, and of these the longest."""
@@ -163,7 +193,8 @@ def segment_reader(tokenizer: Tokenizer) -> SegmentReader | None:
         return None
     content = json.loads(tokenizer.fast.to_str())
     model, added = content["model"], content["added_tokens"]
-    has_bytes = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in tokenizer.vocabulary for byte in range(256))
+    byte_ids = {tokenizer.vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
+    has_bytes = model.get("byte_fallback") and byte_ids.isdisjoint({None, *tokenizer.special_ids})
     looks_around = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
     in_place = _keeps_places(content["normalizer"], content["pre_tokenizer"])
     if not has_bytes or looks_around or not in_place or "" in tokenizer.vocabulary:
@@ -172,6 +203,25 @@ def segment_reader(tokenizer: Tokenizer) -> SegmentReader | None:
         return None
     pre_tokenizer = content["pre_tokenizer"]
     return SegmentReader(tokenizer, model, added, adds_up=pre_tokenizer is None or pre_tokenizer.get("split") is False)
+
+
+def _paths(model: dict[str, Any], tokenizer: Tokenizer, special: frozenset[int]) -> Paths:
+    """See `Paths`.
+
+    Args:
+        special: ids of special tokens, also of those that a text is read as.
+    """
+    vocabulary, ids = model["vocab"], tokenizer.vocabulary
+    # Hidden from no text, and read as one with unknown characters beside it.
+    unknown = set() if model["unk_id"] is None else {vocabulary[model["unk_id"]][0]}
+    hidden = {piece for piece, number in ids.items() if number in tokenizer.special_ids} - unknown
+    others = ({piece for piece, _ in vocabulary if ids[piece] in special} | unknown) - hidden
+    return Paths(
+        vocabulary,
+        np.array(byte_ids_of(ids), dtype=np.int64),
+        np.array([number for number, (piece, _) in enumerate(vocabulary) if piece in hidden], dtype=np.int64),
+        frozenset(piece.replace(*SPACES) for piece in may_be_read(vocabulary, others)),
+    )
 
 
 def _hide_others(added: Sequence[dict[str, Any]], special_ids: frozenset[int]) -> bool:

@@ -159,6 +159,31 @@ def test_compiled_code_reads_in_windows_of_any_size(with_symbols: Tokenizer) -> 
     check()
 
 
+@pytest.mark.parametrize("unknown", [0.0, -99.0])
+def test_control_and_byte_pieces_of_score_0(with_symbols: Tokenizer, tmp_path: Path, unknown: float) -> None:
+    """As transformers writes a SentencePiece model: on the best path of a text that spells them."""
+    pytest.importorskip("numba")
+    content = json.loads((with_symbols.directory / "tokenizer.json").read_text())
+    vocabulary, score = content["model"]["vocab"], {"<unk>": unknown}
+    normal = {piece for piece, number in with_symbols.vocabulary.items() if number not in with_symbols.special_ids}
+    for entry in vocabulary:
+        if entry[0] not in normal or entry[0].startswith("<0x") or entry[0] in score:
+            entry[1] = score.get(entry[0], 0.0)
+    loaded = Tokenizer(kinds.write(hugging_face.Tokenizer.from_str(json.dumps(content)), tmp_path, eos_token="</s>"))
+    encoder, plain = encoder_for(loaded, is_much=True), BatchEncoder(loaded)
+    assert type(encoder).__name__ == "PathEncoder"
+    part = st.sampled_from(["</s>", "<unk>", "<0x0A>", "<0xE3>", "</", "<tool>", "アイ", " ", "\n", "\0", "é😀"]) | ANY
+
+    @settings(max_examples=60, deadline=None)
+    @given(texts=st.lists(st.lists(part, min_size=1, max_size=8).map("".join).filter(bool), max_size=4))
+    def check(texts: list[str]) -> None:
+        assert encoder.encode(texts).tolist() == plain.encode(texts).tolist()
+
+    check()
+    for token, is_read in (("</s>", False), ("<unk>", unknown == 0.0), ("<0x0A>", True)):
+        assert (loaded.vocabulary[token] in encoder.encode([f"a{token}"])[:-1]) == is_read
+
+
 def test_numba_that_cannot_be_imported(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "megatron_ext.data.prepare.path_encoder", raising=False)
     monkeypatch.setitem(sys.modules, "megatron_ext.data.prepare.compiled_paths", None)
@@ -205,7 +230,7 @@ def test_tokens_that_the_library_reads_by_what_stands_around_them(
 ) -> None:
     loaded = Tokenizer(kinds.write(tokenizer, tmp_path, eos_token="</s>", unk_token="<unk>"))
     encoder, expected = encoder_for(loaded, is_much=True), [loaded.vocabulary[piece] for piece in pieces]
-    assert isinstance(encoder, SegmentEncoder)
+    assert not isinstance(encoder, BatchEncoder)
     assert loaded.encode(text) == expected
     assert encoder.encode([text, text]).tolist() == [*expected, loaded.eod] * 2
 

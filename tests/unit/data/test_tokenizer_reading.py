@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from megatron_ext.checkpoint.tokenizer_files import copy_tokenizer, has_tokenizer
 from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer.apart import received
 from megatron_ext.data.tokenizer.probe import HARD_TEXTS
 from megatron_ext.errors import DataError
 from tests.unit.data.tokenizers import (
@@ -64,6 +65,17 @@ def test_a_copy_in_another_process_reads_alike(directory: Path) -> None:
     before = ours.encode(text)
     copy = pickle.loads(pickle.dumps(ours))
     assert (copy.encode(text), copy.fingerprint, copy.eod) == (before, ours.fingerprint, ours.eod)
+
+
+def test_without_torch_transformers_gives_the_same_tokenizer(tmp_path: Path) -> None:
+    for number, make in enumerate((KINDS["unigram with marks"], harmony)):
+        ours = Tokenizer(write(make(), tmp_path / str(number)))
+        assert (theirs := received(ours.directory)) is not None
+        assert (theirs.fingerprint, theirs.special_ids) == (ours.fingerprint, ours.special_ids)
+        assert theirs.fast is not None
+        assert ours.fast is not None
+        assert theirs.fast.to_str() == ours.fast.to_str()
+    assert received(tmp_path) is None, "no tokenizer there"
 
 
 def edited(directory: Path, change: Any) -> str:

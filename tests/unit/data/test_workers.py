@@ -2,11 +2,14 @@
 
 import itertools
 import signal
+import sys
 import threading
 import time
+from multiprocessing.spawn import get_preparation_data
 
 import pytest
 
+from megatron_ext.command import script_runs_once
 from megatron_ext.data.prepare import workers
 from megatron_ext.data.prepare.workers import Processes, interruptible
 from megatron_ext.errors import DataError, EnvironmentFault
@@ -71,6 +74,14 @@ def test_every_task_is_done_once() -> None:
         done = processes.run(one_over, range(20, 30), start=nothing, describe=str)
         assert len(list(itertools.islice(done, 2))) == 2
     assert not any(worker.process.is_alive() for worker in processes._workers)
+
+
+def test_the_script_of_a_command_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules[__name__])
+    assert get_preparation_data("worker")["init_main_from_name"] == __name__
+    with script_runs_once():
+        assert {"init_main_from_path", "init_main_from_name"}.isdisjoint(get_preparation_data("worker"))
+    assert sys.modules["__main__"] is sys.modules[__name__]
 
 
 def test_a_worker_whose_parent_goes_without_reading_ends_quietly() -> None:
