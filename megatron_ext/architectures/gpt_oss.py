@@ -21,7 +21,14 @@ from megatron_ext.architectures.tables.rules import (
     in_moe_layers,
 )
 from megatron_ext.architectures.tables.storage_variants import Stacked
-from megatron_ext.architectures.tables.window_fields import FULL, OF_TYPES, SLIDING, LayerWindows, layer_types, window_of
+from megatron_ext.architectures.tables.window_fields import (
+    FULL,
+    OF_TYPES,
+    SLIDING,
+    LayerWindows,
+    layer_types,
+    window_of,
+)
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 
