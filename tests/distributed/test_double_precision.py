@@ -20,8 +20,8 @@ from tests.support.double_precision import in_double_precision
 STEPS = 3
 # float64 rounds to 1e-16, and where a gradient is rounding alone, Adam makes up to 1e-8 of its learning rate of that:
 # the largest difference seen is 4e-13 in a weight, 3e-15 in losses and norms. Faults that fp32 hides show: a balance
-# loss or an epsilon of a norm that is off by a millionth, or a learning rate by a ten-millionth, makes 1e-7 to 2e-6 of a
-# weight and 2e-10 to 6e-9 of a loss.
+# loss or an epsilon of a norm that is off by a millionth, or a learning rate by a ten-millionth, makes 1e-7 to 2e-6 of
+# a weight and 2e-10 to 6e-9 of a loss.
 TOLERANCE = 1e-11
 
 
