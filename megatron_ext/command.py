@@ -143,7 +143,7 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     """A parser for commands about a training run: RUN.yaml and `section.key=value` overrides."""
     parser = _Parser(description=description, epilog="Keys of RUN.yaml:\n\n" + describe_keys(RunConfig))
     parser.add_argument("run", metavar="RUN.yaml", type=path_name, help="the run's configuration")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single keys")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replace single keys")
     return parser
 
 

@@ -45,20 +45,21 @@ class DirectoryLock:
         self._owns = False
         self.depth = 0
 
-    def acquire(self) -> None:
-        """Take the lock for this process alone. MegatronExtError names the owner where there is one."""
-        deadline = time.monotonic() + _PATIENCE
-        while not self._try(fcntl.LOCK_EX):
-            owner = self._read()
+    def acquire(self, patience: float = 0.0) -> None:
+        """Take the lock for this process alone. MegatronExtError names the owner where there is one.
+
+        Args:
+            patience: seconds to wait for an owner that lives.
+        """
+        begun = time.monotonic()
+        while (refused := self._refused()) is not None:
+            owner, is_reachable = refused
             # The other ranks of a dead one, and all ranks of a dead launcher, end by themselves within seconds.
-            if time.monotonic() > deadline or not (_is_dead(owner) or _is_dead(owner.get("launcher"))):
+            is_ending = is_reachable and (_is_dead(owner) or _is_dead(owner.get("launcher")))
+            if time.monotonic() - begun >= (max(patience, _PATIENCE) if is_ending else patience):
                 self.drop()
-                raise MegatronExtError(self._refusal(owner, reachable=True))
+                raise MegatronExtError(self._refusal(owner, reachable=is_reachable))
             time.sleep(0.2)
-        owner = self._read()
-        if owner and not _is_ours_to_take(owner):
-            self.drop()
-            raise MegatronExtError(self._refusal(owner, reachable=False))
         self._owns = True
         self._write(json.dumps({"purpose": self.purpose, **_this_process(), "inode": self._inode()}) + "\n")
 
@@ -89,6 +90,13 @@ class DirectoryLock:
         descriptor, self._descriptor, self._owns = self._descriptor, -1, False
         if descriptor >= 0:
             os.close(descriptor)
+
+    def _refused(self) -> tuple[dict[str, Any], bool] | None:
+        """Who has the lock, and whether the kernel's lock says so; None where this process may have it."""
+        if not self._try(fcntl.LOCK_EX):
+            return self._read(), True
+        owner = self._read()
+        return (owner, False) if owner and not _is_ours_to_take(owner) else None
 
     def _try(self, kind: int) -> bool:
         """Lock the file that now has the name; False if another process has it."""
@@ -170,13 +178,16 @@ def exclusive(directory: str | Path, purpose: str) -> Iterator[DirectoryLock]:
 
 
 @contextlib.contextmanager
-def exclusive_output(target: str | Path, purpose: str) -> Iterator[DirectoryLock]:
+def exclusive_output(target: str | Path, purpose: str, patience: float = 0.0) -> Iterator[DirectoryLock]:
     """Be the only process that makes the output `target`, which gets its name when it is finished.
 
     As `exclusive`, with the lock file beside `target` instead of in it.
+
+    Args:
+        patience: seconds to wait for another process that makes it, before it is an error.
     """
     place = Path(target).resolve()
-    with _taken(Path(target), place.with_name(f".{place.name}.lock"), purpose) as lock:
+    with _taken(Path(target), place.with_name(f".{place.name}.lock"), purpose, patience) as lock:
         yield lock
 
 
@@ -201,12 +212,12 @@ def joined(directory: str | Path, purpose: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _taken(directory: Path, file: Path, purpose: str) -> Iterator[DirectoryLock]:
+def _taken(directory: Path, file: Path, purpose: str, patience: float = 0.0) -> Iterator[DirectoryLock]:
     lock = _held.get(file)
     if lock is None:
         lock = DirectoryLock(directory, file, purpose)
         made = [folder for folder in file.parents if not folder.exists()]
-        lock.acquire()
+        lock.acquire(patience)
         _held[file] = lock
     else:
         made = []

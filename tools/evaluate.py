@@ -257,18 +257,20 @@ def probe(arguments: Sequence[str]) -> None:
         raise ConfigError("prompts, texts: give at least one of them")
     texts = _by_name(o.texts)
     from megatron_ext.evaluation.probe import probe as metrics_of
+    from megatron_ext.evaluation.text_loss import read_texts
     from megatron_ext.generation.prompts import read_prompts
     from megatron_ext.generation.sample import Continuing
     from megatron_ext.generation.sampling import Sampling
     from megatron_ext.generation.text_model import text_model
 
     prompts = read_prompts(o.prompts, chat=o.chat) if o.prompts else []
+    documents = {name: read_texts(path, o.documents) for name, path in texts.items()}
     how = Continuing(Sampling(o.temperature, seed=o.seed), o.max_new_tokens, o.batch_size)
     with (
         ending_on_sigterm(),
         text_model(o.model, trust_remote_code=o.trust_remote_code, device=o.device) as model,
     ):
-        for figures in metrics_of(model, prompts, how, texts, documents=o.documents, window=o.window, stride=o.stride):
+        for figures in metrics_of(model, prompts, how, documents, window=o.window, stride=o.stride):
             print(json.dumps(figures), flush=True)
 
 
@@ -301,10 +303,10 @@ def lm_eval(arguments: Sequence[str]) -> None:
     ):
         found = evaluate(model, tasks, o)
     metrics = metrics_of(found)
-    keep(place, o.model, found, metrics)
     (_, *names), ((_, *cells),) = result_table({0: metrics})
     _table(("metric", "score (95 %)"), list(zip(names, cells, strict=True)))
-    print(json.dumps(metrics))
+    print(json.dumps(metrics), flush=True)  # hours of work, whatever becomes of the file
+    keep(place, o.model, found, metrics)
     print(f"kept: {place}")
 
 
@@ -332,12 +334,13 @@ def _losses(name: str, o: ReadingOptions) -> "tuple[Windows, dict[str, TextLoss]
     from megatron_ext.generation.text_model import text_model
     from megatron_ext.progress import counted
 
+    # Before a model is opened, which may take long.
+    read = {text: counted(read_texts(path, o.documents), f"documents of {text}") for text, path in texts.items()}
     with (
         ending_on_sigterm(),
         text_model(name, trust_remote_code=o.trust_remote_code, device=o.device) as model,
     ):
         windows = windows_of(model, o.window, o.stride)
-        read = {text: counted(read_texts(path, o.documents), f"documents of {text}") for text, path in texts.items()}
         return windows, {
             text: text_loss(model, documents, windows, batch_size=o.batch_size) for text, documents in read.items()
         }

@@ -83,11 +83,11 @@ def main() -> None:
         require_writable(o.output)
     for name in (o.checkpoint, *o.samples):
         require_model(name)
-    prompts = _prompts(o)
+    prompts, how = _prompts(o), _how(o)
     rows: list[dict[str, Any]] = []
     with ending_on_sigterm():  # which removes the temporary model
         for name in [o.checkpoint, *o.samples]:
-            rows += _rows(name, prompts, o)
+            rows += _rows(name, prompts, how, o)
     if o.samples:
         _show_side_by_side(rows, [o.checkpoint, *o.samples])
     if o.output:
@@ -99,6 +99,8 @@ def _check(o: GenerateOptions) -> None:
         raise ConfigError("prompts: give texts to continue (--prompts), or a file of them (--file)")
     if o.system is not None and not (o.chat or o.file):
         raise ConfigError(f"system = {o.system!r}: is of conversations; add --chat")
+    if o.chat_template is not None and not (o.chat or o.file):
+        raise ConfigError(f"chat_template = {o.chat_template!r}: is of conversations; add --chat")
     if o.stream and o.samples:
         raise ConfigError("stream = True: shows one model's text; leave it out, or --samples")
 
@@ -110,7 +112,7 @@ def _prompts(o: GenerateOptions) -> "list[Prompt]":
     return prompts + (read_prompts(o.file, chat=o.chat, system=o.system) if o.file else [])
 
 
-def _rows(name: str, prompts: "Sequence[Prompt]", o: GenerateOptions) -> list[dict[str, Any]]:
+def _rows(name: str, prompts: "Sequence[Prompt]", how: "Continuing", o: GenerateOptions) -> list[dict[str, Any]]:
     """What the model `name` makes of the prompts, for the output; it is shown where there is no other model."""
     from megatron_ext.generation.sample import continued
     from megatron_ext.generation.text_model import text_model
@@ -118,24 +120,26 @@ def _rows(name: str, prompts: "Sequence[Prompt]", o: GenerateOptions) -> list[di
 
     with text_model(name, trust_remote_code=o.trust_remote_code, device=o.device) as model:
         if o.samples:
-            made = list(counted(continued(model, prompts, _how(o)), f"continuations by {name}"))
+            made = list(counted(continued(model, prompts, how), f"continuations by {name}"))
         else:
-            made = list(_shown(model, prompts, o))
+            made = list(_shown(model, prompts, how, stream=o.stream))
     return [_row(one, name, o) for one in made]
 
 
-def _shown(model: "TextModel", prompts: "Sequence[Prompt]", o: GenerateOptions) -> "Iterator[Continuation]":
+def _shown(
+    model: "TextModel", prompts: "Sequence[Prompt]", how: "Continuing", *, stream: bool
+) -> "Iterator[Continuation]":
     """The continuations, shown as soon as they are there."""
     from megatron_ext.generation.sample import continued
 
-    if not o.stream:
-        for made in continued(model, prompts, _how(o)):
+    if not stream:
+        for made in continued(model, prompts, how):
             print(f"{made.prompt.text}>>>{made.text}\n")
             yield made
         return
     for number, prompt in enumerate(prompts):
         print(f"{prompt.text}>>>", end="", flush=True)
-        yield from continued(model, [prompt], _how(o), write=_write_at_once, first=number)
+        yield from continued(model, [prompt], how, write=_write_at_once, first=number)
         print("\n")
 
 

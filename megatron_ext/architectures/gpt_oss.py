@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ext.architectures.tables.attention_fields import Groups, HeadWidth
 from megatron_ext.architectures.tables.base import Architecture
 from megatron_ext.architectures.tables.experts import MEGATRON_MLP, moe_only
-from megatron_ext.architectures.tables.fields import Always, ConfigRule, Field, Fixed, Ignored, said
+from megatron_ext.architectures.tables.fields import Always, ConfigRule, Field, Fixed, Ignored, require_list, said
 from megatron_ext.architectures.tables.llama_shape import LAYER, MEGATRON_LAYER, PROJECTION, QKV, SIZES, TRUNK
 from megatron_ext.architectures.tables.rope import Rope
 from megatron_ext.architectures.tables.routing_fields import EveryLayerMoe, ExpertWidth, SumsToOne
@@ -21,7 +21,14 @@ from megatron_ext.architectures.tables.rules import (
     in_moe_layers,
 )
 from megatron_ext.architectures.tables.storage_variants import Stacked
-from megatron_ext.architectures.tables.window_fields import FULL, SLIDING, LayerWindows, layer_types, window_of
+from megatron_ext.architectures.tables.window_fields import (
+    FULL,
+    OF_TYPES,
+    SLIDING,
+    LayerWindows,
+    layer_types,
+    window_of,
+)
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 
@@ -43,6 +50,7 @@ class AlternatingWindows(LayerWindows):
             return {}  # what is wrong is said of that one
         if types is None:
             types = [FULL if layer % 2 else SLIDING for layer in range(count)]
+        require_list("layer_types", types, OF_TYPES)
         if len(types) != count:
             raise ConversionError(f"{said('layer_types', types)}: needs one entry for each of {count} layers")
         return window_of(raw.get("sliding_window", WINDOW), types)

@@ -269,6 +269,9 @@ class _Reader:
             complaints = dict.fromkeys(_complaint(e) for e in error.errors())
             self.faults.append(f"{where} = {_shown(value)}: {' or '.join(complaints)}")
             return None
+        if beyond := [number for number in _numbers(valid) if abs(number) > _LARGEST]:
+            self.faults.append(f"{where} = {_shown(beyond[0])}: must be at most {_LARGEST:.2g}, which fp32 can hold")
+            return None
         if valid is not None and _is_path(annotation):
             for path in valid if isinstance(valid, list) else [valid]:
                 note_path(path)
@@ -305,6 +308,19 @@ _SAME_WORD = 0.8
 """The same of a key of another section."""
 _SAME_WORDS = 0.95
 """How alike a key is to one that has all its words, and others between them."""
+
+
+_LARGEST = 2.0**128 * (1 - 2.0**-24)
+"""In fp32."""
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Those with a fraction in a value; whole ones count something, and have limits of their own."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
 
 
 def _nearness(key: str, other: str) -> float:

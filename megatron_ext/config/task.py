@@ -53,7 +53,7 @@ class PreferenceTask:
     label_smoothing of pairs to be the wrong way round (2403.00409). simpo: 2405.14734. orpo: 2403.07691."""
     beta: float = Field(default=0.1, gt=0)
     """How much a difference of log-probabilities counts; of ipo the paper's tau, of orpo its lambda. 0.1 is usual on
-    sums (simpo 2 to 2.5), about 5 where log_probs is mean."""
+    sums (simpo 2 to 2.5), about 5 where log_probs is mean. 1e-6 to 100: beyond, fp32 has no gradient."""
     log_probs: Literal["sum", "mean"] | None = None
     """What is compared of an answer: the sum of its tokens' log-probabilities, or their mean (length-normalised DPO).
     ipo must say which: the paper has sums, its authors' experiments means. simpo and orpo have means. Default: sum."""

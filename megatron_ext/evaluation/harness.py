@@ -14,6 +14,7 @@ from megatron_ext.errors import ConfigError, DataError, EnvironmentFault
 from megatron_ext.evaluation.harness_options import HarnessOptions
 from megatron_ext.files import read_json_object, write_text
 from megatron_ext.foreign import fault_of, reading
+from megatron_ext.locks import exclusive_output
 from megatron_ext.monitoring.kept_results import METRICS, evaluation_folder
 from megatron_ext.monitoring.report.evaluations import INTERVAL
 
@@ -26,6 +27,8 @@ RESULTS_FILE = "lm_eval.json"
 """In the folder of an evaluation: the metrics, and what the harness says of each time that it was run."""
 _RUNS = "runs"
 _NO_FILTER = "none"
+_PATIENCE = 60.0
+"""Seconds that another process has for its scores: a file of a few megabytes, on a slow shared disk."""
 _HALF_95 = 1.96
 _DATA_HERE = (
     "the data set of a task is read from this machine: give dataset_path: json and dataset_kwargs: {data_files: ...} "
@@ -173,14 +176,20 @@ def metrics_of(found: Mapping[str, Any]) -> dict[str, float]:
 def keep(path: Path, model: str, found: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
     """Write `metrics` and what the harness says to `path`, beside what other tasks have left there.
 
+    Another process that does so at the same time is waited for: each reads what the other has written.
+
     Raises:
         DataError: there is a file of something else.
+        MegatronExtError: another process does not come to an end with it.
     """
-    before: dict[str, Any] = {METRICS: {}, _RUNS: []}
-    if path.is_file():
-        before = read_json_object(path, DataError)
-        if not isinstance(before.get(METRICS), dict) or not isinstance(before.get(_RUNS), list):
-            raise DataError(f"{path}: not written by tools/evaluate.py lm-eval; move it away, or give another --output")
-    runs = [*before[_RUNS], {"model": model, "dtype": "float32", **found}]
-    content = {METRICS: {**before[METRICS], **metrics}, _RUNS: runs}
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    with exclusive_output(path, "keeping scores", _PATIENCE):
+        before: dict[str, Any] = {METRICS: {}, _RUNS: []}
+        if path.is_file():
+            before = read_json_object(path, DataError)
+            if not isinstance(before.get(METRICS), dict) or not isinstance(before.get(_RUNS), list):
+                raise DataError(
+                    f"{path}: not written by tools/evaluate.py lm-eval; move it away, or give another --output"
+                )
+        runs = [*before[_RUNS], {"model": model, "dtype": "float32", **found}]
+        content = {METRICS: {**before[METRICS], **metrics}, _RUNS: runs}
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")

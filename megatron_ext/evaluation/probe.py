@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_ext.evaluation.samples import sample_metrics
-from megatron_ext.evaluation.text_loss import read_texts, text_loss, windows_of
+from megatron_ext.evaluation.text_loss import text_loss, windows_of
 from megatron_ext.files import write_text
 from megatron_ext.generation.prompts import Prompt
 from megatron_ext.generation.sample import Continuing, continued
@@ -18,9 +18,8 @@ def probe(
     model: TextModel,
     prompts: Sequence[Prompt],
     how: Continuing,
-    texts: Mapping[str, str | Path],
+    texts: Mapping[str, Iterable[str]],
     *,
-    documents: int | None,
     window: int | None = None,
     stride: int | None = None,
 ) -> Iterator[dict[str, float]]:
@@ -29,8 +28,7 @@ def probe(
     In an evaluation beside a run, what it writes is kept in the evaluation's folder.
 
     Args:
-        texts: files or folders by name.
-        documents: so many of each are read.
+        texts: documents by the name of their text.
     """
     if prompts:
         made = list(continued(model, prompts, how))
@@ -42,8 +40,8 @@ def probe(
             write_text(Path(folder) / SAMPLES_FILE, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
         yield {f"samples/{name}": value for name, value in sample_metrics(made).items()}
     windows = windows_of(model, window, stride)
-    for name, path in texts.items():
-        found = text_loss(model, read_texts(path, documents), windows, batch_size=how.batch_size)
+    for name, documents in texts.items():
+        found = text_loss(model, documents, windows, batch_size=how.batch_size)
         yield {
             f"text/{name}/{figure}": value
             for figure, value in found.record().items()

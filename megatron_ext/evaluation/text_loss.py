@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -117,6 +117,8 @@ def half_interval(amounts: Sequence[float], sizes: Sequence[float]) -> float:
 def read_texts(path: str | Path, most: int | None) -> Iterator[str]:
     """The documents of a file or folder that have any text, the first `most` of them, one at a time.
 
+    The first is read at once, so that a path without any is an error here.
+
     Raises:
         DataError: there is none, or one cannot be read.
     """
@@ -124,8 +126,7 @@ def read_texts(path: str | Path, most: int | None) -> Iterator[str]:
     first = next(texts, None)
     if first is None:
         raise DataError(f"{path}: holds no text")
-    yield first
-    yield from texts if most is None else islice(texts, max(most - 1, 0))
+    return chain([first], texts if most is None else islice(texts, max(most - 1, 0)))
 
 
 def text_loss(model: TextModel, texts: Iterable[str], windows: Windows, *, batch_size: int = 8) -> TextLoss:

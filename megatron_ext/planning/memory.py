@@ -103,8 +103,12 @@ def _stages(
     return list(zip(dense, expert, strict=True))
 
 
+def saved_tensors(run: RunConfig) -> Mapping[str, CanonicalTensor]:
+    """The tensors whose weights and optimizer state a checkpoint of `run` holds, by canonical name."""
+    return model_tensors(run.model) if run.adapters is None else adapter_tensors(run.model, run.adapters)
+
+
 def checkpoint_bytes(run: RunConfig) -> int:
     """Bytes of a checkpoint's tensors: trained weights, in fp32 the optimizer's own weights, and Adam's two moments."""
-    tensors = model_tensors(run.model) if run.adapters is None else adapter_tensors(run.model, run.adapters)
-    parameters = sum(tensor.size for tensor in tensors.values())
+    parameters = sum(tensor.size for tensor in saved_tensors(run).values())
     return parameters * ((4 if run.precision.kind == "fp32" else 2) + 4 + run.optimizer.moment_bytes)

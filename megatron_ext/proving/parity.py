@@ -66,6 +66,7 @@ class Cell:
     length: int = SEQUENCE_LENGTH
     seed: int = 1234
     lr: float = 1e-3
+    adam_eps: float = 1e-8
     documents: bool = False
     """Samples hold several documents, and attention stays within them."""
     backend: Backend = "torch"
@@ -85,7 +86,7 @@ class Cell:
     @property
     def optimizer(self) -> AdamConfig:
         """As a run's section `optimizer`."""
-        return AdamConfig(kind="adam", lr=self.lr)
+        return AdamConfig(kind="adam", lr=self.lr, adam_eps=self.adam_eps)
 
     @property
     def train(self) -> TrainConfig:

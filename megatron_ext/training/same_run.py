@@ -19,12 +19,15 @@ from megatron_ext.config import (
     DataConfig,
     LoraConfig,
     ModelConfig,
+    PreferenceTask,
     RunConfig,
+    SftTask,
     TaskConfig,
     TrainConfig,
     load_config,
     to_mapping,
 )
+from megatron_ext.config.base import config
 from megatron_ext.config.effective_value import effective_value
 from megatron_ext.config.model_fields import TRAINING_FIELDS
 from megatron_ext.data.stream.progress import from_json
@@ -114,13 +117,22 @@ def check_same_data(data: DataConfig, train: TrainConfig, checkpoint: Path) -> N
         raise CheckpointError(OTHER_SAMPLES.format(checkpoint, "\n".join(different)))
 
 
-def check_same_task(task: TaskConfig, checkpoint: Path) -> None:
-    """Raise CheckpointError where `checkpoint` was trained for another loss than `task`."""
-    then = read_run(checkpoint).get("task") or to_mapping(PRETRAIN)  # older ones knew nothing else
-    now = to_mapping(task)
+def check_same_task(task: TaskConfig, checkpoint: Path, *, has_adapters: bool) -> None:
+    """Raise CheckpointError where `checkpoint` was trained for another loss than `task`.
+
+    What a key that is left out means is as good as what another says.
+
+    Args:
+        has_adapters: whether this run trains adapters, which a reference that is not named depends on.
+    """
+    saved = read_run(checkpoint)
+    raw = saved.get("task") or to_mapping(PRETRAIN)  # older ones knew nothing else
+    source = str(checkpoint / RUN_FILE)
+    then = _meaning(load_config(_Task, {"task": raw}, source=source).task, saved.get("adapters") is not None)
+    now = _meaning(task, has_adapters)
     different = [
         f"  task.{key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} in this run"
-        for key in ("kind", "weighting", "loss", "log_probs", "reference")
+        for key in dict.fromkeys([*then, *now])
         if then.get(key) != now.get(key)
     ]
     if different:
@@ -130,6 +142,23 @@ def check_same_task(task: TaskConfig, checkpoint: Path) -> None:
             + "\nSet it back, or start a new run "
             "from its weights: another checkpoint.directory, and checkpoint.initialize_from"
         )
+
+
+@config
+class _Task:
+    """The section `task` alone."""
+
+    task: TaskConfig
+
+
+def _meaning(task: TaskConfig, has_adapters: bool) -> dict[str, str]:
+    """What decides which loss `task` is, by key, with defaults applied."""
+    if isinstance(task, SftTask):
+        return {"kind": task.kind, "weighting": task.weighting}
+    if isinstance(task, PreferenceTask):
+        compared, reference = "mean" if task.by_means else "sum", task.reference_of(has_adapters=has_adapters)
+        return {"kind": task.kind, "loss": task.loss, "log_probs": compared, "reference": reference}
+    return {"kind": task.kind}
 
 
 def check_same_adapters(model: ModelConfig, adapters: LoraConfig | None, checkpoint: Path) -> None:

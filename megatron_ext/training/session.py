@@ -211,7 +211,7 @@ class Session:
         check_same_model(trained_model(self.run.model, state, checkpoint), checkpoint)
         check_same_adapters(self.run.model, self.run.adapters, checkpoint)
         if state.consumed_samples:
-            check_same_task(self.run.task, checkpoint)
+            check_same_task(self.run.task, checkpoint, has_adapters=self.run.adapters is not None)
             check_same_data(self.run.data, self.run.train, checkpoint)
         was_trained = not holds_adapters(checkpoint) or holds_optimizer(checkpoint)
         if self.run.checkpoint.load_optimizer and was_trained:

@@ -29,8 +29,7 @@ from megatron_ext.monitoring.sinks.tensorboard import require_tensorboard
 from megatron_ext.planning.amounts import size
 from megatron_ext.planning.check import describe_run
 from megatron_ext.planning.epochs import MANY_EPOCHS, source_uses
-from megatron_ext.planning.memory import checkpoint_bytes
-from megatron_ext.planning.room import checkpoints_to_come, saved_steps
+from megatron_ext.planning.room import bytes_on_disk, checkpoints_to_come, saved_steps
 from megatron_ext.runtime.cpu_speed import slow_precision
 from megatron_ext.training.data_files import DataFiles, collecting
 from megatron_ext.training.findings import Findings
@@ -222,8 +221,9 @@ class _Examination:
                 check_same_model(trained_model(self._model, self._state, newest), newest)
         if self._data is not None and self._train is not None and self._state.consumed_samples:
             with collecting(faults):
-                if (task := self._values.get("task")) is not None:
-                    check_same_task(task, newest)
+                # A section with a fault of its own is not among the values.
+                if (task := self._values.get("task")) is not None and "adapters" in self._values:
+                    check_same_task(task, newest, has_adapters=self._values["adapters"] is not None)
                 check_same_data(self._data, self._train, newest)
             if self._data.order == 1:
                 with collecting(faults):
@@ -345,7 +345,7 @@ class _Examination:
         there = [iteration_of(path) for path in complete_checkpoints(Path(settings.directory))]
         coming = checkpoints_to_come(settings, done, last, there)
         free = shutil.disk_usage(_existing(Path(settings.directory))).free
-        each = checkpoint_bytes(run)
+        each = bytes_on_disk(run)
         keep = f"keep_last = {settings.keep_last}" if settings.keep_last else "all are kept"
         self.found.room = f"about {size(each)} each, {saves:,} to come ({keep}); {size(free)} are free there"
         where = f"checkpoint.directory = {named(settings.directory)}"

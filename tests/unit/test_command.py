@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
-from megatron_ext.command import parse_command, run_command
+from megatron_ext.command import parse_command, run_command, run_parser
 from megatron_ext.config.base import config
 from megatron_ext.errors import CheckpointError, ConfigError
 
@@ -199,3 +199,10 @@ def test_a_name_in_another_encoding_is_printed() -> None:
     code = "import os; from megatron_ext.command import run_command as r; r(lambda: print(os.fsdecode(b'caf\\xe9')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\udce9\n", "")
+
+
+def test_overrides_are_no_part_of_what_a_run_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_parser("a tool").parse_args(["run.yaml"]).overrides == []
+    with pytest.raises(SystemExit):
+        run_parser("a tool").parse_args([])
+    assert capsys.readouterr().err.endswith("required: RUN.yaml\n")

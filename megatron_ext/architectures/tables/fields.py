@@ -50,6 +50,7 @@ UNKNOWN = {
 """The way out of single fields that no table knows."""
 MOST = {"num_layers": 2_000, "num_moe_experts": 5_000}
 """Numbers above which nothing is looked at further: each of them has tensors, whose names would fill the memory."""
+_NOT_SO = "no class reads that here; write the number, list or name that the model was published with"
 WAY_OUT = (
     "  What does not change this model can be taken out of a copy of its config.json; what does needs a field in its "
     "table (CONTRIBUTING.md, Add an architecture)."
@@ -248,8 +249,8 @@ class LayerPattern(ConfigRule):
 
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         stated = raw.get(self.hf)
-        if stated is not None and not isinstance(stated, list):
-            raise ConversionError(f"{self.hf} = {stated!r}: expected a list with one entry a layer")
+        if stated is not None:
+            require_list(self.hf, stated, "with one entry a layer")
         return {} if stated is None else {"moe_layer_freq": stated}
 
 
@@ -294,6 +295,12 @@ def said(name: str, value: Any) -> str:
     return f"{name} = {text if len(text) <= 200 else f'{text[:200]}...'}"
 
 
+def require_list(name: str, value: Any, of_what: str) -> None:
+    """Raise ConversionError where the value of a field is no list; `of_what` says what it has to hold."""
+    if not isinstance(value, list):
+        raise ConversionError(f"{said(name, value)}: expected a list {of_what}")
+
+
 def says_nothing(name: str, value: Any) -> bool:
     """Whether a field that shared code of all classes reads has the value that is meant without it."""
     return (name == "is_causal" and value is True) or (
@@ -328,9 +335,9 @@ def config_to_megatron(rules: tuple[ConfigRule, ...], raw: Mapping[str, Any], *,
             fields.update(rule.to_megatron(raw))
         except ConversionError as error:
             faults.append(str(error))
-        except (TypeError, ValueError, ArithmeticError) as error:  # of a rule that computes with what it is given
+        except (TypeError, ValueError, ArithmeticError):  # of a rule that computes with what it is given
             stated = {name: raw[name] for name in rule.hf_names() if name in raw}
-            faults.append(f"{_listed(stated)}: not what this field may be ({error})")
+            faults.append(f"{_listed(stated)}: {_NOT_SO}")
     if not faults:
         try:
             return load_config(ModelConfig, fields, source=source)

@@ -144,7 +144,11 @@ class Rope(ConfigRule):
         given = {key: value for key, value in nested.items() if value is not None}
         if nested.get("truncate", True) is None:
             raise ConversionError(f"{name}.truncate is null: write true or false, or remove it where that is true")
-        kinds = {given.pop(key) for key in ("rope_type", "type") if key in given}
+        named = {key: given.pop(key) for key in ("rope_type", "type") if key in given}
+        for key, value in named.items():
+            if not isinstance(value, str):
+                raise ConversionError(f"{said(f'{name}.{key}', value)}: expected one of {', '.join(self.scalings)}")
+        kinds = set(named.values())
         kind = kinds.pop() if kinds else "default"
         if kinds:
             raise ConversionError(f"{name} has another type than rope_type: {nested!r}; remove one of them")

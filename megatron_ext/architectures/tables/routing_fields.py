@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_ext.architectures.tables.fields import ConfigRule
+from megatron_ext.architectures.tables.fields import ConfigRule, require_list, said
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 
@@ -55,6 +55,9 @@ class SparseStep(ConfigRule):
     def to_megatron(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         step, dense = raw.get("decoder_sparse_step") or 1, raw.get("mlp_only_layers") or []
         layers = raw.get("num_hidden_layers")
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise ConversionError(f"{said('decoder_sparse_step', step)}: expected a whole number of layers")
+        require_list("mlp_only_layers", dense, "of numbers of layers")
         if not isinstance(layers, int) or (step == 1 and not dense):
             return {}
         return {"moe_layer_freq": [int(layer not in dense and (layer + 1) % step == 0) for layer in range(layers)]}

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.architectures.tables.fields import ConfigRule, said
+from megatron_ext.architectures.tables.fields import ConfigRule, require_list, said
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import ConversionError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+OF_TYPES = f"with {FULL} or {SLIDING} for each layer"
+"""What `layer_types` has to be."""
 NAMES = ("sliding_window", "window_attn_skip_freq")
 
 
@@ -61,6 +63,7 @@ class LayerWindows(ConfigRule):
         window, types = raw.get("sliding_window"), raw.get("layer_types")
         if types is None:
             return {"sliding_window": window}
+        require_list("layer_types", types, OF_TYPES)
         return window_of(window, types)
 
 
@@ -113,9 +116,11 @@ class SlidingWindow(ConfigRule):
                 f"{self.switch} = True, {said('sliding_window', window)}: versions of transformers differ about which "
                 f"layers of this class have it; say in layer_types which were trained so ({SLIDING}, {FULL})"
             )
+        if types is not None:
+            require_list("layer_types", types, OF_TYPES)
         has_window = self.layers if window is not None else None
         usual = [SLIDING if has_window and has_window(raw, layer) else FULL for layer in range(count)]
-        if types is not None and not self.reads_types and list(types) != usual:
+        if types is not None and not self.reads_types and types != usual:
             raise ConversionError(f"{said('layer_types', types)}: this class has the same attention in every layer")
         if types is not None and len(types) != count:
             raise ConversionError(f"{said('layer_types', types)}: needs one entry for each of {count} layers")

@@ -7,6 +7,8 @@ from megatron_ext.config.data import Stage
 from megatron_ext.config.rules.registry import BACKEND, rule
 from megatron_ext.config.task import WITHOUT_REFERENCE
 
+_MOST, _LEAST = 100.0, 1e-6
+"""Of task.beta: exp(-104) is the least positive number of fp32, and 1e-8 Adam's usual epsilon."""
 _OF_TEXT = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids", "pack_documents")
 
 
@@ -55,6 +57,25 @@ def _what_is_compared_is_said(loss: str, log_probs: str | None) -> str | None:
         return "ipo's paper has sums, its authors' experiments have means, with another best beta: say sum or mean"
     if loss in WITHOUT_REFERENCE and log_probs == "sum":
         return f"{loss} compares mean log-probabilities; leave task.log_probs out"
+    return None
+
+
+@rule("task.beta")
+def _differences_have_a_gradient(beta: float) -> str | None:
+    if beta > _MOST:
+        return (
+            f"above {_MOST:g} a difference of one nat, as a single token makes, has no gradient left in fp32; papers "
+            "have 0.01 to 10"
+        )
+    if beta < _LEAST:
+        return f"below {_LEAST:g} gradients drown in optimizer.adam_eps; papers have 0.01 to 10"
+    return None
+
+
+@rule("task.gamma", "task.beta")
+def _margin_is_within_reach(gamma: float | None, beta: float) -> str | None:
+    if gamma is not None and beta <= _MOST < gamma:
+        return f"above {_MOST:g} no pair ever reaches the margin; the paper has about half of task.beta"
     return None
 
 

@@ -7,6 +7,7 @@ is the beginning of their text of more.
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.prepare.chat_rows import ASSISTANT, BadRow, Conversation
-from megatron_ext.data.prepare.template_variables import with_variables
+from megatron_ext.data.prepare.template_variables import names_in, with_variables
 from megatron_ext.errors import DataError
 from megatron_ext.foreign import reading
 
@@ -265,9 +266,30 @@ class ChatTemplate:
 
 
 def read_template(path: str | Path) -> str:
-    """The template in a file; DataError where it cannot be read."""
-    with reading(path, DataError, kind="a chat template"):
-        return Path(path).read_text(encoding="utf-8")
+    """The template in a file.
+
+    Raises:
+        DataError: it cannot be read, or is something else: nothing in it writes a conversation.
+    """
+    with reading(path, DataError, kind="a chat template", advice=_A_TEMPLATE):
+        text = Path(path).read_text(encoding="utf-8")
+        names = names_in(text)
+    # A tokenizer_config.json may have a template in it, and parse as one.
+    if "messages" not in names or _is_json(text):
+        said = "is JSON" if _is_json(text) else "writes no messages" if text.strip() else "is empty"
+        raise DataError(f"{path}: {said}; {_A_TEMPLATE}")
+    return text
+
+
+_A_TEMPLATE = "give a file of Jinja that writes `messages`, such as a model's chat_template.jinja"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _template_of(loaded: Any, directory: Path) -> str:

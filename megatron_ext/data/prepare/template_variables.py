@@ -67,11 +67,16 @@ def with_variables(template: str, given: Sequence[str]) -> str:
     return defaults + ("\n" if template.startswith("\n") else "") + template
 
 
-def _variables_of(template: str) -> set[str]:
-    """Names that `template` takes from whoever renders it, but for rows and special tokens."""
+def names_in(template: str) -> set[str]:
+    """Names that `template` takes from whoever renders it; jinja2.TemplateError where it is no template."""
     environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols])
+    return meta.find_undeclared_variables(environment.parse(_MARK.sub("", template)))
+
+
+def _variables_of(template: str) -> set[str]:
+    """Those names but for rows and special tokens."""
     try:
-        names = meta.find_undeclared_variables(environment.parse(_MARK.sub("", template)))
+        names = names_in(template)
     except TemplateError as error:
         raise DataError(f"the chat template cannot be read: {error}") from error
     return {name for name in names - _OF_ROWS - _OF_READERS if not name.endswith("_token")}

@@ -10,8 +10,7 @@ from megatron_ext.checkpoint.find import complete_checkpoints, iteration_of
 from megatron_ext.config import RunConfig
 from megatron_ext.monitoring.events import Event, Tell
 from megatron_ext.planning.amounts import size
-from megatron_ext.planning.memory import checkpoint_bytes
-from megatron_ext.planning.room import checkpoints_to_come
+from megatron_ext.planning.room import bytes_on_disk, checkpoints_to_come
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.session import Session
 
@@ -28,7 +27,7 @@ class DiskRoom(Hook):
     def __init__(self, run: RunConfig, tell: Tell) -> None:
         self._settings, self._tell = run.checkpoint, tell
         self._last = min(run.train.train_iters, run.train.stop_at_iteration or run.train.train_iters)
-        self._each = checkpoint_bytes(run)
+        self._each = bytes_on_disk(run)
         self._missing = 0
         """What was said last: 0 is enough, 1 too little for all that come, 2 for the next one."""
         self._iteration, self._looked_at = 0, 0.0

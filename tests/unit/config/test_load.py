@@ -240,6 +240,7 @@ def test_files_that_are_not_yaml_are_one_error(content: bytes, tmp_path: Path) -
     ("override", "expected"),
     [
         ("optimizer.lr=.inf", "optimizer.lr = inf: must be a finite number"),
+        ("optimizer.lr=1.0e+300", r"optimizer.lr = 1e\+300: must be at most 3.4e\+38, which fp32 can hold"),
         ("train.seed=4294967296", "must be less than 2147483648"),
         ("precision.kind=[1]", r"precision.kind = \[1\]: must be one of fp32, bf16"),
         ("precision=null", "precision = None: must be a mapping of keys"),

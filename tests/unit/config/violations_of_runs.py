@@ -286,6 +286,12 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["hinge has no label smoothing", "hinge aims at no margin; leave task.gamma out"],
     ),
     ({"task": {"kind": "preference", "loss": "simpo"}}, ["set task.gamma, about half of task.beta"]),
+    ({"task": {"kind": "preference", "beta": 1e30}}, ["task.beta = 1e+30: above 100 a difference of one nat"]),
+    ({"task": {"kind": "preference", "beta": 1e-9}}, ["task.beta = 1e-09: below 1e-06 gradients drown"]),
+    (
+        {"task": {"kind": "preference", "loss": "simpo", "gamma": 1e9}},
+        ["task.gamma = 1000000000.0, task.beta = 0.1: above 100 no pair ever reaches the margin"],
+    ),
     ({"task": {"kind": "preference", "loss": "robust"}}, ["without label_smoothing robust is sigmoid"]),
     (
         {"task": {"kind": "preference", "reference": "adapters_off"}, "model": {"output_z_loss_coeff": 1e-4}},

@@ -1,5 +1,6 @@
 """Which tokens of a conversation are trained on; every way in which that goes wrong unnoticed elsewhere is refused."""
 
+import json
 import random
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer as Fast
 
 from megatron_ext.data.prepare.chat_rows import BadRow, Conversation, Left, conversation_of
 from megatron_ext.data.prepare.chat_samples import ChatEncoder, ChatSample
-from megatron_ext.data.prepare.chat_template import ChatTemplate
+from megatron_ext.data.prepare.chat_template import ChatTemplate, read_template
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.tokenizer.load import load_tokenizer
 from megatron_ext.errors import ConfigError, DataError
@@ -338,3 +339,26 @@ def test_plain_text_is_read_as_in_pretraining_and_cut_where_it_is_long(directory
         assert all(list(sample.counts) == [False] + [True] * (len(sample.ids) - 1) for sample in samples)
     (pair,) = encoder_of(directory).samples(conversation_of({"prompt": "u:", "completion": " a"}))
     assert trained(directory, pair) == [" a<|endoftext|>"]
+
+
+def test_a_file_that_is_no_template_is_refused(tmp_path: Path) -> None:
+    good = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (tmp_path / "good.jinja").write_text(good)
+    assert read_template(tmp_path / "good.jinja") == good
+    way_out = "give a file of Jinja that writes `messages`, such as a model's chat_template.jinja"
+    (tmp_path / "folder").mkdir()
+    for name, content, fault in (
+        ("folder", None, "Is a directory"),
+        ("missing", None, "No such file or directory"),
+        ("binary", b"\x80\x00\x01", r"cannot be read as a chat template \(not UTF-8 at byte 0\)"),
+        ("zeros", bytes(64), "writes no messages"),
+        ("empty", b" \n", "is empty"),
+        ("plain.txt", b"Hello", "writes no messages"),
+        ("other.jinja", b"{{ prompt }}", "writes no messages"),
+        ("broken.jinja", b"{% for m in messages %}", "cannot be read as a chat template .*endfor"),
+        ("tokenizer_config.json", json.dumps({"chat_template": good}).encode(), "is JSON"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: {fault}.*; {way_out}"):
+            read_template(tmp_path / name)

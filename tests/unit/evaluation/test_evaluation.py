@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,6 +32,7 @@ from megatron_ext.monitoring.report.phases import RunFiles
 from tests.support.commands import TOOLS, command
 from tests.unit.data.chats import chat_tokenizer
 from tests.unit.model_io.own_models import MODELS, write_checkpoint
+from tools import evaluate as evaluate_tool
 
 TEXTS = ["the model learns from text", "日本語の文章", "a", "every token counts once, from what is before it " * 3]
 
@@ -299,6 +301,31 @@ def test_the_harness_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EnvironmentFault, match=r"needs lm-evaluation-harness: pip install lm-eval \(or megatron-ext\["):
         require_harness()
+
+
+def test_texts_are_looked_at_before_a_model_is_opened(tmp_path: Path) -> None:
+    for word in ("loss", "probe"):
+        with pytest.raises(DataError, match=r"missing\.jsonl: no such file or folder"):
+            evaluate_tool.COMMANDS[word][0]([str(tmp_path / "model"), "--texts", f"ja={tmp_path / 'missing.jsonl'}"])
+
+
+_KEEPS = """
+import sys
+from pathlib import Path
+from megatron_ext.evaluation.harness import keep
+for number in range(20):
+    keep(Path(sys.argv[1]), "runs/a", {}, {f"{sys.argv[2]}/{number}": float(number)})
+"""
+
+
+def test_two_processes_that_keep_scores_at_the_same_time_lose_none(tmp_path: Path) -> None:
+    place = tmp_path / "evaluation" / RESULTS_FILE
+    writers = [subprocess.Popen([sys.executable, "-c", _KEEPS, place, name]) for name in ("a", "b")]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    kept = json.loads(place.read_text())
+    assert kept["metrics"] == {f"{name}/{number}": float(number) for name in "ab" for number in range(20)}
+    assert len(kept["runs"]) == 40
+    assert [path.name for path in place.parent.iterdir()] == [RESULTS_FILE], "no lock is left"
 
 
 def test_scores_by_hand_join_those_beside_the_run(tmp_path: Path) -> None:

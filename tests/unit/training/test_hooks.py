@@ -18,7 +18,7 @@ from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.monitoring.sources import ValidationReport
-from megatron_ext.planning.memory import checkpoint_bytes
+from megatron_ext.planning.room import bytes_on_disk
 from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
@@ -175,7 +175,7 @@ def test_steps_that_are_passed_over_count_for_nothing(tmp_path: Path, monkeypatc
 def test_too_little_room_for_checkpoints_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, told, free = fake_session(tmp_path, train={"train_iters": 6}), list[Event](), [0]
     run = replace(session.run, checkpoint=replace(session.run.checkpoint, save_interval=2))
-    each = checkpoint_bytes(run)
+    each = bytes_on_disk(run)
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free[0]))
     hook = DiskRoom(run, told.append)
     free[0] = 3 * each

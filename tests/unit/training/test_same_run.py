@@ -65,12 +65,29 @@ def test_the_beta_of_preferences_may_change_as_a_learning_rate_may_but_not_their
     run = load(mapping(task=task, data=data, checkpoint=checkpoint))
     write_run(tmp_path, to_mapping(run))
     now = replace(run, task=replace(run.task, beta=0.2, label_smoothing=0.05))
-    check_same_task(now.task, tmp_path)
+    check_same_task(now.task, tmp_path, has_adapters=False)
     changed = [("task.beta", "0.1", "0.2"), ("task.label_smoothing", "0.1", "0.05")]
     assert changed_keys(now, tmp_path) == [f"{key}: {old} -> {new}" for key, old, new in changed]
     assert levers(now, tmp_path) == changed
     with pytest.raises(CheckpointError, match=r"task\.loss: 'robust' in the checkpoint, 'sigmoid' in this run"):
-        check_same_task(replace(run.task, loss="sigmoid"), tmp_path)
+        check_same_task(replace(run.task, loss="sigmoid"), tmp_path, has_adapters=False)
+
+
+def test_a_default_that_is_written_out_is_the_same_task(tmp_path: Path) -> None:
+    data, checkpoint = {"cache_dir": None}, {"initialize_from": "m"}
+    run = load(mapping(task={"kind": "preference"}, data=data, checkpoint=checkpoint))
+    saved = to_mapping(run)
+    del saved["task"]["reference"], saved["task"]["loss"]  # as in a checkpoint that is older than these keys
+    write_run(tmp_path, saved)
+    check_same_task(replace(run.task, log_probs="sum", reference="file"), tmp_path, has_adapters=False)
+    with pytest.raises(CheckpointError, match=r"task\.reference: 'file' in the checkpoint, 'none' in this run"):
+        check_same_task(replace(run.task, reference="none"), tmp_path, has_adapters=False)
+    # What the same empty key means depends on adapters.
+    with pytest.raises(CheckpointError, match=r"task\.reference: 'file' in the checkpoint, 'adapters_off' in this run"):
+        check_same_task(run.task, tmp_path, has_adapters=True)
+    simpo = replace(run.task, loss="simpo", gamma=0.5)
+    write_run(tmp_path, to_mapping(replace(run, task=simpo)))
+    check_same_task(replace(simpo, log_probs="mean", reference="none"), tmp_path, has_adapters=False)
 
 
 def test_other_adapters_or_none_are_told_by_what_they_are_and_not_by_their_tensors(tmp_path: Path) -> None:
