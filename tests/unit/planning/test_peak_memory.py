@@ -123,6 +123,33 @@ def test_peak_is_what_training_needs(name: str, pool: GlooPool) -> None:
     assert estimated.activations > 0.3 * estimated.total  # or the state alone would decide
 
 
+def test_activations_in_the_hosts_memory_are_counted_there(pool: GlooPool) -> None:
+    """Six of eight layers move all that they keep: on the device two layers' are left, beside the last two's."""
+    kept = run_of(tiny_model(num_layers=8, **WIDE), ParallelConfig(), samples=4, rows=2, length=256)
+    moved = replace(kept, recompute=RecomputeConfig(offload_layers=6, offload_min_bytes=1))
+    (all_here,), (some_there,) = (pool.run(1, measure_step, run) for run in (kept, moved))
+    plans = [peak_memory(run, run.resolve(1), on_cpu=True) for run in (kept, moved)]
+    figures = (
+        ("device", plans[1].total, some_there.peak),
+        ("host", plans[1].on_host, some_there.on_host),
+        ("saved on the device", plans[0].total - plans[1].total, all_here.peak - some_there.peak),
+    )
+    for name, estimated, counted in figures:
+        print(f"{name}: estimated {estimated / 2**20:.2f} MiB, counted {counted / 2**20:.2f}")
+        assert estimated == pytest.approx(counted, rel=0.10), name
+    assert all_here.on_host == plans[0].on_host == 0
+
+
+def test_what_the_host_keeps_of_moments_is_counted() -> None:
+    model, parallel = LLAMA_LAYERS, ParallelConfig()
+    run = run_of(model, parallel, samples=8, rows=1, length=4096, precision=Bf16Precision(kind="bf16"))
+    on_host = replace(run, optimizer=replace(run.optimizer, moments_on_host=True, exp_avg_dtype="bf16"))
+    here, there = (peak_memory(one, one.resolve(4)) for one in (run, on_host))
+    parameters = here.state / (2 + 4 + (4 + 8) / 4)  # a quarter of optimizer and master weights
+    assert there.on_host == pytest.approx(parameters * (2 + 4) / 4)
+    assert here.state - there.state == pytest.approx(parameters * 8 / 4)
+
+
 def test_stages_hold_as_many_micro_batches_as_come_after_them() -> None:
     """1F1B: the first of four stages keeps four micro-batches, and interleaved a little more than those."""
     model = replace(LLAMA_LAYERS, num_layers=16)

@@ -167,6 +167,17 @@ def test_what_costs_time_costs_time() -> None:
     updated = held.dense / 8 + held.experts
     assert here == pytest.approx(1.1 * updated * 42 / 2.7e12)
     assert there - here == pytest.approx(1.1 * updated * 2 * 8 / 50e9)
+    # What three layers keep travels out beside a forward pass and in beside a backward pass: twice as far as it is longer.
+    offload = RecomputeConfig(offload_layers=3)
+    one = with_layout(run, ParallelConfig(expert_model_parallel_size=8), 1, offload)
+    fast, slow = (
+        step_time(one, layout, [held], one.step_shapes[0], replace(H100, host_gb_s=rate)).host for rate in (1e6, 0.001)
+    )
+    numbers = 1024 // 8
+    micro = MicroBatch(1, 4096, imbalance=H100.expert_imbalance)
+    moved = LayerFormulas(one.model, layout, one.parallel, one.precision, offload, micro).layer(is_moe=True).kept
+    assert fast == 0
+    assert slow == pytest.approx(numbers * 3 * 2 * moved / 1e6, rel=1e-3)  # beside which a layer's time is nothing
     # Over two nodes a token of two experts crosses once where both are on the other one; and shared experts hide some.
     sent = {"expert_model_parallel_size": 8}
     shared = replace(run, model=replace(run.model, moe_shared_expert_intermediate_size=4096))
