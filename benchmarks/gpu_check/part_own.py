@@ -132,9 +132,9 @@ def _rotation(name: str, projected: Tensor, head: int) -> Operation:
 
     def run(triton: bool) -> list[Tensor]:
         if triton:
-            from megatron_ext.mcore.kernels.rotary import rotate
+            from megatron_ext.mcore.kernels.rotary import HALVES, rotate
 
-            turned = rotate(x, *turns, neighbours=False)
+            turned = rotate(x, *turns, HALVES)
         else:
             turned = _apply_rotary_pos_emb_bshd(x, both)
         return [turned, *torch.autograd.grad(turned, x, grad)]

@@ -118,7 +118,7 @@ def test_rotation(
     neighbours: bool,
 ) -> None:
     """megatron-core's formula in fp32, rounded once; of queries as they lie in the projection; and its gradient."""
-    from megatron_ext.mcore.kernels.rotary import rotate
+    from megatron_ext.mcore.kernels.rotary import HALVES, NEIGHBOURS, rotate
 
     projection = random(*shape, 2 * (2 * half + rest), dtype=dtype)
     angles = 100 * random(shape[0], half, seed=1)
@@ -128,8 +128,39 @@ def test_rotation(
     expected = _apply_rotary_pos_emb_bshd(queries, both[:, None, None], rotary_interleaved=neighbours, mscale=1.5)
     here = projection.to(where).requires_grad_()
     cosines, sines = (1.5 * turn.to(where) for turn in (angles.cos(), angles.sin()))
-    measured = rotate(here.chunk(2, dim=-1)[0], cosines, sines, neighbours=neighbours)
+    measured = rotate(here.chunk(2, dim=-1)[0], cosines, sines, NEIGHBOURS if neighbours else HALVES)
     assert measured.is_contiguous()
+    upstream = random(*measured.shape, dtype=dtype, seed=2)
+    (gradient,) = torch.autograd.grad(measured, here, upstream.to(where))
+    (wanted,) = torch.autograd.grad(expected, exact, upstream.float())
+    assert_near(measured, expected.to(dtype), UNIT[dtype])
+    assert_near(gradient, wanted.to(dtype), UNIT[dtype])
+
+
+@FEW
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 5)),
+    half=st.integers(1, 33),
+    rest=st.integers(0, 5),
+    dtype=DTYPES,
+)
+@example(shape=(2, 2, 4), half=32, rest=128, dtype=torch.bfloat16)
+def test_rotation_of_latent_attention(
+    where: torch.device, shape: tuple[int, int, int], half: int, rest: int, dtype: torch.dtype
+) -> None:
+    """megatron-core's formula of the last dimensions, taken as neighbours and sorted into halves; and its gradient."""
+    from megatron_ext.mcore.kernels.rotary import LATENT, rotate
+
+    heads = random(*shape, rest + 2 * half, dtype=dtype)
+    angles = 100 * random(shape[0], half, seed=1)
+    exact = heads.float().requires_grad_()
+    still, turns = exact.split((rest, 2 * half), dim=-1)
+    both = angles.repeat(1, 2)[:, None, None]
+    turned = _apply_rotary_pos_emb_bshd(turns, both, multi_latent_attention=True, mscale=1.5)
+    expected = torch.cat((still, turned), dim=-1)
+    here = heads.to(where).requires_grad_()
+    cosines, sines = (1.5 * turn.to(where) for turn in (angles.cos(), angles.sin()))
+    measured = rotate(here, cosines, sines, LATENT)
     upstream = random(*measured.shape, dtype=dtype, seed=2)
     (gradient,) = torch.autograd.grad(measured, here, upstream.to(where))
     (wanted,) = torch.autograd.grad(expected, exact, upstream.float())
