@@ -204,7 +204,9 @@ class Offload:
         self._coming: _Pass | None = None
 
     @contextlib.contextmanager
-    def around(self, layer: torch.nn.Module, hidden: Tensor, *, is_first: bool, moves: bool) -> Iterator["_Pass | None"]:
+    def around(
+        self, layer: torch.nn.Module, hidden: Tensor, *, is_first: bool, moves: bool
+    ) -> Iterator["_Pass | None"]:
         """While open `layer` computes.
 
         Args:

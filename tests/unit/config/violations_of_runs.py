@@ -171,7 +171,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     (
         {"recompute": {"granularity": "selective", "modules": ["core_attn", "shared_experts"]}},
-        ["recompute.modules = ['core_attn', 'shared_experts']", "the model has no shared_experts; leave it out: it has"],
+        [
+            "recompute.modules = ['core_attn', 'shared_experts']",
+            "the model has no shared_experts; leave it out: it has",
+        ],
     ),
     ({"recompute": {"num_layers": 2}}, ["have no effect; set granularity: full"]),
     ({"recompute": {"offload_layers": 5}}, ["recompute.offload_layers = 5", "only 4 layers"]),

@@ -5,11 +5,20 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config import Bf16Precision, ModelConfig, ParallelConfig, RecomputeConfig, RunConfig, TrainConfig
+from megatron_ext.config import (
+    Bf16Precision,
+    ModelConfig,
+    MultiLatentAttention,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_ext.planning.peak_memory import peak_memory
-from megatron_ext.testing.live_memory import measure_step
+from megatron_ext.testing.live_memory import MeasuredMemory, measure_step
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
+from megatron_ext.testing.triton_interpreter import mend_interpreter, why_not_interpreting
 from tests.support.minimal_run import load, mapping
 
 LLAMA_LAYERS = ModelConfig(
@@ -68,6 +77,13 @@ GPT_OSS: dict[str, Any] = {
     "moe_ffn_hidden_size": 768,
     "moe_router_linear_bias": True,
 }
+LATENT: dict[str, Any] = {
+    "num_query_groups": None,
+    # Values as wide as keys: elsewhere the attention of a CPU, and of that alone, has whole S x S matrices.
+    "multi_latent_attention": MultiLatentAttention(
+        kv_lora_rank=24, q_lora_rank=40, qk_head_dim=16, qk_pos_emb_head_dim=16, v_head_dim=32
+    ),
+}
 CASES = {
     "dense bf16, windows and sinks, norms again": (
         1,
@@ -91,6 +107,20 @@ CASES = {
         {},
         "bf16",
         RecomputeConfig(logits=True),
+    ),
+    "latent MoE fp32, all but routed experts again": (
+        1,
+        tiny_model(moe=True, **(WIDE | LATENT), moe_shared_expert_intermediate_size=384),
+        {},
+        "fp32",
+        RecomputeConfig(granularity="selective", modules=["core_attn", "shared_experts", "mlp", "layernorm"]),
+    ),
+    "MoE bf16, MoE layers again": (
+        1,
+        tiny_model(moe=True, **WIDE, vocab_size=2048, moe_first_k_dense=3),
+        {},
+        "bf16",
+        RecomputeConfig(granularity="selective", modules=["moe"]),
     ),
     "MoE bf16, TP2 SP EP2 PP2 VPP2": (
         4,
@@ -121,6 +151,25 @@ def test_peak_is_what_training_needs(name: str, pool: GlooPool) -> None:
     print(f"estimated {estimated.total / 2**20:.2f} MiB, counted {measured / 2**20:.2f}")
     assert estimated.total == pytest.approx(measured, rel=0.10)
     assert estimated.activations > 0.3 * estimated.total  # or the state alone would decide
+
+
+def measure_interpreted_step(run: RunConfig) -> MeasuredMemory:
+    mend_interpreter()
+    return measure_step(run)
+
+
+def test_peak_with_our_own_kernels_is_what_training_needs(pool: GlooPool) -> None:
+    if (missing := why_not_interpreting()) is not None:
+        pytest.skip(missing)
+    model = tiny_model(num_layers=2, **WIDE)
+    run = run_of(model, ParallelConfig(), samples=2, rows=2, length=128, precision=Bf16Precision(kind="bf16"))
+    run = replace(run, runtime=replace(run.runtime, kernels="triton"))
+    (measured,) = pool.run(1, measure_interpreted_step, run)
+    estimated = peak_memory(run, run.resolve(1), on_cpu=True)
+    share = estimated.activations / (measured.peak - measured.state)
+    print(f"estimated {estimated.total / 2**20:.2f} MiB, counted {measured.peak / 2**20:.2f}, no state {share:.3f}")
+    assert estimated.total == pytest.approx(measured.peak, rel=0.10)
+    assert share == pytest.approx(1, rel=0.10)
 
 
 def test_activations_in_the_hosts_memory_are_counted_there(pool: GlooPool) -> None:

@@ -18,6 +18,7 @@ from megatron_ext.config import (
 )
 from megatron_ext.errors import ConfigError
 from megatron_ext.planning.assumptions import GPUS, as_yaml, assumptions_for
+from megatron_ext.planning.layer_memory import LayerFormulas, MicroBatch
 from megatron_ext.planning.memory import stage_states
 from megatron_ext.planning.peak_memory import peak_memory
 from megatron_ext.planning.plan_plot import draw

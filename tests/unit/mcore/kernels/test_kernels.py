@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from torch import Tensor
 
+from megatron_ext.config import Fp8Precision
 from megatron_ext.mcore.activation import Gate, gated_activation, quick_gelu
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.mcore.fp8.experts import _ExpertFunction
 from megatron_ext.mcore.fp8.quantize import E4M3, E5M2, ROW, WHOLE, Tile, quantize, quantize_both, tile_maxima
+from megatron_ext.mcore.fp8.scaling import Scaling
 from megatron_ext.mcore.moe.dispatcher import _sum_rows
 
 # Exponentials of the interpreter are numpy's, torch's its own: a unit in the last place of fp32 each. Where that moves
@@ -220,6 +223,26 @@ def test_gradients_of_experts_are_added(
     torch.testing.assert_close(total.cpu().double(), expected, rtol=1e-6, atol=2e-5)
     idle = torch.tensor(counts) == 0
     assert torch.equal(total.cpu()[idle], before[idle])
+
+
+def test_gradients_of_experts_in_fp8_are_added_where_they_are_bf16(where: torch.device) -> None:
+    """Unrounded, as in the other precisions; those in fp8 are autograd's to hand on."""
+    ends = torch.tensor([5, 5, 40], dtype=torch.int32, device=where)
+    x, grad = (random(40, width, dtype=torch.bfloat16, seed=n).to(where) for n, width in enumerate((32, 48)))
+    weights = random(3, 48, 32, dtype=torch.bfloat16, seed=2).to(where).requires_grad_()
+    handed_on = dict[bool, Tensor | None]()
+    for in_fp8 in (False, True):
+        total = torch.ones(3, 48, 32, device=where)
+        scaling = Scaling(Fp8Precision(kind="fp8", fp8_wgrad=in_fp8), gradient_format=E4M3)
+        output = _ExpertFunction.apply(x, weights, ends, scaling, total)
+        (handed_on[in_fp8],) = torch.autograd.grad(output, weights, grad, allow_unused=True)
+        if not in_fp8:
+            parts = zip(*(t.double().tensor_split([5, 5]) for t in (grad, x)), strict=True)
+            expected = torch.stack([one.t() @ other + 1 for one, other in parts])
+            torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=2e-5)
+    assert handed_on[False] is None
+    assert handed_on[True] is not None
+    assert torch.equal(total, torch.ones_like(total))
 
 
 @FEW
