@@ -73,7 +73,7 @@ class SummedLayer(TransformerLayer):
 
 
 def offload_layers(chunks: Iterable[Iterable[torch.nn.Module]], config: LayerConfig) -> None:
-    """Have the first layers of each chunk, which wait longest for their backward pass, keep theirs in the host's memory."""
+    """Have what the first layers of each chunk keep, who wait longest for their backward pass, go to the host."""
     of_rank = Offload(config.offload_min_bytes)
     for layers in chunks:
         # One more, whose backward pass is the time for the last of them to come back.

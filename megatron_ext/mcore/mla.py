@@ -82,8 +82,8 @@ class LatentAttention(MLASelfAttention):
     def get_query_key_value_tensors(self, hidden_states: Tensor, *unused: Any, **options: Any) -> Any:
         """megatron-core's hook: queries, keys, values [S, B, N, ...], and both latent vectors after their norms.
 
-        Where the run takes our own kernels the queries leave as they were projected, turned in one pass; megatron-core's
-        steps split, turn and join them. Nothing is unused in training.
+        Where the run takes our own kernels queries are turned in one pass, as they were projected; megatron-core's
+        steps split, turn and join them. What is unused is None in training.
         """
         if not self.config.triton_kernels:
             return super().get_query_key_value_tensors(hidden_states, *unused, **options)

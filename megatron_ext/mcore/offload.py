@@ -239,7 +239,7 @@ class Offload:
         return torch.autograd.graph.saved_tensors_hooks(self.current.pack, self.current.unpack)
 
     def comes_before(self, before: "_Pass | None", output: Tensor) -> None:
-        """When the gradient of `output` is there, a layer's backward pass begins: bring back what the one before keeps."""
+        """Have what the layer before keeps come back when the gradient of `output` is there."""
         if before is not None and output.requires_grad:
             output.register_hook(lambda _: self._start_back(before))
 

@@ -190,7 +190,7 @@ class LayerFormulas:
         return self._network_working(self._model.ffn_hidden_size, again="mlp" in self._again)
 
     def _network_working(self, units: int, *, again: bool) -> float:
-        """Of a network that all tokens go through the most of two moments: activation, gradients of the first weight."""
+        """The most of two moments of a network for all tokens: activation, and the gradients of the first weight."""
         model, width = self._model, self.tokens * units / self._layout.tp * self.bytes
         kept = self._matrices() if again else 0.0
         rows = 2.0 if model.gated_linear_unit else 1.0

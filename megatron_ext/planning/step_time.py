@@ -159,8 +159,11 @@ class _Cost:
         return compute * self._assumed.slack, messages, host
 
     def _host_waits(self, layer: float, *, is_moe: bool) -> float:
-        """How much longer what a layer keeps travels than its neighbour computes: out beside a forward pass, in beside
-        a backward pass of `layer` seconds together."""
+        """How much longer what a layer keeps travels than its neighbour computes, out and in.
+
+        Args:
+            layer: seconds of forward and backward pass together.
+        """
         run, assumed = self._run, self._assumed
         rows = round(self._tokens * self._layout.cp / self._length)
         micro = MicroBatch(rows, self._length, False, run.runtime.kernels == "triton", assumed.expert_imbalance)

@@ -355,8 +355,10 @@ def _thin_out(pattern: list[bool], layers: int) -> list[int]:
 
 
 def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig) -> RecomputeConfig:
-    """The run's recompute, of whatever the torch backend recomputes; the proof is always its. All that is kept is small
-    here, and moves where it is to."""
+    """The run's recompute, of whatever the torch backend recomputes; the proof is always its.
+
+    All that is kept is small here, and moves to the host's memory where the run says so.
+    """
     modules = [module for module in run.recompute.modules if module not in ONLY_WITH_TE]
     chunk = (model.num_layers + parallel.counted_as_layers) // (
         parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)

@@ -6,7 +6,8 @@ x1 and x2 are the halves of the rotated dimensions, or neighbours; latent attent
 halves, after the dimensions that do not turn. The backward pass is the turn by the opposite angle, the way back.
 Computed in fp32 with cosine and sine in fp32, and rounded once; the torch steps (megatron-core's, as published:
 arXiv 2104.09864, section 3.4.2) round cosine, sine, both products and the sum. Bytes an element: 4 each way (2 read, 2
-written); the torch steps move 44, of latent attention's heads 6 more where nothing turns. `x` is read as it lies, which after a split of the projection is not contiguous.
+written); the torch steps move 44, and 8 where latent attention's dimensions do not turn, which are split off and joined
+again. `x` is read as it lies, which after a split of the projection is not contiguous.
 
 liger-kernel's kernel rotates in place, halves alone and all dimensions, with the batch before the sequence: two copies
 here; quack's is the same but for partial rotation, and compiles by CUTLASS's DSL (97 MB).

@@ -1,6 +1,6 @@
-"""Activations in the host's memory: the same bits, only what should go, each once. In layouts: distributed/test_parity.py.
+"""Activations in the host's memory: the same bits, only what should go, each once.
 
-How many bytes a device and its host then hold: planning/test_peak_memory.py.
+In layouts: distributed/test_parity.py. How many bytes device and host then hold: planning/test_peak_memory.py.
 """
 
 import weakref
@@ -123,7 +123,7 @@ def test_gradients_have_the_same_bits_however_late_copies_are(moved: int) -> Non
 
 
 def test_several_micro_batches_in_flight_keep_their_own() -> None:
-    """Three forward passes before the first backward pass, as a pipeline stage has them; and validation between them."""
+    """Three forward passes before the first backward pass, as a pipeline stage has them, and validation between."""
     blocks, x = build()
     inputs = [x / (1 + number) for number in range(3)]
     expected = []
@@ -247,7 +247,9 @@ def test_models_train_to_the_same_bits(moe: bool, pool: GlooPool) -> None:
     assert found == again_found == expected
     print(f"{some:,} and {all_of_it:,} bytes of the host")
     assert nothing is None
-    assert some is not None and all_of_it is not None and 0 < some < all_of_it
+    assert some is not None
+    assert all_of_it is not None
+    assert 0 < some < all_of_it
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def test_what_costs_time_costs_time() -> None:
     updated = held.dense / 8 + held.experts
     assert here == pytest.approx(1.1 * updated * 42 / 2.7e12)
     assert there - here == pytest.approx(1.1 * updated * 2 * 8 / 50e9)
-    # What three layers keep travels out beside a forward pass and in beside a backward pass: twice as far as it is longer.
+    # What three layers keep travels out beside a forward pass and in beside a backward pass.
     offload = RecomputeConfig(offload_layers=3)
     one = with_layout(run, ParallelConfig(expert_model_parallel_size=8), 1, offload)
     fast, slow = (
