@@ -73,7 +73,8 @@ def _rows(choices: Sequence[Choice], assumed: Assumptions, days: float, tokens: 
         one, layout = choice.candidate, choice.candidate.layout
         recompute, time = one.run.recompute, one.time
         again = {"full": "full", "selective": "+".join(recompute.modules)}.get(recompute.granularity or "", "")
-        again = "+".join(filter(None, (again, "logits" if recompute.logits else ""))) or "-"
+        moved = f"{recompute.offload_layers} moved" if recompute.offload_layers else ""
+        again = "+".join(filter(None, (again, "logits" if recompute.logits else "", moved))) or "-"
         is_moe = one.run.model.is_moe
         rows.append(
             [

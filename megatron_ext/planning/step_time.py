@@ -95,7 +95,7 @@ def step_time(
         before[chunk] = before.get(chunk, 0) + 1
         kinds[chunk % layout.pp][is_moe] += 1
         moved[chunk % layout.pp][is_moe] += before[chunk] <= run.recompute.offload_layers
-    stages = {(*kinds[stage], *moved[stage], stage == layout.pp - 1) for stage in range(layout.pp)}
+    stages = {(tuple(kinds[stage]), tuple(moved[stage]), stage == layout.pp - 1) for stage in range(layout.pp)}
     compute, messages, host = max((cost.stage(*stage) for stage in stages), key=sum)
     number = max(shape.size // (shape.micro_size * layout.dp), 1)
     chunks = run.parallel.virtual_pipeline_model_parallel_size or 1
@@ -134,23 +134,21 @@ class _Cost:
         self._all_again = full
         self._network_again = full or bool({"mlp", "moe"} & set(modules))
 
-    def stage(
-        self, dense: int, moe: int, moved_dense: int, moved_moe: int, is_last: bool
-    ) -> tuple[float, float, float]:
+    def stage(self, layers: tuple[int, ...], moved: tuple[int, ...], is_last: bool) -> tuple[float, float, float]:
         """Compute, messages and waits for the host of a pipeline stage.
 
         Args:
-            dense, moe: how many layers it has of either kind.
-            moved_dense, moved_moe: of how many of those the host keeps the activations.
+            layers: how many dense ones and how many with experts it has.
+            moved: of how many of either kind the host keeps the activations.
         """
         layout = self._layout
         compute = messages = host = 0.0
-        for is_moe, count, moved in ((False, dense, moved_dense), (True, moe, moved_moe)):
+        for is_moe, count, there in zip((False, True), layers, moved, strict=True):
             if count:
                 layer = self._layer(is_moe=is_moe)
                 compute += count * layer
                 messages += count * self._layer_messages(is_moe=is_moe)
-                host += moved * self._host_waits(layer * self._assumed.slack, is_moe=is_moe) if moved else 0.0
+                host += there * self._host_waits(layer * self._assumed.slack, is_moe=is_moe) if there else 0.0
         if is_last:
             compute += self._head()
         if layout.pp > 1:

@@ -225,6 +225,18 @@ def test_a_bare_shape_is_planned_and_written(tmp_path: Path) -> None:
     assert "days for 200B" in text
     assert "predicted" in text
     assert "network_gb_s: 40.0" in text
+    assert "host memory" not in text
+    moments = replace(run.optimizer, moments_on_host=True)
+    (choice, *_) = found.chosen
+    moved = replace(choice.candidate.run, optimizer=moments, recompute=RecomputeConfig(offload_layers=1))
+    memory = peak_memory(moved, choice.candidate.layout)
+    candidate = replace(choice.candidate, run=moved)
+    there = table(
+        moved, replace(found, chosen=[replace(choice, candidate=candidate, memory=memory)]), 16, H100, 14, length
+    )
+    assert f"host memory     {memory.on_host / 2**30:.1f} GiB a GPU" in there
+    assert "predicted with 50 GB/s each way" in there
+    assert " 1 moved " in there
     assert len({choice.candidate.degrees for choice in found.chosen}) == len(found.chosen) == 5
     rates = [choice.candidate.time.seconds for choice in found.chosen]
     assert rates == sorted(rates)
