@@ -121,10 +121,17 @@ class _Stage:
             # Both of a block of parameters in fp32 (mcore/optimizer.py).
             moments.append((0.0, 2.0 * FULL_PRECISION * min(state.parameters, _OPTIMIZER_BLOCK), 0.0))
         kept, working, count = max(moments, key=lambda moment: moment[0] + moment[1])
-        flights = [zip(in_flight, self._moved, strict=True) for in_flight in self._in_flight()]
-        on_host = max(sum(number * sum(moved) for number, moved in flight) for flight in flights) + state.on_host
         buffers = self._buffers() + state.kept_fp8
+        on_host = self._activations_on_host() + state.on_host
         return PeakMemory(self._stage, state.bytes, kept, working, buffers, count, on_host)
+
+    def _activations_on_host(self) -> float:
+        """Of all micro-batches in flight, when those are most."""
+        each = [sum(moved) for moved in self._moved]
+        if not any(each):
+            return 0.0
+        flights = (zip(in_flight, each, strict=True) for in_flight in self._in_flight())
+        return max(sum(count * moved for count, moved in flight) for flight in flights)
 
     def _moments(self) -> Iterator[tuple[float, float, float]]:
         """Activations kept, memory worked with, and micro-batches in flight, when a backward pass begins a layer."""
@@ -138,7 +145,7 @@ class _Stage:
                 is_last = self._is_last and chunk == len(self._chunks) - 1
                 moved = self._moved[chunk]
                 if is_last:  # whose last layer's are needed before they are gone
-                    yield total + self._formulas.residual + moved[-1], self._loss(), count
+                    yield total + self._formulas.residual + sum(moved[-1:]), self._loss(), count
                 yield from ((total - less, working, count) for less, working in self._backward(layers, moved))
                 if self._is_first and chunk == 0:
                     yield total - kept[0], self._table() + self._formulas.gathered, count

@@ -386,7 +386,7 @@ def _unproven(run: RunConfig) -> Iterator[str]:
     if run.recompute.granularity == "selective" and (only := sorted(ONLY_WITH_TE & set(run.recompute.modules))):
         yield f"recompute.modules: {', '.join(only)}; those of the torch backend"
     if run.recompute.offload_layers:
-        yield f"recompute.offload_layers: {run.recompute.offload_layers}; that copies run beside computing"
+        yield f"recompute.offload_layers: {run.recompute.offload_layers}; by copies of which none runs beside computing"
 
 
 def _require_legal(cell: Cell) -> None:

@@ -26,9 +26,8 @@ class LiveMemory(TorchDispatchMode):
     What a kernel allocates and frees within itself is not seen, nor what stood before unless an operation returns it.
 
     Attributes:
-        live: bytes now.
-        peak: the most since the beginning, or since `reset_peak`.
-        offload: what it counts of the host's memory is not among them, on a machine that has no other either.
+        peak: the most since the beginning, or since `reset_peak`, in bytes.
+        offload: what it has in the host's memory does not count, on a machine that has no other memory either.
     """
 
     offload: Offload | None = None
@@ -46,7 +45,8 @@ class LiveMemory(TorchDispatchMode):
         return returned
 
     @property
-    def live(self) -> int:  # noqa: D102 - among the attributes
+    def live(self) -> int:
+        """Bytes now."""
         return self._all - (self.offload.held if self.offload else 0)
 
     def reset_peak(self) -> None:
