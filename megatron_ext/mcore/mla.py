@@ -79,14 +79,14 @@ class LatentAttention(MLASelfAttention):
         self._build_queries(submodules, model.latent_norm_epsilon)
         self._build_keys_and_values(submodules, model.latent_norm_epsilon)
 
-    def get_query_key_value_tensors(self, hidden_states: Tensor, *unused: Any, **options: Any) -> Any:
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         """megatron-core's hook: queries, keys, values [S, B, N, ...], and both latent vectors after their norms.
 
         Where the run takes our own kernels queries are turned in one pass, as they were projected; megatron-core's
-        steps split, turn and join them. What is unused is None in training.
+        steps split, turn and join them. The other arguments are None in training.
         """
         if not self.config.triton_kernels:
-            return super().get_query_key_value_tensors(hidden_states, *unused, **options)
+            return super().get_query_key_value_tensors(hidden_states, *arguments, **options)
         from megatron_ext.mcore.kernels.rotary import LATENT, rotate
 
         config, heads = self.config, self.num_attention_heads_per_partition
