@@ -33,6 +33,8 @@ def main() -> None:
         print(f"  steps {first} to {first + plan.cell.steps - 1} as in {shape}")
     for change in plan.changes:
         print(f"  smaller than the run: {change}")
+    for left_out in plan.unproven:
+        print(f"  not proven here: {left_out}")
     proof = prove(plan)
     print("  step          loss   on one process      gradient norm   on one process")
     rows = zip(proof.layout.losses, proof.single.losses, proof.layout.norms, proof.single.norms, strict=True)

@@ -98,6 +98,7 @@ def operations(where: torch.device) -> list[Operation]:
             _rotation(f"{name} heads of {head}", random(tokens // 2, 2, name * head), head)
             for name, head in ((32, 128), (8, 128), (16, 64))
         ),
+        _latent_rotation(random(tokens // 2, 2, 16, 192)),
         *(_sum_and_norm(name, random(tokens, hidden), random(tokens, hidden)) for name in ("RMSNorm", "LayerNorm")),
         _gather_sum(random(rows, hidden // 2), torch.randperm(rows, device=where).view(tokens, -1)),
         *(_cross_entropy(random(tokens, entries // small)) for entries in (32768, 131072)),
@@ -132,14 +133,33 @@ def _rotation(name: str, projected: Tensor, head: int) -> Operation:
 
     def run(triton: bool) -> list[Tensor]:
         if triton:
-            from megatron_ext.mcore.kernels.rotary import rotate
+            from megatron_ext.mcore.kernels.rotary import HALVES, rotate
 
-            turned = rotate(x, *turns, neighbours=False)
+            turned = rotate(x, *turns, HALVES)
         else:
             turned = _apply_rotary_pos_emb_bshd(x, both)
         return [turned, *torch.autograd.grad(turned, x, grad)]
 
     return Operation(f"rotation of {name}, forward and backward", run, 8 * x.numel())
+
+
+def _latent_rotation(x: Tensor) -> Operation:
+    """Of queries of DeepSeek's width: 64 dimensions of 192 turn."""
+    x.requires_grad_()
+    grad, angles = torch.randn_like(x), 1e3 * torch.rand(len(x), 32, device=x.device)
+    both, turns = angles.repeat(1, 2)[:, None, None], (angles.cos(), angles.sin())
+
+    def run(triton: bool) -> list[Tensor]:
+        if triton:
+            from megatron_ext.mcore.kernels.rotary import LATENT, rotate
+
+            turned = rotate(x, *turns, LATENT)
+        else:
+            still, turning = x.split((128, 64), dim=-1)
+            turned = torch.cat((still, _apply_rotary_pos_emb_bshd(turning, both, multi_latent_attention=True)), dim=-1)
+        return [turned, *torch.autograd.grad(turned, x, grad)]
+
+    return Operation("rotation of latent attention's queries, forward and backward", run, 8 * x.numel())
 
 
 def _sum_and_norm(name: str, x: Tensor, residual: Tensor) -> Operation:

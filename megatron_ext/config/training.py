@@ -169,7 +169,7 @@ Recomputable = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm",
 
 @config
 class RecomputeConfig:
-    """Which activations are recomputed in the backward pass instead of being kept."""
+    """Which activations are recomputed in the backward pass, or kept in the host's memory, instead of on the device."""
 
     granularity: Literal["full", "selective"] | None = None
     """full: whole layers; selective: the modules named in `modules`; unset: nothing."""
@@ -183,3 +183,8 @@ class RecomputeConfig:
     """The output layer and the loss go through the vocabulary in parts, and the backward pass computes their logits
     again: there are never all logits in memory, for a fourth product of the output layer beside three. Whatever
     `granularity` says."""
+    offload_layers: int = Field(default=0, ge=0)
+    """Of each stage chunk, the first so many layers keep what they keep in the host's page-locked memory: it goes there
+    while the next layer computes, and comes back during that layer's backward pass. Torch backend, on a GPU."""
+    offload_min_bytes: int = Field(default=65536, ge=1)
+    """With offload_layers: smaller tensors stay on the GPU, where a copy would take longer to begin than to end."""

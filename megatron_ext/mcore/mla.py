@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.mcore.group_sums import sum_gradient_over_group
-from megatron_ext.mcore.rotary import LatentRotaryEmbedding
+from megatron_ext.mcore.rotary import LatentRotaryEmbedding, cosines_and_sines
 
 
 class DownProjection(MegatronModule):
@@ -77,6 +78,39 @@ class LatentAttention(MLASelfAttention):
         self.rotary_pos_emb = LatentRotaryEmbedding(model, config, self.pg_collection.cp)
         self._build_queries(submodules, model.latent_norm_epsilon)
         self._build_keys_and_values(submodules, model.latent_norm_epsilon)
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+        """megatron-core's hook: queries, keys, values [S, B, N, ...], and both latent vectors after their norms.
+
+        Where the run takes our own kernels queries are turned in one pass, as they were projected; megatron-core's
+        steps split, turn and join them. The other arguments are None in training.
+        """
+        if not self.config.triton_kernels:
+            return super().get_query_key_value_tensors(hidden_states, *arguments, **options)
+        from megatron_ext.mcore.kernels.rotary import LATENT, rotate
+
+        config, heads = self.config, self.num_attention_heads_per_partition
+        length = self.rotary_pos_emb.get_rotary_seq_len(None, None, hidden_states, config, None)
+        angles, factor = self.rotary_pos_emb(length)
+        turns = cosines_and_sines(angles, factor, neighbours=False)
+        query_SBH, query_latent_SBC = self._projected_queries(hidden_states)
+        latents, _ = self.linear_kv_down_proj(hidden_states)
+        latent_SBC, shared_SBR = latents.split((config.kv_lora_rank, config.qk_pos_emb_head_dim), dim=-1)
+        if config.sequence_parallel and self.tp_group.size() > 1:
+            shared_SBR = gather_from_sequence_parallel_region(shared_SBR, group=self.tp_group)
+        latent_SBC = self.kv_layernorm(latent_SBC)
+        projected, _ = self.linear_kv_up_proj(latent_SBC)
+        key, value = projected.unflatten(-1, (heads, -1)).split((config.qk_head_dim, config.v_head_dim), dim=-1)
+        shared = rotate(shared_SBR.unsqueeze(-2), *turns, LATENT).expand(-1, -1, heads, -1)
+        query = rotate(query_SBH.unflatten(-1, (heads, self.q_head_dim)), *turns, LATENT)
+        return query, torch.cat((key, shared), dim=-1), value.contiguous(), query_latent_SBC, latent_SBC
+
+    def _projected_queries(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries of this rank's heads, and what they were projected from."""
+        if self.config.q_lora_rank is None:
+            return self.linear_q_proj(hidden_SBH)[0], hidden_SBH
+        latent_SBC = self.q_layernorm(self.linear_q_down_proj(hidden_SBH)[0])
+        return self.linear_q_up_proj(latent_SBC)[0], latent_SBC
 
     def _build_queries(self, submodules: MLASelfAttentionSubmodules, epsilon: float) -> None:
         config = self.config

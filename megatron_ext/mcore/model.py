@@ -24,6 +24,7 @@ from megatron_ext.config.adapters import EMBEDDING_MODULE, OUTPUT_MODULE
 from megatron_ext.mcore.adapters import NO_ADAPTERS, AdapterPlan, with_adapters
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.embedding_noise import add_noise
+from megatron_ext.mcore.layer import offload_layers
 from megatron_ext.mcore.layer_specs import block_spec
 from megatron_ext.mcore.linear import ColumnParallelLinear
 from megatron_ext.mcore.moe import sample_seeds
@@ -246,7 +247,10 @@ def build_chunks(
     stages = parallel.virtual_pipeline_model_parallel_size
     vp_stages = range(stages) if stages else [None]
     with torch.device(device):
-        return [LanguageModel(model, config, vp_stage, adapters) for vp_stage in vp_stages]
+        chunks = [LanguageModel(model, config, vp_stage, adapters) for vp_stage in vp_stages]
+    if config.offload_layers:
+        offload_layers((chunk.decoder.layers for chunk in chunks), config)
+    return chunks
 
 
 def splits_optimizer(parallel: ParallelConfig) -> bool:

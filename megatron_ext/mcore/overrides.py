@@ -49,7 +49,7 @@ _NOT_COMPUTED = {
     "context parallelism gathers keys and values, and is set by parallel.context_parallel_size": (
         "cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank"
     ),
-    "activations are kept or recomputed (section recompute); only megatron-core's cpu_offloading moves them": (
+    "activations are kept, moved or recomputed as section recompute says": (
         "activation_offload_fraction delay_offload_until_cuda_graph fine_grained_activation_offloading "
         "fine_grained_offloading_max_inflight_offloads min_offloaded_tensor_size moe_paged_stash "
         "moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size "

@@ -149,6 +149,18 @@ class LatentRotaryEmbedding(RotaryEmbedding):
         return super().forward(max_seq_len, offset, packed_seq, cp_group), self.attention_factor
 
 
+def cosines_and_sines(angles: Tensor, factor: float, *, neighbours: bool) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each pair of dimensions times `factor`, [S, R / 2]: what our own kernel takes.
+
+    Args:
+        angles: [S, 1, 1, R], which have each pair's twice.
+        neighbours: side by side; otherwise R / 2 apart.
+    """
+    pairs = angles[..., ::2] if neighbours else angles[..., : angles.shape[-1] // 2]
+    pairs_SR = pairs.reshape(len(angles), -1)
+    return pairs_SR.cos().mul_(factor), pairs_SR.sin().mul_(factor)
+
+
 def set_rotary_base(chunks: Iterable[torch.nn.Module], base: float) -> None:
     """Have every rotary embedding of `chunks` turn with the base `base`, as a stage of a run asks for."""
     for chunk in chunks:

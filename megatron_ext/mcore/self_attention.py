@@ -8,6 +8,8 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _ya
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_ext.mcore.rotary import cosines_and_sines
+
 
 class RotatedSelfAttention(SelfAttention):
     """Rotates in one pass where projections are split into queries and keys, and leaves megatron-core none to do.
@@ -23,7 +25,9 @@ class RotatedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """See SelfAttention; `rotary_pos_emb` is angles [S, 1, 1, R]."""
         if self.config.triton_kernels and rotary_pos_emb is not None and not self._turns_nothing():
-            self._rotation = self._cosines_and_sines(rotary_pos_emb)
+            factor = _yarn_get_concentration_factor_from_config(self.config)
+            neighbours = self.config.rotary_interleaved
+            self._rotation = cosines_and_sines(rotary_pos_emb, factor, neighbours=neighbours)
             rotary_pos_emb = None
         try:
             output: tuple[Tensor, Tensor | None] = super().forward(
@@ -38,20 +42,14 @@ class RotatedSelfAttention(SelfAttention):
         found = super().get_query_key_value_tensors(*arguments, **options)
         if self._rotation is None:
             return found
-        from megatron_ext.mcore.kernels.rotary import rotate
+        from megatron_ext.mcore.kernels.rotary import HALVES, NEIGHBOURS, rotate
 
         query, key, *others = found
-        turned = (rotate(x, *self._rotation, neighbours=self.config.rotary_interleaved) for x in (query, key))
+        pairs = NEIGHBOURS if self.config.rotary_interleaved else HALVES
+        turned = (rotate(x, *self._rotation, pairs) for x in (query, key))
         return *turned, *others
 
     def _turns_nothing(self) -> bool:
         """Whether this is a layer without rotation, which an override of megatron-core's `no_rope_freq` may make it."""
         without = self.config.no_rope_freq
         return bool(without and without[self.layer_number - 1])
-
-    def _cosines_and_sines(self, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each pair once: angles stand there for both of its dimensions."""
-        width, factor = angles.shape[-1], _yarn_get_concentration_factor_from_config(self.config)
-        pairs = angles[..., ::2] if self.config.rotary_interleaved else angles[..., : width // 2]
-        pairs_SR = pairs.reshape(len(angles), -1)
-        return pairs_SR.cos().mul_(factor), pairs_SR.sin().mul_(factor)

@@ -34,6 +34,10 @@ class _MoreFields:
     """Whether linear layers and experts add weights' gradients to the fp32 buffer (mcore/linear.py)."""
     recompute_logits: bool = False
     """Whether the output layer computes losses by parts of the vocabulary (mcore/output_layer.py)."""
+    offload_layers: int = 0
+    """How many layers of a chunk keep what they keep in the host's memory (mcore/offload.py)."""
+    offload_min_bytes: int = 1
+    """But for storages smaller than this."""
     yarn_rotary_scaling_factor: float = 1.0
     """megatron-core's attention looks for this name and the next two, which it declares nowhere, and takes YaRN's
     factor on queries and keys from them; at 1.0 there is none."""
@@ -79,6 +83,8 @@ def transformer_config(
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "recompute_logits": recompute.logits,
+        "offload_layers": recompute.offload_layers,
+        "offload_min_bytes": recompute.offload_min_bytes,
         "torch_fp8": precision if isinstance(precision, Fp8Precision) and backend == "torch" else None,
         **model.transformer_overrides,
     }

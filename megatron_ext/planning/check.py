@@ -13,7 +13,7 @@ from megatron_ext.planning.amounts import flops
 from megatron_ext.planning.flops import training_flops_per_token
 from megatron_ext.planning.guard_line import guard_line
 from megatron_ext.planning.memory import state_memory
-from megatron_ext.planning.peak_memory import peak_memory
+from megatron_ext.planning.peak_memory import PeakMemory, peak_memory
 from megatron_ext.runtime.core_guard import versions
 
 _MOST_ROWS = 32
@@ -67,8 +67,12 @@ def _peak(run: RunConfig, layout: Layout) -> str:
     return (
         f"{peak.total / 2**30:,.3g} GiB on the fullest rank, of stage {peak.stage}: state {peak.state / 2**30:,.3g}, "
         f"activations {peak.kept / 2**30:,.3g}{flight}, worked with {peak.working / 2**30:,.3g}; beside it what the "
-        "device and its allocator take (tools/plan.py has other layouts)"
+        f"device and its allocator take{_host(peak)} (tools/plan.py has other layouts)"
     )
+
+
+def _host(peak: PeakMemory) -> str:
+    return f", and {peak.on_host / 2**30:,.3g} GiB of its host's memory" if peak.on_host else ""
 
 
 def _adapters(run: RunConfig, of: int) -> list[str]:

@@ -159,11 +159,13 @@ class LayerFormulas:
         context, masks = heads * latent.v_head_dim, 0.0
         keys = heads * model.head_dim + context
         copied = context if self._micro.on_cpu and self.bytes == FULL_PRECISION else 0.0
-        if self._layout.cp > 1:  # as for grouped-query attention
+        sums = self.tokens * heads * FULL_PRECISION
+        if "core_attn" in self._again:
+            copied = sums = 0.0
+        elif self._layout.cp > 1:  # as for grouped-query attention
             keys, copied = (2 * self._layout.cp + 1) / 2 * keys, context
             masks = self._masks() if self._micro.on_cpu else 0.0
         angles = 4 * self._micro.length / self._layout.cp * latent.qk_pos_emb_head_dim * self.bytes
-        sums = self.tokens * heads * FULL_PRECISION
         inside = heads * model.head_dim + keys + context + copied
         return each * (vectors + inside) + masks + sums + angles
 
@@ -185,12 +187,15 @@ class LayerFormulas:
         return self.tokens * self._model.ffn_hidden_size / self._layout.tp * self.bytes
 
     def _dense_working(self) -> float:
-        """The most of two moments: activation, and the gradients of the first weight."""
-        model, width = self._model, self._dense_width()
-        again = self._matrices() if "mlp" in self._again else 0.0
+        return self._network_working(self._model.ffn_hidden_size, again="mlp" in self._again)
+
+    def _network_working(self, units: int, *, again: bool) -> float:
+        """The most of two moments of a network for all tokens: activation, and the gradients of the first weight."""
+        model, width = self._model, self.tokens * units / self._layout.tp * self.bytes
+        kept = self._matrices() if again else 0.0
         rows = 2.0 if model.gated_linear_unit else 1.0
-        weight = rows * model.hidden_size * model.ffn_hidden_size / self._layout.tp * self.bytes
-        return again * width + max(self._activation_working(weighted=False) * width, rows * width + weight)
+        weight = rows * model.hidden_size * units / self._layout.tp * self.bytes
+        return kept * width + max(self._activation_working(weighted=False) * width, rows * width + weight)
 
     def _activation_working(self, *, weighted: bool) -> float:
         """Widths that the backward pass of an activation needs: the gradients of both ends, and what is between."""
@@ -266,4 +271,6 @@ class LayerFormulas:
         moments = [self._activation_working(weighted=True) * width + arrived, second, first]
         if (etp := self._layout.etp) > 1:  # the forward pass sums the parts of each row in fp32
             moments.append(hidden * FULL_PRECISION / self.bytes * (1 + 1 / etp))
-        return again + max(moments) + self._shared_width()
+        units = model.moe_shared_expert_intermediate_size or 0
+        shared = self._network_working(units, again="shared_experts" in self._again)
+        return again + max(max(moments) + self._shared_width(), shared)

@@ -23,6 +23,8 @@ class StateMemory:
     """And those that are."""
     kept_fp8: int
     """Bytes of the weights in fp8, in both layouts, that the torch backend keeps during a step; not among `bytes`."""
+    on_host: int
+    """Bytes of the optimizer's moments in the host's memory."""
 
 
 def state_memory(run: RunConfig, layout: Layout) -> StateMemory:
@@ -55,14 +57,16 @@ class ModelState:
         parts = (self._trained, self._frozen, self._fp8)
         held_of_each = (_stages(run.model, some, layout, run.parallel) for some in parts)
         weight, master = (4, 0) if run.precision.kind == "fp32" else (2, 4)
-        state = master + (0 if run.optimizer.moments_on_host else run.optimizer.moment_bytes)
+        moment = run.optimizer.moment_bytes
+        there, here = (moment, master) if run.optimizer.moments_on_host else (0, master + moment)
         splits = run.parallel.use_distributed_optimizer
         dense_share, expert_share = (layout.dp * layout.cp, layout.edp) if splits else (1, 1)
         found = []
         for (dense, experts), frozen, fp8 in zip(*held_of_each, strict=True):
             held = (dense + experts) * (weight + 4) + sum(frozen) * weight
-            moments = math.ceil(dense / dense_share) * state + math.ceil(experts / expert_share) * state
-            found.append(StateMemory(dense + experts + sum(frozen), held + moments, dense, experts, 2 * sum(fp8)))
+            share = math.ceil(dense / dense_share) + math.ceil(experts / expert_share)
+            parameters, kept_fp8 = dense + experts + sum(frozen), 2 * sum(fp8)
+            found.append(StateMemory(parameters, held + share * here, dense, experts, kept_fp8, share * there))
         return found
 
 

@@ -32,6 +32,8 @@ class PeakMemory:
     """What communication keeps, the tokens of the step, and weights in fp8 that all its micro-batches take."""
     in_flight: float
     """Micro-batches of which the stage keeps activations at once."""
+    on_host: float
+    """In the host's page-locked memory, at most: activations of the layers that are moved there, and moments."""
 
     @property
     def activations(self) -> float:
@@ -83,8 +85,9 @@ class _Stage:
         self._formulas = LayerFormulas(run.model, layout, run.parallel, run.precision, run.recompute, micro)
         self._layers = list(zip(run.model.moe_layer_pattern, run.model.window_layer_pattern, strict=True))
         self._kinds = {kind: self._formulas.layer(is_moe=kind[0], has_window=kind[1]) for kind in set(self._layers)}
-        self._chunks = self._layers_of_chunks()
         self._is_first, self._is_last = stage == 0, stage == layout.pp - 1
+        self._chunks = self._layers_of_chunks()
+        self._moved = [self._moved_of(chunk, layers) for chunk, layers in enumerate(self._chunks)]
 
     def _layers_of_chunks(self) -> list[list[LayerMemory]]:
         model, parallel = self._run.model, self._run.parallel
@@ -94,6 +97,14 @@ class _Stage:
             if virtual % self._layout.pp == self._stage:
                 chunks[virtual // self._layout.pp].append(self._kinds[kind])
         return chunks
+
+    def _moved_of(self, chunk: int, layers: Sequence[LayerMemory]) -> list[float]:
+        """Of what each layer of a chunk keeps, that which is in the host's memory until its backward pass."""
+        count = self._run.recompute.offload_layers
+        moved = [layer.kept if number < count else 0.0 for number, layer in enumerate(layers)]
+        if count and layers and not (self._is_first and chunk == 0):
+            moved[0] -= layers[0].checkpoint  # the schedule keeps what another stage has sent
+        return moved
 
     def peak(self, state: StateMemory) -> PeakMemory:
         """The most of all moments, beside the state."""
@@ -110,11 +121,21 @@ class _Stage:
             # Both of a block of parameters in fp32 (mcore/optimizer.py).
             moments.append((0.0, 2.0 * FULL_PRECISION * min(state.parameters, _OPTIMIZER_BLOCK), 0.0))
         kept, working, count = max(moments, key=lambda moment: moment[0] + moment[1])
-        return PeakMemory(self._stage, state.bytes, kept, working, self._buffers() + state.kept_fp8, count)
+        buffers = self._buffers() + state.kept_fp8
+        on_host = self._activations_on_host() + state.on_host
+        return PeakMemory(self._stage, state.bytes, kept, working, buffers, count, on_host)
+
+    def _activations_on_host(self) -> float:
+        """Of all micro-batches in flight, when those are most."""
+        each = [sum(moved) for moved in self._moved]
+        if not any(each):
+            return 0.0
+        flights = (zip(in_flight, each, strict=True) for in_flight in self._in_flight())
+        return max(sum(count * moved for count, moved in flight) for flight in flights)
 
     def _moments(self) -> Iterator[tuple[float, float, float]]:
         """Activations kept, memory worked with, and micro-batches in flight, when a backward pass begins a layer."""
-        kept = [self._kept(layers) for layers in self._chunks]
+        kept = [self._kept(*both) for both in zip(self._chunks, self._moved, strict=True)]
         for in_flight in set(self._in_flight()):
             total = sum(count * each for count, each in zip(in_flight, kept, strict=True))
             count = sum(in_flight) / len(kept)
@@ -122,31 +143,33 @@ class _Stage:
                 if not in_flight[chunk]:
                     continue
                 is_last = self._is_last and chunk == len(self._chunks) - 1
-                if is_last:
-                    yield total + self._formulas.residual, self._loss(), count
-                yield from ((total - less, working, count) for less, working in self._backward(layers))
+                moved = self._moved[chunk]
+                if is_last:  # whose last layer's are needed before they are gone
+                    yield total + self._formulas.residual + sum(moved[-1:]), self._loss(), count
+                yield from ((total - less, working, count) for less, working in self._backward(layers, moved))
                 if self._is_first and chunk == 0:
                     yield total - kept[0], self._table() + self._formulas.gathered, count
 
-    def _kept(self, layers: Sequence[LayerMemory]) -> float:
+    def _kept(self, layers: Sequence[LayerMemory], moved: Sequence[float]) -> float:
         """Of one micro-batch in one chunk; the chunk's output too, which the next stage or the loss has got."""
         output = self._formulas.residual
         recompute = self._run.recompute
         if recompute.granularity != "full":
-            return output + sum(layer.kept for layer in layers)
+            return output + sum(layer.kept for layer in layers) - sum(moved)
         if recompute.method == "uniform":
             return output + math.ceil(len(layers) / recompute.num_layers) * self._formulas.residual
         first = layers[: recompute.num_layers]
         return output + sum(x.checkpoint for x in first) + sum(x.kept for x in layers[recompute.num_layers :])
 
-    def _backward(self, layers: Sequence[LayerMemory]) -> Iterator[tuple[float, float]]:
+    def _backward(self, layers: Sequence[LayerMemory], moved: Sequence[float]) -> Iterator[tuple[float, float]]:
         """At each layer from the last on: what is free already, and what is worked with beside it."""
         recompute = self._run.recompute
         group = recompute.num_layers if recompute.method == "uniform" else 1
         freed = 0.0
         for number in reversed(range(len(layers))):
             layer = layers[number]
-            again = 0.0
+            # What was moved has come back, and that of the layer before is on its way.
+            again = moved[number] + (moved[number - 1] if number else 0.0)
             recomputed = recompute.granularity == "full" and (
                 recompute.method == "uniform" or number < recompute.num_layers
             )
@@ -156,7 +179,7 @@ class _Stage:
             yield freed, again + layer.working
             yield freed, again - layer.feed_forward + layer.working_attention
             if not recomputed:
-                freed += layer.kept
+                freed += layer.kept - moved[number]
             elif number % group == 0:
                 freed += -layer.checkpoint if layer.lingers else layer.checkpoint
 

@@ -73,7 +73,8 @@ def _rows(choices: Sequence[Choice], assumed: Assumptions, days: float, tokens: 
         one, layout = choice.candidate, choice.candidate.layout
         recompute, time = one.run.recompute, one.time
         again = {"full": "full", "selective": "+".join(recompute.modules)}.get(recompute.granularity or "", "")
-        again = "+".join(filter(None, (again, "logits" if recompute.logits else ""))) or "-"
+        moved = f"{recompute.offload_layers} moved" if recompute.offload_layers else ""
+        again = "+".join(filter(None, (again, "logits" if recompute.logits else "", moved))) or "-"
         is_moe = one.run.model.is_moe
         rows.append(
             [
@@ -105,13 +106,19 @@ def _explained(choice: Choice, assumed: Assumptions) -> list[str]:
     seconds = (
         ("compute", time.compute),
         ("messages of a micro-batch", time.messages),
+        *([("waits for the host's memory", time.host)] if time.host else []),
         ("pipeline bubble", time.bubble),
         ("data-parallel messages", time.data_parallel),
         ("optimizer", time.optimizer),
     )
+    host = (
+        f"host memory     {memory.on_host / _GIB:.1f} GiB a GPU, page-locked, for what recompute.offload_layers and "
+        f"optimizer.moments_on_host move there: predicted with {assumed.host_gb_s:g} GB/s each way"
+    )
     return [
         f"memory of 1     {total / _GIB:.1f} GiB on stage {memory.stage}, the fullest: "
         + ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts),
+        *([host] if memory.on_host else []),
         f"time of 1       {time.seconds:.2f} s a step, predicted: "
         + ", ".join(f"{name} {part / time.seconds:.0%}" for name, part in seconds),
         "proof           parity grid: a layout of this kind is proven for the models of tests/README.md;",

@@ -14,6 +14,7 @@ from megatron_ext.config import Layout, RunConfig
 from megatron_ext.config.layout import StepShape
 from megatron_ext.planning.assumptions import Assumptions
 from megatron_ext.planning.flops import attended_keys, attention_products, training_flops_per_token
+from megatron_ext.planning.layer_memory import LayerFormulas, MicroBatch
 from megatron_ext.planning.memory import StateMemory
 
 _BACKWARD = 2
@@ -53,6 +54,8 @@ class StepTime:
     """Products and memory traffic of all micro-batches."""
     messages: float
     """Tensor, context, expert and pipeline parallelism of all micro-batches."""
+    host: float
+    """Waits for activations on their way to and from the host's memory, of all micro-batches."""
     bubble: float
     """Waiting for the pipeline to fill and to drain."""
     data_parallel: float
@@ -68,7 +71,7 @@ class StepTime:
     @property
     def seconds(self) -> float:
         """All of it."""
-        return self.compute + self.messages + self.bubble + self.data_parallel + self.optimizer
+        return self.compute + self.messages + self.host + self.bubble + self.data_parallel + self.optimizer
 
     @property
     def tflops(self) -> float:
@@ -85,18 +88,23 @@ def step_time(
         states: of each pipeline stage (planning/memory.py).
     """
     cost = _Cost(run, layout, shape, assumed)
-    kinds = [[0, 0] for _ in range(layout.pp)]
+    kinds, moved = ([[0, 0] for _ in range(layout.pp)] for _ in range(2))
+    before: dict[int, int] = {}
     for layer, is_moe in enumerate(run.model.moe_layer_pattern):
-        kinds[stage_of_layer(layer, run.model, run.parallel) % layout.pp][is_moe] += 1
-    stages = {(dense, moe, stage == layout.pp - 1) for stage, (dense, moe) in enumerate(kinds)}
-    compute, messages = max((cost.stage(*stage) for stage in stages), key=sum)
+        chunk = stage_of_layer(layer, run.model, run.parallel)
+        before[chunk] = before.get(chunk, 0) + 1
+        kinds[chunk % layout.pp][is_moe] += 1
+        moved[chunk % layout.pp][is_moe] += before[chunk] <= run.recompute.offload_layers
+    stages = {(tuple(kinds[stage]), tuple(moved[stage]), stage == layout.pp - 1) for stage in range(layout.pp)}
+    compute, messages, host = max((cost.stage(*stage) for stage in stages), key=sum)
     number = max(shape.size // (shape.micro_size * layout.dp), 1)
     chunks = run.parallel.virtual_pipeline_model_parallel_size or 1
     # Narayanan et al. 2021 (arXiv 2104.04473), section 2.2: (p - 1) / v of a micro-batch's time.
-    bubble = (layout.pp - 1) / chunks * (compute + messages)
+    bubble = (layout.pp - 1) / chunks * (compute + messages + host)
     return StepTime(
         compute=number * compute,
         messages=number * messages,
+        host=number * host,
         bubble=bubble,
         data_parallel=max(cost.data_parallel(state) for state in states),
         optimizer=max(cost.update(state) for state in states),
@@ -126,20 +134,41 @@ class _Cost:
         self._all_again = full
         self._network_again = full or bool({"mlp", "moe"} & set(modules))
 
-    def stage(self, dense: int, moe: int, is_last: bool) -> tuple[float, float]:
-        """Compute and messages of a pipeline stage with so many dense and MoE layers."""
+    def stage(self, layers: tuple[int, ...], moved: tuple[int, ...], is_last: bool) -> tuple[float, float, float]:
+        """Compute, messages and waits for the host of a pipeline stage.
+
+        Args:
+            layers: how many dense ones and how many with experts it has.
+            moved: of how many of either kind the host keeps the activations.
+        """
         layout = self._layout
-        compute = messages = 0.0
-        for is_moe, count in ((False, dense), (True, moe)):
+        compute = messages = host = 0.0
+        for is_moe, count, there in zip((False, True), layers, moved, strict=True):
             if count:
-                compute += count * self._layer(is_moe=is_moe)
+                layer = self._layer(is_moe=is_moe)
+                compute += count * layer
                 messages += count * self._layer_messages(is_moe=is_moe)
+                host += there * self._host_waits(layer * self._assumed.slack, is_moe=is_moe) if there else 0.0
         if is_last:
             compute += self._head()
         if layout.pp > 1:
             sent = self._residual / self._rate(layout.tp * layout.cp * layout.dp * 2)
             messages += 2 * sent * (self._run.parallel.virtual_pipeline_model_parallel_size or 1)
-        return compute * self._assumed.slack, messages
+        return compute * self._assumed.slack, messages, host
+
+    def _host_waits(self, layer: float, *, is_moe: bool) -> float:
+        """How much longer what a layer keeps travels than its neighbour computes, out and in.
+
+        Args:
+            layer: seconds of forward and backward pass together.
+        """
+        run, assumed = self._run, self._assumed
+        rows = round(self._tokens * self._layout.cp / self._length)
+        micro = MicroBatch(rows, self._length, False, run.runtime.kernels == "triton", assumed.expert_imbalance)
+        formulas = LayerFormulas(run.model, self._layout, run.parallel, run.precision, run.recompute, micro)
+        travels = formulas.layer(is_moe=is_moe).kept / (assumed.host_gb_s * 1e9)
+        forward = layer / (1 + _BACKWARD)
+        return max(travels - forward, 0.0) + max(travels - (layer - forward), 0.0)
 
     @property
     def _residual(self) -> float:

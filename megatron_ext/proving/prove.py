@@ -6,6 +6,7 @@ cannot.
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +58,8 @@ class ProofPlan:
     changes: tuple[str, ...]
     shapes: tuple[str, ...]
     """What the steps are like that the run has: those of the stages, where it has some."""
+    unproven: tuple[str, ...]
+    """What the run computes with and the proof does not."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ def plan_proof(
         processes,
         tuple(changes + dispatch_changes + layer_changes + loss_changes + adapter_changes),
         tuple(names),
+        tuple(_unproven(run)),
     )
 
 
@@ -356,14 +360,38 @@ def _thin_out(pattern: list[bool], layers: int) -> list[int]:
 
 
 def _fit_recompute(run: RunConfig, model: ModelConfig, parallel: ParallelConfig) -> RecomputeConfig:
-    """The run's recompute, of whatever the torch backend recomputes; the proof is always its."""
+    """The run's recompute, of whatever the torch backend recomputes; the proof is always its.
+
+    All that is kept is small here, and moves to the host's memory where the run says so.
+    """
     modules = [module for module in run.recompute.modules if module not in ONLY_WITH_TE]
-    if run.recompute.granularity == "selective" and not modules:
-        return RecomputeConfig(logits=run.recompute.logits)
     chunk = (model.num_layers + parallel.counted_as_layers) // (
         parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     )
-    return replace(run.recompute, num_layers=min(run.recompute.num_layers, chunk), modules=modules)
+    moved = min(run.recompute.offload_layers, chunk)
+    if run.recompute.granularity == "selective" and not modules:
+        return RecomputeConfig(logits=run.recompute.logits, offload_layers=moved, offload_min_bytes=1)
+    layers = min(run.recompute.num_layers, chunk)
+    return replace(run.recompute, num_layers=layers, modules=modules, offload_layers=moved, offload_min_bytes=1)
+
+
+def _unproven(run: RunConfig) -> Iterator[str]:
+    """Of each key of `run` that the proof leaves out: what is proven in its place."""
+    if run.precision.kind != "fp32":
+        yield f"precision.kind: {run.precision.kind}; in fp32, where a fault is larger than rounding"
+    if run.runtime.backend != "torch":
+        yield f"runtime.backend: {run.runtime.backend}; with the torch backend, which a CPU has"
+    if run.runtime.kernels != "torch":
+        yield f"runtime.kernels: {run.runtime.kernels}; with the torch steps, which a CPU has"
+    for key in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if getattr(run.optimizer, key) != "fp32":
+            yield f"optimizer.{key}: {getattr(run.optimizer, key)}; with moments in fp32"
+    if run.optimizer.moments_on_host:
+        yield "optimizer.moments_on_host: true; a CPU has one memory"
+    if run.recompute.granularity == "selective" and (only := sorted(ONLY_WITH_TE & set(run.recompute.modules))):
+        yield f"recompute.modules: {', '.join(only)}; those of the torch backend"
+    if run.recompute.offload_layers:
+        yield f"recompute.offload_layers: {run.recompute.offload_layers}; by copies of which none runs beside computing"
 
 
 def _require_legal(cell: Cell) -> None:

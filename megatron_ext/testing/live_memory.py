@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ext.config import RunConfig
 from megatron_ext.mcore.build import build_trainable
+from megatron_ext.mcore.layer import offload_of
+from megatron_ext.mcore.offload import Offload
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.tiny import SOURCES, random_batch
@@ -24,13 +26,15 @@ class LiveMemory(TorchDispatchMode):
     What a kernel allocates and frees within itself is not seen, nor what stood before unless an operation returns it.
 
     Attributes:
-        live: bytes now.
-        peak: the most since the beginning, or since `reset_peak`.
+        peak: the most since the beginning, or since `reset_peak`, in bytes.
+        offload: what it has in the host's memory does not count, on a machine that has no other memory either.
     """
+
+    offload: Offload | None = None
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
+        self._all = self.peak = 0
         self._known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,6 +43,11 @@ class LiveMemory(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 self._see(leaf.untyped_storage())
         return returned
+
+    @property
+    def live(self) -> int:
+        """Bytes now."""
+        return self._all - (self.offload.held if self.offload else 0)
 
     def reset_peak(self) -> None:
         """Forget what was more than what lives now."""
@@ -51,11 +60,11 @@ class LiveMemory(TorchDispatchMode):
 
         def forget(_: Any) -> None:
             if (known := self._known.pop(key, None)) is not None:
-                self.live -= known[0]
+                self._all -= known[0]
 
         # Python's storage lives as long as what it stands for, also where autograd alone holds that.
         self._known[key] = (size, weakref.ref(storage, forget))
-        self.live += size
+        self._all += size
         self.peak = max(self.peak, self.live)
 
 
@@ -67,6 +76,8 @@ class MeasuredMemory:
     """Between steps: weights, gradients, optimizer, and buffers that stay."""
     peak: int
     """The most during a step."""
+    on_host: int
+    """Bytes of activations that were in the host's memory at most, and are not among the others."""
 
 
 def measure_step(run: RunConfig) -> MeasuredMemory:
@@ -75,6 +86,7 @@ def measure_step(run: RunConfig) -> MeasuredMemory:
         groups = split_process_group(run.parallel, run.runtime)
         trainable = build_trainable(run, groups, choose_device(run.runtime))
         task = task_of(run.task, run.model, groups, run.adapters)
+        memory.offload = offload_of(trainable.chunks)
         state = 0
         for step in range(2):
             batch = random_batch(
@@ -90,4 +102,4 @@ def measure_step(run: RunConfig) -> MeasuredMemory:
             memory.reset_peak()
             train_step(trainable, task, batch, groups, max_norm=run.optimizer.clip_grad, num_sources=SOURCES)
     trainable.release()
-    return MeasuredMemory(state, memory.peak)
+    return MeasuredMemory(state, memory.peak, memory.offload.most_held if memory.offload else 0)

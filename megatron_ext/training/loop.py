@@ -86,11 +86,19 @@ def _prepared(run: RunConfig) -> tuple[Layout, torch.device]:
     flex = run.parallel.flex_backend
     accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
     device = choose_device(run.runtime)
-    if device.type == "cpu" and run.optimizer.moments_on_host:
-        raise EnvironmentFault(
-            "optimizer.moments_on_host = true, but no GPU is here: a CPU computes in its own memory; remove it"
-        )
+    _require_a_host_beside(device, run)
     return layout, device
+
+
+def _require_a_host_beside(device: torch.device, run: RunConfig) -> None:
+    """Raise where what the run keeps in the host's memory would be moved from there to there."""
+    moved = (
+        (run.optimizer.moments_on_host, "optimizer.moments_on_host = true"),
+        (run.recompute.offload_layers, f"recompute.offload_layers = {run.recompute.offload_layers}"),
+    )
+    for is_moved, key in moved:
+        if is_moved and device.type == "cpu":
+            raise EnvironmentFault(f"{key}, but no GPU is here: a CPU computes in its own memory; remove it")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from megatron_ext.config import (
     Fp8Precision,
     ModelConfig,
     MultiLatentAttention,
+    RecomputeConfig,
     RunConfig,
     dump_yaml,
     load_config,
@@ -91,6 +92,10 @@ NAMES = {"fp32": {"kind": "fp32"}, "bf16": {"kind": "bf16"}} | {
 }
 
 
+MOVED = "moved"
+"""In fp32, with all that layers keep in the host's memory."""
+
+
 def why_not(backend: Backend, precision: str, kind: str) -> str | None:
     """Why this machine cannot train that; None where it can."""
     if backend == "transformer_engine" and (missing := why_not_importable()):
@@ -127,9 +132,12 @@ class Trajectories:
         cases = [
             (kind, name) for kind in MODELS for name in NAMES if not (device == "cuda" and why_not(backend, name, kind))
         ]
+        cases += [(kind, MOVED) for kind in MODELS if (device, backend) == ("cuda", "torch")]
         for kind, name in cases:
             model = replace(MODELS[kind], num_layers=2)
-            run = run_config(model, NAMES[name], device, directory / f"{kind}-{name}", backend)
+            run = run_config(model, NAMES.get(name, {"kind": "fp32"}), device, directory / f"{kind}-{name}", backend)
+            if name == MOVED:
+                run = replace(run, recompute=RecomputeConfig(offload_layers=2, offload_min_bytes=1))
             (directory / f"{kind}-{name}.yaml").write_text(dump_yaml(to_mapping(run)))
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(directory)], capture_output=True, text=True, timeout=300
@@ -156,3 +164,13 @@ def test_a_gpu_trains_like_a_cpu(kind: str, precision: str, backend: Backend, tr
     ]
     print(f"{kind} {precision} {backend}: largest relative difference of loss and gradient norm {max(differences):.1e}")
     assert max(differences) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_activations_come_back_from_the_hosts_memory_as_they_went(kind: str, trajectories: Trajectories) -> None:
+    on_cpu, on_gpu = trajectories.of(kind, "fp32", "cpu"), trajectories.of(kind, MOVED, "cuda")
+    differences = [
+        abs(a - b) / abs(a) for cpu, gpu in zip(on_cpu, on_gpu, strict=True) for a, b in zip(cpu, gpu, strict=True)
+    ]
+    print(f"{kind}: largest relative difference of loss and gradient norm {max(differences):.1e}")
+    assert max(differences) < TOLERANCE["fp32"]

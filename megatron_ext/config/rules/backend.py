@@ -95,7 +95,14 @@ def _delayed_recomputes_no_inputs(recipe: str, modules: list[str], granularity: 
 @rule("model.transformer_overrides", BACKEND)
 def _offloading_needs_te(overrides: dict[str, Any], backend: str) -> str | None:
     if overrides.get("cpu_offloading") and backend != TE:
-        return "cpu_offloading moves what Transformer Engine's layers keep; remove it, or recompute (section recompute)"
+        return "cpu_offloading moves what Transformer Engine's layers keep; set recompute.offload_layers instead"
+    return None
+
+
+@rule("recompute.offload_layers", BACKEND)
+def _te_moves_its_own(count: int, backend: str) -> str | None:
+    if count and backend == TE:
+        return "moves what the torch backend's layers keep; set cpu_offloading in model.transformer_overrides instead"
     return None
 
 

@@ -6,6 +6,8 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.rules.registry import BACKEND, DEVICE, PP, VPP, rule
 from megatron_ext.config.training import ExitAt, RampStep
 
+OFFLOAD = "recompute.offload_layers"
+
 
 @rule("data.reset_attention_mask", BACKEND)
 def _documents_need_our_attention(reset: bool, backend: str) -> str | None:
@@ -116,10 +118,13 @@ def _the_model_has_such_modules(modules: list[str], granularity: str | None, mod
         "moe": model.is_moe,
         "shared_experts": model.is_moe and model.moe_shared_expert_intermediate_size is not None,
     }
-    if modules and not any(has.get(module, True) for module in modules):
-        there = ", ".join(["core_attn", "layernorm", *(module for module, is_there in has.items() if is_there)])
+    missing = [module for module in modules if not has.get(module, True)]
+    if not missing:
+        return None
+    there = ", ".join(["core_attn", "layernorm", *(module for module, is_there in has.items() if is_there)])
+    if len(missing) == len(modules):
         return f"the model has none of these, and nothing would be recomputed; it has {there}"
-    return None
+    return f"the model has no {', '.join(missing)}; leave it out: it has {there}"
 
 
 @rule("recompute.logits", "model.transformer_overrides")
@@ -127,6 +132,46 @@ def _logits_are_there_for_late_gradients(again: bool, overrides: dict[str, Any])
     if again and overrides.get("defer_embedding_wgrad_compute"):
         return "a gradient of the output layer that is computed late needs the logits' gradient; leave one of both out"
     return None
+
+
+@rule(OFFLOAD, given=("model.num_layers", PP, VPP))
+def _offloaded_layers_are_there(count: int, layers: int, pp: int, vpp: int | None) -> str | None:
+    stage = layers // (pp * (vpp or 1))
+    return f"a stage chunk has only {stage} layers" if count > stage else None
+
+
+@rule(OFFLOAD, "recompute.granularity")
+def _what_is_offloaded_is_kept(count: int, granularity: str | None) -> str | None:
+    if count and granularity == "full":
+        return "layers that are computed again keep their input alone; set granularity: selective, or leave one out"
+    return None
+
+
+@rule(OFFLOAD, DEVICE)
+def _activations_have_a_host(count: int, device: str) -> str | None:
+    return "a CPU computes in its own memory; remove it" if count and device == "cpu" else None
+
+
+@rule(OFFLOAD, "parallel.moe_shared_expert_overlap")
+def _offload_follows_one_stream(count: int, overlap: bool) -> str | None:
+    if count and overlap:
+        return "overlapped shared experts have a stream of their own, which the copies do not follow; leave one out"
+    return None
+
+
+@rule(OFFLOAD, "model.transformer_overrides")
+def _offload_is_alone(count: int, overrides: dict[str, Any]) -> str | None:
+    if count and overrides.get("cpu_offloading"):
+        return "both move activations; remove cpu_offloading"
+    graphs = sorted(name for name in overrides if "cuda_graph" in name)
+    if count and graphs:
+        return f"a CUDA graph keeps its memory where it is; remove {', '.join(graphs)}"
+    return None
+
+
+@rule("recompute.offload_min_bytes", OFFLOAD)
+def _small_is_said_of_what_moves(smallest: int, count: int) -> str | None:
+    return "has no effect; set offload_layers" if smallest != 2**16 and not count else None
 
 
 @rule("recompute.method", "recompute.num_layers", "recompute.granularity")

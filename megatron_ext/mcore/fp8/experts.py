@@ -20,11 +20,18 @@ _ALIGNMENT = 16
 
 
 class _ExpertFunction(torch.autograd.Function):
-    """Each expert's `x @ w.T` with all three products in fp8, for all experts of this rank at once."""
+    """Each expert's `x @ w.T` with all three products in fp8, for all experts of this rank at once.
+
+    Weight gradients in bf16 are added to `sum_ENK` by our own kernel where that is given, as in the other precisions.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, weights_ENK: Tensor, ends_E: Tensor, scaling: Scaling) -> Tensor:
+    def forward(
+        ctx: Any, x_TK: Tensor, weights_ENK: Tensor, ends_E: Tensor, scaling: Scaling, sum_ENK: Tensor | None = None
+    ) -> Tensor:
         ctx.save_for_backward(x_TK, weights_ENK, ends_E)
+        # Not saved as an input: it changes between forward and backward, by design.
+        ctx.sum = sum_ENK
         ctx.scaling = scaling
         x_max, ctx.x_max = scaling.lasting_maxima(Role.INPUT, x_TK)
         weights, ctx.weights_max = scaling.weight(weights_ENK)
@@ -42,10 +49,14 @@ class _ExpertFunction(torch.autograd.Function):
             weights_EKN = scaling.weight_t(weights_ENK, ctx.weights_max)
             grad = scaling.quantize(Role.GRADIENT, grad_TN, grad_max)
             grad_x = grouped_product(grad, weights_EKN, ends_E, x_TK.dtype, fast=False)
-        if needs_weights:
+        if needs_weights and ctx.sum is not None and not scaling.precision.fp8_wgrad:
+            from megatron_ext.mcore.kernels.grouped_gradient import add_gradients
+
+            add_gradients(ctx.sum, grad_TN, x_TK, ends_E)
+        elif needs_weights:
             maxima = shared_max, ctx.x_max
             grad_weights = _weight_gradients(scaling, grad_TN, x_TK, ends_E, weights_ENK.dtype, *maxima)
-        return grad_x, grad_weights, None, None
+        return grad_x, grad_weights, None, None, None
 
 
 def _weight_gradients(
@@ -154,10 +165,12 @@ class Fp8GroupedExperts(GroupedExperts):
 
     def fc1(self, tokens_TH: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's tokens by its own first weight: [T, F], or [T, 2 F] if gated."""
-        projected: Tensor = _ExpertFunction.apply(tokens_TH, self.weight1, ends_E, self.scaling_fc1)
-        return projected
+        return self._product(tokens_TH, self.weight1, ends_E, self.scaling_fc1)
 
     def fc2(self, hidden_TF: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's hidden units by its own second weight: [T, H]."""
-        output_TH: Tensor = _ExpertFunction.apply(hidden_TF, self.weight2, ends_E, self.scaling_fc2)
-        return output_TH
+        return self._product(hidden_TF, self.weight2, ends_E, self.scaling_fc2)
+
+    def _product(self, rows_TK: Tensor, weights_ENK: Tensor, ends_E: Tensor, scaling: Scaling) -> Tensor:
+        output_TN: Tensor = _ExpertFunction.apply(rows_TK, weights_ENK, ends_E, scaling, self._sum_of(weights_ENK))
+        return output_TN

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_ext.mcore.fp8.products import product
 from megatron_ext.mcore.fp8.quantize import Quantized
 from megatron_ext.mcore.fp8.scaling import Role, Scaling
+from megatron_ext.mcore.linear import add_product, gradient_sum
 from megatron_ext.mcore.sequence_parts import gather, reduce_scatter
 
 
@@ -20,13 +21,26 @@ class _LinearFunction(torch.autograd.Function):
 
     y = q(x) q(w)^T, dx = q(g) q(w), dw = q(g)^T q(x), each operand quantised along the dimension that is contracted.
     What is kept for the backward pass is what megatron-core keeps: this rank's part of the input, and the weight.
+
+    A weight gradient in bf16 is added to `sum_NK` within the product where that is given (mcore/linear.py). One in fp8
+    is not: torch's scaled product adds to nothing, and its own error, of 4 % and more, is far above that of rounding
+    it to bf16 before it is added up in fp32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_NK: Tensor, scaling: Scaling, group: Any, gathers: bool, reduces: bool
+        ctx: Any,
+        x: Tensor,
+        weight_NK: Tensor,
+        scaling: Scaling,
+        group: Any,
+        gathers: bool,
+        reduces: bool,
+        sum_NK: Tensor | None = None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight_NK)
+        # Not saved as an input: it changes between forward and backward, by design.
+        ctx.sum = sum_NK
         ctx.scaling, ctx.group, ctx.gathers, ctx.reduces = scaling, group, gathers, reduces
         whole = gather(x, group)[0] if gathers else x
         x_MK = whole.reshape(-1, whole.shape[-1])
@@ -54,14 +68,16 @@ class _LinearFunction(torch.autograd.Function):
             if gathering is not None:
                 gathering.wait()
             x_MK = whole.reshape(-1, whole.shape[-1])
-            if grad_t is None:
+            if grad_t is None and ctx.sum is not None:
+                add_product(ctx.sum, grad_MN.t(), x_MK)
+            elif grad_t is None:
                 grad_weight = grad_MN.t() @ x_MK
             else:
                 x_KM = scaling.quantize(Role.INPUT, x_MK.t(), ctx.x_max)
                 grad_weight = product(grad_t, x_KM, weight_NK.dtype, fast=False)
         if reducing is not None:
             reducing.wait()
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _gradient_operands(
@@ -97,8 +113,9 @@ class _Fp8Products(torch.nn.Module):
         **unused: Any,
     ) -> Tensor:
         """megatron-core's hook for the product. Unused is what needs Apex, or defers the embedding's gradient."""
+        total = gradient_sum(self.config, weight)
         output: Tensor = _LinearFunction.apply(
-            input, weight, self.scaling, tp_group, sequence_parallel, allreduce_dgrad
+            input, weight, self.scaling, tp_group, sequence_parallel, allreduce_dgrad, total
         )
         return output if bias is None else output + bias
 

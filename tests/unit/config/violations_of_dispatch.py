@@ -58,6 +58,14 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["recompute.modules = ['shared_experts']", "leave shared_experts out"],
     ),
     (
+        {
+            "model": SHARED,
+            "parallel": OVERLAPPED,
+            "recompute": {"offload_layers": 2},
+        },
+        ["recompute.offload_layers = 2, parallel.moe_shared_expert_overlap = True", "a stream of their own"],
+    ),
+    (
         {**ADAPTED, "model": SHARED, "parallel": OVERLAPPED},
         ["overlapped shared experts communicate outside their linear layers, past their adapters"],
     ),

@@ -169,7 +169,46 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {"recompute": {"granularity": "selective", "modules": ["moe", "shared_experts"]}},
         ["the model has none of these", "it has core_attn, layernorm, mlp"],
     ),
+    (
+        {"recompute": {"granularity": "selective", "modules": ["core_attn", "shared_experts"]}},
+        [
+            "recompute.modules = ['core_attn', 'shared_experts']",
+            "the model has no shared_experts; leave it out: it has",
+        ],
+    ),
     ({"recompute": {"num_layers": 2}}, ["have no effect; set granularity: full"]),
+    ({"recompute": {"offload_layers": 5}}, ["recompute.offload_layers = 5", "only 4 layers"]),
+    (
+        {"recompute": {"granularity": "full", "offload_layers": 2}},
+        ["recompute.offload_layers = 2, recompute.granularity = 'full'", "keep their input alone"],
+    ),
+    (
+        {"recompute": {"offload_layers": 2}, "runtime": {"device": "cpu"}},
+        ["recompute.offload_layers = 2", "a CPU computes in its own memory"],
+    ),
+    (
+        {
+            "recompute": {"offload_layers": 2},
+            "model": {"transformer_overrides": {"cuda_graph_impl": "local", "cuda_graph_warmup_steps": 2}},
+        },
+        ["recompute.offload_layers = 2", "remove cuda_graph_impl, cuda_graph_warmup_steps"],
+    ),
+    (
+        {"recompute": {"offload_min_bytes": 1024}},
+        ["recompute.offload_min_bytes = 1024", "has no effect; set offload_layers"],
+    ),
+    (
+        {"recompute": {"offload_layers": 2}, "runtime": TE},
+        ["runtime.backend = 'transformer_engine'", "set cpu_offloading in model.transformer_overrides instead"],
+    ),
+    (
+        {
+            "recompute": {"offload_layers": 2},
+            "runtime": TE,
+            "model": {"transformer_overrides": {"cpu_offloading": True, "cpu_offloading_num_layers": 1}},
+        },
+        ["recompute.offload_layers = 2", "both move activations"],
+    ),
     ({"parallel": {"expert_model_parallel_size": 2}}, ["no meaning in a dense model"]),
     (
         {"parallel": {"tensor_model_parallel_size": 3}},

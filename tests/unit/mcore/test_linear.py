@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 from torch import Tensor
 
-from megatron_ext.config import Bf16Precision, Fp32Precision, ParallelConfig, Precision, RecomputeConfig
+from megatron_ext.config import (
+    Bf16Precision,
+    Fp8Precision,
+    Fp32Precision,
+    ParallelConfig,
+    Precision,
+    RecomputeConfig,
+)
 from megatron_ext.proving.parity import Cell, build_cell, train_cell
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.testing.tiny import tiny_model
@@ -41,17 +48,18 @@ def gradients(cell: Cell, adds: bool) -> tuple[dict[str, Tensor], set[str]]:
     [
         (Fp32Precision(kind="fp32"), RecomputeConfig(granularity="full"), 2),
         (Bf16Precision(kind="bf16"), RecomputeConfig(logits=True), 1),
+        (Fp8Precision(kind="fp8", fp8_wgrad=False), RecomputeConfig(), 1),
     ],
-    ids=["fp32, TP2 SP", "bf16, loss by parts"],
+    ids=["fp32, TP2 SP", "bf16, loss by parts", "fp8 but for weight gradients"],
 )
 def test_sums_are_the_same(precision: Precision, recompute: RecomputeConfig, ranks: int, pool: GlooPool) -> None:
     parallel = LAYOUT if ranks > 1 else ParallelConfig()
     # bf16 untied: autograd adds up both ends' gradients in bf16, the sum takes each in fp32.
-    model = replace(MODEL, untie_embeddings_and_output_weights=precision.kind == "bf16")
+    model = replace(MODEL, untie_embeddings_and_output_weights=precision.kind != "fp32")
     cell = Cell(model, parallel, precision, recompute, samples=2, micro_batch=1)
     handed_on, added = (pool.run(ranks, gradients, cell, adds) for adds in (False, True))
     for (expected, all_weights), (measured, left) in zip(handed_on, added, strict=True):
-        named = ("linear_", "output_layer") if recompute.logits else ("linear_",)
+        named = ("linear_", "output_layer") if precision.kind != "fp32" else ("linear_",)
         linear = {name for name in all_weights if any(part in name for part in named) and name.endswith(".weight")}
         assert all_weights - left == linear
         errors = [float((measured[name] - grad).norm() / grad.norm()) for name, grad in expected.items()]

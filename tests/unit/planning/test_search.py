@@ -18,6 +18,7 @@ from megatron_ext.config import (
 )
 from megatron_ext.errors import ConfigError
 from megatron_ext.planning.assumptions import GPUS, as_yaml, assumptions_for
+from megatron_ext.planning.layer_memory import LayerFormulas, MicroBatch
 from megatron_ext.planning.memory import stage_states
 from megatron_ext.planning.peak_memory import peak_memory
 from megatron_ext.planning.plan_plot import draw
@@ -167,6 +168,17 @@ def test_what_costs_time_costs_time() -> None:
     updated = held.dense / 8 + held.experts
     assert here == pytest.approx(1.1 * updated * 42 / 2.7e12)
     assert there - here == pytest.approx(1.1 * updated * 2 * 8 / 50e9)
+    # What three layers keep travels out beside a forward pass and in beside a backward pass.
+    offload = RecomputeConfig(offload_layers=3)
+    one = with_layout(run, ParallelConfig(expert_model_parallel_size=8), 1, offload)
+    fast, slow = (
+        step_time(one, layout, [held], one.step_shapes[0], replace(H100, host_gb_s=rate)).host for rate in (1e6, 0.001)
+    )
+    numbers = 1024 // 8
+    micro = MicroBatch(1, 4096, imbalance=H100.expert_imbalance)
+    moved = LayerFormulas(one.model, layout, one.parallel, one.precision, offload, micro).layer(is_moe=True).kept
+    assert fast == 0
+    assert slow == pytest.approx(numbers * 3 * 2 * moved / 1e6, rel=1e-3)  # beside which a layer's time is nothing
     # Over two nodes a token of two experts crosses once where both are on the other one; and shared experts hide some.
     sent = {"expert_model_parallel_size": 8}
     shared = replace(run, model=replace(run.model, moe_shared_expert_intermediate_size=4096))
@@ -213,6 +225,18 @@ def test_a_bare_shape_is_planned_and_written(tmp_path: Path) -> None:
     assert "days for 200B" in text
     assert "predicted" in text
     assert "network_gb_s: 40.0" in text
+    assert "host memory" not in text
+    moments = replace(run.optimizer, moments_on_host=True)
+    (choice, *_) = found.chosen
+    moved = replace(choice.candidate.run, optimizer=moments, recompute=RecomputeConfig(offload_layers=1))
+    memory = peak_memory(moved, choice.candidate.layout)
+    candidate = replace(choice.candidate, run=moved)
+    there = table(
+        moved, replace(found, chosen=[replace(choice, candidate=candidate, memory=memory)]), 16, H100, 14, length
+    )
+    assert f"host memory     {memory.on_host / 2**30:.1f} GiB a GPU" in there
+    assert "predicted with 50 GB/s each way" in there
+    assert " 1 moved " in there
     assert len({choice.candidate.degrees for choice in found.chosen}) == len(found.chosen) == 5
     rates = [choice.candidate.time.seconds for choice in found.chosen]
     assert rates == sorted(rates)

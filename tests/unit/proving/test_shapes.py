@@ -49,6 +49,32 @@ def test_stages_keep_their_order_of_lengths_and_batches_and_each_shape_comes_onc
     )
 
 
+def test_what_a_cpu_cannot_compute_is_said_to_be_unproven() -> None:
+    run = load(
+        mapping(
+            precision={"kind": "bf16"},
+            optimizer={"kind": "adam", "lr": 1e-3, "exp_avg_dtype": "bf16", "moments_on_host": True},
+            runtime={"kernels": "triton"},
+            recompute={"offload_layers": 3},
+        )
+    )
+    plan = plan_proof(run, 2, 2)
+    keys = ["precision.kind: bf16", "runtime.kernels: triton", "optimizer.exp_avg_dtype: bf16"]
+    keys += ["optimizer.moments_on_host: true", "recompute.offload_layers: 3"]
+    assert [said.partition(";")[0] for said in plan.unproven] == keys
+    # What is moved is proven, however small it is here.
+    assert (plan.cell.recompute.offload_layers, plan.cell.recompute.offload_min_bytes) == (3, 1)
+    experts = {"num_moe_experts": 8}
+    engine = {"backend": "transformer_engine"}
+    again = {"granularity": "selective", "modules": ["moe_act"]}
+    plan = plan_proof(load(mapping(model=experts, runtime=engine, recompute=again)), 2, 2)
+    assert [said.partition(";")[0] for said in plan.unproven] == [
+        "runtime.backend: transformer_engine",
+        "recompute.modules: moe_act",
+    ]
+    assert plan_proof(load(mapping()), 2, 2).unproven == ()
+
+
 def test_tokens_travel_as_they_can_without_a_gpu() -> None:
     shared = {"num_moe_experts": 8, "moe_shared_expert_intermediate_size": 8}
     flex = {"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2}

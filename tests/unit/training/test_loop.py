@@ -84,3 +84,6 @@ def test_the_memory_of_a_host_needs_a_gpu_beside_it() -> None:
     run = load(mapping(optimizer={"kind": "adam", "lr": 1e-3, "moments_on_host": True}))
     with pytest.raises(EnvironmentFault, match=r"optimizer\.moments_on_host = true, but no GPU is here.* remove it"):
         _prepared(run)
+    run = load(mapping(recompute={"offload_layers": 2}))
+    with pytest.raises(EnvironmentFault, match=r"recompute\.offload_layers = 2, but no GPU is here.* remove it"):
+        _prepared(run)

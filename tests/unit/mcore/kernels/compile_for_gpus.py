@@ -37,6 +37,15 @@ CAST = {
 }
 
 
+def pairs(layout: rotary.Pairs) -> dict[str, bool]:
+    return {
+        "FROM_NEIGHBOURS": layout.from_neighbours,
+        "TO_NEIGHBOURS": layout.to_neighbours,
+        "LAST": layout.last,
+        "PASSES": True,
+    }
+
+
 def kernels(capability: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     """By name: the kernel, types of its arguments, and those that are constants."""
     found = {
@@ -59,7 +68,12 @@ def kernels(capability: int) -> dict[str, tuple[Any, dict[str, str], dict[str, A
         "rotate": (
             rotary._rotate,
             ROTATION,
-            {"NEIGHBOURS": False, "PASSES": True, "HEADS": rotary._TILE // 64, "HALF": 64, "REST": 64},
+            pairs(rotary.HALVES) | {"HEADS": rotary._TILE // 64, "HALF": 64, "REST": 64},
+        ),
+        "rotate latent": (
+            rotary._rotate,
+            ROTATION,
+            pairs(rotary.LATENT) | {"HEADS": rotary._TILE // 32, "HALF": 32, "REST": 128},
         ),
         "sum and norm": (sum_norm._forward, NORM, {"CENTRED": True, "BLOCK": 4096}),
         "sum and norm, backward": (sum_norm._backward, NORM, {"CENTRED": True, "BLOCK": 4096}),

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from torch import Tensor
 
+from megatron_ext.config import Fp8Precision
 from megatron_ext.mcore.activation import Gate, gated_activation, quick_gelu
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.mcore.fp8.experts import _ExpertFunction
 from megatron_ext.mcore.fp8.quantize import E4M3, E5M2, ROW, WHOLE, Tile, quantize, quantize_both, tile_maxima
+from megatron_ext.mcore.fp8.scaling import Scaling
 from megatron_ext.mcore.moe.dispatcher import _sum_rows
 
 # Exponentials of the interpreter are numpy's, torch's its own: a unit in the last place of fp32 each. Where that moves
@@ -118,7 +121,7 @@ def test_rotation(
     neighbours: bool,
 ) -> None:
     """megatron-core's formula in fp32, rounded once; of queries as they lie in the projection; and its gradient."""
-    from megatron_ext.mcore.kernels.rotary import rotate
+    from megatron_ext.mcore.kernels.rotary import HALVES, NEIGHBOURS, rotate
 
     projection = random(*shape, 2 * (2 * half + rest), dtype=dtype)
     angles = 100 * random(shape[0], half, seed=1)
@@ -128,8 +131,39 @@ def test_rotation(
     expected = _apply_rotary_pos_emb_bshd(queries, both[:, None, None], rotary_interleaved=neighbours, mscale=1.5)
     here = projection.to(where).requires_grad_()
     cosines, sines = (1.5 * turn.to(where) for turn in (angles.cos(), angles.sin()))
-    measured = rotate(here.chunk(2, dim=-1)[0], cosines, sines, neighbours=neighbours)
+    measured = rotate(here.chunk(2, dim=-1)[0], cosines, sines, NEIGHBOURS if neighbours else HALVES)
     assert measured.is_contiguous()
+    upstream = random(*measured.shape, dtype=dtype, seed=2)
+    (gradient,) = torch.autograd.grad(measured, here, upstream.to(where))
+    (wanted,) = torch.autograd.grad(expected, exact, upstream.float())
+    assert_near(measured, expected.to(dtype), UNIT[dtype])
+    assert_near(gradient, wanted.to(dtype), UNIT[dtype])
+
+
+@FEW
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 5)),
+    half=st.integers(1, 33),
+    rest=st.integers(0, 5),
+    dtype=DTYPES,
+)
+@example(shape=(2, 2, 4), half=32, rest=128, dtype=torch.bfloat16)
+def test_rotation_of_latent_attention(
+    where: torch.device, shape: tuple[int, int, int], half: int, rest: int, dtype: torch.dtype
+) -> None:
+    """megatron-core's formula of the last dimensions, taken as neighbours and sorted into halves; and its gradient."""
+    from megatron_ext.mcore.kernels.rotary import LATENT, rotate
+
+    heads = random(*shape, rest + 2 * half, dtype=dtype)
+    angles = 100 * random(shape[0], half, seed=1)
+    exact = heads.float().requires_grad_()
+    still, turns = exact.split((rest, 2 * half), dim=-1)
+    both = angles.repeat(1, 2)[:, None, None]
+    turned = _apply_rotary_pos_emb_bshd(turns, both, multi_latent_attention=True, mscale=1.5)
+    expected = torch.cat((still, turned), dim=-1)
+    here = heads.to(where).requires_grad_()
+    cosines, sines = (1.5 * turn.to(where) for turn in (angles.cos(), angles.sin()))
+    measured = rotate(here, cosines, sines, LATENT)
     upstream = random(*measured.shape, dtype=dtype, seed=2)
     (gradient,) = torch.autograd.grad(measured, here, upstream.to(where))
     (wanted,) = torch.autograd.grad(expected, exact, upstream.float())
@@ -189,6 +223,26 @@ def test_gradients_of_experts_are_added(
     torch.testing.assert_close(total.cpu().double(), expected, rtol=1e-6, atol=2e-5)
     idle = torch.tensor(counts) == 0
     assert torch.equal(total.cpu()[idle], before[idle])
+
+
+def test_gradients_of_experts_in_fp8_are_added_where_they_are_bf16(where: torch.device) -> None:
+    """Unrounded, as in the other precisions; those in fp8 are autograd's to hand on."""
+    ends = torch.tensor([5, 5, 40], dtype=torch.int32, device=where)
+    x, grad = (random(40, width, dtype=torch.bfloat16, seed=n).to(where) for n, width in enumerate((32, 48)))
+    weights = random(3, 48, 32, dtype=torch.bfloat16, seed=2).to(where).requires_grad_()
+    handed_on = dict[bool, Tensor | None]()
+    for in_fp8 in (False, True):
+        total = torch.ones(3, 48, 32, device=where)
+        scaling = Scaling(Fp8Precision(kind="fp8", fp8_wgrad=in_fp8), gradient_format=E4M3)
+        output = _ExpertFunction.apply(x, weights, ends, scaling, total)
+        (handed_on[in_fp8],) = torch.autograd.grad(output, weights, grad, allow_unused=True)
+        if not in_fp8:
+            parts = zip(*(t.double().tensor_split([5, 5]) for t in (grad, x)), strict=True)
+            expected = torch.stack([one.t() @ other + 1 for one, other in parts])
+            torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=2e-5)
+    assert handed_on[False] is None
+    assert handed_on[True] is not None
+    assert torch.equal(total, torch.ones_like(total))
 
 
 @FEW
