@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-HANGS = 240.0
+HANGS = 600.0
 """Seconds after which what a test waits for never comes: many times what a slow machine at other work needs."""
 _CUSTOM = Path(__file__).with_name("holding")
 
@@ -70,11 +70,10 @@ def ended_at_last(process: subprocess.Popen[Any]) -> Iterator[None]:
 
 
 class Holds:
-    """Processes with `environment`, and those that they start, wait before they open or make anything of these names.
+    """Processes with `environment`, and those that they start, wait before they open or make what has such a name.
 
-    Or what lies in a folder of such a name.
-
-    So they are still at their work when a test interrupts them, however fast they are and however late the test is.
+    Or what lies in a folder that has. So they are still at their work when a test interrupts them, however fast they
+    are and however late the test is.
 
     Args:
         folder: for notes of the names; made here. Without it nothing waits any more.
