@@ -13,6 +13,7 @@ the undisturbed run to the last bit, the metrics file must have each step once, 
 """
 
 import argparse
+import contextlib
 import html
 import json
 import os
@@ -126,14 +127,15 @@ class Soak:
     def ended(self, seconds: float = 1800) -> int:
         """Wait for the launcher's end, and for all it started; its exit code."""
         assert self.launcher is not None
-        code = self.launcher.wait(seconds)
-        _, alive = psutil.wait_procs(self.ranks(), timeout=seconds)
-        if alive:
-            raise SystemExit(f"processes outlived their launcher: {alive}")
+        code, deadline = self.launcher.wait(seconds), time.monotonic() + seconds
+        while alive := self.ranks():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"processes outlived their launcher: {alive}")
+            time.sleep(0.1)
         return code
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train."""
+        """The processes that train; one that has ended has no command line, whether or not anybody knows its code."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             command = process.info["cmdline"] or []
@@ -148,10 +150,16 @@ class Soak:
         self.ended()
 
 
+def kill(process: psutil.Process) -> None:
+    """Kill -9, unless it has ended since it was found."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
 def kill_rank(soak: Soak) -> None:
     """Kill -9 of one rank: the other ends, and names it."""
     if ranks := soak.ranks():
-        soak.draws.choice(ranks).kill()
+        kill(soak.draws.choice(ranks))
     soak.ended()
 
 
@@ -163,8 +171,9 @@ def kill_launcher(soak: Soak) -> None:
 def kill_all(soak: Soak) -> None:
     """Kill -9 of everything at once, as a node that loses its power."""
     assert soak.launcher is not None
-    for process in [psutil.Process(soak.launcher.pid), *soak.ranks()]:
-        process.kill()
+    soak.launcher.kill()
+    for process in soak.ranks():
+        kill(process)
     soak.ended()
 
 

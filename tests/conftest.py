@@ -1,6 +1,7 @@
 """Shared by all tests: one pool of Gloo processes, and the tables that a run writes into tests/README.md."""
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# transformers copies the code of a model there and imports the copy: two processes of tests must not meet over it.
+_modules = tempfile.TemporaryDirectory(prefix="transformers-modules-")
+os.environ["HF_MODULES_CACHE"] = _modules.name
 
 import torch  # noqa: E402 - the environment comes first
 

@@ -28,14 +28,14 @@ class Watchdog:
         self._limits = limits
         self._paces: deque[float] = deque(maxlen=_LEARNS_FROM)
         self._steps, self._in_step = 0, False
-        self._looked_at = time.monotonic()
+        self._looked_at = self._finished_at = time.monotonic()
         self._elapsed = 0.0
         """Seconds since something was finished."""
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """A training step is inside."""
-        begun = time.monotonic()
+        begun = self._finished_at = time.monotonic()
         self._elapsed, self._in_step = 0.0, True
         try:
             yield
@@ -43,6 +43,7 @@ class Watchdog:
             if self._steps > _FIRST_STEPS:
                 self._paces.append(time.monotonic() - begun)
         finally:
+            self._finished_at = time.monotonic()
             self._elapsed, self._in_step = 0.0, False
 
     def limit(self) -> float:
@@ -60,7 +61,8 @@ class Watchdog:
         if not self._limits.enabled:
             return None
         now = time.monotonic()
-        self._elapsed += min(now - self._looked_at, _LONGEST_LOOK)
+        # Of the time since the last look what came before the last end is none of the present step's.
+        self._elapsed += min(now - max(self._looked_at, self._finished_at), _LONGEST_LOOK)
         self._looked_at = now
         if not self._in_step:
             self._elapsed = min(self._elapsed, standing.still)

@@ -73,13 +73,12 @@ class GlooPool:
             self._workers.append((process, ours))
 
     def _collect(self, world_size: int, timeout: float) -> list[Any]:
-        deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+        deadline = time.monotonic() + timeout
         results: dict[int, Any] = {}
         rank_of: dict[Any, int] = {self._workers[rank][1]: rank for rank in range(world_size)}
         while len(results) < world_size:
-            left = (deadline - datetime.datetime.now()).total_seconds()
             waiting = [connection for connection, rank in rank_of.items() if rank not in results]
-            ready = wait(waiting, timeout=max(left, 0))
+            ready = wait(waiting, timeout=max(deadline - time.monotonic(), 0))
             if not ready:
                 ranks = [rank_of[connection] for connection in waiting]
                 stacks = "\n".join(f"rank {rank}:\n{self._stack(rank)}" for rank in ranks)
@@ -98,7 +97,8 @@ class GlooPool:
         """What the threads of a rank are doing now; empty where it cannot say so within a second."""
         process, _ = self._workers[rank]
         if process.is_alive():
-            os.kill(process.pid, signal.SIGUSR1)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(process.pid, signal.SIGUSR1)
             time.sleep(1)
         return (Path(self._stacks.name) / f"{rank}").read_text(errors="replace")
 

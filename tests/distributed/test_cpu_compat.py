@@ -17,6 +17,7 @@ from megatron_ext.runtime import cpu_compat
 from megatron_ext.runtime.process_groups import end_process_groups
 from megatron_ext.testing.tiny import tiny_model
 from tests.support import forkserver
+from tests.support.waiting import HANGS
 
 PROCESSES = 4
 EXPERTS = ParallelConfig(
@@ -53,7 +54,7 @@ def probe(rank: int, left_out: frozenset[str], store: str, answers: Any) -> None
         cpu_compat.install(without=left_out)
         for number, cell in enumerate(PROBES):
             files = dist.FileStore(f"{store}{number}", PROCESSES)
-            timeout = datetime.timedelta(seconds=30)
+            timeout = datetime.timedelta(seconds=HANGS)
             dist.init_process_group("gloo", store=files, rank=rank, world_size=PROCESSES, timeout=timeout)
             run_cell(cell)
             check_random_states()
@@ -86,7 +87,7 @@ def first_failure(left_out: frozenset[str], directory: Path) -> str | None:
         process.start()
     try:
         for _ in ranks:
-            failure = answers.get(timeout=120)
+            failure = answers.get(timeout=2 * HANGS)
             if failure is not None:
                 return str(failure)
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.testing.ports import free_port
+from tests.support.waiting import HANGS, ended_at_last
 from tests.support.webhook_server import WebhookServer
 from tests.support.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
 
@@ -28,7 +29,7 @@ def test_two_nodes_train_like_one(tmp_path: Path) -> None:
     prepare_data(tmp_path)
     run = write_run(tmp_path / "run.yaml", run_mapping(tmp_path))
     one = start(run, f"checkpoint.directory={tmp_path / 'one'}", NPROC_PER_NODE="2")
-    _, errors = one.communicate(timeout=240)
+    _, errors = one.communicate(timeout=HANGS)
     assert one.returncode == 0, errors
     port = str(free_port())
     nodes = [
@@ -44,9 +45,10 @@ def test_two_nodes_train_like_one(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    for node in nodes:
-        _, errors = node.communicate(timeout=240)
-        assert node.returncode == 0, errors
+    with ended_at_last(nodes[0]), ended_at_last(nodes[1]):
+        for node in nodes:
+            _, errors = node.communicate(timeout=HANGS)
+            assert node.returncode == 0, errors
     assert reported_losses(tmp_path / "one") == reported_losses(tmp_path / "two")
 
 
@@ -66,7 +68,7 @@ def test_memory_of_a_gpu_may_grow_in_place_unless_the_user_says_how(
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
     usual = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
-    output, errors = start("run.yaml", **usual, **said).communicate(timeout=60)
+    output, errors = start("run.yaml", **usual, **said).communicate(timeout=HANGS)
     assert output.split() == [expected], errors
 
 
@@ -83,7 +85,7 @@ def test_what_is_missing_is_said_before_anything_starts(
 ) -> None:
     run = write_run(tmp_path / "run.yaml", run_mapping(tmp_path))
     process = start(run, "parallel.tensor_model_parallel_size=2", **environment)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 2
     assert message in errors
     assert errors.count("error: ") == 1
@@ -97,7 +99,7 @@ def test_people_are_told_of_a_restart_that_is_refused_before_anything_starts(tmp
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"event": "start", "iteration": 0}\n')
     process = start(run, "parallel.tensor_model_parallel_size=2", NPROC_PER_NODE="3", HOOK=server.url)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS)
     server.close()
     assert process.returncode == 2
     assert errors.count("error: ") == errors.count("multiple of 2") == 1
@@ -109,7 +111,7 @@ def test_people_are_told_of_a_restart_that_is_refused_before_anything_starts(tmp
 def test_check_goes_through_the_launcher_and_starts_nothing(tmp_path: Path) -> None:
     prepare_data(tmp_path)
     process = start(write_run(tmp_path / "run.yaml", run_mapping(tmp_path)), "--check", NPROC_PER_NODE="2")
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 0, errors
     assert printed.count("rank grid of 2 processes") == 1
     assert not (tmp_path / "run").exists()
@@ -162,29 +164,30 @@ def launch_ranks(directory: Path, script: str, processes: int = 2, *options: str
     ("script", "code", "message"),
     [
         (
-            "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
+            "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)",
             2,
             "was killed by SIGKILL: often memory",
         ),
         (
-            "if rank == '1': sys.exit('error: no such key')\ntime.sleep(60)",
+            "if rank == '1': sys.exit('error: no such key')\ntime.sleep(600)",
             1,
             "ended with exit code 1; why, stands above",
         ),
         (
+            "while rank == '1' and not pathlib.Path('heeds').exists(): time.sleep(0.05)\n"
             "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
-            "signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))\ntime.sleep(60)",
+            "signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))\npathlib.Path('heeds').touch()\ntime.sleep(600)",
             2,
             "rank 1 (process ",
         ),
-        ("if rank == '1': print('said', file=sys.stderr); sys.exit(2)\ntime.sleep(60)", 2, None),
-        ("if rank == '1': sys.exit(143)\ntime.sleep(60)", 143, None),
+        ("if rank == '1': print('said', file=sys.stderr); sys.exit(2)\ntime.sleep(600)", 2, None),
+        ("if rank == '1': sys.exit(143)\ntime.sleep(600)", 143, None),
     ],
     ids=["killed", "failed", "killed, and another said so", "bad input", "interrupted"],
 )
 def test_the_end_of_a_rank_is_one_message(script: str, code: int, message: str | None, tmp_path: Path) -> None:
     process = launch_ranks(tmp_path, script)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS)
     print(errors)
     assert process.returncode == code
     last = errors.splitlines()[-1:]
@@ -202,13 +205,13 @@ def test_the_end_of_a_rank_is_one_message(script: str, code: int, message: str |
 def test_a_signal_reaches_the_ranks_and_they_end_in_their_own_time(number: signal.Signals, tmp_path: Path) -> None:
     script = (
         "def save(*_):\n    time.sleep(1)\n    pathlib.Path(f'saved {rank}').touch()\n    sys.exit(0)\n"
-        f"signal.signal({int(number)}, save)\nprint('ready', flush=True)\ntime.sleep(60)"
+        f"signal.signal({int(number)}, save)\nprint('ready', flush=True)\ntime.sleep(600)"
     )
     process = launch_ranks(tmp_path, script)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS)
     assert (process.returncode, errors) == (128 + number, "")
     assert sorted(path.name for path in tmp_path.glob("saved *")) == ["saved 0", "saved 1"]
 
@@ -218,14 +221,14 @@ def test_ranks_that_were_told_to_stop_and_could_not_save_have_not_saved(tmp_path
         "from megatron_ext.launcher import noting_failure\n"
         "def fail(*_):\n    raise OSError('no room')\n"
         "try:\n    with noting_failure():\n"
-        "        signal.signal(signal.SIGTERM, fail)\n        print('ready', flush=True)\n        time.sleep(60)\n"
+        "        signal.signal(signal.SIGTERM, fail)\n        print('ready', flush=True)\n        time.sleep(600)\n"
         "except OSError:\n    sys.exit(2)"
     )
     process = launch_ranks(tmp_path, script)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANGS)
     assert process.returncode == 2
 
 
@@ -238,7 +241,7 @@ def test_ranks_of_a_run_that_was_stopped_are_not_started_again(tmp_path: Path) -
         "exit_stopped(142)"
     )
     process = launch_ranks(tmp_path, script, 2, "--max-restarts", "5")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=HANGS)
     assert (process.returncode, errors) == (142, "")
     starts = {path.name: path.read_text() for path in tmp_path.glob("[01] *")}
     assert sorted(starts) == ["0 0", "0 1", "1 0", "1 1"]  # again after a failure, not after the stop
@@ -248,13 +251,15 @@ def test_ranks_of_a_run_that_was_stopped_are_not_started_again(tmp_path: Path) -
 def test_a_launcher_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
     try:
-        process = launch_ranks(tmp_path, "print('ready', flush=True)\ntime.sleep(2)", processes=1)
+        script = "print('ready', flush=True)\nwhile not pathlib.Path('go on').exists(): time.sleep(0.05)"
+        process = launch_ranks(tmp_path, script, processes=1)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGHUP)
-    _, errors = process.communicate(timeout=60)
+    (tmp_path / "go on").touch()
+    _, errors = process.communicate(timeout=HANGS)
     assert (process.returncode, errors) == (0, "")
 
 

@@ -1,5 +1,6 @@
 """The main job as a user runs it: text to a verified Hugging Face MoE; interrupted, it goes on with what is missing."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,12 +24,12 @@ MOST_BYTES = 6 * 2**30
 
 def proportional_memory(process: psutil.Process) -> int:
     """Memory of `process` and all below it; pages that several share are counted once."""
-    total = 0
-    for member in [process, *process.children(recursive=True)]:
-        try:
+    total, members = 0, [process]
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        members += process.children(recursive=True)
+    for member in members:
+        with contextlib.suppress(psutil.Error):
             total += member.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
     return total
 
 
@@ -42,12 +43,12 @@ def quickstart(directory: Path, share: int = 100) -> tuple[str, int]:
         text=True,
         env={**os.environ, "PYTHON": sys.executable, "QUICKSTART_SHARE": str(share)},
     )
-    peak = 0
+    peak, all_of_it = 0, psutil.Process(process.pid)
 
     def watch() -> None:
         nonlocal peak
         while process.poll() is None:
-            peak = max(peak, proportional_memory(psutil.Process(process.pid)))
+            peak = max(peak, proportional_memory(all_of_it))
             time.sleep(1)
 
     watcher = threading.Thread(target=watch)

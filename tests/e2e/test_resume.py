@@ -1,16 +1,15 @@
 """A run that is killed, stopped or moved to another layout goes on as if nothing had happened."""
 
+import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from megatron_ext.checkpoint.find import find_checkpoint
+from megatron_ext.checkpoint.find import checkpoint_name, find_checkpoint
 from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.config import load_run
 from megatron_ext.data.prepare.preprocess import preprocess
@@ -19,6 +18,7 @@ from megatron_ext.planning.assumptions import GPUS
 from megatron_ext.planning.plan_run import planned_run, write_planned
 from megatron_ext.planning.search import search
 from tests.support.commands import TOOLS, train
+from tests.support.waiting import HANGS, Holds, ended_at_last, ranks_of, wait_until
 from tests.support.workspace import prepare_data, reported_losses, run_mapping, write_run
 
 LAYOUT = [
@@ -75,46 +75,47 @@ def uninterrupted(work: Path) -> Path:
     return directory
 
 
-def start(processes: int, errors: Path, *arguments: str | Path) -> subprocess.Popen[bytes]:
+def start(processes: int, errors: Path, holds: Holds, *arguments: str | Path) -> subprocess.Popen[bytes]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, str(TOOLS / "train.py"), *map(str, arguments)]
     with errors.open("w") as file:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
+        environment = {**os.environ, **holds.environment}
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=environment)
+
+
+def saved_step(directory: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    checkpoint = find_checkpoint(directory) if directory.is_dir() else None
+    return read_state(checkpoint).iteration if checkpoint is not None else 0
 
 
 def kill_a_rank_after(
     launcher: subprocess.Popen[bytes], errors: Path, directory: Path, *, rank: int, step: int
 ) -> None:
-    """Kill -9 `rank` once `step` was reported, and wait until the launcher has given up."""
-    metrics = directory / "metrics.jsonl"
-    before = len(read_metrics(metrics)) if metrics.is_file() else 0
+    """Kill -9 `rank` once `step` was reported and this start has saved, and wait until the launcher has given up."""
+    metrics, saved_before = directory / "metrics.jsonl", saved_step(directory)
 
-    def wait_for(steps: int) -> None:
-        deadline = time.monotonic() + 120
-        while not (metrics.is_file() and len(read_metrics(metrics)) >= steps):
-            assert time.monotonic() < deadline, errors.read_text()
-            assert launcher.poll() is None, errors.read_text()
-            time.sleep(0.01)
+    def has_come_far() -> bool:
+        records = read_metrics(metrics) if metrics.is_file() else []
+        return bool(records) and records[-1]["iteration"] >= step and saved_step(directory) > saved_before
 
-    # A process tells its rank while it lives: asked at the first step of this start, long before any could end.
-    wait_for(before + 1)
-    ranks = {child.environ().get("RANK"): child for child in psutil.Process(launcher.pid).children()}
-    wait_for(step)
-    ranks[str(rank)].kill()
-    assert launcher.wait(timeout=60) != 0, errors.read_text()
+    with ended_at_last(launcher):
+        wait_until(has_come_far, errors.read_text, launcher)
+        ranks_of(launcher)[rank].kill()
+        assert launcher.wait(HANGS) != 0, errors.read_text()
 
 
 def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(work: Path, uninterrupted: Path) -> None:
     directory = work / "killed"
     arguments = [work / "run.yaml", *LAYOUT, f"checkpoint.directory={directory}"]
     saved = 0
-    for rank, step in ((0, 7), (3, 12)):  # far from the end, which a slow machine could reach before the signal
+    # Each start waits for its kill two saves later at the latest, which no fast machine can be beyond.
+    for rank, step, last in ((0, 7, 15), (3, 12, 25)):
         errors = work / f"killed_at_{step}.txt"
-        kill_a_rank_after(start(4, errors, *arguments), errors, directory, rank=rank, step=step)
+        holds = Holds(work / f"holds_{step}", f"{checkpoint_name(last)}.partial")
+        kill_a_rank_after(start(4, errors, holds, *arguments), errors, directory, rank=rank, step=step)
         stopped_at = read_metrics(directory / "metrics.jsonl")[-1]["iteration"]
-        checkpoint = find_checkpoint(directory)
-        assert checkpoint is not None
-        before, saved = saved, read_state(checkpoint).iteration
+        before, saved = saved, saved_step(directory)
         assert before < saved < STEPS, "it was not killed in the middle"
         print(f"rank {rank} killed at step {stopped_at}, goes on from step {saved}")
     process = train(4, *arguments)

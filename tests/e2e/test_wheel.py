@@ -10,6 +10,7 @@ import pytest
 
 from megatron_ext.testing.tiny import tiny_model
 from tests.support.checkpoints import write_checkpoint
+from tests.support.waiting import HANGS
 from tests.support.workspace import ROOT
 from tests.unit.monitoring.reported_runs import write_metrics
 
@@ -46,7 +47,7 @@ def in_installed_copy(installed: Path, *arguments: str | Path) -> subprocess.Com
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
 
 

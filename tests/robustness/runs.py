@@ -8,11 +8,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -28,6 +28,7 @@ from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.same_everywhere import open_everywhere, require_same_code, require_same_run
 from megatron_ext.training.session import Session
 from tests.support.minimal_run import load, mapping
+from tests.support.waiting import HANGS, wait_until
 
 # What can be half done when a process dies: every one of these is a moment to be killed at.
 _MOMENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile")
@@ -75,10 +76,9 @@ def open_data_of(fingerprints: tuple[str, ...]) -> RunData:
 
 def lock_own_disk(place: Path) -> str:
     """Take the lock of a directory that each rank has for itself, as on a node's own disk; why it is refused."""
-    module._SEEN_WITHIN = 0.0
     own = place / str(dist.get_rank())
     own.mkdir()
-    with contextlib.chdir(own):
+    with mock.patch.object(module, "_SEEN_WITHIN", 0.0), contextlib.chdir(own):
         try:
             with module.run_lock("run"):
                 return ""
@@ -93,11 +93,17 @@ def train_and_signal(path: Path, overrides: list[str], rank: int, number: int, m
         wait_until(lambda: metrics.is_file() and metrics.read_text().count('"loss"') >= step)
         os.kill(os.getpid(), number)
 
-    if signal.getsignal(number) == signal.SIG_IGN:  # as SIGINT is for what a shell starts with &: it would stay so
-        signal.signal(number, signal.SIG_DFL)
+    # Not ignored, as SIGINT is for what a shell starts with &; and one that comes when the run has ended ends nothing.
+    before = signal.signal(number, lambda *_: None)
+    sender = threading.Thread(target=send, daemon=True)
     if dist.get_rank() == rank:
-        threading.Thread(target=send, daemon=True).start()
-    return train_here(path, overrides)
+        sender.start()
+    try:
+        return train_here(path, overrides)
+    finally:
+        if sender.ident is not None:
+            sender.join()
+        signal.signal(number, before)
 
 
 def train_and_die(path: Path, overrides: list[str], directory: Path, moment: int) -> int:
@@ -125,6 +131,9 @@ def train_and_die_at(path: Path, overrides: list[str], rank: int, operation: str
     def look(event: str, arguments: tuple[Any, ...]) -> None:
         if event == operation and str(arguments[0]).startswith(below) and f"/{file}" in str(arguments[0]):
             os.kill(os.getpid(), signal.SIGKILL)
+        # Of the second place: whoever copies takes the newest checkpoint, so the next one comes after the kill.
+        if file.startswith("second/") and event == "os.mkdir" and f"{below}/run/iter_0000006" in str(arguments[0]):
+            time.sleep(HANGS)
 
     def count(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code is Session.validate.__code__:
@@ -149,14 +158,6 @@ def train_and_die_at(path: Path, overrides: list[str], rank: int, operation: str
 def moments(seed: int, count: int, last: int) -> list[int]:
     """`count` numbers from 1 to `last`, drawn with `seed`."""
     return sorted(random.Random(seed).sample(range(1, last + 1), count))
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
-    """Wait for `condition`, which comes soon unless something is broken."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def losses(directory: Path) -> list[tuple[int, float]]:

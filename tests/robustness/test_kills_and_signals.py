@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from megatron_ext.locks import LOCK_FILE
 from megatron_ext.testing.pool import GlooPool, WorkerFailure
 from tests.robustness.runs import losses, moments, train_and_die, train_and_signal, train_here
 from tests.support.commands import TOOLS
+from tests.support.waiting import ended_at_last, wait_until
 
 KILLS = 17
 
@@ -52,14 +52,16 @@ def test_killed_again_and_again_it_ends_as_the_undisturbed_run(work: Path, undis
 
 def test_generating_that_is_ended_leaves_no_temporary_model(undisturbed: tuple[Path, int], tmp_path: Path) -> None:
     checkpoint, _ = undisturbed
-    call = [sys.executable, TOOLS / "generate.py", checkpoint, "--prompts", "the", "--max-new-tokens", "100"]
-    process = subprocess.Popen(call, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob("megatron-ext-*")):
-        time.sleep(0.005)
-    assert process.poll() is None, "it ended before it could be asked to"
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    # So many that it is at it for minutes.
+    call = [sys.executable, TOOLS / "generate.py", checkpoint, "--max-new-tokens", "100", "--prompts", *["the"] * 9000]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(call, env={**os.environ, "TMPDIR": str(tmp_path)}, **streams)
+    with ended_at_last(process):
+        wait_until(lambda: list(tmp_path.glob("megatron-ext-*")), process=process)
+        assert process.poll() is None, "it ended before it could be asked to"
+        process.terminate()
+        _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
     assert "Traceback" not in errors
     assert not list(tmp_path.glob("megatron-ext-*"))
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_ext.checkpoint.find import require_checkpoint
@@ -17,35 +16,36 @@ from megatron_ext.checkpoint.state_file import read_state
 from megatron_ext.locks import exclusive
 from megatron_ext.monitoring.metrics_file import read_metrics
 from megatron_ext.testing.ports import free_port
-from tests.robustness.runs import wait_until
 from tests.support.commands import TOOLS, command
+from tests.support.waiting import HANGS, ended_at_last, ranks_of, wait_for_ends, wait_until
 from tests.support.workspace import reported_losses
 
 
-def test_a_second_run_is_refused_and_ranks_save_and_end_with_their_launcher(work: Path) -> None:
+def test_a_second_run_is_refused_and_ranks_save_and_end_with_their_launcher(work: Path, tmp_path: Path) -> None:
     directory = work / "orphans"
     options = [str(work / "run.yaml"), f"checkpoint.directory={directory}", "train.train_iters=100000"]
     options += ["checkpoint.save_interval=null"]
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [str(TOOLS / "train.py"), *options],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            + [str(TOOLS / "train.py"), *options],
+            stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     metrics = directory / "metrics.jsonl"
-    wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) > 2)
-    ranks = psutil.Process(launcher.pid).children()
-    second = command(TOOLS / "train.py", *options)
-    assert second.returncode == 2
-    assert f"error: {directory} is being written by training on {socket.gethostname()} (process " in second.stderr
-    assert any(f"(process {rank.pid}, since 20" in second.stderr for rank in ranks)
-    assert "Traceback" not in second.stderr
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
-    _, alive = psutil.wait_procs(ranks, timeout=60)
-    assert not alive
+    with ended_at_last(launcher):  # and with it its ranks
+        wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) > 2, errors.read_text, launcher)
+        ranks = list(ranks_of(launcher).values())
+        second = command(TOOLS / "train.py", *options)
+        assert second.returncode == 2
+        assert f"error: {directory} is being written by training on {socket.gethostname()} (process " in second.stderr
+        assert any(f"(process {rank.pid}, since 20" in second.stderr for rank in ranks)
+        assert "Traceback" not in second.stderr
+    assert launcher.returncode == -signal.SIGKILL, errors.read_text()
+    wait_for_ends(ranks)
     steps = read_metrics(metrics)[-1]["iteration"]
-    assert read_state(require_checkpoint(directory)).iteration == steps
+    assert read_state(require_checkpoint(directory)).iteration == steps, errors.read_text()
     with exclusive(directory, "testing"):
         print(f"ranks of a killed launcher saved step {steps} and ended")
 
@@ -73,9 +73,10 @@ def test_mpirun_with_an_address_trains_as_one_run(work: Path) -> None:
         )
         for rank in range(2)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    with ended_at_last(processes[0]), ended_at_last(processes[1]):
+        for process in processes:
+            _, errors = process.communicate(timeout=HANGS)
+            assert process.returncode == 0, errors
     assert len(reported_losses(directory)) == 6
     assert [record["world_size"] for record in events(directory)] == [2]
 

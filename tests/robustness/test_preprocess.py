@@ -2,9 +2,10 @@
 
 import gzip
 import json
+import os
 import random
 import resource
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from megatron_ext.data.prepare.preprocess import preprocess
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError, MegatronExtError
 from tests.support.commands import TOOLS
+from tests.support.waiting import Holds, ended_at_last, wait_for_ends, wait_until
 from tests.support.workspace import write_corpus
 
 SEED, INPUTS = 12, 120
@@ -117,35 +119,28 @@ def arguments(place: Path, output: Path) -> list[str]:
 
 @contextmanager
 def preparing(place: Path, output: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A preparation that is at work, and all processes it has started."""
-    process = subprocess.Popen(arguments(place, output), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    """A preparation that is at work, and all processes it has started. Its two workers wait at their later parts."""
+    holds = Holds(output.with_name("holds"), *(f"part-000000-{number:06d}-train.bin" for number in (7, 8)))
+    usual = {**os.environ, **holds.environment}
+    errors = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    process: subprocess.Popen[str] = subprocess.Popen(arguments(place, output), env=usual, **errors)
     parts = output.with_name(f"{output.name}.partial")
-    try:
-        while process.poll() is None and len(list(parts.glob("part-*.bin"))) < 6:
-            time.sleep(0.02)
+    with ended_at_last(process):
+        wait_until(lambda: len(list(parts.glob("part-*.bin"))) >= 6, lambda: sorted(parts.glob("*")), process)
         yield process, psutil.Process(process.pid).children(recursive=True)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def assert_all_end(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    assert not alive
+    shutil.rmtree(holds.folder)
 
 
 def test_two_at_once_and_sigterm(place: Path, tmp_path: Path) -> None:
     with preparing(place, tmp_path / "d") as (process, others):
-        process.send_signal(signal.SIGSTOP)  # or it might be done meanwhile
         refusal = fault_of_preparing(place / "large.jsonl", place / "t", tmp_path / "d")
-        process.send_signal(signal.SIGCONT)
         assert refusal.startswith(f"{tmp_path}/d is being written by preparing data on")
         assert f"process {process.pid}" in refusal
         assert process.poll() is None, "the first one has suffered"
         process.terminate()
         assert "terminated\n" in process.communicate()[1]
         assert process.returncode == 143
-        assert_all_end(others)
+        wait_for_ends(others)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.partial"]
 
 
@@ -154,28 +149,28 @@ def test_sigterm_to_the_training_of_a_tokenizer(place: Path, tmp_path: Path) -> 
     options = ("train", place / "large.jsonl", "--output", tmp_path / "t", "--vocab-size", 600)
     call = [sys.executable, *map(str, (TOOLS / "tokenizer.py", *options))]
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.iterdir()):
-        time.sleep(0.02)
-    time.sleep(1)
-    process.terminate()
-    assert process.communicate()[1] == "terminated\n"
-    assert process.returncode == 143
+    with ended_at_last(process):
+        wait_until(lambda: list(tmp_path.iterdir()), process=process)
+        time.sleep(1)
+        process.terminate()
+        assert process.communicate()[1] == "terminated\n"
+        assert process.returncode == 143
     assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_processes(place: Path, tmp_path: Path) -> None:
     with preparing(place, tmp_path / "d") as (process, others):
         worker = next(other for other in others if other.ppid() != process.pid)
-        worker.send_signal(signal.SIGKILL)
+        worker.kill()
         stderr = process.communicate()[1]
         assert process.returncode == 2
         assert f"worker process {worker.pid} was killed by SIGKILL, most likely because memory ran out" in stderr
         assert "large.jsonl, bytes " in stderr
         assert "Traceback" not in stderr
-        assert_all_end(others)
+        wait_for_ends(others)
     with preparing(place, tmp_path / "d") as (process, others):
         process.kill()
-        assert_all_end(others)
+        wait_for_ends(others)
     assert not (tmp_path / "d").exists()
 
 

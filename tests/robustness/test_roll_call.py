@@ -9,10 +9,13 @@ import pytest
 
 from megatron_ext import roll_call
 from megatron_ext.errors import ConfigError, DataError, EnvironmentFault, MegatronExtError
+from megatron_ext.testing.ports import free_port
 from tests.support import forkserver
 from tests.support.commands import train
 
 RANKS = 3
+GONE = 0.05
+"""Minutes that a rank is waited for which never comes; the others come at once, on a busy machine within them."""
 WAYS = ("well", "one", "alike", "a mistake", "gone", "ended")
 """What happens in each of several roll calls of the same ranks."""
 
@@ -37,7 +40,7 @@ def answer_all(rank: int, port: int, connection: Any) -> None:
         if way == "ended" and rank == 1:  # as its launcher does where it had one
             roll_call.tell_of_end("127.0.0.1", port, "", 2, "was killed by SIGKILL")
         try:
-            minutes = 0.02 if way == "gone" else 5.0
+            minutes = GONE if way == "gone" else 5.0
             said.append(roll_call.on_every_rank(way, lambda way=way: prepare(way, rank), minutes))  # type: ignore[misc]
         except MegatronExtError as error:
             said.append((type(error), str(error), error.speaks))
@@ -47,13 +50,11 @@ def answer_all(rank: int, port: int, connection: Any) -> None:
 
 
 def test_every_rank_raises_what_one_has_met_and_one_of_each_node_says_so() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context, told = forkserver.context(), []
+    port, context, told = free_port(), forkserver.context(), []
     for rank in range(RANKS):
         ours, theirs = context.Pipe()
         context.Process(target=answer_all, args=(rank, port, theirs), daemon=True).start()
+        theirs.close()  # one that dies without an answer is the end of the file
         told.append(ours)
     said = [connection.recv() for connection in told]
     fault, first = "train.seed = 'one': must be an integer", (True, False, True)
@@ -67,7 +68,7 @@ def test_every_rank_raises_what_one_has_met_and_one_of_each_node_says_so() -> No
             [(kind, text, _), ended] = gone
             print(text)
             assert kind is EnvironmentFault
-            assert f"2 of 3 ranks have come to 127.0.0.1:{port} within 0.02 minutes, not rank 2" in text
+            assert f"2 of 3 ranks have come to 127.0.0.1:{port} within {GONE} minutes, not rank 2" in text
             assert ended == (EnvironmentFault, "rank 2 on node0: was killed by SIGKILL", first[rank])
 
 

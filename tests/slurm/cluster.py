@@ -7,8 +7,11 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+
+from megatron_ext.testing.ports import free_port
+from tests.support.waiting import HANGS, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scontrol")
 
@@ -43,8 +46,10 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 InactiveLimit=0
+MessageTimeout=60
 KillWait=5
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=4 RealMemory=2000 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_1} CPUs=4 RealMemory=2000 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_2} CPUs=4 RealMemory=2000 State=UNKNOWN
 PartitionName=tests Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
 
@@ -67,14 +72,24 @@ class Cluster:
         self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
 
     def __enter__(self) -> "Cluster":
+        with ExitStack() as failed:
+            failed.callback(self.end)
+            self._begin()
+            failed.pop_all()
+        return self
+
+    def _begin(self) -> None:
         d = self.directory
         for name in ("state", "spool_n1", "spool_n2"):
             (d / name).mkdir()
         (d / "munge.key").write_bytes(secrets.token_bytes(1024))
         (d / "munge.key").chmod(0o600)
         host = socket.gethostname().split(".")[0]
-        ports = {"port": 16817, "node_ports": "17001-17002"}
-        (d / "slurm.conf").write_text(CONFIGURATION.format(host=host, directory=d, **ports))
+        ports: list[int] = []
+        while len(ports) < 3:
+            ports += {free_port()}.difference(ports)
+        named = dict(zip(("port", "port_1", "port_2"), ports, strict=True))
+        (d / "slurm.conf").write_text(CONFIGURATION.format(host=host, directory=d, **named))
         files = {
             "key-file": "munge.key",
             "socket": "munge.socket",
@@ -86,37 +101,25 @@ class Cluster:
         self._start("slurmctld", "-c", "-f", str(d / "slurm.conf"))
         for node in ("n1", "n2"):
             self._start("slurmd", "-N", node, "-f", str(d / "slurm.conf"))
-        self._wait_for_nodes()
-        return self
+        wait_until(self._are_idle, (d / "slurmctld.log").read_text)
 
     def _start(self, *command: str) -> None:
-        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=30)
+        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=HANGS)
 
     def run(self, *command: str, **environment: str) -> str:
         """Run a Slurm client and return what it prints."""
         result = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60
+            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=HANGS
         )
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    def _wait_for_nodes(self) -> None:
-        for _ in range(60):
-            if len(set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())) == 2:
-                return
-            time.sleep(0.5)
-        raise AssertionError("nodes did not come up:\n" + (self.directory / "slurmctld.log").read_text())
+    def _are_idle(self) -> bool:
+        return len(set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())) == 2
 
-    def wait_until(self, is_so: Callable[[], bool], seconds: float) -> None:
-        """Wait until something is so."""
-        deadline = time.monotonic() + seconds
-        while not is_so():
-            assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
-            time.sleep(0.5)
-
-    def wait_for_job(self, job: str, seconds: float) -> str:
+    def wait_for_job(self, job: str) -> str:
         """Wait until `job` has ended and return its state."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + HANGS
         while time.monotonic() < deadline:
             fields = dict(f.split("=", 1) for f in self.run("scontrol", "show", "job", job).split() if "=" in f)
             if fields["JobState"] in ENDED:
@@ -124,12 +127,16 @@ class Cluster:
             if fields["JobState"] == "PENDING" and fields["Restarts"] != "0":
                 # Slurm holds a job that is queued again back for two minutes. It may just have begun all the same.
                 release = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-                subprocess.run(release, env=self.environment, check=False, capture_output=True, timeout=60)
+                subprocess.run(release, env=self.environment, check=False, capture_output=True, timeout=HANGS)
             time.sleep(1)
         self.run("scancel", job)
-        raise AssertionError(f"job {job} did not end within {seconds:.0f} s")
+        raise AssertionError(f"job {job} did not end within {HANGS:.0f} s")
 
     def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the daemons that have begun."""
         for name in ("slurmd_n1.pid", "slurmd_n2.pid", "slurmctld.pid", "munged.pid"):
             pid_file = self.directory / name
             if pid_file.is_file():

@@ -4,13 +4,17 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_ext.checkpoint.find import checkpoint_name
 from megatron_ext.config import dump_yaml
 from megatron_ext.monitoring.metrics_file import read_metrics
+from megatron_ext.testing.ports import free_port
 from tests.slurm.cluster import Cluster, unavailable
 from tests.support.commands import TOOLS, command, train
+from tests.support.waiting import Holds, wait_until
 from tests.support.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(unavailable() is not None, reason=f"no Slurm: {unavailable()}")]
@@ -30,6 +34,7 @@ def submit(cluster: Cluster, directory: Path, *arguments: str | Path) -> str:
         # Both "nodes" are this machine: their names lead nowhere, and Gloo must stay on loopback.
         MEGATRON_EXT_ROOT=str(ROOT),
         MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
         GLOO_SOCKET_IFNAME="lo",
         NPROC_PER_NODE="2",
         PYTHON=sys.executable,
@@ -42,7 +47,7 @@ LAYOUT = [
     "parallel.expert_model_parallel_size=2",
     "parallel.expert_tensor_parallel_size=1",
 ]
-PROFILE = {
+PROFILE: dict[str, Any] = {
     "scheduler": "slurm",
     "gpus_per_node": 0,
     "processes_per_node": 2,
@@ -83,7 +88,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def test_two_nodes_train_like_one_process(work: Path, cluster: Cluster) -> None:
     job = submit(cluster, work, work / "run.yaml", f"checkpoint.directory={work / 'cluster'}", *LAYOUT)
-    state = cluster.wait_for_job(job, 240)
+    state = cluster.wait_for_job(job)
     output = (work / f"job-{job}.out").read_text()
     assert state == "COMPLETED", f"{state}\n{output}"
     assert f"job {job} on 2 nodes" in output
@@ -93,8 +98,12 @@ def test_two_nodes_train_like_one_process(work: Path, cluster: Cluster) -> None:
 
 
 def test_a_job_that_is_stopped_is_queued_again_and_ends_as_the_undisturbed_run(work: Path, cluster: Cluster) -> None:
-    (work / "profile.yaml").write_text(dump_yaml(PROFILE))
-    directory = work / "requeued"
+    directory, held = work / "requeued", f"{checkpoint_name(12)}.partial"
+    holds = Holds(work / "holds", held)  # where the run waits for the signal: it may be at its end otherwise
+    variables = holds.environment | {"MASTER_PORT": str(free_port())}
+    environment = [{"name": name, "value": value, "why": "for this test"} for name, value in variables.items()]
+    profile = {**PROFILE, "environment": [*PROFILE["environment"], *environment]}
+    (work / "profile.yaml").write_text(dump_yaml(profile))
     launched = command(
         TOOLS / "launch.py",
         work / "run.yaml",
@@ -105,14 +114,18 @@ def test_a_job_that_is_stopped_is_queued_again_and_ends_as_the_undisturbed_run(w
     assert launched.returncode == 0, launched.stderr
     print(launched.stdout)
     job = launched.stdout.split("Submitted batch job ")[1].split()[0]
-    metrics = directory / "metrics.jsonl"
-    cluster.wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) > 1, 240)
+    metrics, logs = directory / "metrics.jsonl", work / "requeued-logs"
+    files = logs / f"requeued-{job}.out", logs / f"requeued-{job}" / "node-0.log"
+
+    def said() -> list[str]:
+        return [path.read_text() if path.exists() else "" for path in files]
+
+    wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) > 1, said)
     cluster.run("scancel", "--signal=TERM", job)  # what the file's --signal has Slurm do
-    state = cluster.wait_for_job(job, 480)
-    logs = work / "requeued-logs"
-    output, node = (
-        path.read_text() for path in (logs / f"requeued-{job}.out", logs / f"requeued-{job}" / "node-0.log")
-    )
+    wait_until(lambda: "SIGTERM: finishing the step" in said()[1], said)
+    holds.release(held)
+    state = cluster.wait_for_job(job)
+    output, node = said()
     assert state == "COMPLETED", f"{state}\n{output}{node}"
     assert "stopped and saved (exit code 143): queued again to go on" in output
     assert [int(start) for start in re.findall(rf"job {job}, start (\d)", output)] == [1, 2]

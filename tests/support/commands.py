@@ -22,13 +22,14 @@ import torch.distributed as dist
 
 from megatron_ext.command import run_command
 from tests.support import forkserver
+from tests.support.waiting import HANGS
 from tests.support.workspace import ROOT
 
 TOOLS = ROOT / "tools"
 Completed = subprocess.CompletedProcess[str]
 
 
-def new_process(*arguments: str | Path, timeout: float = 240, **environment: str) -> Completed:
+def new_process(*arguments: str | Path, timeout: float = HANGS, **environment: str) -> Completed:
     """Run Python with `arguments` from the start and return the process, whatever its exit code."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -39,7 +40,7 @@ def new_process(*arguments: str | Path, timeout: float = 240, **environment: str
     )
 
 
-def command(tool: str | Path, *arguments: str | Path, timeout: float = 240, **environment: str) -> Completed:
+def command(tool: str | Path, *arguments: str | Path, timeout: float = HANGS, **environment: str) -> Completed:
     """Run a command line of `tools/` and return it, whatever its exit code."""
     with _Files() as files:
         files.start([tool, *arguments], environment)
@@ -61,7 +62,7 @@ def in_this_process(
     return int(ended.value.code or 0), output, errors
 
 
-def train(processes: int, *arguments: str | Path, only_last: Sequence[str] = (), timeout: float = 240) -> Completed:
+def train(processes: int, *arguments: str | Path, only_last: Sequence[str] = (), timeout: float = HANGS) -> Completed:
     """Train on several processes, with the variables that torchrun sets and the store that it keeps.
 
     Args:

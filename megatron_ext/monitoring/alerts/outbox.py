@@ -104,7 +104,7 @@ class Outbox:
 
     def _append(self, event: Event, before: int) -> None:
         """Have it wait; where too many do, in the stead of the last one of its kind."""
-        if len(self._waiting) >= MOST_WAITING:
+        if len(self._sending) + len(self._waiting) >= MOST_WAITING:
             for place in range(len(self._waiting) - 1, -1, -1):
                 if self._waiting[place].event.kind == event.kind:
                     self._waiting[place] = Alert(event, self._waiting[place].before + 1 + before)

@@ -2,7 +2,6 @@
 
 import logging
 import resource
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.state_file import read_scalars
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.errors import CheckpointError
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,8 +63,7 @@ def assert_holds(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 def wait_for(toy: Toy) -> None:
-    while not toy.manager.poll():
-        time.sleep(0.005)
+    wait_until(toy.manager.poll)
 
 
 @contextmanager

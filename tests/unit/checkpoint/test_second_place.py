@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_ext.checkpoint.shards import TensorShard
 from megatron_ext.checkpoint.torch_dist import TorchDistReader
 from megatron_ext.errors import CheckpointError
 from megatron_ext.manifest import MANIFEST_FILE, check_manifest
+from tests.support.waiting import HANGS, wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,8 +55,7 @@ def managed(directory: Path, url: str | None = None, **settings: Any) -> Checkpo
 
 
 def wait_for(manager: CheckpointManager) -> None:
-    while manager.lag():
-        time.sleep(0.01)
+    wait_until(lambda: not manager.lag())
 
 
 def test_what_is_copied_comes_back_whole(url: str, tmp_path: Path) -> None:
@@ -117,9 +116,8 @@ def test_a_place_that_fails_is_told_and_tried_again(tmp_path: Path, monkeypatch:
     manager = managed(tmp_path / "run", str(tmp_path / "second"))
     manager.save(2)
     manager.save(3)
-    failed = []
-    while not failed:
-        failed = manager.copied()
+    failed: list[Any] = []
+    wait_until(lambda: failed.extend(manager.copied()) or failed)
     assert failed[0].error is not None
     assert "checkpoint.copy_to = " in str(failed[0].error)
     assert manager.lag() in (2, 3)
@@ -141,7 +139,7 @@ def test_what_is_being_copied_is_not_removed(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(SecondPlace, "send", slowly)
     manager = managed(tmp_path / "run", str(tmp_path / "second"), retention=Retention(keep_last=1))
     manager.save(1)
-    reading.wait()
+    assert reading.wait(HANGS)
     for step in (2, 3, 4):
         manager.save(step)
     assert manager.lag() == 4

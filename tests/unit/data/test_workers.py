@@ -13,6 +13,7 @@ from megatron_ext.command import script_runs_once
 from megatron_ext.data.prepare import workers
 from megatron_ext.data.prepare.workers import Processes, interruptible
 from megatron_ext.errors import DataError, EnvironmentFault
+from tests.support.waiting import HANGS
 
 
 def test_a_thread_gives_its_result_or_its_fault() -> None:
@@ -36,7 +37,7 @@ def test_a_signal_ends_the_wait_for_a_thread() -> None:
             interruptible(work)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert left.wait(10)
+    assert left.wait(HANGS)
 
 
 def nothing() -> None:
@@ -89,7 +90,7 @@ def test_a_worker_whose_parent_goes_without_reading_ends_quietly() -> None:
     worker = workers._Worker(nothing)
     worker.send((print, nothing))
     worker.give("")
-    assert worker.pipe.poll(60)
+    assert worker.pipe.poll(HANGS)
     worker.pipe.close()
-    worker.process.join(30)
+    worker.process.join(HANGS)
     assert worker.process.exitcode == 0

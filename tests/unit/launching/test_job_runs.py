@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.launching.job_file import write_job
+from tests.support.waiting import HANGS
 from tests.support.workspace import ROOT
 from tests.unit.launching.jobs import job, profile
 
@@ -52,7 +53,7 @@ def run_job(scheduler: str, directory: Path, nodes: str) -> tuple[int, str, str]
     this = job(directory, profile(scheduler=scheduler), root=root)
     write_job(this)
     usual = {"PATH": f"{programs}:{os.environ['PATH']}", "NOTES": str(notes), **JOBS[scheduler]}
-    done = subprocess.run(["bash", this.file], env=usual, cwd=directory, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", this.file], env=usual, cwd=directory, capture_output=True, text=True, timeout=HANGS)
     queued = [line for line in notes.read_text().splitlines() if " show " not in line] if notes.exists() else []
     return done.returncode, "\n".join(queued), done.stdout + done.stderr
 

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from megatron_ext.model_io.compare import LogitComparison
 from megatron_ext.model_io.convert import convert
 from tests.support.checkpoints import MODELS, edit_config, write_checkpoint
 from tests.support.commands import in_this_process
+from tests.support.waiting import HANGS, ended_at_last, wait_until
 from tests.support.workspace import ROOT
 from tests.unit.model_io.hub_server import hub_server
 from tools import convert as convert_tool
@@ -63,11 +63,10 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    while not list(target.glob("*.partial/*.distcp")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    with ended_at_last(process):
+        wait_until(lambda: list(target.glob("*.partial/*.distcp")), process=process)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=HANGS)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     if number == signal.SIGKILL:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_ext.model_io.logits import load_hugging_face
+from tests.support.waiting import HANGS
 from tests.unit.model_io.own_models import MODELS, export, left_padded, tokens
 
 HERE = Path(__file__).parent
@@ -49,7 +50,7 @@ def run_under(packages: Path, exports: list[Path], modules: Path) -> list[dict[s
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -5,7 +5,6 @@ import logging
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_ext.monitoring.sinks.alerts import AlertsSink
 from megatron_ext.monitoring.sinks.jsonl import JsonlSink
 from tests.support.minimal_run import load, mapping
 from tests.support.smtp_server import SmtpServer, certificate_context
+from tests.support.waiting import wait_until
 from tests.support.webhook_server import WebhookServer
 from tests.unit.training.plans import plan_of_run
 
@@ -57,13 +57,6 @@ def sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, **settings: 
     return AlertsSink(
         AlertsConfig(webhook=WebhookConfig(url_variable="HOOK"), **settings), place, records, is_runs=is_runs
     )
-
-
-def wait(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_webhook_is_told_what_was_asked_for_and_no_more_often(
@@ -129,6 +122,7 @@ def test_a_dead_webhook_is_said_once_without_its_url_and_what_was_not_sent_is_ke
     alerts = sink(tmp_path, monkeypatch, url, repeat_seconds=0.0)
     for step in range(1, 10):
         alerts.event(Event("skip", step, "a spike"))
+    wait_until(lambda: caplog.messages)
     alerts.close(failed=False)
     assert len(caplog.messages) == 2
     assert caplog.messages[0].startswith("alerts do not reach the webhook, which is tried again: ")
@@ -149,6 +143,25 @@ def test_a_dead_webhook_is_said_once_without_its_url_and_what_was_not_sent_is_ke
     assert not kept.exists()
 
 
+def test_one_that_is_on_its_way_is_among_the_most_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: Callable[..., WebhookServer]
+) -> None:
+    monkeypatch.setattr(outbox, "MOST_WAITING", 3)
+    server = webhook()
+    server.hangs.clear()
+    alerts = sink(tmp_path, monkeypatch, server.url, repeat_seconds=0.0)
+    for step in range(1, 10):
+        alerts.event(Event("skip", step, "a spike"))
+        wait_until(lambda: server.tries)
+    server.hangs.set()
+    alerts.close(failed=False)
+    assert [text.splitlines()[1:-1] for text in server.texts] == [
+        ["step 1: a spike"],
+        ["step 2: a spike"],
+        ["step 9: a spike", "and 6 more of this kind before it, since the last message"],
+    ]
+
+
 def test_a_kill_loses_no_alert_nor_does_a_start_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: Callable[..., WebhookServer]
 ) -> None:
@@ -157,7 +170,7 @@ def test_a_kill_loses_no_alert_nor_does_a_start_that_fails(
     for step in (1, 2, 3):
         killed.event(Event("skip", step, "a spike"))  # two of them are held back
     files = tmp_path / "runs" / "moe"
-    wait(lambda: [path.read_text().count("spike") for path in files.glob("*.json")] == [2])
+    wait_until(lambda: [path.read_text().count('"iteration": 3') for path in files.glob("*.json")] == [1])
     monkeypatch.setattr("megatron_ext.monitoring.sinks.alerts.FLUSH_SECONDS", 0.05)
     failed = sink(tmp_path, monkeypatch, nowhere, is_runs=False)
     failed.event(Event("failed", 0, "no room"))
@@ -235,7 +248,7 @@ def test_an_alert_leaves_although_the_file_system_of_the_records_hangs(
     monkeypatch.setattr(JsonlSink, "event", lambda self, event: hangs.wait(60))
     told = threading.Thread(target=monitor.event, args=[Event("stall", 3, "nothing moves")], daemon=True)
     told.start()
-    wait(lambda: any("nothing moves" in text for text in server.texts))
+    wait_until(lambda: any("nothing moves" in text for text in server.texts))
     hangs.set()
     told.join()
     monitor.close()
@@ -334,7 +347,7 @@ def test_mail_that_does_not_go_says_why_without_the_password(
     settings = mail(server.port, username="me", password_variable="MAIL_PASSWORD")
     alerts = AlertsSink(AlertsConfig(email=settings), tmp_path / "moe", tmp_path / "metrics.jsonl")
     alerts.event(Event("finished", 1, "done"))
-    wait(lambda: "tried again" in caplog.text)
+    wait_until(lambda: "tried again" in caplog.text)
     alerts.close(failed=False)
     server.close()
     assert server.mails == []
@@ -350,7 +363,7 @@ def test_mail_without_encryption_and_a_recipient_that_is_refused_for_good(
         AlertsConfig(email=mail(server.port, security="none")), tmp_path / "moe", tmp_path / "metrics.jsonl"
     )
     alerts.event(Event("skip", 1, "a spike"))
-    wait(lambda: "does not take" in caplog.text)
+    wait_until(lambda: "does not take" in caplog.text)
     server.refuses = 0
     alerts.event(Event("finished", 2, "done"))
     alerts.close(failed=False)

@@ -13,6 +13,7 @@ from megatron_ext.files import write_text
 from megatron_ext.monitoring.kept_results import METRICS, evaluation_folder
 from megatron_ext.monitoring.report import read_phases, write_report
 from megatron_ext.monitoring.report.serve import ReportServer
+from tests.support.waiting import HANGS
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -25,7 +26,7 @@ def browse(address: str, folder: Path, width: int = 1280) -> subprocess.Complete
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=2000"]
     command += ["--enable-logging=stderr", "--dump-dom", address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
 
 
 USED = """<script>

@@ -21,9 +21,15 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 def report(
-    directory: Path, mode: str, *arguments: str, url: str = NOWHERE, key: str = "0" * 40, dies: bool = False
+    directory: Path,
+    mode: str,
+    *arguments: str,
+    url: str = NOWHERE,
+    key: str = "0" * 40,
+    dies: bool = False,
+    seconds: int = 60,
 ) -> str:
-    """Run the client; return what it logged."""
+    """Run the client, which has so many seconds to finish; return what it logged."""
     environment = {
         "WANDB_BASE_URL": url,
         "WANDB_API_KEY": key,
@@ -32,8 +38,8 @@ def report(
         "HOME": str(directory),
     }
     process = new_process(
-        *("-m", wandb_client.__name__, directory / "run", mode, *(arguments or ("1", "3")), *["die"] * dies),
-        timeout=60,
+        *("-m", wandb_client.__name__, directory / "run", mode, str(seconds), *(arguments or ("1", "3"))),
+        *["die"] * dies,
         **environment,
     )
     if dies:
@@ -108,14 +114,14 @@ def test_without_network_it_goes_offline(tmp_path: Path) -> None:
 
 def test_the_network_may_go_away_for_good(tmp_path: Path) -> None:
     server = WandbServer(only_start=True)
-    said = report(tmp_path, "online", "1", "20", url=server.url)
+    said = report(tmp_path, "online", "1", "20", url=server.url, seconds=3)
     assert "wandb sync --include-online" in said  # an alert on its way keeps wandb from ending by itself
     assert server.started == ["abcd1234"]
     assert recorded(tmp_path) == [""]
 
 
 def test_wandb_may_die(tmp_path: Path) -> None:
-    said = report(tmp_path, "offline", "1", "20", "kill")
+    said = report(tmp_path, "offline", "1", "20", "kill", seconds=3)
     # A thread of W&B's writes: on a busy machine its end is seen with the last report only.
     assert "W&B stopped taking reports" in said or "W&B could not finish" in said
 

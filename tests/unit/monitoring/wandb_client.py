@@ -1,7 +1,7 @@
 """Starts, feeds and ends a W&B run as training does, in a process of its own: wandb reads its environment only once.
 
-Arguments: directory, mode, first step, last step, and `kill` to end wandb's service process after the start, or `die`
-to end this one by kill -9 where another would close the run.
+Arguments: directory, mode, seconds that it may take to finish, first step, last step, and `kill` to end wandb's service
+process after the start, or `die` to end this one by kill -9 where another would close the run.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from megatron_ext.monitoring.sinks.wandb import WandbSink
 from megatron_ext.monitoring.step_report import step_panels_of
 
 
-def main(directory: str, mode: str, first: str, last: str, kill: str = "") -> None:
+def main(directory: str, mode: str, seconds: str, first: str, last: str, kill: str = "") -> None:
     logging.basicConfig(level=logging.INFO)
-    wandb_sink._FINISH_SECONDS = wandb_sink._FINISH_MARGIN_SECONDS = 3
+    wandb_sink._FINISH_SECONDS = wandb_sink._FINISH_MARGIN_SECONDS = int(seconds)
     path, begin = Path(directory) / METRICS_FILE, int(first) - 1
     metrics = MetricsFile(path, begin)
     run = WandbSink(WandbConfig(mode=mode), "abcd1234", Path(directory), {"model": {"num_layers": 4}}, path, begin)

@@ -1,6 +1,7 @@
 """Which rank all others wait for, and what a main thread is at."""
 
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.runtime.main_thread import MainThread, Standing, _place, late_rank
+from tests.support import waiting
 
 WAITS = Standing(waiting=50, still=50, in_step=False, steps=7, place="")
 HANGS = replace(WAITS, waiting=0)
@@ -36,14 +38,15 @@ def test_what_the_main_thread_is_at() -> None:
     main, seen, go_on = MainThread(), [], threading.Event()
 
     def look() -> None:
-        seen.extend([main.look(), main.look()])
+        while not (first := main.look()).place.endswith("in wait: waiter.acquire(True, timeout)"):
+            time.sleep(0.01)  # it has not come there yet
+        seen.extend([first, main.look()])
         go_on.set()
 
-    threading.Timer(0.05, look).start()
-    go_on.wait(30)
+    threading.Thread(target=look, daemon=True).start()
+    assert go_on.wait(waiting.HANGS), main.look()
     first, second = seen
     assert "threading.py" in first.place
-    assert first.place.endswith("in wait: waiter.acquire(True, timeout)")
     assert first.waiting == first.still == 0
     assert second.still > 0
     assert second.waiting == 0  # for another thread, and not for a rank

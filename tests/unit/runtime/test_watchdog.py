@@ -69,6 +69,14 @@ def test_a_process_that_was_stopped_itself_could_not_move(monkeypatch: pytest.Mo
     with dog.step():
         time.now += 9000
         assert time.passes(dog, 30) is None
+    dog = Watchdog(replace(LIMITS, factor=2, minimum_minutes=0.05))
+    for _ in range(40):  # during which nobody looks
+        with dog.step():
+            time.now += 0.1
+    with dog.step():
+        time.now += 0.1
+        assert dog.overdue(MOVES) is None  # of this step a tenth of a second has passed, not four
+        assert "has not ended within 3 s" in str(time.passes(dog, 10))
     dog = Watchdog(replace(LIMITS, enabled=False))
     with dog.step():
         assert time.passes(dog, 5000) is None

@@ -3,13 +3,11 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch.distributed as dist
 
@@ -22,6 +20,7 @@ from megatron_ext.training.hooks.base import StepDone
 from megatron_ext.training.hooks.evaluating import Evaluating
 from megatron_ext.training.hooks.side_process import EvaluationError, SideProcess
 from megatron_ext.training.verdict import Take
+from tests.support.waiting import HANGS, wait_for_ends, wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,26 +59,16 @@ class Run:
         self.hook.after_step(self.session, StepDone(step, 100, Take(), 0, signal=signal))
 
 
-def wait(until: Callable[[], object]) -> None:
-    for _ in range(1000):
-        if until():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it never happened")
-
-
 SCORE = """echo starting; echo "{\\"score\\": $STEP.5}"; echo '{"x/y": 2}'; test -d "$CHECKPOINT" && python -c pass"""
 
 
 def test_each_checkpoint_is_evaluated_once_also_across_a_stop(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    run = Run(tmp_path, f"while ! test -e {gate}; do sleep 0.05; done; {SCORE}", keep_waiting=1)
+    run = Run(tmp_path, f"while ! test -e {tmp_path}/gate_$STEP; do sleep 0.05; done; {SCORE}", keep_waiting=1)
     saved = [run.save(step) for step in (1, 2, 3)]
     assert run.hook.in_use() == [saved[0], saved[2]]  # the one that runs, and of those that wait the newest
     assert run.hook.figures() == {"evaluation_lag_steps": 2}
-    gate.touch()
-    wait(lambda: run.step(3) or run.events)
-    gate.unlink()
+    (tmp_path / "gate_1").touch()
+    wait_until(lambda: run.step(3) or run.events)
     (event,) = run.events
     assert (event.kind, event.iteration) == ("evaluation", 1)
     assert event.details["results"] == {"score": 1.5, "x/y": 2.0}
@@ -87,7 +76,6 @@ def test_each_checkpoint_is_evaluated_once_also_across_a_stop(tmp_path: Path) ->
     run.step(4, signal=15)
     run.hook.close()  # waits for nothing
     assert len(run.events) == 1
-    gate.touch()
     again = Run(tmp_path, SCORE, step=4)
     again.save(5)
     again.hook.close()  # a run that is over waits for the rest
@@ -168,9 +156,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_it_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "4", "MASTER_PORT": "1"}
-    subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], env=environment, timeout=120, check=False)
+    subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], env=environment, timeout=HANGS, check=False)
     pid = int((tmp_path / "pid").read_text())
-    wait(lambda: not psutil.pid_exists(pid))
+    wait_for_ends([pid])
     told = (tmp_path / "env").read_text()
     assert f"CHECKPOINT={tmp_path}\n" in told
     assert "STEP=7\n" in told
