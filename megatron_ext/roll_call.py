@@ -19,7 +19,7 @@ from megatron_ext.errors import EnvironmentFault, MegatronExtError
 from megatron_ext.launcher import launched_rank, launched_world_size
 
 if TYPE_CHECKING:  # a run of one process says what is wrong with it before torch is imported
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore, Store
 
 T = TypeVar("T")
 
@@ -216,7 +216,7 @@ def _meeting_store(minutes: float) -> "PrefixStore":
         )
     except (RuntimeError, ValueError) as error:
         raise EnvironmentFault(_not_met(_first_line(error))) from error
-    return _met.setdefault(place, dist.PrefixStore(f"roll call/{attempt()}", store))
+    return _met.setdefault(place, dist.PrefixStore(_part(attempt()), store))
 
 
 def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> None:
@@ -234,16 +234,27 @@ def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> No
     seconds = datetime.timedelta(seconds=_TELLING)
     with contextlib.suppress(RuntimeError, ValueError):
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=seconds)
-        dist.PrefixStore(f"roll call/{run_id}/0", store).set(_ENDED, said)
+        dist.PrefixStore(_part(f"{run_id}/0"), store).set(_ENDED, said)
+
+
+def ended_by_launcher(store: "Store") -> Answer | None:
+    """The rank of which its launcher has said so (`tell_of_end`), by any connection to the ranks' store."""
+    import torch.distributed as dist
+
+    calls = dist.PrefixStore(_part(attempt()), store)
+    return Answer.read(calls.get(_ENDED)) if calls.check([_ENDED]) else None
 
 
 def _ended(store: "PrefixStore", answers: Sequence[Answer]) -> Answer | None:
     """What a launcher has said of a rank that ended, unless that has said itself why."""
-    if not store.check([_ENDED]):
-        return None
-    ended = Answer.read(store.get(_ENDED))
-    is_said = any(answer.rank == ended.rank and answer.refusal is not None for answer in answers)
+    ended = ended_by_launcher(store.underlying_store)
+    is_said = any(answer.refusal is not None and answer.rank == ended.rank for answer in answers) if ended else True
     return None if is_said else ended
+
+
+def _part(attempt: str) -> str:
+    """Where the roll calls of an attempt are in the ranks' store."""
+    return f"roll call/{attempt}"
 
 
 def attempt() -> str:

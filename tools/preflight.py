@@ -15,6 +15,8 @@ itself, `tools/train.py RUN.yaml --check` says.)
 
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ext.command import run_command, run_parser
@@ -22,6 +24,11 @@ from megatron_ext.config import RunConfig, load_run
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_ext.runtime.liveness import Liveness
+
+_MOST_MINUTES = 10.0
+"""For the whole test: a node that hangs in it is ended then."""
 
 
 def main() -> None:
@@ -32,10 +39,18 @@ def main() -> None:
 
     adopt_launcher()
     end_with_launcher()
-    _test(on_every_rank("configuration", lambda: load_run(arguments.run, arguments.overrides)))
+    run = on_every_rank("configuration", lambda: load_run(arguments.run, arguments.overrides))
+    from megatron_ext.runtime.liveness import Liveness
+    from megatron_ext.runtime.watchdog import STALLS
+
+    limits = run.runtime.watchdog
+    limits = replace(limits, first_step_minutes=min(_MOST_MINUTES, limits.first_step_minutes))
+    stalls, way_out = Path(run.checkpoint.directory) / STALLS, "leave its node out (sbatch --exclude), or mend it"
+    with Liveness(limits, stalls, way_out=way_out) as others, others.named_if_missing():
+        _test(run, others)
 
 
-def _test(run: RunConfig) -> None:
+def _test(run: RunConfig, others: "Liveness") -> None:
     import torch.distributed as dist
 
     from megatron_ext.errors import EnvironmentFault
@@ -49,10 +64,12 @@ def _test(run: RunConfig) -> None:
 
     setup_logging(launched_rank())
     device = on_every_rank("node", lambda: _prepared(run), run.runtime.distributed_timeout_minutes)
-    start_process_group(run.runtime, device)
+    start_process_group(run.runtime, device, on_failure=others.end_if_missing)
+    others.met()
     require_same_run(run)  # ranks of other layouts would wait for each other
     split_process_group(run.parallel, run.runtime)
-    reports = measure_all(run, device)
+    reports = measure_all(run, device, others)
+    others.end()
     bad = bad_nodes(reports)
     if dist.get_rank() == 0:
         print(*table(reports), RULE, sep="\n")

@@ -57,10 +57,13 @@ def main() -> None:
     end_with_launcher()
     with _alerting(arguments, is_asked=launched_rank() == 0):
         run = on_every_rank("configuration", lambda: _run_of(arguments))
-    from megatron_ext.model_io.starting_weights import open_hugging_face
-    from megatron_ext.training.loop import train
+    from megatron_ext.training.watch import watching
 
-    train(run, arguments.run, open_hugging_face)
+    with watching(run) as others:  # what training imports takes the longest part of a start
+        from megatron_ext.model_io.starting_weights import open_hugging_face
+        from megatron_ext.training.loop import train
+
+        train(run, others, arguments.run, open_hugging_face)
 
 
 def _range(text: str) -> list[int]:

@@ -26,6 +26,7 @@ from megatron_ext.training.data import RunData
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.same_everywhere import open_everywhere, require_same_code, require_same_run
 from megatron_ext.training.session import Session
+from megatron_ext.training.watch import watching
 from tests.support.minimal_run import load, mapping
 
 # What can be half done when a process dies: every one of these is a moment to be killed at.
@@ -37,7 +38,7 @@ def train_here(path: Path, overrides: list[str]) -> int:
     run = load_run(path, overrides)
     groups = split_process_group(run.parallel, run.runtime)
     layout, device = run.resolve(dist.get_world_size()), choose_device(run.runtime)
-    with loop.watching(run) as others, run_lock(run.checkpoint.directory):
+    with watching(run) as others, run_lock(run.checkpoint.directory):
         return loop.open_and_train(run, layout, groups, device, others)
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_ext.config import WatchdogConfig
 from megatron_ext.errors import DataError
-from megatron_ext.runtime import liveness
+from megatron_ext.runtime import liveness, standings
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.training.tasks.pretrain import Pretrain
 from tests.robustness.runs import train_here
@@ -39,9 +39,8 @@ def join_the_others(rank: int, port: int, errors: Path) -> None:
 def lose_a_rank(rank: int, port: int, errors: Path, lost: int, number: int | None, on_one_host: bool) -> None:
     """Wait for the others, of whom `lost` sends itself a signal that it cannot refuse, or meets a fault of its own."""
     join_the_others(rank, port, errors)
-    liveness.SILENCE, liveness._OWN_END = 2.0, 0.5
+    liveness.SILENCE, liveness.OWN_END = 2.0, 0.5
     if not on_one_host:  # one rank each, which others cannot see
-        liveness._is_alive = lambda peer: False
         liveness.SILENCE = 600.0
         socket.gethostname = lambda: f"node{rank}"
     with liveness.Liveness() as others:
@@ -67,7 +66,7 @@ def lose_a_rank_and_stay(rank: int, port: int, errors: Path) -> None:
 def be_late(rank: int, port: int, errors: Path) -> None:
     """Five times all others wait for one rank: for longer than their patience, or until they have said so."""
     join_the_others(rank, port, errors)
-    liveness.PATIENCE = 1.0
+    standings.PATIENCE = 1.0
     said, seconds = errors / "0", 2.0
     with liveness.Liveness() as others:
         for late, in_step, works, times_said in LATE:
