@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from megatron_ext.errors import EnvironmentFault, MegatronExtError
-from megatron_ext.launcher import launched_rank, launched_world_size
+from megatron_ext.launcher import attempt, keeps_store, launched_rank, launched_world_size
+from megatron_ext.peers import Peers
 
 if TYPE_CHECKING:  # a run of one process says what is wrong with it before torch is imported
     from torch.distributed import PrefixStore, Store
@@ -33,6 +34,8 @@ _LOOK = 0.05
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 _ENDED, _TELLING = "ended", 5.0
 """What a launcher says of a rank that could not, and the seconds that it tries to."""
+_READ = 6.0
+"""Seconds in which all ranks look for that, at each heartbeat."""
 _SHOWN = 8
 
 
@@ -209,17 +212,18 @@ def _meeting_store(minutes: float) -> "PrefixStore":
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
-            is_master=launched_rank() == 0 and not _launcher_keeps_it(),
+            is_master=launched_rank() == 0 and not keeps_store(),
             wait_for_workers=False,
             timeout=datetime.timedelta(minutes=minutes),
             multi_tenant=True,
         )
+        Peers(launched_rank(), store).introduce()
     except (RuntimeError, ValueError) as error:
         raise EnvironmentFault(_not_met(_first_line(error))) from error
     return _met.setdefault(place, dist.PrefixStore(_part(attempt()), store))
 
 
-def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> None:
+def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str, *, keeps_store: bool = False) -> None:
     """Tell the ranks that wait in a roll call, or come to one, that `rank` of this host ended without a word.
 
     For its launcher, which alone knows. Where nobody keeps their store any more they know it by that.
@@ -227,6 +231,7 @@ def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> No
     Args:
         run_id: the launcher's name for the run, for ranks that it starts once.
         how: it ended.
+        keeps_store: their store ends with this process, which stays until all have had the time to read there.
     """
     import torch.distributed as dist
 
@@ -235,6 +240,8 @@ def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> No
     with contextlib.suppress(RuntimeError, ValueError):
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=seconds)
         dist.PrefixStore(_part(f"{run_id}/0"), store).set(_ENDED, said)
+        if keeps_store:
+            time.sleep(_READ)
 
 
 def ended_by_launcher(store: "Store") -> Answer | None:
@@ -255,20 +262,6 @@ def _ended(store: "PrefixStore", answers: Sequence[Answer]) -> Answer | None:
 def _part(attempt: str) -> str:
     """Where the roll calls of an attempt are in the ranks' store."""
     return f"roll call/{attempt}"
-
-
-def attempt() -> str:
-    """Names the round of ranks that a launcher has started, in its store.
-
-    The launcher's store may have been that of earlier ranks; one of rank 0's own has not. (Each node counts its own
-    restarts: the number is no name for a round that all of them know.)
-    """
-    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _launcher_keeps_it() else "0"
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{number}"
-
-
-def _launcher_keeps_it() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _place() -> str:

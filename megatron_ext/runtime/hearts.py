@@ -1,57 +1,19 @@
-"""The hearts of all ranks, which beat in the launcher's store: which process each is, who is missing, who said why."""
+"""The hearts of all ranks, which beat in the launcher's store: who is missing, and with what one has ended."""
 
 import contextlib
-import dataclasses
 import datetime
-import json
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_ext.errors import MegatronExtError
-from megatron_ext.locks import process_identity, state_of_process
-from megatron_ext.roll_call import attempt, ended_by_launcher
+from megatron_ext.launcher import attempt
+from megatron_ext.peers import Peer, Peers
+from megatron_ext.roll_call import Answer, ended_by_launcher
 
 _LOST, _SAID = "lost", "said"
 _LONGEST_WHY = 500
-
-
-@dataclass(frozen=True)
-class Peer:
-    """The process of a rank, for those that look for it."""
-
-    host: str
-    boot: str | None
-    pid: int
-    started: str | None
-    """As in `process_identity`."""
-    numbered_by: str | None
-    """The namespace of its number: containers of one host each number their own processes."""
-
-    @classmethod
-    def own(cls) -> "Peer":
-        """This process."""
-        namespace = None
-        with contextlib.suppress(OSError):
-            namespace = os.readlink("/proc/self/ns/pid")
-        return cls(**process_identity(os.getpid()), numbered_by=namespace)
-
-    @property
-    def neighbourhood(self) -> str:
-        """The same for processes that see each other."""
-        return f"{self.host} {self.boot} {self.numbered_by}"
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it runs; for one of this neighbourhood."""
-        return state_of_process(self.pid, self.started) is not None
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether somebody has stopped it, as by SIGSTOP; for one of this neighbourhood."""
-        return state_of_process(self.pid, self.started) == "T"
 
 
 class Hearts:
@@ -65,18 +27,18 @@ class Hearts:
         self.rank, self.size = rank, size
         self.store: Any = None
         self._connection: Any = None
-        self._own = Peer.own()
-        self._near: dict[int, Peer] = {}
-        self._names = {rank: self._own}
+        self._ended: Answer | None = None
+        """The rank of which a launcher has said so: known from then on, for with that launcher the store may go."""
+        self._peers = Peers(rank, None)
 
     def connect(self) -> None:
-        """Be known to the others. Every rank calls this; it waits for none."""
+        """Join the others. Every rank calls this; it waits for none."""
         if self.size == 1 or "MASTER_ADDR" not in os.environ:
             return
         self._connection = _connect()
         self.store = dist.PrefixStore(f"megatron_ext/{attempt()}", self._connection)
-        self.store.set(f"who/{self.rank}", json.dumps(dataclasses.astuple(self._own)))
-        self.store.append(f"near/{self._own.neighbourhood}", f"{self.rank} ")
+        self._peers = Peers(self.rank, self._connection)
+        self._peers.introduce()
 
     def read(self, key: str) -> str:
         """What the store has under `key`, without waiting for it; "" if nothing."""
@@ -109,41 +71,28 @@ class Hearts:
     def missing(self, *, ask: bool = True) -> int | None:
         """A rank known to be missing; with `ask`, to anybody. The first one: others end because of it."""
         if ask:
-            self._meet_neighbours()
+            self._peers.meet_neighbours()
             if written := self.read(_LOST):
                 return int(written)
-            if (ended := ended_by_launcher(self._connection)) is not None:
-                return ended.rank
-        return next((rank for rank, peer in self._near.items() if not peer.is_alive), None)
-
-    def _meet_neighbours(self) -> None:
-        """Know the processes of this host, as they come."""
-        if self._own.started is None:
-            return  # this system does not show processes
-        near = {int(rank) for rank in self.read(f"near/{self._own.neighbourhood}").split()} - {self.rank}
-        for rank in sorted(near - self._near.keys()):
-            if (peer := self._peer(rank)) is not None:
-                self._near[rank] = peer
-
-    def _peer(self, rank: int) -> Peer | None:
-        """The process of a rank; None where it has not said so."""
-        with contextlib.suppress(RuntimeError):
-            if rank not in self._names and (said := self.read(f"who/{rank}")):
-                self._names[rank] = Peer(*json.loads(said))
-        return self._names.get(rank)
+            self._ask_launcher()
+        if self._ended is not None:
+            return self._ended.rank
+        return next((rank for rank, peer in self._peers.near.items() if not peer.is_alive), None)
 
     def near(self, rank: int) -> Peer | None:
         """The process of another rank of this host; None of any other."""
-        return self._near.get(rank)
+        return self._peers.near.get(rank)
 
     def name(self, rank: int) -> str:
         """A rank for messages, such as "rank 1 (process 4711 on node0)"."""
-        peer = self._peer(rank)
+        peer = None
+        with contextlib.suppress(RuntimeError):
+            peer = self._peers.of(rank)
         return f"rank {rank}" + (f" (process {peer.pid} on {peer.host})" if peer is not None else "")
 
     def speaks_for_its_host(self, lost: int) -> bool:
         """Whether this rank is the first of its host, where the lost one has not spoken itself."""
-        return lost not in self._near and all(self.rank < rank for rank in self._near)
+        return lost not in self._peers.near and all(self.rank < rank for rank in self._peers.near)
 
     def give_up(self, lost: int) -> None:
         """Let all know that a rank is missing, if none is yet."""
@@ -165,10 +114,15 @@ class Hearts:
         with contextlib.suppress(RuntimeError):
             if said := self.read(f"why/{rank}"):
                 return said
-            ended = ended_by_launcher(self._connection)
-            if ended is not None and ended.rank == rank and ended.refusal is not None:
-                return f"it {ended.refusal[1]}"
-        return ""
+            self._ask_launcher()
+        ended = self._ended
+        return f"it {ended.refusal[1]}" if ended and ended.refusal and ended.rank == rank else ""
+
+    def _ask_launcher(self) -> None:
+        """Know whether a launcher has said that a rank ended."""
+        if self._ended is None and (ended := ended_by_launcher(self._connection)) is not None:
+            self._peers.of(ended.rank)
+            self._ended = ended
 
 
 def _reason(error: BaseException) -> str:
