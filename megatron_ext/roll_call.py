@@ -162,24 +162,22 @@ class _RollCall:
         return f"{self._what}/{name}"
 
     def _wait(self, store: "PrefixStore") -> None:
-        """Wait until all have spoken, or a little after one has refused."""
+        """Wait until all have spoken, or a little after one has refused, or until one is known never to come."""
         until = self._deadline
         while (spoken := store.add(self._key("spoken"), 0)) < self._size:
-            if until == self._deadline and self._is_refused(store):
+            if store.check([_ENDED]):
+                return  # what it had to say it has said; and with its launcher the store may go
+            if until == self._deadline and store.check([self._key("refused")]):
                 until = min(self._deadline, time.monotonic() + _MORE)
             if time.monotonic() < until:
                 time.sleep(_LOOK)
-            elif until < self._deadline or self._is_refused(store):
+            elif until < self._deadline or store.check([self._key("refused")]):
                 return
             else:
                 missing = _numbers([rank for rank in range(self._size) if not store.check([self._key(rank)])])
                 came = f"{spoken} of {self._size} ranks have come to {_place()} within {self._minutes:g} minutes"
                 self._stay(store, spoken, _HEARD)
                 raise EnvironmentFault(_not_met(f"{came}, not rank {missing}"))
-
-    def _is_refused(self, store: "PrefixStore") -> bool:
-        """Whether a rank has said that it cannot start, or its launcher that it never will."""
-        return store.check([self._key("refused")]) or store.check([_ENDED])
 
     def _stay(self, store: "PrefixStore", ranks: int, seconds: float) -> None:
         """Stay until so many ranks have heard how it ends, or for so long: the others are taken not to come."""

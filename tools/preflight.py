@@ -16,11 +16,11 @@ itself, `tools/train.py RUN.yaml --check` says.)
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ext.command import run_command, run_parser
 from megatron_ext.config import RunConfig, load_run
+from megatron_ext.monitoring.refused import alerting_of_refusal
 
 if TYPE_CHECKING:
     import torch
@@ -39,15 +39,14 @@ def main() -> None:
 
     adopt_launcher()
     end_with_launcher()
-    run = on_every_rank("configuration", lambda: load_run(arguments.run, arguments.overrides))
-    from megatron_ext.runtime.liveness import Liveness
-    from megatron_ext.runtime.watchdog import STALLS
+    with alerting_of_refusal(lambda: load_run(arguments.run, arguments.overrides)):
+        run = on_every_rank("configuration", lambda: load_run(arguments.run, arguments.overrides))
+        from megatron_ext.training.watch import watching
 
-    limits = run.runtime.watchdog
-    limits = replace(limits, first_step_minutes=min(_MOST_MINUTES, limits.first_step_minutes))
-    stalls, way_out = Path(run.checkpoint.directory) / STALLS, "leave its node out (sbatch --exclude), or mend it"
-    with Liveness(limits, stalls, way_out=way_out) as others, others.named_if_missing():
-        _test(run, others)
+        limits = run.runtime.watchdog
+        limits = replace(limits, first_step_minutes=min(_MOST_MINUTES, limits.first_step_minutes))
+        with watching(run, limits, "leave its node out (sbatch --exclude), or mend it") as others:
+            _test(run, others)
 
 
 def _test(run: RunConfig, others: "Liveness") -> None:

@@ -55,7 +55,7 @@ class Liveness:
         limits: WatchdogConfig | None = None,
         directory: Path | None = None,
         told: Told = tell_nobody,
-        way_out: str = "the same command goes on from the newest checkpoint",
+        way_out: str = "",
     ) -> None:
         self._watchdog = Watchdog(limits or WatchdogConfig(enabled=False))
         self._watches = limits is not None and limits.enabled

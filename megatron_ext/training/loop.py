@@ -12,11 +12,12 @@ import torch
 from megatron_ext.checkpoint.both_places import prepare_directory
 from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
-from megatron_ext.errors import EnvironmentFault, MegatronExtError
+from megatron_ext.errors import EnvironmentFault
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size, noting_failure
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
-from megatron_ext.monitoring.monitor import metrics_path, tell_of_failed_restart
+from megatron_ext.monitoring.monitor import metrics_path
+from megatron_ext.monitoring.refused import alerting_of_refusal
 from megatron_ext.roll_call import on_every_rank
 from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.device import choose_device
@@ -64,7 +65,7 @@ def train(
     """
     setup_logging(launched_rank())
     is_first, minutes = launched_rank() == 0, run.runtime.distributed_timeout_minutes
-    with _alerting(run):
+    with alerting_of_refusal(lambda: run):
         layout, device = on_every_rank("node", lambda: _prepared(run), minutes)
         found = on_every_rank(
             "run", lambda: examine_run(run, source, open_foreign) if is_first else None, minutes, looking=1
@@ -72,7 +73,7 @@ def train(
         start_process_group(run.runtime, device, on_failure=others.end_if_missing)
     others.met()
     with noting_failure(), ExitStack() as held:
-        with _alerting(run):
+        with alerting_of_refusal(lambda: run):
             require_same_code(installation())
             require_same_run(run)
             groups = split_process_group(run.parallel, run.runtime)
@@ -97,17 +98,6 @@ def _prepared(run: RunConfig) -> tuple[Layout, torch.device]:
     return layout, device
 
 
-@contextmanager
-def _alerting(run: RunConfig) -> Iterator[None]:
-    """Alert people of faults where the run has reported before: nobody watches its restart."""
-    try:
-        yield
-    except MegatronExtError as error:
-        if launched_rank() == 0:
-            tell_of_failed_restart(run, error)
-        raise
-
-
 def open_and_train(
     run: RunConfig,
     layout: Layout,
@@ -124,7 +114,7 @@ def open_and_train(
         found: what to say of the run before its first step; on the rank that says it.
     """
     settings = run.checkpoint
-    with _alerting(run):
+    with alerting_of_refusal(lambda: run):
         on_first_rank_slowly(
             lambda: prepare_directory(Path(settings.directory), settings.copy_to),
             "the run cannot go on from where it was",
