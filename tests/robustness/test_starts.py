@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,23 @@ def nothing(rank: int) -> None:
     """All ranks start as they are."""
 
 
-def said_by(ranks: list[Any], errors: Path, lost: int | None = None) -> list[str]:
-    """The errors that the ranks but `lost` print, once all have ended with exit code 2."""
-    for rank, process in enumerate(ranks):
-        if rank != lost:
+def said_by(ranks: list[Any], errors: Path, lost: int | None = None, *, by_all: bool = False) -> list[str]:
+    """The errors that ranks print, of whom one ends with exit code 2 and a launcher then ends the others.
+
+    Args:
+        lost: a rank that does not count.
+        by_all: each has a launcher of its own, so that nobody ends it.
+    """
+    others = [process for rank, process in enumerate(ranks) if rank != lost]
+    first = wait([process.sentinel for process in others], 60)
+    assert first
+    for process in others:
+        if by_all:
             process.join(60)
+        if by_all or process.sentinel in first:
             assert process.exitcode == 2
-    if lost is not None:
-        ranks[lost].kill()
+    for process in ranks:
+        process.kill()
     lines = [line for rank in range(RANKS) for line in (errors / str(rank)).read_text().splitlines()]
     return [line for line in lines if line.startswith("error: ")]
 
@@ -146,7 +156,7 @@ def test_one_of_another_host_is_named_once_its_launcher_has_said_so(work: Path, 
     ranks[1].join(60)
     begun = time.monotonic()
     roll_call.tell_of_end("127.0.0.1", store.port, RUN_ID, 1, "was killed by SIGKILL")
-    messages = said_by(ranks, tmp_path, lost=1)
+    messages = said_by(ranks, tmp_path, lost=1, by_all=True)
     print(f"{messages[0]}, {time.monotonic() - begun:.1f} s after its launcher has said so")
     why = f"error: rank 1 (process {ranks[1].pid} on node1) has ended: it was killed by SIGKILL"
     assert messages == [why, why]  # once on each node
