@@ -150,7 +150,7 @@ class _RollCall:
             if ended := _ended(store, answers):
                 answers = [ended, *(answer for answer in answers if answer.rank != ended.rank)]
             if any(answer.refusal is not None for answer in answers):
-                self._stay(store, self._size, _HEARD if ended is None else _MORE)
+                self._stay(store, self._size, _HEARD if ended is None else _READ)
         except RuntimeError as error:
             raise EnvironmentFault(
                 f"the ranks do not meet any more: what kept {_place()} on the node of rank 0 has ended "

@@ -62,7 +62,8 @@ def _test(run: RunConfig, others: "Liveness") -> None:
     from megatron_ext.training.same_everywhere import require_same_run
 
     setup_logging(launched_rank())
-    device = on_every_rank("node", lambda: _prepared(run), run.runtime.distributed_timeout_minutes)
+    with others.speaking():
+        device = on_every_rank("node", lambda: _prepared(run), run.runtime.distributed_timeout_minutes)
     start_process_group(run.runtime, device, on_failure=others.end_if_missing)
     others.met()
     require_same_run(run)  # ranks of other layouts would wait for each other

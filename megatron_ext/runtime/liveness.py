@@ -17,10 +17,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_ext.config import WatchdogConfig
+from megatron_ext.errors import MegatronExtError
 from megatron_ext.launcher import launched_rank, launched_world_size
 from megatron_ext.locks import release_all
 from megatron_ext.runtime.hearts import Hearts
-from megatron_ext.runtime.last_words import OWN_END, LastWords, Told, at_most, tell_nobody
+from megatron_ext.runtime.last_words import OWN_END, TELLING, LastWords, Told, at_most, tell_nobody
 from megatron_ext.runtime.main_thread import MainThread, Standing
 from megatron_ext.runtime.standings import FILES, Standings
 from megatron_ext.runtime.watchdog import Watchdog
@@ -121,6 +122,16 @@ class Liveness:
             if watches and error is not self._looked_into:
                 self._looked_into = error
                 self.end_if_missing()
+            raise
+
+    @contextlib.contextmanager
+    def speaking(self) -> Iterator[None]:
+        """What is inside says itself why the run ends, where it raises a MegatronExtError: the watch is silent then."""
+        try:
+            yield
+        except MegatronExtError:
+            if not self._once.acquire(blocking=False):
+                time.sleep(2 * TELLING)  # the watch was first, and is about to end this process
             raise
 
     def end_if_missing(self, patience: float = 5.0) -> None:

@@ -65,7 +65,7 @@ def train(
     """
     setup_logging(launched_rank())
     is_first, minutes = launched_rank() == 0, run.runtime.distributed_timeout_minutes
-    with alerting_of_refusal(lambda: run):
+    with alerting_of_refusal(lambda: run), others.speaking():
         layout, device = on_every_rank("node", lambda: _prepared(run), minutes)
         found = on_every_rank(
             "run", lambda: examine_run(run, source, open_foreign) if is_first else None, minutes, looking=1

@@ -113,11 +113,11 @@ def said_by(ranks: list[Any], errors: Path, lost: int | None = None, *, by_all: 
         by_all: each has a launcher of its own, so that nobody ends it.
     """
     others = [process for rank, process in enumerate(ranks) if rank != lost]
-    first = wait([process.sentinel for process in others], 60)
+    first = wait([process.sentinel for process in others], 240)
     assert first
     for process in others:
         if by_all:
-            process.join(60)
+            process.join(240)
         if by_all or process.sentinel in first:
             assert process.exitcode == 2
     for process in ranks:
@@ -153,7 +153,7 @@ def test_a_rank_that_is_lost_before_all_have_met_is_named(
 def test_one_of_another_host_is_named_once_its_launcher_has_said_so(work: Path, tmp_path: Path) -> None:
     struck = Struck(MEETS, signal.SIGKILL, on_one_host=False)
     ranks, store = started(be_a_rank, tmp_path, call_of("train", work, tmp_path / "run"), struck)
-    ranks[1].join(60)
+    ranks[1].join(240)
     begun = time.monotonic()
     roll_call.tell_of_end("127.0.0.1", store.port, RUN_ID, 1, "was killed by SIGKILL")
     messages = said_by(ranks, tmp_path, lost=1, by_all=True)
@@ -167,7 +167,7 @@ def test_a_rank_that_loads_for_long_is_awaited(work: Path, tmp_path: Path) -> No
     call = call_of("train", work, directory, "train.train_iters=2", "checkpoint.save_interval=null")
     ranks, _store = started(be_a_rank, tmp_path, call, load_slowly)
     for process in ranks:
-        process.join(120)
+        process.join(240)
         assert process.exitcode == 0, (tmp_path / "1").read_text()
     assert len(reported_losses(directory)) == 2
 
