@@ -65,7 +65,8 @@ def _run(options: argparse.Namespace) -> None:
             if options.rdzv_backend == "static" and not options.standalone:
                 how = how_it_ended(failure, "in the lines of its node") or ""
                 meeting = (options.master_addr, options.master_port)
-                tell_of_end(*meeting, options.rdzv_id, rank, how, keeps_store=options.node_rank == 0)
+                keeps_store = options.node_rank == 0 and options.nnodes != "1"
+                tell_of_end(*meeting, options.rdzv_id, rank, how, keeps_store=keeps_store)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 2)  # lost: ended by a signal that nobody sent to the job
     except SignalException as error:
         # The ranks have ended too: as they were told, with the run saved, or because they could not save it.
