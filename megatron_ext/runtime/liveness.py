@@ -159,15 +159,16 @@ class Liveness:
     def _watch(self) -> None:
         """The thread: beat, listen, and end the process where somebody is missed or nothing moves."""
         heard, heard_at, beats, next_beat, asleep = "", time.monotonic(), 0, 0.0, time.monotonic()
-        neighbour = (self._hearts.rank + 1) % self._hearts.size
+        neighbour, had_met = (self._hearts.rank + 1) % self._hearts.size, self._has_met
         while not self._end.wait(_LOOK):
             now, standing = time.monotonic(), self._main.look()
             if self._has_met and (why := self._watchdog.overdue(standing)) is not None:
                 self._end_stalled(why, standing)
             if self._hearts.store is None:
                 continue
-            if now - asleep > _LOOK + BEAT:
-                heard_at = now  # this process itself was stopped: the others had no chance to be heard
+            # This process itself was stopped, and the others had no chance to be heard; or until now they had more time.
+            if now - asleep > _LOOK + BEAT or self._has_met != had_met:
+                heard_at, had_met = now, self._has_met
             lost = None
             try:
                 lost = self._hearts.missing(ask=now >= next_beat)
