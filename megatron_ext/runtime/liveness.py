@@ -166,7 +166,7 @@ class Liveness:
                 self._end_stalled(why, standing)
             if self._hearts.store is None:
                 continue
-            # This process itself was stopped, and the others had no chance to be heard; or until now they had more time.
+            # This process itself was stopped: the others had no chance to be heard. Or until now they had more time.
             if now - asleep > _LOOK + BEAT or self._has_met != had_met:
                 heard_at, had_met = now, self._has_met
             lost = None
