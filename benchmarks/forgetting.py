@@ -33,6 +33,7 @@ from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.training import loop
+from megatron_ext.training.watch import watching
 
 BATCH, RANK = 4, 32
 LINEAR, ATTENTION, ENDS = "layers.*", "self_attention.*", ["embedding.*", "output_layer"]
@@ -138,7 +139,7 @@ def make(plan: Plan, run: dict[str, Any], name: str, start: Path | None) -> None
     file.write_text(dump_yaml(run))
     config = load_run(file)
     groups, device = split_process_group(config.parallel, config.runtime), choose_device(config.runtime)
-    with loop.watching(config) as others:
+    with watching(config) as others:
         loop.open_and_train(config, config.resolve(dist.get_world_size()), groups, device, others, open_hugging_face)
     if config.adapters is None:
         convert(training, place, force=True)

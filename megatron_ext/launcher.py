@@ -111,6 +111,21 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
+def attempt() -> str:
+    """Names the round of ranks that a launcher has started, in its store.
+
+    The launcher's store may have been that of earlier ranks; one of rank 0's own has not. (Each node counts its own
+    restarts: the number is no name for a round that all of them know.)
+    """
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store() else "0"
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{number}"
+
+
+def keeps_store() -> bool:
+    """Whether the launcher keeps the store through which its ranks meet; where it does not, rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def job_start() -> float:
     """When this job began, in seconds since 1970: its launcher, or this process without ours."""
     text = os.environ.get(JOB_START, "")

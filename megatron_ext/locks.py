@@ -272,11 +272,21 @@ def _job_kind() -> str:
 
 def start_of_process(pid: int) -> str | None:
     """When the process `pid` of this host started, in clock ticks since boot; None if it is gone."""
+    return _state_and_start(pid)[1]
+
+
+def state_of_process(pid: int, started: str | None) -> str | None:
+    """What the process of this host that started then is at, a letter as of `ps`: T is stopped; None if it is gone."""
+    state, start = _state_and_start(pid)
+    return state if start is not None and start == started else None
+
+
+def _state_and_start(pid: int) -> tuple[str | None, str | None]:
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
-    return None if state in "ZX" else fields[18]
+        return None, None
+    return (None, None) if state in "ZX" else (state, fields[18])
 
 
 def _is_this_host(owner: dict[str, Any]) -> bool:

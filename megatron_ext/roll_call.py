@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from megatron_ext.errors import EnvironmentFault, MegatronExtError
-from megatron_ext.launcher import launched_rank, launched_world_size
+from megatron_ext.launcher import attempt, keeps_store, launched_rank, launched_world_size
+from megatron_ext.peers import Peers
 
 if TYPE_CHECKING:  # a run of one process says what is wrong with it before torch is imported
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore, Store
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ _LOOK = 0.05
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 _ENDED, _TELLING = "ended", 5.0
 """What a launcher says of a rank that could not, and the seconds that it tries to."""
+_READ = 6.0
+"""Seconds in which all ranks look for that, at each heartbeat."""
 _SHOWN = 8
 
 
@@ -147,7 +150,7 @@ class _RollCall:
             if ended := _ended(store, answers):
                 answers = [ended, *(answer for answer in answers if answer.rank != ended.rank)]
             if any(answer.refusal is not None for answer in answers):
-                self._stay(store, self._size, _HEARD if ended is None else _MORE)
+                self._stay(store, self._size, _HEARD if ended is None else _READ)
         except RuntimeError as error:
             raise EnvironmentFault(
                 f"the ranks do not meet any more: what kept {_place()} on the node of rank 0 has ended "
@@ -159,24 +162,22 @@ class _RollCall:
         return f"{self._what}/{name}"
 
     def _wait(self, store: "PrefixStore") -> None:
-        """Wait until all have spoken, or a little after one has refused."""
+        """Wait until all have spoken, or a little after one has refused, or until one is known never to come."""
         until = self._deadline
         while (spoken := store.add(self._key("spoken"), 0)) < self._size:
-            if until == self._deadline and self._is_refused(store):
+            if store.check([_ENDED]):
+                return  # what it had to say it has said; and with its launcher the store may go
+            if until == self._deadline and store.check([self._key("refused")]):
                 until = min(self._deadline, time.monotonic() + _MORE)
             if time.monotonic() < until:
                 time.sleep(_LOOK)
-            elif until < self._deadline or self._is_refused(store):
+            elif until < self._deadline or store.check([self._key("refused")]):
                 return
             else:
                 missing = _numbers([rank for rank in range(self._size) if not store.check([self._key(rank)])])
                 came = f"{spoken} of {self._size} ranks have come to {_place()} within {self._minutes:g} minutes"
                 self._stay(store, spoken, _HEARD)
                 raise EnvironmentFault(_not_met(f"{came}, not rank {missing}"))
-
-    def _is_refused(self, store: "PrefixStore") -> bool:
-        """Whether a rank has said that it cannot start, or its launcher that it never will."""
-        return store.check([self._key("refused")]) or store.check([_ENDED])
 
     def _stay(self, store: "PrefixStore", ranks: int, seconds: float) -> None:
         """Stay until so many ranks have heard how it ends, or for so long: the others are taken not to come."""
@@ -209,17 +210,18 @@ def _meeting_store(minutes: float) -> "PrefixStore":
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
-            is_master=launched_rank() == 0 and not _launcher_keeps_it(),
+            is_master=launched_rank() == 0 and not keeps_store(),
             wait_for_workers=False,
             timeout=datetime.timedelta(minutes=minutes),
             multi_tenant=True,
         )
+        Peers(launched_rank(), store).introduce()
     except (RuntimeError, ValueError) as error:
         raise EnvironmentFault(_not_met(_first_line(error))) from error
-    return _met.setdefault(place, dist.PrefixStore(f"roll call/{attempt()}", store))
+    return _met.setdefault(place, dist.PrefixStore(_part(attempt()), store))
 
 
-def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> None:
+def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str, *, keeps_store: bool = False) -> None:
     """Tell the ranks that wait in a roll call, or come to one, that `rank` of this host ended without a word.
 
     For its launcher, which alone knows. Where nobody keeps their store any more they know it by that.
@@ -227,6 +229,7 @@ def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> No
     Args:
         run_id: the launcher's name for the run, for ranks that it starts once.
         how: it ended.
+        keeps_store: their store ends with this process, which stays until all have had the time to read there.
     """
     import torch.distributed as dist
 
@@ -234,30 +237,29 @@ def tell_of_end(address: str, port: int, run_id: str, rank: int, how: str) -> No
     seconds = datetime.timedelta(seconds=_TELLING)
     with contextlib.suppress(RuntimeError, ValueError):
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=seconds)
-        dist.PrefixStore(f"roll call/{run_id}/0", store).set(_ENDED, said)
+        dist.PrefixStore(_part(f"{run_id}/0"), store).set(_ENDED, said)
+        if keeps_store:
+            time.sleep(_READ)
+
+
+def ended_by_launcher(store: "Store") -> Answer | None:
+    """The rank of which its launcher has said so (`tell_of_end`), by any connection to the ranks' store."""
+    import torch.distributed as dist
+
+    calls = dist.PrefixStore(_part(attempt()), store)
+    return Answer.read(calls.get(_ENDED)) if calls.check([_ENDED]) else None
 
 
 def _ended(store: "PrefixStore", answers: Sequence[Answer]) -> Answer | None:
     """What a launcher has said of a rank that ended, unless that has said itself why."""
-    if not store.check([_ENDED]):
-        return None
-    ended = Answer.read(store.get(_ENDED))
-    is_said = any(answer.rank == ended.rank and answer.refusal is not None for answer in answers)
+    ended = ended_by_launcher(store.underlying_store)
+    is_said = any(answer.refusal is not None and answer.rank == ended.rank for answer in answers) if ended else True
     return None if is_said else ended
 
 
-def attempt() -> str:
-    """Names the round of ranks that a launcher has started, in its store.
-
-    The launcher's store may have been that of earlier ranks; one of rank 0's own has not. (Each node counts its own
-    restarts: the number is no name for a round that all of them know.)
-    """
-    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _launcher_keeps_it() else "0"
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{number}"
-
-
-def _launcher_keeps_it() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _part(attempt: str) -> str:
+    """Where the roll calls of an attempt are in the ranks' store."""
+    return f"roll call/{attempt}"
 
 
 def _place() -> str:

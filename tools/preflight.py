@@ -15,13 +15,20 @@ itself, `tools/train.py RUN.yaml --check` says.)
 
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_ext.command import run_command, run_parser
 from megatron_ext.config import RunConfig, load_run
+from megatron_ext.monitoring.refused import alerting_of_refusal
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_ext.runtime.liveness import Liveness
+
+_MOST_MINUTES = 10.0
+"""For the whole test: a node that hangs in it is ended then."""
 
 
 def main() -> None:
@@ -32,10 +39,17 @@ def main() -> None:
 
     adopt_launcher()
     end_with_launcher()
-    _test(on_every_rank("configuration", lambda: load_run(arguments.run, arguments.overrides)))
+    with alerting_of_refusal(lambda: load_run(arguments.run, arguments.overrides)):
+        run = on_every_rank("configuration", lambda: load_run(arguments.run, arguments.overrides))
+        from megatron_ext.training.watch import watching
+
+        limits = run.runtime.watchdog
+        limits = replace(limits, first_step_minutes=min(_MOST_MINUTES, limits.first_step_minutes))
+        with watching(run, limits, "leave its node out (sbatch --exclude), or mend it") as others:
+            _test(run, others)
 
 
-def _test(run: RunConfig) -> None:
+def _test(run: RunConfig, others: "Liveness") -> None:
     import torch.distributed as dist
 
     from megatron_ext.errors import EnvironmentFault
@@ -48,11 +62,14 @@ def _test(run: RunConfig) -> None:
     from megatron_ext.training.same_everywhere import require_same_run
 
     setup_logging(launched_rank())
-    device = on_every_rank("node", lambda: _prepared(run), run.runtime.distributed_timeout_minutes)
-    start_process_group(run.runtime, device)
+    with others.speaking():
+        device = on_every_rank("node", lambda: _prepared(run), run.runtime.distributed_timeout_minutes)
+    start_process_group(run.runtime, device, on_failure=others.end_if_missing)
+    others.met()
     require_same_run(run)  # ranks of other layouts would wait for each other
     split_process_group(run.parallel, run.runtime)
-    reports = measure_all(run, device)
+    reports = measure_all(run, device, others)
+    others.end()
     bad = bad_nodes(reports)
     if dist.get_rank() == 0:
         print(*table(reports), RULE, sep="\n")

@@ -10,12 +10,11 @@ the same command then goes on. Ranks end with torchrun, saving first, and all en
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 
 from megatron_ext.command import positive_integer, run_command, run_parser
 from megatron_ext.config import RunConfig, load_run
-from megatron_ext.errors import ConfigError, MegatronExtError
+from megatron_ext.errors import ConfigError
+from megatron_ext.monitoring.refused import alerting_of_refusal
 
 
 def main() -> None:
@@ -50,17 +49,20 @@ def main() -> None:
         if getattr(arguments, option):
             option = f"--{option.replace('_', '-')}"
             raise ConfigError(f"{option} needs --check: it says nothing of a run that starts")
-    from megatron_ext.launcher import adopt_launcher, end_with_launcher, launched_rank
+    from megatron_ext.launcher import adopt_launcher, end_with_launcher
     from megatron_ext.roll_call import on_every_rank
 
     adopt_launcher()
     end_with_launcher()
-    with _alerting(arguments, is_asked=launched_rank() == 0):
+    with alerting_of_refusal(lambda: load_run(arguments.run, arguments.overrides)):
         run = on_every_rank("configuration", lambda: _run_of(arguments))
-    from megatron_ext.model_io.starting_weights import open_hugging_face
-    from megatron_ext.training.loop import train
+    from megatron_ext.training.watch import watching
 
-    train(run, arguments.run, open_hugging_face)
+    with watching(run) as others:  # what training imports takes the longest part of a start
+        from megatron_ext.model_io.starting_weights import open_hugging_face
+        from megatron_ext.training.loop import train
+
+        train(run, others, arguments.run, open_hugging_face)
 
 
 def _range(text: str) -> list[int]:
@@ -88,25 +90,11 @@ def _check(arguments: argparse.Namespace) -> None:
     from megatron_ext.training.startup_checks import check_run
 
     files = not arguments.config_only
-    with _alerting(arguments, is_asked=arguments.alert):
+    with alerting_of_refusal(lambda: load_run(arguments.run, arguments.overrides), is_asked=arguments.alert):
         said = check_run(
             arguments.run, arguments.overrides, arguments.world_size, files=files, open_foreign=open_hugging_face
         )
     print(said)
-
-
-@contextmanager
-def _alerting(arguments: argparse.Namespace, *, is_asked: bool) -> Iterator[None]:
-    """Alert people of what refuses the restart of a run, on whichever rank; whom to tell, this one's RUN.yaml says."""
-    try:
-        yield
-    except MegatronExtError as error:
-        if is_asked:
-            from megatron_ext.monitoring.monitor import tell_of_failed_restart
-
-            with suppress(ConfigError):  # where the file itself is wrong, it does not
-                tell_of_failed_restart(load_run(arguments.run, arguments.overrides), error)
-        raise
 
 
 if __name__ == "__main__":

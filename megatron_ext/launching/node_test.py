@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -23,26 +22,21 @@ from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.installation import installation
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.process_groups import groups_by_kind
-from megatron_ext.runtime.watchdog import STALLS
 
-_MOST_MINUTES = 10.0
-"""For the whole test: a node that hangs in it is ended then."""
 _REPEATS = 3
 """Each rate is the best of so many: what else a machine does makes it slower, and nothing faster."""
 
 
-def measure_all(run: RunConfig, device: torch.device) -> list[RankReport]:
+def measure_all(run: RunConfig, device: torch.device, others: Liveness) -> list[RankReport]:
     """What all ranks find, by rank. Every rank calls it, after `split_process_group`.
 
-    A rank that dies meanwhile, or does not come to the end, is named, and all end with exit code 2.
+    Args:
+        others: names a rank that dies meanwhile, or does not come to the end, and ends all.
 
     Raises:
         EnvironmentFault: this rank could not be tested to the end.
     """
-    limits = run.runtime.watchdog
-    limits = replace(limits, first_step_minutes=min(_MOST_MINUTES, limits.first_step_minutes))
-    way_out = "leave its node out (sbatch --exclude), or mend it"
-    with Liveness(limits, Path(run.checkpoint.directory) / STALLS, way_out=way_out) as others, others.step():
+    with others.step():
         try:
             reports: list[RankReport] = [None] * dist.get_world_size()  # type: ignore[list-item]
             dist.all_gather_object(reports, measure_node(run, device))

@@ -20,7 +20,7 @@ from typing import NoReturn
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.run import parse_args, run
 
 from megatron_ext.launcher import JOB_START, STOP_FILE, failure_file
@@ -64,11 +64,20 @@ def _run(options: argparse.Namespace) -> None:
             print(message if is_said else f"error: {message}{_WHAT_NOW}", file=sys.stderr)
             if options.rdzv_backend == "static" and not options.standalone:
                 how = how_it_ended(failure, "in the lines of its node") or ""
-                tell_of_end(options.master_addr, options.master_port, options.rdzv_id, rank, how)
+                meeting = (options.master_addr, options.master_port)
+                keeps_store = options.node_rank == 0 and options.nnodes != "1"
+                tell_of_end(*meeting, options.rdzv_id, rank, how, keeps_store=keeps_store)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 2)  # lost: ended by a signal that nobody sent to the job
     except SignalException as error:
         # The ranks have ended too: as they were told, with the run saved, or because they could not save it.
         sys.exit(2 if failure_file(os.environ[STOP_FILE]).exists() else 128 + error.sigval)
+    except RendezvousClosedError:
+        print(
+            "error: another node has ended and does not start again (MAX_RESTARTS), which ends the run on every node; "
+            "why, stands above or in the lines of that node",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except (DistError, RendezvousError) as error:
         place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
         first_line = str(error).strip().partition("\n")[0]

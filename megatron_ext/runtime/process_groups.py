@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,17 @@ class Groups:
         return self.pp.rank() == self.pp.size() - 1
 
 
-def start_process_group(runtime: RuntimeConfig, device: torch.device, *, alone: bool = False) -> None:
+def start_process_group(
+    runtime: RuntimeConfig,
+    device: torch.device,
+    *,
+    alone: bool = False,
+    on_failure: Callable[[], None] = lambda: None,
+) -> None:
     """Join the processes that torchrun or Slurm started, or stand alone without a launcher (or if told to).
+
+    Args:
+        on_failure: called where the processes cannot meet; may know better why than the backend, and raise it.
 
     Raises:
         EnvironmentFault: the launcher's variables are there only in part, or the processes cannot meet where they say.
@@ -56,7 +66,10 @@ def start_process_group(runtime: RuntimeConfig, device: torch.device, *, alone: 
     device_id = device if device.type == "cuda" else None
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+    except RuntimeError as error:
+        on_failure()
+        if not isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+            raise
         rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
         way_out = (
             "rank 0 listens there: another run may have the port; set MASTER_PORT to another one, on every node"

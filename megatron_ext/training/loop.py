@@ -12,11 +12,12 @@ import torch
 from megatron_ext.checkpoint.both_places import prepare_directory
 from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
-from megatron_ext.errors import EnvironmentFault, MegatronExtError, TrainingError
+from megatron_ext.errors import EnvironmentFault
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size, noting_failure
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
-from megatron_ext.monitoring.monitor import metrics_path, tell_of_failed_restart
+from megatron_ext.monitoring.monitor import metrics_path
+from megatron_ext.monitoring.refused import alerting_of_refusal
 from megatron_ext.roll_call import on_every_rank
 from megatron_ext.runtime import accelerators
 from megatron_ext.runtime.device import choose_device
@@ -24,7 +25,6 @@ from megatron_ext.runtime.installation import installation
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.logs import setup_logging
 from megatron_ext.runtime.process_groups import Groups, end_process_groups, split_process_group, start_process_group
-from megatron_ext.runtime.watchdog import STALLS
 from megatron_ext.training.banner import banner
 from megatron_ext.training.data import RunData, open_data
 from megatron_ext.training.exit_at import ended_by_plan, exit_moment
@@ -49,10 +49,13 @@ from megatron_ext.training.verdict import Skip
 log = logging.getLogger(__name__)
 
 
-def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = no_foreign_weights) -> None:
+def train(
+    run: RunConfig, others: Liveness, source: str = "the run", open_foreign: OpenForeign = no_foreign_weights
+) -> None:
     """Run, or continue, the training that `run` describes, as one of the processes the launcher started.
 
     Args:
+        others: the watch over the other ranks, as of `watching`; ends with the last step.
         source: where the run is from, for messages.
         open_foreign: opens weights to start from that are no Megatron checkpoint.
 
@@ -62,19 +65,21 @@ def train(run: RunConfig, source: str = "the run", open_foreign: OpenForeign = n
     """
     setup_logging(launched_rank())
     is_first, minutes = launched_rank() == 0, run.runtime.distributed_timeout_minutes
-    with _alerting(run):
+    with alerting_of_refusal(lambda: run), others.speaking():
         layout, device = on_every_rank("node", lambda: _prepared(run), minutes)
         found = on_every_rank(
             "run", lambda: examine_run(run, source, open_foreign) if is_first else None, minutes, looking=1
         )
-        start_process_group(run.runtime, device)
-    with noting_failure(), watching(run) as others, ExitStack() as held:
-        with _alerting(run):
+        start_process_group(run.runtime, device, on_failure=others.end_if_missing)
+    others.met()
+    with noting_failure(), ExitStack() as held:
+        with alerting_of_refusal(lambda: run):
             require_same_code(installation())
             require_same_run(run)
             groups = split_process_group(run.parallel, run.runtime)
             held.enter_context(run_lock(run.checkpoint.directory))
         signal = open_and_train(run, layout, groups, device, others, open_foreign, found)
+    others.end()
     end_process_groups()
     if signal:
         exit_stopped(128 + signal)
@@ -101,17 +106,6 @@ def _require_a_host_beside(device: torch.device, run: RunConfig) -> None:
             raise EnvironmentFault(f"{key}, but no GPU is here: a CPU computes in its own memory; remove it")
 
 
-@contextmanager
-def _alerting(run: RunConfig) -> Iterator[None]:
-    """Alert people of faults where the run has reported before: nobody watches its restart."""
-    try:
-        yield
-    except MegatronExtError as error:
-        if launched_rank() == 0:
-            tell_of_failed_restart(run, error)
-        raise
-
-
 def open_and_train(
     run: RunConfig,
     layout: Layout,
@@ -128,7 +122,7 @@ def open_and_train(
         found: what to say of the run before its first step; on the rank that says it.
     """
     settings = run.checkpoint
-    with _alerting(run):
+    with alerting_of_refusal(lambda: run):
         on_first_rank_slowly(
             lambda: prepare_directory(Path(settings.directory), settings.copy_to),
             "the run cannot go on from where it was",
@@ -147,7 +141,7 @@ def open_and_train(
         session.state = replace(session.state, data=data.fingerprints)
         for hook in hooks:
             hook.on_start(session)
-        others.told = partial(_tell_of_stall, session, hooks)
+        others.tell(partial(_tell_of_stall, session, hooks))
         for line in banner(run, layout, device, found) if found is not None else ():
             log.info(line)
         is_first = groups.world.rank() == 0
@@ -158,21 +152,8 @@ def open_and_train(
     return signal
 
 
-@contextmanager
-def watching(run: RunConfig) -> Iterator[Liveness]:
-    """With an eye on the other ranks, from when they have met: one that is missing is named."""
-    stalls = Path(run.checkpoint.directory) / STALLS
-    with Liveness(run.runtime.watchdog, stalls, partial(_tell_of_start, run)) as others, others.named_if_missing():
-        yield others
-
-
-def _tell_of_start(run: RunConfig, kind: str, text: str, ends: bool) -> None:
-    """What the watch over the other ranks calls before the run has its records."""
-    tell_of_failed_restart(run, TrainingError(text))
-
-
 def _tell_of_stall(session: Session, hooks: Sequence[Hook], kind: str, text: str, ends: bool) -> None:
-    """What the watch over the other ranks calls once it has them."""
+    """What the watch over the other ranks calls once the run has its records."""
     for hook in hooks:
         hook.on_stall(Event(kind, session.state.iteration, text), ends=ends)
 

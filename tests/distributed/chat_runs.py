@@ -16,6 +16,7 @@ from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.training import loop
 from megatron_ext.training.data import open_data
 from megatron_ext.training.session import starting_state
+from megatron_ext.training.watch import watching
 
 STEPS = 5
 
@@ -56,7 +57,7 @@ def write_chat_run(directory: Path, task: str, length: int) -> None:
 def train_here(path: Path, overrides: list[str]) -> None:
     run = load_run(path, overrides)
     groups, device = split_process_group(run.parallel, run.runtime), choose_device(run.runtime)
-    with loop.watching(run) as others:
+    with watching(run) as others:
         loop.open_and_train(run, run.resolve(dist.get_world_size()), groups, device, others, open_hugging_face)
 
 

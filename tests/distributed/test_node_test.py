@@ -10,6 +10,7 @@ from megatron_ext.config import load_run
 from megatron_ext.launching.node_report import RankReport, bad_nodes, table
 from megatron_ext.launching.node_test import measure_all
 from megatron_ext.runtime.device import choose_device
+from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.process_groups import split_process_group
 from megatron_ext.testing.pool import GlooPool
 from tests.support.workspace import run_mapping, write_run
@@ -29,7 +30,7 @@ def measure(path: Path, odd: int) -> list[RankReport]:
     split_process_group(run.parallel, run.runtime)
     others = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with mock.patch.dict(os.environ, others, clear=True):  # the process is that of other tests too
-        return measure_all(run, choose_device(run.runtime))
+        return measure_all(run, choose_device(run.runtime), Liveness())
 
 
 def test_each_rank_measures_and_the_odd_one_is_named(pool: GlooPool, tmp_path: Path) -> None:

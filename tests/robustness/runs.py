@@ -27,6 +27,7 @@ from megatron_ext.training.data import RunData
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.same_everywhere import open_everywhere, require_same_code, require_same_run
 from megatron_ext.training.session import Session
+from megatron_ext.training.watch import watching
 from tests.support.minimal_run import load, mapping
 from tests.support.waiting import HANGS, wait_until
 
@@ -39,7 +40,7 @@ def train_here(path: Path, overrides: list[str]) -> int:
     run = load_run(path, overrides)
     groups = split_process_group(run.parallel, run.runtime)
     layout, device = run.resolve(dist.get_world_size()), choose_device(run.runtime)
-    with loop.watching(run) as others, run_lock(run.checkpoint.directory):
+    with watching(run) as others, run_lock(run.checkpoint.directory):
         return loop.open_and_train(run, layout, groups, device, others)
 
 

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ import torch.distributed as dist
 
 from megatron_ext.config import WatchdogConfig
 from megatron_ext.errors import DataError
-from megatron_ext.runtime import liveness
+from megatron_ext.runtime import liveness, standings
 from megatron_ext.testing.pool import GlooPool
 from megatron_ext.training.tasks.pretrain import Pretrain
+from tests.robustness.ranks import RANKS, started
 from tests.robustness.runs import train_here
-from tests.support import forkserver
 from tests.support.waiting import HANGS, wait_until
-
-RANKS = 3
 
 
 def join_the_others(rank: int, port: int, errors: Path) -> None:
@@ -41,9 +38,8 @@ def lose_a_rank(rank: int, port: int, errors: Path, lost: int, number: int | Non
     """Wait for the others, of whom `lost` sends itself a signal that it cannot refuse, or meets a fault of its own."""
     join_the_others(rank, port, errors)
     # Only the one that listens to it may miss it soon: on a busy machine the others are silent for a while too.
-    liveness.SILENCE, liveness._OWN_END = 2.0 if (rank + 1) % RANKS == lost else 600.0, 0.5
+    liveness.SILENCE, liveness.OWN_END = 2.0 if (rank + 1) % RANKS == lost else 600.0, 0.5
     if not on_one_host:  # one rank each, which others cannot see
-        liveness._is_alive = lambda peer: False
         liveness.SILENCE, liveness.BEAT = 600.0, 0.4  # three of which a rank that lives may miss on a busy machine
         socket.gethostname = lambda: f"node{rank}"
     with liveness.Liveness() as others:
@@ -69,7 +65,7 @@ def lose_a_rank_and_stay(rank: int, port: int, errors: Path) -> None:
 def be_late(rank: int, port: int, errors: Path) -> None:
     """Five times all others wait for one rank: for longer than their patience, or until they have said so."""
     join_the_others(rank, port, errors)
-    liveness.PATIENCE = 1.0
+    standings.PATIENCE = 1.0
     said, seconds = errors / "0", 2.0
     with liveness.Liveness() as others:
         for late, in_step, works, times_said in LATE:
@@ -127,22 +123,6 @@ LATE = [
 ]
 
 
-@contextlib.contextmanager
-def started(target: Callable[..., None], errors: Path, *arguments: Any) -> Iterator[list[Any]]:
-    """A process for each rank, beside the store of their launcher."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = forkserver.context()
-    ranks = [context.Process(target=target, args=(rank, store.port, errors, *arguments)) for rank in range(RANKS)]
-    try:
-        for process in ranks:
-            process.start()
-        yield ranks
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-
-
 def said_by_all(errors: Path) -> list[str]:
     """What each rank has said, once it has said anything."""
     return [path.read_text() if (path := errors / str(rank)).exists() else "" for rank in range(RANKS)]
@@ -165,7 +145,7 @@ def assert_ends(process: Any, code: int, errors: Path) -> None:
     ids=["killed", "stopped", "rank 0 stopped", "killed on another host"],
 )
 def test_the_lost_rank_is_named(lost: int, number: int, on_one_host: bool, what: str, tmp_path: Path) -> None:
-    with started(lose_a_rank, tmp_path, lost, number, on_one_host) as ranks:
+    with started(lose_a_rank, tmp_path, lost, number, on_one_host) as (ranks, _):
         for rank, process in enumerate(ranks):
             if rank != lost:
                 assert_ends(process, 2, tmp_path)
@@ -177,7 +157,7 @@ def test_the_lost_rank_is_named(lost: int, number: int, on_one_host: bool, what:
 
 
 def test_a_rank_that_ends_by_itself_tells_other_nodes_why(tmp_path: Path) -> None:
-    with started(lose_a_rank_and_stay, tmp_path) as ranks:
+    with started(lose_a_rank_and_stay, tmp_path) as (ranks, _):
         for process in ranks[:2]:
             assert_ends(process, 2, tmp_path)
     said = said_by_all(tmp_path)
@@ -188,7 +168,7 @@ def test_a_rank_that_ends_by_itself_tells_other_nodes_why(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("in_step", [True, False], ids=["in a step", "between steps"])
 def test_a_run_that_no_longer_moves_ends_with_every_ranks_stack(in_step: bool, tmp_path: Path) -> None:
-    with started(hang, tmp_path, in_step) as ranks:
+    with started(hang, tmp_path, in_step) as (ranks, _):
         for process in ranks:
             assert_ends(process, 2, tmp_path)
     said = said_by_all(tmp_path)
@@ -210,7 +190,7 @@ def test_a_run_that_no_longer_moves_ends_with_every_ranks_stack(in_step: bool, t
 
 
 def test_a_late_rank_is_named_and_awaited(tmp_path: Path) -> None:
-    with started(be_late, tmp_path) as ranks:
+    with started(be_late, tmp_path) as (ranks, _):
         for process in ranks:
             assert_ends(process, 0, tmp_path)
     said = said_by_all(tmp_path)

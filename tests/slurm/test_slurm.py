@@ -1,6 +1,7 @@
 """A real Slurm of two nodes: launch/slurm.sbatch trains as one process; one of tools/launch.py queues itself again."""
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +11,19 @@ import pytest
 
 from megatron_ext.checkpoint.find import checkpoint_name
 from megatron_ext.config import dump_yaml
-from megatron_ext.monitoring.metrics_file import read_metrics
+from megatron_ext.locks import exclusive
+from megatron_ext.monitoring.metrics_file import read_history, read_metrics
 from megatron_ext.testing.ports import free_port
 from tests.slurm.cluster import Cluster, unavailable
 from tests.support.commands import TOOLS, command, train
-from tests.support.waiting import Holds, wait_until
+from tests.support.waiting import HANGS, Holds, wait_until
+from tests.support.webhook_server import WebhookServer
 from tests.support.workspace import ROOT, prepare_data, reported_losses, run_mapping, write_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(unavailable() is not None, reason=f"no Slurm: {unavailable()}")]
 
 
-def submit(cluster: Cluster, directory: Path, *arguments: str | Path) -> str:
+def submit(cluster: Cluster, directory: Path, *arguments: str | Path, **environment: str) -> str:
     """Queue a run on both nodes and return the job's number."""
     return cluster.run(
         "sbatch",
@@ -32,12 +35,15 @@ def submit(cluster: Cluster, directory: Path, *arguments: str | Path) -> str:
         str(ROOT / "launch" / "slurm.sbatch"),
         *map(str, arguments),
         # Both "nodes" are this machine: their names lead nowhere, and Gloo must stay on loopback.
-        MEGATRON_EXT_ROOT=str(ROOT),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(free_port()),
-        GLOO_SOCKET_IFNAME="lo",
-        NPROC_PER_NODE="2",
-        PYTHON=sys.executable,
+        **{
+            "MEGATRON_EXT_ROOT": str(ROOT),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NPROC_PER_NODE": "2",
+            "PYTHON": sys.executable,
+            **environment,
+        },
     ).strip()
 
 
@@ -95,6 +101,58 @@ def test_two_nodes_train_like_one_process(work: Path, cluster: Cluster) -> None:
     difference = losses_differ(work / "cluster", work / "alone")
     print(f"2 nodes x 2 processes against one process: largest relative difference of the loss {difference:.1e}")
     assert difference < 1e-5  # fp32 rounding, as in the parity grid
+
+
+def step(cluster: Cluster, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Train with one process on each node, which srun starts without torchrun."""
+    return subprocess.run(
+        [
+            "srun",
+            "--nodes=2",
+            "--ntasks-per-node=1",
+            "--cpus-per-task=1",
+            sys.executable,
+            TOOLS / "train.py",
+            *arguments,
+        ],
+        env={**cluster.environment, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment},
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
+
+
+def test_what_srun_starts_without_torchrun_trains_as_one_run_or_is_refused(work: Path, cluster: Cluster) -> None:
+    directory = work / "srun"
+    call = [work / "run.yaml", f"checkpoint.directory={directory}", "train.stop_at_iteration=2"]
+    refused = step(cluster, *call)
+    print(refused.stderr)
+    assert refused.returncode == 2
+    said = "error: srun started 2 processes (SLURM_STEP_NUM_TASKS = 2), but MASTER_ADDR, MASTER_PORT not set"
+    assert refused.stderr.count(said) == 2  # on each node
+    assert "Traceback" not in refused.stderr
+    assert not directory.exists()
+    trained = step(cluster, *call, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    assert trained.returncode == 0, trained.stderr
+    assert [start["world_size"] for start in read_history(directory / "metrics.jsonl").starts] == [2]
+    assert reported_losses(directory) == pytest.approx(reported_losses(work / "alone")[:2], rel=1e-5)
+
+
+def test_people_get_one_alert_of_a_job_that_is_refused(work: Path, cluster: Cluster) -> None:
+    directory, server = work / "held", WebhookServer()
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text('{"event": "start", "iteration": 0}\n')
+    alerts = "alerts={webhook: {url_variable: HOOK}}"
+    with exclusive(directory, "testing"):
+        call = [work / "run.yaml", f"checkpoint.directory={directory}", alerts]
+        job = submit(cluster, work, *call, HOOK=server.url, NPROC_PER_NODE="1")
+        state = cluster.wait_for_job(job)
+    server.close()
+    output = (work / f"job-{job}.out").read_text()
+    assert state == "FAILED", output
+    [text] = server.texts
+    assert "is being written by testing" in text
+    assert "is being written by testing" in output
 
 
 def test_a_job_that_is_stopped_is_queued_again_and_ends_as_the_undisturbed_run(work: Path, cluster: Cluster) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config import WatchdogConfig
-from megatron_ext.runtime import liveness
+from megatron_ext.runtime import liveness, standings
 from megatron_ext.runtime.main_thread import Standing
 from megatron_ext.runtime.watchdog import Watchdog, write_stack
 
@@ -96,12 +96,11 @@ def test_a_file_system_that_hangs_does_not_hold_up_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hangs, told, codes = threading.Event(), list[str](), list[int]()
-    monkeypatch.setattr(liveness, "FILES", 0.05)
-    monkeypatch.setattr(liveness, "write_stack", lambda *arguments: hangs.wait(60))
+    for module in (liveness, standings):
+        monkeypatch.setattr(module, "FILES", 0.05)
+    monkeypatch.setattr(standings, "write_stack", lambda *arguments: hangs.wait(60))
     monkeypatch.setattr(liveness, "release_all", lambda: hangs.wait(60))
     monkeypatch.setattr(liveness.os, "_exit", codes.append)
-    monkeypatch.setattr(liveness.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(liveness.dist, "get_world_size", lambda: 1)
     watching = liveness.Liveness(LIMITS, tmp_path, lambda kind, text, ends: told.append(kind))
     watching._end_stalled("nothing moves", MOVES)
     hangs.set()
@@ -114,13 +113,12 @@ def test_after_a_failed_collective_a_rank_of_another_host_that_is_silent_is_name
 ) -> None:
     said: list[int] = []
     monkeypatch.setattr(liveness, "BEAT", 0.02)
-    monkeypatch.setattr(liveness.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(liveness.dist, "get_world_size", lambda: 3)
     watching = liveness.Liveness(LIMITS)
-    watching._store, beats = object(), iter(range(1000))
-    monkeypatch.setattr(watching, "_missing", lambda: None)
-    monkeypatch.setattr(watching, "_beats", lambda: [str(next(beats)), str(next(beats)), "7"])  # rank 2 has died
-    monkeypatch.setattr(watching, "_say", lambda lost, ends: said.append(lost))
+    hearts, beats = watching._hearts, iter(range(1000))
+    hearts.store = object()
+    monkeypatch.setattr(hearts, "missing", lambda: None)
+    monkeypatch.setattr(hearts, "all_heard", lambda: [str(next(beats)), str(next(beats)), "7"])  # rank 2 has died
+    monkeypatch.setattr(watching._words, "say_lost", lambda lost, silence, ends: said.append(lost))
     with pytest.raises(SystemExit):
         watching.end_if_missing(patience=0.01)
     assert said == [2]

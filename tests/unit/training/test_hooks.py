@@ -23,10 +23,11 @@ from megatron_ext.training.hooks.base import Hook, StepDone
 from megatron_ext.training.hooks.disk_room import DiskRoom
 from megatron_ext.training.hooks.reports import Reports
 from megatron_ext.training.hooks.validation import Validation
-from megatron_ext.training.loop import open_and_train, watching
+from megatron_ext.training.loop import open_and_train
 from megatron_ext.training.signals import EXIT_AT
 from megatron_ext.training.step import StepResult
 from megatron_ext.training.verdict import Rollback, Skip, Take
+from megatron_ext.training.watch import watching
 from tests.support.webhook_server import WebhookServer
 from tests.unit.training.fakes import FakeSession, Numbers, fake_session, sources
 
