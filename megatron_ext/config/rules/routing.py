@@ -5,7 +5,17 @@ from typing import Any
 from megatron_ext.config.base import fields_of
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.model_fields import EXPERT_FIELDS
-from megatron_ext.config.rules.registry import BALANCE, COEFFICIENT, EP, ETP, EXPERTS, GROUPS_OF_EXPERTS, SCORE, rule
+from megatron_ext.config.rules.registry import (
+    BALANCE,
+    COEFFICIENT,
+    COMPILE_ROUTER,
+    EP,
+    ETP,
+    EXPERTS,
+    GROUPS_OF_EXPERTS,
+    SCORE,
+    rule,
+)
 
 # A kind of loss says nothing without a coefficient, and exports of dense models carry it.
 _MAY_BE_DENSE = {"num_moe_experts", "moe_router_load_balancing_type"}
@@ -18,6 +28,7 @@ MOE_ONLY = {
     },
     EP: 1,
     ETP: None,
+    COMPILE_ROUTER: False,
 }
 """Keys that only a model with experts can set, with the value that says nothing."""
 
