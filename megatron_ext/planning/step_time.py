@@ -190,6 +190,8 @@ class _Cost:
         uneven = assumed.expert_imbalance if layout.ep > 1 else 1.0
         split = layout.tp if self._run.parallel.sequence_parallel else 1
         rows = self._tokens / split * layout.etp * model.moe_router_topk * uneven
+        if model.moe_pad_expert_input_to_capacity:
+            rows *= min(model.moe_expert_capacity_factor or 1.0, (model.num_moe_experts or 1) / model.moe_router_topk)
         width = model.expert_ffn_hidden_size / layout.etp
         matrices = 3 if model.gated_linear_unit else 2
         experts = (model.num_moe_experts or 0) / layout.ep

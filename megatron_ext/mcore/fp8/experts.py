@@ -154,10 +154,13 @@ class Fp8GroupedExperts(GroupedExperts):
 
     def fc1(self, tokens_TH: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's tokens by its own first weight: [T, F], or [T, 2 F] if gated."""
-        projected: Tensor = _ExpertFunction.apply(tokens_TH, self.weight1, ends_E, self.scaling_fc1)
-        return projected
+        return self._product(tokens_TH, self.weight1, ends_E, self.scaling_fc1)
 
     def fc2(self, hidden_TF: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's hidden units by its own second weight: [T, H]."""
-        output_TH: Tensor = _ExpertFunction.apply(hidden_TF, self.weight2, ends_E, self.scaling_fc2)
-        return output_TH
+        return self._product(hidden_TF, self.weight2, ends_E, self.scaling_fc2)
+
+    @staticmethod
+    def _product(x: Tensor, weights_ENK: Tensor, ends_E: Tensor, scaling: Scaling) -> Tensor:
+        output_TN: Tensor = _ExpertFunction.apply(x.flatten(0, -2), weights_ENK, ends_E, scaling)
+        return output_TN.view(*x.shape[:-1], -1)

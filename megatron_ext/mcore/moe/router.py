@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.config import GumbelNoise, InputJitter, LearnedNoise, ModelConfig
+from megatron_ext.config.routing import expert_capacity
 from megatron_ext.errors import CheckpointError
 from megatron_ext.mcore.moe import balance, noise, sample_seeds
 from megatron_ext.mcore.moe.counts import RouterCounts
@@ -186,6 +187,17 @@ class Router(MegatronModule):
             return routed.chosen_TE
         weights, chosen = (self.grid.gather(x, batch) for x in (routed.weights_TE, routed.chosen_TE))
         return self.grid.take(self.capacity.kept(weights, chosen, self.model.moe_router_topk), batch)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a capacity holds now."""
+        return self.capacity is not None and self.training
+
+    def rows_an_expert(self, tokens: int) -> int:
+        """How many of this rank's `tokens` one expert gets at most, where a capacity holds."""
+        factor, topk = self.model.moe_expert_capacity_factor, self.model.moe_router_topk
+        assert factor is not None
+        return min(expert_capacity(factor, tokens * self.grid.splits, topk, self.num_experts), tokens)
 
     def _attach_losses(self, routed: Routed, batch: int) -> Tensor:
         """The weights [T, E], whose backward pass also brings the gradients of all losses of this router.
