@@ -19,7 +19,7 @@ from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.triton_interpreter import mend_interpreter, why_not_interpreting
 
 SMALL = {"samples": 2, "micro_batch": 1, "length": 16, "steps": 2}
-DROPS = tiny_model(moe=True, num_layers=2, moe_expert_capacity_factor=1.0)
+DROPS = tiny_model(moe=True, num_layers=2, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
 OTHER_PARTS = tiny_model(
     moe=True,
     num_layers=2,

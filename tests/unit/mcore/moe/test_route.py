@@ -65,8 +65,7 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("noisy", [False, True], ids=["", "noise"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "noisy"), [(kind, number % 2 == 0) for number, kind in enumerate(KINDS)])
 def test_every_router_is_one_graph(kind: str, noisy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read from the device, a shape that depends on numbers or a branch on them would end the trace."""
     one_graph = torch.compile(route, fullgraph=True, backend="aot_eager")
@@ -100,7 +99,12 @@ def test_the_compiled_router_is_the_router_in_few_kernels(kind: str) -> None:
 
     with Launches() as launches:
         expected = trained(route, KINDS[kind], 48, noisy=False)
-    measured, sources = run_and_get_code(trained, routing.route_in_one_graph, KINDS[kind], 48, noisy=False)
+    # As under runtime.deterministic, which the compiler asks for.
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        measured, sources = run_and_get_code(trained, routing.route_in_one_graph, KINDS[kind], 48, noisy=False)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
     kernels = sum(len(_KERNEL.findall(source)) for source in sources)
     print(f"{kind}: {launches.count} operations forward and backward, {kernels} kernels")
     assert 3 <= kernels < launches.count / 3
