@@ -75,6 +75,10 @@ class RuntimeConfig:
     (compute capability 8.0 or newer), and adds weight gradients to their fp32 sums within the product.
     Sums are rounded once, so the last bits differ. Off, since they have so far run in Triton's interpreter only, on no
     GPU: benchmarks/gpu_check shows on yours whether they are right, and how much faster."""
+    compile_router: bool = False
+    """What follows from a router's logits (scores, selection, weights, statistics of the losses) is one graph by
+    torch.compile, a few kernels in place of dozens, compiled in the first step. Exponentials and sums are rounded
+    otherwise, so the last bits differ. Off, since it has been compiled and compared on CPU only, and run on no GPU."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one process. Default: OMP_NUM_THREADS, or the machine's cores over the local processes on CPU."""
     deterministic: bool = False

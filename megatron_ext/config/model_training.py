@@ -39,6 +39,9 @@ class ExpertTraining:
     """In training an expert takes at most this times the mean load; further tokens are dropped. Unset: dropless."""
     moe_token_drop_policy: DropPolicy = training_only(default="probs")
     """Which tokens an expert over its capacity drops: those with the smallest weights, or the last ones."""
+    moe_pad_expert_input_to_capacity: bool = training_only(default=False)
+    """Fill each expert up to its capacity with rows of zeros: its products have the same shapes in every step, and the
+    host never waits to know them. Where experts are on one rank; nothing that is learned changes."""
     moe_router_bias_update_rate: float = training_only(default=1e-3, gt=0)
     """How far a step moves the bias of an expert whose load is above or below the mean."""
 

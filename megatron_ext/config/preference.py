@@ -7,7 +7,12 @@ from megatron_ext.config.adapters import LoraConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.task import PreferenceTask, TaskConfig
 
-_OFF: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "moe_expert_capacity_factor": None}
+_OFF: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "moe_expert_capacity_factor": None,
+    "moe_pad_expert_input_to_capacity": False,
+}
 _OF_BALANCE: dict[str, Any] = {"moe_aux_loss_coeff": 0.0, "moe_adaptive_aux_loss": None, "moe_z_loss_coeff": 0.0}
 
 

@@ -1,5 +1,6 @@
 """How a router turns hidden states into a choice of experts, and what keeps the experts balanced."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -75,3 +76,8 @@ class AdaptiveAuxLoss:
 
 BalanceLoss = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
 DropPolicy = Literal["probs", "position"]
+
+
+def expert_capacity(factor: float, tokens: int, topk: int, experts: int) -> int:
+    """How many of a micro-batch's tokens an expert takes at most (GShard, arXiv 2006.16668)."""
+    return min(math.ceil(tokens * topk / experts * factor), tokens)

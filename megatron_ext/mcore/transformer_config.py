@@ -28,6 +28,8 @@ class _MoreFields:
     """The recipe of mcore/fp8; megatron-core's own `fp8` field speaks to Transformer Engine alone."""
     triton_kernels: bool = False
     """Whether the torch backend's layers and loss take our own kernels (mcore/kernels/) where there are some."""
+    compiles_router: bool = False
+    """Whether what follows from a router's logits is one compiled graph (mcore/moe/route.py)."""
     recompute_norms: bool = False
     """Whether the torch backend computes norms again in the backward pass (mcore/norms_again.py)."""
     adds_weight_gradients: bool = False

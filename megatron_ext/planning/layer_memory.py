@@ -10,6 +10,7 @@ that keep less and with experts.
 from dataclasses import dataclass
 
 from megatron_ext.config import Layout, ModelConfig, ParallelConfig, Precision, RecomputeConfig
+from megatron_ext.config.routing import expert_capacity
 
 FULL_PRECISION = 4
 _MASKED_QUERIES = 128
@@ -28,6 +29,8 @@ class MicroBatch:
     """Kernels of the CPU keep copies and masks that those of a GPU do not need."""
     by_kernels: bool = False
     """Our own kernels compute SwiGLU and its gradient in one pass each (runtime.kernels: triton)."""
+    compiled_router: bool = False
+    """Routers are compiled (runtime.compile_router)."""
     imbalance: float = 1.0
     """Rows of the fullest expert-parallel rank over the mean."""
 
@@ -214,11 +217,15 @@ class LayerFormulas:
 
     @property
     def rows(self) -> float:
-        """Rows that the experts of the fullest rank get: one for each token and expert it is sent to."""
+        """Rows that the experts of the fullest rank get: one for each token and expert it is sent to, or filled up."""
         model, layout = self._model, self._layout
+        factor, experts = model.moe_expert_capacity_factor, model.num_moe_experts
+        if model.moe_pad_expert_input_to_capacity and factor is not None and experts is not None:
+            tokens = self._micro.rows * self._micro.length
+            return experts * min(expert_capacity(factor, tokens, model.moe_router_topk, experts), self.tokens)
         uneven = self._micro.imbalance if layout.ep > 1 else 1.0
-        if model.moe_expert_capacity_factor is not None:
-            uneven = min(uneven, max(model.moe_expert_capacity_factor, 1.0))
+        if factor is not None:
+            uneven = min(uneven, max(factor, 1.0))
         return self.tokens / self._sequence_split * layout.etp * model.moe_router_topk * uneven
 
     def _row_bytes(self) -> tuple[float, float]:
@@ -236,7 +243,8 @@ class LayerFormulas:
         assert model.num_moe_experts is not None
         normalized = 2 if model.moe_gating_normalization is not None else 0
         noisy = 1 if model.moe_router_noise is not None else 0
-        numbers = (2 + normalized + noisy) * FULL_PRECISION + 1
+        # A compiled one may keep its logits instead of what is computed from them, and one tensor more.
+        numbers = (2 + normalized + noisy + self._micro.compiled_router) * FULL_PRECISION + 1
         tokens = self.tokens / self._sequence_split
         return tokens * (model.num_moe_experts * numbers + model.moe_router_topk * 12) + self.rows * 20
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ext.canonical.placement import stage_of_layer
 from megatron_ext.config import Layout, RunConfig
@@ -64,12 +64,14 @@ def peak_memory(
         on_cpu: computed by the kernels of a CPU.
         imbalance: rows of the fullest expert-parallel rank over the mean.
     """
-    states, by_kernels = states or stage_states(run, layout), run.runtime.kernels == "triton"
+    states = states or stage_states(run, layout)
+    by_kernels, compiled = run.runtime.kernels == "triton", run.runtime.compile_router
+    micro_batch = MicroBatch(0, 0, on_cpu, by_kernels, compiled, imbalance)
     shapes = {
         (shape.micro_size, shape.length, shape.size // (shape.micro_size * layout.dp)) for shape in run.step_shapes
     }
     peaks = [
-        _Stage(run, layout, stage, MicroBatch(rows, length, on_cpu, by_kernels, imbalance), number).peak(states[stage])
+        _Stage(run, layout, stage, replace(micro_batch, rows=rows, length=length), number).peak(states[stage])
         for rows, length, number in shapes
         for stage in range(layout.pp)
     ]

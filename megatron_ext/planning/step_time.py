@@ -164,7 +164,13 @@ class _Cost:
         """
         run, assumed = self._run, self._assumed
         rows = round(self._tokens * self._layout.cp / self._length)
-        micro = MicroBatch(rows, self._length, False, run.runtime.kernels == "triton", assumed.expert_imbalance)
+        micro = MicroBatch(
+            rows,
+            self._length,
+            by_kernels=run.runtime.kernels == "triton",
+            compiled_router=run.runtime.compile_router,
+            imbalance=assumed.expert_imbalance,
+        )
         formulas = LayerFormulas(run.model, self._layout, run.parallel, run.precision, run.recompute, micro)
         travels = formulas.layer(is_moe=is_moe).kept / (assumed.host_gb_s * 1e9)
         forward = layer / (1 + _BACKWARD)
@@ -219,6 +225,8 @@ class _Cost:
         uneven = assumed.expert_imbalance if layout.ep > 1 else 1.0
         split = layout.tp if self._run.parallel.sequence_parallel else 1
         rows = self._tokens / split * layout.etp * model.moe_router_topk * uneven
+        if model.moe_pad_expert_input_to_capacity:
+            rows *= min(model.moe_expert_capacity_factor or 1.0, (model.num_moe_experts or 1) / model.moe_router_topk)
         width = model.expert_ffn_hidden_size / layout.etp
         matrices = 3 if model.gated_linear_unit else 2
         experts = (model.num_moe_experts or 0) / layout.ep

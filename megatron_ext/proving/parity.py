@@ -71,6 +71,7 @@ class Cell:
     """Samples hold several documents, and attention stays within them."""
     backend: Backend = "torch"
     kernels: Kernels = "torch"
+    compile_router: bool = False
     task: TaskConfig = PRETRAIN
     adapters: LoraConfig | None = None
     """What is trained in place of the weights. Their output halves, zero in a run, begin at random:
@@ -98,7 +99,13 @@ class Cell:
     @property
     def runtime(self) -> RuntimeConfig:
         """As a run's section `runtime`."""
-        return RuntimeConfig(device="cpu", threads=1, backend=self.backend, kernels=self.kernels)
+        return RuntimeConfig(
+            device="cpu",
+            threads=1,
+            backend=self.backend,
+            kernels=self.kernels,
+            compile_router=self.compile_router,
+        )
 
 
 @dataclass(frozen=True)

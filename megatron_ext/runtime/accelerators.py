@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -226,6 +227,21 @@ def kernels_fault(machine: Machine) -> str | None:
     return None
 
 
+def compiler_fault(machine: Machine) -> str | None:
+    """Why torch.compile cannot make kernels here; None where it can."""
+    if not machine.gpus:
+        compiler = os.environ.get("CXX", "g++")
+        return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    if machine.triton is None:
+        return "torch.compile writes Triton, which is not installed; pip install triton"
+    if any(gpu.capability < (7, 0) for gpu in machine.gpus):
+        return f"Triton needs compute capability 7.0, {_weakest(machine)}"
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton builds its launchers with a C compiler, and there is no {' or '.join(compilers)}"
+    return None
+
+
 def flex_fault(library: FlexBackend, machine: Machine) -> str | None:
     """Why `library` cannot send tokens here, with the way out; None where it can."""
     name, _, how_to_get = FLEX[library]
@@ -263,6 +279,8 @@ def require(
         raise EnvironmentFault(f"parallel.moe_token_dispatcher_type = 'flex': {fault}")
     if runtime.kernels == "triton" and (fault := kernels_fault(machine)):
         raise EnvironmentFault(f"runtime.kernels = {runtime.kernels!r}: {fault}; or set runtime.kernels: torch")
+    if runtime.compile_router and (fault := compiler_fault(machine)):
+        raise EnvironmentFault(f"runtime.compile_router = True: {fault}; or set runtime.compile_router: false")
 
 
 def _weakest(machine: Machine) -> str:

@@ -21,6 +21,7 @@ from megatron_ext.runtime.accelerators import (
     FLEX,
     Machine,
     backend_fault,
+    compiler_fault,
     flex_fault,
     fuses_weight_gradients,
     installed,
@@ -165,6 +166,8 @@ def _torch_kernels(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "optimizer", "active: torch's fused AdamW"
     fault = kernels_fault(machine)
     yield "our own kernels", f"cannot run: {fault}" if fault else "off; runtime.kernels: triton takes them"
+    fault = compiler_fault(machine)
+    yield "router", f"cannot be compiled: {fault}" if fault else "one step of torch at a time; runtime.compile_router"
 
 
 def _te_kernels() -> Iterator[tuple[str, str]]:

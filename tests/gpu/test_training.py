@@ -20,7 +20,7 @@ from megatron_ext.config import (
     to_mapping,
 )
 from megatron_ext.config.machine import Backend
-from megatron_ext.runtime.accelerators import precision_fault, this_machine
+from megatron_ext.runtime.accelerators import compiler_fault, precision_fault, this_machine
 from megatron_ext.testing.tiny import tiny_model
 from megatron_ext.testing.transformer_engine import why_not_importable
 
@@ -29,6 +29,8 @@ LATENT = MultiLatentAttention(q_lora_rank=32, kv_lora_rank=32, qk_head_dim=16, q
 MODELS = {
     "dense": tiny_model(),
     "MoE": tiny_model(moe=True),
+    # On a GPU also with its routers compiled.
+    "MoE, filled up": tiny_model(moe=True, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True),
     "latent": tiny_model(num_query_groups=None, multi_latent_attention=LATENT),
 }
 # fp32 (TF32 is off by default): sums in another order. bf16 and fp8: numbers that such a sum moves over a rounding
@@ -39,7 +41,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "tensorwise": 2e-2, "rowwise": 2e-2, "d
 def run_config(
     model: ModelConfig, precision: dict[str, Any], device: str, directory: Path, backend: Backend = "torch"
 ) -> RunConfig:
-    raw = {
+    raw: dict[str, Any] = {
         "model": to_mapping(model),
         "precision": precision,
         "train": {"train_iters": 3, "global_batch_size": 4, "micro_batch_size": 2},
@@ -49,6 +51,8 @@ def run_config(
         "checkpoint": {"directory": str(directory)},
         "runtime": {"device": device, "threads": 1, "backend": backend},
     }
+    if device == "cuda" and model.moe_pad_expert_input_to_capacity:
+        raw["runtime"]["compile_router"] = True
     return load_config(RunConfig, raw, source="test")
 
 
@@ -100,6 +104,11 @@ def why_not(backend: Backend, precision: str, kind: str) -> str | None:
     """Why this machine cannot train that; None where it can."""
     if backend == "transformer_engine" and (missing := why_not_importable()):
         return missing
+    if MODELS[kind].moe_pad_expert_input_to_capacity:
+        if backend != "torch":
+            return "experts are filled up on the torch backend alone"
+        if missing := compiler_fault(this_machine()):
+            return missing
     if backend == "transformer_engine" and precision == "rowwise":
         return "Transformer Engine has no such recipe"
     if "recipe" not in NAMES[precision]:

@@ -5,7 +5,18 @@ from typing import Any
 from megatron_ext.config.base import fields_of
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.model_fields import EXPERT_FIELDS
-from megatron_ext.config.rules.registry import BALANCE, COEFFICIENT, EP, ETP, EXPERTS, GROUPS_OF_EXPERTS, SCORE, rule
+from megatron_ext.config.rules.registry import (
+    BACKEND,
+    BALANCE,
+    COEFFICIENT,
+    COMPILE_ROUTER,
+    EP,
+    ETP,
+    EXPERTS,
+    GROUPS_OF_EXPERTS,
+    SCORE,
+    rule,
+)
 
 # A kind of loss says nothing without a coefficient, and exports of dense models carry it.
 _MAY_BE_DENSE = {"num_moe_experts", "moe_router_load_balancing_type"}
@@ -18,6 +29,7 @@ MOE_ONLY = {
     },
     EP: 1,
     ETP: None,
+    COMPILE_ROUTER: False,
 }
 """Keys that only a model with experts can set, with the value that says nothing."""
 
@@ -98,6 +110,23 @@ def _rate_has_a_bias(rate: float, bias: bool, experts: int | None) -> str | None
 @rule("model.moe_token_drop_policy", "model.moe_expert_capacity_factor", given=(EXPERTS,))
 def _policy_has_a_capacity(policy: str, factor: float | None, experts: int | None) -> str | None:
     return "has no effect without a capacity" if experts and policy != "probs" and factor is None else None
+
+
+@rule("model.moe_pad_expert_input_to_capacity", "model.moe_expert_capacity_factor", given=(EXPERTS,))
+def _padding_has_a_capacity(pads: bool, factor: float | None, experts: int | None) -> str | None:
+    return "there is no capacity to fill up; set one, or remove it" if experts and pads and factor is None else None
+
+
+@rule("model.moe_pad_expert_input_to_capacity", EP, "parallel.etp", given=(BACKEND,))
+def _padding_is_of_one_rank(pads: bool, ep: int, etp: int, backend: str) -> str | None:
+    if pads and (ep > 1 or etp > 1):
+        return (
+            "experts are filled up where one rank has all of each (megatron-core's own way cuts off what evaluation, "
+            "which has no capacity, sends beyond it); remove it, or set both to 1"
+        )
+    if pads and backend != "torch":
+        return "Transformer Engine's layers are fed by megatron-core's dispatcher; remove it, or set backend: torch"
+    return None
 
 
 @rule("model.moe_shared_expert_gate", "model.moe_shared_expert_intermediate_size")

@@ -44,7 +44,7 @@ class ExpertAdapters(GroupedExperts):
         output, adapted = super().fc1(tokens_TH, ends_E), self._adapted("linear_fc1", tokens_TH, ends_E)
         if not adapted:
             return output
-        missing = tokens_TH.new_zeros(len(tokens_TH), self.width)
+        missing = tokens_TH.new_zeros(*tokens_TH.shape[:-1], self.width)
         order = ("gate", "up") if self.config.gated_linear_unit else ("up",)
         return output + torch.cat([adapted.get(name, missing) for name in order], dim=-1)
 

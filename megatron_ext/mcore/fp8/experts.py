@@ -171,6 +171,7 @@ class Fp8GroupedExperts(GroupedExperts):
         """Multiply each expert's hidden units by its own second weight: [T, H]."""
         return self._product(hidden_TF, self.weight2, ends_E, self.scaling_fc2)
 
-    def _product(self, rows_TK: Tensor, weights_ENK: Tensor, ends_E: Tensor, scaling: Scaling) -> Tensor:
-        output_TN: Tensor = _ExpertFunction.apply(rows_TK, weights_ENK, ends_E, scaling, self._sum_of(weights_ENK))
-        return output_TN
+    def _product(self, x: Tensor, weights_ENK: Tensor, ends_E: Tensor, scaling: Scaling) -> Tensor:
+        rows_TK, sum_ENK = x.flatten(0, -2), self._sum_of(weights_ENK)
+        output_TN: Tensor = _ExpertFunction.apply(rows_TK, weights_ENK, ends_E, scaling, sum_ENK)
+        return output_TN.view(*x.shape[:-1], -1)

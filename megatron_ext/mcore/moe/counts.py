@@ -11,6 +11,15 @@ COLUMNS = ("dropped", "tokens", *MEANS, *LOSSES)
 """What follows the E loads in a row of sums."""
 
 
+@torch.no_grad()
+def shape_sums(probabilities_TE: Tensor) -> Tensor:
+    """Sums over the tokens of what `MEANS` names of their distributions."""
+    best_T2 = probabilities_TE.topk(2, dim=-1).values
+    entropy = torch.special.entr(probabilities_TE).sum()
+    ratio = (best_T2[:, 0] / best_T2[:, 1].clamp(min=1e-9)).sum()
+    return torch.stack((entropy, best_T2[:, 0].sum(), ratio))
+
+
 class RouterCounts:
     """Sums over the tokens that one router has seen since the last report; nothing is read from the device here."""
 
@@ -28,14 +37,10 @@ class RouterCounts:
         """Forget what the refused step counted."""
         self.sums = self._before
 
-    def add(self, load_E: Tensor, dropped: Tensor, probabilities_TE: Tensor) -> None:
-        """Count a micro-batch: assignments, dropped ones, and the shape of the gate's distribution without noise."""
-        best_T2 = probabilities_TE.topk(2, dim=-1).values
-        entropy = torch.special.entr(probabilities_TE).sum()
-        ratio = (best_T2[:, 0] / best_T2[:, 1].clamp(min=1e-9)).sum()
-        tokens = load_E.new_full((), probabilities_TE.shape[0])
-        row = torch.stack((dropped, tokens, entropy, best_T2[:, 0].sum(), ratio))
-        self._add(torch.cat((load_E.float(), row, row.new_zeros(len(LOSSES)))))
+    def add(self, load_E: Tensor, dropped: Tensor, tokens: int, shape: Tensor) -> None:
+        """Count a micro-batch of so many tokens: assignments, dropped ones, and what `shape_sums` says of the gate."""
+        row = torch.stack((dropped, load_E.new_full((), tokens)))
+        self._add(torch.cat((load_E.float(), row, shape, shape.new_zeros(len(LOSSES)))))
 
     def add_loss(self, kind: str, value: Tensor) -> None:
         """Add this rank's part of a loss, without its coefficient."""

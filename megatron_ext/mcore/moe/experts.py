@@ -67,17 +67,20 @@ class GroupedExperts(MegatronModule):
         mark_as_split(weight, split_dim)
 
     def forward(self, tokens_TH: Tensor, tokens_per_expert_E: Tensor, weights_T: Tensor) -> tuple[Tensor, None]:
-        """Return each token's expert output times its routing weight [T, H], and no bias left to add."""
+        """Return each token's expert output times its routing weight [T, H], and no bias left to add.
+
+        Where each expert has as many rows as the others, they may come as [E, C, H] with weights [E, C], and so return.
+        """
         if tokens_TH.shape[0] == 0:
             return self._no_tokens(tokens_TH, weights_T), None
         counts_E = tokens_per_expert_E.to(device=tokens_TH.device)
         ends_E = counts_E.cumsum(0).to(torch.int32)
         projected = self.fc1(tokens_TH, ends_E)
         if self.bias1 is not None:
-            projected = projected + self._of_each_token(self.bias1, counts_E, len(projected))
+            projected = projected + self._of_each_token(self.bias1, counts_E, projected)
         output_TH = self.fc2(self._activated(projected, weights_T), ends_E)
         if self.bias2 is not None:
-            bias = self._of_each_token(self.bias2, counts_E, len(output_TH)) * weights_T.unsqueeze(-1)
+            bias = self._of_each_token(self.bias2, counts_E, output_TH) * weights_T.unsqueeze(-1)
             before = self.etp_group.rank() * bias.shape[-1]
             after = output_TH.shape[-1] - before - bias.shape[-1]
             output_TH = output_TH + F.pad(bias.to(output_TH.dtype), (before, after))
@@ -101,9 +104,12 @@ class GroupedExperts(MegatronModule):
             return gated_activation(projected, gate_of(self.config), weights_T, triton=self.config.triton_kernels)
         return (self.config.activation_func(projected) * weights_T.unsqueeze(-1)).to(projected.dtype)
 
-    def _of_each_token(self, bias: Tensor, counts_E: Tensor, tokens: int) -> Tensor:
-        """The row of `bias` [E * width] of the expert that each of `tokens` tokens goes to, [T, width]."""
-        return bias.view(self.num_local_experts, -1).repeat_interleave(counts_E, dim=0, output_size=tokens)
+    def _of_each_token(self, bias: Tensor, counts_E: Tensor, rows: Tensor) -> Tensor:
+        """The part of `bias` [E * width] of the expert that each of `rows` goes to, [T, width], or [E, 1, width]."""
+        bias_EO = bias.view(self.num_local_experts, -1)
+        if rows.dim() == 3:
+            return bias_EO.unsqueeze(1)
+        return bias_EO.repeat_interleave(counts_E, dim=0, output_size=len(rows))
 
     def _no_tokens(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
         """An empty output that still depends on every parameter: gradient reduction waits for every one's hook."""

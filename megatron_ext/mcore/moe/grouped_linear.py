@@ -1,6 +1,6 @@
 """One linear layer an expert, over tokens sorted by expert: `grouped_mm` on CUDA, prepared shapes on CPU."""
 
-#   T tokens sorted by expert, E experts, I width of the input, O width of the output
+#   T tokens sorted by expert, E experts, I width of the input, O width of the output; C tokens of each expert alike
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,7 @@ def grouped_linear(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor, sum_EO
     """Multiply each expert's rows of `tokens_TI` by the transpose of its own weight; return [T, O].
 
     Args:
-        tokens_TI: rows sorted by expert.
+        tokens_TI: rows sorted by expert; or [E, C, I], C rows of each, whose product is one of matrices in a batch.
         ends_E: int32; expert e has the rows from `ends_E[e - 1]` up to `ends_E[e]`.
         sum_EOI: where our own kernel adds the weight's gradient to, in fp32 (mcore/kernels/grouped_gradient.py);
             autograd then hands on none.
@@ -27,6 +27,8 @@ def grouped_linear(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor, sum_EO
     if sum_EOI is not None:
         output_TO = grouped_linear(tokens_TI, weight_EOI.detach(), ends_E)
         return _AddedGradient.apply(output_TO, weight_EOI, tokens_TI.detach(), sum_EOI, ends_E)
+    if tokens_TI.dim() == 3:
+        return torch.bmm(tokens_TI, weight_EOI.transpose(1, 2))
     if tokens_TI.device.type == "cpu":
         return _CpuGroupedLinear.apply(tokens_TI, weight_EOI, ends_E)
     if torch.cuda.get_device_capability(tokens_TI.device) >= _WRITES_NOTHING_FOR_IDLE:
@@ -69,7 +71,7 @@ class _AddedGradient(torch.autograd.Function):
         from megatron_ext.mcore.kernels.grouped_gradient import add_gradients
 
         tokens_TI, ends_E = ctx.saved_tensors
-        add_gradients(ctx.sum, grads[0], tokens_TI, ends_E)
+        add_gradients(ctx.sum, grads[0].flatten(0, -2), tokens_TI.flatten(0, -2), ends_E)
         return grads[0], None, None, None, None
 
 

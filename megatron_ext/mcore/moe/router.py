@@ -14,17 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.config import GumbelNoise, InputJitter, LearnedNoise, ModelConfig
+from megatron_ext.config.routing import expert_capacity
 from megatron_ext.errors import CheckpointError
 from megatron_ext.mcore.moe import balance, noise, sample_seeds
 from megatron_ext.mcore.moe.counts import RouterCounts
-from megatron_ext.mcore.moe.selection import (
-    Capacity,
-    choose,
-    normalize_gating_logits,
-    probabilities_of,
-    scores_of,
-    weights_of,
-)
+from megatron_ext.mcore.moe.route import Routed, route, route_in_one_graph
+from megatron_ext.mcore.moe.selection import Capacity
 from megatron_ext.mcore.moe.tokens import TokenGrid
 
 
@@ -141,21 +136,18 @@ class Router(MegatronModule):
         # Under full recompute the first pass runs without gradients; losses and counts belong to the second.
         learns = self.training and torch.is_grad_enabled()
         keys_T = self._noise_keys(length, hidden_SBH.device)
-        raw_TE = self._gating(tokens_TH, keys_T)
-        logits_TE = raw_TE
-        if self.model.moe_gating_normalization is not None:
-            logits_TE = normalize_gating_logits(raw_TE, self.model.moe_gating_normalization)
-        noisy_TE = self._with_noise(logits_TE, tokens_TH, keys_T)
-        scores_TE = scores_of(noisy_TE, self.model)
-        experts_TK = choose(noisy_TE, scores_TE, self.model, self.expert_bias)
-        weights_TK = weights_of(noisy_TE, scores_TE, experts_TK, self.model)
-        weights_TE = torch.zeros_like(noisy_TE).scatter(1, experts_TK, weights_TK)
-        chosen_TE = torch.zeros_like(noisy_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
-        kept_TE = self._within_capacity(weights_TE, chosen_TE, batch)
+        raw_TE, noise_TE = self._gating(tokens_TH, keys_T), self._noise(tokens_TH, keys_T)
+        follow = route_in_one_graph if self.config.compiles_router else route
+        routed = follow(
+            *(raw_TE, noise_TE, self.expert_bias, self.model, self.grid.splits),
+            learns=learns,
+            balances=bool(self.aux_loss_coeff),
+        )
+        weights_TE, kept_TE = routed.weights_TE, self._within_capacity(routed, batch)
         if learns:
-            self._count(chosen_TE, kept_TE, logits_TE)
-            weights_TE = self._attach_losses(weights_TE, raw_TE, noisy_TE, scores_TE, chosen_TE, batch)
-        return (weights_TE if kept_TE is chosen_TE else weights_TE * kept_TE), kept_TE
+            self._count(routed, kept_TE)
+            weights_TE = self._attach_losses(routed, batch)
+        return (weights_TE if kept_TE is routed.chosen_TE else weights_TE * kept_TE), kept_TE
 
     def _noise_keys(self, length: int, device: torch.device) -> Tensor | None:
         """A key for the random numbers of each token [T]; None where nothing is drawn."""
@@ -174,48 +166,52 @@ class Router(MegatronModule):
         logits: Tensor = _GatingLinear.apply(tokens_TH, self.weight)
         return logits if self.bias is None else logits + self.bias.float()
 
-    def _with_noise(self, logits_TE: Tensor, tokens_TH: Tensor, keys_T: Tensor | None) -> Tensor:
-        """The logits tokens are routed by in training."""
+    def _noise(self, tokens_TH: Tensor, keys_T: Tensor | None) -> Tensor | None:
+        """What is added to the logits [T, E] that tokens are routed by in training."""
         kind = self.model.moe_router_noise
         if keys_T is not None and isinstance(kind, GumbelNoise):
-            return logits_TE + kind.scale * noise.gumbel(keys_T, self.num_experts)
+            return kind.scale * noise.gumbel(keys_T, self.num_experts)
         if keys_T is not None and isinstance(kind, LearnedNoise):
             deviation_TE = F.softplus(_GatingLinear.apply(tokens_TH, self.noise_weight))
-            return logits_TE + deviation_TE * noise.normal(keys_T, self.num_experts)
-        return logits_TE
+            return deviation_TE * noise.normal(keys_T, self.num_experts)
+        return None
 
     @torch.no_grad()
-    def _within_capacity(self, weights_TE: Tensor, chosen_TE: Tensor, batch: int) -> Tensor:
+    def _within_capacity(self, routed: Routed, batch: int) -> Tensor:
         """Which assignments stay; all in evaluation, as in the exported model.
 
         The capacity is that of the whole micro-batch: the ranks that share it decide together, so that a layout does
         not change which tokens are dropped.
         """
         if self.capacity is None or not self.training:
-            return chosen_TE
-        weights, chosen = (self.grid.gather(x, batch) for x in (weights_TE, chosen_TE))
+            return routed.chosen_TE
+        weights, chosen = (self.grid.gather(x, batch) for x in (routed.weights_TE, routed.chosen_TE))
         return self.grid.take(self.capacity.kept(weights, chosen, self.model.moe_router_topk), batch)
 
-    def _attach_losses(
-        self, weights_TE: Tensor, raw_TE: Tensor, logits_TE: Tensor, scores_TE: Tensor, chosen_TE: Tensor, batch: int
-    ) -> Tensor:
-        """`weights_TE`, whose backward pass also brings the gradients of all losses of this router.
+    @property
+    def drops(self) -> bool:
+        """Whether a capacity holds now."""
+        return self.capacity is not None and self.training
+
+    def rows_an_expert(self, tokens: int) -> int:
+        """How many of this rank's `tokens` one expert gets at most, where a capacity holds."""
+        factor, topk = self.model.moe_expert_capacity_factor, self.model.moe_router_topk
+        assert factor is not None
+        return min(expert_capacity(factor, tokens * self.grid.splits, topk, self.num_experts), tokens)
+
+    def _attach_losses(self, routed: Routed, batch: int) -> Tensor:
+        """The weights [T, E], whose backward pass also brings the gradients of all losses of this router.
 
         Each rank attaches its own part of a loss that is a mean over the micro-batch; megatron-core divides by the
         number of micro-batches and multiplies by CP, and gradients are summed over TP and averaged over DP x CP.
         """
-        if self.model.moe_z_loss_coeff:
-            value = balance.z_loss(raw_TE, self.grid.splits)
-            self.counts.add_loss("z_loss", value)
-            weights_TE = MoEAuxLossAutoScaler.apply(weights_TE, self.model.moe_z_loss_coeff * value)
-        if not self.aux_loss_coeff:
-            return weights_TE
-        if self.expert_bias is not None:
-            # The bias balances by itself; losses are of what the gate alone would choose (DeepSeek-V3, eq. 18).
-            unbiased = choose(logits_TE, scores_TE, self.model, None)
-            chosen_TE = torch.zeros_like(chosen_TE).scatter_(1, unbiased, True)
-        probabilities_TE = probabilities_of(scores_TE, self.model)
+        weights_TE, probabilities_TE, chosen_TE = routed.weights_TE, routed.probabilities_TE, routed.balanced_TE
+        if routed.z_loss is not None:
+            self.counts.add_loss("z_loss", routed.z_loss)
+            weights_TE = MoEAuxLossAutoScaler.apply(weights_TE, self.model.moe_z_loss_coeff * routed.z_loss)
         for kind, coefficient in self.aux_loss_coeff.items():
+            assert probabilities_TE is not None
+            assert chosen_TE is not None
             value = self._balance_loss(kind, probabilities_TE, chosen_TE, batch)
             self.counts.add_loss(kind, value)
             weights_TE = MoEAuxLossAutoScaler.apply(weights_TE, coefficient * value)
@@ -235,10 +231,12 @@ class Router(MegatronModule):
         return balance.micro_batch_loss(self.global_counts_E, probabilities_TE, splits, None)
 
     @torch.no_grad()
-    def _count(self, chosen_TE: Tensor, kept_TE: Tensor, logits_TE: Tensor) -> None:
-        load_E = chosen_TE.sum(dim=0)
-        dropped = load_E.sum() - kept_TE.sum() if kept_TE is not chosen_TE else load_E.new_zeros(())
-        self.counts.add(load_E, dropped, probabilities_of(scores_of(logits_TE, self.model), self.model))
+    def _count(self, routed: Routed, kept_TE: Tensor) -> None:
+        load_E, shape = routed.load_E, routed.shape
+        assert load_E is not None
+        assert shape is not None
+        dropped = load_E.new_zeros(()) if kept_TE is routed.chosen_TE else load_E.sum() - kept_TE.sum()
+        self.counts.add(load_E, dropped, len(kept_TE), shape)
         if self.follows_load:
             self.step_counts = self.step_counts + torch.cat((load_E, dropped[None]))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config import GatingNormalization, ModelConfig
+from megatron_ext.config.routing import expert_capacity
 
 
 def normalize_gating_logits(logits: Tensor, normalization: GatingNormalization) -> Tensor:
@@ -90,7 +91,7 @@ _TINY = 1e-20
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many tokens of a micro-batch an expert takes, and which ones go first (GShard, arXiv 2006.16668)."""
+    """How many tokens of a micro-batch an expert takes, and which ones go first."""
 
     factor: float
     policy: str
@@ -99,7 +100,7 @@ class Capacity:
     def kept(self, weights_TE: Tensor, chosen_TE: Tensor, topk: int) -> Tensor:
         """Which assignments stay [T, E], given all tokens of the micro-batch in the order of their positions."""
         tokens, experts = chosen_TE.shape
-        places = min(math.ceil(tokens * topk / experts * self.factor), tokens)
+        places = expert_capacity(self.factor, tokens, topk, experts)
         if self.policy == "position":
             return chosen_TE & (chosen_TE.cumsum(dim=0) <= places)
         first = weights_TE.masked_fill(~chosen_TE, -1.0).topk(places, dim=0).indices

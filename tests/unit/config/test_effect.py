@@ -83,6 +83,7 @@ OTHER: dict[str, Any] = {
     "moe_z_loss_coeff": 1e-3,
     "moe_expert_capacity_factor": 1.0,
     "moe_token_drop_policy": "position",
+    "moe_pad_expert_input_to_capacity": True,
     "moe_router_bias_update_rate": 1e-2,
     "transformer_overrides": {"fp32_residual_connection": True},
 }
@@ -135,7 +136,7 @@ def test_what_may_change_between_runs_is_what_only_training_reads() -> None:
         frozenset(
             "attention_dropout hidden_dropout init_method_std output_z_loss_coeff moe_router_load_balancing_type "
             "moe_aux_loss_coeff moe_adaptive_aux_loss moe_z_loss_coeff moe_expert_capacity_factor "
-            "moe_token_drop_policy moe_router_bias_update_rate".split()
+            "moe_token_drop_policy moe_pad_expert_input_to_capacity moe_router_bias_update_rate".split()
         )
         == TRAINING_FIELDS
     )

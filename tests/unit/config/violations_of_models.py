@@ -4,6 +4,8 @@ from typing import Any
 
 from tests.unit.config.parts_of_runs import LATENT, LLAMA3, MOE, PRE, TE, YARN, fp8
 
+FILLED = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+
 VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": {"num_query_groups": 3}}, ["model.num_attention_heads = 4", "model.num_query_groups = 3"]),
     (
@@ -91,6 +93,15 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     ({"model": MOE | {"moe_router_bias_update_rate": 0.01}}, ["set moe_router_enable_expert_bias: true"]),
     ({"model": MOE | {"moe_token_drop_policy": "position"}}, ["no effect without a capacity"]),
+    ({"model": MOE | {"moe_pad_expert_input_to_capacity": True}}, ["no capacity to fill up; set one"]),
+    (
+        {"model": MOE | FILLED, "parallel": {"expert_model_parallel_size": 2}},
+        ["moe_pad_expert_input_to_capacity = True", "expert_model_parallel_size = 2", "remove it, or set both to 1"],
+    ),
+    (
+        {"model": MOE | FILLED, "runtime": {"backend": "transformer_engine"}},
+        ["moe_pad_expert_input_to_capacity = True", "megatron-core's dispatcher", "set backend: torch"],
+    ),
     ({"model": MOE | {"moe_shared_expert_gate": True}}, ["no shared expert to gate"]),
     ({"model": MOE | {"moe_aux_loss_coeff": [0.1]}}, ["needs a list of balance losses"]),
     (

@@ -363,6 +363,10 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["runtime.kernels = 'triton'", "runtime.backend = 'transformer_engine'", "remove runtime.kernels"],
     ),
     (
+        {"runtime": {"compile_router": True}},
+        ["runtime.compile_router = True, model.num_moe_experts = None: has no meaning"],
+    ),
+    (
         {"recompute": {"granularity": "selective", "modules": ["moe_act"]}},
         ["recompute.modules = ['moe_act']", "runtime.backend: transformer_engine only"],
     ),

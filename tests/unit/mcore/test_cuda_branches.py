@@ -49,12 +49,14 @@ def fp8(recipe: str, **fields: Any) -> Fp8Precision:
     return Fp8Precision(kind="fp8", recipe=recipe, **fields)  # type: ignore[arg-type]
 
 
-# A capacity factor is not among them: how many rows stay is asked of the device once a layer. Room for all of them
-# would have the experts compute what was dropped, which costs more than the wait.
+FILLED: dict[str, Any] = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+# A capacity that is not filled up is not among them: how many rows stay is asked of the device once a layer.
 MODELS: dict[str, tuple[ModelConfig, Precision, Tensor | None]] = {
     "dense": (DENSE, BF16, None),
     "MoE": (MOE, BF16, None),
     "MoE of odd widths": (tiny_model(moe=True, num_layers=2, moe_ffn_hidden_size=41), BF16, None),
+    "MoE, filled up": (tiny_model(moe=True, num_layers=2, add_bias_linear=True, **FILLED), BF16, None),
+    "MoE, filled up, fp8": (tiny_model(moe=True, num_layers=2, **FILLED), fp8("rowwise"), None),
     "documents": (DENSE, BF16, DOCUMENTS),
     "window": (tiny_model(num_layers=1, sliding_window=8), BF16, None),
     "window, sinks": (tiny_model(num_layers=1, sliding_window=8, attention_sinks=True), BF16, DOCUMENTS),

@@ -67,6 +67,7 @@ MODELS = {
         moe_router_noise=GumbelNoise(kind="gumbel", scale=0.5),
         moe_expert_capacity_factor=1.25,
         moe_token_drop_policy="position",
+        moe_pad_expert_input_to_capacity=True,
         moe_router_load_balancing_type=["aux_loss", "global_aux_loss"],
         moe_aux_loss_coeff=[1e-3, 1e-2],
         moe_z_loss_coeff=1e-3,

@@ -120,6 +120,7 @@ def test_gradients_are_megatrons(name: str, tmp_path: Path, pool: GlooPool) -> N
         "moe_router_bias_update_rate": 1e-3,
         "moe_expert_capacity_factor": None,
         "moe_token_drop_policy": "probs",
+        "moe_pad_expert_input_to_capacity": False,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_z_loss_coeff": 0.0,

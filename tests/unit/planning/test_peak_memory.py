@@ -47,9 +47,9 @@ CASES = {
         "bf16",
         RecomputeConfig(granularity="selective", modules=["layernorm"]),
     ),
-    "MoE fp32 with gpt-oss's gates, whole layers again": (
+    "MoE fp32 with gpt-oss's gates, filled up to a capacity, whole layers again": (
         1,
-        tiny_model(moe=True, **(WIDE | GPT_OSS)),
+        tiny_model(moe=True, **(WIDE | GPT_OSS), moe_expert_capacity_factor=1.5, moe_pad_expert_input_to_capacity=True),
         {},
         "fp32",
         RecomputeConfig(granularity="full"),

@@ -117,6 +117,22 @@ def test_our_own_kernels_are_refused_where_they_cannot_run(
     require(RuntimeConfig(), precision, has_experts=False, machine=here)
 
 
+def test_routers_are_compiled_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, precision = RuntimeConfig(compile_router=True), Fp32Precision(kind="fp32")
+    gpu = Gpu("a GPU", (8, 0), 1)
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, sys.executable)  # any program that is there
+    for here in (Machine(), Machine((gpu,), triton=Version("3.7.0"))):
+        require(compiled, precision, has_experts=True, machine=here)
+    with pytest.raises(EnvironmentFault, match=r"pip install triton; or set runtime\.compile_router: false"):
+        require(compiled, precision, has_experts=True, machine=Machine((gpu,)))
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, "no-such-compiler")
+    for here in (Machine(), Machine((gpu,), triton=Version("3.7.0"))):
+        with pytest.raises(EnvironmentFault, match=r"compile_router = True: .* there is no no-such-compiler"):
+            require(compiled, precision, has_experts=True, machine=here)
+
+
 def test_our_own_kernels_run_on_gpus_and_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kernels, precision = RuntimeConfig(kernels="triton"), Fp32Precision(kind="fp32")

@@ -38,6 +38,7 @@ def test_a_blackwell_node_without_transformer_engine() -> None:
     assert finding(report, "Backend torch", "fp8 tensorwise").startswith("dense models only")
     assert "no cuBLAS kernel from compute capability 10.0 on" in finding(report, "Backend torch", "fp8 rowwise")
     assert finding(report, "Backend torch", "our own kernels") == "off; runtime.kernels: triton takes them"
+    assert finding(report, "Backend torch", "router").startswith("one step of torch at a time")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -22,7 +22,12 @@ from megatron_ext.testing.triton_interpreter import mend_interpreter, why_not_in
 SMALL = {"samples": 2, "micro_batch": 1, "length": 16, "steps": 2}
 LATENT = MultiLatentAttention(kv_lora_rank=24, q_lora_rank=40, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=12)
 DROPS = tiny_model(
-    moe=True, num_layers=2, moe_expert_capacity_factor=1.0, multi_latent_attention=LATENT, num_query_groups=None
+    moe=True,
+    num_layers=2,
+    moe_expert_capacity_factor=1.0,
+    moe_pad_expert_input_to_capacity=True,
+    multi_latent_attention=LATENT,
+    num_query_groups=None,
 )
 OTHER_PARTS = tiny_model(
     moe=True,

@@ -12,7 +12,7 @@ from megatron_ext.config import (
     RecomputeConfig,
 )
 from megatron_ext.mcore.model import routers
-from megatron_ext.mcore.moe.counts import RouterCounts
+from megatron_ext.mcore.moe.counts import RouterCounts, shape_sums
 from megatron_ext.mcore.moe.metrics import collect_statistics
 from megatron_ext.mcore.moe.selection import normalize_gating_logits
 from megatron_ext.proving.parity import Cell, build_cell, train_cell
@@ -69,7 +69,7 @@ def test_health_has_the_simulated_values() -> None:
     logits = torch.randn(200_000, 8, generator=torch.Generator().manual_seed(0))
     probabilities = normalize_gating_logits(logits, GatingNormalization()).softmax(dim=-1)
     counts = RouterCounts(8)
-    counts.add(torch.full((8,), 50_000.0), torch.zeros(()), probabilities)
+    counts.add(torch.full((8,), 50_000.0), torch.zeros(()), len(probabilities), shape_sums(probabilities))
     assert counts.sums is not None
     _, tokens, entropy, top1, ratio = (float(x) for x in counts.sums[8:13])
     assert top1 / tokens == pytest.approx(0.373, abs=2e-3)
