@@ -19,6 +19,7 @@ from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.monitor import metrics_path, tell_of_failed_restart
 from megatron_ext.roll_call import on_every_rank
 from megatron_ext.runtime import accelerators
+from megatron_ext.runtime.cpu_memory import keep_freed_memory
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.installation import installation
 from megatron_ext.runtime.liveness import Liveness
@@ -90,6 +91,8 @@ def _prepared(run: RunConfig) -> tuple[Layout, torch.device]:
         raise EnvironmentFault(
             "optimizer.moments_on_host = true, but no GPU is here: a CPU computes in its own memory; remove it"
         )
+    if device.type == "cpu":
+        keep_freed_memory()
     return layout, device
 
 
