@@ -26,7 +26,6 @@ from megatron_ext.mcore.moe.selection import (
     weights_of,
 )
 from megatron_ext.mcore.moe.tokens import TokenGrid
-from megatron_ext.mcore.products import product
 
 
 class _GatingLinear(torch.autograd.Function):
@@ -35,14 +34,14 @@ class _GatingLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens_TH: Tensor, weight_EH: Tensor) -> Tensor:
         ctx.save_for_backward(tokens_TH, weight_EH)
-        return product(tokens_TH.float(), weight_EH.float().t())
+        return tokens_TH.float() @ weight_EH.float().t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         tokens_TH, weight_EH = ctx.saved_tensors
         (grad_TE,) = grads
-        grad_tokens = product(grad_TE, weight_EH.float()).to(tokens_TH.dtype)
-        return grad_tokens, product(grad_TE.t(), tokens_TH.float()).to(weight_EH.dtype)
+        grad_tokens = (grad_TE @ weight_EH.float()).to(tokens_TH.dtype)
+        return grad_tokens, (grad_TE.t() @ tokens_TH.float()).to(weight_EH.dtype)
 
 
 class Router(MegatronModule):
