@@ -125,7 +125,7 @@ class _Watch:
         self._handles: list[Any] = []
         # Products that add gradients to their sums would hand none on to look at. (megatron-core's modules share a
         # configuration, or have a copy.)
-        self._adding = [
+        self._adding: list[Any] = [
             module.config
             for chunk in chunks
             for module in chunk.modules()
