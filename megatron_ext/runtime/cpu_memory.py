@@ -14,9 +14,8 @@ def keep_freed_memory() -> bool:
     """Have malloc hand out again what was freed, but for tensors of more than 32 MB; return whether it will.
 
     glibc gives large blocks, and the free end of its heap, back to the system, which clears each page that it hands out
-    anew: 3 % of a bf16 step of benchmarks/train_step.py was that, a tenth beside others. A process then holds what it has
-    needed most, 3 to 8 % more there.
-    Another libc, or one that the environment has set otherwise, is left as it is.
+    anew: 3 % of a bf16 step of benchmarks/train_step.py, a tenth beside other processes. What is held is then what was
+    needed most, 3 to 8 % more there. Another libc, or one that the environment has set, is left as it is.
     """
     if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_")):
         return False
