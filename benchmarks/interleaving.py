@@ -33,6 +33,8 @@ class Timing:
 
     seconds: list[float] = field(default_factory=list)
     """Of each step after the warm-up."""
+    cpu_seconds: list[float] = field(default_factory=list)
+    """What all threads of its process have computed in it, which others' load disturbs least."""
     first: float = float("nan")
     """What the first step returned."""
     peak_bytes: int = 0
@@ -97,10 +99,11 @@ def _serve(pipe: Any, peer: Peer, threads: int) -> None:
             pipe.send(f"{type(error).__name__}: {error}"[:200])
 
 
-def _timed(step: Step) -> tuple[float, float]:
-    begin = time.perf_counter()
+def _timed(step: Step) -> tuple[float, float, float]:
+    """Seconds, CPU seconds and the value of one step."""
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     value = step()
-    return time.perf_counter() - begin, value
+    return time.perf_counter() - begin, time.process_time() - cpu_begin, value
 
 
 def take_turns(peers: Sequence[Peer], *, rounds: int, warmup: int, threads: int) -> dict[str, Timing]:
@@ -117,7 +120,7 @@ def take_turns(peers: Sequence[Peer], *, rounds: int, warmup: int, threads: int)
         for turn in range(warmup + rounds):
             for name in list(running):
                 try:
-                    seconds, value = running[name].ask("step")
+                    seconds, cpu_seconds, value = running[name].ask("step")
                 except RuntimeError as error:
                     timings[name] = dataclasses.replace(timings[name], failure=str(error))
                     running.pop(name).close()
@@ -126,6 +129,7 @@ def take_turns(peers: Sequence[Peer], *, rounds: int, warmup: int, threads: int)
                     timings[name].first = value
                 if turn >= warmup:
                     timings[name].seconds.append(seconds)
+                    timings[name].cpu_seconds.append(cpu_seconds)
                 print(f"  step {turn + 1}, {name}: {seconds:.3f} s, {value:.4f}", file=sys.stderr)
         for name, process in running.items():
             timings[name].peak_bytes = process.ask("memory")

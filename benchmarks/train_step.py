@@ -20,7 +20,7 @@ from report import hardware, markdown_table, record, versions
 from train_step_peers import TINY, Size, megatron_core, megatron_ext, transformers_qwen2_moe
 
 OURS, CORE, LIMIT = "megatron_ext", "megatron-core, local spec", "limit: products and attention alone"
-COLUMNS = ["peer", "precision", "s/step", "tokens/s", "to Transformers' best", "peak MiB", "first loss"]
+COLUMNS = ["peer", "precision", "s/step", "tokens/s", "to Transformers' best", "in CPU s", "peak MiB", "first loss"]
 
 
 def peers(precision: str, size: Size, threads: int) -> list[Peer]:
@@ -46,17 +46,20 @@ def peers(precision: str, size: Size, threads: int) -> list[Peer]:
 
 
 def rows(contestants: list[Peer], timings: dict[str, Timing], size: Size) -> list[list[str]]:
-    """One table row a peer; speed is the median over rounds of (Transformers' best / peer)."""
+    """One table row a peer; speed is the median over rounds of (Transformers' best / peer), also in CPU seconds."""
     rivals = [p.name for p in contestants if p.build is transformers_qwen2_moe and not timings[p.name].failure]
     best = min((timings[name] for name in rivals), key=lambda timing: timing.median)
     table = []
     for peer in contestants:
         timing = timings[peer.name]
         if timing.failure:
-            table.append([peer.name, peer.note, f"failed: {timing.failure}", "", "", "", ""])
+            table.append([peer.name, peer.note, f"failed: {timing.failure}", "", "", "", "", ""])
             continue
-        ratio = statistics.median(b / t for b, t in zip(best.seconds, timing.seconds, strict=True))
-        figures = [f"{timing.median:.3f}", f"{size.tokens / timing.median:.0f}", f"{ratio:.2f}"]
+        ratio, cpu_ratio = (
+            statistics.median(b / t for b, t in zip(getattr(best, kind), getattr(timing, kind), strict=True))
+            for kind in ("seconds", "cpu_seconds")
+        )
+        figures = [f"{timing.median:.3f}", f"{size.tokens / timing.median:.0f}", f"{ratio:.2f}", f"{cpu_ratio:.2f}"]
         trained = [] if peer.name == LIMIT else [f"{timing.peak_bytes / 2**20:.0f}", f"{timing.first:.3f}"]
         table.append([peer.name, peer.note, *figures, *(trained or ["", ""])])
     return table

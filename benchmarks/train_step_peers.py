@@ -70,6 +70,7 @@ def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, *, c
     from megatron_ext.mcore.build import build_trainable
     from megatron_ext.mcore.optimizer import set_learning_rate
     from megatron_ext.proving.parity import Cell
+    from megatron_ext.runtime.cpu_memory import keep_freed_memory
     from megatron_ext.runtime.device import choose_device
     from megatron_ext.runtime.process_groups import split_process_group, start_process_group
     from megatron_ext.testing.tiny import random_batch
@@ -78,6 +79,7 @@ def _megatron(size: Size, precision: Literal["fp32", "bf16"], threads: int, *, c
 
     runtime, parallel = RuntimeConfig(device="cpu", threads=threads), ParallelConfig()
     device = choose_device(runtime)
+    keep_freed_memory()
     start_process_group(runtime, device, alone=True)
     groups = split_process_group(parallel, runtime)
     kind = Fp32Precision(kind="fp32") if precision == "fp32" else Bf16Precision(kind="bf16")

@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_ext.mcore.activation import Gate, gated_activation
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.fp8.quantize import E4M3, ROW, WHOLE, Tile, quantize, quantize_both, tile_maxima
-from megatron_ext.mcore.linear import add_product
 from megatron_ext.mcore.moe.dispatcher import _sum_rows
 from megatron_ext.mcore.output_layer import _OutputLoss
+from megatron_ext.mcore.products import add_product
 from megatron_ext.runtime.accelerators import kernels_fault, this_machine
 from megatron_ext.testing.triton_interpreter import mend_interpreter, why_not_interpreting
 

@@ -127,7 +127,7 @@ def build_trainable(run: Buildable, groups: Groups, device: torch.device) -> Tra
     config.triton_kernels = run.runtime.kernels == "triton"
     config.compiles_router = run.runtime.compile_router
     parallel = run.parallel.settled(on_cuda=device.type == "cuda", copies=groups.dp_cp.size())
-    config.adds_weight_gradients = config.triton_kernels and not parallel.overlap_grad_reduce
+    config.adds_weight_gradients = (config.triton_kernels or device.type == "cpu") and not parallel.overlap_grad_reduce
     chunks = build_chunks(model, run.parallel, config, device, adapter_plan(model, adapters))
     initialize_weights(model, list(chunks), run.train.seed, adapters)
     if adapters is not None:

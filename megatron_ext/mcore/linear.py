@@ -1,4 +1,4 @@
-"""megatron-core's parallel linear layers, whose weight gradients are added to their fp32 sums within the product."""
+"""megatron-core's parallel linear layers with our products, which add weights' gradients to their fp32 sums."""
 
 #   M tokens of a whole TP group (sequence x micro-batch), K input and N output width of this rank
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import layers as core
 from torch import Tensor
 
+from megatron_ext.mcore.products import add_product, product
 from megatron_ext.mcore.sequence_parts import gather, reduce_scatter
 
 
@@ -20,54 +21,52 @@ def gradient_sum(config: Any, weight: Tensor) -> Tensor | None:
     return getattr(weight, "main_grad", None) if config.adds_weight_gradients and weight.requires_grad else None
 
 
-def add_product(sum_NK: Tensor, a_NM: Tensor, b_MK: Tensor) -> None:
-    """Add `a @ b` to a sum in fp32, without rounding the product where the device can."""
-    if a_NM.dtype == sum_NK.dtype:
-        sum_NK.addmm_(a_NM, b_MK)
-    elif a_NM.is_cuda:
-        torch.addmm(sum_NK, a_NM, b_MK, out_dtype=sum_NK.dtype, out=sum_NK)
-    else:
-        sum_NK += a_NM @ b_MK
-
-
 class _LinearFunction(torch.autograd.Function):
-    """`x @ w.T` between the collectives of megatron-core's own linear function; the gradient of `w` goes to its sum.
+    """`x @ w.T` between the collectives of megatron-core's own linear function.
 
-    Bytes a weight and micro-batch: 8 (the sum read and written) in place of 12, and no gradient in bf16 in memory.
-    megatron-core does that with NVIDIA Apex's extension, torch with a product of another output type.
+    The gradient of `w` goes to its sum, where there is one. Bytes a weight and micro-batch: 8 (the sum read and
+    written) in place of 12, and no gradient in bf16 in memory. megatron-core does that with NVIDIA Apex's extension,
+    torch with a product of another output type.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_NK: Tensor, sum_NK: Tensor, group: Any, gathers: bool, reduces: bool
+        ctx: Any, x: Tensor, weight_NK: Tensor, sum_NK: Tensor | None, group: Any, gathers: bool, reduces: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight_NK)
         # Not saved as an input: it changes between forward and backward, by design.
         ctx.sum, ctx.group, ctx.gathers, ctx.reduces = sum_NK, group, gathers, reduces
         whole = gather(x, group)[0] if gathers else x
-        return whole @ weight_NK.t()
+        return product(whole, weight_NK.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_NK = ctx.saved_tensors
         whole, gathering = gather(x, ctx.group, wait=False) if ctx.gathers else (x, None)
-        grad_x = reducing = None
+        grad_x = grad_weight = reducing = None
         if ctx.needs_input_grad[0]:
-            grad_x = grads[0] @ weight_NK
+            grad_x = product(grads[0], weight_NK)
             if ctx.gathers:
                 grad_x, reducing = reduce_scatter(grad_x, ctx.group)
             elif ctx.reduces:
                 reducing = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         if gathering is not None:
             gathering.wait()
-        add_product(ctx.sum, grads[0].flatten(0, -2).t(), whole.flatten(0, -2))
+        grad_NM, whole_MK = grads[0].flatten(0, -2).t(), whole.flatten(0, -2)
+        if ctx.sum is not None:
+            add_product(ctx.sum, grad_NM, whole_MK)
+        elif ctx.needs_input_grad[1]:
+            grad_weight = product(grad_NM, whole_MK)
         if reducing is not None:
             reducing.wait()
-        return grad_x, None, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
-class _AddsGradients(torch.nn.Module):
-    """Comes before one of megatron-core's linear layers in the order of bases, and takes over its product."""
+class _OwnProducts(torch.nn.Module):
+    """Comes before one of megatron-core's linear layers in the order of bases, and takes over its product.
+
+    Not where ours has nothing to gain: on CUDA where autograd is to hand on the weight's gradient.
+    """
 
     config: Any
 
@@ -80,8 +79,9 @@ class _AddsGradients(torch.nn.Module):
     ) -> Tensor:
         """megatron-core's hook for the product."""
         total = gradient_sum(self.config, weight)
+        is_late = options["grad_output_buffer"] is not None  # the weight's gradient
         output: Tensor
-        if total is None or options["grad_output_buffer"] is not None:  # or its gradient is computed later
+        if is_late or (total is None and input.device.type != "cpu"):
             output = super()._forward_impl(input=input, weight=weight, bias=bias, **options)  # type: ignore[misc]
             return output
         group, gathers, reduces = (options[key] for key in ("tp_group", "sequence_parallel", "allreduce_dgrad"))
@@ -89,9 +89,9 @@ class _AddsGradients(torch.nn.Module):
         return output if bias is None else output + bias
 
 
-class ColumnParallelLinear(_AddsGradients, core.ColumnParallelLinear):
+class ColumnParallelLinear(_OwnProducts, core.ColumnParallelLinear):
     """A linear layer split by output features."""
 
 
-class RowParallelLinear(_AddsGradients, core.RowParallelLinear):
+class RowParallelLinear(_OwnProducts, core.RowParallelLinear):
     """A linear layer split by input features."""

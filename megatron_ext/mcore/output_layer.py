@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.mcore.cross_entropy import BLOCK, Entries, over_all_ranks
-from megatron_ext.mcore.linear import ColumnParallelLinear, add_product, gradient_sum
+from megatron_ext.mcore.linear import ColumnParallelLinear, gradient_sum
+from megatron_ext.mcore.products import add_product, product, write_product
 from megatron_ext.mcore.sequence_parts import gather, reduce_scatter
 
 _MULTIPLE = 128
@@ -90,7 +91,7 @@ class _OutputLoss(torch.autograd.Function):
         log_sum_T = torch.full((len(hidden_TH),), -torch.inf, dtype=torch.float32, device=hidden.device)
         of_label_T = torch.zeros_like(log_sum_T)
         for part, entries in _parts(ctx, labels, weight_VH):
-            log_sum, of_label = entries.sums(hidden_TH @ weight_VH[part].t(), triton)
+            log_sum, of_label = entries.sums(product(hidden_TH, weight_VH[part].t()), triton)
             torch.logaddexp(log_sum_T, log_sum, out=log_sum_T)
             of_label_T += of_label
         log_sum_T, of_label_T = over_all_ranks(log_sum_T, of_label_T, group)
@@ -107,11 +108,11 @@ class _OutputLoss(torch.autograd.Function):
         hands_on = ctx.needs_input_grad[1] and ctx.sum is None
         grad_weight_VH = torch.empty_like(weight_VH) if hands_on else None
         for part, entries in _parts(ctx, labels, weight_VH):
-            logits_TC = hidden_TH @ weight_VH[part].t()
+            logits_TC = product(hidden_TH, weight_VH[part].t())
             entries.write_gradient(logits_TC, log_sum_T, grad_loss_T, grad_log_sum_T, ctx.triton)
             add_product(grad_TH, logits_TC, weight_VH[part])
             if grad_weight_VH is not None:
-                torch.mm(logits_TC.t(), hidden_TH, out=grad_weight_VH[part])
+                write_product(grad_weight_VH[part], logits_TC.t(), hidden_TH)
             elif ctx.needs_input_grad[1]:
                 add_product(ctx.sum[part], logits_TC.t(), hidden_TH)
         grad_hidden = grad_TH.to(hidden.dtype).view_as(whole)

@@ -20,6 +20,7 @@ from megatron_ext.monitoring.monitor import metrics_path
 from megatron_ext.monitoring.refused import alerting_of_refusal
 from megatron_ext.roll_call import on_every_rank
 from megatron_ext.runtime import accelerators
+from megatron_ext.runtime.cpu_memory import keep_freed_memory
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.runtime.installation import installation
 from megatron_ext.runtime.liveness import Liveness
@@ -92,6 +93,8 @@ def _prepared(run: RunConfig) -> tuple[Layout, torch.device]:
     accelerators.require(run.runtime, run.precision, has_experts=run.model.is_moe, flex=flex)
     device = choose_device(run.runtime)
     _require_a_host_beside(device, run)
+    if device.type == "cpu":
+        keep_freed_memory()
     return layout, device
 
 

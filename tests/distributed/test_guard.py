@@ -51,14 +51,17 @@ class Poison:
     """Makes the gradient of a weight NaN, `times` times from when it is armed."""
 
     def __init__(self, weight: torch.nn.Parameter | None) -> None:
-        self.times = 0
+        self.times, self._weight = 0, weight
         if weight is not None:
             weight.register_hook(self._spoil)
 
-    def _spoil(self, gradient: torch.Tensor) -> torch.Tensor:
+    def _spoil(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
         if not self.times:
             return gradient
         self.times -= 1
+        if gradient is None:  # the product has added it to its sum already
+            self._weight.main_grad.fill_(math.nan)
+            return None
         return gradient * math.nan
 
 

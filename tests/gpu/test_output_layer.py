@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ext.mcore import cross_entropy
-from megatron_ext.mcore.linear import add_product
 from megatron_ext.mcore.output_layer import _OutputLoss
+from megatron_ext.mcore.products import add_product
 from megatron_ext.runtime.accelerators import kernels_fault, this_machine
 
 TOKENS, HIDDEN, VOCABULARY, PADDED = 256, 512, 5000, 5120

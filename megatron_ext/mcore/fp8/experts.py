@@ -13,6 +13,7 @@ from torch.nn.functional import ScalingType
 from megatron_ext.mcore.fp8.products import grouped_product, product, scale_of_rows
 from megatron_ext.mcore.fp8.quantize import E4M3, WHOLE, scale_for
 from megatron_ext.mcore.fp8.scaling import Role, Scaling
+from megatron_ext.mcore.linear import gradient_sum
 from megatron_ext.mcore.moe.experts import GroupedExperts
 
 _ALIGNMENT = 16
@@ -165,13 +166,15 @@ class Fp8GroupedExperts(GroupedExperts):
 
     def fc1(self, tokens_TH: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's tokens by its own first weight: [T, F], or [T, 2 F] if gated."""
-        return self._product(tokens_TH, self.weight1, ends_E, self.scaling_fc1)
+        return self._scaled_product(tokens_TH, self.weight1, ends_E, self.scaling_fc1)
 
     def fc2(self, hidden_TF: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's hidden units by its own second weight: [T, H]."""
-        return self._product(hidden_TF, self.weight2, ends_E, self.scaling_fc2)
+        return self._scaled_product(hidden_TF, self.weight2, ends_E, self.scaling_fc2)
 
-    def _product(self, x: Tensor, weights_ENK: Tensor, ends_E: Tensor, scaling: Scaling) -> Tensor:
-        rows_TK, sum_ENK = x.flatten(0, -2), self._sum_of(weights_ENK)
+    def _scaled_product(self, x: Tensor, weights_ENK: Tensor, ends_E: Tensor, scaling: Scaling) -> Tensor:
+        rows_TK, sum_ENK = x.flatten(0, -2), None
+        if self.config.triton_kernels:
+            sum_ENK = gradient_sum(self.config, weights_ENK)
         output_TN: Tensor = _ExpertFunction.apply(rows_TK, weights_ENK, ends_E, scaling, sum_ENK)
         return output_TN.view(*x.shape[:-1], -1)

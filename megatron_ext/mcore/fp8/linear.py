@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_ext.mcore.fp8.products import product
 from megatron_ext.mcore.fp8.quantize import Quantized
 from megatron_ext.mcore.fp8.scaling import Role, Scaling
-from megatron_ext.mcore.linear import add_product, gradient_sum
+from megatron_ext.mcore.linear import gradient_sum
+from megatron_ext.mcore.products import add_product
 from megatron_ext.mcore.sequence_parts import gather, reduce_scatter
 
 

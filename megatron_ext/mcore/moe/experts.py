@@ -88,15 +88,15 @@ class GroupedExperts(MegatronModule):
 
     def fc1(self, tokens_TH: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's tokens by its own first weight: [T, F], or [T, 2 F] if gated."""
-        return grouped_linear(tokens_TH, self.weight1, ends_E, self._sum_of(self.weight1))
+        return self._product(tokens_TH, self.weight1, ends_E)
 
     def fc2(self, hidden_TF: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply each expert's hidden units by its own second weight: [T, H]."""
-        return grouped_linear(hidden_TF, self.weight2, ends_E, self._sum_of(self.weight2))
+        return self._product(hidden_TF, self.weight2, ends_E)
 
-    def _sum_of(self, weight: Tensor) -> Tensor | None:
-        """Where our own kernel adds the gradient of `weight` to, in runs that take our kernels."""
-        return gradient_sum(self.config, weight) if self.config.triton_kernels else None
+    def _product(self, rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+        total = gradient_sum(self.config, weight)
+        return grouped_linear(rows, weight, ends_E, total, triton=self.config.triton_kernels)
 
     def _activated(self, projected: Tensor, weights_T: Tensor) -> Tensor:
         """The hidden units times their token's routing weight [T, F]."""

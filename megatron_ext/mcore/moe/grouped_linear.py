@@ -9,28 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN compiles a kernel for every new shape of a bf16 product and keeps the last thousand: compiling takes longer
+from megatron_ext.mcore.products import add_product, is_compiled, write_product
+
+# oneDNN compiles a kernel for every new shape of a product and keeps the last thousand: in bf16 compiling takes longer
 # than such a product itself, a kernel takes 1.2 MB, and an expert has another number of tokens in each layer and step.
-# Few numbers of rows mean few kernels. fp32 products are MKL's, which compiles nothing.
+# Few numbers of rows mean few kernels. MKL, whose fp32 products are where they are not oneDNN's, compiles nothing.
 FINE_STEP, COARSE_STEP = 32, 128
 
 
-def grouped_linear(tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor, sum_EOI: Tensor | None = None) -> Tensor:
+def grouped_linear(
+    tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor, sum_EOI: Tensor | None = None, *, triton: bool = False
+) -> Tensor:
     """Multiply each expert's rows of `tokens_TI` by the transpose of its own weight; return [T, O].
 
     Args:
         tokens_TI: rows sorted by expert; or [E, C, I], C rows of each, whose product is one of matrices in a batch.
         ends_E: int32; expert e has the rows from `ends_E[e - 1]` up to `ends_E[e]`.
-        sum_EOI: where our own kernel adds the weight's gradient to, in fp32 (mcore/kernels/grouped_gradient.py);
-            autograd then hands on none.
+        sum_EOI: where the weight's gradient is added to, in fp32; autograd then hands on none. On CUDA with `triton`.
+        triton: add it by our own kernel (mcore/kernels/grouped_gradient.py).
     """
-    if sum_EOI is not None:
+    if sum_EOI is not None and triton:
         output_TO = grouped_linear(tokens_TI, weight_EOI.detach(), ends_E)
         return _AddedGradient.apply(output_TO, weight_EOI, tokens_TI.detach(), sum_EOI, ends_E)
     if tokens_TI.dim() == 3:
         return torch.bmm(tokens_TI, weight_EOI.transpose(1, 2))
     if tokens_TI.device.type == "cpu":
-        return _CpuGroupedLinear.apply(tokens_TI, weight_EOI, ends_E)
+        return _CpuGroupedLinear.apply(tokens_TI, weight_EOI, ends_E, sum_EOI)
     if torch.cuda.get_device_capability(tokens_TI.device) >= _WRITES_NOTHING_FOR_IDLE:
         weight_EOI = _IdleGradient.apply(weight_EOI, ends_E)
     return _grouped_kernel(tokens_TI, weight_EOI, ends_E)
@@ -94,45 +98,56 @@ class _CpuGroupedLinear(torch.autograd.Function):
     """One product an expert, with numbers of rows for which oneDNN has a kernel already."""
 
     @staticmethod
-    def forward(ctx: Any, tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor, sum_EOI: Tensor | None) -> Tensor:
         ctx.save_for_backward(tokens_TI, weight_EOI)
-        ctx.ends = ends_E.tolist()
+        # Not saved as an input: it changes between forward and backward, by design.
+        ctx.ends, ctx.sum = ends_E.tolist(), sum_EOI
         return _rows_times(tokens_TI, weight_EOI.transpose(1, 2), ctx.ends)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         tokens_TI, weight_EOI = ctx.saved_tensors
         grad_TO = grads[0].contiguous()
         grad_tokens = _rows_times(grad_TO, weight_EOI, ctx.ends) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(grad_TO, tokens_TI, ctx.ends) if ctx.needs_input_grad[1] else None
-        return grad_tokens, grad_weight, None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            operands = _of_experts(grad_TO, tokens_TI, ctx.ends)
+            if ctx.sum is not None:
+                for expert, grad, tokens in operands:
+                    add_product(ctx.sum[expert], grad.t(), tokens)
+            else:
+                grad_weight = torch.empty_like(weight_EOI)
+                for expert, grad, tokens in operands:
+                    write_product(grad_weight[expert], grad.t(), tokens)
+        return grad_tokens, grad_weight, None, None
 
 
 def _rows_times(rows_TI: Tensor, matrices_EIO: Tensor, ends: list[int]) -> Tensor:
     output_TO = rows_TI.new_empty(rows_TI.shape[0], matrices_EIO.shape[2])
-    for expert, start, stop in _windows(ends, compiled=_is_compiled(rows_TI)):
-        torch.mm(rows_TI[start:stop], matrices_EIO[expert], out=output_TO[start:stop])
+    for expert, start, stop in _windows(ends, compiled=is_compiled(rows_TI)):
+        write_product(output_TO[start:stop], rows_TI[start:stop], matrices_EIO[expert])
     return output_TO
 
 
-def _weight_gradient(grad_TO: Tensor, tokens_TI: Tensor, ends: list[int]) -> Tensor:
-    """Return [E, O, I]. An expert's gradient rows are filled up with zeros, and meet whatever tokens lie there."""
-    compiled, total = _is_compiled(tokens_TI), tokens_TI.shape[0]
-    gradient_EOI = tokens_TI.new_empty(len(ends), grad_TO.shape[1], tokens_TI.shape[1])
+def _of_experts(grad_TO: Tensor, tokens_TI: Tensor, ends: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield each expert, its gradient rows and its tokens; each is to be used before the next one is asked for.
+
+    The gradient rows are filled up with zeros, and meet whatever tokens lie there.
+    """
+    compiled, total = is_compiled(tokens_TI), tokens_TI.shape[0]
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
     filled = grad_TO.new_empty(max(_round_up(stop - start, compiled) for start, stop in spans), grad_TO.shape[1])
     for expert, (start, stop) in enumerate(spans):
         rows = _round_up(stop - start, compiled)
         first = min(start, total - rows)
         if rows == stop - start or first < 0:
-            torch.mm(grad_TO[start:stop].t(), tokens_TI[start:stop], out=gradient_EOI[expert])
+            yield expert, grad_TO[start:stop], tokens_TI[start:stop]
             continue
         before, after = start - first, stop - first
         filled[:before] = 0
         filled[before:after] = grad_TO[start:stop]
         filled[after:rows] = 0
-        torch.mm(filled[:rows].t(), tokens_TI[first : first + rows], out=gradient_EOI[expert])
-    return gradient_EOI
+        yield expert, filled[:rows], tokens_TI[first : first + rows]
 
 
 def _windows(ends: list[int], *, compiled: bool) -> Iterator[tuple[int, int, int]]:
@@ -165,7 +180,3 @@ def _step(count: int, compiled: bool) -> int:
     if not compiled:
         return 1
     return COARSE_STEP if count > 2 * COARSE_STEP else FINE_STEP
-
-
-def _is_compiled(tokens: Tensor) -> bool:
-    return tokens.dtype != torch.float32

@@ -123,10 +123,19 @@ class _Watch:
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
         self._chunks = chunks
         self._handles: list[Any] = []
+        # Products that add gradients to their sums would hand none on to look at. (megatron-core's modules share a
+        # configuration, or have a copy.)
+        self._adding: list[Any] = [
+            module.config
+            for chunk in chunks
+            for module in chunk.modules()
+            if getattr(getattr(module, "config", None), "adds_weight_gradients", False)
+        ]
         self._order = 0
         self.first: _Seen | None = None
 
     def __enter__(self) -> "_Watch":
+        self._add_gradients(False)
         for chunk in self._chunks:
             begun, names = [0], _names(chunk)
             self._handles.append(chunk.register_forward_pre_hook(partial(self._begins, begun)))
@@ -142,6 +151,11 @@ class _Watch:
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._add_gradients(True)
+
+    def _add_gradients(self, adds: bool) -> None:
+        for config in self._adding:
+            config.adds_weight_gradients = adds
 
     def _begins(self, begun: list[int], module: torch.nn.Module, inputs: Any) -> None:
         begun[0] += 1

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.mcore import products
 from megatron_ext.mcore.activation import Gate, gated_activation, quick_gelu
 from megatron_ext.mcore.moe.grouped_linear import (
     COARSE_STEP,
@@ -112,7 +113,9 @@ def looped(tokens: Tensor, weights: Tensor, ends: list[int]) -> Tensor:
     [[64, 32, 96], [5, 70, 33], [0, 40, 0], [100, 3, 2], [1, 0, 0], [31, 33, 1], [300, 5, 333]],
     ids=lambda counts: "-".join(map(str, counts)),
 )
-def test_grouped_linear(dtype: torch.dtype, counts: list[int]) -> None:
+@pytest.mark.parametrize("onednn", [False, True], ids=["as torch", "oneDNN"])
+def test_grouped_linear(dtype: torch.dtype, counts: list[int], onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_mkl_is_slow", lambda: onednn)
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     measured = error(
         lambda tokens, weights: grouped_linear(tokens, weights, ends),
@@ -122,6 +125,24 @@ def test_grouped_linear(dtype: torch.dtype, counts: list[int]) -> None:
     )
     print(f"{dtype} {counts}: {measured:.1e}")
     assert measured < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("onednn", [False, True], ids=["as torch", "oneDNN"])
+def test_grouped_gradients_are_added(dtype: torch.dtype, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the fp32 sum alone, also for an expert without tokens, and those of the tokens are what they were."""
+    monkeypatch.setattr(products, "_mkl_is_slow", lambda: onednn)
+    ends = torch.tensor([70, 70, 103]).to(torch.int32)
+    tokens, weights = random(103, 24, dtype=dtype).requires_grad_(), random(3, 40, 24, dtype=dtype).requires_grad_()
+    upstream = random(103, 40, dtype=dtype, seed=1)
+    of_tokens, of_weights = torch.autograd.grad(grouped_linear(tokens, weights, ends), (tokens, weights), upstream)
+    total = torch.ones(weights.shape)
+    grouped_linear(tokens, weights, ends, total).backward(upstream)
+    assert weights.grad is None
+    assert torch.equal(tokens.grad, of_tokens)
+    # fp32 products may be added term by term; those in bf16 are rounded and then added.
+    assert torch.allclose(total - 1, of_weights.float(), atol=1e-5 if dtype is torch.float32 else 2e-6, rtol=0)
+    assert torch.equal(total[1], torch.ones(40, 24))
 
 
 @pytest.mark.parametrize("widths", [(24, 40), (23, 40), (24, 37)], ids=["whole", "input", "output"])
