@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from megatron_ext.config import ModelConfig
 from megatron_ext.mcore.build import Trainable, make_trainable
 from megatron_ext.mcore.initialization import initialize_weights
 from megatron_ext.mcore.transformer_config import transformer_config
@@ -25,9 +26,17 @@ def build_core_trainable(cell: Cell, groups: Groups, device: torch.device, lengt
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # its router dies of this without Transformer Engine (0.16)
     specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
-    our_model.block_spec = lambda model, config, vp_stage: specs.get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False
-    )
+
+    def block_spec(model: ModelConfig, config: Any, vp_stage: int | None) -> Any:
+        block = specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+        for layer, is_moe in zip(block.layer_specs, model.moe_layer_pattern, strict=True):
+            names = layer.submodules.sharded_state_dict_keys_map
+            if is_moe:  # it has the norm saved with a linear layer that such a layer has not
+                names = {ours: theirs for ours, theirs in names.items() if ours != "pre_mlp_layernorm."}
+            layer.submodules.sharded_state_dict_keys_map = names
+        return block
+
+    our_model.block_spec = block_spec
     model, parallel = cell.model, cell.parallel
     seed_everything(cell.seed)
     config: Any = transformer_config(model, parallel, cell.precision, cell.recompute)

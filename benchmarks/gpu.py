@@ -5,6 +5,9 @@ python benchmarks/gpu.py               print the table (about 15 minutes on an H
 python benchmarks/gpu.py --record      and append it to benchmarks/RESULTS.md
 python benchmarks/gpu.py --tiny        does it run? Tiny sizes, on CPU where there is no GPU; the figures mean nothing
 
+Beside each figure is what `roofline.py` predicts on the card of that name, and its share of the peak (MFU). Then one
+step is profiled: launches, waits of the host, and the kernels that took longest, which are printed.
+
 Shapes are those of a layer of Llama-3 8B, of a MoE upcycled from it to 8 experts top-2, and of DeepSeekMoE 16B (64
 experts top-6, 2 shared); of each model as many layers as the memory holds. Each peer has a process, and the GPU, to
 itself. A step is forward, backward and optimizer over 4 micro-batches of 2 x 4096 tokens. Yardsticks (published or
@@ -25,20 +28,20 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from gpu_profile import StepProfile, profile_step
+from gpu_shapes import LENGTH, MICRO_BATCH, MICRO_BATCHES, SHAPES, tiny, with_layers_that_fit
 from report import hardware, markdown_table, record, versions
+from roofline import Rates, predict
 
 from megatron_ext.canonical.counts import count_parameters
 from megatron_ext.config import Bf16Precision, Fp8Precision, ModelConfig, Precision, RecomputeConfig
 from megatron_ext.config.machine import Kernels
+from megatron_ext.planning.assumptions import GPUS
 from megatron_ext.planning.flops import training_flops_per_token
+from megatron_ext.planning.peaks import peak_tflops
 
-LENGTH, MICRO_BATCH, MICRO_BATCHES = 4096, 2, 4
-BYTES_OF_STATE = 18
-"""A parameter in bf16, its fp32 gradient, fp32 master and two moments."""
-SHARE_OF_STATE = 0.6
-"""Of the memory; the rest is for activations."""
-MOST_LAYERS = 8
-"""More change neither TFLOP/s nor tokens/s a layer."""
+NAMED = 6
+"""Kernels of a step that are printed."""
 
 
 @dataclass(frozen=True)
@@ -71,54 +74,26 @@ PEERS = [
         for recipe in ("tensorwise", "delayed", "blockwise")
     ),
 ]
-LLAMA = ModelConfig(
-    num_layers=1,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    vocab_size=32768,
-    max_position_embeddings=LENGTH,
-    rotary_base=5e5,
-)
-SHAPES = {
-    "dense, Llama-8B layers": LLAMA,
-    "MoE 8x8B": replace(LLAMA, num_moe_experts=8, moe_router_topk=2, moe_aux_loss_coeff=1e-2),
-    "MoE 64 experts top-6, 2 shared": replace(
-        LLAMA,
-        hidden_size=2048,
-        ffn_hidden_size=10944,
-        num_attention_heads=16,
-        num_query_groups=16,
-        num_moe_experts=64,
-        moe_router_topk=6,
-        moe_ffn_hidden_size=1408,
-        moe_shared_expert_intermediate_size=2816,
-        moe_aux_loss_coeff=1e-3,
-    ),
-}
 
 
-def tiny(model: ModelConfig) -> ModelConfig:
-    """The same kind of model in a size that a CPU trains at once."""
-    moe = {"moe_ffn_hidden_size": 32} if model.num_moe_experts else {}
-    shared = {"moe_shared_expert_intermediate_size": 64} if model.moe_shared_expert_intermediate_size else {}
-    heads = {"num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 512}
-    return replace(model, num_layers=2, hidden_size=64, ffn_hidden_size=96, **heads, **moe, **shared)
+@dataclass(frozen=True)
+class Measured:
+    """What the process of a peer has found."""
 
-
-def with_layers_that_fit(model: ModelConfig, memory: int) -> ModelConfig:
-    """`model` with as many layers as their training state leaves room for activations in `memory` bytes."""
-    one, two = (count_parameters(replace(model, num_layers=n)).total for n in (1, 2))
-    room = SHARE_OF_STATE * memory / BYTES_OF_STATE - (2 * one - two)
-    return replace(model, num_layers=max(1, min(MOST_LAYERS, int(room // (two - one)))))
+    seconds: float
+    """A step, the median."""
+    peak: int
+    """Bytes."""
+    loss: float
+    """The first."""
+    profile: StepProfile
 
 
 # --- in the process of a peer --------------------------------------------------------------------------------
 
 
 def measure(pipe: Connection, peer: Peer, model: ModelConfig, length: int, steps: int, warmup: int) -> None:
-    """Send (median seconds a step, bytes at the peak, first loss), or what went wrong."""
+    """Send what was measured, or what went wrong."""
     try:
         pipe.send(_measure(peer, model, length, steps, warmup))
     except Exception as error:
@@ -126,7 +101,7 @@ def measure(pipe: Connection, peer: Peer, model: ModelConfig, length: int, steps
         pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
 
 
-def _measure(peer: Peer, model: ModelConfig, length: int, steps: int, warmup: int) -> tuple[float, int, float]:
+def _measure(peer: Peer, model: ModelConfig, length: int, steps: int, warmup: int) -> Measured:
     import torch
 
     step = _build(peer, model, length)
@@ -140,7 +115,7 @@ def _measure(peer: Peer, model: ModelConfig, length: int, steps: int, warmup: in
         seconds.append(time.perf_counter() - begin)
     on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else on_cpu
-    return statistics.median(seconds), peak, first
+    return Measured(statistics.median(seconds), peak, first, profile_step(step))
 
 
 def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
@@ -179,7 +154,7 @@ def _build(peer: Peer, model: ModelConfig, length: int) -> Any:
 # --- in this process -----------------------------------------------------------------------------------------
 
 
-def ask(peer: Peer, model: ModelConfig, length: int, steps: int, warmup: int) -> Any:
+def ask(peer: Peer, model: ModelConfig, length: int, steps: int, warmup: int) -> Measured | str:
     """What `measure` sends from a process of its own, or why it sends nothing."""
     if peer.backend == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         return "not installed"
@@ -189,15 +164,32 @@ def ask(peer: Peer, model: ModelConfig, length: int, steps: int, warmup: int) ->
     process.start()
     child.close()
     try:
-        return pipe.recv()
+        answer: Measured | str = pipe.recv()
+        return answer
     except EOFError:
         return "the process died"
     finally:
         process.join()
 
 
-def rows(name: str, model: ModelConfig, peers: list[Peer], length: int, steps: int, warmup: int) -> list[list[str]]:
-    """One table row a peer, all on the same model."""
+COLUMNS = [
+    "model, peer",
+    "model TFLOP/s",
+    "predicted",
+    "MFU",
+    "tokens/s",
+    "to megatron-core",
+    "peak GiB",
+    "launches",
+    "waits",
+    "first loss",
+]
+
+
+def rows(
+    name: str, model: ModelConfig, peers: list[Peer], device: str, length: int, steps: int, warmup: int
+) -> list[list[str]]:
+    """One table row a peer, all on the same model, on the GPU of the name `device`."""
     tokens = MICRO_BATCHES * MICRO_BATCH * length
     operations = training_flops_per_token(model, length) * tokens
     parameters = count_parameters(model)
@@ -205,16 +197,38 @@ def rows(name: str, model: ModelConfig, peers: list[Peer], length: int, steps: i
     table, reference = [], None
     for peer in peers:
         answer = ask(peer, model, length, steps, warmup)
-        print(f"{shape}: {peer.name}: {answer}", flush=True)
         if isinstance(answer, str):
-            table.append([f"{shape}: {peer.name}", answer, "", "", "", ""])
+            print(f"{shape}: {peer.name}: {answer}", flush=True)
+            table.append([f"{shape}: {peer.name}", answer, *[""] * (len(COLUMNS) - 2)])
             continue
-        seconds, peak, loss = answer
+        seconds, profile = answer.seconds, answer.profile
+        print(f"{shape}: {peer.name}: {seconds:.3f} s a step; {profile}", flush=True)
+        for kernel in profile.kernels[:NAMED]:
+            print(f"    {kernel.milliseconds:9.2f} ms x{kernel.count:<6d} {kernel.name[:110]}", flush=True)
         reference = reference or (seconds if peer.backend == "core" else None)
-        ratio = f"{reference / seconds:.2f}" if reference else ""
-        figures = [f"{operations / seconds / 1e12:.3g}", f"{tokens / seconds:.0f}", ratio]
-        table.append([f"{shape}: {peer.name}", *figures, f"{peak / 2**30:.1f}", f"{loss:.3f}"])
+        tflops, peak = operations / seconds / 1e12, peak_tflops(device, peer.precision)
+        figures = {
+            "model TFLOP/s": f"{tflops:.3g}",
+            "predicted": _predicted(peer, model, device, length),
+            "MFU": f"{tflops / peak:.1%}" if peak else "",
+            "tokens/s": f"{tokens / seconds:.0f}",
+            "to megatron-core": f"{reference / seconds:.2f}" if reference else "",
+            "peak GiB": f"{answer.peak / 2**30:.1f}",
+            "launches": str(profile.launches),
+            "waits": str(profile.waits),
+            "first loss": f"{answer.loss:.3f}",
+        }
+        table.append([f"{shape}: {peer.name}", *(figures[column] for column in COLUMNS[1:])])
     return table
+
+
+def _predicted(peer: Peer, model: ModelConfig, device: str, length: int) -> str:
+    """Model TFLOP/s by the roofline: of our layers in torch and in our kernels, on a card that it knows."""
+    card = next((card for name, card in GPUS.items() if name in device.lower()), None)
+    if card is None or peer.backend != "torch":
+        return ""
+    kernels, fp8 = peer.kernels == "triton", peer.precision.kind == "fp8"
+    return f"{predict(model, Rates().of(card), kernels=kernels, fp8=fp8, length=length).tflops:.3g}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -237,6 +251,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not arguments.tiny:
         raise SystemExit("error: torch finds no CUDA device; --tiny shows on CPU that this script runs")
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     table = []
     for name, model in SHAPES.items():
         if not any(text in name for text in (arguments.shapes or "").split(",")):
@@ -247,9 +262,8 @@ def main() -> None:
             model, length = with_layers_that_fit(model, torch.cuda.get_device_properties(0).total_memory), LENGTH
         model = replace(model, num_layers=arguments.layers or model.num_layers)
         peers = [p for p in PEERS if any(text in p.name for text in (arguments.peers or "").split(","))]
-        table += rows(name, model, peers, length, arguments.steps, arguments.warmup)
-    columns = ["model, peer", "model TFLOP/s", "tokens/s", "to megatron-core", "peak GiB", "first loss"]
-    text = f"{hardware()}; {versions('torch', 'megatron-core')}.\n\n{markdown_table(columns, table)}"
+        table += rows(name, model, peers, device, length, arguments.steps, arguments.warmup)
+    text = f"{hardware()}; {versions('torch', 'megatron-core')}.\n\n{markdown_table(COLUMNS, table)}"
     if not on_gpu:
         text = f"Not measured on a GPU: tiny models on CPU, which show that the script runs.\n\n{text}"
     print(text)

@@ -10,6 +10,7 @@ import answers
 import gpu
 import torch
 import torch.nn.functional as F
+from gpu_shapes import SHAPES, tiny
 from torch import Tensor
 
 from megatron_ext.mcore.activation import Gate, gated_activation
@@ -131,7 +132,7 @@ def _determinism() -> dict:
 def _steps_and_waits() -> tuple[list[float], dict[str, int]]:
     """Losses of four steps from the start, and where the host waits for the device in a fifth."""
     peer = next(p for p in gpu.PEERS if p.name == "torch, bf16")
-    model = gpu.tiny(gpu.SHAPES["MoE 64 experts top-6, 2 shared"])
+    model = tiny(SHAPES["MoE 64 experts top-6, 2 shared"])
     waits: Counter = Counter()
     if torch.cuda.is_available():
         model = replace(model, hidden_size=512, num_attention_heads=8, num_query_groups=8, moe_ffn_hidden_size=256)
