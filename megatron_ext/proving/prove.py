@@ -383,6 +383,8 @@ def _unproven(run: RunConfig) -> Iterator[str]:
         yield f"runtime.backend: {run.runtime.backend}; with the torch backend, which a CPU has"
     if run.runtime.kernels != "torch":
         yield f"runtime.kernels: {run.runtime.kernels}; with the torch steps, which a CPU has"
+    if run.runtime.compile_router:
+        yield "runtime.compile_router: true; with torch's own steps, for which nothing is compiled"
     for key in ("exp_avg_dtype", "exp_avg_sq_dtype"):
         if getattr(run.optimizer, key) != "fp32":
             yield f"optimizer.{key}: {getattr(run.optimizer, key)}; with moments in fp32"

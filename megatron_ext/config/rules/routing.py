@@ -15,6 +15,7 @@ from megatron_ext.config.rules.registry import (
     EXPERTS,
     GROUPS_OF_EXPERTS,
     SCORE,
+    TP,
     rule,
 )
 
@@ -117,15 +118,24 @@ def _padding_has_a_capacity(pads: bool, factor: float | None, experts: int | Non
     return "there is no capacity to fill up; set one, or remove it" if experts and pads and factor is None else None
 
 
-@rule("model.moe_pad_expert_input_to_capacity", EP, "parallel.etp", given=(BACKEND,))
-def _padding_is_of_one_rank(pads: bool, ep: int, etp: int, backend: str) -> str | None:
-    if pads and (ep > 1 or etp > 1):
+@rule("model.moe_pad_expert_input_to_capacity", EP, TP, given=("parallel.etp",))
+def _padding_is_of_one_rank(pads: bool, ep: int, tp: int, etp: int) -> str | None:
+    if pads and (ep > 1 or tp > 1 or etp > 1):
         return (
             "experts are filled up where one rank has all of each (megatron-core's own way cuts off what evaluation, "
-            "which has no capacity, sends beyond it); remove it, or set both to 1"
+            "which has no capacity, sends beyond it); remove moe_pad_expert_input_to_capacity, or train without expert "
+            "and tensor parallelism"
         )
+    return None
+
+
+@rule("model.moe_pad_expert_input_to_capacity", BACKEND)
+def _padding_is_of_the_torch_backend(pads: bool, backend: str) -> str | None:
     if pads and backend != "torch":
-        return "Transformer Engine's layers are fed by megatron-core's dispatcher; remove it, or set backend: torch"
+        return (
+            "Transformer Engine's layers are fed by megatron-core's dispatcher; remove "
+            "moe_pad_expert_input_to_capacity, or set backend: torch"
+        )
     return None
 
 

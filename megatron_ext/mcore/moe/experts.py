@@ -1,6 +1,7 @@
 """The routed experts of one rank as two grouped matrix multiplications."""
 
 #   T tokens sent to this rank, sorted by expert; E experts of this rank; H hidden; F width of one expert's shard
+#   O width of a bias
 
 from typing import Any
 
@@ -16,6 +17,33 @@ from megatron_ext.mcore.activation import gate_of, gated_activation
 from megatron_ext.mcore.linear import gradient_sum
 from megatron_ext.mcore.moe.grouped_linear import grouped_linear
 from megatron_ext.mcore.split_parameters import mark_as_split
+
+
+class _BiasOfRows(torch.autograd.Function):
+    """The bias of its expert for each row; the gradient is a product, which adds up in fp32 and in a fixed order.
+
+    Autograd's own adds rows by atomic operations on CUDA, in bf16 with a rounding after each: a sum stands still once
+    it is some 256 times what is added.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, bias_EO: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(counts_E)
+        return bias_EO.repeat_interleave(counts_E, dim=0, output_size=rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (counts_E,) = ctx.saved_tensors
+        (grad_TO,) = grads
+        expert_E = torch.arange(len(counts_E), device=grad_TO.device)
+        expert_T = expert_E.repeat_interleave(counts_E, output_size=len(grad_TO))
+        return (expert_E.unsqueeze(1) == expert_T).to(grad_TO.dtype) @ grad_TO, None, None
+
+
+def bias_of_rows(bias_EO: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+    """The bias of its expert for each of the rows, sorted by expert, [T, O]."""
+    of_rows: Tensor = _BiasOfRows.apply(bias_EO, counts_E, rows)
+    return of_rows
 
 
 class GroupedExperts(MegatronModule):
@@ -109,7 +137,9 @@ class GroupedExperts(MegatronModule):
         bias_EO = bias.view(self.num_local_experts, -1)
         if rows.dim() == 3:
             return bias_EO.unsqueeze(1)
-        return bias_EO.repeat_interleave(counts_E, dim=0, output_size=len(rows))
+        if rows.device.type == "cpu":  # adds up in fp32 by itself, and compiles no kernel for each number of rows
+            return bias_EO.repeat_interleave(counts_E, dim=0, output_size=len(rows))
+        return bias_of_rows(bias_EO, counts_E, len(rows))
 
     def _no_tokens(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
         """An empty output that still depends on every parameter: gradient reduction waits for every one's hook."""

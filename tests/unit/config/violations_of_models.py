@@ -96,11 +96,19 @@ VIOLATIONS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": MOE | {"moe_pad_expert_input_to_capacity": True}}, ["no capacity to fill up; set one"]),
     (
         {"model": MOE | FILLED, "parallel": {"expert_model_parallel_size": 2}},
-        ["moe_pad_expert_input_to_capacity = True", "expert_model_parallel_size = 2", "remove it, or set both to 1"],
+        ["moe_pad_expert_input_to_capacity = True", "expert_model_parallel_size = 2", "without expert and tensor"],
+    ),
+    (
+        {"model": MOE | FILLED, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+        ["moe_pad_expert_input_to_capacity = True", "tensor_model_parallel_size = 2", "without expert and tensor"],
     ),
     (
         {"model": MOE | FILLED, "runtime": {"backend": "transformer_engine"}},
-        ["moe_pad_expert_input_to_capacity = True", "megatron-core's dispatcher", "set backend: torch"],
+        [
+            "moe_pad_expert_input_to_capacity = True, runtime.backend = 'transformer_engine'",
+            "megatron-core's dispatcher",
+            "set backend: torch",
+        ],
     ),
     ({"model": MOE | {"moe_shared_expert_gate": True}}, ["no shared expert to gate"]),
     ({"model": MOE | {"moe_aux_loss_coeff": [0.1]}}, ["needs a list of balance losses"]),

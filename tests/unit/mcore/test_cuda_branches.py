@@ -54,6 +54,7 @@ FILLED: dict[str, Any] = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_inp
 MODELS: dict[str, tuple[ModelConfig, Precision, Tensor | None]] = {
     "dense": (DENSE, BF16, None),
     "MoE": (MOE, BF16, None),
+    "MoE with biases": (tiny_model(moe=True, num_layers=2, add_bias_linear=True), BF16, None),
     "MoE of odd widths": (tiny_model(moe=True, num_layers=2, moe_ffn_hidden_size=41), BF16, None),
     "MoE, filled up": (tiny_model(moe=True, num_layers=2, add_bias_linear=True, **FILLED), BF16, None),
     "MoE, filled up, fp8": (tiny_model(moe=True, num_layers=2, **FILLED), fp8("rowwise"), None),

@@ -54,13 +54,14 @@ def test_what_a_cpu_cannot_compute_is_said_to_be_unproven() -> None:
         mapping(
             precision={"kind": "bf16"},
             optimizer={"kind": "adam", "lr": 1e-3, "exp_avg_dtype": "bf16", "moments_on_host": True},
-            runtime={"kernels": "triton"},
+            runtime={"kernels": "triton", "compile_router": True},
+            model={"num_moe_experts": 8},
             recompute={"offload_layers": 3},
         )
     )
     plan = plan_proof(run, 2, 2)
-    keys = ["precision.kind: bf16", "runtime.kernels: triton", "optimizer.exp_avg_dtype: bf16"]
-    keys += ["optimizer.moments_on_host: true", "recompute.offload_layers: 3"]
+    keys = ["precision.kind: bf16", "runtime.kernels: triton", "runtime.compile_router: true"]
+    keys += ["optimizer.exp_avg_dtype: bf16", "optimizer.moments_on_host: true", "recompute.offload_layers: 3"]
     assert [said.partition(";")[0] for said in plan.unproven] == keys
     # What is moved is proven, however small it is here.
     assert (plan.cell.recompute.offload_layers, plan.cell.recompute.offload_min_bytes) == (3, 1)

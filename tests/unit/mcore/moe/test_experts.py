@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.config import Fp32Precision, ParallelConfig, RecomputeConfig, RuntimeConfig
-from megatron_ext.mcore.moe.experts import GroupedExperts
+from megatron_ext.mcore.moe.experts import GroupedExperts, bias_of_rows
 from megatron_ext.mcore.moe.grouped_linear import grouped_linear
 from megatron_ext.mcore.transformer_config import transformer_config
 from megatron_ext.runtime.process_groups import split_process_group
@@ -106,3 +106,16 @@ def test_the_expert_product_is_one_product_an_expert(width: int) -> None:
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     looped = torch.cat([p @ w.t() for p, w in zip(tokens.split(counts), weights, strict=True)])
     assert torch.allclose(grouped_linear(tokens, weights, ends), looped, atol=1e-6)
+
+
+def test_the_gradient_of_a_bias_is_added_up_in_fp32() -> None:
+    counts_E, generator = torch.tensor([3000, 0, 7, 1089]), torch.Generator().manual_seed(0)
+    bias_EO = torch.randn(4, 6, generator=generator).bfloat16().requires_grad_()
+    grad_TO = torch.rand(4096, 6, generator=generator).bfloat16()
+    rows_TO = bias_of_rows(bias_EO, counts_E, 4096)
+    assert torch.equal(rows_TO, bias_EO.repeat_interleave(counts_E, dim=0))
+    rows_TO.backward(grad_TO)
+    assert bias_EO.grad is not None
+    # One after the other in bf16 the 3000 numbers of about a half would come to 128 or 256.
+    expected_EO = torch.stack([part.double().sum(0) for part in grad_TO.split(counts_E.tolist())])
+    assert torch.equal(bias_EO.grad, expected_EO.to(torch.bfloat16))
