@@ -2,7 +2,7 @@
 
 import warnings
 
-from megatron_ext.quiet import quieten_loggers
+from megatron_ext.quiet import quieten_interrupts, quieten_loggers
 
 __version__ = "0.1.0"
 
@@ -11,3 +11,4 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", module=r"megatron\.core.*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 quieten_loggers()
+quieten_interrupts()

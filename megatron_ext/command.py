@@ -115,12 +115,16 @@ def script_runs_once() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
+_OTHERS_SPEAK, _OTHERS_TELL = 5.0, 25.0
+"""Seconds that this rank leaves to the one that speaks, which may tell people first; a launcher ends it then."""
+
+
 def _fail(message: str, *, is_everywhere: bool = False, speaks: bool | None = None) -> NoReturn:
     # Most faults meet every rank. A launcher ends the others once one has exited: before they repeat what it said.
     if speaks is None:
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     if not speaks:
-        time.sleep(5)
+        time.sleep(_OTHERS_TELL if is_everywhere else _OTHERS_SPEAK)
     if speaks or not is_everywhere:
         print(f"error: {with_absolute_paths(message)}", file=sys.stderr)
     sys.exit(2)

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_ext.errors import EnvironmentFault
-from megatron_ext.locks import release_all
+from megatron_ext.locks import release_all, start_of_process, state_of_process
 
 GRACE = 30.0
 """Seconds a rank has to save once its launcher is gone."""
 JOB_START = "MEGATRON_EXT_JOB_START"
 """When the launcher was started, in seconds since 1970; told to all ranks, also those it starts again."""
+LAUNCHER = "MEGATRON_EXT_LAUNCHER"
+"""The process of our launcher and when it began, for ranks that come to look when it is gone."""
 STOP_FILE = "MEGATRON_EXT_STOP_FILE"
 """Where a rank says to its launcher that the run was stopped, with the exit code."""
 _BEGAN = time.time()
@@ -174,7 +176,20 @@ def end_with_launcher() -> None:
     launcher = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if is_launcher_gone():
+        os.kill(os.getpid(), signal.SIGTERM)  # it went while this process imported: whose child it is now says nothing
     threading.Thread(target=_follow, args=(launcher,), name="launcher", daemon=True).start()
+
+
+def name_launcher() -> None:
+    """Let the ranks that this process starts know that it is their launcher."""
+    os.environ[LAUNCHER] = f"{os.getpid()} {start_of_process(os.getpid()) or ''}"
+
+
+def is_launcher_gone() -> bool:
+    """Whether our launcher, which has named itself, runs no longer; False where this system does not show processes."""
+    pid, _, started = os.environ.get(LAUNCHER, "").partition(" ")
+    return bool(started) and state_of_process(int(pid), started) is None
 
 
 def _follow(launcher: int) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ext.command import run_command, run_parser
 from megatron_ext.config import RunConfig, load_run
+from megatron_ext.config.load import read_run_text
 from megatron_ext.monitoring.refused import alerting_of_refusal
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def main() -> None:
 
     adopt_launcher()
     end_with_launcher()
-    with alerting_of_refusal(lambda: load_run(arguments.run, arguments.overrides)):
+    with alerting_of_refusal(lambda: read_run_text(arguments.run, arguments.overrides).values):
         run = on_every_rank("configuration", lambda: load_run(arguments.run, arguments.overrides))
         from megatron_ext.training.watch import watching
 

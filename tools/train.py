@@ -10,9 +10,12 @@ the same command then goes on. Ranks end with torchrun, saving first, and all en
 """
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_ext.command import positive_integer, run_command, run_parser
 from megatron_ext.config import RunConfig, load_run
+from megatron_ext.config.load import read_run_text
 from megatron_ext.errors import ConfigError
 from megatron_ext.monitoring.refused import alerting_of_refusal
 
@@ -54,7 +57,7 @@ def main() -> None:
 
     adopt_launcher()
     end_with_launcher()
-    with alerting_of_refusal(lambda: load_run(arguments.run, arguments.overrides)):
+    with alerting_of_refusal(lambda: _valid(arguments)):
         run = on_every_rank("configuration", lambda: _run_of(arguments))
     from megatron_ext.training.watch import watching
 
@@ -78,6 +81,11 @@ def _run_of(arguments: argparse.Namespace) -> RunConfig:
     return load_run(arguments.run, arguments.overrides)
 
 
+def _valid(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """What is right in the configuration, whatever else is not."""
+    return read_run_text(arguments.run, arguments.overrides).values
+
+
 def _skip_data(arguments: argparse.Namespace) -> None:
     """Turn --skip-data into the key that says it, so that checkpoints and reports have it."""
     if arguments.skip_data:
@@ -90,7 +98,7 @@ def _check(arguments: argparse.Namespace) -> None:
     from megatron_ext.training.startup_checks import check_run
 
     files = not arguments.config_only
-    with alerting_of_refusal(lambda: load_run(arguments.run, arguments.overrides), is_asked=arguments.alert):
+    with alerting_of_refusal(lambda: _valid(arguments), is_asked=arguments.alert):
         said = check_run(
             arguments.run, arguments.overrides, arguments.world_size, files=files, open_foreign=open_hugging_face
         )

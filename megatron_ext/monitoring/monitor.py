@@ -4,12 +4,13 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_ext.config import Layout, RunConfig, to_mapping
+from megatron_ext.config import AlertsConfig, Layout, RunConfig, to_mapping
 from megatron_ext.data.stream.plan import RunPlan
 from megatron_ext.data.stream.position import Consumption
 from megatron_ext.monitoring.clock import Clock
@@ -192,18 +193,30 @@ def open_sinks(run: RunConfig, iteration: int, run_id: str) -> list[Sink]:
 
 def tell_of_failed_start(run: RunConfig, error: BaseException) -> None:
     """Alert of a run that ends with `error` before it has a monitor, as far as that needs no W&B run."""
-    if run.alerts.webhook is not None or run.alerts.email is not None:
+    _alert_of_failed_start(run.alerts, Path(run.checkpoint.directory), metrics_path(run), error)
+
+
+def _alert_of_failed_start(settings: AlertsConfig, directory: Path, records: Path, error: BaseException) -> None:
+    if settings.webhook is not None or settings.email is not None:
         from megatron_ext.monitoring.sinks.alerts import AlertsSink
 
-        alerts = AlertsSink(run.alerts, Path(run.checkpoint.directory), metrics_path(run), is_runs=False)
+        alerts = AlertsSink(settings, directory, records, is_runs=False)
         alerts.event(Event("failed", 0, f"failed before its first step: {described(error)}"))
         alerts.close(failed=True)
 
 
-def tell_of_failed_restart(run: RunConfig, error: BaseException) -> None:
-    """Alert of a run that has reported before and does not go on: nobody watches a restart."""
-    if metrics_path(run).is_file():
-        tell_of_failed_start(run, error)
+def tell_of_failed_restart(values: Mapping[str, Any], error: BaseException) -> None:
+    """Alert of a run that has reported before and does not go on: nobody watches a restart.
+
+    Args:
+        values: what is right in its configuration (`RunText.values`), which may be what is wrong with it.
+    """
+    alerts, directory = values.get("alerts"), values.get("checkpoint.directory")
+    if alerts is None or directory is None:
+        return
+    records = Path(values.get("logging.metrics_file") or Path(directory) / METRICS_FILE)
+    if records.is_file():
+        _alert_of_failed_start(alerts, Path(directory), records, error)
 
 
 def described(error: BaseException) -> str:

@@ -1,19 +1,20 @@
 """Alerts people of a restart that is refused: nobody watches it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
-from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError, MegatronExtError
 from megatron_ext.launcher import launched_rank
 
 
 @contextmanager
-def alerting_of_refusal(run: Callable[[], RunConfig], *, is_asked: bool | None = None) -> Iterator[None]:
+def alerting_of_refusal(values: Callable[[], Mapping[str, Any]], *, is_asked: bool | None = None) -> Iterator[None]:
     """Where what is inside refuses a run that has reported before, tell its people why.
 
     Args:
-        run: says whom to tell; a ConfigError of it means that nobody knows.
+        values: what is right in the run's configuration (`RunText.values`), which says whom to tell; with a ConfigError
+            nobody knows.
         is_asked: whether this process tells; of all ranks the first one, if not said.
     """
     try:
@@ -23,5 +24,5 @@ def alerting_of_refusal(run: Callable[[], RunConfig], *, is_asked: bool | None =
             from megatron_ext.monitoring.monitor import tell_of_failed_restart  # with torch, which takes seconds
 
             with suppress(ConfigError):
-                tell_of_failed_restart(run(), error)
+                tell_of_failed_restart(values(), error)
         raise

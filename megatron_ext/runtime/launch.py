@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.run import parse_args, run
 
-from megatron_ext.launcher import JOB_START, STOP_FILE, failure_file
+from megatron_ext.launcher import JOB_START, STOP_FILE, failure_file, name_launcher
 from megatron_ext.roll_call import tell_of_end
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options.signals_to_handle = ",".join(number.name for number in handled)
     options.shutdown_timeout = _SECONDS_TO_SAVE
     os.environ[JOB_START] = str(time.time())
+    name_launcher()
     if options.max_restarts or ":" in options.nnodes:
         # torch keeps one store for all rounds, in which ranks that start again find the addresses of those before them,
         # and wait for them for ever. So each round gets a store of its own.

@@ -12,6 +12,7 @@ import torch
 from megatron_ext.checkpoint.both_places import prepare_directory
 from megatron_ext.checkpoint.collective import on_first_rank_slowly
 from megatron_ext.config import Layout, RunConfig
+from megatron_ext.config.load import values_of
 from megatron_ext.errors import EnvironmentFault
 from megatron_ext.launcher import exit_stopped, launched_rank, launched_world_size, noting_failure
 from megatron_ext.monitoring.clock import Clock
@@ -66,7 +67,7 @@ def train(
     """
     setup_logging(launched_rank())
     is_first, minutes = launched_rank() == 0, run.runtime.distributed_timeout_minutes
-    with alerting_of_refusal(lambda: run), others.speaking():
+    with alerting_of_refusal(lambda: values_of(run)), others.speaking():
         layout, device = on_every_rank("node", lambda: _prepared(run), minutes)
         found = on_every_rank(
             "run", lambda: examine_run(run, source, open_foreign) if is_first else None, minutes, looking=1
@@ -74,7 +75,7 @@ def train(
         start_process_group(run.runtime, device, on_failure=others.end_if_missing)
     others.met()
     with noting_failure(), ExitStack() as held:
-        with alerting_of_refusal(lambda: run):
+        with alerting_of_refusal(lambda: values_of(run)):
             require_same_code(installation())
             require_same_run(run)
             groups = split_process_group(run.parallel, run.runtime)
@@ -125,7 +126,7 @@ def open_and_train(
         found: what to say of the run before its first step; on the rank that says it.
     """
     settings = run.checkpoint
-    with alerting_of_refusal(lambda: run):
+    with alerting_of_refusal(lambda: values_of(run)):
         on_first_rank_slowly(
             lambda: prepare_directory(Path(settings.directory), settings.copy_to),
             "the run cannot go on from where it was",

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_ext.config import RunConfig, WatchdogConfig
+from megatron_ext.config.load import values_of
 from megatron_ext.errors import TrainingError
 from megatron_ext.runtime.liveness import Liveness
 from megatron_ext.runtime.watchdog import STALLS
@@ -33,4 +34,4 @@ def _tell_of_start(run: RunConfig, kind: str, text: str, ends: bool) -> None:
         tell_of_failed_restart,  # with all that training imports, which it watches
     )
 
-    tell_of_failed_restart(run, TrainingError(text))
+    tell_of_failed_restart(values_of(run), TrainingError(text))

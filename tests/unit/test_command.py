@@ -4,6 +4,7 @@ import errno
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import Field
 from megatron_ext.command import parse_command, run_command, run_parser
 from megatron_ext.config.base import config
 from megatron_ext.errors import CheckpointError, ConfigError
+from megatron_ext.monitoring.sinks.alerts import FLUSH_SECONDS
 
 
 @config
@@ -206,3 +208,20 @@ def test_overrides_are_no_part_of_what_a_run_needs(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         run_parser("a tool").parse_args([])
     assert capsys.readouterr().err.endswith("required: RUN.yaml\n")
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_fault_of_all_ranks_leaves_the_one_that_speaks_the_time_to_tell_people(
+    speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+
+    def refuse() -> None:
+        raise ConfigError("no room").everywhere(speaks=speaks)
+
+    with pytest.raises(SystemExit) as end:
+        run_command(refuse)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == ("error: no room\n" if speaks else "")
+    assert speaks or sum(slept) > FLUSH_SECONDS

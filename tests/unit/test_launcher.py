@@ -1,11 +1,15 @@
 """Whoever started the processes: they train together or are refused, never each alone without knowing."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from megatron_ext.errors import EnvironmentFault
-from megatron_ext.launcher import launched_rank, launched_world_size
+from megatron_ext.launcher import LAUNCHER, launched_rank, launched_world_size, name_launcher
+from tests.support.workspace import ROOT
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -89,3 +93,19 @@ def test_nonsense_is_refused(variables: dict[str, str], message: str) -> None:
     os.environ |= variables
     with pytest.raises(EnvironmentFault, match=message):
         launched_rank()
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_rank_that_comes_to_look_when_its_launcher_is_gone_ends(
+    is_gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(LAUNCHER, raising=False)
+    name_launcher()
+    pid, started = os.environ[LAUNCHER].split()
+    begun = int(started) - is_gone  # an earlier process of that number
+    rank = subprocess.run(
+        [sys.executable, "-c", "from megatron_ext.launcher import end_with_launcher; end_with_launcher()"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "none", LAUNCHER: f"{pid} {begun}"},
+        check=False,
+    )
+    assert rank.returncode == (-signal.SIGTERM if is_gone else 0)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.config import AlertsConfig, EmailConfig, WebhookConfig
+from megatron_ext.config import AlertsConfig, EmailConfig, WebhookConfig, dump_yaml, load_run
+from megatron_ext.config.load import read_run_text
 from megatron_ext.errors import ConfigError
 from megatron_ext.monitoring.alerts import outbox
 from megatron_ext.monitoring.alerts.environment import missing_secrets
@@ -21,6 +22,7 @@ from megatron_ext.monitoring.alerts.rate_limit import RateLimit
 from megatron_ext.monitoring.clock import Clock
 from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.monitor import Monitor
+from megatron_ext.monitoring.refused import alerting_of_refusal
 from megatron_ext.monitoring.sinks.alerts import AlertsSink
 from megatron_ext.monitoring.sinks.jsonl import JsonlSink
 from tests.support.minimal_run import load, mapping
@@ -236,6 +238,32 @@ def test_an_error_is_sent_before_the_process_may_end(
     alerts.event(Event("lost_rank", 7, "rank 3 on node 2 has ended"))
     alerts.flush()
     assert len(server.texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "sent"),
+    [("model.nope=3", 1), ("checkpoint.nope=3", 1), ("alerts.nope=3", 0)],
+    ids=lambda value: str(value),
+)
+def test_a_restart_whose_configuration_has_a_fault_is_told_where_that_says_whom(
+    override: str, sent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: Callable[..., WebhookServer]
+) -> None:
+    server, path, place = webhook(), tmp_path / "run.yaml", tmp_path / "moe"
+    monkeypatch.setenv("HOOK", server.url)
+    raw = mapping(checkpoint={"directory": str(place)}, alerts={"webhook": {"url_variable": "HOOK"}})
+    path.write_text(dump_yaml(raw))
+
+    def start() -> None:
+        with pytest.raises(ConfigError), alerting_of_refusal(lambda: read_run_text(path, [override]).values):
+            load_run(path, [override])
+
+    start()
+    assert not server.texts  # whoever starts a new run watches it
+    place.mkdir()
+    (place / "metrics.jsonl").touch()
+    start()
+    assert len(server.texts) == sent
+    assert all(override.replace("=", " = ") in text for text in server.texts)
 
 
 def test_an_alert_leaves_although_the_file_system_of_the_records_hangs(
