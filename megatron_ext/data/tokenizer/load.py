@@ -72,9 +72,10 @@ def _check_files(directory: Path) -> None:
     """Raise DataError where the files are no tokenizer, as far as that shows without reading all of them."""
     wanted = " or ".join(TOKENIZERS)
     if not directory.is_dir():
-        raise DataError(
-            f"{directory}: no tokenizer here ({'not a folder' if directory.exists() else 'no such folder'})"
-        )
+        found = "no such folder; one of the Hugging Face hub: `hf download` it first"
+        if directory.exists():
+            found = "not a folder; give the one that holds the tokenizer's files"
+        raise DataError(f"{directory}: no tokenizer here ({found})")
     files = tokenizer_files(directory)
     vocabularies = [name for name in files if any(name.match(pattern) for pattern in VOCABULARIES)]
     if not vocabularies and Path(SETTINGS_FILE) not in files:

@@ -129,6 +129,11 @@ def test_a_vocabulary_for_too_many_characters_names_our_options(tmp_path: Path) 
 def test_no_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokenizer here"):
         Tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"gpt2: no tokenizer here \(no such folder; .*`hf download` it first\)"):
+        Tokenizer(tmp_path / "gpt2")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="not a folder; give the one that holds the tokenizer's files"):
+        Tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_what_training_offers(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def test_faults_of_configuration_and_files_come_in_one_message(work: Path, tmp_p
     for part in (
         "model.num_layers = 'four': must be an integer",
         "data.train.2.wieght = 2: unknown key; did you mean 'weight'?",
-        f"data.tokenizer = nowhere (= {here}/nowhere): no tokenizer here (no such folder)",
+        f"data.tokenizer = nowhere (= {here}/nowhere): no tokenizer here "
+        "(no such folder; one of the Hugging Face hub: `hf download` it first)",
         f"data.train.0.path = missing/train (= {here}/missing/train): is not there; prepare it with",
         f"data.train.1.path = {work}/data: is a folder; name a split in it",
         f"checkpoint.initialize_from = gone (= {here}/gone): is not there",
