@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_ext.mcore.activation import Gate, gated_activation
 from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.fp8.quantize import E4M3, ROW, WHOLE, Tile, quantize, quantize_both, tile_maxima
-from megatron_ext.mcore.moe.dispatcher import _sum_rows
+from megatron_ext.mcore.moe.dispatcher import RowMap
 from megatron_ext.mcore.output_layer import _OutputLoss
 from megatron_ext.mcore.products import add_product
 from megatron_ext.runtime.accelerators import kernels_fault, this_machine
@@ -183,9 +183,11 @@ def _sum_and_norm(name: str, x: Tensor, residual: Tensor) -> Operation:
 
 
 def _gather_sum(rows: Tensor, places: Tensor) -> Operation:
-    nothing = torch.empty(0)
+    def run(triton: bool) -> list[Tensor]:
+        return [RowMap(torch.empty(0), places, len(places), drops=False, fills=False, triton=triton).sums(rows)]
+
     moved = 2 * rows.numel() * (places.shape[1] + 1) // places.shape[1]
-    return Operation("sum of each token's rows", lambda t: [_sum_rows(rows, nothing, places, len(places), t)], moved)
+    return Operation("sum of each token's rows", run, moved)
 
 
 def _cross_entropy(logits: Tensor) -> Operation:

@@ -236,6 +236,7 @@ def _moe(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "moe_router_topk": model.moe_router_topk,
         "moe_router_pre_softmax": True,
         "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity": model.moe_pad_expert_input_to_capacity,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,

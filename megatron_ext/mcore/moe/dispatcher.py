@@ -217,6 +217,6 @@ class MoELayer(CoreMoELayer):
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, *args, pg_collection=groups, **kwargs)
         if groups.ep.size() == groups.expt_tp.size() == 1 and not any(getattr(config, name) for name in _CORE_ONLY):
-            pads = self.router.model.moe_pad_expert_input_to_capacity
+            pads = config.moe_pad_expert_input_to_capacity
             dispatcher = PaddedTokenDispatcher if pads else LocalTokenDispatcher
             self.token_dispatcher = dispatcher(config, groups, self.router)

@@ -63,6 +63,8 @@ def test_sums_are_the_same(precision: Precision, recompute: RecomputeConfig, ran
         linear = {name for name in all_weights if any(part in name for part in named) and name.endswith(".weight")}
         experts = {name for name in all_weights if ".experts.weight" in name}
         assert experts
+        if precision.kind == "fp8":
+            experts = set()  # by our own kernel alone
         assert all_weights - left == linear | experts
         errors = [float((measured[name] - grad).norm() / grad.norm()) for name, grad in expected.items()]
         added_count = len(linear | experts)

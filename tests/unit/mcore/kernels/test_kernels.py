@@ -16,7 +16,7 @@ from megatron_ext.mcore.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.mcore.fp8.experts import _ExpertFunction
 from megatron_ext.mcore.fp8.quantize import E4M3, E5M2, ROW, WHOLE, Tile, quantize, quantize_both, tile_maxima
 from megatron_ext.mcore.fp8.scaling import Scaling
-from megatron_ext.mcore.moe.dispatcher import _sum_rows
+from megatron_ext.mcore.moe.dispatcher import RowMap
 
 # Exponentials of the interpreter are numpy's, torch's its own: a unit in the last place of fp32 each. Where that moves
 # a number over a rounding boundary, bf16 differs by a unit of its 8 bits.
@@ -99,7 +99,8 @@ def test_gather_sum(
     expected = torch.zeros(tokens, width)
     for nth in range(places):
         expected += filled[places_TK[:, nth]]
-    measured = _sum_rows(rows.to(where), torch.empty(0), places_TK.to(where), tokens, triton=True)
+    row_map = RowMap(torch.empty(0), places_TK.to(where), tokens, drops=True, fills=False, triton=True)
+    measured = row_map.sums(rows.to(where))
     assert torch.equal(measured.cpu(), expected.to(dtype))
 
 
