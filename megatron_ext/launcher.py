@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from megatron_ext.errors import EnvironmentFault
@@ -176,9 +177,28 @@ def end_with_launcher() -> None:
     launcher = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     if is_launcher_gone():
         os.kill(os.getpid(), signal.SIGTERM)  # it went while this process imported: whose child it is now says nothing
     threading.Thread(target=_follow, args=(launcher,), name="launcher", daemon=True).start()
+
+
+_interrupted = threading.Event()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt where there was one: imports that go on whatever they meet take it for a fault of theirs.
+
+    For waits that may never end: other ranks have ended by it.
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def name_launcher() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from megatron_ext.errors import EnvironmentFault, MegatronExtError
-from megatron_ext.launcher import attempt, keeps_store, launched_rank, launched_world_size
+from megatron_ext.launcher import attempt, keeps_store, launched_rank, launched_world_size, raise_if_interrupted
 from megatron_ext.peers import Peers
 
 if TYPE_CHECKING:  # a run of one process says what is wrong with it before torch is imported
@@ -165,6 +165,7 @@ class _RollCall:
         """Wait until all have spoken, or a little after one has refused, or until one is known never to come."""
         until = self._deadline
         while (spoken := store.add(self._key("spoken"), 0)) < self._size:
+            raise_if_interrupted()
             if store.check([_ENDED]):
                 return  # what it had to say it has said; and with its launcher the store may go
             if until == self._deadline and store.check([self._key("refused")]):

@@ -1,7 +1,10 @@
 """A rank that cannot start ends all of them at once, with one message that names it and says why."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from megatron_ext.errors import ConfigError, DataError, EnvironmentFault, Megatr
 from megatron_ext.testing.ports import free_port
 from tests.support import forkserver
 from tests.support.commands import train
+from tests.support.waiting import HANGS
+from tests.support.workspace import ROOT
 
 RANKS = 3
 GONE = 0.05
@@ -109,3 +114,33 @@ def test_without_an_address_a_rank_speaks_for_itself(names: tuple[str, ...], mon
     for name in names:
         monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
     assert roll_call.on_every_rank("start", lambda: 7) == 7
+
+
+def test_ctrl_c_that_an_import_has_swallowed_ends_a_rank_that_waits() -> None:
+    swallowed = """
+import os, signal
+from megatron_ext.command import run_command
+from megatron_ext.launcher import end_with_launcher
+from megatron_ext.roll_call import on_every_rank
+
+def main():
+    end_with_launcher()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        pass
+    on_every_rank("configuration", lambda: None)
+
+run_command(main)
+"""
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = subprocess.run(
+        [sys.executable, "-c", swallowed],
+        cwd=ROOT,
+        env={**os.environ, **rank, "TORCHELASTIC_RUN_ID": "none"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
+    assert (process.returncode, process.stderr) == (130, "interrupted\n")
