@@ -41,6 +41,8 @@ class ReadingOptions:
 
     texts: list[str] = Field(min_length=1)
     """Texts as NAME=PATH, such as ja=ja.jsonl: files or folders of .jsonl, .json, .txt, these compressed, tables."""
+    text_key: str = "text"
+    """Key of the text in a JSON object, or its column in a table."""
     documents: int | None = Field(default=None, ge=1)
     """So many documents of each are read, the first ones. Unset: all."""
     window: int | None = Field(default=None, ge=2)
@@ -94,6 +96,8 @@ class ProbeOptions:
     """Of these draws."""
     texts: list[str] = Field(default_factory=list)
     """Texts as NAME=PATH, whose loss shows what is forgotten."""
+    text_key: str = "text"
+    """Key of the text in a JSON object, or its column in a table."""
     documents: int = Field(default=100, ge=1)
     """So many documents of each are read, the first ones."""
     window: int | None = Field(default=None, ge=2)
@@ -116,6 +120,8 @@ class RoutingOptions:
     """Hugging Face directory or Megatron checkpoint (also one of adapters) with experts."""
     texts: list[str] = Field(min_length=1)
     """Texts as NAME=PATH, a language each."""
+    text_key: str = "text"
+    """Key of the text in a JSON object, or its column in a table."""
     documents: int = Field(default=100, ge=1)
     """So many documents of each are read, the first ones."""
     window: int = Field(default=512, ge=1)
@@ -208,7 +214,9 @@ def routing(arguments: Sequence[str]) -> None:
     check_plot(o.plot)
     for path in (o.output, o.plot):
         _require_output(path)
-    read = {name: counted(read_texts(path, o.documents), f"documents of {name}") for name, path in texts.items()}
+    read = {
+        name: counted(read_texts(path, o.documents, o.text_key), f"documents of {name}") for name, path in texts.items()
+    }
     with ending_on_sigterm(), hugging_face_directory(o.model) as directory:
         found = routing_by_text(directory, read, o.window)
     rows = []
@@ -264,7 +272,7 @@ def probe(arguments: Sequence[str]) -> None:
     from megatron_ext.generation.text_model import text_model
 
     prompts = read_prompts(o.prompts, chat=o.chat) if o.prompts else []
-    documents = {name: read_texts(path, o.documents) for name, path in texts.items()}
+    documents = {name: read_texts(path, o.documents, o.text_key) for name, path in texts.items()}
     how = Continuing(Sampling(o.temperature, seed=o.seed), o.max_new_tokens, o.batch_size)
     with (
         ending_on_sigterm(),
@@ -335,7 +343,9 @@ def _losses(name: str, o: ReadingOptions) -> "tuple[Windows, dict[str, TextLoss]
     from megatron_ext.progress import counted
 
     # Before a model is opened, which may take long.
-    read = {text: counted(read_texts(path, o.documents), f"documents of {text}") for text, path in texts.items()}
+    read = {
+        text: counted(read_texts(path, o.documents, o.text_key), f"documents of {text}") for text, path in texts.items()
+    }
     with (
         ending_on_sigterm(),
         text_model(name, trust_remote_code=o.trust_remote_code, device=o.device) as model,

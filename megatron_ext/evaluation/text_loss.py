@@ -114,7 +114,7 @@ def half_interval(amounts: Sequence[float], sizes: Sequence[float]) -> float:
     return CERTAIN * math.sqrt(squares * count / (count - 1)) / total
 
 
-def read_texts(path: str | Path, most: int | None) -> Iterator[str]:
+def read_texts(path: str | Path, most: int | None, text_key: str = "text") -> Iterator[str]:
     """The documents of a file or folder that have any text, the first `most` of them, one at a time.
 
     The first is read at once, so that a path without any is an error here.
@@ -122,7 +122,7 @@ def read_texts(path: str | Path, most: int | None) -> Iterator[str]:
     Raises:
         DataError: there is none, or one cannot be read.
     """
-    texts = (text for text in read_documents(corpus_files([path])) if text.strip())
+    texts = (text for text in read_documents(corpus_files([path]), text_key) if text.strip())
     first = next(texts, None)
     if first is None:
         raise DataError(f"{path}: holds no text")

@@ -126,6 +126,10 @@ def test_texts_are_read_one_by_one(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match=r"b.jsonl: holds no text"):
         list(read_texts(tmp_path / "b.jsonl", None))
+    (tmp_path / "c.jsonl").write_text('{"content": "w"}\n')
+    assert list(read_texts(tmp_path / "c.jsonl", None, "content")) == ["w"]
+    with pytest.raises(DataError, match=r"no text under 'text'; the line has: content; name the key .* \(--text-key\)"):
+        read_texts(tmp_path / "c.jsonl", None)
 
 
 def test_figures_of_samples() -> None:
