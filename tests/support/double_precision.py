@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from megatron_ext.mcore import optimizer, transformer_config
+from megatron_ext.mcore import optimizer, products, transformer_config
 
 
 @contextmanager
@@ -23,6 +23,8 @@ def in_double_precision() -> Iterator[None]:
         for name in ("float32", "float"):
             stack.enter_context(mock.patch.object(torch, name, double))
         stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
+        # oneDNN has no float64.
+        stack.enter_context(mock.patch.object(products, "by_onednn", lambda operand: False))
         # megatron-core's defaults were read when it was imported, and it compares them with what torch calls float32.
         defaults = dict.fromkeys(("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), double)
         settings = partial(optimizer.OptimizerConfig, **defaults)
