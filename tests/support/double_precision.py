@@ -24,7 +24,7 @@ def in_double_precision() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch, name, double))
         stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
         # oneDNN has no float64.
-        stack.enter_context(mock.patch.object(products, "by_onednn", lambda operand: False))
+        stack.enter_context(mock.patch.object(products, "by_onednn", return_value=False))
         # megatron-core's defaults were read when it was imported, and it compares them with what torch calls float32.
         defaults = dict.fromkeys(("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), double)
         settings = partial(optimizer.OptimizerConfig, **defaults)
