@@ -41,7 +41,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     try:
-        main()
+        with _not_disguised():
+            main()
         sys.stdout.flush()  # it may be a file on a full disk
     except MegatronExtError as error:
         _fail(str(error), is_everywhere=error.is_everywhere, speaks=error.speaks)
@@ -58,6 +59,23 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+@contextmanager
+def _not_disguised() -> Iterator[None]:
+    """Raise the signal itself where a fault is only what was made of it.
+
+    A signal within an import may come while a class names its attributes: Python 3.11 says that this failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt | SystemExit):
+                raise cause from None
+            cause = cause.__cause__
+        raise
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

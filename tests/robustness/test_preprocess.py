@@ -6,9 +6,9 @@ import os
 import random
 import resource
 import shutil
+import string
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,18 +144,21 @@ def test_two_at_once_and_sigterm(place: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.partial"]
 
 
-def test_sigterm_to_the_training_of_a_tokenizer(place: Path, tmp_path: Path) -> None:
-    """SentencePiece hears no signals, and trains on this for a minute."""
-    options = ("train", place / "large.jsonl", "--output", tmp_path / "t", "--vocab-size", 600)
+def test_sigterm_to_the_training_of_a_tokenizer(tmp_path: Path) -> None:
+    """SentencePiece hears no signals, and trains on so many different words for a minute of two processors."""
+    draw = random.Random(SEED)
+    words = ("".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 9))) for _ in range(1_200_000))
+    (tmp_path / "words.txt").write_text("".join(word + " \n"[n % 60 == 59] for n, word in enumerate(words)))
+    options = ("train", tmp_path / "words.txt", "--output", tmp_path / "t", "--vocab-size", 600)
     call = [sys.executable, *map(str, (TOOLS / "tokenizer.py", *options))]
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
     with ended_at_last(process):
-        wait_until(lambda: list(tmp_path.iterdir()), process=process)
-        time.sleep(1)
+        seconds = lambda: psutil.Process(process.pid).cpu_times().user  # noqa: E731
+        wait_until(lambda: seconds() > 6, seconds, process)  # before it trains it takes two
         process.terminate()
         assert process.communicate()[1] == "terminated\n"
         assert process.returncode == 143
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["words.txt"]
 
 
 def test_killed_processes(place: Path, tmp_path: Path) -> None:

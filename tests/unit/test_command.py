@@ -186,6 +186,19 @@ def test_what_every_rank_knows_is_said_by_one(
     assert said == {"0": "error: the checkpoint was not saved\n", "1": "" if is_everywhere else said["0"]}
 
 
+@pytest.mark.parametrize(("signalled", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=repr)
+def test_a_signal_while_a_class_is_made_ends_the_command(signalled: BaseException, code: int) -> None:
+    """Python 3.11 raises another error from it."""
+
+    class Field:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise signalled
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: type("Imported", (), {"field": Field()}) and None)
+    assert ended.value.code == code
+
+
 def test_output_that_nobody_reads_to_its_end_is_no_fault() -> None:
     code = "from megatron_ext.command import run_command; run_command(lambda: print('line\\n' * 10**6))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

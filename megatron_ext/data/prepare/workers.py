@@ -1,11 +1,14 @@
 """Processes and threads that work for a command: none outlives it, and the death of one ends it with a message."""
 
+import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -17,6 +20,8 @@ from megatron_ext.errors import EnvironmentFault, MegatronExtError
 T = TypeVar("T")
 _LAST_WORDS = 5.0
 """Seconds that a process has for ending before it is killed."""
+_LAST_CALL = 0.5
+"""Seconds that work on a thread has for ending once it is interrupted."""
 
 
 class Processes:
@@ -74,8 +79,8 @@ def interruptible(work: Callable[[threading.Event], T]) -> T:
     """Do `work`, deaf to signals while a library is at it, on a thread: Ctrl-C and SIGTERM end the wait at once.
 
     Args:
-        work: given an event that is set then. It must not come back from the library into Python after that, where the
-            interpreter may be ending; the thread itself ends with the process.
+        work: given an event that is set then, upon which it should end soon. What it has not done then ends with the
+            process.
     """
     interrupted, result = threading.Event(), Future[T]()
 
@@ -85,17 +90,27 @@ def interruptible(work: Callable[[threading.Event], T]) -> T:
         except BaseException as error:
             result.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
     try:
-        thread.start()
-        while thread.is_alive():  # a signal that the system gives to another thread wakes nobody
-            thread.join(0.1)
+        threading.Thread(target=run, daemon=True).start()
+        # Not join: in Python 3.11 a thread whose join was interrupted counts as ended. And a signal that the system
+        # gives to another thread wakes nobody.
+        while not result.done():
+            futures.wait([result], 0.1)
         return result.result()
-    except BaseException:
+    except (KeyboardInterrupt, SystemExit) as error:
         interrupted.set()
-        if thread.ident is not None:
-            thread.join(0.5)
+        futures.wait([result], _LAST_CALL)
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.code
+        atexit.register(_end_with_library, result, code)
         raise
+
+
+def _end_with_library(work: Future[Any], code: Any) -> None:
+    """End the process where a library is still at work: Python's own end takes its thread apart, which aborts C++."""
+    if not work.done():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class _Worker(Generic[T]):

@@ -2,9 +2,11 @@
 
 import itertools
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.spawn import get_preparation_data
 
 import pytest
@@ -22,22 +24,55 @@ def test_a_thread_gives_its_result_or_its_fault() -> None:
         interruptible(lambda interrupted: 1 // 0)
 
 
-def test_a_signal_ends_the_wait_for_a_thread() -> None:
-    left = threading.Event()
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """Processes of a job in the background ignore Ctrl-C, and with them this one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_a_thread_that_hears_of_a_signal_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_LAST_CALL", HANGS)
+    left = list[str]()
 
     def work(interrupted: threading.Event) -> None:
         signal.raise_signal(signal.SIGINT)
         interrupted.wait()
-        left.set()
+        time.sleep(0.1)
+        left.append("done")
 
-    # Processes of a job in the background ignore Ctrl-C, and with them this one.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            interruptible(work)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert left.wait(HANGS)
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work)
+    assert left == ["done"]
+
+
+DEAF = """
+import atexit, signal, threading
+from megatron_ext.command import ending_on_sigterm, run_command
+from megatron_ext.data.prepare.workers import interruptible
+
+atexit.register(print, "Python's own end")
+
+def work(interrupted: threading.Event) -> None:
+    signal.raise_signal(signal.{signal})
+    threading.Event().wait()
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with ending_on_sigterm():
+        interruptible(work)
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(("name", "said", "code"), [("SIGTERM", "terminated\n", 143), ("SIGINT", "interrupted\n", 130)])
+def test_a_command_ends_at_once_where_a_library_is_deaf(name: str, said: str, code: int) -> None:
+    """At Python's own end, threads inside C++ would be taken apart, which aborts the process."""
+    done = subprocess.run([sys.executable, "-c", DEAF.format(signal=name)], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("", said, code)
 
 
 def nothing() -> None:
