@@ -82,6 +82,9 @@ def read_yaml(path: str | Path) -> Any:
         with open(path, "rb") as file:
             content = file.read(_MOST_BYTES + 1)  # what is given may never end
         text = content.decode()
+    except IsADirectoryError as error:
+        inside = ", ".join(sorted(file.name for file in Path(path).glob("*.y*ml"))[:3])
+        raise ConfigError(f"{path}: is a directory; give a YAML file{inside and f' ({inside} in it)'}") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

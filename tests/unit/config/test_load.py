@@ -178,6 +178,14 @@ def test_a_key_written_twice_is_refused() -> None:
         parse_yaml("a: 1\nb: 2\na: 3\n", source="t")
 
 
+def test_a_directory_is_told_with_what_could_be_meant(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a directory; give a YAML file$"):
+        read_yaml(tmp_path)
+    (tmp_path / "model.yaml").touch()
+    with pytest.raises(ConfigError, match=r"is a directory; give a YAML file \(model.yaml in it\)$"):
+        read_yaml(tmp_path)
+
+
 def test_broken_yaml_names_the_place(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: {num_layers: 4\ntrain: 3\n")
