@@ -1,7 +1,7 @@
 """Starts, feeds and ends a W&B run as training does, in a process of its own: wandb reads its environment only once.
 
 Arguments: directory, mode, seconds that it may take to finish, first step, last step, and `kill` to end wandb's service
-process after the start, or `die` to end this one by kill -9 where another would close the run.
+process after the start, or `die` to end both by kill -9 where another would close the run: the service holds all then.
 """
 
 import contextlib
@@ -29,11 +29,13 @@ def main(directory: str, mode: str, seconds: str, first: str, last: str, kill: s
     metrics = MetricsFile(path, begin)
     run = WandbSink(WandbConfig(mode=mode), "abcd1234", Path(directory), {"model": {"num_layers": 4}}, path, begin)
     metrics.write({"event": "start", "iteration": begin, "run": {"logging": {"wandb": {"mode": mode}}}})
-    if kill == "kill":
-        service = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb")]
-        assert service
-        for process in service:
+    service = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb")]
+    assert service or not kill
+    for process in service if kill else ():
+        if kill == "kill":
             process.kill()
+        else:
+            process.suspend()  # or it writes what it holds when this process, under load, takes long
     for step in range(int(first), int(last) + 1):
         values = {"iteration": step, "loss": 1.0 / step, "learning_rate": 1.0, "moe": {"0": {"load": [0.5, 0.5]}}}
         metrics.write(values)
@@ -44,6 +46,8 @@ def main(directory: str, mode: str, seconds: str, first: str, last: str, kill: s
     with contextlib.suppress(ConnectionError):  # after its death; whoever sends keeps it then
         run.send(Message("moe: skip", "step 1: a spike", "warning"))
     if kill == "die":
+        for process in service:
+            process.kill()
         os.kill(os.getpid(), signal.SIGKILL)
     run.close()
     print("training went on to its end")
