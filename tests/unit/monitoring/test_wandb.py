@@ -14,6 +14,7 @@ from megatron_ext.monitoring.events import Event
 from megatron_ext.monitoring.sinks import wandb_files
 from megatron_ext.monitoring.sinks.wandb import WandbSink
 from tests.support.commands import new_process
+from tests.support.waiting import HANGS
 from tests.unit.monitoring import wandb_client
 from tests.unit.monitoring.wandb_server import WandbServer
 
@@ -34,6 +35,7 @@ def report(
         "WANDB_BASE_URL": url,
         "WANDB_API_KEY": key,
         "WANDB_MODE": "online",
+        "WANDB__SERVICE_WAIT": str(HANGS),
         "NETRC": "/nonexistent",
         "HOME": str(directory),
     }
