@@ -15,7 +15,7 @@ from megatron_ext.errors import ConfigError, DataError, EnvironmentFault, Megatr
 from megatron_ext.testing.ports import free_port
 from tests.support import forkserver
 from tests.support.commands import train
-from tests.support.waiting import HANGS
+from tests.support.waiting import HANGS, wait_until
 from tests.support.workspace import ROOT
 
 RANKS = 3
@@ -43,6 +43,8 @@ def answer_all(rank: int, port: int, connection: Any) -> None:
         if way == "gone" and rank == 2:
             break
         if way == "ended" and rank == 1:  # as its launcher does where it had one
+            calls = roll_call._meeting_store(5.0)
+            wait_until(lambda: calls.check([f"{way}/0"]))  # noqa: B023 - else rank 1 is the first that is there
             roll_call.tell_of_end("127.0.0.1", port, "", 2, "was killed by SIGKILL")
         try:
             minutes = GONE if way == "gone" else 5.0
