@@ -100,7 +100,7 @@ def interruptible(work: Callable[[threading.Event], T]) -> T:
     except (KeyboardInterrupt, SystemExit) as error:
         interrupted.set()
         futures.wait([result], _LAST_CALL)
-        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.code
+        code = error.code if isinstance(error, SystemExit) else 128 + signal.SIGINT
         atexit.register(_end_with_library, result, code)
         raise
 

@@ -31,10 +31,10 @@ def main(directory: str, mode: str, seconds: str, first: str, last: str, kill: s
     metrics.write({"event": "start", "iteration": begin, "run": {"logging": {"wandb": {"mode": mode}}}})
     service = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb")]
     assert service or not kill
-    for process in service if kill else ():
+    for process in service:
         if kill == "kill":
             process.kill()
-        else:
+        elif kill == "die":
             process.suspend()  # or it writes what it holds when this process, under load, takes long
     for step in range(int(first), int(last) + 1):
         values = {"iteration": step, "loss": 1.0 / step, "learning_rate": 1.0, "moe": {"0": {"load": [0.5, 0.5]}}}
